@@ -1,0 +1,101 @@
+"""unbatch: what a shared gradient gives away, from both sides.
+
+Recovers the batch behind a gradient and proves the recovery, or proves how badly any attacker must do. A defensive audit
+tool: use it on gradients that you are entitled to inspect.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ActiveAttack": "attack",
+    "Analysis": "analysis",
+    "Attack": "attack",
+    "Audit": "results",
+    "Bound": "analysis",
+    "Case": "case",
+    "Defence": "defence",
+    "Domain": "domain",
+    "Guarantee": "attack",
+    "Images": "domain",
+    "Knowledge": "observation",
+    "LayerRisk": "analysis",
+    "LayerRule": "layer",
+    "Metric": "metric",
+    "NotApplicable": "attack",
+    "Observation": "observation",
+    "Protocol": "protocol",
+    "Reconstruction": "observation",
+    "Setting": "case",
+    "Table": "domain",
+    "Tokens": "domain",
+    "Truth": "truth",
+    "Unknown": "observation",
+    "Verdict": "analysis",
+    "audit": "audit",
+    "certify": "certify",
+    "diagnose": "diagnosis",
+    "observe": "client",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+if TYPE_CHECKING:
+    from unbatch.analysis import Analysis as Analysis
+    from unbatch.analysis import Bound as Bound
+    from unbatch.analysis import LayerRisk as LayerRisk
+    from unbatch.analysis import Verdict as Verdict
+    from unbatch.attack import ActiveAttack as ActiveAttack
+    from unbatch.attack import Attack as Attack
+    from unbatch.attack import Guarantee as Guarantee
+    from unbatch.attack import NotApplicable as NotApplicable
+    from unbatch.audit import audit as audit
+    from unbatch.case import Case as Case
+    from unbatch.case import Setting as Setting
+    from unbatch.certify import certify as certify
+    from unbatch.client import observe as observe
+    from unbatch.defence import Defence as Defence
+    from unbatch.diagnosis import diagnose as diagnose
+    from unbatch.domain import Domain as Domain
+    from unbatch.domain import Images as Images
+    from unbatch.domain import Table as Table
+    from unbatch.domain import Tokens as Tokens
+    from unbatch.layer import LayerRule as LayerRule
+    from unbatch.metric import Metric as Metric
+    from unbatch.observation import Knowledge as Knowledge
+    from unbatch.observation import Observation as Observation
+    from unbatch.observation import Reconstruction as Reconstruction
+    from unbatch.observation import Unknown as Unknown
+    from unbatch.protocol import Protocol as Protocol
+    from unbatch.results import Audit as Audit
+    from unbatch.truth import Truth as Truth
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import unbatch` costs no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'unbatch' has no attribute {name!r}")
+    value = getattr(import_module(f"unbatch.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `unbatch.audit` and `unbatch.certify` the functions: importing the modules of that name would rebind them."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

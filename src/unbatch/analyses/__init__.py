@@ -1,0 +1,1 @@
+"""Analyses, one per file; found, never listed."""

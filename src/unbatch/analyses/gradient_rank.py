@@ -1,0 +1,112 @@
+"""gradient-rank: what the rank of each layer's gradient says of the batch, before any attack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.analysis import Analysis, LayerRisk
+from unbatch.network import dense_layers, forward
+from unbatch.numerics.span import numerical_rank
+from unbatch.observation import Observation
+
+Level = Literal["exact", "partial", "low", "unknown"]
+
+
+@final
+class GradientRank(Analysis):
+    """Numerical rank r of each layer's gradient [p, q] (weight and bias side by side), against its unknowns.
+
+    A matrix of rank r has r (p + q - r) independent entries: so many equations on the layer's inputs. In a dense layer
+    dL/dW = sum_i delta_i x_i^T, so a rank below min(p, q) counts the examples and the row space is their span.
+    """
+
+    paper: ClassVar[str] = "Wang, Lee, Lei, AISTATS 2023; Dimitrov et al. (SPEAR), NeurIPS 2024"
+
+    def run(
+        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
+    ) -> Sequence[LayerRisk]:
+        if "input_shape" not in obs.knowledge:
+            raise ValueError(
+                "gradient-rank needs to know input_shape, to run the model once and see what feeds each layer."
+            )
+        sizes = _input_sizes(obs.model, obs.knowledge.input_shape)
+        fed = {d.name for d in dense_layers(obs.model, obs.knowledge.input_shape) if d.feeds is not None}
+        eps = torch.finfo(obs.dtype).eps
+        risks = []
+        for name, module in obs.model.named_modules():
+            own = [key for key, _ in module.named_parameters(recurse=False)]
+            sent = [t for key in own if (t := obs.update.get(f"{name}.{key}" if name else key)) is not None]
+            if sent:
+                matrix = torch.cat([t.double().reshape(len(t), -1) if t.ndim else t.reshape(1, 1) for t in sent], 1)
+                risks.append(_risk(name, module, matrix, eps, sizes.get(name), name in fed, obs))
+        return risks
+
+
+def _risk(
+    name: str, module: nn.Module, matrix: Tensor, eps: float, inputs: int | None, first: bool, obs: Observation
+) -> LayerRisk:
+    p, q = matrix.shape
+    r = numerical_rank(matrix, eps=eps)
+    n = obs.knowledge.get("batch_size", max(r, 1))  # in a dense layer below full rank, the rank is the batch size
+    equations, unknowns = r * (p + q - r), n * (inputs or 0)
+    has_bias = getattr(module, "bias", None) is not None
+    words, level = _words(module, r, min(p, q), n, first, has_bias, equations, unknowns)
+    return LayerRisk(
+        layer=name, kind=type(module).__name__, unknowns=unknowns, equations=equations, rank=r, words=words, level=level
+    )
+
+
+def _words(
+    module: nn.Module, r: int, full: int, n: int, first: bool, bias: bool, equations: int, unknowns: int
+) -> tuple[str, Level]:
+    what = "inputs" if first else "input features"
+    if r == 0:
+        return "the gradient is zero: nothing of the batch reaches this layer.", "low"
+    if isinstance(module, nn.Linear):
+        if r >= full and n > 1:
+            return (
+                f"this layer's gradient has full rank {r}: noise, or at least {full} examples; the span of its {what} "
+                "no longer isolates them."
+            ), "low"
+        if r == n == 1:
+            scale = "exactly" if bias else "exactly, up to scale"
+            return f"this layer's gradient has rank 1: one example, and its {what} are known {scale}.", "exact"
+        if r == n:
+            return (
+                f"this layer's gradient has rank {r}: the batch has {n} examples and the span of their {what} is known "
+                "exactly."
+            ), "partial"
+        return f"this layer's gradient has rank {r} for {n} examples: it shows {r} mixtures of their {what}.", "partial"
+    if unknowns == 0:
+        return f"this layer's gradient gives {equations} equations; what feeds it is not known.", "unknown"
+    share = equations / unknowns
+    if share >= 1:
+        return (
+            f"{equations:,} equations for {unknowns:,} unknowns: counting alone does not protect its {what}.",
+            "partial",
+        )
+    return f"{equations:,} equations for {unknowns:,} unknowns: alone it leaves at least {1 - share:.0%} open.", "low"
+
+
+def _input_sizes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """Numbers that enter each module for one example, by running the model once on zeros."""
+    sizes: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                sizes[name] = args[0][0].numel()
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
+    try:
+        forward(model, torch.zeros(1, *input_shape))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes

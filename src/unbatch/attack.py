@@ -1,0 +1,115 @@
+"""Attack: what reads examples out of an observation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import ClassVar, final
+
+import torch
+from torch import nn
+
+from unbatch.observation import FIELDS, Observation, Reconstruction
+from unbatch.plugin import Plugin
+
+
+class NotApplicable(Exception):  # noqa: N818 (not an error of the user's: the attack cannot run here)
+    """The attack cannot run on this observation; the message says why."""
+
+
+class Guarantee(StrEnum):
+    """What an attack promises of what it returns; decides which tests it must pass."""
+
+    EXACT = "exact"  # every example it returns is within its bound, at rounding error
+    BOUNDED = "bounded"  # every example carries a predicted error that holds
+    HEURISTIC = "heuristic"  # a guess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """The smallest case on which an attack must work: a case's spelling, and a floor for each metric's worst example."""
+
+    case: str
+    floors: dict[str, float] = field(default_factory=dict)  # metric -> worst score allowed
+    knows: tuple[str, ...] = ()  # fields of Knowledge beyond the client's default
+    defences: tuple[str, ...] = ()
+    options: str = ""  # of the attack, where its defaults are too slow for a test
+
+
+class Attack(Plugin, ABC):
+    """Reads a batch out of one exchange. Final subclasses; their fields are their options.
+
+    A subclass gives the class attributes below, `obstacle` and `run`. It is handed only the knowledge that it declares.
+    """
+
+    kind: ClassVar[str] = "attack"
+    folder: ClassVar[str] = "attacks"
+
+    family: ClassVar[str]
+    guarantee: ClassVar[Guarantee]
+    paper: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()  # fields of Knowledge it cannot do without
+    uses: ClassVar[frozenset[str]] = frozenset()  # fields it takes if they are known; it is handed no others
+    demo: ClassVar[Demo]
+    threat_model: ClassVar[str] = "honest but curious server"
+
+    @abstractmethod
+    def obstacle(self, obs: Observation) -> str | None:
+        """Why it cannot run here, in words for the report; None if it can."""
+
+    @abstractmethod
+    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+        """What it reads out of `obs`. Called only where there is no obstacle."""
+
+    @final
+    def __call__(self, obs: Observation, *, seed: int = 0) -> Reconstruction:
+        """Run on what this attack may know, and hold its answer to its own contract.
+
+        Raises NotApplicable: it cannot run here; the message is the obstacle.
+        """
+        missing = sorted(self.needs - set(obs.knowledge))
+        if missing:
+            raise NotApplicable(f"{self.name} needs {', '.join(missing)}, which the attacker does not know here.")
+        seen = obs.only(*(self.needs | self.uses))
+        words = self.obstacle(seen)
+        if words is not None:
+            raise NotApplicable(words)
+        with torch.random.fork_rng(devices=[]):  # an attack that reads the global generator must not disturb the caller
+            found = self.run(seen, torch.Generator().manual_seed(seed))
+        self._judge(seen, found)
+        return found
+
+    @final
+    def _judge(self, obs: Observation, found: Reconstruction) -> None:
+        k = len(found)
+        wrong = None
+        if found.inputs is not None and not found.inputs.isfinite().all():
+            wrong = "examples that are not finite"
+        elif found.inputs is not None and not found.layer and "input_shape" in obs.knowledge:
+            shape = obs.knowledge.input_shape
+            if tuple(found.inputs.shape[1:]) != shape:
+                wrong = f"examples of shape {tuple(found.inputs.shape[1:])} where the inputs have {shape}"
+        if found.labels is not None and len(found.labels) != k:
+            wrong = f"{len(found.labels)} labels for {k} examples"
+        if found.bound is not None and (found.bound.shape != (k,) or bool((found.bound < 0).any())):
+            wrong = f"a bound of shape {tuple(found.bound.shape)} for {k} examples, or a negative one"
+        if self.guarantee is not Guarantee.HEURISTIC and found.bound is None:
+            wrong = f"no bound, though it declares itself {self.guarantee}"
+        if wrong:
+            raise RuntimeError(f"{self.name} breaks its contract: it returned {wrong}. This is a defect of the attack.")
+
+
+class ActiveAttack(Attack):
+    """A server that also chooses the parameters or the architecture before the client's step."""
+
+    threat_model: ClassVar[str] = "malicious server (chooses the parameters)"
+
+    @abstractmethod
+    def plant(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
+        """A copy of `model` with the parameters that the server sends out."""
+
+
+def undeclared(attack: type[Attack]) -> set[str]:
+    """Names in `needs` and `uses` that are no fields of Knowledge."""
+    return set(attack.needs | attack.uses) - set(FIELDS)

@@ -1,0 +1,135 @@
+"""bias-ratio: one example behind a dense layer with a bias, exactly, by dividing two gradients."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.loss import identify
+from unbatch.network import Dense, dense_layers, forward
+from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
+
+
+@final
+class BiasRatio(Attack):
+    """One example: dL/dW = delta x^T and dL/db = delta, so x = (dL/dW)^T (dL/db) / |dL/db|^2.
+
+    The same ratio survives any common factor of the two (clipping, the learning rate, sign) and SGD's local steps
+    without weight decay, whose sum of delta_t x^T has the sum of delta_t beside it. Where nothing but a normalisation
+    lies before the layer the network's input is returned, otherwise the layer's exact input features.
+
+    Bound: let each of dL/dW, dL/db carry relative error at most e; then |x' - x| / |x'| <= e (1 + sqrt(1 + r^2)) /
+    (1 - e), r the relative residual of the rank-one fit; e is taken as the larger of r and the rounding of the update.
+    """
+
+    family: ClassVar[str] = "linear"
+    guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+    paper: ClassVar[str] = "Phong, Aono, Hayashi, Wang, Moriai, IEEE TIFS 2018; Geiping et al., NeurIPS 2020, Prop. 3.1"
+    needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
+    uses: ClassVar[frozenset[str]] = frozenset({"batch_size", "clients", "buffers"}) | PROTOCOL_FIELDS
+    demo: ClassVar[Demo] = Demo(case="photos:width=16", floors={"l2-error": 1e-5, "psnr": 80.0})
+
+    tol: Annotated[
+        float | None, Field(gt=0, description="relative rank-one residual accepted; none takes the update's rounding")
+    ] = None
+
+    def obstacle(self, obs: Observation) -> str | None:
+        n = obs.knowledge.get("batch_size", 1)
+        if n > 1:
+            return f"the batch has {n} examples, and the ratio of weight and bias gradient is a mixture of them."
+        protocol = obs.protocol
+        if protocol.steps(1) and protocol.optimiser != "sgd":
+            return f"{protocol.optimiser} rescales every entry of the update by itself, so no ratio of entries is left."
+        if protocol.steps(1) and protocol.weight_decay:
+            return "weight decay adds the parameters themselves to the update, so it is no multiple of the input."
+        layer = _layer(obs)
+        if layer is None:
+            return "no dense layer with a bias sent its gradient, so there is nothing to divide by."
+        size = float(torch.linalg.vector_norm(obs.update[layer.bias or ""].double()))
+        if size == 0:
+            return f"the bias gradient of {layer.name!r} is zero: the example does not reach that layer."
+        rounding = self._rounding(obs, layer)
+        if rounding > 0.1:
+            return f"the parameters' own rounding ({rounding:.1e}, relative) drowns the update of {layer.name!r}."
+        residual, allowed = _fit(obs, layer)[1], self.tol if self.tol is not None else 16 * rounding
+        if residual > allowed:
+            return (
+                f"the gradient of {layer.name!r} is not of rank one (relative residual {residual:.1e}, tol "
+                f"{allowed:.1e}): more than one example, noise, pruning or weight decay."
+            )
+        return None
+
+    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+        layer = _layer(obs)
+        assert layer is not None  # obstacle() has looked
+        z, residual = _fit(obs, layer)  # [1, d]
+        e = max(residual, self._rounding(obs, layer))
+        bound = torch.tensor(
+            [e * (1 + (1 + residual**2) ** 0.5) / (1 - e) if e < 1 else torch.inf], dtype=torch.float64
+        )
+        trace = {"layer": layer.name, "rank-one residual": residual}
+        if layer.feeds is None:
+            return Reconstruction(inputs=z, layer=layer.name, bound=self._claim(obs, bound, None), trace=trace)
+        x = layer.feeds.invert(z)
+        spread = (z.norm() / x.norm() / layer.feeds.scale.abs().min()).item()  # a normalisation may stretch the error
+        inputs = x.reshape(1, *obs.knowledge.input_shape)
+        labels = _label(obs, inputs)
+        explained = obs.residual(inputs, labels) if labels is not None else None
+        trace["residual with the label found"] = explained
+        return Reconstruction(
+            inputs=inputs, labels=labels, bound=self._claim(obs, bound * max(spread, 1.0), explained), trace=trace
+        )
+
+    def _claim(self, obs: Observation, bound: Tensor, explained: float | None) -> Tensor:
+        """Parallel deltas make a mixture look like one example; only n = 1 known, or the whole update, rules that out."""
+        certain = "batch_size" in obs.knowledge or (explained is not None and explained <= 1e-3)
+        return bound if certain else torch.full_like(bound, torch.inf)
+
+    def _rounding(self, obs: Observation, layer: Dense) -> float:
+        """Relative error of the update's entries: a few roundings, or after local steps those of the parameters."""
+        eps = torch.finfo(obs.dtype).eps
+        if obs.protocol.steps(1) == 0:
+            return 4 * eps
+        parameters = dict(obs.model.named_parameters())
+        sent = [name for name in (layer.weight, layer.bias) if name]
+        ratios = [float(parameters[k].detach().double().norm() / obs.update[k].double().norm()) for k in sent]
+        return 4 * eps * (1 + obs.protocol.steps(1) * max(ratios))
+
+
+def _layer(obs: Observation) -> Dense | None:
+    """The first dense layer whose weight and bias were sent, one on the network's input before all others."""
+    sent = [
+        d
+        for d in dense_layers(obs.model, obs.knowledge.input_shape)
+        if d.bias and {d.weight, d.bias} <= set(obs.update)
+    ]
+    return next((d for d in sent if d.feeds is not None), sent[0] if sent else None)
+
+
+def _fit(obs: Observation, layer: Dense) -> tuple[Tensor, float]:
+    """The layer's input [1, d] and |dW - db x^T| / |dW|, in float64."""
+    W, b = obs.update[layer.weight].double(), obs.update[layer.bias or ""].double()  # [m, d], [m]
+    x = (b @ W) / (b @ b)
+    size = torch.linalg.matrix_norm(W)
+    return x[None], float(torch.linalg.matrix_norm(W - torch.outer(b, x)) / size) if size > 0 else 0.0
+
+
+def _label(obs: Observation, inputs: Tensor) -> Tensor | None:
+    """The class [1] whose gradient at `inputs` explains the update best up to a factor; None for a loss unknown to us."""
+    first = next(obs.model.parameters())
+    outputs = forward(obs.model, inputs)
+    form = identify(obs.loss, tuple(outputs.shape), device=first.device) if outputs.ndim <= 2 else None
+    if form is None or (form.name == "squared-error" and not form.classes):
+        return None
+    classes = outputs.shape[1] if outputs.ndim == 2 and form.classes else 2
+    dtype = torch.long if form.classes else first.dtype
+    shape = (1,) if form.classes else tuple(outputs.shape)
+    candidates = [torch.full(shape, y, dtype=dtype, device=first.device) for y in range(classes)]
+    fits = [obs.fit(inputs, y) for y in candidates]
+    # Two classes share a gradient up to sign; the factor tells them apart.
+    best = min(range(classes), key=lambda y: (round(fits[y][1], 4), abs(fits[y][0] - 1)))
+    return candidates[best]

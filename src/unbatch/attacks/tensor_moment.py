@@ -1,0 +1,348 @@
+"""tensor-moment: the batch behind a two-layer network's gradient, from moment tensors over its neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.loss import LossForm, identify
+from unbatch.numerics.cp import compress, diagonalise, misfit, response, tangent_misfit
+from unbatch.numerics.moments import (
+    GROUPS,
+    Moment,
+    first_moments,
+    head_moments,
+    moment_subspace,
+    non_gaussianity,
+    whitened,
+)
+from unbatch.numerics.span import Span, leading_span
+from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
+from unbatch.twolayer import Pair, find
+
+SIGMAS = 3.5  # of the measured error; 20 groups measure it within a third, and errors of few dimensions have tails
+ZERO = 1e-8  # share of the activation below which a Hermite coefficient is rounding
+SKEWED = 0.1  # non-Gaussianity of the weights above which Stein's identity is not relied on
+
+
+@final
+class TensorMoment(Attack):
+    """Inputs of a two-layer network with random weights, with residuals and labels, from one gradient.
+
+    With L the loss, V [k, m] the head, r_i = dL/d(output of i) and z = W x + b:
+
+        dL/dV_j = sum_i r_i s(z_ij)            dL/dW_j = sum_i (V_j . r_i) s'(z_ij) x_i
+
+    The row space of [dL/dW, dL/db] is the span of the (x_i, 1) (or the span is read off the second moment, as in the
+    paper). Projected on it, the Hermite coefficients of both over the neurons are sum_i r_i E s^(p) v_i^{x p}, p = 2, 3,
+    4 (Stein's identity); their simultaneous diagonalisation gives the directions of all x_i. The bias's gradient fixes
+    scale and sign; without it inputs have norm `norm`, and the sign follows from s and the loss where it can.
+
+    Bound: 3.5 times the error that the spread of the moments over groups of neurons gives, to first order through the
+    diagonalisation, raised where the tensors fit worse than that spread says or the weights are less Gaussian than their
+    number lets chance be, plus the rounding of the span.
+    """
+
+    family: ClassVar[str] = "tensor"
+    guarantee: ClassVar[Guarantee] = Guarantee.BOUNDED
+    paper: ClassVar[str] = "Wang, Lee, Lei, Reconstructing Training Data from Model Gradient, Provably, AISTATS 2023"
+    needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
+    uses: ClassVar[frozenset[str]] = frozenset({"batch_size"}) | PROTOCOL_FIELDS
+    demo: ClassVar[Demo] = Demo(
+        case="tables:batch=4,width=2000,activation=gelu", floors={"l2-error": 0.1, "label-accuracy": 1.0}
+    )
+
+    gradient: Annotated[
+        Literal["auto", "first", "head", "both"],
+        Field(description="the layer whose gradient the moments are taken of; auto: both if there are several outputs"),
+    ] = "auto"
+    order: Annotated[
+        Literal["auto", "2", "3", "4"], Field(description="highest order of the tensors; auto looks at the activation")
+    ] = "auto"
+    subspace: Annotated[
+        Literal["span", "moment"], Field(description="row space of dL/dW, or the paper's second moment")
+    ] = "span"
+    estimate: Annotated[
+        Literal["auto", "regression", "stein"],
+        Field(
+            description="Hermite coefficients by least squares or by averages; auto takes the smaller predicted error"
+        ),
+    ] = "auto"
+    norm: Annotated[
+        float | None, Field(gt=0, description="l2 norm of the inputs, where no bias fixes it; none takes 1")
+    ] = None
+
+    def obstacle(self, obs: Observation) -> str | None:
+        pair = find(obs, self.norm or 1.0)
+        if isinstance(pair, str):
+            return pair
+        first, head = pair.first, pair.head
+        if head.weight not in obs.update and self.gradient == "head":
+            return f"the head {head.name!r} sent no gradient; use gradient=first."
+        if first.weight not in obs.update and (self.gradient == "first" or self.subspace == "span"):
+            return f"the first layer {first.name!r} sent no gradient; use gradient=head,subspace=moment."
+        n, most = obs.knowledge.get("batch_size"), min(pair.m, pair.d + (pair.b is not None))
+        if n is not None and n > most:
+            return (
+                f"the batch of {n} exceeds the layer's {pair.d} inputs or {pair.m} neurons; n > d cannot be separated."
+            )
+        basis = torch.eye(pair.whitened_weights().shape[1], dtype=torch.float64, device=pair.V.device)
+        if first.weight in obs.update:
+            basis = _span(obs, pair, None, torch.Generator().manual_seed(0)).rows
+            rank = len(basis)
+            if n is not None and rank < n:
+                return (
+                    f"the gradient of {first.name!r} has rank {rank} for {n} examples: inputs (or their deltas) are "
+                    "linearly dependent, and moments separate independent ones only."
+                )
+            if n is None and rank == most:
+                return "the gradient has full rank (noise, or more examples than inputs) and batch_size is not known."
+            n = n or rank
+        if n is None:
+            return "neither dL/dW nor batch_size is known, so the number of examples is not."
+        if n == 1 and self.subspace == "span":
+            return None
+        order, why = self._order(pair)
+        if order == 0:
+            return why
+        off = non_gaussianity(_whiten(pair.whitened_weights() @ basis.T)[0], torch.Generator().manual_seed(0))
+        if off > SKEWED:
+            return (
+                f"the weights of {first.name!r} are too far from Gaussian for Stein's identity (their normalised third and "
+                f"fourth moments along the inputs are {off:.2g} off, at most {SKEWED:g}): a trained network?"
+            )
+        return None
+
+    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+        pair = find(obs, self.norm or 1.0)
+        assert isinstance(pair, Pair)  # obstacle() has looked
+        n = obs.knowledge.get("batch_size")
+        A = pair.stacked(obs) if pair.first.weight in obs.update else None  # [m, d']
+        span = _span(obs, pair, n, rng) if A is not None else None
+        n = n or len(span.values if span is not None else ())
+        g = obs.update[pair.head.weight].double().T if pair.head.weight in obs.update else None  # [m, k]
+        head_only = self.gradient == "head" or A is None
+        of_head = g if head_only or self.gradient == "both" or (self.gradient == "auto" and len(pair.V) > 1) else None
+        of_first = None if head_only else A
+        W = pair.whitened_weights()  # [m, d']
+        order, why = (1, "one example needs no moments") if n == 1 else self._order(pair)
+        trace: dict[str, Any] = {"layer": pair.first.name, "examples": n, "order": order, "why": why}
+        if self.subspace == "span" and span is not None:
+            P, floor, drift = span.rows, span.noise, torch.zeros(GROUPS, n, W.shape[1]).to(W)
+            trace["singular values"] = span.values.tolist()
+        else:
+            low = 2 if pair.shares()[2] > ZERO else 3
+            Y, route = (of_head, "head") if of_head is not None else (A, "first")
+            assert Y is not None
+            P, values, drift = moment_subspace(Y, pair.V.T, W, n, low, rng, route=route)
+            floor = (
+                0.0 if len(values) == n or values[n] < values[n - 1] / 2 else torch.inf
+            )  # lost in the noise: no claim
+            trace |= {"order of the subspace": low, "its eigenvalues": values[: n + 1].tolist()}
+        U, L = _whiten(W @ P.T)  # [m, n], [n, n]
+        trace["non-Gaussianity of the weights"] = off = non_gaussianity(U, rng)
+        V, changes = torch.ones(1, 1).to(U), torch.zeros(GROUPS, 1, 1).to(U)
+        if n > 1:
+            projected = None if of_first is None else of_first @ P.T @ L  # [m, n]
+            V, changes, told = self._separate(pair, of_head, projected, U, order, rng)
+            changes *= max(1.0, told["misfit over noise"], (1 + pair.m * off**2) ** 0.5)  # the bias, where it shows
+            trace |= told
+        back = torch.linalg.inv(L)  # v = L^T z
+        X = V.T @ back @ P  # [n, d'] up to scale
+        dX = changes.mT @ back @ P + V.T @ back @ drift  # [groups, n, d']
+        return _finish(obs, pair, X, dX, A, g, floor, self.norm, trace)
+
+    def _separate(
+        self, pair: Pair, g: Tensor | None, G: Tensor | None, U: Tensor, order: int, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Directions [n, n], their changes a group of neurons, and how they were found."""
+        best: tuple[Tensor, Tensor, dict[str, Any]] | None = None
+        for estimate in ("regression", "stein") if self.estimate == "auto" else (self.estimate,):
+            fit = estimate == "regression"
+            found = head_moments(g, U, order, fit=fit) if g is not None else []
+            found += first_moments(G, pair.V.T, U, order, fit=fit) if G is not None else []
+            used = [q for q in found if 2 <= q.order and (fit or q.order == order)]
+            V, changes, excess = _diagonalised(used, rng)
+            if best is None or changes.norm() < best[1].norm():
+                noise = {f"{q.route}, order {q.order}": q.noise for q in used}
+                best = V, changes, {"estimate": estimate, "noise of the moments": noise, "misfit over noise": excess}
+        assert best is not None
+        return best
+
+    def _order(self, pair: Pair) -> tuple[int, str]:
+        """The highest order of tensors to use and why, in words; order 0 where none separates the inputs."""
+        share, outputs = pair.shares(), whitened(pair.V.T).shape[1]
+        zero = [part <= ZERO for part in share]
+        words = "E s^(p) for p = 1 ... 4: " + ", ".join(f"{c:.3g}" for c in pair.hermite()[1:])
+        if all(zero[2:]):
+            return 0, "the activation is linear here, so the gradient leaks only the weighted sum of the inputs."
+        if all(zero[3:]) and outputs == 1:
+            return 0, "the activation is quadratic here, so the gradient leaks only the span of the inputs."
+        if self.order == "2" and (zero[2] or outputs == 1):
+            why = "E s'' is exactly 0" if zero[2] else "of one output it gives only the span"
+            return 0, f"order 2 does not separate the inputs: {why}; use order {4 if zero[3] else 3}."
+        if self.order in ("3", "4") and zero[int(self.order)]:
+            primes, other = "'" * int(self.order), 2 if all(zero[3:]) else 7 - int(self.order)
+            return 0, f"E s{primes} is exactly 0 for this activation: use order {other}."
+        if self.order != "auto":
+            return int(self.order), f"as asked; {words}"
+        best = 2 if all(zero[3:]) else 3 if share[3] >= share[4] else 4
+        return best, f"the largest of the orders that separate inputs; {words}"
+
+
+def _span(obs: Observation, pair: Pair, n: int | None, rng: torch.Generator) -> Span:
+    """Row space of the first layer's gradient: n directions, or as many as are above its rounding."""
+    guess = obs.knowledge.get("batch_size", 8) + 8
+    return leading_span(pair.stacked(obs), rng, rank=n, eps=torch.finfo(obs.dtype).eps, guess=guess)
+
+
+def _whiten(U: Tensor) -> tuple[Tensor, Tensor]:
+    """u = mean + L w with w at mean 0 and covariance I over the neurons: w [m, n], L [n, n]."""
+    centred = U - U.mean(0)
+    L = torch.linalg.cholesky(centred.T @ centred / len(U))
+    return torch.linalg.solve_triangular(L, centred.T, upper=False).T, L
+
+
+def _diagonalised(moments: Sequence[Moment], rng: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Directions V [n, n], their changes [groups, n, n] a group of neurons, and the misfit over its expectation.
+
+    The expectation is what the groups' changes leave after the parameters have followed them.
+    """
+    n = moments[0].n
+    E, C = compress(torch.cat([q.slices(q.value) for q in moments]), n)
+    V = diagonalise(E, rng)
+    spread = []
+    for group in range(GROUPS):
+        family = torch.cat([q.slices(q.shares[group]) for q in moments])
+        spread.append((C @ family.flatten(1)).view_as(E))
+    dE = torch.stack(spread)  # [groups, n, n, n]
+    dV = response(E, V, dE)
+    expected = sum(tangent_misfit(E, V, change) for change in dE)
+    excess = (misfit(E, V) / expected) ** 0.5 if n > 2 and expected else 1.0  # two components always fit
+    return V, dV, excess
+
+
+def _finish(
+    obs: Observation,
+    pair: Pair,
+    X: Tensor,
+    dX: Tensor,
+    A: Tensor | None,
+    g: Tensor | None,
+    floor: float,
+    norm: float | None,
+    trace: dict[str, Any],
+) -> Reconstruction:
+    """Scale, sign, residuals, labels and bound for directions X [n, d'] and their changes [groups, n, d']."""
+    t: Tensor | None = None  # X @ t is the last coordinate of (x, 1), by the bias's gradient
+    delta: Tensor | None = None
+    rows = torch.zeros(len(X)).to(X)
+    if A is not None:
+        delta = A @ torch.linalg.pinv(X)  # [m, n]
+        rows = torch.linalg.pinv(delta).norm(dim=1)  # [n] error of X per unit of error in A
+        if pair.first.bias and pair.first.bias in obs.update:
+            t = (
+                torch.linalg.pinv(X)
+                @ torch.linalg.lstsq(delta, obs.update[pair.first.bias].double()[:, None]).solution[:, 0]
+            )
+    elif pair.spread_b:
+        t = torch.zeros(X.shape[1]).to(X)
+        t[-1] = 1 / pair.spread_b
+
+    def scaled(X: Tensor) -> Tensor:
+        x = X[..., : pair.d] / pair.spread
+        return x / (X @ t)[..., None] if t is not None else (norm or 1.0) * x / x.norm(dim=-1, keepdim=True)
+
+    x = scaled(X)  # [n, d]
+    error = (scaled(X + dX) - x).square().sum((0, 2)).sqrt() * SIGMAS / x.norm(dim=1)
+    stretch = 1 / X[:, : pair.d].norm(dim=1) + (t.norm() / (X @ t).abs() if t is not None else 0.0)
+    error = error + torch.nan_to_num(floor * rows * stretch, nan=torch.inf)  # the span's own error
+    factor = X @ t if t is not None else X[:, : pair.d].norm(dim=1) / pair.spread / (norm or 1.0)
+    delta = delta * factor if delta is not None else None  # dL/dz, now that the scale is known
+    sign, R, unsure = _signs(obs, pair, x, delta, g, fixed=t is not None)
+    x = sign[:, None] * x
+    found = _labels(obs, pair, x, R)
+    up_to = {"permutation"} | ({"sign"} if unsure else set()) | ({"scale"} if t is None and norm is None else set())
+    bound = torch.where(error < 1, error, torch.inf).cpu()
+    trace |= {"predicted error": error, "residuals": R}
+    if pair.first.feeds is None:
+        return Reconstruction(
+            inputs=x, labels=found[0], layer=pair.first.name, up_to=frozenset(up_to), bound=bound, trace=trace
+        )
+    inputs = pair.first.feeds.invert(x)
+    spread = x.norm(dim=1) / inputs.norm(dim=1) / pair.first.feeds.scale.abs().min().to(x)  # errors stretch by a norm
+    return Reconstruction(
+        inputs=inputs.reshape(-1, *obs.knowledge.input_shape),
+        labels=found[0],
+        up_to=frozenset(up_to),
+        bound=bound * spread.clamp_min(1.0).cpu(),
+        trace=trace,
+    )
+
+
+def _signs(
+    obs: Observation, pair: Pair, x: Tensor, delta: Tensor | None, g: Tensor | None, *, fixed: bool
+) -> tuple[Tensor, Tensor, bool]:
+    """Signs [n], residuals [n, k] at these signs, and whether a sign is left open.
+
+    s' tells x from -x unless it is even; then the loss does, where it allows few values of the residuals.
+    """
+    ones = torch.ones(len(x)).to(x)
+    R, gap = _residuals(pair, x, delta, g)
+    if fixed:
+        return ones, R, False
+    other, gap_other = _residuals(pair, -x, None if delta is None else -delta, g)
+    z = pair.before(x)
+    slope, mirrored = pair.s.derivative(z), pair.s.derivative(pair.before(-x))
+    even = bool((slope - mirrored).abs().max() <= 1e-9 * slope.abs().max())
+    if even:
+        gap, gap_other = _labels(obs, pair, x, R)[1], _labels(obs, pair, -x, other)[1]
+    elif delta is None:
+        H = torch.cat([pair.s(z), pair.s(pair.before(-x))]).T  # [m, 2 n]
+        both = torch.linalg.lstsq(H, g).solution.norm(dim=1)
+        gap, gap_other = both[len(x) :], both[: len(x)]
+    sign = torch.where(gap_other < gap, -ones, ones)
+    told = torch.minimum(gap, gap_other) < 0.5 * torch.maximum(gap, gap_other)  # false where both are infinite
+    unsure = even and not bool(told.all())
+    if delta is None:
+        return sign, _residuals(pair, sign[:, None] * x, None, g)[0], unsure
+    return sign, torch.where((sign > 0)[:, None], R, other), unsure
+
+
+def _residuals(pair: Pair, x: Tensor, delta: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor]:
+    """r [n, k] and misfits [n], least squares in delta_i = s'(z_i) V^T r_i, or without delta in g = sum_i r_i s(z_i)."""
+    z = pair.before(x)  # [n, m]
+    if delta is None:
+        assert g is not None
+        return torch.linalg.lstsq(pair.s(z).T, g).solution, torch.zeros(len(x)).to(x)
+    D = pair.s.derivative(z)[:, :, None] * pair.V.T  # [n, m, k]
+    R = (torch.linalg.pinv(D) @ delta.T[:, :, None])[..., 0]
+    return R, ((D @ R[:, :, None])[..., 0] - delta.T).norm(dim=1)
+
+
+def _labels(obs: Observation, pair: Pair, x: Tensor, R: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Labels that residuals R [n, k] at inputs x [n, d] mean under the loss, and how far they are from fitting [n].
+
+    cross entropy: r / c = softmax(o) - y; binary: sigmoid(o) - y; squared error: 2 (o - y), o the outputs.
+    """
+    free = torch.full((len(x),), torch.inf).to(x)
+    form: LossForm | None = identify(obs.loss, (2, *pair.outputs), device=x.device)
+    if form is None:
+        return None, free
+    r = R / (form.scale / len(x) if form.reduction == "mean" else form.scale)
+    o = pair.s(pair.before(x)) @ pair.V.T + pair.c  # [n, k]
+    squared = form.name == "squared-error"
+    y = o - r / 2 if squared else (o.softmax(1) if form.name == "cross-entropy" else o.sigmoid()) - r
+    if form.classes:
+        labels = y.argmax(1)
+        ideal = nn.functional.one_hot(labels, y.shape[1]) * (1 - form.smoothing) + form.smoothing / y.shape[1]
+        return labels, (y - ideal).norm(dim=1)
+    if squared:
+        return y.reshape(-1, *pair.outputs), free
+    bits = (y > 0.5).to(y)
+    return bits.reshape(-1, *pair.outputs), (y - bits).norm(dim=1)

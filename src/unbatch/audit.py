@@ -1,0 +1,381 @@
+"""Audit: run everything that applies, judge it against the truth and against chance, record."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import unbatch
+from unbatch.analysis import Analysis, Bound, LayerRisk, Verdict
+from unbatch.attack import ActiveAttack, Attack, NotApplicable
+from unbatch.case import Case, Setting
+from unbatch.certify import certify
+from unbatch.checks import flags
+from unbatch.client import observe
+from unbatch.defence import Defence
+from unbatch.diagnosis import diagnose
+from unbatch.domain import Domain, Images, Table, Tokens
+from unbatch.judge import Judge
+from unbatch.loss import identify
+from unbatch.metric import Metric
+from unbatch.network import forward
+from unbatch.observation import Knowledge, Observation, Reconstruction
+from unbatch.progress import Watch, watching
+from unbatch.results import Audit, Client, MetricInfo, Remedy, Run
+from unbatch.suites import suite
+from unbatch.truth import Truth
+
+Sink = Callable[[Audit], None]
+Target = Setting | Case | Observation | Sequence[Setting]
+
+
+def audit(
+    setting: Target,
+    *,
+    attacks: Sequence[Attack | str] | None = None,
+    defences: Sequence[Defence | str] = (),
+    metrics: Sequence[Metric | str] | None = None,
+    analyses: Sequence[Analysis | str] | None = None,
+    remedies: Sequence[Defence | str] = (),
+    seeds: Sequence[int] = (0,),
+    budget: float | None = None,
+    sink: Sink | None = None,
+    resume: Audit | None = None,
+    device: str | None = None,
+    watch: Watch | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> Audit:
+    """Run every attack on every client with every seed, judge each run, and say what the whole means.
+
+    `setting` is a client, several, a case, or a captured Observation (then there is no truth, and no scores). `attacks`
+    default to the latest suite, `metrics` and `analyses` to all that apply. Each of `remedies` is tried in a second
+    audit with that defence outermost, and summed up beside the first. `budget` is seconds for each run of an
+    attack. `sink` is called with the audit after each finished run; `resume` is an earlier audit of the same setting
+    whose finished runs are kept. `watch` hears the progress of each run and can stop it; `announce` hears its name.
+    Raises ValueError: unknown plugin or option, or `resume` is of something else.
+    """
+    plan = _Plan(setting, attacks, defences, metrics, analyses, device)
+    record = plan.record(list(seeds), budget)
+    kept = _kept(record, resume)
+    watch = watch or Watch()
+    for index, (obs, truth) in enumerate(plan.exchanges):
+        record.clients.append(plan.client(index))
+        if index == 0:
+            _analyse(plan, obs, truth, record)
+    for index in range(len(plan.exchanges)):
+        for attack in plan.attacks:
+            for seed in seeds:
+                held = kept.get((index, str(attack), seed))
+                if held is None and not watch.stop:
+                    if announce:
+                        announce(f"{attack}, client {index}, seed {seed}")
+                    watch.deadline = time.monotonic() + budget if budget else float("inf")
+                    held = plan.run(index, attack, seed, watch)
+                if held is not None:
+                    record.runs.append(held)
+                    record.flags = flags(record)
+                    if sink:
+                        sink(record)
+    record.notes += plan.notes()
+    for remedy in remedies:
+        record.remedies += _remedy(setting, plan, remedy, seeds, budget, device, watch, announce)
+    record.complete = not watch.stop
+    record.flags = flags(record)
+    if sink:
+        sink(record)
+    return record
+
+
+class _Plan:
+    """What is audited, with everything parsed and every client's exchange observed."""
+
+    def __init__(
+        self,
+        target: Target,
+        attacks: Sequence[Attack | str] | None,
+        defences: Sequence[Defence | str],
+        metrics: Sequence[Metric | str] | None,
+        analyses: Sequence[Analysis | str] | None,
+        device: str | None,
+    ) -> None:
+        self.attacks = [Attack.parse(a) if isinstance(a, str) else a for a in (suite() if attacks is None else attacks)]
+        self.defences = [Defence.parse(d) if isinstance(d, str) else d for d in defences]
+        every = Analysis.find() if analyses is None else analyses
+        self.analyses = [Analysis.parse(a) if isinstance(a, str) else a for a in every]
+        self.settings = _settings(target)
+        self.name = str(target) if isinstance(target, Case) else self.settings[0].name if self.settings else "captured"
+        self.exchanges: list[tuple[Observation, Truth | None]]
+        self.reproducible: list[bool] = []
+        self.explained: tuple[Tensor, Tensor] | None = None  # what an exact attack found
+        if isinstance(target, Observation):
+            if self.defences:
+                raise ValueError("a captured update already has its defences in it; leave `defences` out.")
+            self.domain = _domain_of(target.knowledge)
+            self.exchanges = [(_moved(target, device) if device else target, None)]
+        else:
+            self.domain = self.settings[0].domain
+            self.exchanges = [self._exchange(s, i, device) for i, s in enumerate(self.settings)]
+        known = Metric.find() if metrics is None else metrics
+        fitted = [(Metric.parse(m) if isinstance(m, str) else m).on(self.domain) for m in known]
+        self.metrics = {m.name: m for m in fitted if m is not None}
+        self.judge = Judge(self.domain, self.metrics)
+
+    def _exchange(self, setting: Setting, index: int, device: str | None) -> tuple[Observation, Truth | None]:
+        model = copy.deepcopy(setting.model).to(device) if device else setting.model
+
+        def once() -> tuple[Observation, Truth]:
+            return observe(
+                model,
+                setting.loss,
+                setting.inputs,
+                setting.labels,
+                knowledge=_public(setting) | setting.knowledge,
+                protocol=setting.protocol,
+                defences=self.defences,
+                seed=index,
+            )
+
+        first, second = once(), once()
+        same = all(torch.equal(first[0].update[k], second[0].update[k]) for k in first[0].update)
+        self.reproducible.append(same)
+        return first
+
+    def notes(self) -> list[str]:
+        """For a captured update: what is off with it, as far as an exact find can tell."""
+        obs, truth = self.exchanges[0]
+        return diagnose(obs, *(self.explained or (None, None))) if truth is None else []
+
+    def record(self, seeds: list[int], budget: float | None) -> Audit:
+        obs, truth = self.exchanges[0]
+        shape = obs.knowledge.get("input_shape")
+        outputs = tuple(forward(obs.model, torch.zeros(1, *shape)).shape) if shape else ()
+        form = identify(obs.loss, outputs, device=obs.device) if 0 < len(outputs) <= 2 else None
+        return Audit(
+            version=unbatch.__version__,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            case=self.name,
+            domain=self.domain.name,
+            truth=truth is not None,
+            attacks=[str(a) for a in self.attacks],
+            defences=[str(d) for d in self.defences],
+            random_defences=[str(d) for d in self.defences if d.random],
+            seeds=seeds,
+            budget=budget,
+            model=str(obs.model),
+            parameters=sum(p.numel() for p in obs.model.parameters()),
+            loss=str(form) if form else "a custom loss",
+            protocol=str(obs.protocol),
+            knowledge={name: _words(obs.knowledge.get(name)) for name in obs.knowledge},
+            metrics={
+                name: MetricInfo(unit=m.unit, higher_is_better=m.higher_is_better, best=m.best)
+                for name, m in self.metrics.items()
+                if truth is not None
+            },
+            environment={
+                "unbatch": unbatch.__version__,
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "device": str(obs.device),
+                "threads": str(torch.get_num_threads()),
+                "platform": platform.platform(),
+            },
+            fingerprint=self.fingerprint(),
+        )
+
+    def fingerprint(self) -> str:
+        """Of everything that a run depends on besides its attack and seed."""
+        digest = hashlib.sha256()
+        for obs, truth in self.exchanges:
+            held = [*obs.update.values(), *obs.model.state_dict().values()]
+            held += [truth.inputs, truth.labels] if truth is not None else []
+            for tensor in held:
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(repr(sorted((k, _words(obs.knowledge.get(k))) for k in obs.knowledge)).encode())
+        digest.update(repr([str(d) for d in self.defences]).encode())
+        return digest.hexdigest()
+
+    def client(self, index: int) -> Client:
+        obs, truth = self.exchanges[index]
+        if truth is None:
+            return Client(index=index, name="captured", size=0)
+        setting = self.settings[index]
+        try:
+            residual = obs.residual(truth.inputs, truth.labels)
+        except (RuntimeError, ValueError):  # a defence may make the truth unusable as a guess (mixed labels)
+            residual = None
+        return Client(
+            index=index,
+            name=f"client {index}",
+            size=len(truth),
+            pictures=[self.domain.render(x) for x in truth.inputs],
+            labels=[setting.label_name(y) for y in truth.labels],
+            reproducible=self.reproducible[index],
+            residual=residual,
+        )
+
+    def run(self, index: int, attack: Attack, seed: int, watch: Watch) -> Run:
+        """One attack on one client, judged. An attack that fails is recorded with its words and stops nothing else."""
+        obs, truth = self.exchanges[index]
+        run = Run(
+            client=index,
+            attack=str(attack),
+            family=attack.family,
+            guarantee=attack.guarantee.value,
+            threat_model=attack.threat_model,
+            paper=attack.paper,
+            seed=seed,
+            status="done",
+            knowledge=sorted((attack.needs | attack.uses) & set(obs.knowledge)),
+            missing=sorted(attack.needs - set(obs.knowledge)),
+        )
+        start = time.monotonic()
+        try:
+            if isinstance(attack, ActiveAttack):
+                obs, truth = self._planted(index, attack, seed)
+            with watching(watch):
+                watch.cut_short = False
+                found = certify(obs, attack(obs, seed=seed))
+            if found.inputs is not None and found.labels is not None and not found.layer and _certain(found):
+                self.explained = found.inputs, found.labels
+            run.status = "cut short" if watch.cut_short else "done"
+            self.judge.fill(run, found, obs, truth, self.settings[index] if self.settings else None)
+        except NotApplicable as obstacle:
+            run.status, run.words = "not applicable", str(obstacle)
+        except Exception as error:  # one attack's defect must not cost the others their results
+            run.status, run.words = "failed", f"{type(error).__name__}: {error}"
+        run.seconds = time.monotonic() - start
+        return run
+
+    def _planted(self, index: int, attack: ActiveAttack, seed: int) -> tuple[Observation, Truth]:
+        if not self.settings:
+            raise NotApplicable("an active server chooses the model before the client's step; this update is captured.")
+        s = self.settings[index]
+        model = attack.plant(s.model, torch.Generator().manual_seed(seed))
+        knowledge = _public(s) | s.knowledge
+        return observe(
+            model,
+            s.loss,
+            s.inputs,
+            s.labels,
+            knowledge=knowledge,
+            protocol=s.protocol,
+            defences=self.defences,
+            seed=index,
+        )
+
+
+def _moved(obs: Observation, device: str) -> Observation:
+    update = {name: tensor.to(device) for name, tensor in obs.update.items()}
+    return replace(obs, model=copy.deepcopy(obs.model).to(device), update=update)
+
+
+def _settings(target: Target) -> list[Setting]:
+    if isinstance(target, Observation):
+        return []
+    if isinstance(target, Case):
+        return [target.setting(client) for client in range(target.clients)]
+    settings = [target] if isinstance(target, Setting) else list(target)
+    if not settings:
+        raise ValueError("there is no client to audit; give at least one Setting.")
+    return settings
+
+
+def _public(setting: Setting) -> Knowledge:
+    """What the server knows of the task itself. A range that was read off the private batch is not told."""
+    told: dict[str, Any] = {"domain": setting.domain.name}
+    if (setting.domain.low, setting.domain.high) == (0.0, 1.0):
+        told["input_range"] = (0.0, 1.0)
+    return Knowledge(**told)
+
+
+def _domain_of(knowledge: Knowledge) -> Domain:
+    """The domain of a captured update: as named, else by the shape of an input."""
+    shape: tuple[int, ...] = knowledge.get("input_shape", ())
+    low, high = knowledge.get("input_range", (0.0, 1.0))
+    kinds: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Table, Tokens)}
+    guess = "images" if len(shape) == 3 and shape[0] in (1, 3) else "table"
+    name = knowledge.get("domain", guess)
+    if name not in kinds:
+        raise ValueError(f"unknown domain {name!r}; known: {', '.join(kinds)}.")
+    return kinds[name](shape=shape, low=low, high=high)
+
+
+def _analyse(plan: _Plan, obs: Observation, truth: Truth | None, record: Audit) -> None:
+    at = (truth.inputs, truth.labels) if truth is not None else None
+    for analysis in plan.analyses:
+        try:
+            findings = analysis.run(obs, at=at, rng=torch.Generator().manual_seed(0))
+        except ValueError as error:
+            record.notes.append(f"{analysis.name}: {error}")
+            continue
+        record.risks += [f for f in findings if isinstance(f, LayerRisk)]
+        record.bounds += [f for f in findings if isinstance(f, Bound)]
+        record.verdicts += [f for f in findings if isinstance(f, Verdict)]
+
+
+def _remedy(
+    target: Target,
+    plan: _Plan,
+    remedy: Defence | str,
+    seeds: Sequence[int],
+    budget: float | None,
+    device: str | None,
+    watch: Watch,
+    announce: Callable[[str], None] | None,
+) -> list[Remedy]:
+    """The same attacks behind one more defence; nothing if the audit was stopped."""
+    if watch.stop:
+        return []
+    defences = [Defence.parse(remedy) if isinstance(remedy, str) else remedy, *plan.defences]
+    again = audit(
+        target,
+        attacks=plan.attacks,
+        defences=defences,
+        metrics=list(plan.metrics.values()),
+        analyses=(),
+        seeds=seeds,
+        budget=budget,
+        device=device,
+        watch=watch,
+        announce=(lambda words: announce(f"with {remedy}: {words}")) if announce else None,
+    )
+    if watch.stop:
+        return []
+    best = [hit for hit in again.worst("psnr").values() if hit] if "psnr" in again.metrics else []
+    score, chance = None, None
+    if best:
+        score, run = max(best, key=lambda hit: hit[0])
+        chance = next(e.chance.get("psnr") for e in run.examples if e.scores.get("psnr") == score)
+    name = str(defences[0])
+    return [Remedy(defence=name, recovered=len(again.recovered()), size=again.size, psnr=score, chance=chance)]
+
+
+def _certain(found: Reconstruction) -> bool:
+    return found.bound is not None and len(found) > 0 and bool(found.bound.isfinite().all())
+
+
+def _kept(record: Audit, resume: Audit | None) -> dict[tuple[int, str, int], Run]:
+    if resume is None:
+        return {}
+    if resume.fingerprint != record.fingerprint:
+        raise ValueError(
+            "the audit to resume is of another model, batch, protocol or defence; give its own settings or start anew."
+        )
+    return {run.key: run for run in resume.runs if run.finished}
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.tolist()}" if value.numel() <= 64 else f"{tuple(value.shape)} numbers"
+    if callable(value):
+        return "a function"
+    return str(value) if not isinstance(value, dict) else f"{len(value)} tensors"

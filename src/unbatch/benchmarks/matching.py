@@ -1,0 +1,293 @@
+"""matching: the presets of gradient-matching on the same gradients for the same time, PSNR against time.
+
+Pictures are scaled to [-2, 2] (about zero mean and unit variance), labels are known, and every preset restarts until its
+time is spent. What counts at a time is the guess that the preset itself holds for the best then; the truth only scores.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from unbatch import models
+from unbatch.attacks.gradient_matching import EVALUATIONS, Candidate, GradientMatching
+from unbatch.case import Case
+from unbatch.client import observe
+from unbatch.domain import Images
+from unbatch.files import write_atomically
+from unbatch.loss import loss_named
+from unbatch.metric import Metric, match
+from unbatch.numerics.matching import cosine_distance, total_variation
+from unbatch.observation import Knowledge, Observation, Reconstruction
+from unbatch.protocol import Protocol
+from unbatch.truth import Truth
+
+Row = dict[str, Any]
+PRESETS = ("default", "dlg", "inverting-gradients")
+SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the time, at which the PSNR is taken
+SHOWN = (0.1, 0.25, 0.5, 1.0)
+RANGE = (-2.0, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One gradient to invert."""
+
+    name: str
+    model: models.Name
+    activation: models.ActivationName
+    n: int
+    width: int = 64
+    depth: int = 1
+    local_steps: int = 0
+
+
+PROBLEMS = (
+    Problem(name="mlp gelu n=16", model="mlp", activation="gelu", n=16, width=1000),
+    Problem(name="mlp relu n=4", model="mlp", activation="relu", n=4, width=1000),
+    Problem(name="lenet sigmoid n=1", model="lenet", activation="sigmoid", n=1),
+    Problem(name="convnet relu n=1", model="convnet", activation="relu", n=1, width=16, depth=2),
+    Problem(name="convnet relu n=4", model="convnet", activation="relu", n=4, width=16, depth=2),
+    Problem(name="mlp relu n=4, 4 local steps", model="mlp", activation="relu", n=4, width=1000, local_steps=4),
+)
+
+
+def run(
+    data: Path | None = None,
+    seconds: float = 60.0,
+    seed: int = 0,
+    device: str = "cpu",
+    out: Path | None = None,
+    problems: tuple[Problem, ...] = PROBLEMS,
+) -> list[Row]:
+    """One row a problem and preset: PSNR (mean and worst picture) at each share of `seconds`; saved in `out` as well.
+
+    `data` is a folder with cifar10_test600.npz (images uint8 [n, h, w, c], labels); without it the bundled photographs
+    are used. Raises ValueError: no such file there.
+    """
+    pictures, labels, k, source = _pictures(data, seed)
+    rows: list[Row] = []
+    for problem in problems:
+        obs, truth = _exchange(problem, pictures, labels, k, seed, device)
+        ratio = speed(obs)
+        for preset in PRESETS:
+            rows.append({"problem": problem.name, "preset": preset, **_measure(obs, truth, preset, seconds, seed)})
+            rows[-1]["seconds per step over plain autograd"] = ratio
+            if out is not None:
+                _save(rows, out, seconds=seconds, seed=seed, device=device, data=source, problems=problems)
+    if out is not None:
+        _plot(rows, out / "matching.png")
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """PSNR in dB, mean (worst picture), at shares of the time."""
+    shown = Table(title="PSNR in dB, mean (worst picture)", title_justify="left")
+    for column in ("problem", "preset"):
+        shown.add_column(column)
+    times = [point["seconds"] for point in rows[0]["curve"]] if rows else []
+    kept = [i for i, share in enumerate(SHARES) if share in SHOWN]
+    for i in kept:
+        shown.add_column(f"{times[i]:g} s", justify="right")
+    shown.add_column("match", justify="right")
+    shown.add_column("step / plain", justify="right")
+    for row in rows:
+        scores = [f"{row['curve'][i]['mean']:.1f} ({row['curve'][i]['worst']:.1f})" for i in kept]
+        ratio = row["seconds per step over plain autograd"]
+        shown.add_row(
+            row["problem"], row["preset"], *scores, f"{row['residual']:.1e}", "" if ratio is None else f"{ratio:.2f}"
+        )
+    return shown
+
+
+def speed(obs: Observation, steps: int = 30) -> float | None:
+    """Seconds of our signed Adam step over those of a plain autograd loop with the same objective, median of `steps`.
+
+    Turn by turn, so that other work on the machine weighs on both. None after local steps, where no plain loop exists.
+    """
+    if obs.protocol.steps(obs.knowledge.batch_size):
+        return None
+    attack = GradientMatching(preset="inverting-gradients", iterations=10**6)
+    loops: list[Iterator[Any]] = [attack.search(obs, torch.Generator().manual_seed(0)), plain(obs, attack.tv)]
+    spent: list[list[float]] = [[], []]
+    for _ in range(steps + 2):
+        for loop, times in zip(loops, spent, strict=True):
+            begun = _clock()
+            next(loop)
+            _wait(obs.device)
+            times.append(_clock() - begun)
+    ours, theirs = (statistics.median(times[2:]) for times in spent)
+    return ours / theirs
+
+
+def plain(obs: Observation, tv: float) -> Iterator[float]:
+    """Inverting gradients as it is usually written: one gradient with a graph, one backward, one signed Adam step."""
+    x = torch.randn(obs.knowledge.batch_size, *obs.knowledge.input_shape, generator=torch.Generator().manual_seed(0))
+    x = x.to(obs.device).requires_grad_()
+    adam = torch.optim.Adam([x], lr=0.1)
+    parameters, seen = list(obs.model.parameters()), list(obs.update.values())
+    labels = obs.knowledge.labels.to(obs.device)
+    while True:
+        adam.zero_grad()
+        obs.model.zero_grad()
+        found = torch.autograd.grad(obs.loss(obs.model(x), labels), parameters, create_graph=True)
+        value = cosine_distance(found, seen) + tv * total_variation(x)
+        value.backward()  # type: ignore[no-untyped-call]
+        assert x.grad is not None
+        x.grad.sign_()
+        adam.step()
+        with torch.no_grad():
+            x.clamp_(*RANGE)
+        yield float(value.detach())
+
+
+def _measure(obs: Observation, truth: Truth, preset: str, seconds: float, seed: int) -> Row:
+    """The curve of one preset; its number of steps is what half the time allows, at most its own."""
+    attack = GradientMatching(preset="inverting-gradients", iterations=10**6)
+    begun, probe = _clock(), attack.search(obs, torch.Generator().manual_seed(seed))
+    for _ in range(5):
+        next(probe)
+    fit = int(0.5 * seconds * 5 / (_clock() - begun))
+    attack = GradientMatching.model_validate(
+        {"preset": preset, "iterations": max(20, min(EVALUATIONS[preset], fit)), "restarts": 10**6}
+    )
+    best: Candidate | None = None
+    held: list[Candidate] = []
+    begun, steps = _clock(), 0
+    for candidate in attack.search(obs, torch.Generator().manual_seed(seed)):
+        steps += 1
+        _wait(obs.device)
+        now = _clock() - begun
+        while best is not None and len(held) < len(SHARES) and now > SHARES[len(held)] * seconds:
+            held.append(best)
+        if now > seconds:
+            break
+        best = candidate if best is None or candidate.loss < best.loss else best
+    assert best is not None
+    end = _clock() - begun
+    held += [best] * (len(SHARES) - len(held))
+    scores = [_psnr(candidate.inputs, truth) for candidate in held]
+    return {
+        "curve": [
+            {"seconds": share * seconds, "mean": float(s.mean()), "worst": float(s.min())}
+            for share, s in zip(SHARES, scores, strict=True)
+        ],
+        "residual": obs.residual(best.inputs, best.labels.to(obs.device)),
+        "relative error": _relative(best.inputs, truth),
+        "steps": steps,
+        "restarts": best.restart + 1,
+        "ended": round(end, 2),
+        "iterations": attack.iterations,
+    }
+
+
+def _matched(found: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
+    domain = Images(shape=tuple(truth.inputs.shape[1:]), low=RANGE[0], high=RANGE[1])
+    pairs = match(Reconstruction(inputs=found), truth, domain)
+    assert pairs.inputs is not None
+    return pairs.inputs, truth.inputs.double().cpu()[pairs.true]
+
+
+def _psnr(found: Tensor, truth: Truth) -> Tensor:
+    metric = Metric.find("psnr").model_validate({"peak": RANGE[1] - RANGE[0]})
+    return metric.score(*_matched(found, truth))
+
+
+def _relative(found: Tensor, truth: Truth) -> float:
+    """Of the worst picture."""
+    a, b = (t.flatten(1) for t in _matched(found, truth))
+    return float(((a - b).norm(dim=1) / b.norm(dim=1)).max())
+
+
+def _exchange(
+    problem: Problem, pictures: Tensor, labels: Tensor, k: int, seed: int, device: str
+) -> tuple[Observation, Truth]:
+    x, y = pictures[: problem.n].to(device), labels[: problem.n].to(device)
+    model = models.build(
+        problem.model,
+        tuple(x.shape[1:]),
+        k,
+        depth=problem.depth,
+        width=problem.width,
+        activation=problem.activation,
+        rng=torch.Generator().manual_seed(seed + 1),
+    ).to(device)
+    return observe(
+        model,
+        loss_named("cross-entropy"),
+        x,
+        y,
+        protocol=Protocol(local_steps=problem.local_steps, learning_rate=0.01),
+        knowledge=Knowledge(labels=y, input_range=RANGE, domain="images"),
+    )
+
+
+def _pictures(data: Path | None, seed: int) -> tuple[Tensor, Tensor, int, str]:
+    if data is None:
+        setting = Case.parse(f"photos:batch=64,seed={seed}").setting()
+        return 4 * setting.inputs - 2, setting.labels, len(setting.classes), "photos"
+    path = data / "cifar10_test600.npz"
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist; give a folder that holds it, or no folder for the bundled photographs."
+        )
+    with np.load(path, allow_pickle=False) as file:
+        images, classes = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    pictures = 4 * images[order].permute(0, 3, 1, 2).float() / 255 - 2
+    return pictures, classes[order], int(classes.max()) + 1, path.name
+
+
+def _clock() -> float:
+    """CPU seconds of this process where one thread does the work, which other work on the machine does not touch."""
+    on_cpu = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time() if on_cpu else time.perf_counter()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _save(rows: list[Row], out: Path, *, problems: tuple[Problem, ...], **how: Any) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    where = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "seconds are": "CPU" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "wall",
+        "processor": platform.machine(),
+    }
+    record = {"benchmark": "matching", **how, "environment": where, "problems": [asdict(p) for p in problems]}
+    write_atomically(out / "matching.json", json.dumps(record | {"rows": rows}, indent=1) + "\n")
+
+
+def _plot(rows: list[Row], path: Path) -> None:
+    """Mean PSNR against time, one panel a problem; nothing where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    names = list(dict.fromkeys(row["problem"] for row in rows))
+    columns = min(3, len(names))
+    figure = Figure(figsize=(4.2 * columns, 3.2 * math.ceil(len(names) / columns)), layout="constrained")
+    for panel, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / columns), columns, panel + 1)
+        for row in rows:
+            if row["problem"] == name:
+                axes.plot(*zip(*((p["seconds"], p["mean"]) for p in row["curve"]), strict=True), label=row["preset"])
+        axes.set(title=name, xlabel="seconds", ylabel="PSNR (dB), mean")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,113 @@
+"""Bundle: one captured exchange in one safetensors file (docs/bundle-format.md). Never pickle; nothing in it is run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from unbatch.files import write_atomically
+from unbatch.loss import Loss
+from unbatch.observation import FIELDS, Knowledge, Observation, Privacy
+
+FORMAT, SCHEMA = "unbatch-observation", "1"
+_CALLABLES = {"log_prob"}
+
+
+def write(obs: Observation, path: Path) -> None:
+    """Write update, model state and knowledge; callables are left out, since a file that holds code is not safe."""
+    tensors: dict[str, Tensor] = {f"update/{name}": tensor for name, tensor in obs.update.items()}
+    tensors |= {f"state/{name}": tensor for name, tensor in obs.model.state_dict().items()}
+    facts: dict[str, Any] = {}
+    for name in obs.knowledge:
+        value = obs.knowledge.get(name)
+        if name == "buffers":
+            tensors |= {f"buffers/{key}": tensor for key, tensor in value.items()}
+        elif isinstance(value, Tensor):
+            tensors[f"knowledge/{name}"] = value
+        elif name not in _CALLABLES:
+            facts[name] = vars(value) if isinstance(value, Privacy) else value
+    metadata = {"format": FORMAT, "schema": SCHEMA, "model": type(obs.model).__name__, "knowledge": json.dumps(facts)}
+    solid = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(path, save(solid, metadata))
+
+
+def read(path: Path, *, model: nn.Module, loss: Loss) -> Observation:
+    """The observation in the bundle, on a copy of `model` with the bundle's parameters and buffers in it.
+
+    Raises ValueError: no bundle, a truncated one, a pickle, another schema, or an update that is not of `model`.
+    """
+    tensors, metadata = _open(path)
+    update = _part(tensors, "update/")
+    if not update:
+        raise ValueError(f"{path} holds no update: no tensor is named 'update/<parameter>'. See docs/bundle-format.md.")
+    private = copy.deepcopy(model)
+    state = _part(tensors, "state/")
+    if state:
+        try:
+            private.load_state_dict(state)
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"{path} was captured from another model ({metadata.get('model', 'unnamed')}): {said} Give its factory."
+            ) from None
+    first = next(private.parameters())
+    try:
+        facts = json.loads(metadata.get("knowledge", "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the metadata entry 'knowledge' is no JSON: {error}.") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path}: the metadata entry 'knowledge' is no JSON object.")
+    if "privacy" in facts:
+        facts["privacy"] = Privacy(**facts["privacy"])
+    known = _part(tensors, "knowledge/")
+    wrong = sorted((set(facts) | set(known)) - set(FIELDS))
+    if wrong:
+        raise ValueError(f"{path} claims knowledge of {', '.join(wrong)}; fields are {', '.join(FIELDS)}.")
+    buffers = _part(tensors, "buffers/")
+    return Observation(
+        model=private,
+        loss=loss,
+        update={name: tensor.to(first.device) for name, tensor in update.items()},
+        knowledge=Knowledge(**facts, **known, **({"buffers": buffers} if buffers else {})),
+    )
+
+
+def model_name(path: Path) -> str:
+    """The name of the model that the bundle was captured from: shown to people, never imported."""
+    return _open(path)[1].get("model", "unnamed")
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}.") from None
+    if head[8:] != b"{" and (head[:1] == b"\x80" or head[:4] == b"PK\x03\x04"):  # a header's length precedes its brace
+        raise ValueError(
+            f"{path} is a pickle (torch.save), which can run code when it is opened, so it is not. Save the update with "
+            "Observation.save, or with safetensors as docs/bundle-format.md says."
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, struct.error, ValueError, OSError) as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}); copy or capture it again.") from None
+    if metadata.get("format") != FORMAT or metadata.get("schema") != SCHEMA:
+        got = f"format {metadata.get('format', 'none')!r}, schema {metadata.get('schema', 'none')!r}"
+        raise ValueError(
+            f"{path} has {got}; this version reads {FORMAT!r}, schema {SCHEMA!r}. See docs/bundle-format.md."
+        )
+    return tensors, metadata
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

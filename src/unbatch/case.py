@@ -1,0 +1,201 @@
+"""Case and Setting: clients with a known truth."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Annotated, ClassVar, Literal, Self, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from unbatch import models
+from unbatch.domain import Domain, domain_of
+from unbatch.loss import Loss, loss_named
+from unbatch.observation import Knowledge
+from unbatch.plugin import Plugin
+from unbatch.protocol import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One client: the global model, the loss, and the private batch that an audit tries to recover.
+
+    Raises ValueError where they do not fit together: shapes, classes, values that are not finite, a failing forward.
+    """
+
+    model: nn.Module
+    loss: Loss
+    inputs: Tensor  # [n, *input_shape]
+    labels: Tensor  # [n]
+    protocol: Protocol = field(default_factory=Protocol)
+    knowledge: Knowledge = field(default_factory=Knowledge)  # beyond what the protocol makes known
+    domain: Domain = None  # type: ignore[assignment]  # guessed from the inputs where not given
+    classes: Sequence[str] = ()  # names of the labels
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Tensor) or not isinstance(self.labels, Tensor):
+            raise ValueError("inputs and labels are tensors; convert them with torch.as_tensor.")
+        if self.inputs.ndim < 2 or not len(self.inputs):
+            raise ValueError(f"inputs of shape {tuple(self.inputs.shape)} are no batch; give [n, ...] with n >= 1.")
+        if len(self.labels) != len(self.inputs):
+            raise ValueError(f"{len(self.labels)} labels for {len(self.inputs)} inputs; give one label an example.")
+        bad = int((~self.inputs.isfinite()).sum()) if self.inputs.is_floating_point() else 0
+        if bad:
+            raise ValueError(f"inputs hold {bad} NaN or infinite values; clean the data first.")
+        if self.domain is None:
+            object.__setattr__(self, "domain", domain_of(self.inputs))
+        self._try_forward()
+
+    def _try_forward(self) -> None:
+        shape = tuple(self.inputs.shape[1:])
+        first = next(self.model.parameters(), None)
+        if first is None:
+            raise ValueError("the model has no parameters, so there is no gradient to audit.")
+        flags = [(module, module.training) for module in self.model.modules()]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                x = self.inputs[:2].to(first.device)
+                outputs = self.model.eval()(x.to(first.dtype) if x.is_floating_point() else x)
+        except Exception as error:
+            raise ValueError(f"the model's forward fails on inputs of shape {shape}: {error}") from error
+        finally:
+            for module, flag in flags:
+                module.training = flag
+        if not isinstance(outputs, Tensor):
+            raise ValueError(f"the model returns {type(outputs).__name__}; wrap it so that it returns one tensor.")
+        if not self.labels.is_floating_point() and outputs.ndim == 2 and outputs.shape[1] > 1:
+            k, low, high = outputs.shape[1], int(self.labels.min()), int(self.labels.max())
+            if low < 0 or high >= k:
+                raise ValueError(f"labels run from {low} to {high}, but the model has {k} classes, 0 to {k - 1}.")
+
+    def label_name(self, label: Tensor) -> str:
+        """A label in words."""
+        number = label.tolist()
+        if isinstance(number, int) and 0 <= number < len(self.classes):
+            return self.classes[number]
+        return str(number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Data that a case draws from."""
+
+    inputs: Tensor  # [n, *shape]
+    labels: Tensor  # [n]
+    classes: Sequence[str]
+    domain: Domain
+
+
+class Case(Plugin, ABC):
+    """A family of clients on bundled real data, crossed with unbatch's own small models.
+
+    A subclass gives `pool`. All clients of a case share the global model and hold different examples.
+    """
+
+    kind: ClassVar[str] = "case"
+    folder: ClassVar[str] = "cases"
+
+    source: ClassVar[str]  # of the data
+
+    batch: Annotated[int, Field(gt=0, description="examples a client holds")] = 1
+    clients: Annotated[int, Field(gt=0, description="clients, each with its own batch")] = 1
+    seed: Annotated[int, Field(ge=0, description="of the draw of examples and parameters")] = 0
+    model: Annotated[models.Name, Field(description="global model")] = "mlp"
+    depth: Annotated[
+        int, Field(gt=0, description="hidden layers of an mlp, blocks of a convnet or of a resnet's stage")
+    ] = 1
+    width: Annotated[int, Field(gt=0, description="hidden units of an mlp, first channels of a convnet or resnet")] = 64
+    activation: Annotated[models.ActivationName, Field(description="between layers")] = "relu"
+    bias: Annotated[bool, Field(description="layers with a bias")] = True
+    loss: Annotated[
+        Literal["cross-entropy", "binary-cross-entropy", "squared-error"], Field(description="training loss")
+    ] = "cross-entropy"
+    reduction: Annotated[Literal["mean", "sum"], Field(description="over the batch")] = "mean"
+    double: Annotated[bool, Field(description="gradients in float64")] = False
+    near_duplicates: Annotated[int, Field(ge=0, description="examples 1% away from another of the batch")] = 0
+    repeated_labels: Annotated[bool, Field(description="the whole batch from at most half as many classes")] = False
+
+    @model_validator(mode="after")
+    def _someone_to_repeat(self) -> Self:
+        if self.near_duplicates >= self.batch:
+            raise ValueError(f"near_duplicates={self.near_duplicates} must be below batch={self.batch}")
+        return self
+
+    @abstractmethod
+    def pool(self, rng: torch.Generator) -> Examples:
+        """All examples that clients may hold, in random order; the same for the same state of `rng`."""
+
+    @final
+    def setting(self, client: int = 0) -> Setting:
+        """The client of that number, with its private batch: the same bits for the same spelling.
+
+        The loss is on one output a class; binary cross entropy takes one output where there are two classes, and is
+        summed over one output a class (one against the rest) where there are more.
+        Raises ValueError: no such client, more examples asked for than there are, a model that cannot take them.
+        """
+        if not 0 <= client < self.clients:
+            raise ValueError(f"{self}: there is no client {client}; they are numbered 0 to {self.clients - 1}.")
+        pool = _drawn(self)
+        chosen = self._choose(pool.labels)
+        if self.clients * self.batch > len(chosen):
+            raise ValueError(
+                f"{self}: {self.clients} clients of {self.batch} examples each want more than the {len(chosen)} "
+                "examples that this case has for them; lower batch or clients."
+            )
+        mine = chosen[client * self.batch : (client + 1) * self.batch]
+        inputs, labels = self._repeat(pool.inputs[mine], pool.labels[mine], pool.domain, client)
+        dtype = torch.float64 if self.double else torch.float32
+        k = len(pool.classes)
+        network = models.build(
+            self.model,
+            tuple(inputs.shape[1:]),
+            1 if self.loss == "binary-cross-entropy" and k == 2 else k,
+            depth=self.depth,
+            width=self.width,
+            activation=self.activation,
+            bias=self.bias,
+            rng=torch.Generator().manual_seed(self.seed + 1),
+        )
+        return Setting(
+            model=network.to(dtype),
+            loss=loss_named(self.loss, self.reduction),
+            inputs=inputs.to(dtype),
+            labels=labels,
+            domain=pool.domain,
+            classes=pool.classes,
+            name=str(self),
+        )
+
+    def _choose(self, labels: Tensor) -> Tensor:
+        """Numbers of the examples that clients get, in the pool's order.
+
+        A batch from at most half as many classes as examples holds two of one class (pigeonhole).
+        """
+        if not self.repeated_labels:
+            return torch.arange(len(labels))
+        kept = list(dict.fromkeys(labels.tolist()))[: max(1, self.batch // 2)]
+        return torch.isin(labels, torch.tensor(kept)).nonzero().flatten()
+
+    def _repeat(self, inputs: Tensor, labels: Tensor, domain: Domain, client: int) -> tuple[Tensor, Tensor]:
+        """The last examples made near duplicates of the first ones: Gaussian noise of 1% of the example's norm."""
+        rng = torch.Generator().manual_seed(self.seed + 2)  # the parameters have seed + 1, the pool seed
+        noise = torch.randn(self.clients, self.near_duplicates, *inputs.shape[1:], generator=rng)[client].to(inputs)
+        fresh = len(inputs) - self.near_duplicates
+        for i, shift in enumerate(noise):
+            x = inputs[i % fresh]
+            shift *= 0.01 * x.norm() / shift.norm()
+            beyond = (x + shift < domain.low) | (x + shift > domain.high)
+            inputs[fresh + i] = torch.where(beyond, x - shift, x + shift)  # within the range, at the same distance
+            labels[fresh + i] = labels[i % fresh]
+        return inputs, labels
+
+
+@lru_cache(maxsize=1)
+def _drawn(case: Case) -> Examples:
+    """The pool of a case, drawn once for all its clients; they are handed copies."""
+    return case.pool(torch.Generator().manual_seed(case.seed))

@@ -1,0 +1,1 @@
+"""Cases, one family of clients per file; found, never listed."""

@@ -1,0 +1,33 @@
+"""Faces: grey patches of 25 by 25 pixels, half of them faces."""
+
+from __future__ import annotations
+
+from importlib.metadata import distribution
+from typing import ClassVar, final
+
+import numpy as np
+import torch
+
+from unbatch.case import Case, Examples
+from unbatch.domain import Images
+
+
+@final
+class Faces(Case):
+    """100 faces of people and 100 patches of their background, [1, 25, 25] in [0, 1]; two classes."""
+
+    source: ClassVar[str] = (
+        "Labeled Faces in the Wild: G. Huang, M. Mattar, T. Berg and E. Learned-Miller, 2007 (news photographs, no "
+        "licence stated); the subset lfw_subset.npy that scikit-image ships"
+    )
+
+    def pool(self, rng: torch.Generator) -> Examples:
+        place = distribution("scikit-image").locate_file("skimage/data/lfw_subset.npy")
+        patches = torch.as_tensor(np.load(str(place)), dtype=torch.float32).unsqueeze(1)  # [200, 1, 25, 25]
+        order = torch.randperm(len(patches), generator=rng)
+        return Examples(
+            inputs=patches[order].clamp(0, 1),
+            labels=(order >= 100).long(),  # the file holds the faces first
+            classes=["face", "not a face"],
+            domain=Images(shape=(1, 25, 25)),
+        )

@@ -1,0 +1,28 @@
+"""Certify: from a reconstruction to a bound on its error that the judge may hold it to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from unbatch.observation import Observation, Reconstruction
+
+
+def certify(obs: Observation, found: Reconstruction) -> Reconstruction:
+    """`found` with `bound` filled: [k] largest |error| / |returned example| (l2), inf where nothing is claimed.
+
+    An attack's own claim is kept, but never below the unit roundoff of the update, which no reading of it can beat. An
+    example that came with no claim gets none. Where every example and label of a batch of known size is there, the
+    trace holds the residual, |update - simulated update| / |update|: a small one is evidence, not a proof, since
+    different batches can share a gradient.
+    """
+    k = len(found)
+    bound = found.bound if found.bound is not None else torch.full((k,), torch.inf, dtype=torch.float64)
+    if found.inputs is not None:
+        bound = bound.double().clamp_min(torch.finfo(obs.dtype).eps / 2)
+    trace = dict(found.trace)
+    whole = found.inputs is not None and found.labels is not None and not found.layer
+    if whole and obs.knowledge.get("batch_size") == k and found.up_to <= {"permutation"}:
+        trace["residual"] = obs.residual(found.inputs, found.labels)  # type: ignore[arg-type]
+    return replace(found, bound=bound, trace=trace)

@@ -1,0 +1,155 @@
+"""Chart: every score of one metric against its chance level, placed on an axis; and how a number is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from unbatch.results import Audit, Example, MetricInfo, Run
+
+VISIBLE = 60.0  # dB: rounding to 8 bits costs 58.9 dB, so beyond this the eye sees no difference
+
+
+def number(value: float | None) -> str:
+    """Four significant digits for people: 12,345, 0.1234, 1.2 × 10⁻⁷."""
+    if value is None or math.isnan(value):
+        return "not a number" if value is not None else "none"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    size = abs(value)
+    if size >= 1e7 or 0 < size < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        text = f"{mantissa} × 10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+    else:
+        text = f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
+    return text.replace("-", "−")
+
+
+def score(value: float, info: MetricInfo) -> str:
+    """A score with its unit."""
+    text = f"{value:.1f}".replace("-", "−") if info.unit == "dB" and math.isfinite(value) else number(value)
+    return f"{text} {info.unit}" if info.unit else text
+
+
+def title(metric: str) -> str:
+    """A metric's name as people write it."""
+    return metric.upper() if metric in ("psnr", "ssim") else metric
+
+
+def by_attack(audit: Audit) -> dict[str, list[Run]]:
+    """All runs by attack, in the order of the audit."""
+    names = dict.fromkeys([*audit.attacks, *(run.attack for run in audit.runs)])
+    return {name: held for name in names if (held := [run for run in audit.runs if run.attack == name])}
+
+
+def exact(run: Run, example: Example) -> bool:
+    """Whether the run holds the private example itself exactly; features of a deeper layer do not count."""
+    return example.recovered and not run.layer
+
+
+def known(value: float | None) -> float | None:
+    """None also where a score is no number."""
+    return None if value is None or math.isnan(value) else value
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Scores on a line, in per cent of its width; its right end is nearest to the truth."""
+
+    low: float
+    high: float
+    log: bool = False
+    flip: bool = False  # lower is better
+
+    @classmethod
+    def of(cls, values: Iterable[float], info: MetricInfo) -> Axis:
+        """An axis for all of `values`: logarithmic for errors that span decades, cut at 60 where the unit is dB."""
+        seen = [value for value in values if math.isfinite(value)]
+        positive = [value for value in seen if value > 0]
+        flip = not info.higher_is_better
+        if flip and info.best == 0 and positive and max(positive) > 100 * min(positive):
+            return cls(math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive))), True, True)
+        if info.unit == "dB":
+            return cls(min(0.0, *seen, 0.0), min(VISIBLE, 10 * math.ceil(max([*seen, 10.0]) / 10)), False, flip)
+        low, high = min([*seen, info.best]), max([*seen, info.best])
+        low, high = (min(low, 0.0), high) if low >= 0 else (low, high)
+        return cls(low, high if high > low else low + 1, False, flip)
+
+    def at(self, value: float) -> float:
+        """Where a score stands; scores beyond an end stand at the end."""
+        value = (math.log10(value) if value > 0 else self.low) if self.log else value
+        share = min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
+        return round(3 + 94 * (1 - share if self.flip else share), 2)
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """Place and words of four to seven round values."""
+        span = self.high - self.low
+        if self.log:
+            step: float = math.ceil(span / 6)
+            values = [10.0 ** (self.low + step * i) for i in range(int(span / step) + 1)]
+            return [(self.at(value), f"{value:g}") for value in values]
+        rough = 10.0 ** math.floor(math.log10(span / 4))
+        step = next(rough * f for f in (1, 2, 2.5, 5, 10) if span / (rough * f) <= 6)
+        start = math.ceil(self.low / step - 1e-9)
+        values = [step * i for i in range(start, math.floor(self.high / step + 1e-9) + 1)]
+        return [(self.at(value), f"{value:g}".replace("-", "−")) for value in values]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One attack's line of the chart."""
+
+    attack: str
+    points: Sequence[tuple[float, int, bool, str]]  # place, height, recovered exactly, words
+    chance: Sequence[tuple[float, str]]
+    words: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Every score of one metric against its chance level, a line an attack."""
+
+    axis: Axis
+    metric: str
+    info: MetricInfo
+    strips: Sequence[Strip]
+    cut: bool  # some score lies beyond the axis
+
+    @classmethod
+    def of(cls, audit: Audit, metric: str) -> Chart | None:
+        """None where no run scored."""
+        info = audit.metrics[metric]
+        every = [e for run in audit.runs for e in run.examples]
+        scores = [s for e in every if (s := known(e.scores.get(metric))) is not None]
+        if not scores:
+            return None
+        axis = Axis.of([*scores, *(c for e in every if (c := known(e.chance.get(metric))) is not None)], info)
+        lines = [(name, [(r, e) for r in runs for e in r.examples]) for name, runs in by_attack(audit).items()]
+        strips = [_strip(name, pairs, axis, metric, info) for name, pairs in lines if pairs]
+        return cls(axis, metric, info, strips, cut=not axis.log and max(scores) > axis.high)
+
+
+def _strip(name: str, pairs: Sequence[tuple[Run, Example]], axis: Axis, metric: str, info: MetricInfo) -> Strip:
+    points: list[tuple[float, int, bool, str]] = []
+    chance: list[tuple[float, str]] = []
+    for run, e in pairs:
+        value, level = known(e.scores.get(metric)), known(e.chance.get(metric))
+        who = f"client {run.client}, example {e.index}"
+        if value is not None:
+            height = 7 + 5 * (len(points) % 3)  # equal scores stay countable
+            points.append((axis.at(value), height, exact(run, e), f"{who}: {score(value, info)}"))
+        if level is not None:
+            chance.append((axis.at(level), f"{who}, chance: {score(level, info)}"))
+    places = {(run.client, e.index) for run, e in pairs}
+    hit = {(run.client, e.index) for run, e in pairs if e.recovered}
+    layers = sorted({run.layer for run, _ in pairs if run.layer})
+    if layers:
+        words = f"{len(hit)} of {len(places)} exact as features of {', '.join(layers)}"
+    elif not any(metric in e.scores for _, e in pairs):
+        words = f"labels only, not scored in {title(metric)}"
+    else:
+        lost = sum(metric in e.scores and known(e.scores[metric]) is None for _, e in pairs)
+        words = f"{len(hit)} of {len(places)} exact" + (f", {lost} not recovered" if lost else "")
+    return Strip(name, points, chance, words)

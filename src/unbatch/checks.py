@@ -1,0 +1,183 @@
+"""Checks: flags about the audit itself. Each is a function of the finished runs; docs/flags.md is written from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from unbatch.results import EXACT, Audit, Example, Flag, Run
+
+NEAR_CHANCE = 3.0  # dB
+SMALL_RESIDUAL = 1e-3  # relative
+LARGE_ERROR = 0.1  # relative
+
+
+@dataclass(frozen=True)
+class Check:
+    """One flag: when it is raised, what it means and what to do."""
+
+    name: str
+    raised_if: str
+    means: str
+    do: str
+    find: Callable[[Audit], Iterable[str]]  # one sentence for each time it applies
+
+    def __call__(self, audit: Audit) -> list[Flag]:
+        words = list(dict.fromkeys(self.find(audit)))
+        return [Flag(name=self.name, words=" ".join(words), means=self.means, do=self.do)] if words else []
+
+
+def flags(audit: Audit) -> list[Flag]:
+    """Every flag that this audit raises."""
+    return [flag for check in CHECKS for flag in check(audit)]
+
+
+def _pairs(audit: Audit) -> Iterable[tuple[Run, Example]]:
+    return ((run, example) for run in audit.runs for example in run.examples)
+
+
+def _exact_claim(audit: Audit) -> Iterable[str]:
+    for run, e in _pairs(audit):
+        if run.guarantee == "exact" and e.error is not None and e.bound is not None and e.error > max(e.bound, EXACT):
+            yield f"{run.attack} claims example {e.index} of client {run.client} exactly; its error is {e.error:.1e}."
+
+
+def _bound_violated(audit: Audit) -> Iterable[str]:
+    for run, e in _pairs(audit):
+        if e.error is not None and e.bound is not None and e.error > e.bound:
+            yield f"{run.attack}, example {e.index} of client {run.client}: error {e.error:.1e} above bound {e.bound:.1e}."
+
+
+def _heuristic_beats_exact(audit: Audit) -> Iterable[str]:
+    best: dict[tuple[int, int], dict[str, float]] = {}
+    for run, e in _pairs(audit):
+        if e.error is not None:
+            kind = "heuristic" if run.guarantee == "heuristic" else "exact"
+            held = best.setdefault((run.client, e.index), {})
+            held[kind] = min(held.get(kind, float("inf")), e.error)
+    for (client, index), errors in best.items():
+        if errors.get("heuristic", float("inf")) <= EXACT < errors.get("exact", 0.0):
+            yield f"example {index} of client {client}: {errors['heuristic']:.1e} against {errors['exact']:.1e}."
+
+
+def _not_identifiable(audit: Audit) -> Iterable[str]:
+    for run in audit.runs:
+        worst = max((e.error for e in run.examples if e.error is not None), default=0.0)
+        if run.residual is not None and run.residual < SMALL_RESIDUAL and worst > LARGE_ERROR:
+            yield f"{run.attack} on client {run.client} explains the update to {run.residual:.1e} and is {worst:.0%} off."
+
+
+def _near_chance(audit: Audit) -> Iterable[str]:
+    if "psnr" not in audit.metrics:
+        return
+    for run in audit.runs:
+        gaps = [
+            score - chance
+            for e in run.examples
+            if (score := e.scores.get("psnr")) is not None and (chance := e.chance.get("psnr")) is not None
+        ]
+        if gaps and max(gaps) < NEAR_CHANCE:
+            yield f"{run.attack} on client {run.client} is at best {max(gaps):+.1f} dB from chance."
+
+
+def _not_reproducible(audit: Audit) -> Iterable[str]:
+    for client in audit.clients:
+        if not client.reproducible:
+            yield f"client {client.index} sent two different updates for the same seed."
+
+
+def _not_averaged(audit: Audit) -> Iterable[str]:
+    if audit.random_defences and not any(run.trace.get("averages") for run in audit.runs):
+        yield f"{', '.join(audit.random_defences)} is random, and no attack here averages over it."
+
+
+def _not_converged(audit: Audit) -> Iterable[str]:
+    for run in audit.runs:
+        if run.status == "cut short" or run.trace.get("converged") is False:
+            why = "was cut short" if run.status == "cut short" else "had not converged"
+            yield f"{run.attack} on client {run.client} {why}."
+
+
+def _want_of_labels(audit: Audit) -> Iterable[str]:
+    for run in audit.runs:
+        if run.status == "not applicable" and run.missing == ["labels"]:
+            yield f"{run.attack} was skipped only because the labels are not known."
+
+
+def _union(audit: Audit) -> Iterable[str]:
+    if any(spec.partition(":")[0] == "secure-aggregation" for spec in audit.defences) and audit.recovered():
+        yield f"{len(audit.recovered())} examples leak from the sum; which client holds which is not told by it."
+
+
+CHECKS: tuple[Check, ...] = (
+    Check(
+        "exact-claim-fails",
+        "an attack that declares itself exact returned a certified example whose true error is above its bound and 1e-4",
+        "The attack is wrong here. Its other exact claims deserve no trust either.",
+        "Do not quote this run. Report the case: an exact claim that fails is a defect of unbatch.",
+        _exact_claim,
+    ),
+    Check(
+        "bound-violated",
+        "the true error of an example is above the bound that came with it",
+        "The assumption behind the bound does not hold, or the bound is wrong.",
+        "Look at what changed the update (a defence, half precision), and do not quote the bound.",
+        _bound_violated,
+    ),
+    Check(
+        "heuristic-beats-exact",
+        "a heuristic attack recovered an example exactly that every exact or bounded attack missed",
+        "The exact attack stops short of what the update gives away: absence of a certificate is not safety.",
+        "Quote the worst case, as the verdict does. Report the case, since the exact attack should be improved.",
+        _heuristic_beats_exact,
+    ),
+    Check(
+        "not-identifiable",
+        "returned examples explain the update to within 0.1 % while one of them is over 10 % off",
+        "Different batches share this update: the gradient does not determine the data, whoever attacks.",
+        "Read the risk per layer to see which part is open. A small residual proves nothing here.",
+        _not_identifiable,
+    ),
+    Check(
+        "near-chance",
+        "an attack's best example is less than 3 dB above what as many prior draws score",
+        "The pictures owe their score to looking like pictures, not to the update.",
+        "Do not count them as leaked. Compare with the chance column, never with a fixed PSNR.",
+        _near_chance,
+    ),
+    Check(
+        "client-not-reproducible",
+        "the same client with the same seed sent two different updates",
+        "Something in the client reads a random generator of its own (dropout, augmentation, a nondeterministic kernel).",
+        "Fix the seed inside the model's forward or audit in eval mode; else errors mix attack and client noise.",
+        _not_reproducible,
+    ),
+    Check(
+        "random-defence-not-averaged",
+        "a defence draws random numbers and no attack in the audit averages over its draws",
+        "An attacker who sees several rounds of the same batch could average the noise away; this audit did not try.",
+        "Treat the result as valid for a single round. Account for the noise (epsilon, delta) over all rounds.",
+        _not_averaged,
+    ),
+    Check(
+        "search-not-converged",
+        "an attack was stopped by the budget or by Ctrl-C, or its own trace says that it had not converged",
+        "A longer run may recover more.",
+        "Raise --budget, or quote the result as a lower bound on the leak.",
+        _not_converged,
+    ),
+    Check(
+        "skipped-for-labels",
+        "an attack did not run for want of labels alone",
+        "Labels are often known or easily counted; the attack might succeed with them.",
+        "Run again with --knows labels, or add label-count.",
+        _want_of_labels,
+    ),
+    Check(
+        "leak-of-the-union",
+        "examples were recovered from an update that secure aggregation had summed over clients",
+        "The server learns the examples but not whose they are; secure aggregation hides the owner, not the data.",
+        "State the leak as one of the union of the clients.",
+        _union,
+    ),
+)

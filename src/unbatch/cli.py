@@ -1,0 +1,331 @@
+"""The command line. Torch is imported by the commands that need it, when they need it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from unbatch import __version__
+
+if TYPE_CHECKING:
+    from unbatch.results import Audit
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="What a shared gradient gives away: recover the batch behind it and prove it, or prove how badly any attacker "
+    "must do. Use it on gradients that you are entitled to inspect.",
+)
+out = Console()
+err = Console(stderr=True)
+
+Specs = Annotated[list[str] | None, typer.Option(metavar="NAME[:OPTION=VALUE,...]")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: where the model is.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON, nothing else.")]
+Model = Annotated[str | None, typer.Option(help="Your model: package.module:factory, a function that returns it.")]
+DataPath = Annotated[Path | None, typer.Option(help="Your data: an .npz file, a .csv file or a folder of images.")]
+LossName = Annotated[
+    str, typer.Option(help="cross-entropy, binary-cross-entropy, squared-error, or package.module:loss.")
+]
+Reduction = Annotated[str, typer.Option(help="mean or sum over the batch, for a loss given by name.")]
+Size = Annotated[int | None, typer.Option(help="Resize pictures of a folder to SIZE x SIZE.")]
+Batch = Annotated[int | None, typer.Option(help="Use only the first BATCH examples of the data.")]
+Knows = Annotated[list[str] | None, typer.Option(help="What the attacker knows besides: labels, or FIELD=VALUE.")]
+Rules = Annotated[str | None, typer.Option("--protocol", help="local_steps=4,learning_rate=0.1,mode=eval ...")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"unbatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. Works after any command.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Option("--out", help="Where report.html and audit.json go.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Audit four clients with one photograph each; write a report."""
+    from unbatch.case import Case
+    from unbatch.console import run_audit
+    from unbatch.demo import ATTACKS, BUDGET, CASE, REMEDIES
+
+    record = run_audit(
+        Case.parse(CASE),
+        folder=folder,
+        command=context.obj,
+        quiet=quiet,
+        device=device,
+        seeds=(seed,),
+        attacks=ATTACKS,
+        remedies=REMEDIES,
+        budget=BUDGET,
+    )
+    _summary(record, folder, quiet)
+
+
+@app.command()
+def audit(
+    context: typer.Context,
+    case: Annotated[
+        str | None, typer.Argument(help="A built-in case, e.g. photos:batch=4 (see `unbatch list cases`).")
+    ] = None,
+    model: Model = None,
+    data: DataPath = None,
+    loss: LossName = "cross-entropy",
+    reduction: Reduction = "mean",
+    size: Size = None,
+    batch: Batch = None,
+    observation: Annotated[
+        Path | None, typer.Option(help="A captured update: bundle.safetensors, with --model.")
+    ] = None,
+    attack: Specs = None,
+    suite: Annotated[str | None, typer.Option(help="A fixed set of attacks, instead of --attack.")] = None,
+    defence: Specs = None,
+    remedy: Annotated[list[str] | None, typer.Option(help="A defence to try beside, for comparison.")] = None,
+    metric: Specs = None,
+    analysis: Specs = None,
+    protocol: Rules = None,
+    knows: Knows = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of the attacks; give several times for several runs.")] = None,
+    budget: Annotated[float | None, typer.Option(min=0, help="Seconds for each run of an attack.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where report.html and audit.json go.")] = Path("audit"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the finished runs of the audit.json in --out.")
+    ] = False,
+    save_images: Annotated[Path | None, typer.Option(help="Write every recovered picture as a PNG there.")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attack a client's update, judge the result, write a report."""
+    from unbatch.console import run_audit, save_pictures
+    from unbatch.suites import suite as attacks_of
+    from unbatch.target import target_of
+
+    target = target_of(case, model, data, loss, reduction, size, batch, observation, protocol, knows or [])
+    if attack and suite:
+        raise ValueError("give --attack or --suite, not both.")
+    record = run_audit(
+        target,
+        folder=folder,
+        command=context.obj,
+        quiet=quiet or as_json,
+        device=device,
+        seeds=tuple(seed or (0,)),
+        attacks=attack or (attacks_of(suite) if suite else None),
+        defences=defence or (),
+        remedies=remedy or (),
+        metrics=metric,
+        analyses=analysis,
+        budget=budget,
+        resume=resume,
+    )
+    if save_images:
+        save_pictures(record, save_images)
+    if as_json:
+        typer.echo(record.model_dump_json(indent=1))
+    else:
+        _summary(record, folder, quiet)
+    if not record.complete:
+        raise typer.Exit(130)
+
+
+@app.command()
+def risk(
+    case: Annotated[str | None, typer.Argument(help="A built-in case, or give --model.")] = None,
+    model: Model = None,
+    data: DataPath = None,
+    loss: LossName = "cross-entropy",
+    reduction: Reduction = "mean",
+    size: Size = None,
+    batch: Batch = None,
+    observation: Annotated[
+        Path | None, typer.Option(help="A captured update: bundle.safetensors, with --model.")
+    ] = None,
+    analysis: Specs = None,
+    defence: Specs = None,
+    protocol: Rules = None,
+    knows: Knows = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what each layer's gradient gives away, without attacking it."""
+    from unbatch.audit import audit as run
+    from unbatch.target import target_of
+
+    target = target_of(case, model, data, loss, reduction, size, batch, observation, protocol, knows or [])
+    record = run(target, attacks=(), defences=defence or (), metrics=(), analyses=analysis, device=device)
+    if as_json:
+        typer.echo(json.dumps(record.model_dump(mode="json", include={"risks", "bounds", "verdicts"}), indent=1))
+    else:
+        _risks(record)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="attacks, defences, analyses, metrics, cases or layers.")] = None,
+) -> None:
+    """Name every plugin that is installed. Off a terminal: one name a line."""
+    from unbatch.catalogue import KINDS, summary
+
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}.")
+    found = [(name, p) for folder, plugins in KINDS.items() if kind in (None, folder) for name, p in plugins().items()]
+    if not out.is_terminal:
+        for name, _ in found:
+            typer.echo(name)
+        return
+    table = Table("kind", "name", "what it does", box=None, pad_edge=False)
+    for name, plugin in found:
+        table.add_row(plugin.kind, name, summary(plugin))
+    out.print(table)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A plugin's name, as `unbatch list` prints it.")]) -> None:
+    """Print what a plugin does, its options and its source."""
+    from unbatch.catalogue import page
+
+    typer.echo(page(name))
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(metavar="AUDIT.JSON")],
+    to: Annotated[Path | None, typer.Option("--out", help="Default: report.html beside it.")] = None,
+) -> None:
+    """Write the HTML page of a finished audit."""
+    from unbatch.report import write
+    from unbatch.results import Audit
+
+    target = to or path.with_name("report.html")
+    write(Audit.load(path), target)
+    out.print(f"wrote {target}", soft_wrap=True)
+
+
+@app.command()
+def gate(
+    path: Annotated[Path, typer.Argument(metavar="AUDIT.JSON")],
+    max_recovered: Annotated[
+        int | None, typer.Option(min=0, help="Most examples that may be recovered exactly.")
+    ] = None,
+    max_psnr: Annotated[float | None, typer.Option(help="Highest PSNR that any example may reach, in dB.")] = None,
+) -> None:
+    """Exit with 1 where an audit breaches a limit: for continuous integration."""
+    from unbatch.gate import breaches
+    from unbatch.results import Audit
+
+    found = breaches(Audit.load(path), max_recovered=max_recovered, max_psnr=max_psnr)
+    for words in found:
+        err.print(f"breach: {words}", soft_wrap=True, markup=False)
+    if found:
+        raise typer.Exit(1)
+    out.print("within the limits")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="matching")],
+    data: Annotated[
+        Path | None, typer.Option(help="A folder with real data sets; default: bundled photographs.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="For each attack on each problem.")] = 60.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option()] = "cpu",
+    to: Annotated[Path | None, typer.Option("--out", help="Folder for JSON and plots.")] = Path("benchmarks/results"),
+) -> None:
+    """Measure, print and store a benchmark."""
+    from unbatch import benchmarks
+
+    module = benchmarks.find(name)
+    out.print(module.table(module.run(data=data, seconds=seconds, seed=seed, device=device, out=to)))
+
+
+def _summary(record: Audit, folder: Path, quiet: bool) -> None:
+    if not quiet:
+        table = Table("client", "example", "attack", "score", "chance", box=None, pad_edge=False)
+        metric = next((m for m in ("psnr", "l2-error", *record.metrics) if m in record.metrics), None)
+        if metric is not None:
+            info = record.metrics[metric]
+            for (client, index), best in record.worst(metric).items():
+                chance = best and next(e.chance.get(metric) for e in best[1].examples if e.index == index)
+                cells = (best[1].attack, f"{best[0]:.4g} {info.unit}") if best else ("", "not recovered")
+                table.add_row(str(client), str(index), *cells, "" if chance is None else f"{chance:.4g} {info.unit}")
+            out.print(table)
+        for run in record.runs:
+            if run.words:
+                out.print(f"{run.attack}, client {run.client}: {run.status}: {run.words}", markup=False)
+        for note in record.notes:
+            out.print(note, markup=False)
+        for flag in record.flags:
+            out.print(f"flag {flag.name}: {flag.words}", markup=False)
+    out.print(record.verdict(), style="bold", markup=False)
+    out.print(f"{folder / 'report.html'}  {folder / 'audit.json'}", soft_wrap=True, markup=False)
+
+
+def _risks(record: Audit) -> None:
+    table = Table("layer", "kind", "rank", "equations", "unknowns", "verdict", box=None, pad_edge=False)
+    for r in record.risks:
+        table.add_row(r.layer or "(model)", r.kind, str(r.rank), f"{r.equations:,}", f"{r.unknowns:,}", r.words)
+    out.print(table)
+    for b in record.bounds:
+        out.print(f"{b.name} = {b.value:.4g} for {b.scope} attackers; {b.assumptions} ({b.source})", markup=False)
+    for v in record.verdicts:
+        out.print(f"{v.name} = {v.value:.4g}: {v.words}", markup=False)
+    for note in record.notes:
+        out.print(note, markup=False)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; every error the user can mend is one message and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(
+            args=[word for word in words if word != "--debug"],
+            prog_name="unbatch",
+            standalone_mode=False,
+            obj=shlex.join(["unbatch", *words]),  # for the record
+        )
+    except KeyboardInterrupt:
+        err.print("stopped; finished runs are kept (--resume goes on from them).")
+        sys.exit(130)
+    except Exception as error:  # the one place where an error becomes a message
+        if debug:
+            traceback.print_exc()
+        show_usage = getattr(error, "format_message", None)
+        text = show_usage() if show_usage else str(error) or type(error).__name__
+        known = isinstance(error, (ValueError, OSError)) or show_usage is not None or _is_obstacle(error)
+        hint = "" if known else f" This is a defect of unbatch ({type(error).__name__}); --debug shows where."
+        err.print(f"error: {text}{hint}", soft_wrap=True, markup=False, highlight=False)
+        sys.exit(2)
+    sys.exit(code or 0)
+
+
+def _is_obstacle(error: Exception) -> bool:
+    return type(error).__name__ == "NotApplicable"

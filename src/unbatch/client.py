@@ -1,0 +1,66 @@
+"""Client: the honest client's step, with defences wrapped round it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.case import Setting
+from unbatch.defence import Defence, Round, Step
+from unbatch.loss import Loss
+from unbatch.observation import Knowledge, Observation
+from unbatch.protocol import Protocol, Update, local_update
+from unbatch.truth import Truth
+
+
+def observe(
+    model: nn.Module,
+    loss: Loss,
+    x: Tensor,
+    y: Tensor,
+    *,
+    knowledge: Knowledge | None = None,
+    protocol: Protocol | None = None,
+    defences: Sequence[Defence | str] = (),
+    seed: int = 0,
+) -> tuple[Observation, Truth]:
+    """Run one honest client's step on the private batch; return what the server sees, and the truth for the judge.
+
+    `knowledge` comes on top of what the round itself makes public: input_shape, batch_size, the protocol's numbers and
+    what each defence publishes. Defences are applied in order, the first one outermost.
+    Raises ValueError: inputs, labels and model do not fit together.
+    """
+    Setting(model=model, loss=loss, inputs=x, labels=y)  # refuses what does not fit
+    protocol = protocol or Protocol()
+    wrapped = [Defence.parse(defence) if isinstance(defence, str) else defence for defence in defences]
+    step: Step = honest_step
+    for defence in reversed(wrapped):
+        step = defence.wrap(step)
+    first = next(model.parameters())
+    inputs = x.to(first.device, first.dtype) if x.is_floating_point() else x.to(first.device)
+    labels = y.to(first.device)
+    before = copy.deepcopy(model)
+    rng = torch.Generator().manual_seed(seed)
+    update = step(Round(model=model, loss=loss, inputs=inputs, labels=labels, protocol=protocol, rng=rng))
+    public = Knowledge(input_shape=tuple(x.shape[1:]), batch_size=len(x)) | published(protocol)
+    for defence in reversed(wrapped):
+        public = defence.public(public)
+    declared = loss
+    for defence in wrapped:
+        declared = defence.loss(declared)
+    seen = {name: tensor.detach().clone() for name, tensor in update.items()}
+    observation = Observation(model=before, loss=declared, update=seen, knowledge=public | (knowledge or Knowledge()))
+    return observation, Truth(inputs=inputs.detach().clone(), labels=labels.clone())
+
+
+def honest_step(round_: Round) -> Update:
+    """What a client without any defence sends."""
+    return local_update(round_.model, round_.loss, round_.inputs, round_.labels, round_.protocol)
+
+
+def published(protocol: Protocol) -> Knowledge:
+    """The protocol's own numbers, which the server set."""
+    return Knowledge(**{name: value for name, value in protocol if value is not None})

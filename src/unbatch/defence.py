@@ -1,0 +1,65 @@
+"""Defence: middleware round the client's step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.loss import Loss
+from unbatch.observation import Knowledge
+from unbatch.plugin import Plugin
+from unbatch.protocol import Protocol, Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of training as the client runs it; a defence may hand on a changed copy (dataclasses.replace)."""
+
+    model: nn.Module
+    loss: Loss
+    inputs: Tensor  # [n, *input_shape]
+    labels: Tensor  # [n]
+    protocol: Protocol
+    rng: torch.Generator
+
+
+Step = Callable[[Round], Update]
+
+
+class Defence(Plugin, ABC):
+    """Wraps the client's step. The first defence given is the outermost: it is the last to touch the update."""
+
+    kind: ClassVar[str] = "defence"
+    folder: ClassVar[str] = "defences"
+
+    paper: ClassVar[str]
+    random: ClassVar[bool] = False  # whether its update differs from draw to draw
+    identity: ClassVar[str]  # the spelling at zero strength, which changes nothing (a contract test)
+
+    def __str__(self) -> str:
+        """The full spelling: a record of an audit must show a defence's strength, default or not."""
+        return self._spelt(dict(self))
+
+    @abstractmethod
+    def wrap(self, step: Step) -> Step:
+        """A step with the defence round it; may call `step` never, once or many times."""
+
+    def public(self, known: Knowledge) -> Knowledge:
+        """What the server knows of an update with this defence round it, given what it knows of the update within."""
+        return known
+
+    def loss(self, loss: Loss) -> Loss:
+        """The loss that the protocol declares with this defence in it, where it changes the loss for good."""
+        return loss
+
+    def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
+        """Log-likelihood of the update as sent given the clean one, up to a constant: the adaptive attack's loss.
+
+        None: it has no tractable likelihood.
+        """
+        return None

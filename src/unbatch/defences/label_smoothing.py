@@ -1,0 +1,50 @@
+"""label-smoothing: the client trains on labels that are not quite certain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unbatch.defence import Defence, Round, Step
+from unbatch.loss import Loss
+from unbatch.protocol import Update
+
+
+@final
+class LabelSmoothing(Defence):
+    """L(o, y) -> (1 - epsilon) L(o, y) + (epsilon / K) sum_k L(o, k), over the K classes (or the bits 0 and 1).
+
+    For cross entropy and binary cross entropy this is training on smoothed targets.
+    Raises ValueError: labels that are neither classes nor bits.
+    """
+
+    paper: ClassVar[str] = "Szegedy et al., CVPR 2016"
+    identity: ClassVar[str] = "label-smoothing:epsilon=0"
+
+    epsilon: Annotated[float, Field(ge=0, lt=1, description="weight of the uniform label")] = 0.1
+
+    def wrap(self, step: Step) -> Step:
+        def smoothed(round_: Round) -> Update:
+            if not self.epsilon:
+                return step(round_)
+            labels = round_.labels
+            if labels.is_floating_point() and not bool(((labels == 0) | (labels == 1)).all()):
+                raise ValueError(f"{self} smooths class numbers or bits; these labels are real numbers, leave it out.")
+            return step(replace(round_, loss=self.loss(round_.loss)))
+
+        return smoothed
+
+    def loss(self, loss: Loss) -> Loss:
+        if not self.epsilon:
+            return loss
+
+        def smoothed(outputs: Tensor, y: Tensor) -> Tensor:
+            k = 2 if y.is_floating_point() or outputs.ndim < 2 else max(outputs.shape[1], 2)
+            uniform = torch.stack([loss(outputs, torch.full_like(y, c)) for c in range(k)]).mean()
+            return (1 - self.epsilon) * loss(outputs, y) + self.epsilon * uniform
+
+        return smoothed

@@ -1,0 +1,49 @@
+"""mixup: the client trains on blends of pairs of its examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar, final
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unbatch.defence import Defence, Round, Step
+from unbatch.protocol import Update
+
+
+@final
+class Mixup(Defence):
+    """x_i -> l x_i + (1 - l) x_j and L -> l L(o, y_i) + (1 - l) L(o, y_j): j = pi(i) a random permutation of the
+    batch, l ~ Beta(alpha, alpha), both drawn once a round.
+
+    Raises ValueError: inputs are tokens, which cannot be blended.
+    """
+
+    paper: ClassVar[str] = "Zhang et al., ICLR 2018"
+    random: ClassVar[bool] = True
+    identity: ClassVar[str] = "mixup:alpha=0"
+
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False, description="of the Beta law of the blend")] = 1.0
+
+    def wrap(self, step: Step) -> Step:
+        def mixed(round_: Round) -> Update:
+            if not self.alpha:
+                return step(round_)
+            x, y = round_.inputs, round_.labels
+            if not x.is_floating_point():
+                raise ValueError(f"{self} blends real-valued inputs; these are {x.dtype} tokens, leave it out.")
+            seed = int(torch.randint(2**62, (), generator=round_.rng))
+            blend = float(np.random.default_rng(seed).beta(self.alpha, self.alpha))
+            order = torch.randperm(len(x), generator=round_.rng).to(x.device)
+
+            def loss(outputs: Tensor, pair: Tensor) -> Tensor:
+                first, second = pair.unbind(1)
+                return blend * round_.loss(outputs, first) + (1 - blend) * round_.loss(outputs, second)
+
+            pairs = torch.stack([y, y[order]], 1)  # one tensor, so that local batches and shares cut both alike
+            return step(replace(round_, inputs=blend * x + (1 - blend) * x[order], labels=pairs, loss=loss))
+
+        return mixed

@@ -1,0 +1,44 @@
+"""prune: only the largest entries of the update are sent."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unbatch.defence import Defence, Round, Step
+from unbatch.protocol import Update
+
+
+@final
+class Prune(Defence):
+    """The floor(share N) entries of least magnitude among all N of the update become zero (top-k sparsification)."""
+
+    paper: ClassVar[str] = "Lin et al., Deep Gradient Compression, ICLR 2018; Zhu, Liu and Han, NeurIPS 2019"
+    identity: ClassVar[str] = "prune:share=0"
+
+    share: Annotated[float, Field(ge=0, lt=1, description="of the entries dropped")] = 0.9
+
+    def wrap(self, step: Step) -> Step:
+        def pruned(round_: Round) -> Update:
+            update = step(round_)
+            sizes = torch.cat([u.detach().abs().flatten() for u in update.values()])
+            dropped = int(self.share * len(sizes))
+            if not dropped:
+                return update
+            keep = torch.ones_like(sizes, dtype=torch.bool)
+            keep[sizes.argsort(stable=True)[:dropped]] = False
+            masks = torch.split(keep, [u.numel() for u in update.values()])
+            return {
+                name: torch.where(mask.view_as(u), u, torch.zeros_like(u))
+                for (name, u), mask in zip(update.items(), masks, strict=True)
+            }
+
+        return pruned
+
+    def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
+        """-|seen - clean|^2 / 2 over the entries that were kept: the limit of small Gaussian noise, in its own unit."""
+        off = [((seen[name] - u) * (seen[name] != 0)).double().square().sum() for name, u in clean.items()]
+        return -torch.stack(off).sum() / 2

@@ -1,0 +1,51 @@
+"""secure-aggregation: the server sees only the sum of several clients' updates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Annotated, ClassVar, final
+
+import torch
+from pydantic import Field
+
+from unbatch.defence import Defence, Round, Step
+from unbatch.observation import Knowledge
+from unbatch.protocol import Update
+
+
+@final
+class SecureAggregation(Defence):
+    """u = sum_c step(share c): the private batch is the union of the clients' shares, each of which runs the step.
+
+    The shares follow the order of the batch, the first n mod clients of them one larger (torch.tensor_split). What is
+    recovered belongs to somebody in the union. Raises ValueError: more clients than examples.
+    """
+
+    paper: ClassVar[str] = "Bonawitz et al., CCS 2017"
+    identity: ClassVar[str] = "secure-aggregation:clients=1"
+
+    clients: Annotated[int, Field(ge=1, description="clients that the private batch is dealt to")] = 2
+
+    def wrap(self, step: Step) -> Step:
+        def summed(round_: Round) -> Update:
+            n = len(round_.inputs)
+            if self.clients > n:
+                raise ValueError(
+                    f"{self} deals {n} examples to {self.clients} clients; give at most {n} clients or a larger batch."
+                )
+            shares = zip(
+                round_.inputs.tensor_split(self.clients), round_.labels.tensor_split(self.clients), strict=True
+            )
+            updates = [step(replace(round_, inputs=x, labels=y)) for x, y in shares]
+            if self.clients == 1:
+                return updates[0]
+            return {name: torch.stack([u[name] for u in updates]).sum(0) for name in updates[0]}
+
+        return summed
+
+    def public(self, known: Knowledge) -> Knowledge:
+        summed = known | Knowledge(clients=self.clients)
+        if "noise" not in known:
+            return summed
+        return summed | Knowledge(noise=known.noise * math.sqrt(self.clients))  # every client added its own

@@ -1,0 +1,8 @@
+"""Demo: what `unbatch demo` audits, in under two minutes."""
+
+from __future__ import annotations
+
+CASE = "photos:clients=4,width=256,activation=gelu"
+ATTACKS = ("bias-ratio", "gradient-matching")
+REMEDIES = ("clip:norm=0.1", "noise:sigma=0.01", "noise:sigma=0.1")
+BUDGET = 5.0  # seconds for each run of an attack

@@ -1,0 +1,130 @@
+"""Domain: what kind of thing an example is; its distance, a prior draw, and how to show it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain(ABC):
+    """Examples of one kind. `low` and `high` are the range of an input's entries, as the model takes them."""
+
+    name: ClassVar[str]
+    shape: tuple[int, ...]
+    low: float = 0.0
+    high: float = 1.0
+
+    @abstractmethod
+    def prior(self, n: int, rng: torch.Generator) -> Tensor:
+        """n draws [n, *shape] that look like an example but know nothing of the private ones: the chance column."""
+
+    @abstractmethod
+    def render(self, example: Tensor) -> str:
+        """One example [*shape] for people: a PNG as a data URI where it is a picture, else text."""
+
+    def distance(self, found: Tensor, true: Tensor) -> Tensor:
+        """Mean squared difference of every pair: [k, *shape], [n, *shape] -> [k, n]."""
+        a = found.detach().double().cpu().reshape(len(found), -1)
+        b = true.detach().double().cpu().reshape(len(true), -1)
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square() / max(b.shape[1], 1)
+
+    def difference(self, found: Tensor, true: Tensor) -> str:
+        """What separates a recovered example from the private one, rendered; empty where it has no picture."""
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Domain):
+    """Pictures [c, h, w] with one or three channels."""
+
+    name: ClassVar[str] = "images"
+
+    def prior(self, n: int, rng: torch.Generator) -> Tensor:
+        """Random smooth pictures: octaves of noise, weighted like natural images (amplitude 1 / frequency)."""
+        c, h, w = self.shape
+        picture = torch.zeros(n, c, h, w)
+        side = 2
+        while side <= max(h, w):
+            noise = torch.randn(n, c, side, side, generator=rng)
+            picture += F.interpolate(noise, size=(h, w), mode="bicubic", align_corners=False) / side
+            side *= 2
+        picture = 0.5 + 0.25 * picture / picture.flatten(1).std(1).clamp_min(1e-9).view(n, 1, 1, 1)
+        return self.low + (self.high - self.low) * picture.clamp(0, 1)
+
+    def render(self, example: Tensor) -> str:
+        return _png((example.detach().double().cpu() - self.low) / (self.high - self.low))
+
+    def difference(self, found: Tensor, true: Tensor) -> str:
+        gap = (found.detach().double().cpu() - true.detach().double().cpu()) / (self.high - self.low)
+        return _png(gap.abs())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table(Domain):
+    """Rows of numbers [d] with named columns."""
+
+    name: ClassVar[str] = "table"
+    columns: Sequence[str] = ()
+
+    def prior(self, n: int, rng: torch.Generator) -> Tensor:
+        """Standard normal rows, cut to the range: what standardised columns look like."""
+        return torch.randn(n, *self.shape, generator=rng).clamp(self.low, self.high)
+
+    def render(self, example: Tensor) -> str:
+        values = example.detach().flatten().tolist()
+        names = self.columns or [f"x{i}" for i in range(len(values))]
+        return ", ".join(f"{name} = {value:.4g}" for name, value in zip(names, values, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Domain):
+    """Sequences of token numbers [length]; `high` is the vocabulary's last number."""
+
+    name: ClassVar[str] = "tokens"
+    vocabulary: Sequence[str] = ()
+
+    def prior(self, n: int, rng: torch.Generator) -> Tensor:
+        return torch.randint(int(self.high) + 1, (n, *self.shape), generator=rng)
+
+    def distance(self, found: Tensor, true: Tensor) -> Tensor:
+        """Share of positions whose token differs: [k, length], [n, length] -> [k, n]."""
+        return (found[:, None].round() != true[None]).flatten(2).double().mean(2)
+
+    def render(self, example: Tensor) -> str:
+        numbers = [int(token) for token in example.flatten().tolist()]
+        return " ".join(self.vocabulary[i] for i in numbers) if self.vocabulary else " ".join(map(str, numbers))
+
+
+def domain_of(inputs: Tensor) -> Domain:
+    """The domain that a batch [n, ...] looks like: pictures with 1 or 3 channels, tokens, else a table.
+
+    Entries within [0, 1] are taken to have that range; others the batch's own extremes, widened to be distinct.
+    """
+    shape = tuple(inputs.shape[1:])
+    low, high = (float(inputs.min()), float(inputs.max())) if inputs.numel() else (0.0, 1.0)
+    low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, max(high, low + 1.0))
+    if not inputs.is_floating_point():
+        return Tokens(shape=shape, low=0.0, high=high)
+    if len(shape) == 3 and shape[0] in (1, 3):
+        return Images(shape=shape, low=low, high=high)
+    return Table(shape=shape, low=low, high=high)
+
+
+def _png(picture: Tensor) -> str:
+    """[c, h, w] in [0, 1] as a PNG data URI."""
+    from PIL import Image
+
+    pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+    array = pixels[0].numpy() if len(pixels) == 1 else pixels[:3].permute(1, 2, 0).contiguous().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,31 @@
+"""Gate: whether an audit stays within limits, for continuous integration."""
+
+from __future__ import annotations
+
+from unbatch.results import Audit
+
+
+def breaches(audit: Audit, *, max_recovered: int | None = None, max_psnr: float | None = None) -> list[str]:
+    """The limits that the audit breaches, in words. An audit that proves nothing breaches every gate.
+
+    Raises ValueError: no limit is given, or one that this audit cannot answer.
+    """
+    if max_recovered is None and max_psnr is None:
+        raise ValueError("a gate needs a limit: --max-recovered N, --max-psnr DB, or both.")
+    found = []
+    if not any(run.status in ("done", "cut short") for run in audit.runs):
+        found.append("no attack could run, so nothing is known; a gate does not pass on that.")
+    if not audit.complete:
+        found.append("the audit was stopped before its end; resume it with --resume.")
+    failed = [run.attack for run in audit.runs if run.status == "failed"]
+    if failed:
+        found.append(f"{', '.join(sorted(set(failed)))} failed; what it would have found is not known.")
+    if max_recovered is not None and len(audit.recovered()) > max_recovered:
+        found.append(f"{len(audit.recovered())} examples recovered exactly, at most {max_recovered} allowed.")
+    if max_psnr is not None:
+        if "psnr" not in audit.metrics:
+            raise ValueError("this audit has no psnr (a captured update has no truth to compare with); gate on others.")
+        scores = {key: best[0] for key, best in audit.worst("psnr").items() if best and best[0] > max_psnr}
+        for (client, index), score in scores.items():
+            found.append(f"example {index} of client {client} at {score:.1f} dB, at most {max_psnr:g} dB allowed.")
+    return found

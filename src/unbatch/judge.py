@@ -1,0 +1,121 @@
+"""Judge: hold what an attack returned against the truth and against chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbatch.case import Setting
+from unbatch.domain import Domain, Table
+from unbatch.metric import Matching, Metric, match
+from unbatch.network import layer_inputs
+from unbatch.observation import Observation, Reconstruction
+from unbatch.results import Example, Run
+from unbatch.truth import Truth
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges runs in one domain with the metrics that have a meaning there."""
+
+    domain: Domain
+    metrics: Mapping[str, Metric]
+
+    def fill(
+        self, run: Run, found: Reconstruction, obs: Observation, truth: Truth | None, setting: Setting | None
+    ) -> None:
+        """Write into `run` what the reconstruction is worth; without a truth, what it is.
+
+        Features of a deeper layer are held against the true features: they get an error, but no score as a picture.
+        """
+        run.guesses, run.layer, run.up_to = len(found), found.layer, sorted(found.up_to)
+        run.trace = {key: _plain(value) for key, value in found.trace.items()}
+        run.residual = found.trace.get("residual")
+        if truth is None or setting is None:
+            run.examples = [self._returned(found, i) for i in range(len(found))]
+            return
+        domain, shown = self.domain, not found.layer
+        if found.layer:
+            features = layer_inputs(obs.model, found.layer, truth.inputs, obs.protocol.mode)
+            truth = Truth(inputs=features, labels=truth.labels)
+            domain = Table(shape=tuple(features.shape[1:]), low=float(features.min()), high=float(features.max()))
+        rng = torch.Generator().manual_seed(run.seed)
+        matching = match(found, truth, domain)
+        guess = _guess(found, truth, domain, len(setting.classes), rng)
+        scores = self._scores(found, truth, matching)
+        chance = self._scores(guess, truth, match(guess, truth, domain))
+        run.examples = [
+            Example(
+                index=j,
+                scores={name: values[j] for name, values in scores.items()},
+                chance={name: values[j] for name, values in chance.items()},
+            )
+            for j in range(len(truth))
+        ]
+        for pair, (i, j) in enumerate(zip(matching.found.tolist(), matching.true.tolist(), strict=True)):
+            example = run.examples[j]
+            example.bound = _claim(found, i)
+            if found.labels is not None:
+                example.label = setting.label_name(found.labels[i])
+            if matching.inputs is not None:
+                x, true = matching.inputs[pair], truth.inputs[j].double().cpu()
+                example.error = float((x - true).norm() / (true.norm() or 1.0))
+                example.picture = domain.render(x) if shown else None
+                example.difference = domain.difference(x, true) if shown else None
+
+    def _returned(self, found: Reconstruction, i: int) -> Example:
+        shown = found.inputs is not None and not found.layer
+        return Example(
+            index=i,
+            bound=_claim(found, i),
+            picture=self.domain.render(found.inputs[i]) if shown and found.inputs is not None else None,
+            label=str(found.labels[i].tolist()) if found.labels is not None else None,
+        )
+
+    def _scores(self, found: Reconstruction, truth: Truth, matching: Matching) -> dict[str, list[float | None]]:
+        """Per metric and private example; None where it is not matched. One matching for all metrics."""
+        scores: dict[str, list[float | None]] = {}
+        for name, metric in self.metrics.items():
+            if metric.subject == "labels":
+                if found.labels is None:
+                    continue
+                values = metric.score(found.labels.cpu()[matching.found], truth.labels.cpu()[matching.true])
+            elif matching.inputs is None or found.layer:
+                continue
+            else:
+                values = metric.score(matching.inputs, truth.inputs.double().cpu()[matching.true])
+            held: list[float | None] = [None] * len(truth)
+            for j, value in zip(matching.true.tolist(), values.tolist(), strict=True):
+                held[j] = value
+            scores[name] = held
+        return scores
+
+
+def _guess(found: Reconstruction, truth: Truth, domain: Domain, classes: int, rng: torch.Generator) -> Reconstruction:
+    """As many guesses as the attack made, drawn from the prior: what chance would score."""
+    inputs = labels = None
+    if found.inputs is not None:
+        inputs = domain.prior(len(found), rng).to(truth.inputs.dtype)
+    if found.labels is not None:
+        k = max(classes, int(truth.labels.max()) + 1, 2) if not truth.labels.is_floating_point() else 2
+        labels = torch.randint(k, (len(found), *truth.labels.shape[1:]), generator=rng)
+    return Reconstruction(inputs=inputs, labels=labels, layer=found.layer, up_to=found.up_to)
+
+
+def _claim(found: Reconstruction, i: int) -> float | None:
+    return float(found.bound[i]) if found.bound is not None and bool(found.bound[i].isfinite()) else None
+
+
+def _plain(value: Any) -> Any:
+    """A trace entry as JSON can hold it."""
+    if isinstance(value, Tensor):
+        return value.tolist() if value.numel() <= 1000 else f"{tuple(value.shape)} numbers"
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

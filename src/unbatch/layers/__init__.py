@@ -1,0 +1,1 @@
+"""Layer rules, one kind of layer per file; found, never listed."""

@@ -1,0 +1,85 @@
+"""Metric: how near a recovered example is to the private one; and the one matching that every metric shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from unbatch.domain import Domain
+from unbatch.observation import Reconstruction
+from unbatch.plugin import Plugin
+from unbatch.truth import Truth
+
+
+class Metric(Plugin, ABC):
+    """Scores matched pairs."""
+
+    kind: ClassVar[str] = "metric"
+    folder: ClassVar[str] = "metrics"
+
+    subject: ClassVar[Literal["inputs", "labels"]] = "inputs"
+    higher_is_better: ClassVar[bool]
+    unit: ClassVar[str] = ""
+    best: ClassVar[float]  # the score of an example compared with itself
+
+    @abstractmethod
+    def score(self, found: Tensor, true: Tensor) -> Tensor:
+        """Scores of matched pairs: [p, ...], [p, ...] -> [p]."""
+
+    def on(self, domain: Domain) -> Self | None:
+        """This metric with its scale set for the domain; None where it has no meaning there."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching:
+    """A one-to-one assignment of recovered to private examples, with sign and scale resolved where `up_to` allows."""
+
+    found: Tensor  # [p] indices into the reconstruction
+    true: Tensor  # [p] indices into the truth
+    inputs: Tensor | None  # [p, ...] the matched reconstructions, resolved
+    factor: Tensor  # [p] what each was multiplied by
+
+
+def match(found: Reconstruction, truth: Truth, domain: Domain) -> Matching:
+    """Assign recovered to private examples, one to one, at the least total distance of the domain.
+
+    Sign (scale) is chosen per pair, only where `found.up_to` holds it. An attack on labels alone is matched by label.
+    Where `found` holds a layer's features, `truth` must hold the true features, and `domain` be theirs.
+    p = min(k, n): further private examples stay unmatched, further guesses count for nothing.
+    """
+    k, n = len(found), len(truth)
+    if not k:
+        cost, factor = torch.zeros(0, n).double(), torch.ones(0, n).double()
+    elif found.inputs is None:
+        labels = found.labels if found.labels is not None else torch.full((k,), -1)
+        cost = (labels.reshape(k, 1, -1).cpu() != truth.labels.reshape(1, n, -1).cpu()).any(-1).double()
+        factor = torch.ones(k, n, dtype=torch.float64)
+    else:
+        a = found.inputs.detach().double().cpu().reshape(k, -1)  # [k, d]
+        b = truth.inputs.detach().double().cpu().reshape(n, -1)  # [n, d]
+        factor = torch.ones(k, n, dtype=torch.float64)
+        if "scale" in found.up_to:
+            factor = (a @ b.T) / a.square().sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+            if "sign" not in found.up_to:
+                factor = factor.clamp_min(0)
+        elif "sign" in found.up_to:
+            factor = torch.where(a @ b.T < 0, -1.0, 1.0).double()
+        if bool((factor == 1).all()):
+            cost = domain.distance(found.inputs, truth.inputs).double().cpu()
+        else:
+            shape = truth.inputs.shape[1:]
+            rows = [(factor[:, j : j + 1] * a).reshape(k, *shape) for j in range(n)]
+            cost = torch.cat([domain.distance(row, truth.inputs[j : j + 1]) for j, row in enumerate(rows)], 1).double()
+    rows_, columns = linear_sum_assignment(cost.numpy())
+    i, j = torch.as_tensor(rows_, dtype=torch.long), torch.as_tensor(columns, dtype=torch.long)
+    resolved = None
+    if found.inputs is not None:
+        scale = factor[i, j].reshape(-1, *[1] * (found.inputs.ndim - 1))
+        resolved = found.inputs.detach().double().cpu()[i] * scale
+    return Matching(found=i, true=j, inputs=resolved, factor=factor[i, j])

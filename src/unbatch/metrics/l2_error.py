@@ -1,0 +1,23 @@
+"""l2-error: relative l2 distance."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from unbatch.metric import Metric
+
+
+@final
+class L2Error(Metric):
+    """|found - true| / |true| per pair; for an all-zero true example |found|."""
+
+    higher_is_better: ClassVar[bool] = False
+    best: ClassVar[float] = 0.0
+
+    def score(self, found: Tensor, true: Tensor) -> Tensor:
+        gap: Tensor = torch.linalg.vector_norm((found - true).double().flatten(1), dim=1)
+        size: Tensor = torch.linalg.vector_norm(true.double().flatten(1), dim=1)
+        return gap / torch.where(size > 0, size, torch.ones_like(size))

@@ -1,0 +1,22 @@
+"""label-accuracy: whether the recovered label is the private one."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from unbatch.metric import Metric
+
+
+@final
+class LabelAccuracy(Metric):
+    """1 where the matched label is right, else 0; labels are matched with their examples, or alone by value."""
+
+    subject: ClassVar = "labels"
+    higher_is_better: ClassVar[bool] = True
+    best: ClassVar[float] = 1.0
+
+    def score(self, found: Tensor, true: Tensor) -> Tensor:
+        same = found == true
+        return same.flatten(1).all(1).double() if same.ndim > 1 else same.double()

@@ -1,0 +1,143 @@
+"""Simultaneous diagonalisation: V and d from noisy symmetric matrices E_q = V diag(d_q) V^T, V square and not orthogonal.
+
+This is the CP decomposition of the three-way tensor E [q, n, n] with factors (d, V, V), and of a symmetric tensor of any
+order when its slices are stacked. It is unique (columns of V up to order and scale) where the columns d_:i are pairwise
+non-parallel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DRAWS = 32  # pairs of random contractions tried for a start
+KEPT = 4  # starts that are refined
+
+
+def compress(slices: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """E [n, n, n] and C [n, q] with E = C slices: the n leading combinations of slices [q, n, n].
+
+    Noise-free slices of n components span at most n dimensions, so the rest is noise. C has orthonormal rows.
+    """
+    flat = slices.flatten(1)  # [q, n^2]
+    if len(flat) < n:
+        flat = torch.cat([flat, flat.new_zeros(n - len(flat), flat.shape[1])])
+    left = torch.linalg.svd(flat, full_matrices=False).U
+    C = left[:, :n].T
+    return (C @ flat).reshape(-1, n, n), C[:, : len(slices)]
+
+
+def diagonalise(E: Tensor, rng: torch.Generator) -> Tensor:
+    """V [n, n], columns of unit norm, that fits E_q = V diag(d_q) V^T best in least squares among the starts tried.
+
+    Starts are eigenvectors of A B^-1 for random contractions A, B of E [q, n, n] (Jennrich; many draws, since one draw's
+    eigenvalues may cluster: Kuleshov, Chaganty, Liang 2015); those that fit best are refined.
+    """
+    n = E.shape[1]
+    if n == 1:
+        return torch.ones(1, 1, dtype=E.dtype, device=E.device)
+    starts = sorted((_eigenvectors(E, rng) for _ in range(DRAWS)), key=lambda V: misfit(E, V))
+    ends = [refine(E, V) for V in starts[:KEPT]]
+    return min(ends, key=lambda V: misfit(E, V))
+
+
+def refine(E: Tensor, V: Tensor, *, steps: int = 50) -> Tensor:
+    """Levenberg-Marquardt on `misfit`, d eliminated, from V; columns are kept at unit norm."""
+    damping, best = 1e-3, misfit(E, V)
+    for _ in range(steps):
+        d, left = _best(E, V)
+        H = _normal(V, d)
+        right = _gradient(V, d, left)
+        while True:
+            move = torch.linalg.solve(H + damping * torch.diag(H.diagonal() + H.diagonal().max() * 1e-12), right)
+            tried = _unit(V + move.view(V.T.shape).T)
+            size = misfit(E, tried)
+            if size <= best or damping > 1e6:
+                break
+            damping *= 10
+        if size > best:
+            break
+        done = size > best * (1 - 1e-12)
+        V, best, damping = tried, size, max(damping / 10, 1e-12)
+        if done:
+            break
+    return V
+
+
+def response(E: Tensor, V: Tensor, change: Tensor) -> Tensor:
+    """First-order change [..., n, n] of the least-squares V where E changes by `change` [..., q, n, n].
+
+    Gauss-Newton: H vec(dV) = J^T vec(change) with the normal matrix of `_normal`, by pseudo-inverse, since the scale of a
+    column is free.
+    """
+    n = len(V)
+    d, _ = _best(E, V)
+    values, vectors = torch.linalg.eigh(_normal(V, d))
+    kept = values > 1e-11 * values[-1]
+    inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
+    flat = change.reshape(-1, *E.shape)
+    moves = [inverse @ _gradient(V, d, _remove(V, one)) for one in flat]
+    return torch.stack(moves).view(*change.shape[:-3], n, n).mT
+
+
+def misfit(E: Tensor, V: Tensor) -> float:
+    """sum_q |E_q - V diag(d_q) V^T|^2 at the best d."""
+    return float(_remove(V, E).square().sum())
+
+
+def tangent_misfit(E: Tensor, V: Tensor, change: Tensor) -> float:
+    """What `response` and a change of d leave of a `change` of E [q, n, n], squared: pure noise leaves noise."""
+    d, _ = _best(E, V)
+    half = (response(E, V, change) * d[:, None, :]) @ V.T
+    return misfit(change - half - half.mT, V)
+
+
+def _best(E: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """The best d [q, n] for V, and what it leaves of E."""
+    M = (V.T @ V).square()
+    inner = torch.einsum("ai,qab,bi->iq", V, E, V)
+    d = (torch.linalg.pinv(M, hermitian=True, rtol=1e-14) @ inner).T
+    return d, E - (V * d[:, None, :]) @ V.T
+
+
+def _remove(V: Tensor, E: Tensor) -> Tensor:
+    return _best(E, V)[1]
+
+
+def _normal(V: Tensor, d: Tensor) -> Tensor:
+    """The Gauss-Newton matrix [n n, n n] of vec(V) by columns, d eliminated; G = V^T V, S = d^T d, B_i = V diag(G_i).
+
+    H_ij = 2 S_ij (G_ij I + v_j v_i^T - 2 B_i (G o G)^-1 B_j^T)
+    """
+    n = len(V)
+    G, S = V.T @ V, d.T @ d
+    B = torch.einsum("ij,aj->iaj", G, V)  # [i, a, j]
+    inverse = torch.linalg.pinv(G.square(), hermitian=True, rtol=1e-14)
+    H = -2 * torch.einsum("iaj,jk,lbk->ialb", B, inverse, B) + torch.einsum("al,bi->ialb", V, V)
+    H += torch.einsum("il,ab->ialb", G, torch.eye(n, dtype=V.dtype, device=V.device))
+    return (2 * S[:, None, :, None] * H).reshape(n * n, n * n)
+
+
+def _gradient(V: Tensor, d: Tensor, left: Tensor) -> Tensor:
+    """J^T vec(left) [n n] for residuals that no change of d explains: 2 sum_q d_qi left_q v_i."""
+    both = (left + left.mT) / 2
+    return 2 * torch.einsum("qi,qab,bi->ia", d, both, V).flatten()
+
+
+def _eigenvectors(E: Tensor, rng: torch.Generator) -> Tensor:
+    """Real vectors [n, n] spanning the eigenspaces of A B^-1 for two random contractions of E."""
+    mix = torch.randn(2, len(E), generator=rng, dtype=E.dtype).to(E.device)
+    A, B = torch.einsum("cq,qij->cij", mix, E)
+    size = torch.linalg.matrix_norm(B) * torch.finfo(E.dtype).eps
+    values, vectors = torch.linalg.eig(torch.linalg.solve(B + size * _jitter(B, rng), A, left=False))
+    V = torch.where(values.imag >= 0, vectors.real, vectors.imag)  # a complex pair gives its two real directions
+    return _unit(V + 1e-9 * _jitter(V, rng))
+
+
+def _jitter(like: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=rng, dtype=like.dtype).to(like.device)
+
+
+def _unit(V: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(V, dim=0, keepdim=True)
+    return V / size

@@ -1,0 +1,86 @@
+"""Gradient matching: objectives between updates, and two first-order searches that yield after every evaluation.
+
+An update is a sequence of tensors. A search is a generator of (objective, point), so that its caller can time it, judge
+the points and stop it; the point is the one at which the objective was taken.
+
+Sources: Zhu, Liu, Han, Deep Leakage from Gradients, NeurIPS 2019; Geiping et al., Inverting Gradients, NeurIPS 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Objective = Callable[[Tensor], Tensor]  # a point [n, p] -> scalar
+Search = Iterator[tuple[float, Tensor]]
+
+
+def squared_difference(found: Sequence[Tensor], seen: Sequence[Tensor]) -> Tensor:
+    """sum |found - seen|^2 over all entries."""
+    return torch.stack([(a - b).square().sum() for a, b in zip(found, seen, strict=True)]).sum()
+
+
+def cosine_distance(found: Sequence[Tensor], seen: Sequence[Tensor]) -> Tensor:
+    """1 - <found, seen> / (|found| |seen|), all parameters as one vector; 1 where either is zero."""
+    product = torch.stack([(a * b).sum() for a, b in zip(found, seen, strict=True)]).sum()
+    squares = [torch.stack([t.square().sum() for t in update]).sum() for update in (found, seen)]
+    tiny = torch.finfo(product.dtype).tiny
+    return 1 - product / (squares[0].clamp_min(tiny).sqrt() * squares[1].clamp_min(tiny).sqrt())
+
+
+def total_variation(pictures: Tensor) -> Tensor:
+    """Mean absolute difference of neighbours along each of the last two axes [..., h, w], added."""
+    down, across = pictures.diff(dim=-2).abs(), pictures.diff(dim=-1).abs()
+    return sum((part.mean() for part in (down, across) if part.numel()), pictures.new_zeros(()))
+
+
+def signed_adam(
+    objective: Objective, start: Tensor, *, steps: int, rate: float = 0.1, box: float | None = None, decay: bool = True
+) -> Search:
+    """Adam on the sign of the gradient, within [-box, box].
+
+    With `decay` the rate falls tenfold after 3/8, 5/8 and 7/8 of the steps.
+    """
+    point = start.detach().clone().requires_grad_()
+    adam = torch.optim.Adam([point], lr=rate)
+    falls = [int(steps * share) for share in (3 / 8, 5 / 8, 7 / 8)] if decay else []
+    schedule = torch.optim.lr_scheduler.MultiStepLR(adam, falls, gamma=0.1)
+    for _ in range(steps):
+        value, gradient = _evaluate(objective, point)
+        yield value, point.detach().clone()
+        point.grad = gradient.sign()
+        adam.step()
+        schedule.step()
+        if box is not None:
+            with torch.no_grad():
+                point.clamp_(-box, box)
+    yield _evaluate(objective, point)[0], point.detach()
+
+
+def lbfgs(objective: Objective, start: Tensor, *, steps: int, rate: float = 1.0, history: int = 100) -> Search:
+    """L-BFGS with steps of fixed length `rate`; ends early where the objective is no longer finite."""
+    point = start.detach().clone().requires_grad_()
+    solver = torch.optim.LBFGS(
+        [point], lr=rate, max_iter=1, history_size=history, tolerance_grad=0, tolerance_change=0
+    )  # one iteration a call: it then evaluates once and keeps its memory
+
+    def closure() -> Tensor:
+        value = objective(point)
+        (point.grad,) = torch.autograd.grad(value, point)
+        return value.detach()
+
+    for _ in range(steps):
+        here = point.detach().clone()
+        value = float(solver.step(closure))  # type: ignore[no-untyped-call]
+        if value != value or abs(value) == float("inf"):
+            yield float("inf"), here
+            return
+        yield value, here
+
+
+def _evaluate(objective: Objective, point: Tensor) -> tuple[float, Tensor]:
+    value = objective(point)
+    (gradient,) = torch.autograd.grad(value, point)
+    return float(value.detach()), gradient

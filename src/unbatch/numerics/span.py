@@ -1,0 +1,73 @@
+"""Numerical rank and row space of a gradient matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def rank_tolerance(A: Tensor, eps: float) -> float:
+    """The largest singular value that rounding alone gives a matrix A [p, q] whose entries carry relative error `eps`.
+
+    Errors eps |A_ij| that are independent have spectral norm about eps |A|_F (sqrt p + sqrt q) / sqrt(p q) (Bai-Yin);
+    the factor 8 covers sums over the batch that are rounded term by term. The SVD, in float64, adds its own
+    max(p, q) eps_64 |A|.
+    """
+    p, q = A.shape
+    size = float(torch.linalg.matrix_norm(A.double()))
+    own = max(p, q) * torch.finfo(torch.float64).eps
+    return size * float(8 * eps * (p**0.5 + q**0.5) / (p * q) ** 0.5 + own)
+
+
+def numerical_rank(A: Tensor, *, eps: float | None = None) -> int:
+    """Number of singular values of A [p, q] above `rank_tolerance`; `eps` defaults to the unit roundoff of A's dtype."""
+    eps = torch.finfo(A.dtype).eps if eps is None else eps
+    S = torch.linalg.svdvals(A.double())
+    return int((S > rank_tolerance(A, eps)).sum())
+
+
+def row_space(A: Tensor, *, eps: float | None = None) -> Tensor:
+    """An orthonormal basis [r, q] of the row space of A [p, q], r its numerical rank."""
+    eps = torch.finfo(A.dtype).eps if eps is None else eps
+    _, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
+    rows: Tensor = Vh[S > rank_tolerance(A, eps)]
+    return rows
+
+
+@dataclass(frozen=True)
+class Span:
+    """The leading part of a matrix A [p, q]: its row space, its singular values, and the size of what lies outside."""
+
+    rows: Tensor  # [r, q] orthonormal
+    values: Tensor  # [r] singular values, descending
+    noise: float  # spectral norm that is left unexplained: rounding, or the next singular value where that is larger
+
+
+def leading_span(
+    A: Tensor, rng: torch.Generator, *, rank: int | None = None, eps: float | None = None, guess: int = 16
+) -> Span:
+    """Row space of A [p, q] by a randomised range finder: O(p q r), where an SVD costs O(p q min(p, q)).
+
+    With `rank` its leading rows, else as many as the numerical rank, which is looked for among `guess` directions, then
+    twice as many, and so on; `eps` as for `numerical_rank`. Two power iterations separate the leading directions from a
+    noise floor.
+    Source: Halko, Martinsson, Tropp, SIAM Review 2011.
+    """
+    eps = torch.finfo(A.dtype).eps if eps is None else eps
+    A = A.double()
+    size, tolerance = min(A.shape), rank_tolerance(A, eps)
+    most = min(size, max(guess, (rank or 0) + 8))
+    while True:
+        probe = torch.randn(A.shape[1], most, generator=rng, dtype=torch.float64).to(A.device)
+        Q = torch.linalg.qr(A @ probe).Q  # [p, most]
+        for _ in range(2):
+            Q = torch.linalg.qr(A @ torch.linalg.qr(A.T @ Q).Q).Q
+        _, S, Vh = torch.linalg.svd(Q.T @ A, full_matrices=False)
+        r = int((S > tolerance).sum()) if rank is None else min(rank, len(S))
+        if rank is not None or r < most or most == size:
+            break
+        most = min(size, 2 * most)
+    beyond = float(S[r]) if r < len(S) else 0.0
+    return Span(Vh[:r], S[:r], max(tolerance, beyond))

@@ -1,0 +1,143 @@
+"""Protocol: what one round of training asks of a client, and the update that an honest client then sends.
+
+The client runs it on private data; an attacker, who knows the protocol, runs the same function on guesses. There is one
+implementation, differentiable through every local step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from unbatch.loss import Loss
+from unbatch.network import in_mode
+
+Update = Mapping[str, Tensor]  # parameter name -> tensor of that parameter's shape
+
+
+class Protocol(BaseModel):
+    """One round, as data.
+
+    With no local steps the client sends the gradient of the loss at the global model. With K local steps it sends the
+    difference of parameters, after minus before.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    local_steps: Annotated[int, Field(ge=0, description="optimiser steps; 0 sends one gradient")] = 0
+    epochs: Annotated[int | None, Field(ge=1, description="passes over the local data, instead of local_steps")] = None
+    local_batch_size: Annotated[int | None, Field(ge=1, description="examples a local step takes; none takes all")] = (
+        None
+    )
+    optimiser: Annotated[Literal["sgd", "adam"], Field(description="local optimiser")] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0, description="of the local optimiser")] = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD")] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, description="added to the gradient, as in torch.optim")] = 0.0
+    mode: Annotated[Literal["train", "eval"], Field(description="batch norm and dropout")] = "train"
+
+    @model_validator(mode="after")
+    def _one_count_of_steps(self) -> Self:
+        if self.local_steps and self.epochs:
+            raise ValueError("local_steps and epochs both say how long to train; give one of them")
+        return self
+
+    def steps(self, n: int) -> int:
+        """Optimiser steps on a batch of n examples; 0 for a gradient."""
+        per_epoch = -(-n // (self.local_batch_size or n))
+        return self.epochs * per_epoch if self.epochs else self.local_steps
+
+    def __str__(self) -> str:
+        if not (self.local_steps or self.epochs):
+            return f"one gradient, model in {self.mode} mode"
+        length = f"{self.epochs} local epochs" if self.epochs else f"{self.local_steps} local steps"
+        batch = f" on batches of {self.local_batch_size}" if self.local_batch_size else ""
+        extra = "".join(f", {k} {v:g}" for k in ("momentum", "weight_decay") if (v := getattr(self, k)))
+        return (
+            f"{length}{batch} of {self.optimiser}, learning rate {self.learning_rate:g}{extra}, "
+            f"model in {self.mode} mode; the difference of parameters is sent"
+        )
+
+
+def local_update(
+    model: nn.Module,
+    loss: Loss,
+    inputs: Tensor,
+    labels: Tensor,
+    protocol: Protocol,
+    *,
+    trained: Sequence[str] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+    create_graph: bool = False,
+) -> dict[str, Tensor]:
+    """The update that an honest client sends for `inputs` [n, ...] and `labels`; the model is left as it was.
+
+    `trained` names the parameters that the update holds (default: those that require a gradient). `buffers` replaces the
+    model's own. With `create_graph` the update can be differentiated with respect to the inputs and real labels.
+    Local batches are taken in the order of the batch, wrapping round. SGD and Adam follow torch.optim (no Nesterov, Adam
+    at betas .9 and .999, eps 1e-8).
+    """
+    start = dict(model.named_parameters())
+    names = list(trained) if trained is not None else [k for k, p in start.items() if p.requires_grad]
+    frozen = {k: p.detach() for k, p in start.items()}
+    state = {k: b.detach().clone() for k, b in (dict(model.named_buffers()) | dict(buffers or {})).items()}
+    weights = [frozen[k].requires_grad_() for k in names]
+    initial = weights
+
+    def gradient(weights: Sequence[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        outputs = functional_call(model, frozen | dict(zip(names, weights, strict=True)) | state, (x,))
+        value = loss(outputs, y)
+        return torch.autograd.grad(value, list(weights), create_graph=create_graph, materialize_grads=True)
+
+    steps = protocol.steps(len(inputs))
+    with torch.enable_grad(), in_mode(model, protocol.mode):
+        if steps == 0:
+            return dict(zip(names, gradient(weights, inputs, labels), strict=True))
+        size = min(protocol.local_batch_size or len(inputs), len(inputs))
+        per_epoch = -(-len(inputs) // size)
+        momentum: list[Tensor] = []
+        square: list[Tensor] = []
+        for step in range(steps):
+            part = slice((step % per_epoch) * size, (step % per_epoch + 1) * size)
+            grads = [
+                g + protocol.weight_decay * w
+                for g, w in zip(gradient(weights, inputs[part], labels[part]), weights, strict=True)
+            ]
+            if protocol.optimiser == "sgd":
+                if protocol.momentum:
+                    pairs = zip(momentum, grads, strict=True)
+                    grads = momentum = [protocol.momentum * v + g for v, g in pairs] if momentum else grads
+                moves = grads
+            else:
+                momentum = momentum or [torch.zeros_like(g) for g in grads]
+                square = square or [torch.zeros_like(g) for g in grads]
+                momentum = [0.9 * v + 0.1 * g for v, g in zip(momentum, grads, strict=True)]
+                square = [0.999 * v + 0.001 * g * g for v, g in zip(square, grads, strict=True)]
+                grow, spread = 1 - 0.9 ** (step + 1), 1 - 0.999 ** (step + 1)
+                moves = [(v / grow) / (_root(s / spread) + 1e-8) for v, s in zip(momentum, square, strict=True)]
+            weights = [w - protocol.learning_rate * move for w, move in zip(weights, moves, strict=True)]
+            if not create_graph:
+                weights = [w.detach().requires_grad_() for w in weights]
+        moved = {k: after - before for k, after, before in zip(names, weights, initial, strict=True)}
+        return moved if create_graph else {k: tensor.detach() for k, tensor in moved.items()}
+
+
+def flatten(update: Update, names: Iterable[str]) -> Tensor:
+    """All entries of the named tensors, in float64, without a graph."""
+    return torch.cat([update[name].detach().double().flatten() for name in names])
+
+
+def fit(seen: Tensor, again: Tensor) -> tuple[float, float]:
+    """The factor c = <u, s> / <s, s> and the relative residual |u - c s| / |u| of two flat updates."""
+    size, whole = again @ again, float(seen.norm())
+    c = float(seen @ again / size) if size > 0 else 0.0
+    return c, float((seen - c * again).norm()) / whole if whole else float("inf")
+
+
+def _root(square: Tensor) -> Tensor:
+    """sqrt with a zero derivative at zero, where autograd's would be infinite."""
+    return torch.where(square > 0, square, torch.ones_like(square)).sqrt() * (square > 0)

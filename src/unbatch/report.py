@@ -1,0 +1,245 @@
+"""Report: an audit as one self-contained HTML page, evidence for people; imports no torch.
+
+The page asks nothing of the network (its own content security policy forbids it) and runs no script. It carries the
+audit's JSON in the element with the id ``audit``, so that the page alone can be checked by a program.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from unbatch.chart import Chart, by_attack, exact, known, number, score, title
+from unbatch.files import write_atomically
+from unbatch.results import Audit, Client, Example, MetricInfo, Run
+
+NEAR = 3.0  # dB: a score this close to the chance column is called near chance
+PNG = "data:image/png;base64,"
+PROTOCOL = (
+    "local_steps",
+    "epochs",
+    "local_batch_size",
+    "optimiser",
+    "learning_rate",
+    "momentum",
+    "weight_decay",
+    "mode",
+)
+
+
+def render(audit: Audit) -> str:
+    """The page of an audit."""
+    environment = Environment(
+        loader=PackageLoader("unbatch", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "score": score, "side": side, "title": title}
+    environment.tests |= {"is_picture": is_picture, "exact": exact}
+    metric = primary(audit)
+    return environment.get_template("report.html.j2").render(
+        audit=audit,
+        metric=metric,
+        severity=severity(audit),
+        groups=groups(audit),
+        runs=by_attack(audit),
+        best=best_score(audit, metric),
+        chart=Chart.of(audit, metric) if metric else None,
+        command=command(audit),
+        embedded=embedded(audit),
+        download="data:application/json;base64," + base64.b64encode(audit.model_dump_json().encode()).decode(),
+    )
+
+
+def write(audit: Audit, path: str | Path) -> None:
+    """Write the page whole or not at all. Raises ValueError: what the disk said, and what to do."""
+    write_atomically(Path(path), render(audit))
+
+
+def is_picture(text: str | None) -> bool:
+    """Whether a rendered example is a picture; anything else, an address above all, is shown as text."""
+    return text is not None and text.startswith(PNG)
+
+
+def side(picture: str) -> int:
+    """Width in pixels, from the PNG's header; 0 where it cannot be read."""
+    try:
+        return int.from_bytes(base64.b64decode(picture.removeprefix(PNG)[:32])[16:20], "big")
+    except ValueError:
+        return 0
+
+
+def primary(audit: Audit) -> str:
+    """The metric that pictures and chart are labelled with: psnr for images, else the first; empty where there is none."""
+    return "psnr" if audit.domain == "images" and "psnr" in audit.metrics else next(iter(audit.metrics), "")
+
+
+def severity(audit: Audit) -> tuple[str, str]:
+    """A style and the words that say the same: never colour alone."""
+    if audit.recovered():
+        return "found", "Recovered exactly"
+    if any(run.status in ("done", "cut short") for run in audit.runs):
+        return "open", "Not recovered exactly"
+    return "untested", "Not tested"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One example as the page shows it: the private one beside the best that any attack made of it."""
+
+    client: Client
+    index: int
+    private: str = ""
+    true_label: str = ""
+    metric: str = ""
+    info: MetricInfo | None = None
+    run: Run | None = None
+    example: Example | None = None
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        client = self.client.name or f"client {self.client.index}"
+        return client if self.client.size == 1 else f"{client}, example {self.index}"
+
+    @property
+    def score(self) -> float | None:
+        return known(self.example.scores.get(self.metric)) if self.example else None
+
+    @property
+    def chance(self) -> float | None:
+        return known(self.example.chance.get(self.metric)) if self.example else None
+
+    @property
+    def fields(self) -> list[tuple[str, str, str]] | None:
+        """Name, private and recovered value of each column, where both render as ``name = value, ...``."""
+        found = (self.example and self.example.picture) or self.private
+        sides = [[part.partition(" = ") for part in text.split(", ")] for text in (self.private or found, found)]
+        names = [[name for name, equals, _ in parts if equals] for parts in sides]
+        if not names[0] or names[0] != names[1] or any(len(names[0]) != len(parts) for parts in sides):
+            return None
+        return [(name, true, got) for (name, _, true), (_, _, got) in zip(*sides, strict=True)]
+
+    @property
+    def badges(self) -> list[tuple[str, str]]:
+        """Style and words."""
+        example, run = self.example, self.run
+        if example is None or run is None:
+            return [("untested", "not recovered")]
+        if example.picture is None:
+            shown = [("open", "label only")]
+        else:
+            shown = [("found", "recovered exactly") if exact(run, example) else ("open", "nearest guess")]
+        if example.picture is not None and example.bound is not None and math.isfinite(example.bound):
+            holds = example.error is None or example.error <= example.bound
+            words = f"certified to {number(example.bound)}" if holds else f"claim of {number(example.bound)} fails"
+            shown.append(("sure" if holds else "open", words))
+        if self.info and self.score is not None and self.chance is not None and not exact(run, example):
+            gain = (self.score - self.chance) * (1 if self.info.higher_is_better else -1)
+            if gain <= 0:
+                shown.append(("untested", "no better than chance"))
+            elif self.info.unit == "dB" and gain <= NEAR:
+                shown.append(("untested", f"within {NEAR:g} dB of chance"))
+        return shown
+
+
+def groups(audit: Audit) -> list[tuple[str, list[Card]]]:
+    """Cards under the name of their client; in one nameless group where every client holds one example.
+
+    Without a truth, the examples that the run with the least bound, then the least residual, returned.
+    """
+    clients = {client.index: client for client in audit.clients}
+    for run in audit.runs:
+        clients.setdefault(run.client, Client(index=run.client, name="", size=0))
+    order = [clients[index] for index in sorted(clients)]
+    if audit.truth:
+        first = primary(audit)
+        worst = {name: audit.worst(name) for name in sorted(audit.metrics, key=lambda name: name != first)}
+        labels = {(r.client, e.index): e.label for r in reversed(audit.runs) for e in r.examples if e.label is not None}
+        cards = [[_card(audit, client, i, worst, labels) for i in range(client.size)] for client in order]
+    else:
+        cards = [_returned(audit, client) for client in order]
+    if all(client.size == 1 for client in order):
+        return [("", [card for held in cards for card in held])]
+    return [(client.name or f"client {client.index}", held) for client, held in zip(order, cards, strict=True)]
+
+
+def _returned(audit: Audit, client: Client) -> list[Card]:
+    def key(run: Run) -> tuple[float, float]:
+        bounds = [example.bound for example in run.examples if example.bound is not None]
+        return min(bounds, default=math.inf), math.inf if run.residual is None else run.residual
+
+    held = [run for run in audit.runs if run.client == client.index and any(e.picture for e in run.examples)]
+    run = min(held, key=key, default=None)
+    return [Card(client=client, index=e.index, run=run, example=e, label=e.label) for e in run.examples] if run else []
+
+
+def _card(
+    audit: Audit,
+    client: Client,
+    i: int,
+    worst: Mapping[str, Mapping[tuple[int, int], tuple[float, Run] | None]],
+    labels: Mapping[tuple[int, int], str],
+) -> Card:
+    place = client.index, i
+    metric, run = next(((name, hit[1]) for name, best in worst.items() if (hit := best.get(place))), ("", None))
+    held = [e for e in run.examples if e.index == i] if run else []
+    example = max(held, key=lambda e: known(e.scores.get(metric)) is not None, default=None)
+    return Card(
+        client=client,
+        index=i,
+        private=client.pictures[i] if i < len(client.pictures) else "",
+        true_label=client.labels[i] if i < len(client.labels) else "",
+        metric=metric,
+        info=audit.metrics.get(metric),
+        run=run,
+        example=example,
+        label=example.label if example and example.label is not None else labels.get(place),
+    )
+
+
+def best_score(audit: Audit, metric: str) -> tuple[float, float | None] | None:
+    """The score nearest to the truth over all private examples, with its chance level."""
+    if not metric:
+        return None
+    sign = 1 if audit.metrics[metric].higher_is_better else -1
+    every = [e for run in audit.runs for e in run.examples]
+    pairs = [(s, known(e.chance.get(metric))) for e in every if (s := known(e.scores.get(metric))) is not None]
+    return max(pairs, key=lambda pair: sign * pair[0], default=None)
+
+
+def command(audit: Audit) -> str:
+    """The command line that runs this audit again; empty where its data did not come from a named case."""
+    if "command" in audit.environment:
+        return audit.environment["command"]
+    if not audit.truth or audit.case == "custom" or " " in audit.case:
+        return ""
+    words = ["unbatch", "audit", audit.case]
+    for option, values in (
+        ("--attack", audit.attacks),
+        ("--defence", audit.defences),
+        ("--remedy", [remedy.defence for remedy in audit.remedies]),
+        ("--seed", [str(seed) for seed in audit.seeds]),
+    ):
+        words += [word for value in values for word in (option, value)]
+    rules = [f"{name}={audit.knowledge[name]}" for name in PROTOCOL if name in audit.knowledge]
+    if rules and audit.protocol != "one gradient, model in train mode":
+        words += ["--protocol", ",".join(rules)]
+    if "labels" in audit.knowledge:
+        words += ["--knows", "labels"]
+    return shlex.join(words + (["--budget", f"{audit.budget:g}"] if audit.budget is not None else []))
+
+
+def embedded(audit: Audit) -> Markup:
+    """The audit's JSON for a script element: no character in it can end the element or open a comment."""
+    text = audit.model_dump_json()
+    return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))

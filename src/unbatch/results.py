@@ -1,0 +1,227 @@
+"""Results: an audit as JSON with a schema number. Imports no torch, so that a report or a gate needs none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from unbatch.analysis import Bound, LayerRisk, Verdict
+from unbatch.files import write_atomically
+
+SCHEMA = 1
+EXACT = 1e-4  # relative l2 error up to which an example counts as recovered exactly
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class Example(_Record):
+    """What one run made of one private example (or, without a truth, one returned example)."""
+
+    index: int  # of the private example in its client's batch
+    scores: dict[str, float | None] = {}  # by metric; None where it was not matched
+    chance: dict[str, float | None] = {}  # by metric: as many prior draws, matched in the same way
+    error: float | None = None  # |recovered - private| / |private|; None where not matched
+    bound: float | None = None  # largest relative error that the attack claims; None = no claim
+    picture: str | None = None  # the recovered example, rendered
+    difference: str | None = None
+    label: str | None = None  # the recovered label in words
+
+    @property
+    def recovered(self) -> bool:
+        """Exactly, to a relative error of EXACT; without a truth, by the certified bound of a returned example."""
+        if self.error is not None:
+            return self.error <= EXACT
+        return self.picture is not None and self.bound is not None and self.bound <= EXACT
+
+
+class Run(_Record):
+    """One attack on one client with one seed."""
+
+    client: int
+    attack: str  # as spelt
+    family: str
+    guarantee: str
+    threat_model: str
+    paper: str
+    seed: int
+    status: str  # "done", "cut short", "not applicable", "failed"
+    words: str = ""  # the obstacle, or what failed
+    seconds: float = 0.0
+    guesses: int = 0
+    residual: float | None = None  # how well the returned examples explain the update
+    layer: str = ""
+    up_to: list[str] = []
+    knowledge: list[str] = []  # the fields that the attack was handed
+    missing: list[str] = []  # the fields it needed and did not have
+    examples: list[Example] = []
+    trace: dict[str, Any] = {}
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        return self.client, self.attack, self.seed
+
+    @property
+    def finished(self) -> bool:
+        """Whether a resumed audit can keep it."""
+        return self.status in ("done", "not applicable")
+
+
+class Client(_Record):
+    """One client's private batch, rendered for the judge; empty pictures where the truth is not known."""
+
+    index: int
+    name: str
+    size: int
+    pictures: list[str] = []
+    labels: list[str] = []
+    reproducible: bool = True  # the same seed gave the same update twice
+    residual: float | None = None  # of the truth itself under the known protocol: what an undefended client leaves
+
+
+class MetricInfo(_Record):
+    unit: str
+    higher_is_better: bool
+    best: float
+
+
+class Flag(_Record):
+    """Something about the audit itself that its reader must know."""
+
+    name: str
+    words: str  # what happened here
+    means: str
+    do: str
+
+
+class Remedy(_Record):
+    """The same attacks on the same clients behind one more defence: measured, and no proof that the defence holds."""
+
+    defence: str
+    recovered: int  # exactly
+    size: int
+    psnr: float | None = None  # of the worst example; None where no attack returned a picture
+    chance: float | None = None  # of that example
+
+
+class Audit(_Record):
+    """Everything that a report shows."""
+
+    schema_number: int = SCHEMA
+    version: str
+    created: str
+    complete: bool = False
+    case: str
+    domain: str
+    truth: bool = True  # False for a captured update
+    attacks: list[str]
+    defences: list[str] = []  # outermost first
+    random_defences: list[str] = []  # those of them that draw random numbers
+    seeds: list[int] = [0]
+    budget: float | None = None
+    model: str  # printed
+    parameters: int
+    loss: str
+    protocol: str
+    knowledge: dict[str, str] = {}
+    metrics: dict[str, MetricInfo] = {}
+    environment: dict[str, str] = {}
+    clients: list[Client] = []
+    runs: list[Run] = []
+    risks: list[LayerRisk] = []
+    bounds: list[Bound] = []
+    verdicts: list[Verdict] = []
+    remedies: list[Remedy] = []
+    notes: list[str] = []  # what a captured update looks like: sign, scale, mode
+    flags: list[Flag] = []
+    fingerprint: str = Field(default="", description="of model, data and protocol: a resumed audit must match it")
+
+    def worst(self, metric: str) -> dict[tuple[int, int], tuple[float, Run] | None]:
+        """Per private example (client, index): its worst score over all attacks and seeds, and the run that got it.
+
+        Worst is for the owner of the data: the score nearest to the truth. None where no run matched the example.
+        """
+        sign = 1.0 if self.metrics[metric].higher_is_better else -1.0
+        best: dict[tuple[int, int], tuple[float, Run] | None] = {
+            (client.index, i): None for client in self.clients for i in range(client.size)
+        }
+        for run in self.runs:
+            for example in run.examples:
+                score = example.scores.get(metric)
+                held = best.get((run.client, example.index))
+                if score is not None and (held is None or sign * score > sign * held[0]):
+                    best[run.client, example.index] = score, run
+        return best
+
+    def recovered(self) -> set[tuple[int, int]]:
+        """Private examples (client, index) that some attack recovered exactly."""
+        return {(run.client, e.index) for run in self.runs if not run.layer for e in run.examples if e.recovered}
+
+    def features(self) -> dict[str, set[tuple[int, int]]]:
+        """By layer, the private examples (client, index) whose exact features there some attack recovered."""
+        found: dict[str, set[tuple[int, int]]] = {}
+        for run in self.runs:
+            hit = {(run.client, e.index) for e in run.examples if run.layer and e.recovered}
+            if hit:
+                found.setdefault(run.layer, set()).update(hit)
+        return found
+
+    @property
+    def size(self) -> int:
+        """Private examples in all."""
+        return sum(client.size for client in self.clients)
+
+    @property
+    def noun(self) -> str:
+        """What an example is called."""
+        return {"images": "image", "table": "row", "tokens": "text"}.get(self.domain, "example")
+
+    def verdict(self) -> str:
+        """The finding in one sentence."""
+        hit, n = len(self.recovered()), self.size
+        ran = sum(run.status in ("done", "cut short") for run in self.runs)
+        things = f"{n} private {self._nouns(n)}" if self.truth else "the examples behind this update"
+        has = "it" if hit == 1 else "them"
+        if not ran:
+            return f"No attack could run on {things}; that is not safety. The reasons are listed below."
+        if hit and not self.truth:
+            return f"{hit} {self._nouns(hit)} certified to be behind this update; anyone who sees it has {has}."
+        if hit:
+            return f"{hit} of {things} recovered exactly; anyone who sees this update has {has}."
+        features = self.features()
+        if features:
+            layer, examples = max(features.items(), key=lambda item: len(item[1]))
+            return (
+                f"None of {things} recovered exactly, but the exact features of {len(examples)} at the layer {layer!r}: "
+                "all that the network sees of them there is public."
+            )
+        runs = "1 run" if ran == 1 else f"{ran} runs"
+        return f"None of {things} recovered exactly by {runs}; the nearest guesses stand beside their chance level."
+
+    def _nouns(self, n: int) -> str:
+        return self.noun if n == 1 else f"{self.noun}s"
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON atomically: a reader sees the old file or the new one, never a part."""
+        write_atomically(Path(path), self.model_dump_json(indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read JSON. Raises ValueError: no such file, no JSON, or another schema; the message says what to do."""
+        path = Path(path)
+        try:
+            audit = cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}.") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise ValueError(f"{path} is no audit of unbatch (schema {SCHEMA}): {where}: {first['msg']}.") from None
+        if audit.schema_number != SCHEMA:
+            raise ValueError(
+                f"{path} has schema {audit.schema_number}; this version reads {SCHEMA}. Run the audit again."
+            )
+        return audit

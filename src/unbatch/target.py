@@ -1,0 +1,140 @@
+"""Target: from words on the command line to what is audited."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+from torch import nn
+
+from unbatch.bundle import model_name
+from unbatch.case import Case, Setting
+from unbatch.data import read
+from unbatch.loss import Loss, loss_named
+from unbatch.observation import Knowledge, Observation
+from unbatch.protocol import Protocol
+
+
+def target_of(
+    case: str | None,
+    model: str | None,
+    data: Path | None,
+    loss: str,
+    reduction: str,
+    size: int | None,
+    batch: int | None,
+    observation: Path | None,
+    protocol: str | None,
+    knows: Sequence[str],
+) -> Observation | list[Setting]:
+    """The clients or the captured update that these words name.
+
+    Raises ValueError: they name nothing, or contradict each other; the message says which to give.
+    """
+    if case is not None and (model or data or observation):
+        raise ValueError("give a built-in case, or --model with --data or --observation, not both.")
+    if case is not None:
+        built = Case.parse(case)
+        settings = [built.setting(client) for client in range(built.clients)]
+    elif model is None:
+        raise ValueError(
+            "nothing to audit: give a case (`unbatch list cases`), or --model with --data or --observation."
+        )
+    elif observation is not None:
+        network, criterion = load_model(model), load_loss(loss, reduction)
+        try:
+            obs = Observation.load(observation, model=network, loss=criterion)
+        except ValueError as error:
+            if str(observation) not in str(error):
+                raise ValueError(f"{observation} (captured from {model_name(observation)!r}): {error}") from None
+            raise
+        told = _rules(protocol).model_dump(exclude_unset=True, exclude_none=True) if protocol else {}
+        return replace(obs, knowledge=obs.knowledge | Knowledge(**told) | _known(knows, None))
+    elif data is not None:
+        examples = read(data, size=size)
+        n = batch or len(examples.inputs)
+        settings = [
+            Setting(
+                model=load_model(model),
+                loss=load_loss(loss, reduction),
+                inputs=examples.inputs[:n],
+                labels=examples.labels[:n],
+                domain=examples.domain,
+                classes=examples.classes,
+                name=f"{model} on {data.name}",
+            )
+        ]
+    else:
+        raise ValueError(
+            "--model alone is not enough: give --data for its private batch, or --observation for an update."
+        )
+    rules = _rules(protocol) if protocol else None
+    return [replace(s, protocol=rules or s.protocol, knowledge=s.knowledge | _known(knows, s)) for s in settings]
+
+
+def load_model(spec: str) -> nn.Module:
+    """The model that ``package.module:factory`` returns. Raises ValueError: it cannot be imported or is no model."""
+    made = _named(spec, "model")
+    network = made() if callable(made) and not isinstance(made, nn.Module) else made
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{spec} gave {type(network).__name__}, not a torch.nn.Module.")
+    return network
+
+
+def load_loss(spec: str, reduction: str) -> Loss:
+    """A loss by its usual name, or the callable that ``package.module:loss`` names."""
+    if ":" not in spec:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"--reduction is mean or sum, not {reduction!r}.")
+        return loss_named(spec, cast(Any, reduction))
+    criterion = _named(spec, "loss")
+    if not callable(criterion):
+        raise ValueError(f"{spec} is {type(criterion).__name__}, not a callable (outputs, labels) -> scalar.")
+    return cast(Callable[..., Any], criterion)
+
+
+def _named(spec: str, what: str) -> Any:
+    module, colon, name = spec.partition(":")
+    if not colon:
+        raise ValueError(f"--{what} {spec!r} is not package.module:name.")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import --{what} {spec}: {error}. It is looked up from the current folder.") from error
+
+
+def _rules(words: str) -> Protocol:
+    pairs = dict(part.partition("=")[::2] for part in words.split(","))
+    try:
+        return Protocol.model_validate(pairs)
+    except ValidationError as error:
+        first = error.errors()[0]
+        fields = ", ".join(Protocol.model_fields)
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"--protocol {words!r}: {where}: {first['msg']}. Fields: {fields}.") from None
+
+
+def _known(words: Sequence[str], setting: Setting | None) -> Knowledge:
+    facts: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if equals:
+            try:
+                facts[name] = json.loads(text)
+            except json.JSONDecodeError:
+                facts[name] = text
+        elif name == "labels" and setting is not None:
+            facts[name] = setting.labels.sort(dim=0).values  # which labels, not in which order they were trained on
+        else:
+            raise ValueError(
+                f"--knows {word!r}: give FIELD=VALUE ('labels' alone needs a client whose truth is known)."
+            )
+    return Knowledge(**facts)

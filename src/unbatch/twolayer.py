@@ -1,0 +1,161 @@
+"""Twolayer: the two dense layers that end a model and the activation between them, found by running it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from unbatch.network import Dense, dense_layers, forward, in_mode
+from unbatch.numerics.hermite import coefficients
+from unbatch.observation import Observation
+
+
+@dataclass
+class Pair:
+    """The two dense layers that end a model, the elementwise activation between them, and what the attack reads of them."""
+
+    first: Dense
+    head: Dense
+    s: Activation
+    W: Tensor  # [m, d] as stored
+    b: Tensor | None  # [m]
+    V: Tensor  # [k, m] float64
+    c: Tensor  # [k]
+    outputs: tuple[int, ...]  # shape of one example's output
+    norm: float  # of a typical input
+
+    def __post_init__(self) -> None:
+        self.m, self.d = self.W.shape
+        self.spread = float(self.W.double().std())
+        spread = float(self.b.double().std()) if self.b is not None and self.m > 1 else 0.0
+        self.spread_b = spread if spread > 1e-3 * self.spread else 0.0  # a constant bias shifts s and is no weight
+
+    def whitened_weights(self) -> Tensor:
+        """W, and b if it is random, at unit variance: [m, d'], float64, d' = d or d + 1."""
+        W = self.W.double() / self.spread
+        return (
+            torch.cat([W, (self.b.double() / self.spread_b)[:, None]], 1) if self.b is not None and self.spread_b else W
+        )
+
+    def stacked(self, obs: Observation) -> Tensor:
+        """Their gradient [m, d'], float64: its rows are sums of (spread x_i, spread_b)."""
+        A = obs.update[self.first.weight].double() * self.spread
+        if not (self.first.bias and self.spread_b):
+            return A
+        return torch.cat([A, (obs.update[self.first.bias].double() * self.spread_b)[:, None]], 1)
+
+    def hermite(self) -> list[float]:
+        """E s^(p) at a typical preactivation, p = 0 ... 4."""
+        return [float(c) for c in coefficients(self.s, scale=self._scale(), mean=self._mean())]
+
+    def shares(self) -> list[float]:
+        """|E s He_p| / sqrt(p!) at a typical preactivation, relative to those of p = 1 ... 4 together."""
+        parts = [abs(c) * self._scale() ** p / math.factorial(p) ** 0.5 for p, c in enumerate(self.hermite())]
+        whole = math.hypot(*parts[1:]) or 1.0
+        return [part / whole for part in parts]
+
+    def before(self, x: Tensor) -> Tensor:
+        """z = W x + b: [n, m]."""
+        z = x @ self.W.double().T
+        return z + self.b.double() if self.b is not None else z
+
+    def _scale(self) -> float:
+        return math.hypot(self.spread * self.norm, self.spread_b)
+
+    def _mean(self) -> float:
+        return float(self.b.double().mean()) if self.b is not None and not self.spread_b else 0.0
+
+
+def find(obs: Observation, norm: float) -> Pair | str:
+    """The two layers that end the model, or what is missing, in words."""
+    if obs.protocol.steps(obs.knowledge.get("batch_size", 1)):
+        return "the update is of local steps, which mix the gradients of several weights."
+    layers = dense_layers(obs.model, obs.knowledge.input_shape)
+    if len(layers) < 2 or not layers[-1].head:
+        return "the network does not end in two dense layers."
+    first, head = layers[-2], layers[-1]
+    parameters = {name: p.detach() for name, p in obs.model.named_parameters(remove_duplicate=False)}
+    W, V = parameters[first.weight], parameters[head.weight].double()
+    s = Activation(obs.model, first, head, obs.knowledge.input_shape)
+    if V.shape[1] != len(W) or not s.elementwise(obs.protocol.mode):
+        return f"between {first.name!r} and {head.name!r} lies more than an elementwise activation (dropout, a norm?)."
+    if first.bias and first.weight in obs.update and first.bias not in obs.update:
+        return f"the bias of {first.name!r} sent no gradient."
+    if not bool(W.std() > 0):
+        return f"all weights of {first.name!r} are equal, so its neurons all say the same."
+    c = parameters[head.bias].double() if head.bias else torch.zeros(len(V)).to(V)
+    b = parameters[first.bias] if first.bias else None
+    outputs = tuple(forward(obs.model, torch.zeros(2, *obs.knowledge.input_shape)).shape[1:])
+    return Pair(first, head, s, W, b, V, c, outputs, norm)
+
+
+class Activation:
+    """s between two dense layers, at any numbers: the first layer's output is replaced, the head's input is read."""
+
+    def __init__(self, model: nn.Module, first: Dense, head: Dense, input_shape: tuple[int, ...]) -> None:
+        self.model, self.shape = model, input_shape
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.state = {
+            k: t.detach().double() if t.is_floating_point() else t for k, t in tensors.items() if k != first.weight
+        }
+        self.m = len(tensors[first.weight])
+        self.state[first.weight] = torch.zeros(1).to(tensors[first.weight]).double().expand(tensors[first.weight].shape)
+        self.watched = (first.weight, head.weight)
+
+    def __call__(self, t: Tensor, mode: Literal["train", "eval"] = "eval") -> Tensor:
+        """s(t), elementwise, in float64 and differentiable, for t of any shape."""
+        where = self.state[self.watched[0]].device
+        rows = -(-t.numel() // self.m)
+        flat = torch.cat([t.flatten(), t.new_zeros(rows * self.m - t.numel())]).view(rows, self.m).to(where).double()
+        splice = _Splice(flat, *(self.state[name] for name in self.watched))
+        x = torch.zeros(rows, *self.shape, dtype=torch.float64, device=where)
+        with in_mode(self.model, mode), torch.random.fork_rng(devices=[]), splice:
+            functional_call(self.model, self.state, (x,))
+        assert splice.seen is not None
+        return splice.seen.flatten()[: t.numel()].view(t.shape).to(t.device)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """s'(t), elementwise."""
+        with torch.enable_grad():
+            live = t.detach().clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self(live).sum(), live)
+        return slope
+
+    def elementwise(self, mode: Literal["train", "eval"]) -> bool:
+        """Whether s acts on each number alone, the same in the client's mode as in eval mode."""
+        rng = torch.Generator().manual_seed(0)
+        t = torch.randn(3 * self.m, generator=rng, dtype=torch.float64)
+        order = torch.randperm(len(t), generator=rng)
+        try:
+            with torch.no_grad():
+                values, moved, again = self(t), self(t[order]), self(t, mode)
+        except (RuntimeError, ValueError, AssertionError):
+            return False
+        return torch.allclose(values[order], moved, atol=1e-12) and torch.allclose(values, again, atol=1e-12)
+
+
+class _Splice(TorchFunctionMode):
+    """Replaces the output of the dense layer with weight `first`, and keeps the input of the one with weight `head`."""
+
+    def __init__(self, output: Tensor, first: Tensor, head: Tensor) -> None:
+        super().__init__()
+        self.output, self.first, self.head = output, first, head
+        self.seen: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
+            if given["weight"] is self.first:
+                return self.output + 0  # an activation may write in place
+            if given["weight"] is self.head:
+                self.seen = given["input"]
+        return func(*args, **(kwargs or {}))

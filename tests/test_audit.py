@@ -1,0 +1,284 @@
+"""The audit: judging, chance, resuming, failing attacks, captured updates."""
+
+from typing import Annotated, ClassVar, final
+
+import pytest
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
+
+import unbatch
+from unbatch import Attack, Case, Knowledge, Observation, Protocol, Reconstruction, Setting, observe
+from unbatch.attack import ActiveAttack, Demo, Guarantee
+from unbatch.progress import Watch, tick
+from unbatch.results import Audit
+
+CALLS: list[int] = []
+
+
+@final
+class Chosen(Attack):
+    """Returns what a test puts into it: an attack that cheats, fails or stops, to see that the judge notices."""
+
+    family: ClassVar[str] = "test"
+    guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+    paper: ClassVar[str] = "none"
+    uses: ClassVar[frozenset[str]] = frozenset({"labels"})
+    demo: ClassVar[Demo] = Demo(case="digits")
+    answers: ClassVar[dict[str, Reconstruction]] = {}
+
+    answer: Annotated[str, Field(description="which")] = "none"
+
+    def obstacle(self, obs: Observation) -> str | None:
+        return "it cannot." if self.answer == "obstacle" else None
+
+    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+        CALLS.append(1)
+        if self.answer == "fail":
+            raise RuntimeError("bang")
+        if self.answer == "slow":
+            assert not tick(0.5, best=0.25)
+            return self.answers["right"]
+        return self.answers[self.answer]
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    made = Case.parse("digits:batch=3,width=16").setting()
+    x, y = made.inputs, made.labels
+    zero, wide = torch.zeros(3).double(), torch.full((3,), torch.inf).double()
+    Chosen.answers.update(
+        right=Reconstruction(inputs=x.flip(0), labels=y.flip(0), bound=zero + 1e-3),
+        wrong=Reconstruction(inputs=x + 0.3, labels=y, bound=zero + 1e-3),
+        guess=Reconstruction(inputs=x + 0.3, labels=y, bound=wide),
+        half=Reconstruction(inputs=x[:1], labels=y[:1], bound=zero[:1] + 1e-3),
+        labels=Reconstruction(inputs=None, labels=y, bound=zero),
+        nan=Reconstruction(inputs=x * torch.nan, bound=zero),
+        shape=Reconstruction(inputs=x.flatten(1), bound=zero),
+        naked=Reconstruction(inputs=x),
+    )
+    return made
+
+
+def one(setting: Setting, answer: str, **options) -> Audit:
+    return unbatch.audit(setting, attacks=[Chosen(answer=answer)], **options)
+
+
+def test_a_right_answer_in_another_order(setting: Setting) -> None:
+    record = one(setting, "right")
+    assert record.recovered() == {(0, 0), (0, 1), (0, 2)}
+    assert "3 of 3 private images recovered exactly" in record.verdict()
+    assert [e.scores["label-accuracy"] for e in record.runs[0].examples] == [1, 1, 1]
+    assert record.runs[0].residual == pytest.approx(0, abs=1e-6)
+    assert not record.flags
+    assert record.complete
+
+
+def test_a_wrong_claim_is_flagged_and_not_counted(setting: Setting) -> None:
+    record = one(setting, "wrong")
+    assert record.recovered() == set()
+    assert {"exact-claim-fails", "bound-violated"} <= {f.name for f in record.flags}
+    assert not {f.name for f in one(setting, "guess").flags} & {"exact-claim-fails", "bound-violated"}
+
+
+def test_unmatched_examples_score_null_not_zero(setting: Setting) -> None:
+    record = one(setting, "half")
+    scores = [e.scores["psnr"] for e in record.runs[0].examples]
+    assert scores[1:] == [None, None]
+    assert scores[0] > 100
+    assert record.worst("psnr")[0, 1] is None
+    assert record.recovered() == {(0, 0)}
+
+
+def test_labels_alone_leave_pictures_unscored(setting: Setting) -> None:
+    run = one(setting, "labels").runs[0]
+    assert "psnr" not in run.examples[0].scores
+    assert run.examples[0].scores["label-accuracy"] == 1
+    assert run.examples[0].picture is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"), [("nan", "not finite"), ("shape", "shape"), ("naked", "no bound"), ("fail", "bang")]
+)
+def test_a_failing_attack_is_recorded_and_stops_nothing(setting: Setting, answer: str, words: str) -> None:
+    record = unbatch.audit(setting, attacks=[Chosen(answer=answer), Chosen(answer="right")])
+    if answer == "shape":  # this attack is not handed input_shape, so the judge is the one to notice
+        assert record.runs[0].status in ("failed", "done")
+    else:
+        assert record.runs[0].status == "failed"
+        assert words in record.runs[0].words
+    assert record.runs[1].status == "done"
+    assert len(record.recovered()) == 3
+
+
+def test_obstacles_are_words_in_the_record(setting: Setting) -> None:
+    record = one(setting, "obstacle")
+    assert (record.runs[0].status, record.runs[0].words) == ("not applicable", "it cannot.")
+    assert "not safety" in record.verdict()
+
+
+def test_chance_uses_as_many_guesses_and_the_same_matching(setting: Setting) -> None:
+    few = [e.chance["psnr"] for e in one(setting, "half").runs[0].examples]
+    many = [e.chance["psnr"] for e in one(setting, "right").runs[0].examples]
+    assert sum(c is not None for c in few) == 1
+    assert all(c is not None and 0 < c < 20 for c in many)
+
+
+def test_finished_runs_are_sunk_one_by_one_and_a_resumed_audit_repeats_none(setting: Setting, tmp_path) -> None:
+    seen: list[int] = []
+
+    def sink(record: Audit) -> None:
+        seen.append(len(record.runs))
+        record.save(tmp_path / "audit.json")
+        if len(record.runs) == 2:
+            raise KeyboardInterrupt
+
+    attacks = [Chosen(answer=a) for a in ("right", "wrong", "half")]
+    with pytest.raises(KeyboardInterrupt):
+        unbatch.audit(setting, attacks=attacks, sink=sink)
+    before = Audit.load(tmp_path / "audit.json")
+    assert (len(before.runs), before.complete) == (2, False)
+    CALLS.clear()
+    after = unbatch.audit(setting, attacks=attacks, resume=before)
+    assert len(CALLS) == 1
+    assert [run.attack for run in after.runs] == [str(a) for a in attacks]
+    assert after.runs[:2] == before.runs
+    assert after.complete
+
+
+def test_an_audit_of_something_else_is_not_resumed(setting: Setting) -> None:
+    before = one(setting, "right")
+    other = Case.parse("digits:batch=3,width=16,seed=1").setting()
+    with pytest.raises(ValueError, match="of another model, batch, protocol or defence"):
+        unbatch.audit(other, attacks=[Chosen(answer="right")], resume=before)
+    with pytest.raises(ValueError, match="of another"):
+        unbatch.audit(setting, attacks=[], defences=["clip:norm=1"], resume=before)
+
+
+def test_budget_and_stop_end_a_run_with_the_best_it_has(setting: Setting) -> None:
+    record = one(setting, "slow", budget=1e-9)
+    assert record.runs[0].status == "cut short"
+    assert len(record.recovered()) == 3
+    assert "search-not-converged" in {f.name for f in record.flags}
+    watch = Watch()
+    watch.listener = lambda share, best: setattr(watch, "stop", True)
+    attacks = [Chosen(answer="slow"), Chosen(answer="right")]
+    stopped = unbatch.audit(setting, attacks=attacks, watch=watch)
+    assert [run.status for run in stopped.runs] == ["cut short"]
+    assert not stopped.complete
+
+
+def test_several_clients_and_seeds() -> None:
+    record = unbatch.audit(Case.parse("digits:clients=3,width=16"), attacks=["bias-ratio"], seeds=(0, 1))
+    assert [(run.client, run.seed) for run in record.runs] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len(record.recovered()) == 3
+    assert record.size == 3
+
+
+def test_an_attack_is_handed_only_what_it_declares(setting: Setting) -> None:
+    class Nosy(Attack):
+        """Reads what it did not declare."""
+
+        family: ClassVar[str] = "test"
+        guarantee: ClassVar[Guarantee] = Guarantee.HEURISTIC
+        paper: ClassVar[str] = "none"
+        demo: ClassVar[Demo] = Demo(case="digits")
+
+        def obstacle(self, obs: Observation) -> str | None:
+            return None
+
+        def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+            return Reconstruction(inputs=None, labels=obs.knowledge.labels)
+
+    told = Setting(
+        model=setting.model,
+        loss=setting.loss,
+        inputs=setting.inputs,
+        labels=setting.labels,
+        knowledge=Knowledge(labels=setting.labels),
+    )
+    record = unbatch.audit(told, attacks=[Nosy()])
+    assert record.runs[0].status == "failed"
+    assert "does not know 'labels'" in record.runs[0].words
+
+
+def test_an_active_attack_plants_its_model(setting: Setting) -> None:
+    class Planted(ActiveAttack):
+        """Sees its own parameters."""
+
+        family: ClassVar[str] = "test"
+        guarantee: ClassVar[Guarantee] = Guarantee.HEURISTIC
+        paper: ClassVar[str] = "none"
+        demo: ClassVar[Demo] = Demo(case="digits")
+
+        def obstacle(self, obs: Observation) -> str | None:
+            return None
+
+        def plant(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
+            copy = Case.parse("digits:batch=3,width=16").setting().model
+            copy.load_state_dict({k: torch.zeros_like(v) for k, v in model.state_dict().items()})
+            return copy
+
+        def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+            assert not any(p.any() for p in obs.model.parameters())
+            return Reconstruction(inputs=None, labels=torch.tensor([0]))
+
+    record = unbatch.audit(setting, attacks=[Planted()])
+    assert record.runs[0].status == "done", record.runs[0].words
+    assert "malicious server" in record.runs[0].threat_model
+
+
+def test_features_are_judged_against_true_features() -> None:
+    record = unbatch.audit(Case.parse("digits:model=lenet,activation=tanh"), attacks=["bias-ratio"])
+    run = record.runs[0]
+    assert run.layer
+    assert run.examples[0].error < 1e-4
+    assert run.examples[0].scores == {}
+    assert record.recovered() == set()
+    assert "exact features of 1" in record.verdict()
+
+
+def test_a_client_that_is_not_reproducible_is_flagged() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 3))
+    x, y = torch.rand(2, 6, generator=torch.Generator()), torch.tensor([0, 2])
+    setting = Setting(model=model, loss=F.cross_entropy, inputs=x, labels=y, protocol=Protocol(mode="train"))
+    assert "client-not-reproducible" in {f.name for f in unbatch.audit(setting, attacks=[]).flags}
+    calm = Setting(model=model, loss=F.cross_entropy, inputs=x, labels=y, protocol=Protocol(mode="eval"))
+    assert not unbatch.audit(calm, attacks=[]).flags
+
+
+def test_a_captured_update_has_no_scores_but_bounds_residual_and_notes() -> None:
+    setting = Case.parse("photos:width=16").setting()
+    obs, _ = observe(setting.model, setting.loss, setting.inputs, setting.labels)
+    record = unbatch.audit(obs, attacks=["bias-ratio"])
+    assert not record.truth
+    assert record.runs[0].examples[0].bound < 1e-5
+    assert record.runs[0].examples[0].scores == {}
+    assert record.runs[0].examples[0].picture
+    assert record.runs[0].residual < 1e-4
+    assert record.notes == []
+    assert "1 image certified" in record.verdict()
+    flipped = Observation(
+        model=obs.model, loss=obs.loss, update={k: -0.05 * v for k, v in obs.update.items()}, knowledge=obs.knowledge
+    )
+    assert any("learning rate 0.05" in note for note in unbatch.audit(flipped, attacks=["bias-ratio"]).notes)
+    with pytest.raises(ValueError, match="already has its defences"):
+        unbatch.audit(obs, attacks=[], defences=["clip:norm=1"])
+
+
+def test_remedies_are_measured_beside() -> None:
+    record = unbatch.audit(
+        Case.parse("digits:width=16"), attacks=["bias-ratio"], remedies=["noise:sigma=0.1", "clip:norm=0.1"]
+    )
+    noise, clip = record.remedies
+    assert (noise.defence, noise.recovered, noise.size) == ("noise:sigma=0.1,relative=false", 0, 1)
+    assert clip.recovered == 1  # clipping alone hides nothing
+    assert clip.psnr > 80
+
+
+def test_the_server_is_not_told_a_range_read_off_the_private_batch() -> None:
+    x, y = 7 * torch.rand(2, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    record = unbatch.audit(Setting(model=nn.Linear(6, 3), loss=F.cross_entropy, inputs=x, labels=y), attacks=[])
+    assert "input_range" not in record.knowledge
+    assert "input_range" in unbatch.audit(Case.parse("digits"), attacks=[]).knowledge

@@ -1,0 +1,49 @@
+"""Charts: how numbers are written, and where a score stands on an axis."""
+
+import math
+
+import pytest
+from audits import L2, LABELS, PSNR, example, run
+
+from unbatch.chart import Axis, exact, number
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0.0, "0"),
+        (132.44, "132.4"),
+        (-1470.0, "−1,470"),
+        (1.5e-7, "1.5 × 10⁻⁷"),
+        (2e9, "2.0 × 10⁹"),
+        (math.inf, "∞"),
+        (math.nan, "not a number"),
+    ],
+)
+def test_numbers(value: float, words: str) -> None:
+    assert number(value) == words
+
+
+def test_axes() -> None:
+    decibels = Axis.of([8.0, 150.0], PSNR)
+    assert (decibels.low, decibels.high) == (0.0, 60.0)
+    assert decibels.at(150.0) == decibels.at(60.0) == 97.0
+    assert decibels.ticks[0] == (3.0, "0")
+    errors = Axis.of([1e-8, 1.3], L2)
+    assert errors.log
+    assert errors.at(1e-8) > errors.at(1e-4) > errors.at(1.3), "right is nearer to the truth"
+    assert errors.at(0.0) == 97.0
+    flat = Axis.of([0.5, 0.6], L2)
+    assert not flat.log
+    assert flat.at(0.0) == 97.0
+    for axis in (decibels, errors, flat, Axis.of([0.0], L2), Axis.of([-1.0, 1.0], LABELS)):
+        places = [place for place, _ in axis.ticks]
+        assert 2 <= len(places) <= 8
+        assert all(3 <= place <= 97 for place in places)
+        assert places == sorted(places, reverse=axis.flip)
+
+
+def test_features_of_a_layer_are_not_the_example() -> None:
+    hit = example(0, 150.0, 1e-9)
+    assert exact(run("a", [hit]), hit)
+    assert not exact(run("a", [hit], layer="3.fc"), hit)

@@ -1,0 +1,68 @@
+"""Every flag can be raised, is raised by what it says, and stays silent otherwise."""
+
+import pytest
+
+import unbatch
+from unbatch import Case
+from unbatch.checks import CHECKS, flags
+from unbatch.results import Audit, Example, Run
+
+
+@pytest.fixture(scope="module")
+def clean() -> Audit:
+    return unbatch.audit(Case.parse("digits:width=16"), attacks=["bias-ratio"], analyses=())
+
+
+def heuristic(**changes) -> Run:
+    facts = {"client": 0, "attack": "guess", "family": "f", "guarantee": "heuristic", "threat_model": "t", "paper": "p"}
+    return Run(**(facts | {"seed": 0, "status": "done"} | changes))
+
+
+def spoilt(clean: Audit, name: str) -> Audit:
+    audit = clean.model_copy(deep=True)
+    run = audit.runs[0]
+    if name == "exact-claim-fails":
+        run.examples[0].error = 0.5
+    elif name == "bound-violated":
+        run.guarantee, run.examples[0].error = "bounded", 0.5
+    elif name == "heuristic-beats-exact":
+        run.examples[0].error, run.examples[0].bound = 0.3, None
+        audit.runs.append(heuristic(examples=[Example(index=0, error=1e-6)]))
+    elif name == "not-identifiable":
+        audit.runs = [heuristic(residual=1e-6, examples=[Example(index=0, error=0.8)])]
+    elif name == "near-chance":
+        example = Example(index=0, scores={"psnr": 18.0}, chance={"psnr": 16.5})
+        audit.runs = [heuristic(examples=[example])]
+    elif name == "client-not-reproducible":
+        audit.clients[0].reproducible = False
+    elif name == "random-defence-not-averaged":
+        audit.random_defences = ["noise:sigma=1.0"]
+    elif name == "search-not-converged":
+        audit.runs.append(heuristic(trace={"converged": False}))
+    elif name == "skipped-for-labels":
+        audit.runs.append(heuristic(status="not applicable", missing=["labels"]))
+    elif name == "leak-of-the-union":
+        audit.defences = ["secure-aggregation:clients=2"]
+    return audit
+
+
+def test_a_clean_audit_raises_none(clean: Audit) -> None:
+    assert flags(clean) == []
+
+
+@pytest.mark.parametrize("name", [check.name for check in CHECKS])
+def test_a_flag_is_raised_by_what_it_says(clean: Audit, name: str) -> None:
+    raised = {flag.name: flag for flag in flags(spoilt(clean, name))}
+    assert name in raised
+    assert raised[name].words
+    assert raised[name].means
+    assert raised[name].do
+
+
+def test_real_audits_raise_the_flags_that_fit() -> None:
+    noisy = unbatch.audit(Case.parse("digits:width=16"), attacks=["bias-ratio"], defences=["noise:sigma=0.1"])
+    assert [f.name for f in noisy.flags] == ["random-defence-not-averaged"]
+    summed = unbatch.audit(
+        Case.parse("digits:batch=2,width=16"), attacks=["label-count"], defences=["secure-aggregation:clients=2"]
+    )
+    assert "leak-of-the-union" not in [f.name for f in summed.flags]  # labels alone identify nobody's picture

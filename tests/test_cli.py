@@ -1,0 +1,312 @@
+"""The command line as its users meet it: what it prints, what it writes, what it says of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from unbatch import Attack, Case, Defence, Observation, observe
+from unbatch.cli import main
+from unbatch.results import Audit
+
+FACTORY = """
+import torch
+from torch import nn
+def small():
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 3))
+def other():
+    return nn.Linear(5, 2)
+def text():
+    return "model"
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1))
+    def forward(self, x):
+        raise RuntimeError("no such layer")
+def halved(outputs, labels):
+    return 0.5 * nn.functional.cross_entropy(outputs, labels)
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(FACTORY)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    rng = np.random.default_rng(0)
+    np.savez("data.npz", inputs=rng.random((2, 3, 4, 4), dtype=np.float32), labels=np.array([0, 2]))
+    return tmp_path
+
+
+def call(*words: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(words))
+    return int(stop.value.code or 0)
+
+
+def audit(*words: str) -> Audit:
+    assert call("audit", *words, "--quiet") == 0
+    return Audit.load("audit/audit.json")
+
+
+def test_audit_writes_json_and_a_page(here: Path, capsys) -> None:
+    assert call("audit", "photos:clients=2,width=16", "--attack", "bias-ratio", "--save-images", "pictures") == 0
+    said = capsys.readouterr().out
+    assert "2 of 2 private images recovered exactly" in said
+    assert Path("audit/report.html").stat().st_size > 1000
+    record = Audit.load("audit/audit.json")
+    assert len(record.recovered()) == 2
+    assert sorted(p.name for p in Path("pictures").iterdir()) == [
+        "client0-example0-bias-ratio-seed0.png",
+        "client1-example0-bias-ratio-seed0.png",
+    ]
+
+
+def test_json_alone_is_printed(here: Path, capsys) -> None:
+    assert call("audit", "digits:width=16", "--attack", "bias-ratio", "--json") == 0
+    assert len(Audit.model_validate(json.loads(capsys.readouterr().out)).recovered()) == 1
+    assert call("risk", "digits:batch=3,width=16", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["risks"][0]["rank"] == 3
+
+
+def test_your_own_model_and_data(here: Path) -> None:
+    record = audit(
+        "--model", "nets:small", "--data", "data.npz", "--batch", "1", "--attack", "bias-ratio", "--loss", "nets:halved"
+    )
+    assert len(record.recovered()) == 1
+    assert record.loss == "cross-entropy (mean, scale 0.5)"
+    assert record.case == "nets:small on data.npz"
+
+
+def test_protocol_knowledge_defences_and_remedies_reach_the_audit(here: Path) -> None:
+    record = audit(
+        *("digits:batch=3,width=16", "--attack", "bias-ratio", "--attack", "label-count", "--defence", "clip:norm=1"),
+        *("--protocol", "local_steps=2,learning_rate=0.05", "--knows", "labels", "--knows", "batch_size=3"),
+        *("--remedy", "prune:share=0.5", "--metric", "label-accuracy", "--seed", "0", "--seed", "1"),
+    )
+    assert record.defences == [str(Defence.parse("clip:norm=1"))]
+    assert record.protocol.startswith("2 local steps of sgd, learning rate 0.05")
+    assert "labels" in record.knowledge
+    assert list(record.metrics) == ["label-accuracy"]
+    assert record.seeds == [0, 1]
+    assert len(record.runs) == 4
+    assert record.remedies[0].defence == str(Defence.parse("prune:share=0.5"))
+
+
+def test_a_captured_update(here: Path, capsys) -> None:
+    sys.path.insert(0, "")
+    from nets import small
+
+    model = small()
+    x, y = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([1])
+    obs, _ = observe(model, torch.nn.functional.cross_entropy, x, y)
+    obs.save("captured.safetensors")
+    words = ("--observation", "captured.safetensors", "--model", "nets:small", "--attack", "bias-ratio")
+    assert call("audit", *words) == 0
+    assert "1 image certified to be behind this update" in capsys.readouterr().out
+    record = Audit.load("audit/audit.json")
+    assert record.risks[0].rank == 1
+    assert record.runs[0].residual < 1e-6
+    scaled = Observation(
+        model=model, loss=obs.loss, update={k: -v for k, v in obs.update.items()}, knowledge=obs.knowledge
+    )
+    scaled.save("captured.safetensors")
+    assert call("audit", *words) == 0
+    assert "sign is flipped" in capsys.readouterr().out
+
+
+def test_risk(here: Path, capsys) -> None:
+    assert call("risk", "digits:batch=5,width=32") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "dense1" in said
+    assert "rank 5" in said
+
+
+def test_list_off_a_terminal_is_one_name_a_line(here: Path, capsys) -> None:
+    assert call("list") == 0
+    names = capsys.readouterr().out.split("\n")
+    assert {"bias-ratio", "label-count", "gradient-matching"} <= set(names)
+    assert {"clip", "noise", "prune", "quantise", "secure-aggregation"} <= set(names)
+    assert {"local-steps", "label-smoothing", "mixup"} <= set(names)
+    assert {"gradient-rank", "l2-error", "psnr", "ssim", "label-accuracy"} <= set(names)
+    assert {"photos", "digits", "faces", "tables"} <= set(names)
+    assert call("list", "attacks") == 0
+    assert capsys.readouterr().out.split() == list(Attack.find())
+
+
+def test_show(here: Path, capsys) -> None:
+    assert call("show", "bias-ratio") == 0
+    said = capsys.readouterr().out
+    assert "guarantee: exact" in said
+    assert "tol = none" in said
+
+
+def test_gate_and_report(here: Path, capsys) -> None:
+    audit("digits:width=16", "--attack", "bias-ratio")
+    assert call("gate", "audit/audit.json", "--max-recovered", "1") == 0
+    assert call("gate", "audit/audit.json", "--max-recovered", "0", "--max-psnr", "20") == 1
+    assert "breach: 1 examples recovered exactly" in capsys.readouterr().err
+    assert call("report", "audit/audit.json", "--out", "again.html") == 0
+    assert "<html" in Path("again.html").read_text()
+
+
+def test_an_earlier_audit_is_kept_beside_and_resume_goes_on(here: Path) -> None:
+    first = audit("digits:width=16", "--attack", "bias-ratio")
+    audit("digits:width=16", "--attack", "label-count")
+    assert Audit.load("audit/audit.previous.json") == first
+    record = audit("digits:width=16", "--attack", "bias-ratio", "--attack", "label-count", "--resume")
+    assert [run.attack for run in record.runs] == ["bias-ratio", "label-count"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["audit", "fotos"], "unknown case 'fotos'. Did you mean 'photos'"),
+        (["audit", "photos:colour=1"], "unknown option 'colour'"),
+        (["audit", "photos:batch=0"], "greater than 0"),
+        (["audit", "photos:batch=100000"], "examples"),
+        (["audit", "digits", "--attack", "bias"], "unknown attack 'bias'"),
+        (["audit", "digits", "--attack", "bias-ratio:tol=-1"], "greater than 0"),
+        (["audit", "digits", "--defence", "pray"], "unknown defence 'pray'"),
+        (["audit", "digits", "--metric", "lpips"], "unknown metric 'lpips'"),
+        (["audit", "digits", "--suite", "last"], "unknown suite 'last'"),
+        (["audit", "digits", "--protocol", "steps=3"], "Fields: local_steps"),
+        (["audit", "digits", "--knows", "lables=[1]"], "Did you mean 'labels'"),
+        (["audit"], "nothing to audit"),
+        (["audit", "digits", "--model", "nets:small"], "not both"),
+        (["audit", "--model", "nets:small"], "--model alone is not enough"),
+        (["audit", "--model", "nets", "--data", "data.npz"], "is not package.module:name"),
+        (["audit", "--model", "nets:gone", "--data", "data.npz"], "cannot import --model nets:gone"),
+        (["audit", "--model", "absent:gone", "--data", "data.npz"], "cannot import --model absent:gone"),
+        (["audit", "--model", "nets:text", "--data", "data.npz"], "gave str, not a torch.nn.Module"),
+        (["audit", "--model", "nets:Broken", "--data", "data.npz"], "forward fails on inputs of shape"),
+        (["audit", "--model", "nets:other", "--data", "data.npz"], "forward fails on inputs of shape"),
+        (["audit", "--model", "nets:small", "--data", "gone.npz"], "does not exist"),
+        (["audit", "--model", "nets:small", "--data", "data.npz", "--loss", "hinge"], "unknown loss 'hinge'"),
+        (["audit", "--model", "nets:small", "--observation", "gone"], "cannot read gone"),
+        (["risk"], "nothing to audit"),
+        (["list", "dragons"], "unknown kind 'dragons'"),
+        (["show", "bias"], "nothing is called 'bias'"),
+        (["report", "gone.json"], "cannot read gone.json"),
+        (["gate", "data.npz", "--max-recovered", "0"], "is no audit of unbatch"),
+        (["bench", "speed"], "unknown benchmark 'speed'"),
+        (["fly"], "No such command 'fly'"),
+        (["audit", "digits", "--seed", "x"], "valid integer"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_message_and_exit_code_2(here: Path, capsys, words: list[str], said: str) -> None:
+    assert call(*words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+    assert "defect of unbatch" not in error
+    assert len(error.strip().splitlines()) <= 4
+
+
+def test_labels_outside_the_classes_and_nan(here: Path, capsys) -> None:
+    np.savez("data.npz", inputs=np.ones((2, 3, 4, 4), np.float32), labels=np.array([0, 7]))
+    assert call("audit", "--model", "nets:small", "--data", "data.npz") == 2
+    assert "labels run from 0 to 7, but the model has 3 classes" in capsys.readouterr().err
+    np.savez("data.npz", inputs=np.full((2, 3, 4, 4), np.nan, np.float32), labels=np.array([0, 1]))
+    assert call("audit", "--model", "nets:small", "--data", "data.npz") == 2
+    assert "NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "no whole safetensors file"),
+        (lambda path: torch.save({"update": 1}, path), "is a pickle"),
+        (lambda path: _rewrite(path, "update/1.bias", torch.full((8,), torch.nan)), "holds 8 NaN"),
+        (lambda path: _rewrite(path, "update/1.bias", torch.ones(9)), "has shape (9,), the model's (8,)"),
+        (lambda path: _rewrite(path, "update/9.bias", torch.ones(9)), "names that the model has not: '9.bias'"),
+    ],
+    ids=["truncated", "pickle", "nan", "shape", "name"],
+)
+def test_a_bad_bundle(here: Path, capsys, spoil, words: str) -> None:
+    sys.path.insert(0, "")
+    from nets import small
+
+    x, y = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([1])
+    observe(small(), torch.nn.functional.cross_entropy, x, y)[0].save("b.safetensors")
+    spoil(Path("b.safetensors"))
+    assert call("audit", "--observation", "b.safetensors", "--model", "nets:small") == 2
+    assert words in capsys.readouterr().err
+
+
+def _rewrite(path: Path, name: str, tensor: torch.Tensor) -> None:
+    with safe_open(path, framework="pt") as file:
+        held, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(held | {name: tensor}, path, metadata)
+
+
+def test_debug_shows_the_traceback(here: Path, capsys) -> None:
+    assert call("audit", "fotos", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_no_finished_run(here: Path, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    import unbatch.files
+
+    (tmp_path / "rescue").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "rescue"))
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        if "rescue" not in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(unbatch.files.os, "fsync", full)
+    assert call("audit", "digits:width=16", "--attack", "bias-ratio", "--quiet") == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    place = error.split("safe in ")[1].strip().removesuffix(".")
+    assert len(Audit.load(place).recovered()) == 1
+
+
+def test_help_is_quick_to_import() -> None:
+    code = "import sys\nfrom unbatch.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])
+def test_a_stopped_audit_keeps_what_was_found_and_resumes(here: Path, number: signal.Signals) -> None:
+    words = ["audit", "digits:clients=2,batch=4,width=32", "--attack", "label-count", "--attack", "gradient-matching"]
+    command = [sys.executable, "-c", "from unbatch.cli import main; main()", *words, "--quiet"]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for _ in range(600):
+        time.sleep(0.1)
+        if Path("audit/audit.json").exists():
+            break
+    time.sleep(1.0)
+    process.send_signal(number)
+    assert process.wait(60) == (130 if number == signal.SIGINT else -number)
+    before = Audit.load("audit/audit.json")
+    assert not before.complete
+    assert before.runs[0].status == "done"
+    assert Path("audit/report.html").exists() == (number == signal.SIGINT)
+    assert call(*words, "--quiet", "--resume", "--budget", "0.1") == 0
+    after = Audit.load("audit/audit.json")
+    assert after.complete
+    assert len(after.runs) == 4
+    assert after.runs[0] == before.runs[0]  # to the second that it took: it was not run again
+
+
+def test_cases_and_models_are_what_the_list_says() -> None:
+    for name, case in Case.find().items():
+        assert str(case()) == name

@@ -1,0 +1,48 @@
+"""Every plugin, found and not listed, keeps what it declares."""
+
+import pytest
+
+from unbatch.analysis import Analysis
+from unbatch.attack import Attack
+from unbatch.case import Case
+from unbatch.defence import Defence
+from unbatch.layer import LayerRule
+from unbatch.metric import Metric
+from unbatch.plugin import Plugin
+from unbatch.testing import check_analysis, check_attack, check_case, check_defence, check_metric, check_plugin
+
+SETS: list[type[Plugin]] = [Attack, Defence, Analysis, Metric, Case, LayerRule]
+
+
+@pytest.mark.parametrize("name", Attack.find())
+def test_attack(name: str) -> None:
+    check_attack(Attack.find(name))
+
+
+@pytest.mark.parametrize("name", Defence.find())
+def test_defence(name: str) -> None:
+    check_defence(Defence.find(name))
+
+
+@pytest.mark.parametrize("name", Analysis.find())
+def test_analysis(name: str) -> None:
+    check_analysis(Analysis.find(name))
+
+
+@pytest.mark.parametrize("name", Metric.find())
+def test_metric(name: str) -> None:
+    check_metric(Metric.find(name))
+
+
+@pytest.mark.parametrize("name", Case.find())
+def test_case(name: str) -> None:
+    check_case(Case.find(name))
+
+
+@pytest.mark.parametrize("kind", SETS, ids=lambda kind: kind.folder)
+def test_one_plugin_a_file_named_after_it(kind: type[Plugin]) -> None:
+    found = kind.find()
+    assert found
+    for name, plugin in found.items():
+        check_plugin(plugin)
+        assert plugin.__module__ == f"unbatch.{kind.folder}.{name.replace('-', '_')}"

@@ -1,0 +1,235 @@
+"""gradient-matching: recovers, chooses by the match alone, and says what it did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unbatch import models
+from unbatch.attack import NotApplicable
+from unbatch.attacks.gradient_matching import GradientMatching
+from unbatch.benchmarks import find
+from unbatch.client import observe
+from unbatch.loss import loss_named
+from unbatch.observation import Knowledge, Observation
+from unbatch.progress import Watch, watching
+from unbatch.protocol import Protocol
+from unbatch.truth import Truth
+
+
+def exchange(
+    n: int = 2,
+    activation: Any = "gelu",
+    *,
+    known: bool = True,
+    protocol: Protocol | None = None,
+    loss: str = "cross-entropy",
+    shape: tuple[int, ...] = (1, 6, 6),
+    labels: Tensor | None = None,
+    **more: Any,
+) -> tuple[Observation, Truth]:
+    rng = torch.Generator().manual_seed(0)
+    model = models.build("mlp", shape, 5, width=80, activation=activation, rng=rng)
+    x, y = torch.rand(n, *shape, generator=rng), torch.arange(n) % 5 if labels is None else labels
+    knowledge = Knowledge(input_range=(0, 1), **({"labels": y} if known else {}), **more)
+    return observe(model, loss_named(loss), x, y, protocol=protocol, knowledge=knowledge)  # type: ignore[arg-type]
+
+
+def error(found: Tensor | None, truth: Truth) -> float:
+    assert found is not None
+    a, b = found.double().flatten(1), truth.inputs.double().flatten(1)
+    return float((torch.cdist(a, b).min(0).values / b.norm(dim=1)).max())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "relu"])
+def test_default_recovers_to_rounding_error(activation: str) -> None:
+    obs, truth = exchange(3, activation)
+    found = GradientMatching()(obs)
+    assert error(found.inputs, truth) < 1e-4
+    assert found.trace["converged"]
+    assert found.trace["labels"] == "known"
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        Protocol(local_steps=3, learning_rate=0.05),
+        Protocol(local_steps=2, learning_rate=0.05, momentum=0.9, weight_decay=0.01),
+        Protocol(epochs=1, local_batch_size=1, learning_rate=0.05),
+    ],
+    ids=str,
+)
+def test_default_recovers_through_local_steps(protocol: Protocol) -> None:
+    obs, truth = exchange(2, "gelu", protocol=protocol)
+    assert error(GradientMatching()(obs).inputs, truth) < 1e-2
+
+
+def test_labels_are_counted_where_unknown_and_stay_aligned() -> None:
+    obs, truth = exchange(3, known=False, labels=torch.tensor([4, 1, 1]))
+    found = GradientMatching()(obs)
+    assert found.trace["labels"] == "counted"
+    assert found.inputs is not None
+    assert found.labels is not None
+    nearest = torch.cdist(found.inputs.flatten(1), truth.inputs.flatten(1)).argmin(1)
+    assert found.labels.tolist() == truth.labels[nearest].tolist()
+    assert error(found.inputs, truth) < 1e-3
+
+
+def test_real_targets_are_optimised() -> None:
+    targets = torch.randn(2, 5, generator=torch.Generator().manual_seed(3))
+    obs, truth = exchange(2, known=False, loss="squared-error", labels=targets)
+    found = GradientMatching()(obs)
+    assert found.trace["labels"] == "optimised"
+    assert found.labels is not None
+    assert error(found.inputs, truth) < 1e-3
+    assert float(torch.cdist(found.labels.double(), targets.double()).min(0).values.max()) < 1e-2
+
+
+def test_classes_under_squared_error_are_optimised_and_read_as_classes() -> None:
+    obs, truth = exchange(2, known=False, loss="squared-error", labels=torch.tensor([1, 4]))
+    found = GradientMatching()(obs)
+    assert found.labels is not None
+    assert sorted(found.labels.tolist()) == [1, 4]
+    assert error(found.inputs, truth) < 1e-3
+
+
+def test_dlg_recovers_labels_by_optimising_them() -> None:
+    obs, _ = exchange(1, "sigmoid", known=False, labels=torch.tensor([3]))
+    found = GradientMatching(preset="dlg", iterations=300)(obs)
+    assert found.trace["labels"] == "optimised"
+    assert found.labels is not None
+    assert found.labels.tolist() == [3]
+
+
+def test_labels_of_the_start_are_never_returned() -> None:
+    obs, _ = exchange(2, known=False)
+    found = GradientMatching(preset="dlg", iterations=1)(obs)
+    assert found.trace["iterations"] == 1
+    assert found.labels is None
+
+
+def test_inverting_gradients_stays_in_range_and_comes_near() -> None:
+    obs, truth = exchange(1, domain="images")
+    found = GradientMatching(preset="inverting-gradients", iterations=400, tv=1e-4)(obs)
+    assert found.inputs is not None
+    assert float(found.inputs.min()) >= 0
+    assert float(found.inputs.max()) <= 1
+    assert error(found.inputs, truth) < 0.1
+
+
+def test_total_variation_is_for_pictures_alone() -> None:
+    for domain, alike in (("table", True), ("images", False)):
+        obs, _ = exchange(1, domain=domain)
+        runs = [GradientMatching(preset="inverting-gradients", iterations=20, tv=tv)(obs).inputs for tv in (0.0, 1.0)]
+        assert runs[0] is not None
+        assert runs[1] is not None
+        assert torch.equal(runs[0], runs[1]) is alike
+
+
+def test_the_best_restart_is_the_one_with_the_best_match() -> None:
+    obs, _ = exchange(2, "relu")
+    found = GradientMatching(preset="dlg", iterations=15, restarts=4)(obs)
+    finals = found.trace["restarts"]
+    assert len(finals) == 4
+    assert len(set(finals)) == 4
+    assert found.trace["loss"][-1] == pytest.approx(min(finals), rel=0.2)
+    assert len(found.trace["seconds"]) == 4
+
+
+def test_the_trace_is_json_and_thin() -> None:
+    obs, _ = exchange()
+    trace = GradientMatching(preset="inverting-gradients", iterations=450)(obs).trace
+    assert len(json.loads(json.dumps(trace))["loss"]) <= 200
+    assert trace["loss"] == sorted(trace["loss"], reverse=True)
+
+
+@pytest.mark.parametrize("preset", ["default", "dlg", "inverting-gradients"])
+def test_told_to_stop_it_returns_the_best_so_far(preset: str) -> None:
+    obs, _ = exchange(2, "relu")
+    watch, calls = Watch(), []
+
+    def listener(share: float, best: float | None) -> None:
+        calls.append((share, best))
+        watch.stop = len(calls) == 7
+
+    watch.listener = listener
+    with watching(watch):
+        found = GradientMatching(preset=preset)(obs)  # type: ignore[arg-type]
+    assert found.trace["iterations"] == len(calls) == 7
+    assert found.trace["loss"][-1] == calls[-1][1]
+
+
+def test_same_seed_same_answer_whatever_the_global_generator() -> None:
+    obs, _ = exchange(2, "relu")
+    attack = GradientMatching(preset="inverting-gradients", iterations=30)
+    first, second, third = attack(obs, seed=1).inputs, attack(obs, seed=1).inputs, attack(obs, seed=2).inputs
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+
+
+def test_obstacles_are_said_in_words() -> None:
+    obs, _ = exchange()
+    zero = Observation(
+        model=obs.model,
+        loss=obs.loss,
+        update={k: torch.zeros_like(v) for k, v in obs.update.items()},
+        knowledge=obs.knowledge,
+    )
+    with pytest.raises(NotApplicable, match="zero everywhere"):
+        GradientMatching()(zero)
+    tokens, _ = exchange(domain="tokens")
+    with pytest.raises(NotApplicable, match="tokens"):
+        GradientMatching()(tokens)
+
+    def hard_only(outputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.nll_loss(outputs.log_softmax(1), labels)
+
+    x, y = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    closed, _ = observe(obs.model, hard_only, x, y)
+    with pytest.raises(NotApplicable, match="soft"):
+        GradientMatching(preset="dlg")(closed)
+
+
+def test_batch_norm_is_matched_in_the_clients_mode() -> None:
+    rng = torch.Generator().manual_seed(0)
+    model = models.build("resnet-small", (1, 8, 8), 4, width=4, activation="gelu", rng=rng)
+    x, y = torch.rand(2, 1, 8, 8, generator=rng), torch.tensor([0, 3])
+    obs, _ = observe(model, loss_named("cross-entropy"), x, y, knowledge=Knowledge(labels=y, input_range=(0, 1)))
+    watch, begun = Watch(), []
+
+    def listener(share: float, best: float | None) -> None:
+        begun.append(best)
+        watch.stop = len(begun) == 60
+
+    watch.listener = listener
+    with watching(watch):
+        found = GradientMatching()(obs)
+    assert found.trace["loss"][-1] < found.trace["loss"][0]
+
+
+def test_benchmark_gives_every_preset_the_same_problem_and_saves(tmp_path: Path) -> None:
+    bench = find("matching")
+    problem = bench.Problem(name="tiny", model="mlp", activation="gelu", n=1, width=8)
+    rows = bench.run(None, seconds=0.3, seed=0, device="cpu", out=tmp_path, problems=(problem,))
+    assert [row["preset"] for row in rows] == list(bench.PRESETS)
+    saved = json.loads((tmp_path / "matching.json").read_text())
+    assert saved["rows"] == json.loads(json.dumps(rows))
+    assert {"torch", "threads", "seconds are"} <= set(saved["environment"])
+    assert all(point["worst"] <= point["mean"] for row in rows for point in row["curve"])
+    assert bench.table(rows).row_count == 3
+    assert rows[0]["seconds per step over plain autograd"] > 0
+
+
+def test_unknown_benchmarks_and_missing_data_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="known: matching"):
+        find("speed")
+    with pytest.raises(ValueError, match="cifar10_test600"):
+        find("matching").run(tmp_path)

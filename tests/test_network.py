@@ -1,0 +1,59 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from unbatch.network import dense_layers, forward, layer_inputs
+
+
+class Custom(nn.Module):
+    """Parameters without nn.Linear, a normalisation before, a layer used twice, one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.never, self.out = (
+            nn.Linear(8, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 3),
+        )
+        self.W = nn.Parameter(torch.ones(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x.flatten(1) - 0.5) / 0.25
+        h = F.gelu(self.twice(self.twice(self.first(x))))
+        return self.out(F.linear(h, self.W))
+
+
+def test_dense_layers_are_found_by_running() -> None:
+    first, free, head = dense_layers(Custom(), (2, 2, 2))
+    assert (first.name, first.bias, first.head) == ("first", "first.bias", False)
+    assert (free.name, free.bias, free.feeds) == ("W", None, None)
+    assert head.name == "out"
+    assert head.head
+    assert first.feeds is not None
+    x = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(first.feeds.invert((x - 0.5) / 0.25), x, rtol=1e-5, atol=1e-6)
+
+
+def test_a_nonlinear_or_mixing_path_is_not_taken_for_the_input() -> None:
+    for before in (nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8)):
+        model = nn.Sequential(before, nn.Linear(8, 3))
+        assert dense_layers(model, (8,))[-1].feeds is None
+
+
+def test_layers_on_sequences_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Flatten(), nn.Linear(15, 2))
+    assert [d.name for d in dense_layers(model, (3, 4))] == ["2"]
+
+
+def test_modes_are_put_back_and_failures_said() -> None:
+    model = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5))
+    model[1].eval()
+    forward(model, torch.ones(1, 4))
+    assert [m.training for m in model] == [True, False]
+    with pytest.raises(ValueError, match="forward fails on inputs of shape"):
+        forward(model, torch.ones(1, 5))
+    assert torch.equal(layer_inputs(model, "0", torch.ones(2, 4)), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="no dense layer called 'x'"):
+        layer_inputs(model, "x", torch.ones(1, 4))

@@ -1,0 +1,151 @@
+"""The searches of numerics: matching, least_squares, softening."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unbatch.numerics.least_squares import conjugate_gradients, levenberg_marquardt, resized
+from unbatch.numerics.matching import cosine_distance, lbfgs, signed_adam, squared_difference, total_variation
+from unbatch.numerics.softening import Softened, kinked
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_squared_difference_and_cosine_see_all_parameters_as_one_vector() -> None:
+    a, b = [normal(3, 2), normal(4, seed=1)], [normal(3, 2, seed=2), normal(4, seed=3)]
+    u, v = torch.cat([t.flatten() for t in a]), torch.cat([t.flatten() for t in b])
+    assert torch.isclose(squared_difference(a, b), (u - v).square().sum())
+    assert torch.isclose(cosine_distance(a, b), 1 - F.cosine_similarity(u, v, dim=0))
+
+
+def test_cosine_distance_ignores_size_and_survives_zero() -> None:
+    a = [normal(3), normal(2, seed=1)]
+    assert float(cosine_distance([7 * t for t in a], a)) == pytest.approx(0, abs=1e-15)
+    assert float(cosine_distance([torch.zeros_like(t) for t in a], a)) == 1
+
+
+def test_total_variation_of_a_ramp_is_its_slopes() -> None:
+    ramp = 2.0 * torch.arange(5).view(1, 1, 5, 1) + 3.0 * torch.arange(4).view(1, 1, 1, 4)
+    assert float(total_variation(ramp)) == 5
+    assert float(total_variation(torch.full((2, 3, 4, 4), 0.7))) == 0
+    assert float(total_variation(torch.ones(1, 1, 1, 1))) == 0
+
+
+def test_lbfgs_solves_a_quadratic_and_yields_points_with_their_own_values() -> None:
+    target = normal(2, 3)
+    weights = torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)
+
+    def objective(x: Tensor) -> Tensor:
+        return ((x - target).square() * weights).sum()
+
+    found = list(lbfgs(objective, torch.zeros(2, 3, dtype=torch.float64), steps=60))
+    for value, point in found[:5]:
+        assert value == pytest.approx(float(objective(point)))
+    assert torch.allclose(found[-1][1], target, atol=1e-8)
+
+
+def test_lbfgs_ends_where_the_objective_is_not_finite() -> None:
+    found = list(lbfgs(lambda x: x.log().sum(), -torch.ones(1, 2), steps=9))
+    assert len(found) == 1
+    assert found[0][0] == math.inf
+
+
+def test_signed_adam_stays_in_the_box_and_its_rate_falls() -> None:
+    found = [p for _, p in signed_adam(lambda x: (x - 5).square().sum(), torch.zeros(1, 2), steps=80, box=2.0)]
+    assert len(found) == 81
+    assert max(float(p.abs().max()) for p in found) <= 2
+    free = [p for _, p in signed_adam(lambda x: -x.sum(), torch.zeros(1, 1), steps=80)]
+    moves = torch.cat(free).diff(dim=0).flatten()
+    assert moves[0] == pytest.approx(0.1, rel=1e-4)
+    assert moves[-1] == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_conjugate_gradients_solve_in_as_many_steps_as_unknowns() -> None:
+    root = normal(6, 6)
+    A, b = root @ root.T + torch.eye(6, dtype=torch.float64), normal(6, seed=1)
+    *_, x = conjugate_gradients(A.matmul, b, lambda v: v / A.diagonal(), 6, 1e-14)
+    assert torch.allclose(A @ x, b, atol=1e-8)
+
+
+def test_levenberg_marquardt_converges_quadratically_on_a_consistent_nonlinear_system() -> None:
+    W, truth = normal(40, 5, seed=1), normal(3, 5, seed=2)
+
+    def residual(x: Tensor, /, *, create_graph: bool = False) -> Tensor:
+        return (torch.tanh(x @ W.T) - torch.tanh(truth @ W.T)).flatten()
+
+    start = truth + 0.1 * normal(3, 5, seed=3)
+    search = levenberg_marquardt(residual, start, torch.Generator().manual_seed(0), steps=20)
+    costs = []
+    for cost, x in search:
+        if not costs or cost < costs[-1]:
+            costs.append(cost)
+        assert cost == pytest.approx(float(residual(x).square().sum()), rel=1e-6, abs=1e-28)
+    assert costs[-1] < 1e-20 * costs[0]
+    assert torch.allclose(x, truth, atol=1e-9)
+
+
+def test_levenberg_marquardt_stops_where_nothing_depends_on_the_point() -> None:
+    flat = levenberg_marquardt(
+        lambda x, /, create_graph=False: 0 * x.flatten() + 1,
+        torch.ones(2, 2, dtype=torch.float64),
+        torch.Generator().manual_seed(0),
+        steps=50,
+    )
+    assert list(flat) == []
+
+
+def test_resized_doubles_and_halves_only_what_gains() -> None:
+    truth = normal(3, 4)
+    x = truth * torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)
+
+    def residual(v: Tensor, /, *, create_graph: bool = False) -> Tensor:
+        return (v - truth).flatten()
+
+    assert torch.allclose(resized(residual, x), truth)
+
+
+@pytest.mark.parametrize("activation", [F.relu, torch.relu, Tensor.relu, F.leaky_relu])
+def test_softened_networks_have_no_kink_and_sharpen_to_the_network_itself(activation: object) -> None:
+    z = normal(200)
+    soft = Softened(5.0)
+    with soft:
+        rounded = activation(z)  # type: ignore[operator]
+    exact = activation(z)  # type: ignore[operator]
+    spread = float(z.square().mean().sqrt())
+    assert 0 < float((rounded - exact).abs().max()) <= math.log(2) * spread / 5
+    soft.sharpen(1e4)
+    with soft:
+        assert float((activation(z) - exact).abs().max()) < 1e-3  # type: ignore[operator]
+    soft.sharpen(math.inf)
+    with soft:
+        assert torch.equal(activation(z), exact)  # type: ignore[operator]
+
+
+def test_softened_keeps_the_spread_of_its_first_block() -> None:
+    soft, z = Softened(3.0), normal(50)
+    with soft:
+        first = F.relu(z)
+    with soft:
+        F.relu(10 * z)
+    with soft:
+        assert torch.equal(F.relu(z), first)
+
+
+@pytest.mark.parametrize(
+    ("activation", "bent"), [(F.relu, True), (F.leaky_relu, True), (F.gelu, False), (torch.tanh, False)]
+)
+def test_kinked_tells_relu_networks_from_smooth_ones(activation: object, bent: bool) -> None:
+    W, v = normal(300, 20) / 5, normal(300, seed=1)
+
+    def update(x: Tensor) -> list[Tensor]:
+        w = W.clone().requires_grad_()
+        return list(torch.autograd.grad((activation(x @ w.T) @ v).square().sum(), [w]))  # type: ignore[operator]
+
+    assert kinked(update, normal(4, 20, seed=2), torch.Generator().manual_seed(0), reach=0.1) is bent

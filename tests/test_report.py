@@ -1,0 +1,309 @@
+"""The report: complete, honest, safe and alone, for every kind of audit."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from html import unescape
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from audits import (
+    EVIL,
+    LABELS,
+    an_audit,
+    captured,
+    exact,
+    example,
+    features,
+    hostile,
+    not_recovered,
+    nothing_ran,
+    run,
+    table,
+)
+from browser import CHROMIUM, probe
+
+from unbatch import report
+from unbatch.results import Audit, Example, Remedy
+
+AUDITS = [exact, not_recovered, nothing_ran, table, captured, hostile, features]
+every = pytest.mark.parametrize("audit", [make() for make in AUDITS], ids=[make.__name__ for make in AUDITS])
+
+
+class Page(HTMLParser):
+    """The elements of a page, and the text in them."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input", "hr", "path", "circle", "line", "rect"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.cells: list[list[str]] = []
+        self.script = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.cells.append([])
+        elif tag in ("td", "th"):
+            self.cells[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self.open:
+            self.script += data
+        elif "style" not in self.open:
+            self.words.append(data)
+            if {"td", "th"} & set(self.open):
+                self.cells[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def row(self, *start: str) -> list[str]:
+        """The one table row that starts with these cells."""
+        rows = [[" ".join(cell.split()) for cell in row] for row in self.cells]
+        (found,) = [row for row in rows if tuple(row[: len(start)]) == start]
+        return found
+
+
+@every
+def test_stands_alone(audit: Audit) -> None:
+    page = Page(report.render(audit))
+    assert not page.open, "every element is closed"
+    for tag, attributes in page.elements:
+        for key in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
+            value = attributes.get(key, "#")
+            assert value.startswith(("#", "data:image/png;base64,", "data:application/json;base64,")), (tag, value)
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form")
+        assert not any(key.startswith("on") for key in attributes), "no script in an attribute"
+    assert [a.get("type") for a in page.all("script")] == ["application/json"]
+    policy = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+@every
+def test_embedded_json_is_the_audit(audit: Audit) -> None:
+    page = Page(report.render(audit))
+    assert Audit.model_validate_json(page.script) == audit
+    (download,) = [a["href"] for a in page.all("a") if "download" in a]
+    assert Audit.model_validate_json(base64.b64decode(download.split(",")[1])) == audit
+
+
+@every
+def test_can_be_read_by_everyone(audit: Audit) -> None:
+    page = Page(report.render(audit))
+    assert page.all("html")[0]["lang"] == "en"
+    assert all(a["alt"] and a["src"].startswith("data:image/png;base64,") for a in page.all("img"))
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels)), "no heading level is skipped"
+    names = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(names) == len(set(names))
+    targets = {a["href"][1:] for a in page.all("a") if a["href"].startswith("#")}
+    assert targets <= set(names), "every link on the page leads somewhere"
+    drawn = [a for a in page.all("svg") if a.get("aria-hidden") != "true"]
+    assert all(a.get("role") == "img" and a.get("aria-label") for a in drawn)
+    assert all(a.get("tabindex") == "0" for a in page.all("div") if "scroll" in a.get("class", ""))
+    assert "None" not in page.text.replace("None of", "").replace("None was raised", "")
+
+
+@every
+def test_verdict_comes_first(audit: Audit) -> None:
+    page = report.render(audit)
+    headline = re.search(r"<h1>(.*?)</h1>", page, re.DOTALL)
+    assert headline is not None
+    assert unescape(headline[1]) == audit.verdict()
+    assert page.index("<h1>") < page.index('id="examples"') < page.index('id="why"') < page.index('id="flags"')
+
+
+@pytest.mark.parametrize(
+    ("audit", "words"),
+    [
+        (exact(), "Recovered exactly"),
+        (not_recovered(), "Not recovered exactly"),
+        (nothing_ran(), "Not tested"),
+        (features(), "Not recovered exactly"),
+    ],
+)
+def test_severity_is_in_words(audit: Audit, words: str) -> None:
+    assert report.severity(audit)[1] == words
+    assert f"unbatch privacy audit {words}" in Page(report.render(audit)).text
+
+
+def test_exact_recovery_shows_score_chance_and_certificate() -> None:
+    page = Page(report.render(exact()))
+    assert "PSNR 131.0 dB chance 11.5 dB" in page.text
+    assert "certified to 3.0 × 10⁻⁷" in page.text
+    assert page.row("0", "0", "exact")[3:5] == ["131.0 dB", "11.5 dB"]
+    assert page.row("0", "1", "guess")[3:5] == ["20.0 dB", "11.5 dB"]
+    assert len(page.all("img")) == 6  # private, recovered and difference of both
+    assert "dog recovered as cat wrong" in page.text
+
+
+def test_a_claim_that_fails_is_not_called_certified() -> None:
+    audit = an_audit(runs=[run("bias-ratio", [example(0, 20.0, 0.3, bound=1e-6)])])
+    text = Page(report.render(audit)).text
+    assert "claim of 1.0 × 10⁻⁶ fails" in text
+    assert "certified to" not in text
+
+
+def test_not_recovered_is_no_score_of_zero() -> None:
+    page = Page(report.render(not_recovered()))
+    lost = page.row("0", "1", "0", "not recovered")
+    assert lost[4:8] == ["not recovered", "11.5 dB", "not recovered", "0.71"]
+    circles = [a for a in page.all("circle") if "dot" in a.get("class", "") and "%" in a["cx"]]
+    assert len(circles) == 2, "two runs scored one of two examples; the other has no dot"
+    assert "0 of 2 exact, 2 not recovered" in page.text
+    assert "within 3 dB of chance" in page.text
+    assert "labels only, not scored in PSNR" in page.text
+
+
+def test_worse_than_chance_is_said() -> None:
+    audit = an_audit(runs=[run("matching", [example(0, 9.0, 0.9), example(1, 14.6, 0.9)])])
+    cards = report.groups(audit)[0][1]
+    assert ("untested", "no better than chance") in cards[0].badges
+    assert [words for _, words in cards[1].badges] == ["nearest guess"]
+    lucky = Example(index=0, scores={"label-accuracy": 1.0}, chance={"label-accuracy": 1.0}, label="cat", bound=0.0)
+    audit = an_audit(metrics={"label-accuracy": LABELS}, runs=[run("labels", [lucky])])
+    assert [words for _, words in report.groups(audit)[0][1][0].badges] == ["label only", "no better than chance"]
+
+
+def test_bounds_risks_defences_and_flags_are_told_whole() -> None:
+    page = Page(report.render(not_recovered()))
+    assert page.row("Cramér-Rao") == ["Cramér-Rao", "0.04", "unbiased attackers only", "known noise", "Rao 1945"]
+    assert page.row("vacuous")[1:3] == ["∞", "any attacker"]
+    assert page.row("0 Linear")[1:] == ["partial", "a span", "0.5", "12", "24", "2"]
+    assert page.row("whole network Other")[3:] == ["not known", "4", "not known", "1"]
+    assert page.row("+ prune:share=0.9") == ["+ prune:share=0.9", "0 of 2", "14.5 dB", "11.5 dB"]
+    for words in ("near-chance", "at best +0.5 dB", "no leak shown", "compare with chance", "−1,470"):
+        assert words in page.text
+    assert "lies 0.25 of its own norm from the undefended one" in page.text
+    assert "This audit was stopped before its end." in page.text
+    bars = [a["width"] for a in page.all("rect") if a["class"] == "fill"]
+    assert bars == ["50.0%"]
+
+
+def test_obstacles_are_told() -> None:
+    page = Page(report.render(nothing_ran()))
+    why = page.row("bias-ratio", "0", "not applicable")
+    assert why[3] == "there is no dense layer Missing: labels."
+    assert page.row("matching", "0", "failed")[3] == "RuntimeError: too big"
+    assert "Every attack that was asked for ran" not in page.text
+
+
+def test_table_rows_stand_side_by_side() -> None:
+    audit = table()
+    page = Page(report.render(audit))
+    assert not page.all("img")
+    cards = report.groups(audit)[0][1]
+    assert cards[1].fields == [("age", "50", "50"), ("pay", "-1", "-2")]
+    assert len(page.all("mark")) == 1, "the one value that is off is marked"
+    assert page.row("age", "28") == ["age", "28", "not recovered"]
+    assert "l2-error 0.2 chance 1.1" in page.text
+
+
+def test_captured_update_shows_residual_and_bound() -> None:
+    page = Page(report.render(captured()))
+    assert len(page.all("img")) == 2
+    assert "residual 3.3 × 10⁻⁵ error at most 4.0 × 10⁻⁶" in page.text
+    assert "error at most no claim" in page.text
+    assert "the update points uphill" in page.text
+    assert "no original" in page.text
+
+
+def test_guidance_fits_what_was_found() -> None:
+    found, missed = Page(report.render(exact())).text, Page(report.render(not_recovered())).text
+    assert "A failed attack proves little" in missed
+    assert "A failed attack proves little" not in found
+    assert "Check the model that arrives" not in found
+    active = run("imprint", [example(0, 20.0, 0.3)], threat_model="malicious server (chooses the parameters)")
+    audit = an_audit(protocol="4 local steps of sgd", runs=[active])
+    text = Page(report.render(audit)).text
+    assert "Check the model that arrives" in text
+    assert "Several local steps" not in text
+    assert "General guidance, not measured here" in text
+
+
+def test_features_are_not_counted_as_recovered() -> None:
+    page = Page(report.render(features()))
+    assert "exact input features of layer 3.fc were recovered for 1 example." in page.text
+    assert "features of 3.fc" in page.row("0", "0")[2]
+    assert [heading for heading, _ in report.groups(features())] == [""]
+
+
+def test_strangers_words_stay_words() -> None:
+    text = report.render(hostile())
+    assert text.count("<script") == 1
+    assert "<!--" not in text
+    page = Page(text)
+    assert " ".join(EVIL.split()) in page.text
+    assert not page.all("img"), "an address is no picture"
+    assert "http://tracker.test/a.png" in page.text
+    assert json.loads(page.script)["case"] == EVIL
+
+
+def test_command_line() -> None:
+    audit = an_audit(
+        defences=["noise:sigma=0.1"],
+        seeds=[0, 3],
+        budget=60.0,
+        protocol="2 local steps of sgd",
+        knowledge={"local_steps": "2", "mode": "eval", "labels": "[1]"},
+        remedies=[Remedy(defence="prune:share=0.9", recovered=0, size=2)],
+    )
+    assert report.command(audit) == (
+        "unbatch audit photos:batch=2 --attack bias-ratio --defence noise:sigma=0.1 --remedy prune:share=0.9 --seed 0 "
+        "--seed 3 --protocol local_steps=2,mode=eval --knows labels --budget 60"
+    )
+    assert report.command(captured()) == ""
+    assert report.command(an_audit(case="mine:net on data.npz")) == ""
+    assert report.command(an_audit(environment={"command": "unbatch demo"})) == "unbatch demo"
+
+
+def test_write_is_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "report.html"
+    report.write(exact(), path)
+    assert path.read_text(encoding="utf-8") == report.render(exact())
+    with pytest.raises(ValueError, match="cannot write"):
+        report.write(exact(), path / "below-a-file.html")
+
+
+def test_imports_no_torch() -> None:
+    code = "import sys, unbatch.report; print(sorted(m for m in ('torch', 'numpy', 'scipy') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("make", [exact, not_recovered, table, hostile], ids=lambda make: str(make.__name__))
+def test_in_a_browser(make: Any, tmp_path: Path) -> None:
+    page = report.render(make())
+    seen = probe(page, tmp_path, width=360)
+    assert seen["view"] == 360
+    assert seen["width"] <= 360, "the page does not scroll sideways on a phone"
+    assert len(seen["images"]) == len(Page(page).all("img"))
+    assert all(natural > 0 and height > 0 and shown > 40 for natural, height, shown in seen["images"])
+    assert all(name.startswith("data:") for name in seen["requests"]), seen["requests"]
+    assert seen["headline"] == make().verdict()

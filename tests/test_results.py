@@ -1,0 +1,81 @@
+import json
+
+import pytest
+
+import unbatch
+from unbatch import Case
+from unbatch.files import write_atomically
+from unbatch.gate import breaches
+from unbatch.results import Audit
+
+
+@pytest.fixture(scope="module")
+def record() -> Audit:
+    return unbatch.audit(Case.parse("digits:clients=2,width=16"), attacks=["bias-ratio"])
+
+
+def test_json_round_trips_with_a_schema_number(record: Audit, tmp_path) -> None:
+    path = tmp_path / "deep" / "audit.json"
+    record.save(path)
+    assert json.loads(path.read_text())["schema_number"] == 1
+    assert Audit.load(path) == record
+    assert not list(path.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"{", "is no audit of unbatch"), (b'{"a": 1}', "is no audit"), (None, "cannot read"), (b"", "is no audit")],
+)
+def test_what_is_no_audit(tmp_path, content: bytes | None, words: str) -> None:
+    path = tmp_path / "audit.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        Audit.load(path)
+
+
+def test_another_schema_is_refused(record: Audit, tmp_path) -> None:
+    record.model_copy(update={"schema_number": 99}).save(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="has schema 99; this version reads 1"):
+        Audit.load(tmp_path / "a.json")
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "audit.json"
+    write_atomically(path, "old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unbatch.files.os.fsync", full)
+    with pytest.raises(ValueError, match=r"No space left on device.*is untouched"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["audit.json"]
+
+
+def test_the_gate(record: Audit) -> None:
+    assert breaches(record, max_recovered=2) == []
+    assert "2 examples recovered exactly, at most 0" in breaches(record, max_recovered=0)[0]
+    assert len(breaches(record, max_psnr=20)) == 2
+    assert "dB" in breaches(record, max_psnr=20)[0]
+    with pytest.raises(ValueError, match="needs a limit"):
+        breaches(record)
+
+
+def test_an_audit_that_proves_nothing_does_not_pass(record: Audit) -> None:
+    idle = unbatch.audit(Case.parse("digits:batch=2,width=16"), attacks=["bias-ratio"])
+    assert "no attack could run" in breaches(idle, max_recovered=5)[0]
+    assert "stopped before its end" in breaches(record.model_copy(update={"complete": False}), max_recovered=5)[0]
+    failed = record.model_copy(deep=True)
+    failed.runs[0].status = "failed"
+    assert "failed" in breaches(failed, max_recovered=5)[0]
+    unscored = record.model_copy(update={"metrics": {}})
+    with pytest.raises(ValueError, match="no psnr"):
+        breaches(unscored, max_psnr=20)
+
+
+def test_failed_examples_count_in_the_worst_case(record: Audit) -> None:
+    worst = record.worst("psnr")
+    assert set(worst) == {(0, 0), (1, 0)}
+    assert all(hit is not None and hit[0] > 100 for hit in worst.values())

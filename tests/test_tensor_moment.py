@@ -1,0 +1,369 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unbatch import Attack, Knowledge, NotApplicable, Observation, Protocol, Reconstruction, Truth, observe
+from unbatch.case import Case
+from unbatch.domain import Table
+from unbatch.loss import loss_named
+from unbatch.metric import match
+from unbatch.numerics.hermite import coefficients
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "leaky-relu": lambda t: F.leaky_relu(t, 0.01),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "elu": F.elu,
+    "x2+x3": lambda t: t**2 + t**3,
+}
+ORDER = {"relu": 4, "leaky-relu": 4, "tanh": 3, "sigmoid": 3, "softplus": 4, "gelu": 4, "silu": 4, "elu": 3, "x2+x3": 3}
+ODD = {"tanh", "sigmoid"}
+
+
+class TwoLayer(nn.Module):
+    """Flatten, dense, a function, dense."""
+
+    def __init__(self, s: Callable[[Tensor], Tensor], d: int, m: int, k: int = 1, *, bias: bool = False) -> None:
+        super().__init__()
+        self.inner, self.outer, self.s = nn.Linear(d, m, bias=bias), nn.Linear(m, k, bias=bias), s
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.s(self.inner(x.flatten(1))))
+
+
+def model(s: Callable[[Tensor], Tensor], d: int, m: int, k: int, rng: torch.Generator, *, default: bool) -> nn.Module:
+    """At the paper's parameters (W normal, a = 1 / m, no bias) or at PyTorch's default law, with biases."""
+    made = TwoLayer(s, d, m, k, bias=default).double()
+    for p in made.parameters():
+        p.data = torch.randn(p.shape, generator=rng, dtype=torch.float64)
+    if default:
+        for layer in (made.inner, made.outer):
+            for p in layer.parameters():
+                bound = layer.in_features**-0.5
+                p.data = bound * (2 * torch.rand(p.shape, generator=rng, dtype=torch.float64) - 1)
+    elif k == 1:
+        made.outer.weight.data = torch.full_like(made.outer.weight, 1 / m)
+    return made
+
+
+def exchange(
+    name: str,
+    *,
+    n: int = 2,
+    d: int = 30,
+    m: int = 2000,
+    k: int = 1,
+    default: bool = False,
+    norm: float = 1.0,
+    seed: int = 0,
+) -> tuple[Observation, Truth]:
+    """Random inputs of that norm, the same for every m; classes, or for one output real targets E s(Z) +- [1, 2].
+
+    These keep residuals away from 0, as the theorem asks (its pi_min): an example without a residual sends nothing.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=rng, dtype=torch.float64)
+    x *= norm / x.norm(dim=1, keepdim=True)
+    y = torch.randn(n, 1, generator=rng).sign() * (1 + torch.rand(n, 1, generator=rng))
+    classes = torch.randint(k, (n,), generator=rng)
+    made = model(ACTIVATIONS[name], d, m, k, rng, default=default)
+    if k > 1:
+        return observe(made, F.cross_entropy, x, classes)
+    return observe(made, loss_named("squared-error"), x, y.double() + coefficients(ACTIVATIONS[name], scale=norm)[0])
+
+
+def errors(found: Reconstruction, truth: Truth) -> tuple[Tensor, Tensor]:
+    """Relative errors of the matched examples, and of what they claim relative to themselves."""
+    matching = match(found, truth, Table(shape=tuple(truth.inputs.shape[1:])))
+    true = truth.inputs[matching.true].double()
+    assert matching.inputs is not None
+    gap = (matching.inputs - true).flatten(1).norm(dim=1)
+    assert found.bound is not None
+    claim = gap / matching.inputs.flatten(1).norm(dim=1) <= found.bound[matching.found]
+    return gap / true.flatten(1).norm(dim=1), claim
+
+
+@pytest.mark.parametrize("default", [False, True], ids=["paper", "default"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_at_the_paper_s_and_at_the_default_initialisation(name: str, default: bool) -> None:
+    settings = {"k": 5, "n": 4, "norm": 5.0} if default else {}
+    obs, truth = exchange(name, default=default, **settings)
+    found = Attack.parse("tensor-moment")(obs)
+    error, claim = errors(found, truth)
+    assert float(error.max()) < (1e-10 if name == "x2+x3" else 0.12)
+    assert bool(claim.all())
+    assert found.trace["order"] == ORDER[name] or default
+    signed, scaled = ("sign" not in found.up_to), ("scale" not in found.up_to)
+    assert (signed, scaled) == (default or name not in ODD, default)
+    labels = found.labels[match(found, truth, Table(shape=(30,))).found]
+    expected = truth.labels[match(found, truth, Table(shape=(30,))).true]
+    if default:
+        assert labels.tolist() == expected.tolist()
+    elif signed:
+        assert float((labels - expected).abs().max()) < 0.15
+
+
+@pytest.mark.parametrize("name", ["x2+x3", "tanh"])
+def test_the_targets_at_784_inputs(name: str) -> None:
+    """Relative error at d = 784, n = 2, m = 5000, before any polishing; the paper's averages for comparison."""
+    limit = {"x2+x3": 0.035, "tanh": 0.015}[name]
+    for spec in ("tensor-moment", "tensor-moment:estimate=stein,gradient=first"):
+        sizes = [
+            errors(Attack.parse(spec)(obs), truth)[0]
+            for obs, truth in [exchange(name, d=784, m=5000, seed=s) for s in range(4)]
+        ]
+        assert float(torch.cat(sizes).mean()) <= limit
+
+
+def test_few_classes_and_examples_of_one_class() -> None:
+    """Residual vectors of one class are nearly parallel: order two alone cannot separate them, the higher orders do."""
+    rng = torch.Generator().manual_seed(1)
+    made = model(torch.relu, 40, 4000, 3, rng, default=True)
+    x = torch.randn(4, 40, generator=rng, dtype=torch.float64)
+    obs, truth = observe(made, F.cross_entropy, x, torch.tensor([0, 0, 0, 2]))
+    error, claim = errors(Attack.parse("tensor-moment")(obs), truth)
+    assert float(error.max()) < 0.2
+    assert bool(claim.all())
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "binary-cross-entropy", "squared-error"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_losses_and_their_factors(loss: str, reduction: str) -> None:
+    rng = torch.Generator().manual_seed(2)
+    made = model(F.gelu, 30, 2000, 4, rng, default=True)
+    x, y = torch.randn(4, 30, generator=rng, dtype=torch.float64), torch.tensor([2, 0, 3, 1])
+    obs, truth = observe(made, loss_named(loss, reduction), x, y)
+    found = Attack.parse("tensor-moment")(obs)
+    matching = match(found, truth, Table(shape=(30,)))
+    assert found.labels[matching.found].tolist() == y[matching.true].tolist()
+    outputs = made(truth.inputs[matching.true]).detach().requires_grad_()
+    (residuals,) = torch.autograd.grad(loss_named(loss, reduction)(outputs, y[matching.true]), outputs)
+    recovered = found.trace["residuals"][matching.found]
+    assert float((recovered - residuals).norm() / residuals.norm()) < 0.05
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "gradient=first",
+        "gradient=head",
+        "gradient=both",
+        "estimate=stein",
+        "estimate=regression",
+        "order=4,gradient=head",
+    ],
+)
+def test_options(options: str) -> None:
+    obs, truth = exchange("elu", d=20, m=8000, seed=3)
+    error, claim = errors(Attack.parse(f"tensor-moment:{options}")(obs), truth)
+    assert float(error.max()) < 0.3
+    assert bool(claim.all())
+
+
+@pytest.mark.parametrize("name", ["x2+x3", "tanh"])
+@pytest.mark.parametrize("gradient", ["first", "head"])
+def test_the_paper_s_subspace(name: str, gradient: str) -> None:
+    obs, truth = exchange(name, d=6, m=40_000, seed=1)
+    spec = f"tensor-moment:subspace=moment,estimate=stein,gradient={gradient},norm=1"
+    if gradient == "head":
+        obs = Observation(
+            model=obs.model, loss=obs.loss, update={"outer.weight": obs.update["outer.weight"]}, knowledge=obs.knowledge
+        )
+    found = Attack.parse(spec)(obs)
+    assert found.trace["order of the subspace"] == (3 if name == "tanh" else 2)
+    error, claim = errors(found, truth)
+    assert float(error.max()) < 0.5
+    assert bool(claim.all())
+
+
+def test_a_sign_that_only_the_loss_tells() -> None:
+    """tanh without biases gives the same gradient for (-x, -r); only softmax minus one-hot residuals fit the loss."""
+    rng = torch.Generator().manual_seed(4)
+    made = TwoLayer(torch.tanh, 30, 3000, 5).double()
+    for p in made.parameters():
+        p.data = torch.randn(p.shape, generator=rng, dtype=torch.float64) / p.shape[1] ** 0.5
+    x = torch.randn(3, 30, generator=rng, dtype=torch.float64)
+    x *= 6 / x.norm(dim=1, keepdim=True)
+    obs, truth = observe(made, F.cross_entropy, x, torch.tensor([0, 4, 2]))
+    found = Attack.parse("tensor-moment:norm=6")(obs)
+    assert found.up_to == {"permutation"}
+    assert float(errors(found, truth)[0].max()) < 0.1
+
+
+def test_one_example_needs_no_moments_whatever_the_activation() -> None:
+    rng = torch.Generator().manual_seed(0)
+    made = model(lambda t: t, 20, 50, 3, rng, default=True)
+    x = torch.randn(1, 20, generator=rng, dtype=torch.float64)
+    obs, truth = observe(made, F.cross_entropy, x, torch.tensor([1]))
+    found = Attack.parse("tensor-moment")(obs)
+    error, claim = errors(found, truth)
+    assert float(error.max()) < 1e-12
+    assert bool(claim.all())
+    assert found.labels.tolist() == [1]
+
+
+def test_the_batch_size_need_not_be_known() -> None:
+    obs, truth = exchange("gelu", n=3, d=30, default=True, k=4, norm=4.0)
+    found = Attack.parse("tensor-moment")(obs.only("input_shape", "mode", "local_steps"))
+    assert len(found) == found.trace["examples"] == 3
+    assert float(errors(found, truth)[0].max()) < 0.1
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3])
+def test_a_constant_bias_is_no_weight_but_fixes_the_scale(constant: float) -> None:
+    rng = torch.Generator().manual_seed(6)
+    made = model(torch.tanh, 30, 4000, 4, rng, default=True)
+    made.inner.weight.data *= 3
+    made.inner.bias.data.fill_(constant)
+    x = torch.randn(3, 30, generator=rng, dtype=torch.float64) / 2
+    obs, truth = observe(made, F.cross_entropy, x, torch.tensor([0, 1, 1]))
+    found = Attack.parse("tensor-moment")(obs)
+    error, claim = errors(found, truth)
+    assert found.up_to == {"permutation"}
+    assert float(error.max()) < 0.1
+    assert bool(claim.all())
+
+
+def test_in_single_precision_on_real_images() -> None:
+    setting = Case.parse("digits:batch=4,width=2000,activation=gelu").setting()
+    obs, truth = observe(setting.model, setting.loss, setting.inputs, setting.labels)
+    error, claim = errors(Attack.parse("tensor-moment")(obs), truth)
+    assert float(error.max()) < 0.05
+    assert bool(claim.all())
+
+
+def test_a_normalised_input_and_a_deeper_feature() -> None:
+    class Normalised(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net((x - 0.4) / 0.2)
+
+    rng = torch.Generator().manual_seed(7)
+    x, y = torch.rand(3, 30, generator=rng, dtype=torch.float64), torch.tensor([0, 1, 2])
+    obs, truth = observe(Normalised(model(F.gelu, 30, 3000, 3, rng, default=True)), F.cross_entropy, x, y)
+    error, claim = errors(Attack.parse("tensor-moment")(obs), truth)
+    assert float(error.max()) < 0.1
+    assert bool(claim.all())
+    deep = nn.Sequential(nn.Linear(12, 30).double(), nn.Tanh(), model(F.gelu, 30, 3000, 3, rng, default=True))
+    obs, truth = observe(deep, F.cross_entropy, torch.randn(3, 12, generator=rng, dtype=torch.float64) * 3, y)
+    found = Attack.parse("tensor-moment")(obs)
+    assert found.layer == "2.inner"
+    features = deep[1](deep[0](truth.inputs)).detach()
+    error, claim = errors(found, Truth(inputs=features, labels=y))
+    assert float(error.max()) < 0.2
+    assert bool(claim.all())
+
+
+def cheap(s: Callable[[Tensor], Tensor], n: int = 2, k: int = 1, d: int = 10, **options: object) -> Observation:
+    rng = torch.Generator().manual_seed(0)
+    made = model(s, d, 400, k, rng, default=False)
+    x = torch.randn(n, d, generator=rng, dtype=torch.float64)
+    if options.pop("dependent", False):
+        x[-1] = x[0] + x[1]
+    if k > 1:
+        return observe(made, F.cross_entropy, x, torch.randint(k, (n,), generator=rng), **options)[0]
+    return observe(made, loss_named("squared-error"), x, torch.ones(n, 1, dtype=torch.float64), **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "make", "words"),
+    [
+        ("", lambda: cheap(lambda t: 2 * t + 1, k=4), "only the weighted sum of the inputs"),
+        ("", lambda: cheap(lambda t: t**2 - t), "only the span of the inputs"),
+        ("order=3", lambda: cheap(torch.relu), "E s''' is exactly 0 for this activation: use order 4"),
+        ("order=3", lambda: cheap(F.gelu), "use order 4"),
+        ("order=3", lambda: cheap(F.silu), "use order 4"),
+        ("order=3", lambda: cheap(F.softplus), "use order 4"),
+        ("order=4", lambda: cheap(torch.tanh), "E s'''' is exactly 0 for this activation: use order 3"),
+        ("order=2", lambda: cheap(torch.relu), "of one output it gives only the span; use order 4"),
+        ("order=2", lambda: cheap(torch.tanh, k=3), "E s'' is exactly 0; use order 3"),
+        ("", lambda: cheap(torch.relu, n=4, dependent=True), "rank 3 for 4 examples.*dependent"),
+        ("", lambda: cheap(torch.relu, n=12), "n > d"),
+        ("", lambda: cheap(torch.relu, protocol=Protocol(local_steps=2)), "local steps"),
+    ],
+)  # fmt: skip
+def test_obstacles_in_words(spec: str, make: Callable[[], Observation], words: str) -> None:
+    with pytest.raises(NotApplicable, match=words):
+        Attack.parse(f"tensor-moment:{spec}" if spec else "tensor-moment")(make())
+
+
+def test_obstacles_of_the_network() -> None:
+    attack = Attack.parse("tensor-moment")
+    x, y = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    for layers, words in [
+        ([nn.Linear(6, 3)], "does not end in two dense layers"),
+        ([nn.Linear(6, 40), nn.LayerNorm(40), nn.ReLU(), nn.Linear(40, 3)], "more than an elementwise activation"),
+        ([nn.Linear(6, 40), nn.ReLU(), nn.Dropout(), nn.Linear(40, 3)], "more than an elementwise activation"),
+        ([nn.Linear(6, 40), nn.ReLU(), nn.BatchNorm1d(40), nn.Linear(40, 3)], "more than an elementwise activation"),
+    ]:
+        obs, _ = observe(nn.Sequential(*layers), F.cross_entropy, x, y)
+        with pytest.raises(NotApplicable, match=words):
+            attack(obs)
+
+
+def test_what_was_not_sent() -> None:
+    obs = cheap(F.elu)
+    frozen = {k: v for k, v in obs.update.items() if k != "inner.weight"}
+    only_head = Observation(model=obs.model, loss=obs.loss, update=frozen, knowledge=obs.knowledge)
+    with pytest.raises(NotApplicable, match="sent no gradient; use gradient=head,subspace=moment"):
+        Attack.parse("tensor-moment")(only_head)
+    unknown = only_head.only("input_shape", "mode")
+    with pytest.raises(NotApplicable, match="neither dL/dW nor batch_size"):
+        Attack.parse("tensor-moment:gradient=head,subspace=moment")(unknown)
+    frozen = {k: v for k, v in obs.update.items() if k != "outer.weight"}
+    only_first = Observation(model=obs.model, loss=obs.loss, update=frozen, knowledge=obs.knowledge)
+    with pytest.raises(NotApplicable, match="use gradient=first"):
+        Attack.parse("tensor-moment:gradient=head")(only_first)
+    assert len(Attack.parse("tensor-moment")(only_first)) == 2
+
+
+def test_noise_of_full_rank_without_a_batch_size() -> None:
+    obs = cheap(F.elu)
+    noisy = {
+        k: v + 1e-4 * torch.randn(v.shape, generator=torch.Generator().manual_seed(0)) for k, v in obs.update.items()
+    }
+    unknown = Observation(
+        model=obs.model, loss=obs.loss, update=noisy, knowledge=Knowledge(input_shape=(10,), mode="train")
+    )
+    with pytest.raises(NotApplicable, match="full rank"):
+        Attack.parse("tensor-moment")(unknown)
+
+
+def test_a_trained_network_is_refused() -> None:
+    setting = Case.parse("digits:batch=4,width=1000,activation=gelu").setting()
+    more = Case.parse("digits:batch=300,width=1000,activation=gelu").setting()
+    optimiser = torch.optim.Adam(setting.model.parameters(), 1e-3)
+    for _ in range(150):
+        optimiser.zero_grad()
+        setting.loss(setting.model(more.inputs), more.labels).backward()
+        optimiser.step()
+    obs, _ = observe(setting.model, setting.loss, setting.inputs, setting.labels)
+    with pytest.raises(NotApplicable, match="too far from Gaussian"):
+        Attack.parse("tensor-moment")(obs)
+
+
+@pytest.mark.parametrize("default", [False, True], ids=["paper", "default"])
+def test_the_bound_holds_and_says_something(default: bool) -> None:
+    """40 trials over all activations; the slow tests run 200 for each."""
+    held, ratios = 0, []
+    names = list(ACTIVATIONS)
+    for seed in range(40):
+        settings = {"k": 4, "n": 3, "norm": 3.0} if default else {}
+        obs, truth = exchange(names[seed % len(names)], m=1500, default=default, seed=100 + seed, **settings)
+        found = Attack.parse("tensor-moment")(obs)
+        error, claim = errors(found, truth)
+        held += bool(claim.all())
+        if names[seed % len(names)] != "x2+x3":
+            ratios.append(float(found.bound.median() / error.median()))
+    assert held >= 38
+    assert sorted(ratios)[len(ratios) // 2] < 20
