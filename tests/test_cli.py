@@ -286,7 +286,8 @@ def test_help_is_quick_to_import() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])
 def test_a_stopped_audit_keeps_what_was_found_and_resumes(here: Path, number: signal.Signals) -> None:
-    words = ["audit", "digits:clients=2,batch=4,width=32", "--attack", "label-count", "--attack", "gradient-matching"]
+    endless = "gradient-matching:preset=inverting-gradients,iterations=10000000"
+    words = ["audit", "digits:clients=2,batch=4,width=32", "--attack", "label-count", "--attack", endless]
     command = [sys.executable, "-c", "from unbatch.cli import main; main()", *words, "--quiet"]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for _ in range(600):
