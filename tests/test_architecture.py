@@ -10,7 +10,20 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "unbatch"
 LEVELS = [
     {"numerics"},
-    {"plugin", "files", "loss", "network", "protocol", "progress", "observation", "bundle", "models", "twolayer"},
+    {
+        "plugin",
+        "files",
+        "loss",
+        "network",
+        "protocol",
+        "progress",
+        "observation",
+        "bundle",
+        "models",
+        "twolayer",
+        "reduction",
+        "unknowns",
+    },
     {"domain", "truth", "analysis", "attack", "defence", "layer", "results", "metric"},
     {"case", "data", "certify", "layers", "suites", "diagnosis"},
     {"attacks", "analyses", "defences", "metrics", "cases"},

@@ -69,13 +69,21 @@ def test_default_recovers_through_local_steps(protocol: Protocol) -> None:
     assert error(GradientMatching()(obs).inputs, truth) < 1e-2
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_in_the_span_of_a_dense_layer_local_steps_are_no_hindrance(activation: str) -> None:
+    """Four steps at a rate that moves the model far; for the whole inputs the search stalls in an example's size."""
+    protocol = Protocol(local_steps=4, learning_rate=0.1)
+    obs, truth = exchange(4, activation, protocol=protocol, shape=(3, 8, 8))
+    assert error(GradientMatching()(obs).inputs, truth) < 1e-3
+
+
 def test_labels_are_counted_where_unknown_and_stay_aligned() -> None:
     obs, truth = exchange(3, known=False, labels=torch.tensor([4, 1, 1]))
     found = GradientMatching()(obs)
     assert found.trace["labels"] == "counted"
     assert found.inputs is not None
     assert found.labels is not None
-    nearest = torch.cdist(found.inputs.flatten(1), truth.inputs.flatten(1)).argmin(1)
+    nearest = torch.cdist(found.inputs.double().flatten(1), truth.inputs.double().flatten(1)).argmin(1)
     assert found.labels.tolist() == truth.labels[nearest].tolist()
     assert error(found.inputs, truth) < 1e-3
 

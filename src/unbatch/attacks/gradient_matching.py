@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, final
 
 import torch
@@ -14,39 +13,28 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
-from unbatch.loss import draw_labels, identify
-from unbatch.network import dense_layers, forward
 from unbatch.numerics import matching
-from unbatch.numerics.label_counts import impulse, label_counts
 from unbatch.numerics.least_squares import levenberg_marquardt, resized
 from unbatch.numerics.softening import Softened, kinked
-from unbatch.observation import PROTOCOL_FIELDS, Knowledge, Observation, Reconstruction
+from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
+from unbatch.unknowns import Candidate, Unknowns, like
 
 EVALUATIONS = {"default": 4000, "dlg": 6000, "inverting-gradients": 4800}  # of a restart; the papers' own
 EXPLAINED = 1e-4  # share of |update|^2 left from which on the match alone decides between candidates
+GENTLE = (10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)
 SHARPNESS = (2.0, 30.0, 100.0, 300.0, math.inf, 1000.0, math.inf)
+STARTS = 16  # in the span of the first layer's update, where one takes about a second
 SOLVED = 1e-9  # the same, for success: above the rounding of a float32 update, far below any wrong picture
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A guess on the way; of one preset's candidates the one with the lowest loss is the best."""
-
-    loss: float
-    inputs: Tensor  # [n, *input_shape]
-    labels: Tensor  # as the loss takes them
-    restart: int = 0
-    phase: str = ""
-    fresh: bool = False  # its soft labels are still those of the start
 
 
 @final
 class GradientMatching(Attack):
     """argmin over inputs of the distance between the simulated and the observed update.
 
-    default: |g(x) - g|^2 by Levenberg-Marquardt in float64 from near the middle of the range; on networks with kinks
-    through ever sharper rounded ones; where that leaves a rest, signed Adam on cosine distance and total variation.
+    default: |g(x) - g|^2 by Levenberg-Marquardt in float64 from near the middle of the range, in the span of the inputs
+    where the first layer is dense and gives it away; on networks with kinks through ever sharper rounded ones; where that
+    leaves a rest, signed Adam on cosine distance and total variation.
     dlg: |g(x) - g|^2 by L-BFGS from normal noise. inverting-gradients: cosine distance and total variation by signed
     Adam within the range, in units of a quarter of it. Guesses are chosen by the match (and total variation) alone.
 
@@ -79,7 +67,7 @@ class GradientMatching(Attack):
         if not any(bool(tensor.any()) for tensor in obs.update.values()):
             return "the update is zero everywhere, so there is nothing to match."
         try:
-            _Problem.of(obs, self.preset)
+            Unknowns.of(obs, self.preset)
         except ValueError as error:
             return f"its guesses do not fit the model and the loss: {error}"
         return None
@@ -99,8 +87,8 @@ class GradientMatching(Attack):
             if not tick(min(count / planned, 1.0), best.loss):
                 break
         assert best is not None  # every search yields its start
-        problem = _Problem.of(obs, self.preset)
-        residual = obs.residual(best.inputs, _like(best.labels, problem.seen[0].dtype))
+        problem = Unknowns.of(obs, self.preset)
+        residual = obs.residual(best.inputs, like(best.labels, problem.seen[0].dtype))
         return Reconstruction(
             inputs=best.inputs,
             labels=None if best.fresh else problem.answer(best.labels),
@@ -132,7 +120,7 @@ class GradientMatching(Attack):
         return self.iterations or EVALUATIONS[self.preset]
 
     def _published(self, obs: Observation, rng: torch.Generator) -> Iterator[Candidate]:
-        problem = _Problem.of(obs, self.preset)
+        problem = Unknowns.of(obs, self.preset)
         start = problem.start(rng, 1.0)
         if self.preset == "dlg":
             found = matching.lbfgs(
@@ -146,19 +134,34 @@ class GradientMatching(Attack):
             yield problem.candidate(loss, point, start, self.preset)
 
     def _ours(self, obs: Observation, rng: torch.Generator) -> Iterator[Candidate]:
-        rough, fine = _Problem.of(obs, self.preset), _Problem.of(obs, self.preset, torch.float64)
+        rough, fine = Unknowns.of(obs, self.preset), Unknowns.of(obs, self.preset, torch.float64)
         start = fine.start(rng, 0.1)
         yield fine.candidate(self._score(fine, start), start, start, "start")
         bent = kinked(fine.clean, start, rng, reach=0.1)
+        inside = fine.reduced(rng)
+        if inside is not None and (yield from self._in_span(inside, rng, bent)) < EXPLAINED:
+            return
         ladder = [(fine, sharpness) for sharpness in SHARPNESS] if bent else [(rough, math.inf), (fine, math.inf)]
         if (yield from self._squares(ladder, start, start, rng, patience=0)) < EXPLAINED:
             return
         point = yield from self._adam(rough, start, soften=bent)
         yield from self._squares(ladder, point, start, rng, patience=1)
 
+    def _in_span(self, problem: Unknowns, rng: torch.Generator, bent: bool) -> Generator[Candidate, None, float]:
+        """Least squares from start after start, each from its own sharpness; returns the best score."""
+        best = math.inf
+        for number in range(STARTS if bent and problem.in_span else 2):
+            start = problem.start(rng, 0.1)
+            rungs = (SHARPNESS, GENTLE)[number % 2] if bent else (math.inf,)
+            score = yield from self._squares([(problem, b) for b in rungs], start, start, rng, patience=len(rungs))
+            best = min(best, score)
+            if best < SOLVED:
+                break
+        return best
+
     def _squares(
         self,
-        ladder: Sequence[tuple[_Problem, float]],
+        ladder: Sequence[tuple[Unknowns, float]],
         point: Tensor,
         start: Tensor,
         rng: torch.Generator,
@@ -193,7 +196,7 @@ class GradientMatching(Attack):
                 break
         return best
 
-    def _adam(self, problem: _Problem, start: Tensor, *, soften: bool) -> Generator[Candidate, None, Tensor]:
+    def _adam(self, problem: Unknowns, start: Tensor, *, soften: bool) -> Generator[Candidate, None, Tensor]:
         """Signed Adam on cosine distance and total variation, kinks rounded ever less; returns the last point."""
         soft, last = Softened(), int(0.7 * self._steps)
         candidate, point = None, start.to(problem.seen[0])
@@ -211,152 +214,20 @@ class GradientMatching(Attack):
             yield candidate
         return point
 
-    def _distance(self, problem: _Problem, point: Tensor) -> Tensor:
-        found = matching.cosine_distance(problem.update(point), problem.seen)
+    def _distance(self, problem: Unknowns, point: Tensor) -> Tensor:
+        found = matching.cosine_distance(problem.update(point), problem.seen, problem.size)
         return found + self.tv * matching.total_variation(problem.pictures(point)) if problem.image else found
 
-    def _score(self, problem: _Problem, point: Tensor) -> float:
+    def _score(self, problem: Unknowns, point: Tensor) -> float:
         """Share of |update|^2 left; above EXPLAINED, where it can be lowered by noise, cosine distance and variation."""
         found = problem.clean(point)
         rest = float(matching.squared_difference(found, problem.seen) / problem.size)
-        if rest < EXPLAINED or not problem.image:
+        if rest < EXPLAINED or problem.in_span or not problem.image:
             return rest
         penalty = matching.cosine_distance(found, problem.seen)
         return EXPLAINED + float(penalty + self.tv * matching.total_variation(problem.pictures(point)))
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """What is unknown as a point [n, d + t], inputs in `scale` from `middle` beside t soft labels, and what it explains."""
-
-    obs: Observation
-    middle: float
-    scale: float
-    box: float | None
-    labels: Tensor  # fixed, or an example of their form
-    source: str  # "known", "counted" or "optimised"
-    squash: Literal["softmax", "sigmoid", "none"] = "none"
-    seen: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, obs: Observation, preset: str, dtype: torch.dtype | None = None) -> _Problem:
-        """Raises ValueError: the model or the loss does not take such inputs or soft labels."""
-        known, first = obs.knowledge, next(obs.model.parameters())
-        dtype = dtype or first.dtype
-        low, high = known.get("input_range", (-2.0, 2.0))
-        unit = preset == "dlg" or not math.isfinite(high - low)
-        middle, scale = (0.0, 1.0) if unit else ((low + high) / 2, (high - low) / 4)
-        outputs = forward(obs.model, torch.full((known.batch_size, *known.input_shape), middle))
-        labels, source = known.get("labels"), "known"
-        if labels is None and preset != "dlg":
-            labels, source = _counted(obs, middle, scale), "counted"
-        squash: Literal["softmax", "sigmoid", "none"] = "none"
-        if labels is None:
-            labels, source = draw_labels(obs.loss, outputs, torch.Generator().manual_seed(0)), "optimised"
-            form = identify(obs.loss, tuple(outputs.shape), device=outputs.device)
-            if form is not None and form.name == "squared-error" and not labels.is_floating_point():
-                labels = outputs  # it may as well have been real targets
-            elif not labels.is_floating_point():
-                labels, squash = outputs.softmax(1), "softmax"
-            elif form is not None and form.name == "binary-cross-entropy":
-                squash = "sigmoid"
-            try:
-                obs.loss(outputs, labels)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise ValueError(f"the labels are unknown and the loss takes no soft ones ({error}).") from None
-        model = copy.deepcopy(obs.model).to(dtype)
-        if "buffers" in known:
-            known = known | Knowledge(buffers={name: _like(b, dtype) for name, b in known.buffers.items()})
-        update = {name: tensor.to(dtype) for name, tensor in obs.update.items()}
-        moved = replace(obs, model=model, update=update, knowledge=known)
-        box = None if unit or "input_range" not in known else 2.0
-        return cls(moved, middle, scale, box, _like(labels.to(obs.device), dtype), source, squash, [*update.values()])
-
-    @property
-    def image(self) -> bool:
-        domain = self.obs.knowledge.get("domain")
-        return domain == "images" or (domain is None and len(self.obs.knowledge.input_shape) == 3)
-
-    @property
-    def size(self) -> Tensor:
-        return torch.stack([tensor.square().sum() for tensor in self.seen]).sum()
-
-    def start(self, rng: torch.Generator, spread: float) -> Tensor:
-        """Normal noise of that spread."""
-        d = math.prod(self.obs.knowledge.input_shape)
-        t = self.labels[0].numel() if self.source == "optimised" else 0
-        noise = torch.randn(self.obs.knowledge.batch_size, d + t, generator=rng, dtype=torch.float64)
-        return (spread * noise).to(self.seen[0])
-
-    def pictures(self, point: Tensor) -> Tensor:
-        shape = self.obs.knowledge.input_shape
-        return point[:, : math.prod(shape)].reshape(len(point), *shape)
-
-    def targets(self, point: Tensor) -> Tensor:
-        if self.source != "optimised":
-            return self.labels
-        free = point[:, math.prod(self.obs.knowledge.input_shape) :].reshape(self.labels.shape)
-        return free.softmax(1) if self.squash == "softmax" else free.sigmoid() if self.squash == "sigmoid" else free
-
-    def update(self, point: Tensor, *, create_graph: bool = True) -> list[Tensor]:
-        inputs = self.middle + self.scale * self.pictures(point)
-        return list(self.obs.simulate(inputs, self.targets(point), create_graph=create_graph).values())
-
-    def clean(self, point: Tensor) -> list[Tensor]:
-        return self.update(point, create_graph=False)
-
-    def candidate(self, loss: float, point: Tensor, start: Tensor, phase: str) -> Candidate:
-        inputs = self.middle + self.scale * self.pictures(point)
-        inputs = inputs.clamp(*self.obs.knowledge.input_range) if "input_range" in self.obs.knowledge else inputs
-        d = math.prod(self.obs.knowledge.input_shape)
-        fresh = self.source == "optimised" and torch.equal(point[:, d:], start[:, d:].to(point))
-        return Candidate(loss, inputs, self.targets(point), phase=phase, fresh=fresh)
-
-    def answer(self, labels: Tensor) -> Tensor:
-        """Labels as a user reads them: soft ones, and targets that are nearly one-hot, as the likeliest class."""
-        if self.source != "optimised":
-            return labels
-        if self.squash == "none" and labels.ndim == 2 and labels.shape[1] > 1:
-            likeliest = torch.nn.functional.one_hot(labels.argmax(1), labels.shape[1])
-            return labels.argmax(1) if float((labels - likeliest).abs().max()) < 0.1 else labels
-        return {"softmax": lambda: labels.argmax(1), "sigmoid": labels.round, "none": lambda: labels}[self.squash]()
-
-
-def _counted(obs: Observation, middle: float, scale: float) -> Tensor | None:
-    """The labels [n] that the head's gradient counts under cross entropy, in order of class; None where it cannot.
-
-    Probabilities are estimated from the model's outputs on noise in the range.
-    """
-    known, protocol = obs.knowledge, obs.protocol
-    n, steps = known.batch_size, protocol.steps(known.batch_size)
-    head = next((layer for layer in dense_layers(obs.model, known.input_shape) if layer.head), None)
-    if head is None or head.weight not in obs.update or (steps and protocol.optimiser != "sgd"):
-        return None
-    noise = torch.randn(64, *known.input_shape, generator=torch.Generator().manual_seed(0))
-    outputs = forward(obs.model, middle + scale * noise)
-    form = identify(obs.loss, tuple(outputs.shape), device=outputs.device)
-    if form is None or form.name != "cross-entropy" or form.scale <= 0:
-        return None
-    decay, factor = 1.0, 1.0
-    if steps:
-        rates = {k: getattr(protocol, k) for k in ("learning_rate", "momentum", "weight_decay")}
-        decay, kicks = impulse(steps, **rates)
-        factor = float(kicks.sum())
-    sent = {k: obs.update[k] / known.get("clients", 1) for k in (head.weight, head.bias) if k and k in obs.update}
-    if steps:
-        sent = {k: (decay - 1) * obs.model.get_parameter(k).detach() - tensor for k, tensor in sent.items()}
-    batch = min(protocol.local_batch_size or n, n) if steps else n
-    factor *= form.scale * (1 if form.reduction == "mean" else batch) / n
-    expected = n * outputs.softmax(1).mean(0)
-    weight, bias = sent[head.weight], sent.get(head.bias or "")
-    estimate = label_counts(weight, bias, n, factor=factor, expected=expected, smoothing=form.smoothing)[2]
-    return torch.arange(len(estimate)).repeat_interleave(estimate)
-
-
 def _flat(update: list[Tensor]) -> Tensor:
     flat: Tensor = torch.cat([tensor.flatten() for tensor in update])
     return flat
-
-
-def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

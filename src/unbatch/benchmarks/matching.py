@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from unbatch import models
-from unbatch.attacks.gradient_matching import EVALUATIONS, Candidate, GradientMatching
+from unbatch.attacks.gradient_matching import EVALUATIONS, GradientMatching
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.domain import Images
@@ -33,6 +33,7 @@ from unbatch.numerics.matching import cosine_distance, total_variation
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.protocol import Protocol
 from unbatch.truth import Truth
+from unbatch.unknowns import Candidate
 
 Row = dict[str, Any]
 PRESETS = ("default", "dlg", "inverting-gradients")

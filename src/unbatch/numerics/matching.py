@@ -19,15 +19,23 @@ Search = Iterator[tuple[float, Tensor]]
 
 def squared_difference(found: Sequence[Tensor], seen: Sequence[Tensor]) -> Tensor:
     """sum |found - seen|^2 over all entries."""
-    return torch.stack([(a - b).square().sum() for a, b in zip(found, seen, strict=True)]).sum()
+    return norm_squared([a - b for a, b in zip(found, seen, strict=True)])
 
 
-def cosine_distance(found: Sequence[Tensor], seen: Sequence[Tensor]) -> Tensor:
-    """1 - <found, seen> / (|found| |seen|), all parameters as one vector; 1 where either is zero."""
+def cosine_distance(found: Sequence[Tensor], seen: Sequence[Tensor], square: Tensor | None = None) -> Tensor:
+    """1 - <found, seen> / (|found| |seen|), all parameters as one vector; 1 where either is zero.
+
+    `square` is |seen|^2, where it is at hand.
+    """
     product = torch.stack([(a * b).sum() for a, b in zip(found, seen, strict=True)]).sum()
-    squares = [torch.stack([t.square().sum() for t in update]).sum() for update in (found, seen)]
+    squares = [norm_squared(found), norm_squared(seen) if square is None else square]
     tiny = torch.finfo(product.dtype).tiny
     return 1 - product / (squares[0].clamp_min(tiny).sqrt() * squares[1].clamp_min(tiny).sqrt())
+
+
+def norm_squared(update: Sequence[Tensor]) -> Tensor:
+    """sum |update|^2 over all entries."""
+    return torch.stack([t.square().sum() for t in update]).sum()
 
 
 def total_variation(pictures: Tensor) -> Tensor:
@@ -46,13 +54,12 @@ def signed_adam(
     point = start.detach().clone().requires_grad_()
     adam = torch.optim.Adam([point], lr=rate)
     falls = [int(steps * share) for share in (3 / 8, 5 / 8, 7 / 8)] if decay else []
-    schedule = torch.optim.lr_scheduler.MultiStepLR(adam, falls, gamma=0.1)
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         value, gradient = _evaluate(objective, point)
         yield value, point.detach().clone()
         point.grad = gradient.sign()
         adam.step()
-        schedule.step()
+        adam.param_groups[0]["lr"] *= 0.1 ** falls.count(step)
         if box is not None:
             with torch.no_grad():
                 point.clamp_(-box, box)

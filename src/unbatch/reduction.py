@@ -1,0 +1,71 @@
+"""Reduction: an exchange with its inputs written in the span that the first dense layer's update gives away.
+
+With W [m, d] the first layer's weight, its gradient is sum_i delta_i x_i^T, so the rows of the update, also after local
+steps of SGD, span the inputs: x_i = P^T z_i, P [r, d] orthonormal. As W x = (W P^T) z, the same network with W P^T in
+place of W, fed with z, trains on z as the network trains on x: its update is the same one, times P^T in W. A search over
+[n, d] becomes one over [n, n] on a network d / n times smaller.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.network import dense_layers, forward
+from unbatch.numerics.span import leading_span, rank_tolerance
+from unbatch.observation import Knowledge, Observation
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A smaller exchange and the way back from its inputs."""
+
+    obs: Observation  # with inputs z [n, r]
+    rows: Tensor  # P [r, d], float64
+    shape: tuple[int, ...]  # of one input of the whole network
+    exact: bool  # the update has no other rows than these, beyond rounding
+
+    def inputs(self, z: Tensor) -> Tensor:
+        """x = z P [n, *shape]."""
+        return (z @ self.rows.to(z)).reshape(-1, *self.shape)
+
+
+def reduce(obs: Observation, rng: torch.Generator) -> Reduction | None:
+    """The reduced exchange of `batch_size` directions; None where inputs do not reach a dense layer as they are.
+
+    None as well after Adam or weight decay, whose updates have other rows than the inputs.
+    """
+    known, protocol = obs.knowledge, obs.protocol
+    n = known.batch_size
+    if protocol.optimiser != "sgd" or protocol.weight_decay:
+        return None
+    layers = dense_layers(obs.model, known.input_shape)
+    first = layers[0] if layers else None
+    if first is None or first.feeds is None or first.weight not in obs.update:
+        return None
+    W = obs.update[first.weight]
+    if len(W.T) <= n or not bool(W.any()):
+        return None
+    span = leading_span(W, rng, rank=n, guess=n + 8)
+    P = span.rows  # [r, d]
+    model = copy.deepcopy(obs.model)
+    path, _, leaf = first.weight.rpartition(".")
+    whole = model.get_parameter(first.weight)
+    small = nn.Parameter((whole.detach().double() @ P.T).to(whole), whole.requires_grad)
+    setattr(model.get_submodule(path), leaf, small)
+    z = torch.randn(2, len(P), generator=rng, dtype=torch.float64).to(P)
+    try:
+        again = forward(model, z)
+    except ValueError:  # its inputs are reshaped or normalised on their way
+        return None
+    made = forward(obs.model, (z @ P).reshape(-1, *known.input_shape))
+    if not torch.allclose(again, made, rtol=1e-3, atol=1e-3 * float(made.abs().max())):
+        return None
+    update = {k: (t.double() @ P.T).to(t) if k == first.weight else t for k, t in obs.update.items()}
+    shape = known.input_shape
+    moved = replace(obs, model=model, update=update, knowledge=known | Knowledge(input_shape=(len(P),)))
+    exact = span.noise <= 2 * rank_tolerance(W, torch.finfo(W.dtype).eps)
+    return Reduction(moved, P, tuple(shape), exact)

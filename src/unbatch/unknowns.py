@@ -1,0 +1,192 @@
+"""Unknowns: what a search does not know, as one point, and what a point explains of the update."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unbatch.loss import draw_labels, identify
+from unbatch.network import dense_layers, forward
+from unbatch.numerics.label_counts import impulse, label_counts
+from unbatch.numerics.matching import norm_squared
+from unbatch.observation import Knowledge, Observation
+from unbatch.reduction import Reduction, reduce
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A guess on the way; of one preset's candidates the one with the lowest loss is the best."""
+
+    loss: float
+    inputs: Tensor  # [n, *input_shape]
+    labels: Tensor  # as the loss takes them
+    restart: int = 0
+    phase: str = ""
+    fresh: bool = False  # its soft labels are still those of the start
+
+
+@dataclass(frozen=True)
+class Unknowns:
+    """What is unknown as a point [n, d + t], inputs in `scale` from `middle` beside t soft labels, and what it explains."""
+
+    obs: Observation
+    middle: float | Tensor
+    scale: float
+    box: float | None
+    labels: Tensor  # fixed, or an example of their form
+    source: str  # "known", "counted" or "optimised"
+    squash: Literal["softmax", "sigmoid", "none"] = "none"
+    seen: list[Tensor] = field(default_factory=list)
+    span: Reduction | None = None  # with it, obs is its exchange
+    whole: Unknowns | None = None  # what was reduced
+
+    @classmethod
+    def of(cls, obs: Observation, preset: str, dtype: torch.dtype | None = None) -> Unknowns:
+        """Raises ValueError: the model or the loss does not take such inputs or soft labels."""
+        known, first = obs.knowledge, next(obs.model.parameters())
+        dtype = dtype or first.dtype
+        low, high = known.get("input_range", (-2.0, 2.0))
+        unit = preset == "dlg" or not math.isfinite(high - low)
+        middle, scale = (0.0, 1.0) if unit else ((low + high) / 2, (high - low) / 4)
+        outputs = forward(obs.model, torch.full((known.batch_size, *known.input_shape), middle))
+        labels, source = known.get("labels"), "known"
+        if labels is None and preset != "dlg":
+            labels, source = _counted(obs, middle, scale), "counted"
+        squash: Literal["softmax", "sigmoid", "none"] = "none"
+        if labels is None:
+            labels, source = draw_labels(obs.loss, outputs, torch.Generator().manual_seed(0)), "optimised"
+            form = identify(obs.loss, tuple(outputs.shape), device=outputs.device)
+            if form is not None and form.name == "squared-error" and not labels.is_floating_point():
+                labels = outputs  # it may as well have been real targets
+            elif not labels.is_floating_point():
+                labels, squash = outputs.softmax(1), "softmax"
+            elif form is not None and form.name == "binary-cross-entropy":
+                squash = "sigmoid"
+            try:
+                obs.loss(outputs, labels)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ValueError(f"the labels are unknown and the loss takes no soft ones ({error}).") from None
+        model = copy.deepcopy(obs.model).to(dtype)
+        if "buffers" in known:
+            known = known | Knowledge(buffers={name: like(b, dtype) for name, b in known.buffers.items()})
+        update = {name: tensor.to(dtype) for name, tensor in obs.update.items()}
+        moved = replace(obs, model=model, update=update, knowledge=known)
+        box = None if unit or "input_range" not in known else 2.0
+        return cls(moved, middle, scale, box, like(labels.to(obs.device), dtype), source, squash, [*update.values()])
+
+    def reduced(self, rng: torch.Generator) -> Unknowns | None:
+        """The same problem for inputs in the span of the first layer's update; starts keep their size and their middle."""
+        span = reduce(self.obs, rng)
+        if span is None:
+            return None
+        d, r = math.prod(span.shape), len(span.rows)
+        middle = torch.full((d,), float(self.middle)).to(span.rows) @ span.rows.T
+        scale, seen = self.scale * (d / r) ** 0.5, [*span.obs.update.values()]
+        return replace(self, obs=span.obs, middle=middle, scale=scale, box=None, seen=seen, span=span, whole=self)
+
+    @property
+    def in_span(self) -> bool:
+        """Whether the inputs are known to lie where it looks: too few unknowns are left to fit noise with."""
+        return self.span is not None and self.span.exact
+
+    @property
+    def image(self) -> bool:
+        known = (self.whole or self).obs.knowledge
+        domain = known.get("domain")
+        return domain == "images" or (domain is None and len(known.input_shape) == 3)
+
+    @cached_property
+    def size(self) -> Tensor:
+        """|update|^2."""
+        return norm_squared(self.seen)
+
+    def start(self, rng: torch.Generator, spread: float) -> Tensor:
+        """Normal noise of that spread."""
+        d = math.prod(self.obs.knowledge.input_shape)
+        t = self.labels[0].numel() if self.source == "optimised" else 0
+        noise = torch.randn(self.obs.knowledge.batch_size, d + t, generator=rng, dtype=torch.float64)
+        return (spread * noise).to(self.seen[0])
+
+    def inputs(self, point: Tensor) -> Tensor:
+        """What this problem's model takes."""
+        shape = self.obs.knowledge.input_shape
+        return self.middle + self.scale * point[:, : math.prod(shape)].reshape(len(point), *shape)
+
+    def originals(self, point: Tensor) -> Tensor:
+        """What the whole network takes."""
+        return self.inputs(point) if self.span is None else self.span.inputs(self.inputs(point))
+
+    def pictures(self, point: Tensor) -> Tensor:
+        """The same in units of a quarter of the range."""
+        whole = self.whole or self
+        return (self.originals(point) - whole.middle) / whole.scale
+
+    def targets(self, point: Tensor) -> Tensor:
+        if self.source != "optimised":
+            return self.labels
+        free = point[:, math.prod(self.obs.knowledge.input_shape) :].reshape(self.labels.shape)
+        return free.softmax(1) if self.squash == "softmax" else free.sigmoid() if self.squash == "sigmoid" else free
+
+    def update(self, point: Tensor, *, create_graph: bool = True) -> list[Tensor]:
+        return list(self.obs.simulate(self.inputs(point), self.targets(point), create_graph=create_graph).values())
+
+    def clean(self, point: Tensor) -> list[Tensor]:
+        return self.update(point, create_graph=False)
+
+    def candidate(self, loss: float, point: Tensor, start: Tensor, phase: str) -> Candidate:
+        inputs = self.originals(point)
+        inputs = inputs.clamp(*self.obs.knowledge.input_range) if "input_range" in self.obs.knowledge else inputs
+        d = math.prod(self.obs.knowledge.input_shape)
+        fresh = self.source == "optimised" and torch.equal(point[:, d:], start[:, d:].to(point))
+        return Candidate(loss, inputs, self.targets(point), phase=phase, fresh=fresh)
+
+    def answer(self, labels: Tensor) -> Tensor:
+        """Labels as a user reads them: soft ones, and targets that are nearly one-hot, as the likeliest class."""
+        if self.source != "optimised":
+            return labels
+        if self.squash == "none" and labels.ndim == 2 and labels.shape[1] > 1:
+            likeliest = torch.nn.functional.one_hot(labels.argmax(1), labels.shape[1])
+            return labels.argmax(1) if float((labels - likeliest).abs().max()) < 0.1 else labels
+        return {"softmax": lambda: labels.argmax(1), "sigmoid": labels.round, "none": lambda: labels}[self.squash]()
+
+
+def _counted(obs: Observation, middle: float, scale: float) -> Tensor | None:
+    """The labels [n] that the head's gradient counts under cross entropy, in order of class; None where it cannot.
+
+    Probabilities are estimated from the model's outputs on noise in the range.
+    """
+    known, protocol = obs.knowledge, obs.protocol
+    n, steps = known.batch_size, protocol.steps(known.batch_size)
+    head = next((layer for layer in dense_layers(obs.model, known.input_shape) if layer.head), None)
+    if head is None or head.weight not in obs.update or (steps and protocol.optimiser != "sgd"):
+        return None
+    noise = torch.randn(64, *known.input_shape, generator=torch.Generator().manual_seed(0))
+    outputs = forward(obs.model, middle + scale * noise)
+    form = identify(obs.loss, tuple(outputs.shape), device=outputs.device)
+    if form is None or form.name != "cross-entropy" or form.scale <= 0:
+        return None
+    decay, factor = 1.0, 1.0
+    if steps:
+        rates = {k: getattr(protocol, k) for k in ("learning_rate", "momentum", "weight_decay")}
+        decay, kicks = impulse(steps, **rates)
+        factor = float(kicks.sum())
+    sent = {k: obs.update[k] / known.get("clients", 1) for k in (head.weight, head.bias) if k and k in obs.update}
+    if steps:
+        sent = {k: (decay - 1) * obs.model.get_parameter(k).detach() - tensor for k, tensor in sent.items()}
+    batch = min(protocol.local_batch_size or n, n) if steps else n
+    factor *= form.scale * (1 if form.reduction == "mean" else batch) / n
+    expected = n * outputs.softmax(1).mean(0)
+    weight, bias = sent[head.weight], sent.get(head.bias or "")
+    estimate = label_counts(weight, bias, n, factor=factor, expected=expected, smoothing=form.smoothing)[2]
+    return torch.arange(len(estimate)).repeat_interleave(estimate)
+
+
+def like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that precision if it holds real numbers; classes stay what they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

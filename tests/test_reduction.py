@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from unbatch import Observation, Protocol, observe
+from unbatch.models import build
+from unbatch.reduction import reduce
+
+PROTOCOLS = {
+    "gradient": Protocol(),
+    "steps": Protocol(local_steps=5, learning_rate=0.3),
+    "momentum": Protocol(epochs=2, local_batch_size=2, learning_rate=0.1, momentum=0.9),
+}
+
+
+def exchange(protocol: Protocol, model: nn.Module | None = None) -> tuple[Observation, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    made = model or build("mlp", (3, 8, 8), 5, depth=2, width=40, activation="relu", rng=rng)
+    x, y = torch.rand(4, 3, 8, 8, generator=rng), torch.tensor([0, 3, 3, 1])
+    obs, _ = observe(made.double(), F.cross_entropy, x.double(), y, protocol=protocol)
+    return obs, x.double(), y
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_the_reduced_network_trains_on_z_as_the_whole_one_on_x(protocol: Protocol) -> None:
+    obs, x, y = exchange(protocol)
+    found = reduce(obs, torch.Generator().manual_seed(0))
+    assert found is not None
+    assert found.exact
+    assert found.rows.shape == (4, 192)
+    z = x.flatten(1) @ found.rows.T
+    assert torch.allclose(found.inputs(z), x, atol=1e-9)
+    assert found.obs.residual(z, y) < 1e-9
+    assert found.obs.residual(z + 0.01, y) > 1e-3
+
+
+def test_a_noisy_update_is_reduced_and_said_to_be_inexact() -> None:
+    obs, _, _ = exchange(Protocol())
+    rng = torch.Generator().manual_seed(1)
+    noisy = {k: t + 1e-4 * torch.randn(t.shape, generator=rng, dtype=t.dtype) for k, t in obs.update.items()}
+    found = reduce(Observation(model=obs.model, loss=obs.loss, update=noisy, knowledge=obs.knowledge), rng)
+    assert found is not None
+    assert not found.exact
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [Protocol(local_steps=2, optimiser="adam"), Protocol(local_steps=2, weight_decay=0.1)],
+    ids=["adam", "weight decay"],
+)
+def test_updates_with_other_rows_than_the_inputs_are_left_alone(protocol: Protocol) -> None:
+    obs, _, _ = exchange(protocol)
+    assert reduce(obs, torch.Generator().manual_seed(0)) is None
+
+
+class Normalised(nn.Module):
+    """A normalisation by channel, which inputs in the span have none of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.head = nn.Linear(192, 40), nn.Linear(40, 5)
+        self.register_buffer("shift", torch.full((3, 1, 1), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.gelu(self.dense((x - self.shift).flatten(1))))
+
+
+@pytest.mark.parametrize("kind", ["convolution", "normalisation"])
+def test_networks_that_do_more_than_flatten_are_left_alone(kind: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    model = build("convnet", (3, 8, 8), 5, rng=rng) if kind == "convolution" else Normalised()
+    obs, _, _ = exchange(Protocol(), model)
+    assert reduce(obs, torch.Generator().manual_seed(0)) is None
