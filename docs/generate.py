@@ -6,11 +6,19 @@ python docs/generate.py --check    exits with 1 where a page is out of date
 
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from unbatch.attack import Attack
+import torch
+from torch import Tensor, nn
+
+from unbatch.attack import Attack, NotApplicable
 from unbatch.catalogue import KINDS, facts, summary
 from unbatch.checks import CHECKS
+from unbatch.client import observe
+from unbatch.loss import loss_named
+from unbatch.models import ACTIVATIONS
+from unbatch.numerics.hermite import coefficients
 from unbatch.plugin import Plugin
 from unbatch.suites import SUITES
 
@@ -60,9 +68,61 @@ def flags() -> str:
     return head + "\n\n".join(sections) + "\n"
 
 
+class _Two(nn.Module):
+    """A two-layer network with normal weights, s between."""
+
+    def __init__(self, s: Callable[[Tensor], Tensor], k: int, rng: torch.Generator) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(400, 8, generator=rng, dtype=torch.float64))
+        self.head = nn.Parameter(torch.randn(k, 400, generator=rng, dtype=torch.float64) / 20)
+        self.s = s
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = nn.functional.linear(self.s(nn.functional.linear(x, self.first)), self.head)
+        return out
+
+
+def leaks(s: Callable[[Tensor], Tensor], k: int) -> str:
+    """What tensor-moment does with k outputs and this activation: the order it takes, or its obstacle."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, generator=rng, dtype=torch.float64)
+    y = torch.tensor([[3.0], [-3.0]]).double().expand(2, k)
+    obs, _ = observe(_Two(s, k, rng), loss_named("squared-error"), x / x.norm(dim=1, keepdim=True), y)
+    try:
+        found = Attack.parse("tensor-moment:norm=1")(obs)
+    except NotApplicable as words:
+        return str(words).split("leaks ")[-1].rstrip(".")
+    return f"order {found.trace['order']}" + (", up to sign" if "sign" in found.up_to else "")
+
+
+def parity() -> str:
+    more: dict[str, Callable[[Tensor], Tensor]] = {
+        "erf(z / sqrt 2)": lambda t: torch.erf(t / 2**0.5),
+        "z^2": torch.square,
+        "z^2 + z^3": lambda t: t**2 + t**3,
+    }
+    lines = [
+        "# Hermite coefficients and what leaks",
+        "",
+        "E s^(p)(Z) for Z ~ N(0, 1), by quadrature, and what `tensor-moment` does with two examples of unit norm on a",
+        "network without biases. Zeros are exact. With a bias in the first layer sign and scale are known as well.",
+        "",
+        "| activation | p = 1 | 2 | 3 | 4 | one output | two outputs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, s in {**{name: kind() for name, kind in ACTIVATIONS.items()}, **more}.items():
+        cells = [f"{c:.3f}" if abs(c) > 1e-9 else "0" for c in coefficients(s)[1:].tolist()]
+        lines.append(f"| {name} | {' | '.join(cells)} | {leaks(s, 1)} | {leaks(s, 2)} |")
+    return "\n".join(lines) + "\n"
+
+
 def pages() -> dict[Path, str]:
     generated = {HERE / "generated" / f"{folder}.md": reference(folder) for folder in KINDS}
-    return generated | {HERE / "generated" / "matrix.md": matrix(), HERE / "flags.md": flags()}
+    return generated | {
+        HERE / "generated" / "matrix.md": matrix(),
+        HERE / "generated" / "parity.md": parity(),
+        HERE / "flags.md": flags(),
+    }
 
 
 def stale() -> list[Path]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from test_tensor_moment import ACTIVATIONS, errors, exchange
+from test_tensor_moment import ACTIVATIONS, ORDER, errors, exchange
 
 from unbatch import Attack
 
@@ -16,31 +16,51 @@ def slope(x: list[int], y: list[float]) -> float:
 
 
 def typical(spec: str, make: Callable[[int], tuple], trials: int) -> float:
-    """Root of the mean over trials, trimmed of the tenth that is largest, of the mean squared relative error."""
-    squares = []
+    """Geometric mean over trials of the root mean square relative error: what a fit of log error averages."""
+    logs = []
     for seed in range(trials):
         obs, truth = make(seed)
-        squares.append(float(errors(Attack.parse(spec)(obs), truth)[0].square().mean()))
-    kept = sorted(squares)[: len(squares) - len(squares) // 10]
-    return (sum(kept) / len(kept)) ** 0.5
+        logs.append(float(errors(Attack.parse(spec)(obs), truth)[0].square().mean().log()) / 2)
+    return float(np.exp(np.mean(logs)))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_error_falls_as_one_over_the_root_of_the_width(name: str) -> None:
-    """Each at the order that `auto` takes. Least squares is exact for polynomials, so x^2 + x^3 takes averages.
+    """The theorem's estimate, averages over neurons, at the order that `auto` takes; the same inputs at every width.
 
-    200 trials at a lever of 32 give the slope a standard error of about 0.03; 60 trials at 16 gave 0.055.
+    50 trials of 3 examples at a lever of 32 give the slope a standard error of about 0.024. softplus starts at six times
+    the width: its coefficient is a sixth of relu's, and the error at 4000 neurons is near 1, where it cannot grow.
+    Least squares has its own test below.
     """
-    spec = "tensor-moment:estimate=" + ("stein" if name == "x2+x3" else "regression")
-    widths = [2000, 11_300, 64_000]
-    found = [typical(spec, lambda seed, m=m: exchange(name, d=6, m=m, seed=seed), trials=200) for m in widths]
+    widths = [22_600, 64_000, 181_000] if name == "softplus" else [4000, 22_600, 128_000]
+    spec = f"tensor-moment:estimate=stein,order={ORDER[name]}"
+    trials = 100 if name == "softplus" else 50
+    found = [typical(spec, lambda seed, m=m: exchange(name, n=3, d=6, m=m, seed=seed), trials) for m in widths]
     assert abs(slope(widths, found) + 0.5) < 0.1, (slope(widths, found), found)
+
+
+@pytest.mark.parametrize("name", ["tanh", "elu"])
+def test_least_squares_has_the_same_rate_and_a_smaller_error(name: str) -> None:
+    """For activations without a kink at the order they need. The errors of least squares are high-order polynomials of
+    Gaussians: the rare neurons far out that make most of their variance are missing, or fitted, at small widths, so that
+    relu and gelu come near the rate from below only (-0.40 to -0.46 from 2000 neurons on), with smaller errors.
+    """
+    widths = [4000, 22_600, 128_000]
+    found, averages = (
+        [
+            typical(f"tensor-moment:estimate={way}", lambda s, m=m: exchange(name, n=3, d=6, m=m, seed=s), 50)
+            for m in widths
+        ]
+        for way in ("regression", "stein")
+    )
+    assert abs(slope(widths, found) + 0.5) < 0.1, (slope(widths, found), found)
+    assert all(a < b for a, b in zip(found, averages, strict=True))
 
 
 @pytest.mark.parametrize("name", ["tanh", "gelu"])
 def test_the_error_with_the_span_does_not_depend_on_the_dimension(name: str) -> None:
     sizes = [50, 200, 784, 3072]
-    found = [typical("tensor-moment", lambda seed, d=d: exchange(name, d=d, m=2000, seed=seed), 40) for d in sizes]
+    found = [typical("tensor-moment", lambda seed, d=d: exchange(name, d=d, n=3, m=2000, seed=seed), 30) for d in sizes]
     assert abs(slope(sizes, found)) < 0.1, found
 
 
@@ -70,4 +90,4 @@ def test_the_bound_covers(name: str, default: bool) -> None:
     for seed in range(200):
         obs, truth = exchange(name, d=20, m=1000, default=default, seed=seed, **settings)
         held += bool(errors(Attack.parse("tensor-moment")(obs), truth)[1].all())
-    assert held >= 190
+    assert held >= 190, held

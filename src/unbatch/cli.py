@@ -190,6 +190,7 @@ def list_(
     kind: Annotated[str | None, typer.Argument(help="attacks, defences, analyses, metrics, cases or layers.")] = None,
 ) -> None:
     """Name every plugin that is installed. Off a terminal: one name a line."""
+    from unbatch.attack import ActiveAttack
     from unbatch.catalogue import KINDS, summary
 
     if kind is not None and kind not in KINDS:
@@ -201,7 +202,8 @@ def list_(
         return
     table = Table("kind", "name", "what it does", box=None, pad_edge=False)
     for name, plugin in found:
-        table.add_row(plugin.kind, name, summary(plugin))
+        planted = f"{plugin.threat_model}: " if isinstance(plugin, type) and issubclass(plugin, ActiveAttack) else ""
+        table.add_row(plugin.kind, name, planted + summary(plugin))
     out.print(table)
 
 
@@ -249,10 +251,8 @@ def gate(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="matching")],
-    data: Annotated[
-        Path | None, typer.Option(help="A folder with real data sets; default: bundled photographs.")
-    ] = None,
+    name: Annotated[str, typer.Argument(help="matching or tensor")],
+    data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each attack on each problem.")] = 60.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option()] = "cpu",

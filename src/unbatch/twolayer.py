@@ -16,6 +16,8 @@ from unbatch.network import Dense, dense_layers, forward, in_mode
 from unbatch.numerics.hermite import coefficients
 from unbatch.observation import Observation
 
+ROWS = 4096  # of a matrix that is brought to float64 at a time
+
 
 @dataclass
 class Pair:
@@ -33,23 +35,37 @@ class Pair:
 
     def __post_init__(self) -> None:
         self.m, self.d = self.W.shape
-        self.spread = float(self.W.double().std())
+        self.spread = float(self.W.std())
         spread = float(self.b.double().std()) if self.b is not None and self.m > 1 else 0.0
         self.spread_b = spread if spread > 1e-3 * self.spread else 0.0  # a constant bias shifts s and is no weight
 
-    def whitened_weights(self) -> Tensor:
-        """W, and b if it is random, at unit variance: [m, d'], float64, d' = d or d + 1."""
-        W = self.W.double() / self.spread
-        return (
-            torch.cat([W, (self.b.double() / self.spread_b)[:, None]], 1) if self.b is not None and self.spread_b else W
-        )
+    @property
+    def width(self) -> int:
+        """d' = d + 1 where a random bias counts as one more weight, else d."""
+        return self.d + bool(self.spread_b)
 
-    def stacked(self, obs: Observation) -> Tensor:
-        """Their gradient [m, d'], float64: its rows are sums of (spread x_i, spread_b)."""
-        A = obs.update[self.first.weight].double() * self.spread
-        if not (self.first.bias and self.spread_b):
-            return A
-        return torch.cat([A, (obs.update[self.first.bias].double() * self.spread_b)[:, None]], 1)
+    def whitened_weights(self) -> Tensor:
+        """W, and b if it is random, at unit variance: [m, d'], float64."""
+        return self._joined(self.W, self.b, 1 / self.spread, 1 / (self.spread_b or 1.0))
+
+    def projected_weights(self, P: Tensor) -> Tensor:
+        """The whitened weights times P^T, [m, r] for P [r, d'], without a copy of them in float64."""
+        U = _product(self.W, P[:, : self.d]) / self.spread
+        return U + torch.outer(self.b.double() / self.spread_b, P[:, -1]) if self.b is not None and self.spread_b else U
+
+    def stacked(self, obs: Observation, *, step: int = 1) -> Tensor:
+        """Their gradient [m, d'], float64: its rows are sums of (spread x_i, spread_b). Of every `step`-th neuron."""
+        of_bias = obs.update[self.first.bias][::step] if self.first.bias and self.spread_b else None
+        return self._joined(obs.update[self.first.weight][::step], of_bias, self.spread, self.spread_b)
+
+    def _joined(self, W: Tensor, b: Tensor | None, by: float, by_b: float) -> Tensor:
+        """[W by, b by_b] in float64, b where it counts; filled in place, as W may be most of the memory."""
+        whole = torch.empty(len(W), self.width, dtype=torch.float64, device=W.device)
+        whole[:, : self.d] = W
+        whole[:, : self.d] *= by
+        if b is not None and self.spread_b:
+            whole[:, -1] = b.double() * by_b
+        return whole
 
     def hermite(self) -> list[float]:
         """E s^(p) at a typical preactivation, p = 0 ... 4."""
@@ -63,7 +79,7 @@ class Pair:
 
     def before(self, x: Tensor) -> Tensor:
         """z = W x + b: [n, m]."""
-        z = x @ self.W.double().T
+        z = _product(self.W, x).T
         return z + self.b.double() if self.b is not None else z
 
     def _scale(self) -> float:
@@ -71,6 +87,11 @@ class Pair:
 
     def _mean(self) -> float:
         return float(self.b.double().mean()) if self.b is not None and not self.spread_b else 0.0
+
+
+def _product(W: Tensor, P: Tensor) -> Tensor:
+    """W P^T [m, r] in float64 for W [m, d] of any precision, a part of the rows at a time."""
+    return torch.cat([rows.double() @ P.T for rows in torch.split(W, ROWS)])
 
 
 def find(obs: Observation, norm: float) -> Pair | str:

@@ -27,6 +27,8 @@ from unbatch.twolayer import Pair, find
 
 SIGMAS = 3.5  # of the measured error; 20 groups measure it within a third, and errors of few dimensions have tails
 ZERO = 1e-8  # share of the activation below which a Hermite coefficient is rounding
+ENOUGH = 4000  # neurons, and four an example, to tell the rank by
+IMPLAUSIBLE = 1.0  # distance of a residual from what any class would leave: it is of no example
 SKEWED = 0.1  # non-Gaussianity of the weights above which Stein's identity is not relied on
 
 
@@ -68,11 +70,8 @@ class TensorMoment(Attack):
         Literal["span", "moment"], Field(description="row space of dL/dW, or the paper's second moment")
     ] = "span"
     estimate: Annotated[
-        Literal["auto", "regression", "stein"],
-        Field(
-            description="Hermite coefficients by least squares or by averages; auto takes the smaller predicted error"
-        ),
-    ] = "auto"
+        Literal["regression", "stein"], Field(description="Hermite coefficients by least squares, or by averages")
+    ] = "regression"
     norm: Annotated[
         float | None, Field(gt=0, description="l2 norm of the inputs, where no bias fixes it; none takes 1")
     ] = None
@@ -91,9 +90,13 @@ class TensorMoment(Attack):
             return (
                 f"the batch of {n} exceeds the layer's {pair.d} inputs or {pair.m} neurons; n > d cannot be separated."
             )
-        basis = torch.eye(pair.whitened_weights().shape[1], dtype=torch.float64, device=pair.V.device)
+        order, why = self._order(pair)
+        if order == 0 and n is not None and n > 1:
+            return why
+        basis = torch.eye(pair.width, dtype=torch.float64, device=pair.V.device)
         if first.weight in obs.update:
-            basis = _span(obs, pair, None, torch.Generator().manual_seed(0)).rows
+            part = pair.stacked(obs, step=max(1, pair.m // max(ENOUGH, 4 * (n or most))))  # enough to tell the rank
+            basis = _span(part, obs, None, torch.Generator().manual_seed(0)).rows
             rank = len(basis)
             if n is not None and rank < n:
                 return (
@@ -107,10 +110,9 @@ class TensorMoment(Attack):
             return "neither dL/dW nor batch_size is known, so the number of examples is not."
         if n == 1 and self.subspace == "span":
             return None
-        order, why = self._order(pair)
         if order == 0:
             return why
-        off = non_gaussianity(_whiten(pair.whitened_weights() @ basis.T)[0], torch.Generator().manual_seed(0))
+        off = non_gaussianity(_whiten(pair.projected_weights(basis))[0], torch.Generator().manual_seed(0))
         if off > SKEWED:
             return (
                 f"the weights of {first.name!r} are too far from Gaussian for Stein's identity (their normalised third and "
@@ -123,35 +125,35 @@ class TensorMoment(Attack):
         assert isinstance(pair, Pair)  # obstacle() has looked
         n = obs.knowledge.get("batch_size")
         A = pair.stacked(obs) if pair.first.weight in obs.update else None  # [m, d']
-        span = _span(obs, pair, n, rng) if A is not None else None
+        span = _span(A, obs, n, rng) if A is not None else None
         n = n or len(span.values if span is not None else ())
         g = obs.update[pair.head.weight].double().T if pair.head.weight in obs.update else None  # [m, k]
         head_only = self.gradient == "head" or A is None
         of_head = g if head_only or self.gradient == "both" or (self.gradient == "auto" and len(pair.V) > 1) else None
         of_first = None if head_only else A
-        W = pair.whitened_weights()  # [m, d']
         order, why = (1, "one example needs no moments") if n == 1 else self._order(pair)
         trace: dict[str, Any] = {"layer": pair.first.name, "examples": n, "order": order, "why": why}
         if self.subspace == "span" and span is not None:
-            P, floor, drift = span.rows, span.noise, torch.zeros(GROUPS, n, W.shape[1]).to(W)
+            P, floor, drift = span.rows, span.noise, torch.zeros(GROUPS, n, pair.width).to(A)
             trace["singular values"] = span.values.tolist()
         else:
-            low = 2 if pair.shares()[2] > ZERO else 3
+            seen = [p for p in (2, 3) if pair.shares()[p] > ZERO]
             Y, route = (of_head, "head") if of_head is not None else (A, "first")
             assert Y is not None
-            P, values, drift = moment_subspace(Y, pair.V.T, W, n, low, rng, route=route)
+            P, values, drift = moment_subspace(Y, pair.V.T, pair.whitened_weights(), n, seen, rng, route=route)
             floor = (
                 0.0 if len(values) == n or values[n] < values[n - 1] / 2 else torch.inf
             )  # lost in the noise: no claim
-            trace |= {"order of the subspace": low, "its eigenvalues": values[: n + 1].tolist()}
-        U, L = _whiten(W @ P.T)  # [m, n], [n, n]
+            trace |= {"orders of the subspace": seen, "its eigenvalues": values[: n + 1].tolist()}
+        U, L = _whiten(pair.projected_weights(P))  # [m, n], [n, n]
         trace["non-Gaussianity of the weights"] = off = non_gaussianity(U, rng)
         V, changes = torch.ones(1, 1).to(U), torch.zeros(GROUPS, 1, 1).to(U)
         if n > 1:
             projected = None if of_first is None else of_first @ P.T @ L  # [m, n]
             V, changes, told = self._separate(pair, of_head, projected, U, order, rng)
-            changes *= max(1.0, told["misfit over noise"], (1 + pair.m * off**2) ** 0.5)  # the bias, where it shows
-            trace |= told
+            bias = pair.m**0.5 * off  # by which weights that are not Gaussian shift moments, over the moments' noise
+            changes *= max(1.0, told["misfit over noise"], (1 + bias**2) ** 0.5)
+            trace |= told | {"bias of the moments over their noise": bias}
         back = torch.linalg.inv(L)  # v = L^T z
         X = V.T @ back @ P  # [n, d'] up to scale
         dX = changes.mT @ back @ P + V.T @ back @ drift  # [groups, n, d']
@@ -161,24 +163,20 @@ class TensorMoment(Attack):
         self, pair: Pair, g: Tensor | None, G: Tensor | None, U: Tensor, order: int, rng: torch.Generator
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Directions [n, n], their changes a group of neurons, and how they were found."""
-        best: tuple[Tensor, Tensor, dict[str, Any]] | None = None
-        for estimate in ("regression", "stein") if self.estimate == "auto" else (self.estimate,):
-            fit = estimate == "regression"
-            found = head_moments(g, U, order, fit=fit) if g is not None else []
-            found += first_moments(G, pair.V.T, U, order, fit=fit) if G is not None else []
-            used = [q for q in found if 2 <= q.order and (fit or q.order == order)]
-            V, changes, excess = _diagonalised(used, rng)
-            if best is None or changes.norm() < best[1].norm():
-                noise = {f"{q.route}, order {q.order}": q.noise for q in used}
-                best = V, changes, {"estimate": estimate, "noise of the moments": noise, "misfit over noise": excess}
-        assert best is not None
-        return best
+        fit = self.estimate == "regression"
+        found = head_moments(g, U, order, fit=fit) if g is not None else []
+        found += first_moments(G, pair.V.T, U, order, fit=fit) if G is not None else []
+        used = [q for q in found if 2 <= q.order and (fit or q.order == order)]
+        V, changes, excess = _diagonalised(used, rng)
+        noise = {f"{q.route}, order {q.order}": q.noise for q in used}
+        return V, changes, {"estimate": self.estimate, "noise of the moments": noise, "misfit over noise": excess}
 
     def _order(self, pair: Pair) -> tuple[int, str]:
         """The highest order of tensors to use and why, in words; order 0 where none separates the inputs."""
         share, outputs = pair.shares(), whitened(pair.V.T).shape[1]
         zero = [part <= ZERO for part in share]
-        words = "E s^(p) for p = 1 ... 4: " + ", ".join(f"{c:.3g}" for c in pair.hermite()[1:])
+        values = [0.0 if none else c for none, c in zip(zero, pair.hermite(), strict=True)]
+        words = "E s^(p) for p = 1 ... 4: " + ", ".join(f"{c:.3g}" for c in values[1:])
         if all(zero[2:]):
             return 0, "the activation is linear here, so the gradient leaks only the weighted sum of the inputs."
         if all(zero[3:]) and outputs == 1:
@@ -195,10 +193,10 @@ class TensorMoment(Attack):
         return best, f"the largest of the orders that separate inputs; {words}"
 
 
-def _span(obs: Observation, pair: Pair, n: int | None, rng: torch.Generator) -> Span:
+def _span(A: Tensor, obs: Observation, n: int | None, rng: torch.Generator) -> Span:
     """Row space of the first layer's gradient: n directions, or as many as are above its rounding."""
     guess = obs.knowledge.get("batch_size", 8) + 8
-    return leading_span(pair.stacked(obs), rng, rank=n, eps=torch.finfo(obs.dtype).eps, guess=guess)
+    return leading_span(A, rng, rank=n, eps=torch.finfo(obs.dtype).eps, guess=guess)
 
 
 def _whiten(U: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,8 +265,10 @@ def _finish(
     sign, R, unsure = _signs(obs, pair, x, delta, g, fixed=t is not None)
     x = sign[:, None] * x
     found = _labels(obs, pair, x, R)
+    apart = 1 / torch.linalg.pinv(x / x.norm(dim=1, keepdim=True)).norm(dim=0)  # [n] from the span of the others
+    told = (error < apart / 2) & ((found[1] < IMPLAUSIBLE) | found[1].isinf())  # else first order does not hold
     up_to = {"permutation"} | ({"sign"} if unsure else set()) | ({"scale"} if t is None and norm is None else set())
-    bound = torch.where(error < 1, error, torch.inf).cpu()
+    bound = torch.where(told & (error < 1), error, torch.inf).cpu()
     trace |= {"predicted error": error, "residuals": R}
     if pair.first.feeds is None:
         return Reconstruction(
@@ -290,7 +290,8 @@ def _signs(
 ) -> tuple[Tensor, Tensor, bool]:
     """Signs [n], residuals [n, k] at these signs, and whether a sign is left open.
 
-    s' tells x from -x unless it is even; then the loss does, where it allows few values of the residuals.
+    s' tells x from -x unless it is even or odd. If it is even, the loss does, where it allows few values of the residuals,
+    or the head's bias, whose gradient is their sum; if it is odd, so that s is even, nothing does.
     """
     ones = torch.ones(len(x)).to(x)
     R, gap = _residuals(pair, x, delta, g)
@@ -299,7 +300,7 @@ def _signs(
     other, gap_other = _residuals(pair, -x, None if delta is None else -delta, g)
     z = pair.before(x)
     slope, mirrored = pair.s.derivative(z), pair.s.derivative(pair.before(-x))
-    even = bool((slope - mirrored).abs().max() <= 1e-9 * slope.abs().max())
+    even, odd = (bool((slope + c * mirrored).abs().max() <= 1e-9 * slope.abs().max()) for c in (-1, 1))
     if even:
         gap, gap_other = _labels(obs, pair, x, R)[1], _labels(obs, pair, -x, other)[1]
     elif delta is None:
@@ -308,7 +309,14 @@ def _signs(
         gap, gap_other = both[len(x) :], both[: len(x)]
     sign = torch.where(gap_other < gap, -ones, ones)
     told = torch.minimum(gap, gap_other) < 0.5 * torch.maximum(gap, gap_other)  # false where both are infinite
-    unsure = even and not bool(told.all())
+    unsure = odd or (even and not bool(told.all()))
+    total = obs.update.get(pair.head.bias) if pair.head.bias else None
+    if unsure and even and total is not None and len(x) <= 12:  # 2^n sums
+        signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0]).to(x)] * len(x)).reshape(-1, len(x))  # [2^n, n]
+        gaps = (signs @ R - total.to(R)).norm(dim=1)
+        best, second = gaps.sort().values[:2].tolist()
+        if best < second / 2:
+            sign, unsure = signs[gaps.argmin()], False
     if delta is None:
         return sign, _residuals(pair, sign[:, None] * x, None, g)[0], unsure
     return sign, torch.where((sign > 0)[:, None], R, other), unsure

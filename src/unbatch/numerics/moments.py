@@ -15,7 +15,7 @@ s, and needs Gaussian weights only as far as s is no polynomial of that degree.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from unbatch.numerics.hermite import entries, second, third_along, unpack, variances
 
 GROUPS = 20  # of neurons, whose spread gives the error
+UNKNOWNS = 2000  # most of a least squares: it costs 3 m UNKNOWNS^2 operations
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,12 @@ def non_gaussianity(U: Tensor, rng: torch.Generator) -> float:
 
 
 def fitted_degree(m: int, n: int, k: int, top: int) -> int:
-    """The highest degree <= top whose least squares has at least three neurons an unknown; -1 if none has."""
+    """The highest degree <= top whose least squares has at least three neurons an unknown, and not too many unknowns.
+
+    -1 if none has. What averages over the rest then lose is little, since high degrees add little to each other's noise.
+    """
     sizes = [math.comb(n + p - 1, p) * k for p in range(top + 1)]
-    return max((p for p in range(top + 1) if 3 * sum(sizes[: p + 1]) <= m), default=-1)
+    return max((p for p in range(top + 1) if sum(sizes[: p + 1]) <= min(m / 3, UNKNOWNS)), default=-1)
 
 
 def _coefficients(Y: Tensor, a: Tensor, U: Tensor, top: int, fit: bool) -> list[tuple[Tensor, Tensor]]:
@@ -132,7 +136,10 @@ def _coefficients(Y: Tensor, a: Tensor, U: Tensor, top: int, fit: bool) -> list[
     share = torch.tensor(counts, dtype=U.dtype, device=U.device)[:, None, None]
     averaged = (torch.stack(outside) - share * mean) / m
     value = torch.cat([solved, mean])
-    shares = torch.cat([torch.cholesky_solve(torch.stack(inside), factor) if low else averaged[:, :0], averaged], 1)
+    fitted = averaged[:, :0]
+    if low:  # side by side: a batch of right-hand sides would copy the factor
+        fitted = torch.stack(torch.split(torch.cholesky_solve(torch.cat(inside, 1), factor), c, 1))
+    shares = torch.cat([fitted, averaged], 1)
     parts = zip(torch.split(value, sizes), torch.split(shares, sizes, 1), strict=True)
     return [(v.reshape(k, -1, c), e.reshape(len(e), k, -1, c)) for v, e in parts]
 
@@ -147,40 +154,101 @@ def _chunks(Y: Tensor, a: Tensor, U: Tensor, top: int) -> Iterator[tuple[Tensor,
 
 
 def moment_subspace(
-    Y: Tensor, a: Tensor, W: Tensor, n: int, order: int, rng: torch.Generator, *, route: str
+    Y: Tensor, a: Tensor, W: Tensor, n: int, orders: Sequence[int], rng: torch.Generator, *, route: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading directions [n, d] of the second-order moment in R^d, its eigenvalues, and errors [groups, n, d].
+    """Leading directions V [n, d] of second- and third-order moments in R^d, their strengths, and errors [groups, n, d].
 
-    head: P = mean_j g_j H_2(w_j); first: P = sym mean_j a_j G_j w_j^T; W [m, d] whitened, Y = g [m, k] or G [m, d].
-    With order 3 the third-order tensor contracted with a random unit vector takes the place of P, for activations whose
-    second order vanishes. Several outputs are combined as sum_k P_k^2. Errors are of the directions, to first order; they
-    mean little where the next eigenvalue, which is noise, comes near the last of the n: all are returned, descending.
+    head: A = mean_j g_j H_p(w_j); first: A = sym mean_j (a_j G_j) x H_{p-1}(w_j); W [m, d] whitened, Y = g [m, k] or
+    G [m, d]; `orders` are those of 2 and 3 that the activation has. Order 3 is contracted once: T(I, I, b), first with
+    the first-order moment, which lies in the span as well, and random unit vectors b, then along the directions found,
+    where no 1 / sqrt(d) of the signal is lost. What lower orders, and the other order along the directions found, say of
+    Y is taken off first: it has no mean here and adds to the noise. The n leading eigenvectors of sum A^2, each A at unit
+    noise, are V. Errors are of the directions, to first order; they mean little where the next eigenvalue, which is
+    noise, comes near the last of the n: all are returned, descending.
     """
     m, d = W.shape
-    b = torch.randn(d, generator=rng, dtype=torch.float64).to(W)
-    b /= torch.linalg.vector_norm(b)
-    outputs = Y.T if route == "head" else whitened(a).T  # [k, m] weights of the neurons
+    head = route == "head"
+    outputs = torch.ones(m, 1).to(W) if head else whitened(a)  # what multiplies the polynomials
+    k = Y.shape[1] if head else outputs.shape[1]
+    if head:
+        constant, line = _line(Y, W)
+        Y, lines = Y - constant - W @ line, line.T  # [k, d]
+    else:
+        lines = outputs.T @ Y / m
+        Y = Y - outputs @ lines
 
-    def moment(rows: slice, weights: Tensor) -> Tensor:
-        if route == "head":
-            return second(weights, W[rows]) if order == 2 else third_along(weights, W[rows], b)
-        G, w = Y[rows] * weights[:, None], W[rows]
-        P = G.T @ w if order == 2 else G.T @ (w * (w @ b)[:, None]) - torch.outer(G.sum(0), b)
+    def moment(rows: slice, of: _Slice) -> Tensor:
+        """m A over some neurons."""
+        y, i, b = of
+        w = W[rows]
+        if head:
+            return second(y[rows, i], w) if b is None else third_along(y[rows, i], w, b)
+        G = y[rows] * outputs[rows, i, None]
+        P = G.T @ w if b is None else G.T @ (w * (w @ b)[:, None]) - torch.outer(G.sum(0), b)
         return (P + P.T) / 2
 
-    whole = [moment(slice(None), g) / m for g in outputs]
-    square = whole[0] if len(whole) == 1 else torch.stack([P @ P for P in whole]).sum(0)
-    values, vectors = torch.linalg.eigh(square)
-    size = values.abs() if len(whole) == 1 else values.clamp_min(0).sqrt()
-    lead = size.argsort(descending=True)
-    V, strength = vectors[:, lead[:n]], size[lead[:n]]
+    def noise(of: _Slice, V: Tensor) -> float:
+        """Root mean square entry of m^(1/2) A V outside the span, by the neurons' own spread."""
+        y, i, b = of
+        q = y[:, i, None] * (W @ V) if head else outputs[:, i, None] * (y @ V) / 2  # [m, n]
+        if b is not None:
+            q = q * (W @ b)[:, None] - (torch.outer(y[:, i], V.T @ b) if head else 0.0)
+        return max(float(q.square().mean().sqrt()), torch.finfo(W.dtype).tiny)
+
+    slices: list[_Slice] = [(Y, i, None) for i in range(k)]
+    if 2 not in orders:
+        B = torch.randn(3, d, generator=rng, dtype=torch.float64).to(W)
+        starts = [torch.cat([line[None], B]) for line in lines]
+        slices = [(Y, i, b / torch.linalg.vector_norm(b)) for i in range(k) for b in starts[i]]
+    V, values, kept = _leading([(1.0, moment(slice(None), one) / m) for one in slices], n)
+    for turn in range(2 if 3 in orders else 0):  # more turns fit the noise
+        second_left, third_left = (Y - _part(Y, outputs, W @ V, p - (not head)) for p in (3, 2))
+        slices = [(second_left, i, None) for i in range(k)] if 2 in orders else []
+        if turn or 2 not in orders:
+            slices += [(third_left if 2 in orders else Y, i, v) for i in range(k) for v in V.T]
+        V, values, kept = _leading([(1 / noise(one, V), moment(slice(None), one) / m) for one in slices], n)
     errors = []
     edges = [round(i * m / GROUPS) for i in range(GROUPS + 1)]
     for start, stop in pairwise(edges):
-        rows = slice(start, stop)
         change = torch.zeros_like(V)
-        for P, g in zip(whole, outputs, strict=True):
-            off = moment(rows, g[rows]) @ V / m - P @ V * ((stop - start) / m)
-            change += off @ (V.T @ P @ V) / strength.square()
+        for (c, inner, outer), one in zip(kept, slices, strict=True):
+            off = c * moment(slice(start, stop), one) @ V / m - outer * ((stop - start) / m)
+            change += off @ inner / values[:n].square()
         errors.append((change - V @ (V.T @ change)).T)
-    return V.T, size[lead], torch.stack(errors)
+    return V.T, values, torch.stack(errors)
+
+
+_Slice = tuple[
+    Tensor, int, Tensor | None
+]  # Y [m, .] less other orders, the output, and what order 3 is contracted with
+
+
+def _line(Y: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """The constant [k] and linear part [d, k] of Y [m, k] in W [m, d]: by least squares, or averages where m < 3 d."""
+    m, d = W.shape
+    if m < 3 * d:
+        return Y.mean(0), W.T @ (Y - Y.mean(0)) / m
+    solved = torch.linalg.lstsq(torch.cat([torch.ones(m, 1).to(W), W], 1), Y).solution
+    return solved[0], solved[1:]
+
+
+def _part(Y: Tensor, a: Tensor, U: Tensor, p: int) -> Tensor:
+    """The part sum_k a_jk <T_k, H_p(u_j)> [m, c] of Y [m, c], by least squares; 0 where m is too small for that."""
+    if 3 * a.shape[1] * math.comb(U.shape[1] + p - 1, p) > len(Y):
+        return torch.zeros_like(Y)
+    X = (a[:, :, None] * entries(U, p)[:, None, :]).flatten(1)
+    part: Tensor = X @ torch.linalg.lstsq(X, Y).solution
+    return part
+
+
+def _leading(slices: list[tuple[float, Tensor]], n: int) -> tuple[Tensor, Tensor, list[tuple[float, Tensor, Tensor]]]:
+    """V [d, n] and all eigenvalues of (sum (c A)^2)^(1/2), descending, and of each pair c, V^T c A V and c A V."""
+    if len(slices) == 1:
+        values, vectors = torch.linalg.eigh(slices[0][0] * slices[0][1])
+        size = values.abs()
+    else:
+        values, vectors = torch.linalg.eigh(torch.stack([c**2 * A @ A for c, A in slices]).sum(0))
+        size = values.clamp_min(0).sqrt()
+    lead = size.argsort(descending=True)
+    V = vectors[:, lead[:n]]
+    return V, size[lead], [(c, V.T @ (c * A @ V), c * A @ V) for c, A in slices]
