@@ -34,6 +34,7 @@ fmt: $(READY)
 
 bench: $(READY)
 	$(BIN)/unbatch bench matching
+	$(BIN)/unbatch bench tensor
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

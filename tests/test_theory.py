@@ -84,10 +84,14 @@ def test_the_error_grows_with_the_batch_no_faster_than_predicted(name: str) -> N
 @pytest.mark.parametrize("default", [False, True], ids=["paper", "default"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_bound_covers(name: str, default: bool) -> None:
-    """At least 95% of 200 random trials have every example within its bound."""
+    """At least 95% of 200 random trials have every example within its bound, which is not much above the error."""
     settings = {"k": 4, "n": 3, "norm": 3.0} if default else {}
-    held = 0
+    held, ratios = 0, []
     for seed in range(200):
         obs, truth = exchange(name, d=20, m=1000, default=default, seed=seed, **settings)
-        held += bool(errors(Attack.parse("tensor-moment")(obs), truth)[1].all())
+        found = Attack.parse("tensor-moment")(obs)
+        error, claims = errors(found, truth)
+        held += bool(claims.all())
+        ratios += (found.bound.sort().values / error.sort().values.cpu()).tolist()
     assert held >= 190, held
+    assert np.median(ratios) < 20 or name == "x2+x3", np.median(ratios)  # exact there: rounding over rounding
