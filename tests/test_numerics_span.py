@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unbatch.numerics.span import leading_span, numerical_rank, rank_tolerance, row_space
+from unbatch.numerics.span import leading_span, numerical_rank, rank_tolerance, rounding_noise, row_space
 
 
 @settings(max_examples=40, deadline=None)
@@ -62,3 +62,39 @@ def test_a_known_rank_leads_through_noise() -> None:
     torch.testing.assert_close(found.values, S[:3])
     assert abs(found.noise / float(S[3]) - 1) < 0.05
     assert len(leading_span(A, rng).values) == 60
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [2, 9])
+def test_half_precision_keeps_the_rank(dtype, n) -> None:
+    """A finished gradient is rounded once; the size of its entries is that of a batch mean."""
+    rng = torch.Generator().manual_seed(n)
+    delta = 1e-3 * torch.randn(200, n, generator=rng, dtype=torch.float64)
+    A = (delta @ torch.randn(n, 300, generator=rng, dtype=torch.float64)).to(dtype)
+    found = leading_span(A, rng, noise=rounding_noise(dtype))
+    assert len(found.values) == n
+    rest = torch.linalg.svdvals(A.double())[n]
+    assert 0.9 * rest < found.noise < 100 * rest
+
+
+def test_small_float16_entries_lose_more_than_their_last_bit() -> None:
+    A = 1e-6 * torch.randn(100, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spread = float((A.half().double() - A).std())
+    assert 0.8 < spread / rounding_noise(torch.float16) < 1.25
+    assert rounding_noise(torch.bfloat16) < 1e-39
+
+
+def test_noise_that_is_known_is_not_rank() -> None:
+    rng = torch.Generator().manual_seed(0)
+    signal = torch.randn(80, 3, generator=rng, dtype=torch.float64) @ torch.randn(3, 60, generator=rng).double()
+    A = signal + 0.01 * torch.randn(80, 60, generator=rng, dtype=torch.float64)
+    assert len(leading_span(A, rng, noise=0.01).values) == 3
+
+
+@pytest.mark.slow
+def test_a_large_photograph() -> None:
+    rng = torch.Generator().manual_seed(0)
+    delta, x = torch.randn(64, 8, generator=rng), torch.rand(8, 3 * 224 * 224, generator=rng)
+    found = leading_span(delta @ x, rng)
+    assert found.rows.shape == (8, 150_528)
+    assert float((x.double() - x.double() @ found.rows.T @ found.rows).norm() / x.norm()) < 1e-5

@@ -123,6 +123,36 @@ def layer_inputs(model: nn.Module, name: str, inputs: Tensor, mode: Literal["tra
     raise ValueError(f"no dense layer called {name!r} runs in this model.")
 
 
+class Features(TorchFunctionMode):
+    """The inputs [n, d] of the dense layer called `name`, as a differentiable function of the model's inputs [n, ...].
+
+    Raises ValueError on a call: no dense layer of that name runs.
+    """
+
+    def __init__(self, model: nn.Module, name: str, mode: Literal["train", "eval"] = "eval") -> None:
+        super().__init__()
+        self.model, self.name, self.mode = model, name, mode
+        self.weight = next((p for key, p in model.named_parameters() if _module(key) == name and p.ndim == 2), None)
+        self.seen: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.linear:
+            given = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs or {})
+            if given["weight"] is self.weight:
+                self.seen = given["input"]
+        return func(*args, **(kwargs or {}))
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        self.seen = None
+        with in_mode(self.model, self.mode), self:
+            self.model(inputs)
+        if self.seen is None:
+            raise ValueError(f"no dense layer called {self.name!r} runs in this model.")
+        return self.seen
+
+
 def _watched(
     model: nn.Module, inputs: Tensor, mode: Literal["train", "eval"]
 ) -> tuple[list[tuple[str, str | None, Tensor, Tensor]], Tensor]:

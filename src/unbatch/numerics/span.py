@@ -43,21 +43,28 @@ class Span:
     rows: Tensor  # [r, q] orthonormal
     values: Tensor  # [r] singular values, descending
     noise: float  # spectral norm that is left unexplained: rounding, or the next singular value where that is larger
+    beyond: float = 0.0  # the next singular value
 
 
 def leading_span(
-    A: Tensor, rng: torch.Generator, *, rank: int | None = None, eps: float | None = None, guess: int = 16
+    A: Tensor,
+    rng: torch.Generator,
+    *,
+    rank: int | None = None,
+    eps: float | None = None,
+    noise: float = 0.0,
+    guess: int = 16,
 ) -> Span:
     """Row space of A [p, q] by a randomised range finder: O(p q r), where an SVD costs O(p q min(p, q)).
 
     With `rank` its leading rows, else as many as the numerical rank, which is looked for among `guess` directions, then
-    twice as many, and so on; `eps` as for `numerical_rank`. Two power iterations separate the leading directions from a
-    noise floor.
+    twice as many, and so on; `eps` as for `numerical_rank`, `noise` the standard deviation of each entry's error. Two
+    power iterations separate the leading directions from a noise floor.
     Source: Halko, Martinsson, Tropp, SIAM Review 2011.
     """
     eps = torch.finfo(A.dtype).eps if eps is None else eps
     A = A.double()
-    size, tolerance = min(A.shape), rank_tolerance(A, eps)
+    size, tolerance = min(A.shape), rank_tolerance(A, eps) + noise * (A.shape[0] ** 0.5 + A.shape[1] ** 0.5)
     most = min(size, max(guess, (rank or 0) + 8))
     while True:
         probe = torch.randn(A.shape[1], most, generator=rng, dtype=torch.float64).to(A.device)
@@ -65,9 +72,30 @@ def leading_span(
         for _ in range(2):
             Q = torch.linalg.qr(A @ torch.linalg.qr(A.T @ Q).Q).Q
         _, S, Vh = torch.linalg.svd(Q.T @ A, full_matrices=False)
-        r = int((S > tolerance).sum()) if rank is None else min(rank, len(S))
+        r = _gap(S, tolerance) if rank is None else min(rank, len(S))
         if rank is not None or r < most or most == size:
             break
         most = min(size, 2 * most)
     beyond = float(S[r]) if r < len(S) else 0.0
-    return Span(Vh[:r], S[:r], max(tolerance, beyond))
+    least = float(S[r - 1]) if r else torch.inf
+    return Span(Vh[:r], S[:r], max(tolerance if least > tolerance else 0.0, beyond), beyond)
+
+
+def rounding_noise(dtype: torch.dtype) -> float:
+    """Standard deviation of the rounding of entries too small for relative precision: what float16 does to gradients."""
+    info = torch.finfo(dtype)
+    return float(info.smallest_normal * info.eps / 12**0.5)
+
+
+def _gap(S: Tensor, tolerance: float) -> int:
+    """Numerical rank by values S, descending, some of which may lie between the tolerance and what one rounding gives.
+
+    The tolerance allows for sums rounded term by term, 32 times what rounding a finished sum does. Values between are
+    signal down to the widest gap, if it is wider than a noise floor has.
+    """
+    high, low = int((S > tolerance).sum()), int((S > tolerance / 16).sum())
+    if high == low or low == len(S):
+        return high
+    ratios = S[high : low + 1] / S[high + 1 : low + 2] if low + 1 < len(S) else S[high:low] / S[high + 1 : low + 1]
+    widest = int(ratios.argmax())
+    return high + widest + 1 if float(ratios[widest]) > 1.5 else high

@@ -1,0 +1,313 @@
+"""unmix: whole batches, exactly, from the gradient of the first dense layer, for any activation and depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.domain import Images
+from unbatch.loss import LossForm, identify
+from unbatch.network import Dense, dense_layers, forward, in_mode
+from unbatch.numerics.certificate import radius
+from unbatch.numerics.ica import edges, fast_ica, group_ica, whiten
+from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.span import Span, leading_span, rounding_noise
+from unbatch.numerics.unmix import Start, unmix
+from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
+from unbatch.progress import tick
+
+DUPLICATES = 2  # copies beyond the rank that are looked for, where nothing fits without
+ARITHMETIC = 8 * torch.finfo(torch.float64).eps  # what reading A adds to its error
+ROUNDINGS = 4  # relative error of a delta, in units of rounding: measured ones are 1 to 3
+
+
+@final
+class Unmix(Attack):
+    """Every example of a batch behind a dense layer, one by one, each certified on its own.
+
+    The layer's gradient [dL/dW, dL/db] = sum_i delta_i (x_i, 1)^T has the examples' span as its row space and the batch
+    size as its rank. In coordinates z of the span each example obeys U S q = F(z, y) alone, F the model's own delta:
+    guesses (independent components of the edges of pictures, or of raw rows; draws from a prior) are polished on it,
+    accepted if their subtraction lowers the rank by one, and subtracted. Kinked activations (relu) give exact dual
+    vectors q by least absolute deviations instead. Batch size, labels and residuals are found.
+
+    Examples must not interact above the layer, and the batch must be smaller than half the layer's width and than its
+    inputs. Where layers before it are not a mere normalisation, their exact outputs (features) are returned.
+    """
+
+    family: ClassVar[str] = "span"
+    guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+    paper: ClassVar[str] = (
+        "this library; on the span of Kariyappa et al., Cocktail Party Attack, ICML 2023, and the sparsity of Dimitrov et "
+        "al., SPEAR, NeurIPS 2024"
+    )
+    needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
+    uses: ClassVar[frozenset[str]] = (
+        frozenset({"labels", "noise", "input_range", "domain", "log_prob", "buffers"}) | PROTOCOL_FIELDS
+    )
+    demo: ClassVar[Demo] = Demo(
+        case="photos:batch=8,activation=gelu,width=200", floors={"l2-error": 1e-4, "label-accuracy": 1.0}
+    )
+
+    attempts: Annotated[
+        int, Field(ge=1, description="times each start is tried without success before it is given up")
+    ] = 3
+    partial: Annotated[
+        bool, Field(description="also return guesses that are not certified, with an infinite bound")
+    ] = False
+
+    def obstacle(self, obs: Observation) -> str | None:
+        if obs.protocol.steps(obs.knowledge.get("batch_size", 1)):
+            return "the update is of local steps, which mix the gradients of several weights."
+        layer = _layer(obs)
+        if isinstance(layer, str):
+            return layer
+        form = _form(obs)
+        if form is None:
+            return "the loss is none of cross entropy, binary cross entropy and squared error."
+        words = Tail(obs, layer, form, 1).obstacle()
+        if words is not None:
+            return words
+        span = _span(obs, layer, torch.Generator().manual_seed(0))
+        n, (m, d) = len(span.values), obs.update[layer.weight].shape
+        if n == 0:
+            return f"the gradient of {layer.name!r} is zero."
+        if n >= min(m, d + (layer.bias is not None)):
+            return (
+                f"the gradient of {layer.name!r} has full rank {n}: the batch has at least as many examples as the layer "
+                "has inputs or neurons (or the update carries noise), and the span no longer isolates the examples."
+            )
+        if 2 * n >= m:
+            return (
+                f"the gradient of {layer.name!r} has rank {n}, and {m} neurons give {m - n} equations for the {n} unknowns "
+                "of an example: fewer than it takes."
+            )
+        return None
+
+    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+        layer, form = _layer(obs), _form(obs)
+        assert isinstance(layer, Dense)  # obstacle() has looked
+        assert form is not None
+        span = _span(obs, layer, rng)
+        known = obs.knowledge.get("labels")
+        classes = known.unique().to(obs.device) if known is not None and form.classes else None
+        starts = list(_starts(obs, layer, span))
+        rank = len(span.values)
+        # exact duplicates count once in the rank and once each in the mean: then the batch is larger than the rank
+        for size in range(rank, rank + (DUPLICATES if form.reduction == "mean" else 0) + 1):
+            mixture = _mixture(obs, layer, form, span, size)
+            attempts = self.attempts if size == rank else 1
+            found = unmix(mixture, starts, rng, classes=classes, attempts=attempts, tick=tick)
+            if len(found.z):
+                break
+        reach = radius(mixture, found.z, found.labels, rng)
+        sure = reach.isfinite() if not self.partial else torch.ones_like(reach, dtype=torch.bool)
+        z, labels, reach = found.z[sure], found.labels[sure], reach[sure]
+        trace: dict[str, Any] = {
+            "layer": layer.name,
+            "rank": rank,
+            "batch size": size,
+            "certified": int(reach.isfinite().sum()),
+            "found but not certified": int((~sure).sum()),
+            "log": found.log,
+            "singular values": span.values.tolist(),
+        }
+        if self.partial and found.guesses is not None:
+            z = torch.cat([z, found.guesses])
+            reach = torch.cat([reach, torch.full((len(found.guesses),), torch.inf).to(reach)])
+        rows = z @ span.rows  # [f, d or d + 1]
+        x = rows[:, : obs.update[layer.weight].shape[1]]
+        bound = (reach / x.norm(dim=1).clamp_min(1e-300)).cpu()
+        targets = None if len(z) > len(labels) else _labels(labels, form)  # guesses have none
+        if layer.feeds is None:
+            return Reconstruction(inputs=x, labels=targets, layer=layer.name, bound=bound, trace=trace)
+        inputs = layer.feeds.invert(x)
+        stretch = (x.norm(dim=1) / inputs.norm(dim=1) / layer.feeds.scale.abs().min().to(x)).cpu()
+        shaped = inputs.reshape(-1, *obs.knowledge.input_shape)
+        return Reconstruction(inputs=shaped, labels=targets, bound=bound * stretch.clamp_min(1.0), trace=trace)
+
+
+def _layer(obs: Observation) -> Dense | str:
+    """The first dense layer that sent its gradient, or what is missing, in words."""
+    layers = dense_layers(obs.model, obs.knowledge.input_shape)
+    layer = next((d for d in layers if d.weight in obs.update), None)
+    if layer is None:
+        return "no dense layer sent its gradient."
+    if layer.head:
+        return (
+            "the only dense layer is the head: its deltas have as many entries as classes, too few to tell examples by."
+        )
+    return layer
+
+
+def _form(obs: Observation) -> LossForm | None:
+    outputs = tuple(forward(obs.model, torch.zeros(2, *obs.knowledge.input_shape)).shape)
+    return identify(obs.loss, outputs, device=next(obs.model.parameters()).device)
+
+
+def _span(obs: Observation, layer: Dense, rng: torch.Generator) -> Span:
+    A = obs.update[layer.weight].double()
+    if layer.bias in obs.update and layer.bias is not None:
+        A = torch.cat([A, obs.update[layer.bias].double()[:, None]], 1)
+    noise = float(obs.knowledge.get("noise", 0.0)) + rounding_noise(obs.dtype)
+    return leading_span(A, rng, eps=torch.finfo(obs.dtype).eps, noise=noise)
+
+
+def _mixture(obs: Observation, layer: Dense, form: LossForm, span: Span, size: int) -> Mixture:
+    parameters = {name: p.detach().double() for name, p in obs.model.named_parameters(remove_duplicate=False)}
+    W, dW = parameters[layer.weight], obs.update[layer.weight].double()
+    sent = layer.bias is not None and layer.bias in obs.update
+    A, offset = dW, None
+    if layer.bias is not None and sent:
+        A = torch.cat([dW, obs.update[layer.bias].double()[:, None]], 1)
+        W = torch.cat([W, parameters[layer.bias][:, None]], 1)
+    elif layer.bias is not None:
+        offset = parameters[layer.bias]
+    P = span.rows
+    tail = Tail(obs, layer, form, size)
+    # what the client computed with, in which deltas are wrong; a coarser update was rounded once, at the end
+    eps = torch.finfo(next(obs.model.parameters()).dtype).eps
+    once = torch.finfo(obs.dtype).eps > 1e-4  # the tolerance for sums rounded term by term is then far too wide
+    return Mixture(
+        U=A @ P.T / span.values,
+        S=span.values,
+        W=P @ W.T,
+        offset=offset,
+        ones=P[:, -1].clone() if sent else None,
+        deltas=tail,
+        classes=tail.classes,
+        targets=tail.targets,
+        noise=min(span.noise, 2 * span.beyond) if once else span.noise,
+        rounding=ROUNDINGS * max(eps, torch.finfo(torch.float64).eps),
+        basis=torch.eye(len(P)).to(P),
+        outside=span.beyond + ARITHMETIC * float(span.values[0]),
+    )
+
+
+class Tail(TorchFunctionMode):
+    """The model above a dense layer: deltas(preactivations [g, m], labels) = dL/d(preactivations) in a batch of n."""
+
+    def __init__(self, obs: Observation, layer: Dense, form: LossForm, n: int) -> None:
+        super().__init__()
+        self.obs, self.form, self.n, self.weight = obs, form, n, layer.weight
+        tensors = (
+            dict(obs.model.named_parameters())
+            | dict(obs.model.named_buffers())
+            | dict(obs.knowledge.get("buffers", {}))
+        )
+        self.state = {k: t.detach().double() if t.is_floating_point() else t.detach() for k, t in tensors.items()}
+        self.m = len(self.state[layer.weight])
+        self.shape: tuple[int, ...] = obs.knowledge.input_shape
+        self.before: Tensor | None = None
+        probe = self.outputs(torch.zeros(2, self.m, dtype=torch.float64, device=obs.device))
+        self.targets = probe[0].numel()
+        self.output = tuple(probe.shape[1:])
+        binary = form.name == "binary-cross-entropy" and self.targets == 1
+        self.classes = self.targets if form.classes else 2 if binary else 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
+            if given["weight"] is self.state[self.weight]:
+                assert self.before is not None
+                return self.before + 0  # an activation may write in place
+        return func(*args, **(kwargs or {}))
+
+    def outputs(self, before: Tensor, inputs: float = 0.0, *, mode: str | None = None) -> Tensor:
+        """The model's outputs [g, ...] where the layer gives `before`; the network's own inputs are then of no account."""
+        self.before = before
+        x = torch.full((1, *self.shape), inputs, dtype=torch.float64, device=before.device).expand(
+            len(before), *self.shape
+        )
+        with in_mode(self.obs.model, "train" if (mode or self.obs.protocol.mode) == "train" else "eval"), self:
+            found: Tensor = functional_call(self.obs.model, self.state, (x,))
+        return found
+
+    def __call__(self, before: Tensor, y: Tensor) -> Tensor:
+        live = before if before.requires_grad else before.detach().requires_grad_()
+        with torch.enable_grad():
+            share = len(before) / self.n if self.form.reduction == "mean" else 1.0
+            value = self.obs.loss(self.outputs(live), self._target(y)) * share
+            (delta,) = torch.autograd.grad(value, live, create_graph=before.requires_grad)
+        return delta
+
+    def _target(self, y: Tensor) -> Tensor:
+        return y if self.form.classes else y.to(torch.float64).reshape(-1, *self.output)
+
+    def obstacle(self) -> str | None:
+        """Why the deltas of an example are not its own function of the layer's output, in words."""
+        rng = torch.Generator().manual_seed(0)
+        before = torch.randn(4, self.m, generator=rng, dtype=torch.float64).to(self.obs.device)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            whole, again = self.outputs(before), self.outputs(before)
+            if not torch.allclose(whole, again):
+                return "the model is random in the client's mode (dropout), so deltas cannot be computed again."
+            alone = torch.cat([self.outputs(before[:1].expand(2, -1))[:1], self.outputs(before[1:2].expand(2, -1))[:1]])
+            if not torch.allclose(whole[:2], alone, rtol=1e-6, atol=1e-9):
+                return "examples interact above the layer (batch norm in train mode): none has an equation of its own."
+            if not torch.allclose(whole, self.outputs(before, 1.0), rtol=1e-6, atol=1e-9):
+                return (
+                    "the input also bypasses the first dense layer, so its deltas depend on more than its own output."
+                )
+            line = self.outputs(torch.stack([before[0], before[1], (before[0] + before[1]) / 2]))
+        if torch.allclose(line[2], (line[0] + line[1]) / 2, rtol=1e-9, atol=1e-12):
+            return (
+                "everything above the layer is linear, so its gradient leaks the span of the inputs and nothing more."
+            )
+        return None
+
+
+def _labels(labels: Tensor, form: LossForm) -> Tensor:
+    return labels if form.classes else labels.to(torch.float64)
+
+
+def _starts(obs: Observation, layer: Dense, span: Span) -> Iterator[tuple[str, Start]]:
+    """Guesses of what the examples left look like, as rows of coordinates [g, r] in a basis [r, n]; the best one first."""
+    shape = obs.knowledge.input_shape
+    d = obs.update[layer.weight].shape[1]
+    scale = torch.ones(d).to(span.rows) if layer.feeds is None else layer.feeds.scale.to(span.rows)
+    rows = span.rows[:, :d] / scale  # mixtures of network inputs, up to a shift that edges do not see
+
+    def separated(signals: Callable[[Tensor], Tensor]) -> Start:
+        def start(basis: Tensor, rng: torch.Generator) -> Tensor:
+            white, T = whiten(signals(basis @ rows))
+            turn = torch.linalg.qr(torch.randn(len(basis), len(basis), generator=rng, dtype=torch.float64))[0].to(white)
+            return group_ica(white, turn) @ T
+
+        return start
+
+    def raw(basis: Tensor, rng: torch.Generator) -> Tensor:
+        centred = basis @ rows
+        return fast_ica(centred - centred.mean(1, keepdim=True), rng)
+
+    def prior(basis: Tensor, rng: torch.Generator) -> Tensor:
+        low, high = obs.knowledge.get("input_range", (0.0, 1.0))
+        draws = Images(shape=shape, low=low, high=high).prior(4 * len(basis), rng).to(rows).flatten(1)
+        draws = draws if layer.feeds is None else draws * layer.feeds.scale.to(rows) + layer.feeds.shift.to(rows)
+        if span.rows.shape[1] > d:
+            draws = torch.cat([draws, torch.ones(len(draws), 1).to(draws)], 1)
+        return draws @ (basis @ span.rows).T
+
+    def random(basis: Tensor, rng: torch.Generator) -> Tensor:
+        count = 64 if len(basis) <= 16 else len(basis)  # a small space is covered, a large one is not
+        return torch.randn(count, len(basis), generator=rng, dtype=torch.float64).to(rows)
+
+    pictures = layer.feeds is not None and len(shape) == 3 and min(shape[1:]) > 1
+    if pictures:
+        yield "edges", separated(lambda mixed: edges(mixed, (shape[0], shape[1], shape[2])))
+    else:
+        yield "raw", separated(lambda mixed: (mixed - mixed.mean(1, keepdim=True))[:, None])
+        yield "fast ica", raw
+    yield "random", random
+    if pictures:
+        yield "prior", prior
+        yield "raw", separated(lambda mixed: (mixed - mixed.mean(1, keepdim=True))[:, None])

@@ -1,0 +1,356 @@
+"""unmix: the share of a batch that `unmix` recovers exactly from one gradient, with time, memory and peers.
+
+Default initialisation, one hidden layer of width 1000 and ten classes unless the problem says otherwise; labels are not
+known to unmix. An example counts once, as recovered if its best match has a relative error below 1e-4. The median over
+the seeds is quoted; a seed draws the pictures, the model and the attack's own randomness anew.
+
+Peers run on the first seed's gradient: gradient matching by dlg (L-BFGS) and inverting-gradients (cosine, Adam), labels
+known, for `seconds` or as long as unmix took where that is more; and FastICA on the span alone, as in the cocktail party
+attack.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from unbatch import models
+from unbatch.attack import Attack
+from unbatch.case import Case
+from unbatch.client import observe
+from unbatch.domain import Domain, Images
+from unbatch.domain import Table as Rows
+from unbatch.files import write_atomically
+from unbatch.loss import loss_named
+from unbatch.metric import match
+from unbatch.numerics.ica import fast_ica
+from unbatch.numerics.span import leading_span
+from unbatch.observation import Knowledge, Observation, Reconstruction
+from unbatch.progress import Watch, watching
+from unbatch.truth import Truth
+
+Row = dict[str, Any]
+EXACT = 1e-4  # relative l2 error up to which an example counts as recovered
+FILES = {"cifar10": "cifar10_test600.npz", "mnist": "mnist_test500.npz", "fashion": "fashion_mnist500.npz"}
+SCALING = (8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One setting; its gradients differ by the seed."""
+
+    data: str = "cifar10"
+    inputs: Literal["unit", "standardised"] = "unit"  # [0, 1], or zero mean and unit variance over the pool
+    activation: models.ActivationName = "gelu"
+    n: int = 32
+    precision: Literal["float64", "float32"] = "float64"
+    width: int = 1000
+    depth: int = 1
+    classes: int = 10
+    trained: bool = False
+    peers: bool = False
+    seeds: int = 5
+
+    @property
+    def name(self) -> str:
+        parts = [self.data, self.inputs, self.activation, f"n={self.n}", self.precision]
+        parts += [f"width {self.width}"] * (self.width != 1000) + [f"depth {self.depth}"] * (self.depth != 1)
+        parts += [f"{self.classes} classes"] * (self.classes != 10) + ["trained"] * self.trained
+        return ", ".join(parts)
+
+
+def problems(sizes: Sequence[int] = (16, 32, 64, 128, 256), digits: Sequence[int] = (32, 64, 128)) -> list[Problem]:
+    """The tables of the literature, then what else users bring; large batches take one seed."""
+
+    def many(**kw: Any) -> Problem:
+        return Problem(**kw, seeds=5 if kw["n"] <= 32 else 3 if kw["n"] <= 64 else 1)
+
+    smooth: tuple[models.ActivationName, ...] = ("gelu", "silu", "tanh", "elu", "sigmoid", "softplus")
+    found = [
+        many(activation=a, n=n, inputs=inputs)
+        for n in sizes
+        for inputs in ("unit", "standardised")
+        for a in ("relu", *smooth)
+    ]
+    found += [many(activation=a, n=n, precision="float32") for n in sizes for a in ("relu", "gelu", "tanh")]
+    found += [many(data=d, activation=a, n=n) for d in ("mnist", "fashion") for n in digits for a in ("relu", *smooth)]
+    found += [Problem(n=n, depth=depth, inputs="standardised", seeds=3) for depth in (3, 5) for n in (16, 32)]
+    found += [Problem(n=16, classes=1000, seeds=3), Problem(data="mnist", n=16, trained=True, seeds=3)]
+    found += [Problem(data="photos64", n=16, seeds=3), Problem(data="breast-cancer", classes=2, n=16, seeds=3)]
+    peers = [Problem(n=32, activation=a, inputs="standardised", peers=True, seeds=1) for a in ("relu", "gelu")]
+    return found + peers
+
+
+def run(
+    data: Path | None = None,
+    seconds: float = 300.0,
+    seed: int = 0,
+    device: str = "cpu",
+    out: Path | None = None,
+    wanted: Sequence[Problem] | None = None,
+) -> list[Row]:
+    """One row a problem, then one a point of the scaling; saved in `out` as they come.
+
+    `data` is a folder with CIFAR-10, MNIST and Fashion-MNIST as npz (images uint8, labels); without it the bundled
+    photographs stand in for CIFAR-10, and the others are left out. Raises ValueError: no such file there.
+    """
+    rows: list[Row] = []
+    pools: dict[str, tuple[Tensor, Tensor]] = {}
+    for problem in problems() if wanted is None else wanted:
+        if data is None and problem.data in FILES and problem.data != "cifar10":
+            continue
+        if problem.data not in pools:
+            pools[problem.data] = _pool(problem.data, data)
+        rows.append(_measure(problem, pools[problem.data], seed, device, seconds))
+        if out is not None:
+            _save(rows, out, seconds=seconds, seed=seed, device=device, data=data is not None)
+    if wanted is None:
+        rows += scaling(_pool("cifar10", data), seed, device)
+        if out is not None:
+            _save(rows, out, seconds=seconds, seed=seed, device=device, data=data is not None)
+            _plot(rows, out / "unmix.png")
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """Share recovered, share certified, the bound over the error, seconds and memory; peers below their problem."""
+    shown = Table(title="unmix: share of the batch recovered (relative error < 1e-4), median over seeds")
+    for column in ("problem", "attack", "recovered", "certified", "bound / error", "seconds", "peak GB"):
+        shown.add_column(column, justify="left" if column in ("problem", "attack") else "right")
+    for row in rows:
+        if "exponent" in row:
+            shown.add_row(row["problem"], "unmix", "", "", "", f"exponent {row['exponent']:.2f}", "")
+            continue
+        ratio = row.get("bound over error")
+        shown.add_row(
+            row["problem"],
+            row["attack"],
+            f"{row['recovered']:.3f}",
+            "" if row.get("certified") is None else f"{row['certified']:.3f}",
+            "" if ratio is None else f"{ratio:.0f}",
+            f"{row['seconds']:.1f}",
+            f"{row['memory']:.2f}",
+        )
+        for peer in row["peers"]:
+            shown.add_row("", peer["attack"], f"{peer['recovered']:.3f}", "", "", f"{peer['seconds']:.1f}", "")
+    return shown
+
+
+def scaling(pool: tuple[Tensor, Tensor], seed: int, device: str) -> list[Row]:
+    """Seconds against n, m and d (gelu, standardised, float64), each fitted by a power."""
+    rows = []
+    base = Problem(inputs="standardised", n=32, seeds=1)
+    series: dict[str, list[tuple[int, Problem, int]]] = {
+        "n": [(n, replace(base, n=n), 1) for n in SCALING],
+        "m": [(m, replace(base, width=m), 1) for m in (500, 1000, 2000, 4000)],
+        "d": [(3072 // step**2, base, step) for step in (4, 2, 1)],
+    }
+    for letter, points in series.items():
+        sizes, spent = [], []
+        for size, problem, step in points:
+            pictures, labels = pool
+            taken = (pictures[..., ::step, ::step].contiguous(), labels)
+            row = _measure(problem, taken, seed, device, 0.0)
+            sizes.append(size)
+            spent.append(row["seconds"])
+        slope = float(np.polyfit(np.log(sizes), np.log(spent), 1)[0])
+        rows.append({"problem": f"time against {letter}", "exponent": slope, "sizes": sizes, "seconds": spent})
+    return rows
+
+
+def _measure(problem: Problem, pool: tuple[Tensor, Tensor], seed: int, device: str, seconds: float) -> Row:
+    shares, certified, spent, ratios, logs, first = [], [], [], [], [], None
+    for trial in range(seed, seed + problem.seeds):
+        obs, truth, domain = _exchange(problem, pool, trial, device)
+        begun = _clock()
+        found = Attack.parse("unmix")(obs, seed=trial)
+        spent.append(_clock() - begun)
+        error, bound = _errors(found, truth, domain)
+        shares.append(float((error < EXACT).double().sum()) / problem.n)
+        certified.append(float(bound.isfinite().double().sum()) / problem.n)
+        ratios += (bound / error)[bound.isfinite()].tolist()
+        logs.append(found.trace.get("log"))
+        first = first or (obs, truth, domain)
+    assert first is not None
+    return {
+        "problem": problem.name,
+        "attack": "unmix",
+        "recovered": statistics.median(shares),
+        "certified": statistics.median(certified),
+        "bound over error": statistics.median(ratios) if ratios else None,
+        "least bound over error": min(ratios) if ratios else None,
+        "seconds": statistics.median(spent),
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "shares": shares,
+        "log": logs[0],
+        "settings": asdict(problem),
+        "peers": _peers(*first, seconds=max(seconds, spent[0]), seed=seed) if problem.peers else [],
+    }
+
+
+def _errors(found: Reconstruction, truth: Truth, domain: Domain) -> tuple[Tensor, Tensor]:
+    """Relative errors and bounds of the matched examples."""
+    pairs = match(found, truth, domain)
+    if pairs.inputs is None or found.bound is None:
+        return torch.zeros(0), torch.zeros(0)
+    a, b = (t.double().cpu().flatten(1) for t in (pairs.inputs, truth.inputs[pairs.true]))
+    return (a - b).norm(dim=1) / a.norm(dim=1), found.bound.cpu()[pairs.found]
+
+
+def _peers(obs: Observation, truth: Truth, domain: Domain, *, seconds: float, seed: int) -> list[Row]:
+    rows = []
+    known = obs.knowledge | Knowledge(labels=truth.labels, batch_size=len(truth), input_range=_range(truth.inputs))
+    for preset in ("dlg", "inverting-gradients"):
+        begun = _clock()
+
+        attack = Attack.parse(f"gradient-matching:preset={preset},restarts=1000000")
+        with watching(Watch(deadline=time.monotonic() + seconds)):
+            found = attack(replace(obs, knowledge=known), seed=seed)
+        rows.append(_peer(attack.name + f":preset={preset}", found, truth, domain, _clock() - begun))
+    begun = _clock()
+    dense = next(name for name, p in obs.model.named_parameters() if p.ndim == 2)
+    rng = torch.Generator().manual_seed(seed)
+    span = leading_span(obs.update[dense], rng, rank=len(truth))
+    centred = span.rows - span.rows.mean(1, keepdim=True)
+    pictures = (fast_ica(centred, rng) @ span.rows).reshape(truth.inputs.shape)
+    found = Reconstruction(inputs=pictures, up_to=frozenset({"permutation", "sign", "scale"}))
+    return [*rows, _peer("FastICA of the span", found, truth, domain, _clock() - begun)]
+
+
+def _peer(name: str, found: Reconstruction, truth: Truth, domain: Domain, seconds: float) -> Row:
+    pairs = match(found, truth, domain)
+    assert pairs.inputs is not None
+    a, b = (t.double().cpu().flatten(1) for t in (pairs.inputs, truth.inputs[pairs.true]))
+    error = (a - b).norm(dim=1) / b.norm(dim=1)
+    cosine = float(torch.nn.functional.cosine_similarity(a, b).abs().mean())
+    share = float((error < EXACT).double().sum()) / len(truth)
+    return {"attack": name, "recovered": share, "seconds": seconds, "mean |cosine|": cosine}
+
+
+def _exchange(
+    problem: Problem, pool: tuple[Tensor, Tensor], seed: int, device: str
+) -> tuple[Observation, Truth, Domain]:
+    pictures, labels = pool
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[: problem.n]
+    x = pictures.double()
+    if problem.inputs == "standardised" or problem.data == "breast-cancer":
+        x = (x - x.mean(0 if x.ndim == 2 else None)) / x.std(0 if x.ndim == 2 else None)
+    rng = torch.Generator().manual_seed(seed + 1)
+    y = (
+        labels % problem.classes
+        if problem.classes <= 10
+        else torch.randint(problem.classes, labels.shape, generator=rng)
+    )
+    model = models.build(
+        "mlp",
+        tuple(x.shape[1:]),
+        problem.classes,
+        depth=problem.depth,
+        width=problem.width,
+        activation=problem.activation,
+        rng=rng,
+    )
+    if problem.trained:
+        _train(model, x.float(), y)
+    dtype = torch.float64 if problem.precision == "float64" else torch.float32
+    domain: Domain = Rows(shape=tuple(x.shape[1:])) if x.ndim == 2 else Images(shape=tuple(x.shape[1:]))
+    obs, truth = observe(
+        model.to(device, dtype),
+        loss_named("cross-entropy"),
+        x[order].to(device, dtype),
+        y[order].to(device),
+        knowledge=Knowledge(domain="table" if x.ndim == 2 else "images"),
+    )
+    return obs, truth, domain
+
+
+def _train(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Adam until nine in ten training examples are classified rightly."""
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(500):
+        outputs = model(x)
+        if float((outputs.argmax(1) == y).double().mean()) > 0.9:
+            return
+        adam.zero_grad()
+        torch.nn.functional.cross_entropy(outputs, y).backward()  # type: ignore[no-untyped-call]
+        adam.step()
+
+
+def _pool(name: str, data: Path | None) -> tuple[Tensor, Tensor]:
+    """Pictures [p, c, h, w] in [0, 1], or rows of a table, and labels [p]."""
+    if name in FILES and data is not None:
+        path = data / FILES[name]
+        if not path.is_file():
+            raise ValueError(
+                f"{path} does not exist; give a folder that holds it, or no folder for the bundled photographs."
+            )
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
+        images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
+        return images.float() / 255, labels
+    spec = {"photos64": "photos:size=64,batch=300", "breast-cancer": "tables:dataset=breast-cancer,batch=300"}.get(
+        name, "photos:batch=500"
+    )
+    setting = Case.parse(spec).setting()
+    return setting.inputs, setting.labels
+
+
+def _range(x: Tensor) -> tuple[float, float]:
+    return math.floor(float(x.min())), math.ceil(float(x.max()))
+
+
+def _clock() -> float:
+    """CPU seconds where one thread does the work, which other work on the machine does not touch; else wall seconds."""
+    one = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time() if one else time.perf_counter()
+
+
+def _save(rows: list[Row], out: Path, **how: Any) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    where = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "seconds are": "CPU" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "wall",
+        "processor": platform.machine(),
+    }
+    write_atomically(
+        out / "unmix.json",
+        json.dumps({"benchmark": "unmix", **how, "environment": where, "rows": rows}, indent=1) + "\n",
+    )
+
+
+def _plot(rows: list[Row], path: Path) -> None:
+    """Share recovered and seconds against the batch size; nothing where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for row in rows:
+        s = row.get("settings")
+        if s and s["data"] == "cifar10" and s["inputs"] == "unit" and s["precision"] == "float64" and s["depth"] == 1:
+            lines.setdefault(s["activation"], []).append((s["n"], row["recovered"], row["seconds"]))
+    for name, points in lines.items():
+        n, share, seconds = zip(*sorted(points), strict=True)
+        panels[0].plot(n, share, marker="o", label=name)
+        panels[1].loglog(n, seconds, marker="o", label=name)
+    panels[0].set(xlabel="batch size", ylabel="share recovered", ylim=(0, 1.05), xscale="log")
+    panels[1].set(xlabel="batch size", ylabel="seconds")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,209 @@
+"""Equation: U S q = F(z, y) for one example of a mixture at a time; labels that fit it, its solution, its acceptance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unbatch.numerics.gauss_newton import levenberg_marquardt
+from unbatch.numerics.mixture import Mixture, label_misfits, misfits
+
+ENTRIES = 2**25  # of a Jacobian held at once: 256 MiB
+
+
+class Equation:
+    """Residuals ((I - U U^T) F / |F|, q . z - 1) of candidates z [g, n], and their derivative; q is eliminated.
+
+    The first part cannot be made small by making F small, the second fixes the scale. Unknowns are steps along the rows
+    `free` from z: those of z . ones = 1 in the span of the orthonormal rows `within`; real targets y are unknowns too.
+    """
+
+    def __init__(self, mixture: Mixture, z: Tensor, y: Tensor, within: Tensor | None = None) -> None:
+        self.mixture, self.z, self.y, self.real = mixture, z, y, mixture.classes == 0
+        free = torch.eye(mixture.n).to(z) if within is None else within
+        if mixture.ones is not None:
+            free = complement((free @ mixture.ones)[None], len(free)) @ free
+        self.free, self.directions = free, free @ mixture.W
+        self.unknowns = len(free) + (y.shape[1] if self.real else 0)
+        if self.real:  # a unit of a target moves F by about the share that a unit of z does
+            F = mixture.F(z, y)
+            rates = torch.stack([(mixture.F(z, y + e) - F).norm(dim=1) for e in torch.eye(y.shape[1]).to(z)], 1)
+            size = z.norm(dim=1, keepdim=True) + 1e-300
+            self.units = F.norm(dim=1, keepdim=True) / (rates * size + 1e-300)  # [g, k]
+
+    def start(self) -> Tensor:
+        """Where the search begins, [g, unknowns]."""
+        step = self.z.new_zeros(len(self.z), len(self.free))
+        return torch.cat([step, torch.zeros_like(self.y)], 1) if self.real else step
+
+    def at(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        """z and y of candidates `which` at the unknowns x."""
+        r = len(self.free)
+        y = self.y[which]
+        return self.z[which] + x[:, :r] @ self.free, y + x[:, r:] * self.units[which] if self.real else y
+
+    def residual(self, x: Tensor, which: Tensor) -> Tensor:
+        z, y = self.at(x, which)
+        F = self.mixture.F(z, y)
+        return self._residual(F, F @ self.mixture.U, z)
+
+    def _residual(self, F: Tensor, c: Tensor, z: Tensor) -> Tensor:
+        out = (F - c @ self.mixture.U.T) / (F.norm(dim=1, keepdim=True) + 1e-300)
+        return torch.cat([out, ((c / self.mixture.S * z).sum(1) - 1)[:, None]], 1)
+
+    def linearise(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual [q, m + 1] and its derivative [q, unknowns, m + 1]."""
+        mixture, U = self.mixture, self.mixture.U
+        z, y = self.at(x, which)
+        before = mixture.before(z).detach().requires_grad_()
+        graph = mixture.deltas(before, y)
+        F = graph.detach()
+        # delta is a gradient, so its derivative is symmetric: reverse mode gives the product with a direction
+        rows = [torch.autograd.grad(graph, before, w.expand_as(F), retain_graph=True)[0] for w in self.directions]
+        if self.real:
+            rows += [mixture.F(z, y + e * self.units[which]) - F for e in torch.eye(y.shape[1]).to(F)]
+        H = torch.stack(rows, 1) if rows else F.new_zeros(len(F), 0, F.shape[1])  # [q, p, m]
+        size = F.norm(dim=1, keepdim=True) + 1e-300  # [q, 1]
+        c, cH = F @ U, H @ U
+        r = self._residual(F, c, z)
+        along = H @ (F / size)[:, :, None]  # [q, p, 1] d|F|
+        J = (H - cH @ U.T - along * r[:, None, :-1]) / size[:, :, None]
+        scale = (cH @ (z / mixture.S)[:, :, None])[..., 0]
+        scale[:, : len(self.free)] += (c / mixture.S) @ self.free.T
+        return r, torch.cat([J, scale[:, :, None]], 2)
+
+    def chunk(self) -> int:
+        """Candidates that are linearised at a time."""
+        return max(1, ENTRIES // (max(self.unknowns, 1) * (self.mixture.U.shape[0] + 1)))
+
+
+def choose_labels(mixture: Mixture, z: Tensor, classes: Tensor) -> Tensor:
+    """The class [g] whose delta lies nearest to the span of the gradient's columns."""
+    return classes[label_misfits(mixture, z, classes).argmin(1)]
+
+
+def choose_targets(mixture: Mixture, z: Tensor) -> Tensor:
+    """Real targets [g, k] that fit z [g, n] best: F is affine in y, so a linear least-squares problem with q . z = 1."""
+    k = mixture.targets
+    zero = z.new_zeros(len(z), k)
+    F0 = mixture.F(z, zero)
+    columns = torch.stack([mixture.F(z, zero + e) - F0 for e in torch.eye(k).to(z)], 2)  # [g, m, k]
+    U, size = mixture.U, columns.square().sum((1, 2)).sqrt() + 1e-300
+
+    def equations(F: Tensor) -> Tensor:  # [g, m, c] -> [g, m + 1, c]
+        inside = U.T @ F
+        scale = ((inside / mixture.S[:, None]) * z[:, :, None]).sum(1, keepdim=True)
+        return torch.cat([(F - U @ inside) / size[:, None, None], scale], 1)
+
+    right = -equations(F0[:, :, None])
+    right[:, -1] += 1
+    y: Tensor = torch.linalg.lstsq(equations(columns), right).solution[..., 0]
+    return y
+
+
+def placed(mixture: Mixture, z: Tensor, classes: Tensor, *, finer: int = 1) -> Tensor:
+    """Directions z [g, n] on the scale that z . ones = 1 gives them, or else on that which fits the equation best.
+
+    Without a bias the loss alone tells scale and sign: factors +-2^(j / finer) about preactivations of size 1 are tried.
+    """
+    if mixture.ones is not None or not len(z):
+        return mixture.scaled(z)
+    z = z / (z @ mixture.W).square().mean(1, keepdim=True).sqrt()
+    best, least = z, torch.full((len(z),), torch.inf).to(z)
+    for sign in (1.0, -1.0):
+        for j in range(-6 * finer, 4 * finer + 1):
+            tried = sign * 2 ** (j / finer) * z
+            y = choose_labels(mixture, tried, classes) if mixture.classes else choose_targets(mixture, tried)
+            outside, excess, _ = misfits(mixture, tried, y)
+            cost = outside.square() + (excess / (1 + excess.abs())).square()
+            best = torch.where((cost < least)[:, None], tried, best)
+            least = torch.minimum(cost, least)
+    return best
+
+
+def polish(
+    mixture: Mixture,
+    z: Tensor,
+    y: Tensor,
+    *,
+    steps: int = 15,
+    damping: float = 1e-2,
+    target: float = 1e-28,
+    gain: float = 0.02,
+    within: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Levenberg-Marquardt on the equation of every candidate: z [g, n], y, and the costs [g]."""
+    equation = Equation(mixture, z, y, within)
+    x, costs = levenberg_marquardt(
+        equation.residual,
+        equation.linearise,
+        equation.start(),
+        steps=steps,
+        damping=damping,
+        target=target,
+        gain=gain,
+        chunk=equation.chunk(),
+    )
+    return *equation.at(x, torch.arange(len(z), device=z.device)), costs
+
+
+def accept(mixture: Mixture, z: Tensor, y: Tensor, *, slack: float = 30.0, known: Tensor | None = None) -> Tensor:
+    """Numbers [f] of the candidates that are examples of this mixture, best first, no example twice.
+
+    Accepted are those whose subtraction lowers the rank of A by one to within `slack` times its noise, with |out| and
+    |q . z - 1| small in themselves, so that noise cannot hide a phantom; two with q_i . z_j away from 0 are one.
+    """
+    outside, excess, drop = misfits(mixture, z, y)
+    good = (outside < 0.05) & (excess.abs() < 0.05) & (drop < slack) & z.isfinite().all(1)
+    order = drop.argsort()
+    q = mixture.dual(mixture.F(z, y))
+    cross = (q @ z.T).abs()
+    kept: list[int] = []
+    for i in order[good[order]].tolist():
+        if all(float(cross[i, j]) < 0.1 and float(cross[j, i]) < 0.1 for j in kept):
+            kept.append(i)
+    return torch.tensor(kept, dtype=torch.long, device=z.device)
+
+
+def explained(mixture: Mixture, z: Tensor, y: Tensor, *, slack: float = 30.0) -> bool:
+    """Whether all n examples together leave of A what noise leaves, to within `slack`: |A - F^T Z| against the noise's."""
+    F = mixture.F(z, y)
+    left = float((mixture.U * mixture.S - F.T @ z).norm())
+    rounding = mixture.rounding * float((F.norm(dim=1) * z.norm(dim=1)).square().sum().sqrt())
+    return len(z) == mixture.n and left < slack * (mixture.noise * mixture.n**0.5 + rounding)
+
+
+def radius(mixture: Mixture, z: Tensor, y: Tensor, *, joint: bool) -> Tensor:
+    """How far z [f, n] may be from the true coordinates, l2: ten times the first-order error [f].
+
+    |J^+| (|residual| + noise |q| / |F| + rounding), J the equation's own derivative. Under a kinked activation that is
+    singular (`joint`); there Z = Delta^+ A, whose row i errs by |row i of Delta^+| times the errors of A and Delta Z.
+    """
+    F = mixture.F(z, y)
+    size = F.norm(dim=1)
+    if joint:
+        rows = torch.linalg.pinv(F.T).norm(dim=1)
+        moved = mixture.rounding * float((size * z.norm(dim=1)).square().sum().sqrt())
+        left = float((mixture.U * mixture.S - F.T @ z).norm())
+        apart: Tensor = 10 * rows * (left + mixture.noise + moved)
+        return apart
+    equation = Equation(mixture, z, y)
+    error = mixture.noise * mixture.dual(F).norm(dim=1) / size + mixture.rounding
+    out = []
+    for which in torch.split(torch.arange(len(z), device=z.device), equation.chunk()):
+        r, Jt = equation.linearise(equation.start()[which], which)
+        if not equation.unknowns:
+            out.append(0 * error[which])
+            continue
+        least = torch.linalg.eigvalsh(Jt @ Jt.mT)[:, 0].clamp_min(1e-300).sqrt()
+        out.append(10 * (r.norm(dim=1) + error[which]) / least)
+    found: Tensor = torch.cat(out) if out else size
+    return found
+
+
+def complement(Q: Tensor, n: int) -> Tensor:
+    """Orthonormal rows [n - f, n] orthogonal to those of Q [f, n]."""
+    if not len(Q):
+        return torch.eye(n).to(Q)
+    rest: Tensor = torch.linalg.svd(Q, full_matrices=True)[2][len(Q) :]
+    return rest

@@ -1,0 +1,72 @@
+"""Linearisation: products with the Jacobian of (z, y) -> sum_i F(z_i, y_i) z_i^T in a mixture, and least squares in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unbatch.numerics.least_squares import conjugate_gradients
+from unbatch.numerics.mixture import Mixture
+
+
+class Linearisation:
+    """J at examples z [g, n] with labels y; steps v [g, n + k] move z on z . ones = 1 and real targets y, if y is real.
+
+    J v = dF^T z + F^T dz, dF_i = H_i (W^T dz_i) + (dF / dy) dy_i, H_i the Hessian of the loss in the preactivations: delta
+    is a gradient, so H_i is symmetric and reverse mode gives its products.
+    """
+
+    def __init__(self, mixture: Mixture, z: Tensor, y: Tensor) -> None:
+        self.mixture, self.z, self.y = mixture, z, y
+        self.ones = None if mixture.ones is None else torch.nn.functional.normalize(mixture.ones, dim=0)
+        self.before = mixture.before(z).detach().requires_grad_()
+        self.graph = mixture.deltas(self.before, y)
+        self.F: Tensor = self.graph.detach()
+        self.columns = self.F.new_zeros(*self.F.shape, 0)  # dF / dy [g, m, k]
+        if mixture.classes == 0:
+            self.columns = torch.stack([mixture.F(z, y + e) - self.F for e in torch.eye(y.shape[1]).to(self.F)], 2)
+        self.weight = self.F.square().sum(1, keepdim=True) + 1e-300  # [g, 1]
+
+    def left(self) -> Tensor:
+        """U S - sum_i F_i z_i^T [m, n]."""
+        return self.mixture.U * self.mixture.S - self.F.T @ self.z
+
+    def moved(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        n = self.mixture.n
+        return self.z + v[:, :n], self.y + v[:, n:] if self.columns.shape[2] else self.y
+
+    def tangent(self, v: Tensor) -> Tensor:
+        """v without what leaves z . ones = 1."""
+        if self.ones is None:
+            return v
+        n = self.mixture.n
+        along = (v[:, :n] @ self.ones)[:, None] * self.ones
+        return torch.cat([v[:, :n] - along, v[:, n:]], 1)
+
+    def bent(self, v: Tensor) -> Tensor:
+        """H_i v_i [g, m]."""
+        found: Tensor = torch.autograd.grad(self.graph, self.before, v, retain_graph=True)[0]
+        return found
+
+    def push(self, v: Tensor) -> Tensor:
+        """J v [m, n]."""
+        n = self.mixture.n
+        dF = self.bent(v[:, :n] @ self.mixture.W) + (self.columns @ v[:, n:, None])[..., 0]
+        return dF.T @ self.z + self.F.T @ v[:, :n]
+
+    def pull(self, E: Tensor) -> Tensor:
+        """J^T E [g, n + k]."""
+        dF = self.z @ E.T  # [g, m]
+        to_z = self.bent(dF) @ self.mixture.W.T + self.F @ E
+        return torch.cat([to_z, (self.columns.mT @ dF[:, :, None])[..., 0]], 1)
+
+    def solve(self, E: Tensor, *, damping: float, inner: int, tolerance: float) -> Tensor:
+        """The step v of least |J v - E|^2 + damping |F_i|^2 |v_i|^2, by conjugate gradients preconditioned by |F_i|^2."""
+        downhill, move = self.tangent(self.pull(E)), torch.zeros_like(self.tangent(self.pull(E)))
+
+        def normal(v: Tensor) -> Tensor:
+            return self.tangent(self.pull(self.push(self.tangent(v)))) + damping * self.weight * v
+
+        for latest in conjugate_gradients(normal, downhill, lambda v: v / self.weight, inner, tolerance):
+            move = latest
+        return move

@@ -1,0 +1,97 @@
+"""Mixture: a dense layer's gradient in the coordinates of its own row space, and the equation that each example obeys.
+
+With preactivations W x_i + b, the gradient of sum_i l(x_i, y_i) is A = [dL/dW, dL/db] = sum_i delta_i x~_i^T, delta_i =
+dL/d(preactivation of i), x~ = (x, 1). Its singular value decomposition A = U S P leaves x~_i = P^T z_i with z_i [n]
+unknown. If the z_i are independent there are dual vectors q_i, q_i . z_j = [i = j], and U S q_i = delta_i: each example
+obeys U S q = F(z, y) by itself, F the model's own delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Deltas = Callable[[Tensor, Tensor], Tensor]  # (preactivations [g, m], labels [g] or [g, k]) -> [g, m]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """U S = sum_i delta_i z_i^T. `deltas` is a gradient with respect to its first argument, example by example."""
+
+    U: Tensor  # [m, n] orthonormal columns
+    S: Tensor  # [n] descending
+    W: Tensor  # [n, m]: preactivations are z W + offset
+    offset: Tensor | None  # [m]
+    ones: Tensor | None  # [n]: z . ones = 1, where the bias sent its gradient
+    deltas: Deltas
+    classes: int  # labels are 0 ... classes - 1; 0: real targets
+    targets: int  # entries of a real target, of which deltas are an affine function
+    noise: float  # spectral norm of the error of A
+    rounding: float  # relative error of a delta as the client computed it, which moves A within its span
+    basis: Tensor  # [n, n0]: z basis are the coordinates in the whole mixture
+    outside: float = 0.0  # what A has outside its row space, which is error alone (spectral norm); 0: as `noise`
+
+    @property
+    def n(self) -> int:
+        return len(self.S)
+
+    def before(self, z: Tensor) -> Tensor:
+        """Preactivations [g, m] of z [g, n]."""
+        return z @ self.W if self.offset is None else z @ self.W + self.offset
+
+    def F(self, z: Tensor, y: Tensor) -> Tensor:  # noqa: N802
+        """The deltas [g, m] of z [g, n] under the labels y."""
+        return self.deltas(self.before(z), y).detach()
+
+    def dual(self, delta: Tensor) -> Tensor:
+        """q [g, n] with U S q nearest to delta [g, m]."""
+        return (delta @ self.U) / self.S
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """z [g, n] on z . ones = 1."""
+        return z if self.ones is None else z / (z @ self.ones)[:, None]
+
+    def within(self, z: Tensor) -> Mixture:
+        """The same mixture for examples that are combinations of the orthonormal rows z [r, n]: only z is reduced."""
+        return replace(self, W=z @ self.W, ones=None if self.ones is None else z @ self.ones, basis=z @ self.basis)
+
+    def without(self, delta: Tensor, z: Tensor) -> Mixture:
+        """What is left after delta [f, m] and z [f, n] are subtracted: a mixture of n - f examples.
+
+        Errors of what was subtracted show as further singular values and count as noise.
+        """
+        left = self.U * self.S - delta.T @ z  # [m, n]
+        U, S, Vh = torch.linalg.svd(left, full_matrices=False)
+        r = self.n - len(z)
+        return replace(self.within(Vh[:r]), U=U[:, :r], S=S[:r], noise=max(self.noise, float(S[r])))
+
+
+def misfits(mixture: Mixture, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """|F - U U^T F| / |F| [g], q . z - 1 [g], and how far A - F z~^T is from losing a rank [g], as a multiple of the noise.
+
+    (A - F z^T) q = (1 - q . z) F - (F - U U^T F), so the least singular value of the difference is at most the last
+    over |q|. A phantom (F near 0, or F not of this batch) fails one of the first two. The noise is that of A, and that of
+    F over |q|.
+    """
+    F = mixture.F(z, y)
+    q = mixture.dual(F)
+    outside = F - (F @ mixture.U) @ mixture.U.T
+    excess = (q * z).sum(1) - 1
+    size = F.norm(dim=1) + 1e-300
+    drop = (outside + excess[:, None] * F).norm(dim=1)
+    return outside.norm(dim=1) / size, excess, drop / (mixture.noise * q.norm(dim=1) + mixture.rounding * size)
+
+
+def label_misfits(mixture: Mixture, z: Tensor, classes: Tensor, *, chunk: int = 2**24) -> Tensor:
+    """|F - U U^T F| / |F| [g, k] of z [g, n] under each of the classes [k]."""
+    g, k, m = len(z), len(classes), mixture.U.shape[0]
+    found = []
+    for part in torch.split(z, max(1, chunk // (k * m))):
+        F = mixture.F(part.repeat_interleave(k, 0), classes.repeat(len(part)))
+        inside = (F @ mixture.U).square().sum(1)
+        whole = F.square().sum(1) + 1e-300
+        found.append((1 - inside / whole).clamp_min(0).sqrt().view(-1, k))
+    return torch.cat(found) if found else z.new_zeros(g, k)

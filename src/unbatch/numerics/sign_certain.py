@@ -1,0 +1,128 @@
+"""Sign-certain rows: dual vectors of a mixture under a piecewise linear activation.
+
+Where the activation is piecewise linear, delta_i = G(z_i) a for a few columns G(z) that depend on z through the signs of
+the preactivations only. A rough z gives most signs right, so U c = G a holds exactly on most rows and is broken by the
+few whose sign is wrong: min |U c - G a|_1 with q . z = 1 recovers c exactly, as least absolute deviations do under sparse
+outliers. With inactive rows alone this is the null vector of those rows of U.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unbatch.numerics.mixture import Mixture
+
+COLUMNS = 64  # classes up to which all of them span the residual
+
+
+def kinked(mixture: Mixture, rng: torch.Generator) -> bool:
+    """Whether deltas are piecewise constant up to the residual: two labels' difference stays as z moves a little."""
+    z = torch.randn(2, mixture.n, generator=rng, dtype=torch.float64).to(mixture.U)
+    z = mixture.scaled(z) if mixture.ones is not None else z
+    a, b = fan(mixture, z, None), fan(mixture, z * (1 + 1e-7), None)
+    a, b = a[..., :1] - a[..., 1:2] if mixture.classes else a, b[..., :1] - b[..., 1:2] if mixture.classes else b
+    same = (a - b).abs() <= 1e-11 * a.abs()
+    return bool(same.double().mean() > 0.9)
+
+
+def layered(mixture: Mixture, rng: torch.Generator) -> bool:
+    """Whether kinks above the layer's own change its active rows too, so that only rows of exact zeros are certain."""
+    z = torch.randn(4, mixture.n, generator=rng, dtype=torch.float64).to(mixture.U)
+    near = mixture.scaled(z * (1 + 0.1 * torch.randn(z.shape, generator=rng, dtype=torch.float64).to(z)))
+    z = mixture.scaled(z)
+    a, b = fan(mixture, z, None), fan(mixture, near, None)
+    a, b = (a[..., :1] - a[..., 1:2], b[..., :1] - b[..., 1:2]) if mixture.classes else (a, b)
+    both = (mixture.before(z) > 0) & (mixture.before(near) > 0)  # [g, m] active under relu
+    same = ((a - b).abs() <= 1e-9 * a.abs()).all(2)
+    return float((same & both).sum()) < 0.5 * float(both.sum())
+
+
+def fan(mixture: Mixture, z: Tensor, y: Tensor | None) -> Tensor:
+    """Columns [g, m, k] whose combinations the delta of z is: one a class, or one an entry of a real target."""
+    if mixture.classes and (mixture.classes <= COLUMNS or y is None):
+        classes = torch.arange(min(mixture.classes, COLUMNS), device=z.device)
+        return torch.stack([mixture.F(z, c.expand(len(z))) for c in classes], 2)
+    if mixture.classes and y is not None:
+        return mixture.F(z, y)[:, :, None]
+    zero = z.new_zeros(len(z), mixture.targets)
+    F0 = mixture.F(z, zero)
+    return torch.stack([mixture.F(z, zero + e) - F0 for e in torch.eye(mixture.targets).to(z)], 2)
+
+
+def isolate(
+    mixture: Mixture,
+    z: Tensor,
+    y: Tensor | None = None,
+    *,
+    steps: int = 15,
+    spread: float = 0.3,
+    zeros: bool = False,
+    chunk: int = 2**24,
+) -> tuple[Tensor, Tensor]:
+    """Dual vectors q [g, n] and the share [g] of live rows on which U S q = G a holds exactly.
+
+    Iteratively reweighted least squares towards sum_j |U_j c - G_j a|, from weights 1 / P(sign of row j is wrong) under
+    an error of z whose preactivations have `spread` times their own standard deviation. A share that n + k rows alone
+    could reach means nothing; one well above it is an example's. With `zeros` only rows on which G vanishes count.
+    """
+    size = max(1, chunk // (mixture.U.shape[0] * (mixture.n + min(mixture.classes or mixture.targets, COLUMNS))))
+    both = [_isolate(mixture, part, None if y is None else y[i], steps, spread, zeros) for part, i in _parts(z, size)]
+    return torch.cat([q for q, _ in both]), torch.cat([share for _, share in both])
+
+
+def _parts(z: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return [(z[i], i) for i in torch.split(torch.arange(len(z), device=z.device), size)]
+
+
+def _isolate(
+    mixture: Mixture, z: Tensor, y: Tensor | None, steps: int, spread: float, zeros: bool
+) -> tuple[Tensor, Tensor]:
+    before, G = mixture.before(z), fan(mixture, z, y)  # [g, m], [g, m, k]
+    (g, m, k), n = G.shape, mixture.n
+    said = torch.ones_like(before)
+    if zeros:
+        said, G, k = (G == 0).all(2).to(G), G[..., :0], 0
+    G = G / (G.square().sum((1, 2), keepdim=True).sqrt() / m**0.5 + 1e-300)
+    M = torch.cat([mixture.U.expand(g, m, n) * m**0.5, -G], 2)  # [g, m, n + k]
+    mean = float(mixture.S.mean())
+    tie = torch.cat([z / mixture.S * mean, z.new_zeros(g, k)], 1)  # q . z
+    wrong = 0.5 * torch.erfc(before.abs() / (spread * before.std(1, keepdim=True) * 2**0.5))
+    trust = said / (wrong + 0.02)
+    alive = mixture.U.norm(dim=1) > 1e-9  # [m]: rows that some example reaches
+    eye = torch.eye(n + k).to(z)
+    w, error, ref = trust, before, before
+    c = tie
+    for step in range(steps):
+        H = (M * w[:, :, None]).mT @ M
+        H = H + 1e-13 * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
+        c = torch.linalg.solve_ex(H, tie[:, :, None])[0][..., 0].nan_to_num()
+        c = c / ((c * tie).sum(1, keepdim=True) + 1e-300)
+        error = (M @ c[:, :, None])[..., 0].abs()
+        ref = (c[:, :n] @ mixture.U.T * m**0.5).square().mean(1, keepdim=True).sqrt() + 1e-300
+        typical = error.masked_fill((said == 0) | ~alive, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num()
+        floor = torch.maximum(typical / ref, torch.full_like(ref, 1e-9))
+        w = said / (error / ref + floor) if step else trust / (error / ref + 0.1)
+        w = w / w.amax(1, keepdim=True)
+    fits = _fits(mixture, c, error, ref)
+    for _ in range(2):  # refinement on the rows that fit alone, as a correction, which the normal equations do not blur
+        w = (fits | ~alive).to(z) * said
+        H = (M * w[:, :, None]).mT @ M
+        H = H + 1e-12 * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
+        slope = (M.mT @ (w * (M @ c[:, :, None])[..., 0])[:, :, None])[..., 0]
+        both = torch.linalg.solve_ex(H, torch.stack([slope, tie], 2))[0].nan_to_num()
+        share = (tie * both[..., 0]).sum(1) / ((tie * both[..., 1]).sum(1) + 1e-300)
+        c = c - both[..., 0] + share[:, None] * both[..., 1]
+        error = (M @ c[:, :, None])[..., 0].abs()
+        fits = _fits(mixture, c, error, ref)
+    q = c[:, :n] / mixture.S
+    q = q / (q * z).sum(1, keepdim=True)
+    return q, (said * (fits & alive)).sum(1) / alive.sum()
+
+
+def _fits(mixture: Mixture, c: Tensor, error: Tensor, ref: Tensor) -> Tensor:
+    """Rows [g, m] whose error is rounding: of the gradient, which U c takes over from S^-1 c, or of this arithmetic."""
+    n = mixture.n
+    noise = mixture.noise * (c[:, :n] / mixture.S).norm(dim=1, keepdim=True)
+    fits: Tensor = error <= 10 * noise + 1e-8 * ref
+    return fits

@@ -1,0 +1,216 @@
+"""Unmix: single examples out of a mixture, by starts, polishing and peeling.
+
+Source: this library. The span and its mixing matrix: Kariyappa et al., Cocktail Party Attack, ICML 2023; the dual
+vectors and their sparsity under ReLU: Dimitrov et al., SPEAR, NeurIPS 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from unbatch.numerics.equation import accept, choose_labels, choose_targets, complement, explained, placed, polish
+from unbatch.numerics.joint import refine
+from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.sign_certain import COLUMNS, isolate, kinked, layered
+from unbatch.numerics.softening import Softened
+
+Start = Callable[[Tensor, torch.Generator], Tensor]  # basis [r, n] of what is left -> guesses [g, r]
+Tick = Callable[[float], bool]
+
+SHARPNESS = (8.0, 16.0)  # of a rounded kink, in its layer's spreads
+SETTLING = 8  # rounds over all dual vectors at once
+
+
+@dataclass
+class Separation:
+    """Examples that fit, in the whole mixture's coordinates, and what was left."""
+
+    z: Tensor  # [f, n]
+    labels: Tensor  # [f] or [f, k]
+    log: list[dict[str, object]] = field(default_factory=list)
+    guesses: Tensor | None = None  # [g, n] of what was not found
+    joint: bool = False  # found together: no example's equation determines it alone
+
+
+def unmix(
+    mixture: Mixture,
+    starts: Sequence[tuple[str, Start]],
+    rng: torch.Generator,
+    *,
+    classes: Tensor | None = None,
+    attempts: int = 3,
+    slack: float = 30.0,
+    tick: Tick = lambda share: True,
+) -> Separation:
+    """Examples of the mixture: guess, polish, accept, subtract, and again with the rest.
+
+    `starts` are tried in turn, from the first one again after each success, until all of them failed `attempts` times.
+    """
+    if classes is None:
+        classes = torch.arange(mixture.classes, device=mixture.U.device)
+    by = by_signs if kinked(mixture, rng) else by_polish
+    return by(mixture, starts, rng, classes, attempts, slack, tick)
+
+
+def by_polish(
+    whole: Mixture,
+    starts: Sequence[tuple[str, Start]],
+    rng: torch.Generator,
+    classes: Tensor,
+    attempts: int,
+    slack: float,
+    tick: Tick,
+) -> Separation:
+    """The smooth way: every accepted example is subtracted, which leaves a smaller mixture of the same form."""
+    rest, z, y = whole, whole.U.new_zeros(0, whole.n), None
+    log: list[dict[str, object]] = []
+    guesses, misses = z, 0
+    while rest.n and misses < attempts * len(starts) and tick(1 - rest.n / whole.n):
+        name, start = starts[misses % len(starts)]
+        tried = placed(rest, start(rest.basis, rng), classes)
+        labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
+        tried, labels, _ = polish(rest, tried, labels, steps=40 if misses else 15, gain=0.002 if misses else 0.02)
+        chosen = accept(rest, tried, labels, slack=slack)
+        if len(chosen):  # to the last digit, since what they are off by stays in the rest
+            best = polish(rest, tried[chosen], labels[chosen], steps=8, damping=1e-9, target=0.0, gain=0.5)
+            tried[chosen], labels[chosen] = best[:2]
+        log.append({"start": name, "left": rest.n, "guesses": len(tried), "found": len(chosen)})
+        guesses, misses = tried @ rest.basis, misses + 1
+        if len(chosen):
+            misses = 0
+            z = torch.cat([z, guesses[chosen]])
+            y = labels[chosen] if y is None else torch.cat([y, labels[chosen]])
+            rest = whole.without(whole.F(z, y), z)
+            if rest.n and rest.noise > 2 * whole.noise:
+                z, y, _ = refine(whole, z, y, others=rest.n, steps=4)
+                rest = whole.without(whole.F(z, y), z)
+            log[-1]["noise"] = rest.noise / whole.noise
+    if y is None:
+        return Separation(z, _no_labels(whole, classes), log, guesses)
+    if not rest.n:
+        finest, last, _ = refine(whole, z, y)
+        if explained(whole, finest, last, slack=slack) or len(accept(whole, finest, last, slack=slack)) == len(z):
+            z, y = finest, last
+        guesses = guesses[:0]
+    return Separation(z, y, log, guesses)
+
+
+def by_signs(
+    whole: Mixture,
+    starts: Sequence[tuple[str, Start]],
+    rng: torch.Generator,
+    classes: Tensor,
+    attempts: int,
+    slack: float,
+    tick: Tick,
+) -> Separation:
+    """The piecewise linear way: exact dual vectors one by one; all of them together give the examples, Z = Q^-1.
+
+    Examples not found yet are orthogonal to the dual vectors that are, which makes the next guesses easier.
+    """
+    m, n = whole.U.shape
+    need, zeros = (n + min(whole.targets, COLUMNS) + 20) / m, layered(whole, rng)
+    Q, Z = whole.U.new_zeros(0, n), whole.U.new_zeros(0, n)  # dual vectors found, and the guesses that led to them
+    log: list[dict[str, object]] = []
+    misses, settles, settled = 0, 0, False
+    guesses = Q
+    while misses < attempts * len(starts) and tick(len(Q) / n):
+        if len(Q) == n or (misses and not settled and len(Q) > n / 2):
+            Q, Z, done = settle(whole, Q, Z, zeros)
+            log.append({"start": "settle", "left": n - len(Q), "guesses": len(Z), "found": len(Q)})
+            settled, settles = True, settles + 1
+            if done or settles == 2 * attempts:
+                break
+            continue
+        name, start = starts[misses % len(starts)]
+        basis = complement(Q, n)
+        tried = whole.scaled(start(basis @ whole.basis, rng) @ basis)
+        if whole.ones is None:
+            tried = torch.cat([tried, -tried])
+        q, share = isolate(whole, tried, zeros=zeros)
+        order = _fitting(share, need)
+        chosen = distinct(Q * whole.S, q * whole.S, order)[: n - len(Q)]
+        if len(chosen) < len(basis) / 4:
+            sharper = soften(whole, tried, classes, basis)
+            again, share = isolate(whole, sharper, zeros=zeros)
+            q, tried = torch.cat([q[chosen], again]), torch.cat([tried[chosen], sharper])
+            order = torch.cat([torch.arange(len(chosen)).to(order), len(chosen) + _fitting(share, need)])
+            chosen = distinct(Q * whole.S, q * whole.S, order)[: n - len(Q)]
+        log.append({"start": name, "left": n - len(Q), "guesses": len(tried), "found": len(chosen)})
+        misses, settled = (0, False) if len(chosen) else (misses + 1, settled)
+        guesses = tried
+        Q, Z = torch.cat([Q, q[chosen]]), torch.cat([Z, tried[chosen]])
+    if len(Q) < n:
+        return Separation(Q[:0], _no_labels(whole, classes), log, torch.cat([Z, guesses]), joint=True)
+    z = Z if whole.ones is not None else placed(whole, Z, classes, finer=8)
+    y = choose_labels(whole, z, classes) if whole.classes else choose_targets(whole, z)
+    z, y, _ = refine(whole, z, y, steps=20)
+    if explained(whole, z, y, slack=slack):
+        return Separation(z, y, log, z[:0], joint=True)
+    kept = accept(whole, z, y, slack=slack)
+    return Separation(z[kept], y[kept], log, z[:0], joint=True)
+
+
+def soften(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> Tensor:
+    """z [g, n] polished on the equation of the network with its kinks rounded, more sharply step by step."""
+    for sharpness in SHARPNESS:
+        soft = softened(whole, sharpness)
+        labels = choose_labels(soft, z, classes) if whole.classes else choose_targets(soft, z)
+        z = polish(soft, z, labels, steps=8, within=basis)[0]
+    return z
+
+
+def settle(whole: Mixture, Q: Tensor, Z: Tensor, zeros: bool) -> tuple[Tensor, Tensor, bool]:
+    """Dual vectors Q and guesses Z [f, n] held against each other until they stand still; those that clash are dropped.
+
+    q_j . z_i = [i = j] corrects the guesses (gives them, if f = n), and better guesses have better signs: a mixture of
+    two examples that share most signs passes for one only until the others are known. Third: whether all n stand.
+    """
+    n, noise = whole.n, 10 * whole.noise / float(whole.S[-1])
+    for _ in range(SETTLING):
+        inverse = torch.linalg.pinv(Q, rtol=1e-13)  # [n, f]
+        z = whole.scaled(Z + (torch.eye(len(Q)).to(Q) - Z @ Q.T) @ inverse.T)
+        q, share = isolate(whole, z, zeros=zeros)
+        kept = distinct(Q[:0], q * whole.S, share.argsort(descending=True))
+        kept = kept[share[kept] > (0.6 if zeros else 0.9) * share.median()]  # the share of zeros differs by example
+        still = len(kept) == len(Z) and float((z - Z).norm()) < (1e-9 + noise) * float(Z.norm())
+        Q, Z = q[kept], z[kept]
+        if still or len(kept) < len(z):
+            break
+    return Q, Z, len(Q) == n and still
+
+
+def _no_labels(mixture: Mixture, classes: Tensor) -> Tensor:
+    return classes[:0] if mixture.classes else mixture.U.new_zeros(0, mixture.targets)
+
+
+def _fitting(share: Tensor, need: float) -> Tensor:
+    """Numbers of the candidates whose share of fitting rows is above what chance gives, best first."""
+    order = share.argsort(descending=True)
+    return order[share[order] > need]
+
+
+def softened(mixture: Mixture, sharpness: float) -> Mixture:
+    """The same mixture seen through a network whose kinks are rounded."""
+    mode, deltas = Softened(sharpness), mixture.deltas
+
+    def rounded(before: Tensor, y: Tensor) -> Tensor:
+        with mode:
+            return deltas(before, y)
+
+    return replace(mixture, deltas=rounded)
+
+
+def distinct(known: Tensor, tried: Tensor, order: Tensor) -> Tensor:
+    """Those of tried [g, n] numbered in `order` that are parallel neither to a known row [f, n] nor to one before them."""
+    rows = [torch.nn.functional.normalize(known, dim=1)] if len(known) else []
+    unit, kept = torch.nn.functional.normalize(tried, dim=1), []
+    for i in order.tolist():
+        if not rows or float((torch.cat(rows) @ unit[i]).abs().max()) < 1 - 1e-6:
+            kept.append(i)
+            rows.append(unit[i : i + 1])
+    return torch.tensor(kept, dtype=torch.long, device=tried.device)

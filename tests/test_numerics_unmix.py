@@ -1,0 +1,201 @@
+"""The solver on mixtures of its own, without a model: one hidden layer, cross entropy or squared error."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unbatch.numerics.equation import Equation, accept, choose_labels, choose_targets, complement, polish, radius
+from unbatch.numerics.joint import refine
+from unbatch.numerics.mixture import Mixture, misfits
+from unbatch.numerics.sign_certain import isolate, kinked
+from unbatch.numerics.unmix import unmix
+
+ACTIVATIONS = {"gelu": F.gelu, "tanh": torch.tanh, "relu": torch.relu, "leaky": F.leaky_relu, "softplus": F.softplus}
+
+
+class Problem:
+    """n random inputs [n, d] of a network of width m with k outputs; its gradient as a mixture, and the truth."""
+
+    def __init__(self, activation="gelu", *, n=6, d=12, m=80, k=4, seed=0, real=False, bias=True) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
+        s = ACTIVATIONS[activation]
+        self.x = torch.cat([draw(n, d), torch.ones(n, 1, dtype=torch.float64)], 1)[:, : d + bias]
+        W, V = draw(m, d + bias) / d**0.5, draw(k, m) / m**0.5
+        self.y = draw(n, k) if real else torch.randint(k, (n,), generator=rng)
+
+        def deltas(before: Tensor, y: Tensor) -> Tensor:
+            live = before if before.requires_grad else before.detach().requires_grad_()
+            with torch.enable_grad():
+                out = s(live) @ V.T
+                loss = (out - y).square().sum() if real else F.cross_entropy(out, y, reduction="sum")
+                return torch.autograd.grad(loss / n, live, create_graph=before.requires_grad)[0]
+
+        A = deltas(self.x @ W.T, self.y).T @ self.x
+        U, S, P = (
+            part[..., :n] if i < 2 else part[:n] for i, part in enumerate(torch.linalg.svd(A, full_matrices=False))
+        )
+        self.P, self.A, self.rng = P, A, rng
+        noise = 1e-12 * float(S[0])
+        ones = P[:, -1].clone() if bias else None
+        eye = torch.eye(n, dtype=torch.float64)
+        self.mixture = Mixture(U, S, P @ W.T, None, ones, deltas, 0 if real else k, k, noise, 1e-14, eye)
+        self.z = self.x @ P.T
+
+    def near(self, error: float) -> Tensor:
+        noise = torch.randn(self.z.shape, generator=self.rng, dtype=torch.float64)
+        return self.mixture.scaled(self.z + error * self.z.norm(dim=1, keepdim=True) * F.normalize(noise, dim=1))
+
+
+def random(basis: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randn(60, len(basis), generator=rng, dtype=torch.float64)
+
+
+def test_the_truth_solves_the_equation_and_is_isolated_by_its_dual() -> None:
+    p = Problem()
+    outside, excess, drop = misfits(p.mixture, p.z, p.y)
+    assert float(outside.max()) < 1e-12
+    assert float(excess.abs().max()) < 1e-9
+    assert float(drop.max()) < 1
+    q = p.mixture.dual(p.mixture.F(p.z, p.y))
+    torch.testing.assert_close(q @ p.z.T, torch.eye(6, dtype=torch.float64), atol=1e-8, rtol=0)
+    assert torch.equal(choose_labels(p.mixture, p.z, torch.arange(4)), p.y)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_the_derivative_is_that_of_the_residual(real: bool) -> None:
+    p = Problem(real=real)
+    equation = Equation(p.mixture, p.near(0.1), p.y)
+    x, which = equation.start(), torch.arange(6)
+    _, Jt = equation.linearise(x, which)
+    for b in range(equation.unknowns):
+        step = 1e-6 * torch.eye(equation.unknowns, dtype=torch.float64)[b]
+        slope = (equation.residual(x + step, which) - equation.residual(x - step, which)) / 2e-6
+        torch.testing.assert_close(Jt[:, b], slope, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "softplus"])
+def test_polish_ends_at_the_truth(activation: str) -> None:
+    p = Problem(activation)
+    z, _, costs = polish(p.mixture, p.near(0.05), p.y, steps=40)
+    assert float(costs.max()) < 1e-20
+    torch.testing.assert_close(z, p.z, atol=1e-8, rtol=0)
+
+
+def test_real_targets_are_solved_for() -> None:
+    p = Problem("tanh", real=True, k=1)
+    torch.testing.assert_close(choose_targets(p.mixture, p.z), p.y, atol=1e-7, rtol=1e-7)
+    start = p.near(0.02)
+    z, y, _ = polish(p.mixture, start, choose_targets(p.mixture, start), steps=60)
+    torch.testing.assert_close(z, p.z, atol=1e-7, rtol=0)
+    torch.testing.assert_close(y, p.y, atol=1e-6, rtol=1e-6)
+
+
+def test_subtraction_leaves_a_smaller_mixture_of_the_others() -> None:
+    p = Problem()
+    rest = p.mixture.without(p.mixture.F(p.z[:2], p.y[:2]), p.z[:2])
+    assert rest.n == 4
+    z = p.z[2:] @ rest.basis.T
+    torch.testing.assert_close(z @ rest.basis, p.z[2:])
+    assert float(misfits(rest, z, p.y[2:])[2].max()) < 30
+
+
+def test_phantoms_are_rejected() -> None:
+    """F near 0 at a saturated head, an example of another batch, a wrong label, a mixture of two, and one twice."""
+    p = Problem("gelu", seed=1)
+    mixture, z, y = p.mixture, p.z, p.y
+    assert sorted(accept(mixture, z, y).tolist()) == list(range(6))
+    out = mixture.deltas  # far along the direction of an example the head says one class and F vanishes
+    far = mixture.scaled(z + 1e4 * complement(mixture.ones[None], 6)[:1])
+    sure = torch.stack([out(mixture.before(far), torch.full((6,), c)).norm(dim=1) for c in range(4)]).min(0)
+    tiny = sure.values / mixture.F(z, y).norm(dim=1)
+    assert float(tiny.min()) < 1e-6  # the phantom is there: q = 0 solves U S q = F
+    assert not len(accept(mixture, far, sure.indices))
+    other = Problem("gelu", seed=2).x @ p.P.T
+    assert not len(accept(mixture, mixture.scaled(other), y))
+    assert not len(accept(mixture, z, (y + 1) % 4))
+    mean = (z[:3] + z[3:]) / 2
+    assert not len(accept(mixture, mean, y[:3]))
+    assert not len(accept(mixture, z + 1e-3 * complement(mixture.ones[None], 6)[:1], y))
+    twice = torch.cat([z, z])
+    assert len(accept(mixture, twice, torch.cat([y, y]))) == 6
+
+
+def test_phantoms_do_not_come_out_of_the_search() -> None:
+    p = Problem("gelu", seed=3)
+    far = p.mixture.scaled(p.z + 1e4 * complement(p.mixture.ones[None], 6)[:1])
+    found = unmix(p.mixture, [("phantoms", lambda basis, rng: far @ basis.T)], p.rng, attempts=1)
+    assert len(found.z) == 0 or float(torch.cdist(found.z, p.z).min(1).values.max()) < 1e-6
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_a_whole_batch_from_random_starts(activation: str) -> None:
+    p = Problem(activation, n=4, m=100)
+    found = unmix(p.mixture, [("random", random)], torch.Generator().manual_seed(0))
+    gap = torch.cdist(found.z, p.z, compute_mode="donot_use_mm_for_euclid_dist")
+    assert sorted(gap.argmin(1).tolist()) == [0, 1, 2, 3]
+    assert float(gap.min(1).values.max()) < 1e-7
+    assert torch.equal(found.labels, p.y[gap.argmin(1)])
+    assert sum(entry["found"] for entry in found.log if entry["start"] == "random") >= 4
+    reach = radius(p.mixture, found.z, found.labels, joint=found.joint)
+    assert bool((gap.min(1).values <= reach).all())
+
+
+def test_a_batch_without_a_bias() -> None:
+    p = Problem("gelu", n=4, m=100, bias=False)
+    z, _, _ = polish(p.mixture, p.near(0.02), p.y, steps=40)
+    torch.testing.assert_close(z, p.z, atol=1e-8, rtol=0)
+
+
+def test_kinks_are_seen() -> None:
+    rng = torch.Generator().manual_seed(0)
+    assert {name: kinked(Problem(name).mixture, rng) for name in ACTIVATIONS} == {
+        name: name in ("relu", "leaky") for name in ACTIVATIONS
+    }
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky"])
+def test_least_absolute_deviations_make_rough_guesses_exact(activation: str) -> None:
+    p = Problem(activation, m=200)
+    rough = p.near(0.15)
+    q, share = isolate(p.mixture, rough)
+    true = p.mixture.dual(p.mixture.F(p.z, p.y))
+    parallel = F.cosine_similarity(q * p.mixture.S, true * p.mixture.S)
+    torch.testing.assert_close(parallel, torch.ones(6, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert float(share.min()) > 0.5
+    assert float(isolate(p.mixture, p.z)[1].min()) > 0.99
+    unrelated = p.mixture.scaled(torch.randn(6, 6, generator=p.rng, dtype=torch.float64))
+    assert float(isolate(p.mixture, unrelated)[1].median()) < float(share.median())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_joint_refinement_averages_noise(activation: str) -> None:
+    p = Problem(activation, m=300)
+    noise = 1e-6 * torch.randn(p.A.shape, generator=p.rng, dtype=torch.float64) * p.A.abs().mean()
+    B = (p.A + noise) @ p.P.T
+    U, S, Vh = torch.linalg.svd(B, full_matrices=False)
+    turned = replace(p.mixture, U=U, S=S, W=Vh @ p.mixture.W, ones=Vh @ p.mixture.ones)
+    start = turned.scaled(p.z @ Vh.T + 1e-5)
+    z, _, left = refine(turned, start, p.y)
+    assert float((z @ Vh - p.z).norm()) < 0.2 * float((start @ Vh - p.z).norm())
+    assert left < 2 * float(noise.norm() / p.A.norm())
+
+
+def test_some_examples_are_refined_while_others_are_unknown() -> None:
+    p = Problem("gelu")
+    start = p.near(1e-3)[:4]
+    z, _, left = refine(p.mixture, start, p.y[:4], others=2, steps=12)
+    assert left < 1e-10
+    torch.testing.assert_close(z, p.z[:4], atol=1e-8, rtol=0)
+
+
+def test_a_few_labels_that_are_known_do() -> None:
+    p = Problem("gelu", n=4, m=100)
+    found = unmix(p.mixture, [("random", random)], torch.Generator().manual_seed(0), classes=p.y.unique())
+    assert len(found.z) == 4
+    stopped = unmix(p.mixture, [("random", random)], torch.Generator().manual_seed(0), tick=lambda share: False)
+    assert len(stopped.z) == 0
+    assert stopped.labels.shape == (0,)

@@ -1,0 +1,180 @@
+"""unmix on small clients of every kind; the truth is compared here and only here."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unbatch.attack import NotApplicable
+from unbatch.attacks.unmix import Unmix
+from unbatch.case import Case
+from unbatch.client import observe
+from unbatch.loss import loss_named
+from unbatch.observation import Knowledge, Reconstruction
+from unbatch.protocol import Protocol
+
+
+def exchange(model, loss, x, y, mode="train", **knowledge):
+    known = Knowledge(input_shape=tuple(x.shape[1:]), **knowledge)
+    return observe(model, loss, x, y, knowledge=known, protocol=Protocol(mode=mode))[0]
+
+
+def client(spelling: str, dtype=torch.float64):
+    setting = Case.parse(spelling).setting()
+    model, x = setting.model.to(dtype), setting.inputs.to(dtype)
+    return model, setting.loss, x, setting.labels
+
+
+def errors(found: Reconstruction, x: Tensor) -> Tensor:
+    """[k, n] |found - true| / |found|."""
+    assert found.inputs is not None
+    a, b = found.inputs.double().flatten(1), x.double().flatten(1)
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") / a.norm(dim=1, keepdim=True)
+
+
+def holds(found: Reconstruction, x: Tensor, *, share: float = 1.0, most: float = 1e-4) -> None:
+    """At least that share of x is found, no example twice, and every one within its bound."""
+    gap = errors(found, x)
+    assert len(set(gap.argmin(1).tolist())) == len(found) >= share * len(x)
+    assert found.bound is not None
+    least = gap.min(1).values
+    assert bool((least <= found.bound).all())
+    assert bool((least < most).all())
+
+
+ACTIVATIONS = ["relu", "leaky-relu", "elu", "gelu", "silu", "softplus", "tanh", "sigmoid"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_any_activation(activation: str, dtype: torch.dtype) -> None:
+    model, loss, x, y = client(f"photos:batch=8,size=16,width=200,activation={activation}", dtype)
+    found = Unmix()(exchange(model, loss, x, y))
+    holds(found, x)
+    assert torch.equal(found.labels, y[errors(found, x).argmin(1)])
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["depth=2,width=120,activation=gelu", "depth=3,width=120,activation=tanh", "depth=3,width=300,activation=relu"],
+)
+def test_any_depth(spelling: str) -> None:
+    model, loss, x, y = client(f"photos:batch=6,size=16,{spelling}")
+    holds(Unmix()(exchange(model, loss, x, y)), x)
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "binary-cross-entropy", "squared-error"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_any_loss(name: str, reduction: str) -> None:
+    model, _, x, y = client("photos:batch=6,size=16,width=150,activation=gelu")
+    holds(Unmix()(exchange(model, loss_named(name, reduction), x, y)), x)
+
+
+def test_a_real_target_is_found_with_its_input() -> None:
+    model, _, x, _ = client("photos:batch=6,size=16,width=150,activation=tanh")
+    model = nn.Sequential(*list(model)[:-1], nn.Linear(150, 1)).double()
+    y = torch.randn(6, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = Unmix()(exchange(model, lambda o, t: (o - t).square().mean(), x, y))
+    holds(found, x)
+    torch.testing.assert_close(found.labels, y[errors(found, x).argmin(1)], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_without_a_bias(activation: str) -> None:
+    model, loss, x, y = client(f"photos:batch=6,size=16,width=200,activation={activation},bias=false")
+    holds(Unmix()(exchange(model, loss, x, y)), x)
+
+
+def test_one_class_and_repeated_labels() -> None:
+    model, loss, x, _ = client("photos:batch=8,size=16,width=200,activation=gelu")
+    y = torch.full((8,), 3)
+    found = Unmix()(exchange(model, loss, x, y))
+    holds(found, x)
+    assert found.labels.tolist() == [3] * 8
+
+
+def test_a_table() -> None:
+    model, loss, x, y = client("tables:batch=8,width=200,activation=gelu")
+    holds(Unmix()(exchange(model, loss, x, y)), x)
+
+
+def test_known_labels_narrow_the_search_and_one_wrong_label_gives_nothing_wrong() -> None:
+    model, loss, x, y = client("photos:batch=6,size=16,width=200,activation=gelu")
+    holds(Unmix()(exchange(model, loss, x, y, labels=y)), x)
+    wrong = Unmix()(exchange(model, loss, x, y, labels=(y + 1) % 9))
+    assert not len(wrong) or float(errors(wrong, x).min(1).values.max()) < 1e-4
+
+
+def test_near_duplicates_are_told_apart() -> None:
+    model, loss, x, y = client("photos:batch=6,size=16,width=200,activation=gelu")
+    x[1] = x[0] + 1e-3 * torch.randn(x[0].shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    y[1] = y[0]
+    holds(Unmix()(exchange(model, loss, x, y)), x, share=4 / 6)
+
+
+def test_partial_guesses_carry_no_claim() -> None:
+    model, loss, x, y = client("photos:batch=8,size=16,width=200,activation=gelu")
+    obs = exchange(model, loss, x, y, labels=(y + 1) % 9)  # labels that are wrong leave something unfound
+    found = Unmix(partial=True, attempts=1)(obs)
+    assert found.bound is not None
+    gap = errors(found, x).min(1).values
+    assert bool((gap <= found.bound).all())
+    assert len(found) > len(Unmix(attempts=1)(obs))
+
+
+def refused(model, loss, x, y, words: str, **knowledge) -> None:
+    with pytest.raises(NotApplicable, match=words):
+        Unmix()(exchange(model, loss, x, y, **knowledge))
+
+
+def test_obstacles_in_words() -> None:
+    model, loss, x, y = client("photos:batch=8,size=8,width=200,activation=gelu")
+    narrow = client("photos:batch=8,size=8,width=8,activation=gelu")
+    refused(*narrow, "no longer isolates")
+    refused(*client("photos:batch=8,size=8,width=14,activation=gelu"), "fewer than it takes")
+    refused(*client("photos:batch=4,size=8,width=50,activation=identity"), "linear")
+    flat = x.flatten(1)
+    normed = nn.Sequential(nn.Linear(192, 60), nn.BatchNorm1d(60), nn.GELU(), nn.Linear(60, 9)).double()
+    refused(normed, loss, flat, y, "interact", mode="train")
+    dropped = nn.Sequential(nn.Linear(192, 60), nn.Dropout(), nn.GELU(), nn.Linear(60, 9)).double()
+    refused(dropped, loss, flat, y, "random", mode="train")
+    refused(nn.Linear(192, 9).double(), loss, flat, y, "head")
+    refused(model, lambda o, t: o.square().mean() * o.abs().sum(), x, y, "loss")
+
+
+def test_batch_norm_in_eval_mode_is_no_obstacle() -> None:
+    _, loss, x, y = client("photos:batch=4,size=8,width=60,activation=gelu")
+    rng = torch.Generator().manual_seed(0)
+    normed = nn.Sequential(nn.Flatten(), nn.Linear(192, 80), nn.BatchNorm1d(80), nn.GELU(), nn.Linear(80, 9)).double()
+    for p in normed.parameters():
+        p.data = 0.1 * torch.randn(p.shape, generator=rng, dtype=torch.float64)
+    normed.eval()
+    holds(Unmix()(exchange(normed, loss, x, y, mode="eval")), x)
+
+
+def test_features_behind_convolutions() -> None:
+    model, loss, x, y = client("photos:batch=4,size=8,model=convnet,depth=1,width=4,activation=gelu")
+    found = Unmix()(exchange(model, loss, x, y))
+    head = next(i for i, layer in enumerate(model) if isinstance(layer, nn.Linear))
+    features = model[:head](x).detach()
+    assert found.layer
+    holds(found, features)
+
+
+def test_a_gradient_in_half_precision_claims_no_more_than_it_holds() -> None:
+    model, loss, x, y = client("photos:batch=4,size=16,width=300,activation=gelu", torch.float32)
+    obs = exchange(model, loss, x, y)
+    halved = replace(obs, update={name: tensor.bfloat16() for name, tensor in obs.update.items()})
+    found = Unmix(attempts=1)(halved)
+    holds(found, x, most=2e-3)
+    assert float((found.bound / errors(found, x).min(1).values).median()) < 100
+
+
+def test_exact_duplicates_leave_the_others() -> None:
+    model, loss, x, y = client("photos:batch=6,size=16,width=200,activation=gelu")
+    x[1], y[1] = x[0], y[0]
+    found = Unmix(attempts=1)(exchange(model, loss, x, y))
+    gap = errors(found, x).min(1).values
+    assert bool((gap <= found.bound).all())
+    assert bool((gap < 1e-4).all())
