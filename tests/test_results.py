@@ -6,7 +6,7 @@ import unbatch
 from unbatch import Case
 from unbatch.files import write_atomically
 from unbatch.gate import breaches
-from unbatch.results import Audit
+from unbatch.results import Audit, Example
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +79,19 @@ def test_failed_examples_count_in_the_worst_case(record: Audit) -> None:
     worst = record.worst("psnr")
     assert set(worst) == {(0, 0), (1, 0)}
     assert all(hit is not None and hit[0] > 100 for hit in worst.values())
+
+
+def test_among_exact_recoveries_a_certified_one_stands_for_the_example(record: Audit) -> None:
+    run = next(run for run in record.runs if run.client == 0 and run.examples)
+    near = run.examples[0].model_copy(update={"error": 1e-9, "scores": {"psnr": 190.0}, "bound": None})
+    sure = near.model_copy(update={"error": 1e-7, "scores": {"psnr": 150.0}, "bound": 1e-6})
+    far = near.model_copy(update={"error": 1e-1, "scores": {"psnr": 20.0}, "bound": 0.5})
+
+    def hit(*examples: Example) -> float:
+        runs = [run.model_copy(update={"examples": [e]}) for e in examples]
+        found = record.model_copy(update={"runs": runs}).worst("psnr")[0, near.index]
+        assert found is not None
+        return found[0]
+
+    assert hit(near, sure) == hit(sure, near) == 150.0
+    assert hit(near, far) == hit(far, near) == 190.0

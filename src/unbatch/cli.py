@@ -68,7 +68,7 @@ def demo(
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Audit four clients with one photograph each; write a report."""
+    """Audit one gradient of a batch of eight photographs; write a report."""
     from unbatch.case import Case
     from unbatch.console import run_audit
     from unbatch.demo import ATTACKS, BUDGET, CASE, REMEDIES

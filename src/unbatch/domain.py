@@ -52,6 +52,8 @@ class Images(Domain):
         """Random smooth pictures: octaves of noise, weighted like natural images (amplitude 1 / frequency)."""
         c, h, w = self.shape
         picture = torch.zeros(n, c, h, w)
+        if n == 0:
+            return picture
         side = 2
         while side <= max(h, w):
             noise = torch.randn(n, c, side, side, generator=rng)

@@ -142,18 +142,22 @@ class Audit(_Record):
     def worst(self, metric: str) -> dict[tuple[int, int], tuple[float, Run] | None]:
         """Per private example (client, index): its worst score over all attacks and seeds, and the run that got it.
 
-        Worst is for the owner of the data: the score nearest to the truth. None where no run matched the example.
+        Worst is for the owner of the data: the score nearest to the truth; of several runs that recovered it exactly one
+        that certified it, since beyond EXACT scores differ by rounding. None where no run matched the example.
         """
         sign = 1.0 if self.metrics[metric].higher_is_better else -1.0
         best: dict[tuple[int, int], tuple[float, Run] | None] = {
             (client.index, i): None for client in self.clients for i in range(client.size)
         }
+        ranks: dict[tuple[int, int], tuple[bool, float]] = {}
         for run in self.runs:
             for example in run.examples:
-                score = example.scores.get(metric)
-                held = best.get((run.client, example.index))
-                if score is not None and (held is None or sign * score > sign * held[0]):
-                    best[run.client, example.index] = score, run
+                score, place = example.scores.get(metric), (run.client, example.index)
+                if score is None:
+                    continue
+                rank = example.recovered and example.bound is not None, sign * score
+                if place not in ranks or rank > ranks[place]:
+                    best[place], ranks[place] = (score, run), rank
         return best
 
     def recovered(self) -> set[tuple[int, int]]:

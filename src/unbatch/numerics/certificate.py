@@ -10,6 +10,8 @@ takes. A candidate that does not solve the equation is off by its Newton step as
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from unbatch.numerics.linearisation import Linearisation
 from unbatch.numerics.mixture import Mixture
 
 DRAWS = 6
-SIGMAS = 5.0  # of an error with many degrees of freedom, of which DRAWS x n coordinates measure the spread
+SIGMAS = 6.0  # of an error with many degrees of freedom, of which DRAWS x n coordinates measure the spread
 NONLINEAR = 0.05  # relative change of F over the radius above which first order is not relied on
 
 
@@ -88,7 +90,7 @@ def _alone(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator) -> Tens
 
 def _spread(mixture: Mixture) -> float:
     """Standard deviation of the error of an entry of A, at most: m of them add up to its spectral norm."""
-    return (mixture.outside or mixture.noise) / mixture.U.shape[0] ** 0.5
+    return (mixture.outside or mixture.noise) / math.sqrt(len(mixture.U))
 
 
 def _wrong(F: Tensor, rng: torch.Generator) -> Tensor:
