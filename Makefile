@@ -35,6 +35,7 @@ fmt: $(READY)
 bench: $(READY)
 	$(BIN)/unbatch bench matching
 	$(BIN)/unbatch bench tensor
+	$(BIN)/unbatch bench unmix --seconds 300
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -251,7 +251,7 @@ def gate(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="matching or tensor")],
+    name: Annotated[str, typer.Argument(help="matching, tensor or unmix")],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each attack on each problem.")] = 60.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,

@@ -110,7 +110,9 @@ def run(
     rows: list[Row] = []
     pools: dict[str, tuple[Tensor, Tensor]] = {}
     for problem in problems() if wanted is None else wanted:
-        if data is None and problem.data in FILES and problem.data != "cifar10":
+        if data is None and problem.data == "cifar10":
+            problem = replace(problem, data="photos")
+        if data is None and problem.data in FILES:
             continue
         if problem.data not in pools:
             pools[problem.data] = _pool(problem.data, data)
@@ -118,7 +120,7 @@ def run(
         if out is not None:
             _save(rows, out, seconds=seconds, seed=seed, device=device, data=data is not None)
     if wanted is None:
-        rows += scaling(_pool("cifar10", data), seed, device)
+        rows += scaling(_pool("photos" if data is None else "cifar10", data), seed, device)
         if out is not None:
             _save(rows, out, seconds=seconds, seed=seed, device=device, data=data is not None)
             _plot(rows, out / "unmix.png")
@@ -128,7 +130,7 @@ def run(
 def table(rows: list[Row]) -> Table:
     """Share recovered, share certified, the bound over the error, seconds and memory; peers below their problem."""
     shown = Table(title="unmix: share of the batch recovered (relative error < 1e-4), median over seeds")
-    for column in ("problem", "attack", "recovered", "certified", "bound / error", "seconds", "peak GB"):
+    for column in ("problem", "attack", "recovered", "certified", "bound / error", "seconds", "peak GB so far"):
         shown.add_column(column, justify="left" if column in ("problem", "attack") else "right")
     for row in rows:
         if "exponent" in row:
@@ -344,7 +346,13 @@ def _plot(rows: list[Row], path: Path) -> None:
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for row in rows:
         s = row.get("settings")
-        if s and s["data"] == "cifar10" and s["inputs"] == "unit" and s["precision"] == "float64" and s["depth"] == 1:
+        if (
+            s
+            and s["data"] in ("cifar10", "photos")
+            and s["inputs"] == "unit"
+            and s["precision"] == "float64"
+            and s["depth"] == 1
+        ):
             lines.setdefault(s["activation"], []).append((s["n"], row["recovered"], row["seconds"]))
     for name, points in lines.items():
         n, share, seconds = zip(*sorted(points), strict=True)

@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from unbatch.benchmarks import unmix
+from unbatch.benchmarks.unmix import Problem, problems
+
+SMALL = Problem(n=4, width=100, precision="float32", seeds=2)
+
+
+def test_a_problem_is_measured_printed_and_stored(tmp_path: Path) -> None:
+    rows = unmix.run(out=tmp_path, wanted=[SMALL])
+    (row,) = rows
+    assert row["recovered"] == row["certified"] == 1.0
+    assert row["least bound over error"] >= 1
+    assert len(row["shares"]) == 2
+    assert json.loads((tmp_path / "unmix.json").read_text())["rows"] == json.loads(json.dumps(rows))
+    screen = Console(width=200, record=True)
+    screen.print(unmix.table(rows))
+    assert "photos, unit, gelu, n=4, float32, width 100" in screen.export_text()
+
+
+def test_peers_get_the_same_gradient_and_are_scored_alike() -> None:
+    problem = Problem(n=2, width=50, precision="float32", seeds=1, peers=True)
+    (row,) = unmix.run(seconds=0.5, wanted=[problem])
+    names = [peer["attack"] for peer in row["peers"]]
+    assert names == [
+        "gradient-matching:preset=dlg",
+        "gradient-matching:preset=inverting-gradients",
+        "FastICA of the span",
+    ]
+    assert all(0 <= peer["recovered"] <= 1 and 0 <= peer["mean |cosine|"] <= 1 for peer in row["peers"])
+    assert row["peers"][0]["seconds"] < 10
+
+
+def test_a_folder_of_data_is_read(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (20, 6, 6), dtype=np.uint8), rng.integers(0, 10, 20)
+    np.savez(tmp_path / "mnist_test500.npz", images=images, labels=labels)
+    (row,) = unmix.run(tmp_path, wanted=[Problem(data="mnist", n=3, width=60, seeds=1)])
+    assert row["recovered"] == 1.0
+    with pytest.raises(ValueError, match=r"fashion_mnist500\.npz does not exist"):
+        unmix.run(tmp_path, wanted=[Problem(data="fashion")])
+    assert unmix.run(wanted=[Problem(data="fashion")]) == []  # no folder, no such pictures
+
+
+def test_the_problems_are_those_of_the_literature_and_have_names_of_their_own() -> None:
+    names = [problem.name for problem in problems()]
+    assert len(set(names)) >= len(names) - 2  # those with peers are measured once more
+    assert {p.n for p in problems() if p.data == "cifar10"} >= {16, 32, 64, 128, 256}
+    assert {p.data for p in problems()} == {"cifar10", "mnist", "fashion", "photos64", "breast-cancer"}
