@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbatch import Observation, observe
-from unbatch.attacks.unmix import _form, _layer, _mixture, _span
+from unbatch.attacks.unmix import Rounding, _form, _layer, _mixture, _span
 from unbatch.network import Dense
 from unbatch.numerics.certificate import radius
 from unbatch.numerics.equation import accept
@@ -74,7 +74,7 @@ def judge(seed: int) -> Judged | None:
         y = (y + 1) % mixture.classes
     kept = accept(mixture, z, y)
     kept = kept[: n // 2] if "part" in kind.split() else kept
-    reach = radius(mixture, z[kept], y[kept], rng)
+    reach = radius(mixture, z[kept], y[kept], rng, rounding=Rounding(obs, layer, form, span.rows, n))
     sure = reach.isfinite()
     found = (z[kept] @ span.rows)[:, :-1][sure]
     size = found.norm(dim=1)

@@ -1,9 +1,11 @@
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch.network import dense_layers, forward, layer_inputs
+from unbatch.network import Features, dense_layers, forward, layer_inputs
 
 
 class Custom(nn.Module):
@@ -57,3 +59,48 @@ def test_modes_are_put_back_and_failures_said() -> None:
     assert torch.equal(layer_inputs(model, "0", torch.ones(2, 4)), torch.ones(2, 4))
     with pytest.raises(ValueError, match="no dense layer called 'x'"):
         layer_inputs(model, "x", torch.ones(1, 4))
+
+
+def behind_a_convolution() -> nn.Module:
+    rng = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.GELU(), nn.Flatten(), nn.Linear(12, 5), nn.GELU(), nn.Linear(5, 2)
+    ).double()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", ["4", "6"])
+def test_features_are_the_layer_inputs_and_differentiable(name: str, mode: Literal["train", "eval"]) -> None:
+    model, rng = behind_a_convolution(), torch.Generator().manual_seed(1)
+    x = torch.randn(3, 2, 4, 4, generator=rng, dtype=torch.float64, requires_grad=True)
+    features = Features(model, name, mode)
+    expected = layer_inputs(model, name, x.detach(), mode)
+    torch.testing.assert_close(features(x).detach(), expected)
+    assert torch.autograd.gradcheck(features, (x,))
+    layer = model[int(name)]
+    layer.weight.data += 1  # what lies above the features does not matter to them, and the layer is known by its name
+    torch.testing.assert_close(features(x).detach(), expected)
+
+
+def test_features_of_a_free_weight() -> None:
+    x = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(Features(Custom(), "first")(x).detach(), (x - 0.5) / 0.25)
+    model = Custom()
+    torch.testing.assert_close(Features(model, "W")(x).detach(), layer_inputs(model, "W", x))
+
+
+def test_features_put_modes_back_and_refuse_unknown_layers() -> None:
+    model = behind_a_convolution()
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    Features(model, "4", "eval")(torch.ones(1, 2, 4, 4).double())
+    assert [module.training for module in model.modules()] == before
+    for name in ("0", "x"):  # a convolution is no dense layer
+        with pytest.raises(ValueError, match=f"no dense layer called '{name}'"):
+            Features(model, name)(torch.ones(1, 2, 4, 4).double())
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(ValueError, match="never"):
+        Features(Custom(), "never")(torch.ones(1, 8))

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unbatch.numerics.equation import Equation, accept, choose_labels, choose_targets, complement, polish, radius
+from unbatch.numerics.certificate import radius
+from unbatch.numerics.descent import Descent, beginning, descend
+from unbatch.numerics.equation import Equation, accept, choose_labels, choose_targets, complement, polish
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, misfits
 from unbatch.numerics.sign_certain import isolate, kinked
@@ -140,7 +142,7 @@ def test_a_whole_batch_from_random_starts(activation: str) -> None:
     assert float(gap.min(1).values.max()) < 1e-7
     assert torch.equal(found.labels, p.y[gap.argmin(1)])
     assert sum(entry["found"] for entry in found.log if entry["start"] == "random") >= 4
-    reach = radius(p.mixture, found.z, found.labels, joint=found.joint)
+    reach = radius(p.mixture, found.z, found.labels, torch.Generator().manual_seed(0))
     assert bool((gap.min(1).values <= reach).all())
 
 
@@ -199,3 +201,46 @@ def test_a_few_labels_that_are_known_do() -> None:
     stopped = unmix(p.mixture, [("random", random)], torch.Generator().manual_seed(0), tick=lambda share: False)
     assert len(stopped.z) == 0
     assert stopped.labels.shape == (0,)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "tanh"])
+def test_a_descent_from_the_origin_finds_all_examples_at_once(activation: str) -> None:
+    p = Problem(activation, n=10, d=20, m=200)
+    rng = torch.Generator().manual_seed(0)
+    y = p.y.sort().values
+    *_, (_, z) = descend(p.mixture, beginning(p.mixture, rng), y, rng)
+    gap = torch.cdist(z, p.z, compute_mode="donot_use_mm_for_euclid_dist")
+    assert sorted(gap.argmin(1).tolist()) == list(range(10))
+    assert float(gap.min(1).values.max()) < 1e-4
+    assert torch.equal(y, p.y[gap.argmin(1)])
+
+
+def test_a_descent_is_a_start_that_bears_wrong_labels() -> None:
+    p = Problem("gelu", n=10, d=20, m=200)
+
+    def labels(z: Tensor, y: Tensor) -> Tensor:
+        left = p.y.sort().values[: 10 - len(z)].clone()
+        left[0] = (left[0] + 1) % 4
+        return left
+
+    found = unmix(p.mixture, [("descent", Descent(labels))], torch.Generator().manual_seed(0))
+    assert len(found.z) >= 8
+    gap = torch.cdist(found.z, p.z, compute_mode="donot_use_mm_for_euclid_dist")
+    assert float(gap.min(1).values.max()) < 1e-7
+    assert torch.equal(found.labels, p.y[gap.argmin(1)])
+
+
+def test_what_is_looser_than_allowed_is_not_subtracted(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = Problem("gelu", n=4, m=100)
+    starts = [("truth", lambda basis, rng: p.z @ basis.T)]
+    reach = radius(p.mixture, p.z, p.y, torch.Generator().manual_seed(0)) / p.z.norm(dim=1)
+    assert len(unmix(p.mixture, starts, p.rng, attempts=1).z) == 4
+    monkeypatch.setattr("unbatch.numerics.unmix.LOOSE", float(reach.min()) / 100)
+    assert not len(unmix(p.mixture, starts, p.rng, attempts=1).z)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_two_classes_whose_deltas_are_parallel_are_told_apart(activation: str) -> None:
+    p = Problem(activation, k=2, n=8, m=200)
+    assert 0 < int(p.y.sum()) < 8
+    assert torch.equal(choose_labels(p.mixture, p.near(0.05), torch.arange(2)), p.y)

@@ -76,3 +76,21 @@ def test_bias_ratio_bounds_are_never_violated() -> None:
         error = float((found.inputs - truth.inputs.double()).norm() / found.inputs.norm())
         assert error <= float(found.bound[0]), spec
     assert ran > 100
+
+
+def test_unmix_bounds_are_never_violated() -> None:
+    """Whatever it returns, of clipped and summed updates and of networks with wild weights too, is within its bound."""
+    ran = returned = 0
+    for spec, (obs, truth) in exchanges(300):
+        try:
+            found = Attack.parse("unmix:attempts=1")(obs)
+        except NotApplicable:
+            continue
+        ran += 1
+        returned += len(found)
+        x, true = found.inputs.flatten(1), truth.inputs.double().flatten(1)
+        if len(x):
+            error = torch.cdist(x, true).min(1).values / x.norm(dim=1)
+            assert bool((error <= found.bound).all()), spec
+    assert ran > 80
+    assert returned > 50

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.attack import NotApplicable
-from unbatch.attacks.unmix import Unmix
+from unbatch.attacks.unmix import Counted, Unmix, _form, _layer, _mixture, _span
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.loss import loss_named
@@ -92,6 +92,28 @@ def test_one_class_and_repeated_labels() -> None:
     found = Unmix()(exchange(model, loss, x, y))
     holds(found, x)
     assert found.labels.tolist() == [3] * 8
+
+
+@pytest.mark.parametrize("knowledge", ["known", "counted"])
+def test_labels_of_the_rest_are_counted_for_a_descent(knowledge: str) -> None:
+    model, loss, x, y = client("photos:batch=16,size=16,width=200,activation=gelu")
+    obs = exchange(model, loss, x, y, **({"labels": y} if knowledge == "known" else {}))
+    layer, form = _layer(obs), _form(obs)
+    mixture = _mixture(obs, layer, form, span := _span(obs, layer, torch.Generator().manual_seed(0)), 16)
+    z = torch.cat([x.flatten(1) * layer.feeds.scale + layer.feeds.shift, torch.ones(16, 1)], 1).double() @ span.rows.T
+    counted = Counted(obs, form, mixture)
+    for found in (0, 6, 12):
+        left = counted(z[:found], y[:found])
+        wrong = (torch.bincount(left, minlength=9) - torch.bincount(y[found:], minlength=9)).abs().sum() / 2
+        assert len(left) == 16 - found
+        assert wrong <= (0 if knowledge == "known" else 1)
+
+
+def test_a_table_of_which_components_are_a_poor_guess() -> None:
+    model, loss, x, y = client("tables:dataset=breast-cancer,batch=16,width=300,activation=softplus", torch.float32)
+    found = Unmix()(exchange(model, loss, x, y))
+    holds(found, x)
+    assert any(entry["start"] == "descent" and entry["found"] for entry in found.trace["log"])
 
 
 def test_a_table() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, ClassVar, final
 
 import torch
@@ -16,14 +18,19 @@ from unbatch.numerics.matching import signed_adam, total_variation
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
 
+COARSE = 1.0  # weight of total variation at the start: pictures as flat as grey itself
+EXACT = 0.01  # largest bound of features that are inverted: a search leaves a misfit of about as much
+SETTLED = 0.7  # share of the steps after which it is down to `tv`
+
 
 @final
 class FeatureInversion(Attack):
-    """argmin over x of sum_i |f(x_i) - f_i|^2 / |f_i|^2 + tv TV(x_i): f the network below its first dense layer.
+    """argmin over x of sum_i |f(x_i) - f_i|^2 / |f(grey) - f_i|^2 + tv TV(x_i): f the network below its dense layers.
 
     The features f_i [d] of every example are what `unmix` proves of a network whose first dense layer comes after
     convolutions; they are exact, the pictures are a guess: what f does not keep is filled in by total variation (Mahendran,
-    Vedaldi, Understanding Deep Image Representations by Inverting Them, CVPR 2015). Signed Adam within the range.
+    Vedaldi, Understanding Deep Image Representations by Inverting Them, CVPR 2015). Signed Adam within the range, from
+    flat pictures to detailed ones: the weight of total variation starts at COARSE and falls to `tv`.
     """
 
     family: ClassVar[str] = "span"
@@ -34,11 +41,13 @@ class FeatureInversion(Attack):
         frozenset({"labels", "noise", "input_range", "domain", "log_prob", "buffers"}) | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
-        case="photos:batch=4,model=convnet,width=32,activation=gelu", floors={"psnr": 15.0}, options="iterations=300"
+        case="photos:batch=2,model=convnet,width=32,activation=gelu",
+        floors={"psnr": 25.0},
+        options="iterations=120",
     )
 
-    iterations: Annotated[int, Field(gt=0, description="Adam steps")] = 2000
-    tv: Annotated[float, Field(ge=0, description="weight of total variation")] = 0.003
+    iterations: Annotated[int, Field(gt=0, description="Adam steps")] = 1000
+    tv: Annotated[float, Field(ge=0, description="weight of total variation at the end")] = 0.003
 
     def obstacle(self, obs: Observation) -> str | None:
         if len(obs.knowledge.input_shape) != 3:
@@ -51,40 +60,70 @@ class FeatureInversion(Attack):
 
     def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         found = _features(obs, rng)
-        assert found.inputs is not None  # unmix returns inputs, if no examples
+        assert found.inputs is not None
+        assert found.bound is not None
         shape, n = obs.knowledge.input_shape, len(found)
         low, high = obs.knowledge.get("input_range", (-2.0, 2.0))
         middle, scale = (low + high) / 2, (high - low) / 4
         features = found.inputs.to(obs.device, obs.dtype)
-        size = features.norm(dim=1).clamp_min(torch.finfo(obs.dtype).tiny)
         below = Features(copy.deepcopy(obs.model), found.layer, obs.protocol.mode)
 
-        def misfit(point: Tensor) -> Tensor:
-            gap: Tensor = (below(middle + scale * point.view(n, *shape)) - features).norm(dim=1) / size
-            return gap.square().sum()
+        def pictures(point: Tensor) -> Tensor:
+            entries: Tensor = middle + scale * point.view(n, *shape)
+            return entries
 
-        def objective(point: Tensor) -> Tensor:
-            return misfit(point) + self.tv * n * total_variation(point.view(n, *shape))
-
-        point = torch.randn(n, math.prod(shape), generator=rng, dtype=torch.float64).to(features) * 0.1
+        start = torch.randn(n, math.prod(shape), generator=rng, dtype=torch.float64).to(features) * 0.1
+        point, best, misfit = start, math.inf, None
         if n:
-            for step, (value, latest) in enumerate(signed_adam(objective, point, steps=self.iterations, box=2.0)):
-                point = latest
-                if not tick(step / self.iterations, value):
+            with torch.no_grad():  # what all pictures share in their features is most of |f_i| and tells nothing
+                size = (below(pictures(0 * start)) - features).norm(dim=1).clamp_min(torch.finfo(obs.dtype).tiny)
+            search = Coarse(
+                lambda p: (below(pictures(p)) - features).norm(dim=1) / size, shape, self.tv, self.iterations
+            )
+            for step, (_, latest) in enumerate(signed_adam(search, start, steps=self.iterations, box=2.0)):
+                if search.score < best:
+                    best, point, misfit = search.score, latest, search.misfit
+                if not tick(step / self.iterations, best):
                     break
         return Reconstruction(
-            inputs=middle + scale * point.view(n, *shape),
+            inputs=pictures(point),
             labels=found.labels,
             trace={
                 "layer": found.layer,
                 "features": len(features.T),
-                "bounds of the features": found.bound,
-                "misfit": float(misfit(point).detach().sqrt()) if n else None,
+                "bounds of the features": found.bound.tolist(),
+                "misfit": misfit,
             },
         )
 
 
+class Coarse:
+    """An objective of points [n, p]: |gap|^2 and total variation, whose weight falls from call to call."""
+
+    def __init__(self, gap: Callable[[Tensor], Tensor], shape: tuple[int, ...], tv: float, calls: int) -> None:
+        self.gap, self.shape, self.tv, self.falls = gap, shape, tv, max(1, math.ceil(SETTLED * calls))
+        self.calls = 0
+        self.score = math.inf  # of the last point, at the final weight: comparable from call to call
+        self.misfit: list[float] = []  # of the last point, example by example
+
+    def __call__(self, point: Tensor) -> Tensor:
+        gap, variation = self.gap(point), len(point) * total_variation(point.view(-1, *self.shape))
+        rest = gap.square().sum()
+        self.misfit = gap.detach().tolist()
+        self.score = float((rest + self.tv * variation).detach())
+        to_go = max(0.0, 1 - self.calls / self.falls)
+        self.calls += 1
+        end = max(self.tv, 1e-3 * COARSE)  # tv may be zero, which no geometric fall reaches
+        weight = end * (COARSE / end) ** to_go if to_go else self.tv
+        return rest + weight * variation
+
+
 def _features(obs: Observation, rng: torch.Generator) -> Reconstruction:
-    """What `unmix` finds, asked by its name."""
+    """What `unmix` finds, asked by its name; without features that its bounds leave open."""
     unmix = Attack.parse("unmix")
-    return unmix.run(obs.only(*(unmix.needs | unmix.uses)), rng)
+    found = unmix.run(obs.only(*(unmix.needs | unmix.uses)), rng)
+    assert found.inputs is not None  # unmix returns inputs, if no examples
+    assert found.bound is not None
+    sure = found.bound <= EXACT
+    labels = None if found.labels is None else found.labels[sure.to(found.labels.device)]
+    return replace(found, inputs=found.inputs[sure.to(found.inputs.device)], labels=labels, bound=found.bound[sure])

@@ -16,7 +16,9 @@ from unbatch.domain import Images
 from unbatch.loss import LossForm, identify
 from unbatch.network import Dense, dense_layers, forward, in_mode
 from unbatch.numerics.certificate import radius
+from unbatch.numerics.descent import Descent, beginning
 from unbatch.numerics.ica import edges, fast_ica, group_ica, whiten
+from unbatch.numerics.label_counts import apportion, label_counts
 from unbatch.numerics.mixture import Mixture
 from unbatch.numerics.span import Span, leading_span, rounding_noise
 from unbatch.numerics.unmix import Start, unmix
@@ -104,10 +106,14 @@ class Unmix(Attack):
         for size in range(rank, rank + (DUPLICATES if form.reduction == "mean" else 0) + 1):
             mixture = _mixture(obs, layer, form, span, size)
             attempts = self.attempts if size == rank else 1
-            found = unmix(mixture, starts, rng, classes=classes, attempts=attempts, tick=tick)
+            ways: list[tuple[str, Start | Descent]] = [*starts]
+            if mixture.classes:  # second: on pictures and most tables components are faster where they work
+                ways.insert(1, ("descent", Descent(Counted(obs, form, mixture))))
+            found = unmix(mixture, ways, rng, classes=classes, attempts=attempts, tick=tick)
             if len(found.z):
                 break
-        reach = radius(mixture, found.z, found.labels, rng)
+        rounding = Rounding(obs, layer, form, span.rows, size)
+        reach = radius(mixture, found.z, found.labels, rng, rounding=rounding)
         sure = reach.isfinite() if not self.partial else torch.ones_like(reach, dtype=torch.bool)
         z, labels, reach = found.z[sure], found.labels[sure], reach[sure]
         trace: dict[str, Any] = {
@@ -191,10 +197,31 @@ def _mixture(obs: Observation, layer: Dense, form: LossForm, span: Span, size: i
     )
 
 
+class Rounding:
+    """What the client's precision changes in the deltas [f, m] of examples with coordinates z [f, n]."""
+
+    def __init__(self, obs: Observation, layer: Dense, form: LossForm, rows: Tensor, n: int) -> None:
+        parameters = dict(obs.model.named_parameters(remove_duplicate=False))
+        self.rows, self.own = rows, parameters[layer.weight].dtype
+        self.W = parameters[layer.weight].detach()
+        self.b = parameters[layer.bias].detach() if layer.bias else None
+        self.tails = [Tail(obs, layer, form, n, dtype) for dtype in (self.own, torch.float64)]
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        x = (z @ self.rows)[:, : self.W.shape[1]].to(self.own)  # what such a client would hold
+        found = []
+        for tail, dtype in zip(self.tails, (self.own, torch.float64), strict=True):
+            b = None if self.b is None else self.b.to(dtype)
+            found.append(tail(torch.nn.functional.linear(x.to(dtype), self.W.to(dtype), b), y).double())
+        return found[0] - found[1]
+
+
 class Tail(TorchFunctionMode):
     """The model above a dense layer: deltas(preactivations [g, m], labels) = dL/d(preactivations) in a batch of n."""
 
-    def __init__(self, obs: Observation, layer: Dense, form: LossForm, n: int) -> None:
+    def __init__(
+        self, obs: Observation, layer: Dense, form: LossForm, n: int, dtype: torch.dtype = torch.float64
+    ) -> None:
         super().__init__()
         self.obs, self.form, self.n, self.weight = obs, form, n, layer.weight
         tensors = (
@@ -202,11 +229,11 @@ class Tail(TorchFunctionMode):
             | dict(obs.model.named_buffers())
             | dict(obs.knowledge.get("buffers", {}))
         )
-        self.state = {k: t.detach().double() if t.is_floating_point() else t.detach() for k, t in tensors.items()}
+        self.state = {k: t.detach().to(dtype) if t.is_floating_point() else t.detach() for k, t in tensors.items()}
         self.m = len(self.state[layer.weight])
         self.shape: tuple[int, ...] = obs.knowledge.input_shape
         self.before: Tensor | None = None
-        probe = self.outputs(torch.zeros(2, self.m, dtype=torch.float64, device=obs.device))
+        probe = self.outputs(torch.zeros(2, self.m, dtype=dtype, device=obs.device))
         self.targets = probe[0].numel()
         self.output = tuple(probe.shape[1:])
         binary = form.name == "binary-cross-entropy" and self.targets == 1
@@ -225,9 +252,8 @@ class Tail(TorchFunctionMode):
     def outputs(self, before: Tensor, inputs: float = 0.0, *, mode: str | None = None) -> Tensor:
         """The model's outputs [g, ...] where the layer gives `before`; the network's own inputs are then of no account."""
         self.before = before
-        x = torch.full((1, *self.shape), inputs, dtype=torch.float64, device=before.device).expand(
-            len(before), *self.shape
-        )
+        x = torch.full((1, *self.shape), inputs, dtype=before.dtype, device=before.device)
+        x = x.expand(len(before), *self.shape)
         with in_mode(self.obs.model, "train" if (mode or self.obs.protocol.mode) == "train" else "eval"), self:
             found: Tensor = functional_call(self.obs.model, self.state, (x,))
         return found
@@ -241,7 +267,7 @@ class Tail(TorchFunctionMode):
         return delta
 
     def _target(self, y: Tensor) -> Tensor:
-        return y if self.form.classes else y.to(torch.float64).reshape(-1, *self.output)
+        return y if self.form.classes else y.to(self.state[self.weight].dtype).reshape(-1, *self.output)
 
     def obstacle(self) -> str | None:
         """Why the deltas of an example are not its own function of the layer's output, in words."""
@@ -264,6 +290,48 @@ class Tail(TorchFunctionMode):
                 "everything above the layer is linear, so its gradient leaks the span of the inputs and nothing more."
             )
         return None
+
+
+class Counted:
+    """Labels of the examples not found yet, in any order: as known, or as the head's gradient counts them."""
+
+    def __init__(self, obs: Observation, form: LossForm, mixture: Mixture) -> None:
+        assert isinstance(mixture.deltas, Tail)
+        self.form, self.mixture, self.tail = form, mixture, mixture.deltas
+        self.known = obs.knowledge.get("labels")
+        head = next((layer for layer in dense_layers(obs.model, obs.knowledge.input_shape) if layer.head), None)
+        names = (None, None) if head is None else (head.weight, head.bias)
+        self.weight, self.bias = (obs.update.get(name) if name else None for name in names)
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        k, n, left = self.mixture.classes, self.tail.n, self.mixture.n - len(z)
+        if self.known is not None:
+            counts = torch.bincount(self.known.cpu(), minlength=k)
+        else:
+            # probabilities of those not found: on average those of the found, where they are many, or of noise
+            alike = z if len(z) > left else beginning(self.mixture, torch.Generator().manual_seed(0), spread=1.0)
+            expected = self._probabilities(z).sum(0) + (n - len(z)) * self._probabilities(alike).mean(0)
+            counts = expected if len(expected) == k else torch.cat([n - expected, expected])
+            if self.weight is not None or self.bias is not None:
+                factor = self.form.scale / (n if self.form.reduction == "mean" else 1)
+                counts = label_counts(
+                    self.weight,
+                    self.bias,
+                    n,
+                    factor=factor,
+                    expected=expected,
+                    loss=self.form.name,
+                    smoothing=self.form.smoothing,
+                )[2]
+        rest = (counts.cpu() - torch.bincount(y.cpu(), minlength=k)).clamp_min(0).double()
+        zeros = torch.zeros(k, dtype=torch.int64)
+        whole = apportion(rest * left / rest.sum().clamp_min(1), zeros, zeros + left, left)
+        return torch.arange(k).repeat_interleave(whole).to(y.device)
+
+    def _probabilities(self, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            outputs = self.tail.outputs(self.mixture.before(z)).flatten(1).cpu()
+        return outputs.sigmoid() if self.form.name == "binary-cross-entropy" else outputs.softmax(1)
 
 
 def _labels(labels: Tensor, form: LossForm) -> Tensor:

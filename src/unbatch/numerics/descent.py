@@ -1,8 +1,9 @@
-"""Descent: all examples of a mixture at once from near the origin, where their labels are known in any order."""
+"""Descent: all examples of a mixture at once from near the origin, where it is known how often each label occurs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,11 +11,43 @@ from torch import Tensor
 from unbatch.numerics.least_squares import levenberg_marquardt
 from unbatch.numerics.mixture import Mixture
 
+STEPS = 400  # linear solves
+INNER = 50  # products with J in each
 
-def descend(
-    mixture: Mixture, start: Tensor, y: Tensor, rng: torch.Generator, *, steps: int = 60, inner: int = 50
-) -> Iterator[Tensor]:
-    """Minimise |U S - sum_i F(z_i, y_i) z_i^T|^2 / |U S|^2 over z [n, n] from `start`: z after every product with J.
+
+@dataclass(frozen=True)
+class Descent:
+    """A start for every example left: `labels` gives those of the rest, in any order, from the z [f, n] and y [f] found.
+
+    A few wrong labels do little harm: the other examples end near the truth, and each is then relabelled by itself.
+    """
+
+    labels: Callable[[Tensor, Tensor], Tensor]
+    enough: float = 3e-4
+
+    def __call__(self, mixture: Mixture, y: Tensor, rng: torch.Generator, tick: Callable[[], bool]) -> Tensor:
+        """z [n, n] of the mixture under the labels y [n]."""
+        point = beginning(mixture, rng)
+        for cost, z in descend(mixture, point, y, rng):
+            point = z
+            if cost < self.enough**2 or not tick():
+                break
+        return point
+
+
+def beginning(mixture: Mixture, rng: torch.Generator, *, spread: float = 0.1) -> Tensor:
+    """Points [n, n] near the input 0, a tenth of the inputs' size apart, |dL/dW| / |dL/db|."""
+    n, noise = mixture.n, torch.randn(mixture.n, mixture.n, generator=rng, dtype=torch.float64).to(mixture.U)
+    if mixture.ones is None:
+        before = (noise @ mixture.W).square().mean().sqrt() + 1e-300
+        return spread * noise / before
+    size = mixture.S.norm() / ((mixture.U * mixture.S) @ mixture.ones).norm()
+    found: Tensor = mixture.ones / mixture.ones.square().sum() + spread * size * noise / n**0.5
+    return found
+
+
+def descend(mixture: Mixture, start: Tensor, y: Tensor, rng: torch.Generator) -> Iterator[tuple[float, Tensor]]:
+    """Minimise |U S - sum_i F(z_i, y_i) z_i^T|^2 / |U S|^2 over z [n, n]: the cost and z after every product with J.
 
     From near the origin the deltas of all examples of a class are almost alike, and the examples part one after the other
     as they grow: smooth networks of a thousand neurons give up a hundred examples this way, whatever the data.
@@ -29,5 +62,4 @@ def descend(
         left: Tensor = (mixture.deltas(before, y).T @ z - B) / size
         return left.flatten()
 
-    for _, z in levenberg_marquardt(residual, start, rng, steps=steps, inner=inner):
-        yield z
+    return levenberg_marquardt(residual, start, rng, steps=STEPS, inner=INNER)

@@ -78,8 +78,18 @@ class Equation:
 
 
 def choose_labels(mixture: Mixture, z: Tensor, classes: Tensor) -> Tensor:
-    """The class [g] whose delta lies nearest to the span of the gradient's columns."""
-    return classes[label_misfits(mixture, z, classes).argmin(1)]
+    """The class [g] whose delta lies nearest to the span of the gradient's columns.
+
+    Two classes have parallel deltas of opposite signs, so where two fit alike that with q . z > 0 is chosen.
+    """
+    outside = label_misfits(mixture, z, classes)
+    if len(classes) < 2 or not len(z):
+        return classes[outside.argmin(1)]
+    least, best = outside.topk(2, largest=False)  # [g, 2]
+    first, second = classes[best[:, 0]], classes[best[:, 1]]
+    alike = least[:, 1] <= 1.01 * least[:, 0] + 1e-6
+    apart = (mixture.dual(mixture.F(z, first)) * z).sum(1) < 0
+    return torch.where(alike & apart & ((mixture.dual(mixture.F(z, second)) * z).sum(1) > 0), second, first)
 
 
 def choose_targets(mixture: Mixture, z: Tensor) -> Tensor:
@@ -171,34 +181,6 @@ def explained(mixture: Mixture, z: Tensor, y: Tensor, *, slack: float = 30.0) ->
     left = float((mixture.U * mixture.S - F.T @ z).norm())
     rounding = mixture.rounding * float((F.norm(dim=1) * z.norm(dim=1)).square().sum().sqrt())
     return len(z) == mixture.n and left < slack * (mixture.noise * mixture.n**0.5 + rounding)
-
-
-def radius(mixture: Mixture, z: Tensor, y: Tensor, *, joint: bool) -> Tensor:
-    """How far z [f, n] may be from the true coordinates, l2: ten times the first-order error [f].
-
-    |J^+| (|residual| + noise |q| / |F| + rounding), J the equation's own derivative. Under a kinked activation that is
-    singular (`joint`); there Z = Delta^+ A, whose row i errs by |row i of Delta^+| times the errors of A and Delta Z.
-    """
-    F = mixture.F(z, y)
-    size = F.norm(dim=1)
-    if joint:
-        rows = torch.linalg.pinv(F.T).norm(dim=1)
-        moved = mixture.rounding * float((size * z.norm(dim=1)).square().sum().sqrt())
-        left = float((mixture.U * mixture.S - F.T @ z).norm())
-        apart: Tensor = 10 * rows * (left + mixture.noise + moved)
-        return apart
-    equation = Equation(mixture, z, y)
-    error = mixture.noise * mixture.dual(F).norm(dim=1) / size + mixture.rounding
-    out = []
-    for which in torch.split(torch.arange(len(z), device=z.device), equation.chunk()):
-        r, Jt = equation.linearise(equation.start()[which], which)
-        if not equation.unknowns:
-            out.append(0 * error[which])
-            continue
-        least = torch.linalg.eigvalsh(Jt @ Jt.mT)[:, 0].clamp_min(1e-300).sqrt()
-        out.append(10 * (r.norm(dim=1) + error[which]) / least)
-    found: Tensor = torch.cat(out) if out else size
-    return found
 
 
 def complement(Q: Tensor, n: int) -> Tensor:

@@ -16,7 +16,7 @@ def refine(
     *,
     others: int = 0,
     steps: int = 8,
-    inner: int = 100,
+    inner: int = 200,
     tolerance: float = 1e-3,
 ) -> tuple[Tensor, Tensor, float]:
     """Minimise |U S - sum_i F(z_i, y_i) z_i^T|^2 from z [g, n]: z, y (moved where real) and |.| / |U S|.

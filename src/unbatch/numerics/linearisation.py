@@ -8,6 +8,8 @@ from torch import Tensor
 from unbatch.numerics.least_squares import conjugate_gradients
 from unbatch.numerics.mixture import Mixture
 
+PROBES = 4  # directions that a preconditioner is averaged over
+
 
 class Linearisation:
     """J at examples z [g, n] with labels y; steps v [g, n + k] move z on z . ones = 1 and real targets y, if y is real.
@@ -61,12 +63,29 @@ class Linearisation:
         return torch.cat([to_z, (self.columns.mT @ dF[:, :, None])[..., 0]], 1)
 
     def solve(self, E: Tensor, *, damping: float, inner: int, tolerance: float) -> Tensor:
-        """The step v of least |J v - E|^2 + damping |F_i|^2 |v_i|^2, by conjugate gradients preconditioned by |F_i|^2."""
-        downhill, move = self.tangent(self.pull(E)), torch.zeros_like(self.tangent(self.pull(E)))
+        """The step v of least |J v - E|^2 + damping |F_i|^2 |v_i|^2, by conjugate gradients.
+
+        Preconditioned by G (x) I, G_ij = <J (e_i u^T), J (e_j u^T)> averaged over random unit u [n]: deltas of one class
+        are almost parallel, and that is most of the ill-conditioning.
+        """
+        n, rng = self.mixture.n, torch.Generator().manual_seed(0)
+        G = self.F @ self.F.T + torch.diag(damping * self.weight[:, 0])
+        for _ in range(PROBES):
+            u = torch.nn.functional.normalize(torch.randn(n, generator=rng, dtype=torch.float64), dim=0).to(self.z)
+            h = self.bent((u @ self.mixture.W).expand_as(self.F))
+            cross = (h @ self.F.T) * (self.z @ u)[:, None]
+            G = G + ((h @ h.T) * (self.z @ self.z.T) + cross + cross.T) / PROBES
+        G.diagonal().mul_(1 + 1e-12)
+        root = torch.linalg.cholesky_ex(G)[0]
+
+        def condition(v: Tensor) -> Tensor:
+            return torch.cat([torch.cholesky_solve(v[:, :n], root), v[:, n:] / self.weight], 1)
 
         def normal(v: Tensor) -> Tensor:
             return self.tangent(self.pull(self.push(self.tangent(v)))) + damping * self.weight * v
 
-        for latest in conjugate_gradients(normal, downhill, lambda v: v / self.weight, inner, tolerance):
+        downhill = self.tangent(self.pull(E))
+        move = torch.zeros_like(downhill)
+        for latest in conjugate_gradients(normal, downhill, condition, inner, tolerance):
             move = latest
         return move

@@ -91,11 +91,11 @@ def _gap(S: Tensor, tolerance: float) -> int:
     """Numerical rank by values S, descending, some of which may lie between the tolerance and what one rounding gives.
 
     The tolerance allows for sums rounded term by term, 32 times what rounding a finished sum does. Values between are
-    signal down to the widest gap, if it is wider than a noise floor has.
+    signal down to the widest gap, if it is fourfold: the leading direction of rounding stands out of the rest by up to 3.
     """
     high, low = int((S > tolerance).sum()), int((S > tolerance / 16).sum())
     if high == low or low == len(S):
         return high
     ratios = S[high : low + 1] / S[high + 1 : low + 2] if low + 1 < len(S) else S[high:low] / S[high + 1 : low + 1]
     widest = int(ratios.argmax())
-    return high + widest + 1 if float(ratios[widest]) > 1.5 else high
+    return high + widest + 1 if float(ratios[widest]) > 4 else high

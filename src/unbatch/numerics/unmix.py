@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from unbatch.numerics.certificate import radius
+from unbatch.numerics.descent import Descent
 from unbatch.numerics.equation import accept, choose_labels, choose_targets, complement, explained, placed, polish
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture
@@ -22,6 +24,7 @@ Start = Callable[[Tensor, torch.Generator], Tensor]  # basis [r, n] of what is l
 Tick = Callable[[float], bool]
 
 SHARPNESS = (8.0, 16.0)  # of a rounded kink, in its layer's spreads
+LOOSE = 0.02  # relative radius above which an example that fits is not subtracted: its error would stay in the rest
 SETTLING = 8  # rounds over all dual vectors at once
 
 
@@ -38,7 +41,7 @@ class Separation:
 
 def unmix(
     mixture: Mixture,
-    starts: Sequence[tuple[str, Start]],
+    starts: Sequence[tuple[str, Start | Descent]],
     rng: torch.Generator,
     *,
     classes: Tensor | None = None,
@@ -52,13 +55,21 @@ def unmix(
     """
     if classes is None:
         classes = torch.arange(mixture.classes, device=mixture.U.device)
-    by = by_signs if kinked(mixture, rng) else by_polish
-    return by(mixture, starts, rng, classes, attempts, slack, tick)
+    if kinked(mixture, rng):
+        single = [(name, start) for name, start in starts if not isinstance(start, Descent)]
+        log: list[dict[str, object]] = []
+        for _ in range(attempts):  # from other rotations: dual vectors that do not stand together seldom come again
+            found = by_signs(mixture, single, rng, classes, attempts, slack, tick)
+            log += found.log
+            if len(found.z) or not tick(0.0):
+                break
+        return replace(found, log=log)
+    return by_polish(mixture, starts, rng, classes, attempts, slack, tick)
 
 
 def by_polish(
     whole: Mixture,
-    starts: Sequence[tuple[str, Start]],
+    starts: Sequence[tuple[str, Start | Descent]],
     rng: torch.Generator,
     classes: Tensor,
     attempts: int,
@@ -71,13 +82,20 @@ def by_polish(
     guesses, misses = z, 0
     while rest.n and misses < attempts * len(starts) and tick(1 - rest.n / whole.n):
         name, start = starts[misses % len(starts)]
-        tried = placed(rest, start(rest.basis, rng), classes)
+        if isinstance(start, Descent):
+            share = 1 - rest.n / whole.n
+            left = start.labels(z, _no_labels(whole, classes) if y is None else y)
+            tried = rest.scaled(start(rest, left, rng, lambda: tick(share)))  # noqa: B023
+        else:
+            tried = placed(rest, start(rest.basis, rng), classes)
         labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
         tried, labels, _ = polish(rest, tried, labels, steps=40 if misses else 15, gain=0.002 if misses else 0.02)
         chosen = accept(rest, tried, labels, slack=slack)
         if len(chosen):  # to the last digit, since what they are off by stays in the rest
             best = polish(rest, tried[chosen], labels[chosen], steps=8, damping=1e-9, target=0.0, gain=0.5)
             tried[chosen], labels[chosen] = best[:2]
+            reach = radius(rest, tried[chosen], labels[chosen], rng) / tried[chosen].norm(dim=1)
+            chosen = chosen[reach < LOOSE]
         log.append({"start": name, "left": rest.n, "guesses": len(tried), "found": len(chosen)})
         guesses, misses = tried @ rest.basis, misses + 1
         if len(chosen):
