@@ -91,7 +91,9 @@ def problems(sizes: Sequence[int] = (16, 32, 64, 128, 256), digits: Sequence[int
     found += [Problem(n=16, classes=1000, seeds=3), Problem(data="mnist", n=16, trained=True, seeds=3)]
     found += [Problem(data="photos64", n=16, seeds=3), Problem(data="breast-cancer", classes=2, n=16, seeds=3)]
     peers = [Problem(n=32, activation=a, inputs="standardised", peers=True, seeds=1) for a in ("relu", "gelu")]
-    return found + peers
+    return (
+        sorted(found, key=lambda problem: problem.n) + peers
+    )  # small ones first: a stopped run has stored whole tables
 
 
 def run(
