@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -47,8 +47,11 @@ def exchange(seed: int, *, crowded: bool) -> tuple[Observation, Tensor, Tensor]:
         for p in layer.parameters():
             p.data = (2 * torch.rand(p.shape, generator=rng) - 1) / layer.in_features**0.5
     x = torch.randn(n, d, generator=rng) if draw(0, 2) else torch.rand(n, d, generator=rng)
-    y, x = torch.randint(k, (n,), generator=rng), x.to(dtype)
-    return observe(net.to(dtype), F.cross_entropy, x, y)[0], x.double(), y
+    y, computed = torch.randint(k, (n,), generator=rng), torch.float32 if dtype == torch.bfloat16 else dtype
+    x = x.to(computed)
+    obs, _ = observe(net.to(computed), F.cross_entropy, x, y)
+    sent = {name: tensor.to(dtype) for name, tensor in obs.update.items()}  # bfloat16: rounded once, when it was sent
+    return replace(obs, update=sent), x.double(), y
 
 
 def judge(seed: int) -> Judged | None:

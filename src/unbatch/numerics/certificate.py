@@ -25,6 +25,7 @@ Rounding = Callable[[Tensor, Tensor], Tensor]  # z [f, n], y -> errors of their 
 DRAWS = 6
 SIGMAS = 6.0  # of an error with many degrees of freedom, of which DRAWS x n coordinates measure the spread
 BESIDE = 1e-4  # relative distance at which rounding is another draw of the same law
+LARGEST = 0.05  # relative radius beyond which nothing is claimed: first order is then no proof of anything
 NONLINEAR = 0.05  # relative change of F over the radius above which first order is not relied on
 
 
@@ -42,7 +43,8 @@ def radius(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, *, roun
     moved = z + found[:, None] * torch.nn.functional.normalize(_normal(z, rng), dim=1)
     F = mixture.F(z, y)
     bend = (mixture.F(moved, y) - F).norm(dim=1) / (F.norm(dim=1) + 1e-300)
-    return torch.where((bend < NONLINEAR) & found.isfinite(), found, torch.inf)
+    near = (bend < NONLINEAR) & (found < LARGEST * z.norm(dim=1))  # false for NaN too
+    return torch.where(near, found, torch.inf)
 
 
 def _jointly(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: Rounding | None) -> Tensor:
