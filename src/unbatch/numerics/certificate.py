@@ -34,9 +34,10 @@ def radius(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, *, roun
 
     Assumes that the gradient is an honest one of n independent examples, of which z_i is near one: candidates are to
     have passed `accept`. Jointly where all n examples are there; else each by its own equation, which takes a smooth F.
+    inf as well where an example has as many unknowns as equations, 2 n >= m: nothing then speaks against a wrong one.
     """
-    if not len(z):
-        return z.new_zeros(0)
+    if not len(z) or 2 * mixture.n >= len(mixture.U):
+        return z.new_full((len(z),), torch.inf)
     found = (_jointly if len(z) == mixture.n else _alone)(mixture, z, y, rng, rounding)
     turned = 2 * (mixture.outside or mixture.noise) * (z / mixture.S).norm(dim=1)  # the row space's own: |Delta^+ E|
     found = found + turned
