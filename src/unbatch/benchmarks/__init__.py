@@ -7,8 +7,18 @@ table(rows) -> rich.table.Table
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
+
+from unbatch.files import write_atomically
 
 
 def find(name: str) -> ModuleType:
@@ -17,3 +27,26 @@ def find(name: str) -> ModuleType:
     if name not in known:
         raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(known)}.")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def clock() -> float:
+    """CPU seconds of this process where one thread does the work, which other work on the machine does not touch."""
+    return time.process_time() if _alone() else time.perf_counter()
+
+
+def store(name: str, rows: Sequence[Any], out: Path, **how: Any) -> None:
+    """Write out/NAME.json: how it was measured, on what, and the rows so far."""
+    where = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "seconds are": "CPU" if _alone() else "wall",
+        "processor": platform.machine(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"benchmark": name, **how, "environment": where, "rows": list(rows)}
+    write_atomically(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+
+
+def _alone() -> bool:
+    return torch.get_num_threads() == 1 and not torch.cuda.is_available()

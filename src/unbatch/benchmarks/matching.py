@@ -6,11 +6,8 @@ time is spent. What counts at a time is the guess that the preset itself holds f
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,10 +20,10 @@ from torch import Tensor
 
 from unbatch import models
 from unbatch.attacks.gradient_matching import EVALUATIONS, GradientMatching
+from unbatch.benchmarks import clock, store
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.domain import Images
-from unbatch.files import write_atomically
 from unbatch.loss import loss_named
 from unbatch.metric import Metric, match
 from unbatch.numerics.matching import cosine_distance, total_variation
@@ -87,7 +84,8 @@ def run(
             rows.append({"problem": problem.name, "preset": preset, **_measure(obs, truth, preset, seconds, seed)})
             rows[-1]["seconds per step over plain autograd"] = ratio
             if out is not None:
-                _save(rows, out, seconds=seconds, seed=seed, device=device, data=source, problems=problems)
+                how = {"seconds": seconds, "seed": seed, "device": device, "data": source}
+                store("matching", rows, out, **how, problems=[asdict(p) for p in problems])
     if out is not None:
         _plot(rows, out / "matching.png")
     return rows
@@ -125,10 +123,10 @@ def speed(obs: Observation, steps: int = 30) -> float | None:
     spent: list[list[float]] = [[], []]
     for _ in range(steps + 2):
         for loop, times in zip(loops, spent, strict=True):
-            begun = _clock()
+            begun = clock()
             next(loop)
             _wait(obs.device)
-            times.append(_clock() - begun)
+            times.append(clock() - begun)
     ours, theirs = (statistics.median(times[2:]) for times in spent)
     return ours / theirs
 
@@ -157,27 +155,27 @@ def plain(obs: Observation, tv: float) -> Iterator[float]:
 def _measure(obs: Observation, truth: Truth, preset: str, seconds: float, seed: int) -> Row:
     """The curve of one preset; its number of steps is what half the time allows, at most its own."""
     attack = GradientMatching(preset="inverting-gradients", iterations=10**6)
-    begun, probe = _clock(), attack.search(obs, torch.Generator().manual_seed(seed))
+    begun, probe = clock(), attack.search(obs, torch.Generator().manual_seed(seed))
     for _ in range(5):
         next(probe)
-    fit = int(0.5 * seconds * 5 / (_clock() - begun))
+    fit = int(0.5 * seconds * 5 / (clock() - begun))
     attack = GradientMatching.model_validate(
         {"preset": preset, "iterations": max(20, min(EVALUATIONS[preset], fit)), "restarts": 10**6}
     )
     best: Candidate | None = None
     held: list[Candidate] = []
-    begun, steps = _clock(), 0
+    begun, steps = clock(), 0
     for candidate in attack.search(obs, torch.Generator().manual_seed(seed)):
         steps += 1
         _wait(obs.device)
-        now = _clock() - begun
+        now = clock() - begun
         while best is not None and len(held) < len(SHARES) and now > SHARES[len(held)] * seconds:
             held.append(best)
         if now > seconds:
             break
         best = candidate if best is None or candidate.loss < best.loss else best
     assert best is not None
-    end = _clock() - begun
+    end = clock() - begun
     held += [best] * (len(SHARES) - len(held))
     scores = [_psnr(candidate.inputs, truth) for candidate in held]
     return {
@@ -251,28 +249,9 @@ def _pictures(data: Path | None, seed: int) -> tuple[Tensor, Tensor, int, str]:
     return pictures, classes[order], int(classes.max()) + 1, path.name
 
 
-def _clock() -> float:
-    """CPU seconds of this process where one thread does the work, which other work on the machine does not touch."""
-    on_cpu = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    return time.process_time() if on_cpu else time.perf_counter()
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _save(rows: list[Row], out: Path, *, problems: tuple[Problem, ...], **how: Any) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    where = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "seconds are": "CPU" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "wall",
-        "processor": platform.machine(),
-    }
-    record = {"benchmark": "matching", **how, "environment": where, "problems": [asdict(p) for p in problems]}
-    write_atomically(out / "matching.json", json.dumps(record | {"rows": rows}, indent=1) + "\n")
 
 
 def _plot(rows: list[Row], path: Path) -> None:

@@ -9,7 +9,6 @@ norm of the inputs. No result is polished.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,11 +23,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from unbatch.attack import Attack
+from unbatch.benchmarks import clock, store
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.domain import Images
 from unbatch.domain import Table as Rows
-from unbatch.files import write_atomically
 from unbatch.loss import loss_named
 from unbatch.metric import match
 from unbatch.models import initialise
@@ -99,7 +98,7 @@ def run(
     def keep(row: Row) -> None:
         rows.append(row)
         if out is not None:
-            _save(rows, out, seed=seed, device=device, data=source)
+            store("tensor", rows, out, seed=seed, device=device, data=source, width=WIDTH, M=BIAS_TRICK)
 
     for (name, gradient), published in PUBLISHED.items():
         for d in sizes:
@@ -221,13 +220,13 @@ def _over_svd(seed: int, device: str) -> Row:
     attack, G = Attack.parse("tensor-moment"), obs.update["0.weight"].double()
     spent: list[float] = []
     for _ in range(3):
-        begun = _clock()
+        begun = clock()
         found = attack(obs, seed=seed)
-        spent.append(_clock() - begun)
-    begun = _clock()
+        spent.append(clock() - begun)
+    begun = clock()
     torch.linalg.svd(G, full_matrices=False)
     _wait(device)
-    ours, svd = statistics.median(spent), _clock() - begun
+    ours, svd = statistics.median(spent), clock() - begun
     return {
         "seconds": ours,
         "seconds of one SVD": svd,
@@ -258,9 +257,9 @@ def alone(name: str, seed: int, device: str) -> None:
     obs, truth = _classifier({"tanh": nn.Tanh(), "relu": nn.ReLU()}[name], 16, 20_000, seed, device)
     attack = Attack.parse("tensor-moment")
     resident = _resident()
-    begun = _clock()
+    begun = clock()
     found = attack(obs, seed=seed)
-    spent = _clock() - begun
+    spent = clock() - begun
     errors = _relative(found, truth)
     row = {"seconds": spent, "peak in GB": peak(), "growth in GB": peak() - resident, "threads": torch.get_num_threads(),
            "worst relative error": max(errors), "median relative error": statistics.median(errors)}  # fmt: skip
@@ -304,28 +303,9 @@ def _brief(value: float | None) -> str:
     return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.3g}"
 
 
-def _clock() -> float:
-    """CPU seconds of this process where one thread does the work, which other work on the machine does not touch."""
-    on_cpu = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    return time.process_time() if on_cpu else time.perf_counter()
-
-
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-
-def _save(rows: list[Row], out: Path, **how: Any) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    where = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "seconds are": "CPU" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "wall",
-        "processor": platform.machine(),
-    }
-    record = {"benchmark": "tensor", **how, "width": WIDTH, "M": BIAS_TRICK, "environment": where, "rows": rows}
-    write_atomically(out / "tensor.json", json.dumps(record, indent=1) + "\n")
 
 
 def _plot(rows: list[Row], digits: Tensor, found: dict[int, tuple[Tensor, Tensor]], path: Path) -> None:

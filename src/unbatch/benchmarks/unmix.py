@@ -11,9 +11,7 @@ attack.
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import resource
 import statistics
 import time
@@ -29,11 +27,11 @@ from torch import Tensor, nn
 
 from unbatch import models
 from unbatch.attack import Attack
+from unbatch.benchmarks import clock, store
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.domain import Domain, Images
 from unbatch.domain import Table as Rows
-from unbatch.files import write_atomically
 from unbatch.loss import loss_named
 from unbatch.metric import match
 from unbatch.numerics.ica import fast_ica
@@ -120,11 +118,11 @@ def run(
             pools[problem.data] = _pool(problem.data, data)
         rows.append(_measure(problem, pools[problem.data], seed, device, seconds))
         if out is not None:
-            _save(rows, out, seconds=seconds, seed=seed, device=device, data=data is not None)
+            store("unmix", rows, out, seconds=seconds, seed=seed, device=device, data=data is not None, complete=False)
     if wanted is None:
         rows += scaling(_pool("photos" if data is None else "cifar10", data), seed, device)
         if out is not None:
-            _save(rows, out, seconds=seconds, seed=seed, device=device, data=data is not None)
+            store("unmix", rows, out, seconds=seconds, seed=seed, device=device, data=data is not None, complete=True)
             _plot(rows, out / "unmix.png")
     return rows
 
@@ -179,9 +177,9 @@ def _measure(problem: Problem, pool: tuple[Tensor, Tensor], seed: int, device: s
     shares, certified, spent, ratios, logs, first = [], [], [], [], [], None
     for trial in range(seed, seed + problem.seeds):
         obs, truth, domain = _exchange(problem, pool, trial, device)
-        begun = _clock()
+        begun = clock()
         found = Attack.parse("unmix")(obs, seed=trial)
-        spent.append(_clock() - begun)
+        spent.append(clock() - begun)
         error, bound = _errors(found, truth, domain)
         shares.append(float((error < EXACT).double().sum()) / problem.n)
         certified.append(float(bound.isfinite().double().sum()) / problem.n)
@@ -218,20 +216,20 @@ def _peers(obs: Observation, truth: Truth, domain: Domain, *, seconds: float, se
     rows = []
     known = obs.knowledge | Knowledge(labels=truth.labels, batch_size=len(truth), input_range=_range(truth.inputs))
     for preset in ("dlg", "inverting-gradients"):
-        begun = _clock()
+        begun = clock()
 
         attack = Attack.parse(f"gradient-matching:preset={preset},restarts=1000000")
         with watching(Watch(deadline=time.monotonic() + seconds)):
             found = attack(replace(obs, knowledge=known), seed=seed)
-        rows.append(_peer(attack.name + f":preset={preset}", found, truth, domain, _clock() - begun))
-    begun = _clock()
+        rows.append(_peer(attack.name + f":preset={preset}", found, truth, domain, clock() - begun))
+    begun = clock()
     dense = next(name for name, p in obs.model.named_parameters() if p.ndim == 2)
     rng = torch.Generator().manual_seed(seed)
     span = leading_span(obs.update[dense], rng, rank=len(truth))
     centred = span.rows - span.rows.mean(1, keepdim=True)
     pictures = (fast_ica(centred, rng) @ span.rows).reshape(truth.inputs.shape)
     found = Reconstruction(inputs=pictures, up_to=frozenset({"permutation", "sign", "scale"}))
-    return [*rows, _peer("FastICA of the span", found, truth, domain, _clock() - begun)]
+    return [*rows, _peer("FastICA of the span", found, truth, domain, clock() - begun)]
 
 
 def _peer(name: str, found: Reconstruction, truth: Truth, domain: Domain, seconds: float) -> Row:
@@ -314,27 +312,6 @@ def _pool(name: str, data: Path | None) -> tuple[Tensor, Tensor]:
 
 def _range(x: Tensor) -> tuple[float, float]:
     return math.floor(float(x.min())), math.ceil(float(x.max()))
-
-
-def _clock() -> float:
-    """CPU seconds where one thread does the work, which other work on the machine does not touch; else wall seconds."""
-    one = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    return time.process_time() if one else time.perf_counter()
-
-
-def _save(rows: list[Row], out: Path, **how: Any) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    where = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "seconds are": "CPU" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "wall",
-        "processor": platform.machine(),
-    }
-    write_atomically(
-        out / "unmix.json",
-        json.dumps({"benchmark": "unmix", **how, "environment": where, "rows": rows}, indent=1) + "\n",
-    )
 
 
 def _plot(rows: list[Row], path: Path) -> None:
