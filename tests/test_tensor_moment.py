@@ -21,10 +21,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
     "elu": F.elu,
+    "erf": lambda t: torch.erf(t / 2**0.5),
     "x2+x3": lambda t: t**2 + t**3,
 }
-ORDER = {"relu": 4, "leaky-relu": 4, "tanh": 3, "sigmoid": 3, "softplus": 4, "gelu": 4, "silu": 4, "elu": 3, "x2+x3": 3}
-ODD = {"tanh", "sigmoid"}
+ORDER = {
+    "relu": 4,
+    "leaky-relu": 4,
+    "tanh": 3,
+    "sigmoid": 3,
+    "softplus": 4,
+    "gelu": 4,
+    "silu": 4,
+    "elu": 3,
+    "erf": 3,
+    "x2+x3": 3,
+}
+ODD = {"tanh", "sigmoid", "erf"}
 
 
 class TwoLayer(nn.Module):
