@@ -33,7 +33,6 @@ def test_peers_get_the_same_gradient_and_are_scored_alike() -> None:
         "FastICA of the span",
     ]
     assert all(0 <= peer["recovered"] <= 1 and 0 <= peer["mean |cosine|"] <= 1 for peer in row["peers"])
-    assert row["peers"][0]["seconds"] < 10
 
 
 def test_a_folder_of_data_is_read(tmp_path: Path) -> None:
