@@ -83,7 +83,7 @@ def test_lenet(n: int, iterations: int, worst: float, median: float) -> None:
     holds(*exchange(f"photos:batch={n}", lenet5((24, 48), 200)), iterations, worst=worst, median=median)
 
 
-# measured: 32.1, 32.2; 24.5, 29.7; 43.7, 50.8; 21.5, 28.7; 38.2, 49.1; 20.8, 28.3
+# measured: 32.1, 32.2; 24.5 (21.1 in another run), 29.7; 43.7 (37.9), 50.8; 21.5, 28.7; 38.2, 49.1; 20.8, 28.3
 @pytest.mark.parametrize(
     ("n", "depth", "iterations", "worst", "median"),
     [
