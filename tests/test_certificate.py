@@ -16,6 +16,7 @@ from unbatch.numerics.certificate import radius
 from unbatch.numerics.equation import accept
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.sign_certain import kinked
 
 ACTIVATIONS = (nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.ReLU, nn.Softplus, nn.ELU)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -77,7 +78,8 @@ def judge(seed: int) -> Judged | None:
         y = (y + 1) % mixture.classes
     kept = accept(mixture, z, y)
     kept = kept[: n // 2] if "part" in kind.split() else kept
-    reach = radius(mixture, z[kept], y[kept], rng, rounding=Rounding(obs, layer, form, span.rows, n))
+    rounding, jointly = Rounding(obs, layer, form, span.rows, n), kinked(mixture, rng)
+    reach = radius(mixture, z[kept], y[kept], rng, rounding=rounding, jointly=jointly)
     sure = reach.isfinite()
     found = (z[kept] @ span.rows)[:, :-1][sure]
     size = found.norm(dim=1)

@@ -72,7 +72,10 @@ def test_the_derivative_is_that_of_the_residual(real: bool) -> None:
     p = Problem(real=real)
     equation = Equation(p.mixture, p.near(0.1), p.y)
     x, which = equation.start(), torch.arange(6)
-    _, Jt = equation.linearise(x, which)
+    r, Jt = equation.linearise(x, which)
+    gram, downhill = equation.normal(x, which)
+    torch.testing.assert_close(gram, Jt @ Jt.mT)
+    torch.testing.assert_close(downhill, (Jt @ r[:, :, None])[..., 0])
     for b in range(equation.unknowns):
         step = 1e-6 * torch.eye(equation.unknowns, dtype=torch.float64)[b]
         slope = (equation.residual(x + step, which) - equation.residual(x - step, which)) / 2e-6

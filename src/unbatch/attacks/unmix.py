@@ -113,7 +113,7 @@ class Unmix(Attack):
             if len(found.z):
                 break
         rounding = Rounding(obs, layer, form, span.rows, size)
-        reach = radius(mixture, found.z, found.labels, rng, rounding=rounding)
+        reach = radius(mixture, found.z, found.labels, rng, rounding=rounding, jointly=found.joint)
         sure = reach.isfinite() if not self.partial else torch.ones_like(reach, dtype=torch.bool)
         z, labels, reach = found.z[sure], found.labels[sure], reach[sure]
         trace: dict[str, Any] = {

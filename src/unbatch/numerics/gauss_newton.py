@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 Residual = Callable[[Tensor, Tensor], Tensor]  # x [q, p] of problems i [q] -> r [q, e]
-Linearised = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the same -> r [q, e], J^T [q, p, e]
+Normal = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the same -> J^T J [q, p, p], J^T r [q, p]
 
 
 def levenberg_marquardt(
     residual: Residual,
-    linearise: Linearised,
+    normal: Normal,
     start: Tensor,
     *,
     steps: int = 20,
@@ -28,19 +28,19 @@ def levenberg_marquardt(
     A problem takes the step d of (J^T J + damping s I) d = -J^T r, s the mean diagonal of J^T J, where that lowers its
     cost; its damping falls tenfold then, and rises eightfold otherwise, at most `tries` times a step. It leaves the
     batch once its cost is at most `target`, when no step helps, or when one takes away less than the share `gain`.
-    `chunk` problems are linearised at a time, which bounds memory at chunk p e entries.
+    `chunk` problems are linearised at a time, which bounds memory.
     """
     x = start.clone()
     costs = []
     for which in torch.split(torch.arange(len(x), device=x.device), chunk):
-        x[which], cost = _solve(residual, linearise, x[which], which, steps, damping, target, gain, tries)
+        x[which], cost = _solve(residual, normal, x[which], which, steps, damping, target, gain, tries)
         costs.append(cost)
     return x, torch.cat(costs) if costs else x.new_zeros(0)
 
 
 def _solve(
     residual: Residual,
-    linearise: Linearised,
+    normal: Normal,
     x: Tensor,
     which: Tensor,
     steps: int,
@@ -57,8 +57,7 @@ def _solve(
         if not len(live):
             break
         here, now, damp = x[live], costs[live], level[live]
-        r, Jt = linearise(here, which[live])
-        gram, downhill = Jt @ Jt.mT, (Jt @ r[:, :, None])[..., 0]
+        gram, downhill = normal(here, which[live])
         scale = gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-300
         better = torch.zeros_like(now, dtype=torch.bool)
         moved, reached = here.clone(), now.clone()
