@@ -8,6 +8,8 @@ from torch import Tensor
 from unbatch.numerics.linearisation import Linearisation
 from unbatch.numerics.mixture import Mixture
 
+EXPLAINED = 1e-3  # of the noise's power, at most: what is left of it then moves nothing
+
 
 def refine(
     mixture: Mixture,
@@ -35,7 +37,7 @@ def refine(
             continue
         gain = 1 - tried.cost / at.cost
         at, damping = tried, max(damping / 100, 1e-12)
-        if gain < 0.01:
+        if gain < 0.01 or at.cost < EXPLAINED * mixture.n * mixture.noise**2:
             break
     return at.z, at.y, (at.cost / float(mixture.S.square().sum())) ** 0.5
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from unbatch.numerics.mixture import Mixture
 
 COLUMNS = 64  # classes up to which all of them span the residual
+EXACT = 4  # last of the reweighted steps that are taken in float64; those before only have to find the rows
 
 
 def kinked(mixture: Mixture, rng: torch.Generator) -> bool:
@@ -66,8 +67,14 @@ def isolate(
     an error of z whose preactivations have `spread` times their own standard deviation. A share that n + k rows alone
     could reach means nothing; one well above it is an example's. With `zeros` only rows on which G vanishes count.
     """
-    size = max(1, chunk // (mixture.U.shape[0] * (mixture.n + min(mixture.classes or mixture.targets, COLUMNS))))
-    both = [_isolate(mixture, part, None if y is None else y[i], steps, spread, zeros) for part, i in _parts(z, size)]
+    m, n = mixture.U.shape
+    i, j = torch.triu_indices(n, n, device=z.device)
+    pairs = mixture.U[:, i] * mixture.U[:, j] * m  # [m, n (n + 1) / 2]: w pairs is every weighted Gram matrix of U at once
+    size = max(1, chunk // (n * n + m * (1 + min(mixture.classes or mixture.targets, COLUMNS))))
+    both = [
+        _isolate(mixture, part, None if y is None else y[which], steps, spread, zeros, pairs)
+        for part, which in _parts(z, size)
+    ]
     return torch.cat([q for q, _ in both]), torch.cat([share for _, share in both])
 
 
@@ -76,7 +83,7 @@ def _parts(z: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _isolate(
-    mixture: Mixture, z: Tensor, y: Tensor | None, steps: int, spread: float, zeros: bool
+    mixture: Mixture, z: Tensor, y: Tensor | None, steps: int, spread: float, zeros: bool, pairs: Tensor
 ) -> tuple[Tensor, Tensor]:
     before, G = mixture.before(z), fan(mixture, z, y)  # [g, m], [g, m, k]
     (g, m, k), n = G.shape, mixture.n
@@ -84,22 +91,37 @@ def _isolate(
     if zeros:
         said, G, k = (G == 0).all(2).to(G), G[..., :0], 0
     G = G / (G.square().sum((1, 2), keepdim=True).sqrt() / m**0.5 + 1e-300)
-    M = torch.cat([mixture.U.expand(g, m, n) * m**0.5, -G], 2)  # [g, m, n + k]
+    U = mixture.U * m**0.5
     mean = float(mixture.S.mean())
     tie = torch.cat([z / mixture.S * mean, z.new_zeros(g, k)], 1)  # q . z
     wrong = 0.5 * torch.erfc(before.abs() / (spread * before.std(1, keepdim=True) * 2**0.5))
     trust = said / (wrong + 0.02)
     alive = mixture.U.norm(dim=1) > 1e-9  # [m]: rows that some example reaches
-    eye = torch.eye(n + k).to(z)
+    rough = pairs.float()
+    i, j = torch.triu_indices(n, n, device=z.device)
+
+    def normal(w: Tensor, pairs: Tensor, ridge: float) -> Tensor:  # M^T diag(w) M, M = [U, -G], [g, n + k, n + k]
+        H = z.new_empty(g, n + k, n + k)
+        upper = (w.to(pairs) @ pairs).to(H)
+        H[:, i, j], H[:, j, i] = upper, upper
+        weighted = (G * w[:, :, None]).mT  # [g, k, m]
+        H[:, n:, :n], H[:, n:, n:] = -weighted @ U, weighted @ G
+        H[:, :n, n:] = H[:, n:, :n].mT
+        diagonal = H.diagonal(dim1=1, dim2=2)
+        diagonal += ridge * diagonal.mean(1, keepdim=True)
+        return H
+
+    def apply(c: Tensor) -> Tensor:  # M c [g, m]
+        return c[:, :n] @ U.T - (G @ c[:, n:, None])[..., 0]
+
     w, error, ref = trust, before, before
     c = tie
     for step in range(steps):
-        H = (M * w[:, :, None]).mT @ M
-        H = H + 1e-13 * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
+        H = normal(w, *((rough, 1e-8) if step < steps - EXACT else (pairs, 1e-13)))
         c = torch.linalg.solve_ex(H, tie[:, :, None])[0][..., 0].nan_to_num()
         c = c / ((c * tie).sum(1, keepdim=True) + 1e-300)
-        error = (M @ c[:, :, None])[..., 0].abs()
-        ref = (c[:, :n] @ mixture.U.T * m**0.5).square().mean(1, keepdim=True).sqrt() + 1e-300
+        error = apply(c).abs()
+        ref = (c[:, :n] @ U.T).square().mean(1, keepdim=True).sqrt() + 1e-300
         typical = error.masked_fill((said == 0) | ~alive, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num()
         floor = torch.maximum(typical / ref, torch.full_like(ref, 1e-9))
         w = said / (error / ref + floor) if step else trust / (error / ref + 0.1)
@@ -107,13 +129,12 @@ def _isolate(
     fits = _fits(mixture, c, error, ref)
     for _ in range(2):  # refinement on the rows that fit alone, as a correction, which the normal equations do not blur
         w = (fits | ~alive).to(z) * said
-        H = (M * w[:, :, None]).mT @ M
-        H = H + 1e-12 * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
-        slope = (M.mT @ (w * (M @ c[:, :, None])[..., 0])[:, :, None])[..., 0]
+        H, left = normal(w, pairs, 1e-12), w * apply(c)
+        slope = torch.cat([left @ U, -(G.mT @ left[:, :, None])[..., 0]], 1)
         both = torch.linalg.solve_ex(H, torch.stack([slope, tie], 2))[0].nan_to_num()
         share = (tie * both[..., 0]).sum(1) / ((tie * both[..., 1]).sum(1) + 1e-300)
         c = c - both[..., 0] + share[:, None] * both[..., 1]
-        error = (M @ c[:, :, None])[..., 0].abs()
+        error = apply(c).abs()
         fits = _fits(mixture, c, error, ref)
     q = c[:, :n] / mixture.S
     q = q / (q * z).sum(1, keepdim=True)
