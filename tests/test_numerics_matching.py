@@ -91,6 +91,26 @@ def test_levenberg_marquardt_converges_quadratically_on_a_consistent_nonlinear_s
     assert torch.allclose(x, truth, atol=1e-9)
 
 
+def test_levenberg_marquardt_follows_a_smooth_surrogate_to_the_solution_of_what_jumps() -> None:
+    W, truth = normal(40, 5, seed=1), normal(3, 5, seed=2)
+
+    def smooth(x: Tensor, /, *, create_graph: bool = False) -> Tensor:
+        return (torch.tanh(x @ W.T) - torch.tanh(truth @ W.T)).flatten() + 0.1  # its own minimum lies elsewhere
+
+    def stairs(x: Tensor, /, *, create_graph: bool = False) -> Tensor:
+        steps = (200 * torch.tanh(x @ W.T)).round() - (200 * torch.tanh(truth @ W.T)).round()
+        return steps.flatten().detach() / 200
+
+    start = truth + 0.1 * normal(3, 5, seed=3)
+    alone = [
+        cost
+        for cost, _ in levenberg_marquardt(stairs, start, torch.Generator().manual_seed(0), steps=1, surrogate=smooth)
+    ]
+    *_, (cost, x) = levenberg_marquardt(stairs, start, torch.Generator().manual_seed(0), steps=20, surrogate=smooth)
+    assert cost < 0.01 * alone[0]
+    assert float((x - truth).norm()) < 0.05 * float((start - truth).norm())
+
+
 def test_levenberg_marquardt_stops_where_nothing_depends_on_the_point() -> None:
     flat = levenberg_marquardt(
         lambda x, /, create_graph=False: 0 * x.flatten() + 1,

@@ -13,7 +13,7 @@ from unbatch.numerics.equation import Equation, accept, choose_labels, choose_ta
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, misfits
 from unbatch.numerics.sign_certain import isolate, kinked
-from unbatch.numerics.unmix import unmix
+from unbatch.numerics.unmix import softened, unmix
 
 ACTIVATIONS = {"gelu": F.gelu, "tanh": torch.tanh, "relu": torch.relu, "leaky": F.leaky_relu, "softplus": F.softplus}
 
@@ -231,6 +231,31 @@ def test_a_descent_is_a_start_that_bears_wrong_labels() -> None:
     gap = torch.cdist(found.z, p.z, compute_mode="donot_use_mm_for_euclid_dist")
     assert float(gap.min(1).values.max()) < 1e-7
     assert torch.equal(found.labels, p.y[gap.argmin(1)])
+
+
+def test_a_descent_through_smooth_neighbours_reaches_kinked_networks() -> None:
+    p = Problem("relu", n=10, d=20, m=300)
+    rng = torch.Generator().manual_seed(0)
+    y, smooth = p.y.sort().values, softened(p.mixture, 1.0)
+    *_, (_, z) = descend(p.mixture, beginning(p.mixture, rng), y, rng, smooth)
+    gap = torch.cdist(z, p.z) / p.z.norm(dim=1)
+    assert float(gap.min(0).values.median()) < 0.2
+    q = isolate(p.mixture, z)[0]
+    true = p.mixture.dual(p.mixture.F(p.z, p.y))
+    cosine = torch.nn.functional.normalize(q * p.mixture.S, dim=1) @ torch.nn.functional.normalize(true * p.mixture.S).T
+    assert int((cosine.amax(0) > 1 - 1e-9).sum()) >= 8
+
+
+def test_what_dual_vectors_isolate_can_be_projected_out() -> None:
+    p = Problem("relu", n=6, d=20, m=100)
+    found, others = p.z[:2], p.z[2:]
+    q = p.mixture.dual(p.mixture.F(found, p.y[:2]))
+    rest = p.mixture.isolated(q)
+    assert rest.n == 4
+    z = others @ rest.basis.T
+    torch.testing.assert_close(z @ rest.basis, others, atol=1e-9, rtol=0)
+    torch.testing.assert_close(rest.F(z, p.y[2:]).T @ z, rest.U * rest.S, atol=1e-12, rtol=0)
+    assert p.mixture.isolated(q[:0]) is p.mixture
 
 
 def test_what_is_looser_than_allowed_is_not_subtracted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.numerics.least_squares import levenberg_marquardt
+from unbatch.numerics.least_squares import Residual, levenberg_marquardt
 from unbatch.numerics.mixture import Mixture
 
 STEPS = 400  # linear solves
 INNER = 50  # products with J in each
+PATIENCE = 500  # products within which the cost is to halve: each example by itself is faster then
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,21 @@ class Descent:
     labels: Callable[[Tensor, Tensor], Tensor]
     enough: float = 3e-4
 
-    def __call__(self, mixture: Mixture, y: Tensor, rng: torch.Generator, tick: Callable[[], bool]) -> Tensor:
-        """z [n, n] of the mixture under the labels y [n]."""
-        point = beginning(mixture, rng)
-        for cost, z in descend(mixture, point, y, rng):
+    def __call__(
+        self,
+        mixture: Mixture,
+        y: Tensor,
+        rng: torch.Generator,
+        tick: Callable[[], bool],
+        smooth: Mixture | None = None,
+    ) -> Tensor:
+        """z [n, n] of the mixture under the labels y [n]; `smooth` is its neighbour, if the mixture's own deltas jump."""
+        point, costs = beginning(mixture, rng), []
+        for cost, z in descend(mixture, point, y, rng, smooth):
             point = z
-            if cost < self.enough**2 or not tick():
+            costs.append(cost)
+            slow = len(costs) % PATIENCE == 0 and cost > 0.5 * costs[-PATIENCE]
+            if slow or cost < self.enough**2 or not tick():
                 break
         return point
 
@@ -46,20 +56,27 @@ def beginning(mixture: Mixture, rng: torch.Generator, *, spread: float = 0.1) ->
     return found
 
 
-def descend(mixture: Mixture, start: Tensor, y: Tensor, rng: torch.Generator) -> Iterator[tuple[float, Tensor]]:
+def descend(
+    mixture: Mixture, start: Tensor, y: Tensor, rng: torch.Generator, smooth: Mixture | None = None
+) -> Iterator[tuple[float, Tensor]]:
     """Minimise |U S - sum_i F(z_i, y_i) z_i^T|^2 / |U S|^2 over z [n, n]: the cost and z after every product with J.
 
     From near the origin the deltas of all examples of a class are almost alike, and the examples part one after the other
-    as they grow: smooth networks of a thousand neurons give up a hundred examples this way, whatever the data.
+    as they grow: networks of a thousand neurons give up a hundred examples this way, whatever the data. Where deltas
+    jump, J is that of the `smooth` mixture.
     """
     B = mixture.U * mixture.S
     size = B.norm()
 
-    def residual(z: Tensor, /, *, create_graph: bool = False) -> Tensor:
-        before = mixture.before(z)
-        if not create_graph:
-            before = before.detach()
-        left: Tensor = (mixture.deltas(before, y).T @ z - B) / size
-        return left.flatten()
+    def of(mixture: Mixture) -> Residual:
+        def residual(z: Tensor, /, *, create_graph: bool = False) -> Tensor:
+            before = mixture.before(z)
+            if not create_graph:
+                before = before.detach()
+            left: Tensor = (mixture.deltas(before, y).T @ z - B) / size
+            return left.flatten()
 
-    return levenberg_marquardt(residual, start, rng, steps=STEPS, inner=INNER)
+        return residual
+
+    surrogate = None if smooth is None else of(smooth)
+    return levenberg_marquardt(of(mixture), start, rng, steps=STEPS, inner=INNER, surrogate=surrogate)

@@ -64,7 +64,9 @@ class Equation:
         F, r, H, cH, scale = self._bent(x, which)
         size = F.norm(dim=1, keepdim=True) + 1e-300
         outer, last = r[:, :-1], r[:, -1:]
-        along, to_r = (H @ torch.stack([F / size, outer], 2)).unbind(2)  # [q, p] each; r = P F / |F|, so P H . r = H . r
+        along, to_r = (H @ torch.stack([F / size, outer], 2)).unbind(
+            2
+        )  # [q, p] each; r = P F / |F|, so P H . r = H . r
         square = outer.square().sum(1, keepdim=True)
         cross = (to_r - along * square / 2)[:, :, None] * along[:, None]
         gram = (H @ H.mT - cH @ cH.mT - cross - cross.mT) / size[:, :, None].square()

@@ -8,7 +8,7 @@ from torch import Tensor
 from unbatch.numerics.linearisation import Linearisation
 from unbatch.numerics.mixture import Mixture
 
-EXPLAINED = 1e-3  # of the noise's power, at most: what is left of it then moves nothing
+EXPLAINED = 1e-5  # of the power that noise can have: what is left then moves nothing
 
 
 def refine(

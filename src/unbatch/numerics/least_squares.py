@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
@@ -29,6 +30,7 @@ def levenberg_marquardt(
     damping: float = 0.1,
     tolerance: float = 0.1,
     gain: float = 1e-3,
+    surrogate: Residual | None = None,
 ) -> Iterator[tuple[float, Tensor]]:
     """Minimise |r(x)|^2: solve (J^T J + damping s I) d = -J^T r, take d if it helps; yields (|r|^2, x) at every product.
 
@@ -37,21 +39,26 @@ def levenberg_marquardt(
     almost alike, and that near dependence is most of the ill-conditioning. s is the mean of G's diagonal. The linear
     solve ends at a relative residual of `tolerance` in the preconditioner's norm; the search ends after `steps` solves,
     two steps in a row that help by less than the share `gain`, or where no damping helps.
+
+    With `surrogate` J is its Jacobian instead: a smooth neighbour of residuals that jump. |r| is still what falls, so a
+    solution r = 0 stays one.
     """
     x = start.detach().clone()
     system: _System | None = None
     gram = downhill = x
+    cost = math.inf
     stalled = taken = 0
     for _ in range(steps):
         if system is None:
-            system = _System(residual, x)
+            system = _System(surrogate or residual, x)
             if taken % 3 == 0:
                 gram = example_gram(system.push, x, system.r.numel(), rng)
-            downhill = -system.pull(system.r)
+            now = residual(x).detach() if surrogate else system.r
+            downhill, cost = -system.pull(now), float(now @ now)
         scale = float(gram.diagonal().mean())
         if not scale > 0 or damping > 1e8:
             return
-        shift, cost = damping * scale, float(system.r @ system.r)
+        shift = damping * scale
         solve = torch.linalg.inv(gram + shift * torch.eye(len(x), dtype=x.dtype, device=x.device))
         moved = x
         for move in conjugate_gradients(partial(system.damped, shift), downhill, solve.matmul, inner, tolerance):

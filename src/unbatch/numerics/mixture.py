@@ -68,6 +68,25 @@ class Mixture:
         r = self.n - len(z)
         return replace(self.within(Vh[:r]), U=U[:, :r], S=S[:r], noise=max(self.noise, float(S[r])))
 
+    def isolated(self, q: Tensor) -> Mixture:
+        """What is left once the examples with dual vectors q [f, n] are projected out: deltas lose their part along theirs.
+
+        The others are orthogonal to q, so nothing of them is lost in z; their deltas are no gradients any more.
+        """
+        if not len(q):
+            return self
+        found = torch.linalg.qr((q * self.S).T).Q.T  # [f, n]: the found deltas span U found^T
+        basis: Tensor = torch.linalg.svd(q, full_matrices=True)[2][len(q) :]
+        along, deltas = self.U @ found.T, self.deltas
+        left = (self.U * self.S - along @ (found * self.S)) @ basis.T
+        U, S, Vh = torch.linalg.svd(left, full_matrices=False)
+
+        def projected(before: Tensor, y: Tensor) -> Tensor:
+            F = deltas(before, y)
+            return F - (F @ along) @ along.T
+
+        return replace(self.within(Vh @ basis), U=U, S=S, deltas=projected)
+
 
 def misfits(mixture: Mixture, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """|F - U U^T F| / |F| [g], q . z - 1 [g], and how far A - F z~^T is from losing a rank [g], as a multiple of the noise.

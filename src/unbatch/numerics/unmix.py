@@ -24,6 +24,7 @@ Start = Callable[[Tensor, torch.Generator], Tensor]  # basis [r, n] of what is l
 Tick = Callable[[float], bool]
 
 SHARPNESS = (8.0, 16.0)  # of a rounded kink, in its layer's spreads
+SOFTEST = 1.0  # the same in a descent, in the spreads near the origin, a tenth of the later ones
 LOOSE = 0.02  # relative radius above which an example that fits is not subtracted: its error would stay in the rest
 SETTLING = 8  # rounds over all dual vectors at once
 
@@ -56,10 +57,9 @@ def unmix(
     if classes is None:
         classes = torch.arange(mixture.classes, device=mixture.U.device)
     if kinked(mixture, rng):
-        single = [(name, start) for name, start in starts if not isinstance(start, Descent)]
         log: list[dict[str, object]] = []
         for _ in range(attempts):  # from other rotations: dual vectors that do not stand together seldom come again
-            found = by_signs(mixture, single, rng, classes, attempts, slack, tick)
+            found = by_signs(mixture, starts, rng, classes, attempts, slack, tick)
             log += found.log
             if len(found.z) or not tick(0.0):
                 break
@@ -119,7 +119,7 @@ def by_polish(
 
 def by_signs(
     whole: Mixture,
-    starts: Sequence[tuple[str, Start]],
+    starts: Sequence[tuple[str, Start | Descent]],
     rng: torch.Generator,
     classes: Tensor,
     attempts: int,
@@ -146,7 +146,13 @@ def by_signs(
             continue
         name, start = starts[misses % len(starts)]
         basis = complement(Q, n)
-        tried = whole.scaled(start(basis @ whole.basis, rng) @ basis)
+        if isinstance(start, Descent):
+            rest, share = whole.isolated(Q), len(Q) / n
+            labels = choose_labels(whole, Z, classes) if len(Z) else _no_labels(whole, classes)
+            rest_z = start(rest, start.labels(Z, labels), rng, lambda: tick(share), softened(rest, SOFTEST))  # noqa: B023
+            tried = whole.scaled(rest_z @ rest.basis)
+        else:
+            tried = whole.scaled(start(basis @ whole.basis, rng) @ basis)
         if whole.ones is None:
             tried = torch.cat([tried, -tried])
         q, share = isolate(whole, tried, zeros=zeros)
