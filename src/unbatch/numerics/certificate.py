@@ -42,9 +42,9 @@ def radius(
     """Largest |z_i - z_i*| [f], l2 in R^d, of accepted examples z [f, n]; inf where first order does not reach.
 
     Assumes that the gradient is an honest one of n independent examples, of which z_i is near one: candidates are to
-    have passed `accept`. Each is judged by its own equation, which takes a smooth F and, at n = 128, a tenth of the time that
-    all together take; `jointly` where none is determined alone (then z are all n examples).
-    inf as well where an example has as many unknowns as equations, 2 n >= m: nothing then speaks against a wrong one.
+    have passed `accept`. Each is judged by its own equation, which takes a smooth F and a tenth of the time that all
+    together take; `jointly` where none is determined alone (then z are to be all n examples). inf as
+    well where an example has as many unknowns as equations, 2 n >= m: nothing then speaks against a wrong one.
     """
     if not len(z) or 2 * mixture.n >= len(mixture.U):
         return z.new_full((len(z),), torch.inf)

@@ -82,8 +82,9 @@ class Mixture:
         U, S, Vh = torch.linalg.svd(left, full_matrices=False)
 
         def projected(before: Tensor, y: Tensor) -> Tensor:
-            F = deltas(before, y)
-            return F - (F @ along) @ along.T
+            F: Tensor = deltas(before, y)
+            F = F - (F @ along) @ along.T
+            return F
 
         return replace(self.within(Vh @ basis), U=U, S=S, deltas=projected)
 

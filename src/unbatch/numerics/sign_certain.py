@@ -114,7 +114,8 @@ def _isolate(
         return H
 
     def apply(c: Tensor) -> Tensor:  # M c [g, m]
-        return c[:, :n] @ U.T - (G @ c[:, n:, None])[..., 0]
+        error: Tensor = c[:, :n] @ U.T - (G @ c[:, n:, None])[..., 0]
+        return error
 
     w, error, ref = trust, before, before
     c = tie

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,9 +84,8 @@ def by_polish(
     while rest.n and misses < attempts * len(starts) and tick(1 - rest.n / whole.n):
         name, start = starts[misses % len(starts)]
         if isinstance(start, Descent):
-            share = 1 - rest.n / whole.n
             left = start.labels(z, _no_labels(whole, classes) if y is None else y)
-            tried = rest.scaled(start(rest, left, rng, lambda: tick(share)))  # noqa: B023
+            tried = rest.scaled(start(rest, left, rng, partial(tick, 1 - rest.n / whole.n)))
         else:
             tried = placed(rest, start(rest.basis, rng), classes)
         labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
@@ -147,10 +147,11 @@ def by_signs(
         name, start = starts[misses % len(starts)]
         basis = complement(Q, n)
         if isinstance(start, Descent):
-            rest, share = whole.isolated(Q), len(Q) / n
+            rest = whole.isolated(Q)
             labels = choose_labels(whole, Z, classes) if len(Z) else _no_labels(whole, classes)
-            rest_z = start(rest, start.labels(Z, labels), rng, lambda: tick(share), softened(rest, SOFTEST))  # noqa: B023
-            tried = whole.scaled(rest_z @ rest.basis)
+            proceed = partial(tick, len(Q) / n)
+            tried = start(rest, start.labels(Z, labels), rng, proceed, softened(rest, SOFTEST)) @ rest.basis
+            tried = whole.scaled(tried)
         else:
             tried = whole.scaled(start(basis @ whole.basis, rng) @ basis)
         if whole.ones is None:
