@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from unbatch.benchmarks import unmix
-from unbatch.benchmarks.unmix import Problem, problems
+from unbatch.benchmarks.unmix import Problem, problems, scales
 
 SMALL = Problem(n=4, width=100, precision="float32", seeds=2)
 
@@ -50,4 +51,25 @@ def test_the_problems_are_those_of_the_literature_and_have_names_of_their_own() 
     names = [problem.name for problem in problems()]
     assert len(set(names)) >= len(names) - 2  # those with peers are measured once more
     assert {p.n for p in problems() if p.data == "cifar10"} >= {16, 32, 64, 128, 256}
-    assert {p.data for p in problems()} == {"cifar10", "mnist", "fashion", "photos64", "breast-cancer"}
+    assert {p.data for p in problems()} == {"cifar10", "mnist", "fashion", "photos64", "breast-cancer", "adult"}
+    for points in scales().values():
+        assert len({size for size, _ in points}) == len({problem for _, problem in points}) > 2
+
+
+def test_a_table_is_read_with_words_one_hot(tmp_path: Path) -> None:
+    lines = ["age,work,income", *(f"{20 + i},{'abc'[i % 3]},{'>50K' if i % 4 else '<=50K'}" for i in range(12))]
+    (tmp_path / "adult2000.csv").write_text("\n".join(lines) + "\n")
+    rows, labels = unmix._pool("adult", tmp_path)
+    assert rows.shape == (12, 4)
+    assert abs(float(rows[:, 0].mean())) < 1e-12
+    assert rows[:, 1:].sum(1).tolist() == [1.0] * 12
+    assert labels.tolist() == [int(i % 4 > 0) for i in range(12)]
+
+
+def test_problems_run_side_by_side_where_each_takes_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    wanted = [SMALL, replace(SMALL, n=3)]
+    rows = unmix.run(out=tmp_path, wanted=wanted)
+    assert [row["problem"] for row in rows] == [problem.name.replace("cifar10", "photos") for problem in wanted]
+    assert all(row["recovered"] == 1.0 for row in rows)

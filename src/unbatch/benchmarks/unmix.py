@@ -11,12 +11,17 @@ attack.
 
 from __future__ import annotations
 
+import csv
 import math
+import multiprocessing
+import os
 import resource
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,8 +47,14 @@ from unbatch.truth import Truth
 
 Row = dict[str, Any]
 EXACT = 1e-4  # relative l2 error up to which an example counts as recovered
-FILES = {"cifar10": "cifar10_test600.npz", "mnist": "mnist_test500.npz", "fashion": "fashion_mnist500.npz"}
-SCALING = (8, 16, 32, 64, 128)
+FILES = {
+    "cifar10": "cifar10_test600.npz",
+    "mnist": "mnist_test500.npz",
+    "fashion": "fashion_mnist500.npz",
+    "adult": "adult2000.csv",
+}
+TABLES = {"adult", "breast-cancer"}  # numbers standardised
+SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,39 +70,48 @@ class Problem:
     depth: int = 1
     classes: int = 10
     trained: bool = False
+    thinning: int = 1  # every so many pixels in both directions
     peers: bool = False
     seeds: int = 5
 
     @property
     def name(self) -> str:
-        parts = [self.data, self.inputs, self.activation, f"n={self.n}", self.precision]
+        parts = [self.data, *[self.inputs] * (self.data not in TABLES), self.activation, f"n={self.n}", self.precision]
         parts += [f"width {self.width}"] * (self.width != 1000) + [f"depth {self.depth}"] * (self.depth != 1)
         parts += [f"{self.classes} classes"] * (self.classes != 10) + ["trained"] * self.trained
+        parts += [f"pixels / {self.thinning**2}"] * (self.thinning != 1)
         return ", ".join(parts)
 
 
-def problems(sizes: Sequence[int] = (16, 32, 64, 128, 256), digits: Sequence[int] = (32, 64, 128)) -> list[Problem]:
-    """The tables of the literature, then what else users bring; large batches take one seed."""
+def problems() -> list[Problem]:
+    """The tables of the literature, then what else users bring; large batches take one seed. Small ones come first."""
 
     def many(**kw: Any) -> Problem:
         return Problem(**kw, seeds=5 if kw["n"] <= 32 else 3 if kw["n"] <= 64 else 1)
 
     smooth: tuple[models.ActivationName, ...] = ("gelu", "silu", "tanh", "elu", "sigmoid", "softplus")
-    found = [
-        many(activation=a, n=n, inputs=inputs)
-        for n in sizes
-        for inputs in ("unit", "standardised")
-        for a in ("relu", *smooth)
-    ]
-    found += [many(activation=a, n=n, precision="float32") for n in sizes for a in ("relu", "gelu", "tanh")]
-    found += [many(data=d, activation=a, n=n) for d in ("mnist", "fashion") for n in digits for a in ("relu", *smooth)]
+    every = ("relu", *smooth)
+    found = [many(activation=a, n=n) for n in SIZES for a in every]
+    found += [many(activation=a, n=n, inputs="standardised") for n in SIZES[:-1] for a in every]
+    found += [many(activation=a, n=SIZES[-1], inputs="standardised") for a in ("relu", "gelu")]
+    found += [many(activation=a, n=n, precision="float32") for n in SIZES for a in ("relu", "gelu", "tanh")]
+    found += [many(data=d, activation=a, n=n) for d in ("mnist", "fashion") for n in (32, 64, 128) for a in every]
     found += [Problem(n=n, depth=depth, inputs="standardised", seeds=3) for depth in (3, 5) for n in (16, 32)]
     found += [Problem(n=16, classes=1000, seeds=3), Problem(data="mnist", n=16, trained=True, seeds=3)]
     found += [Problem(data="photos64", n=16, seeds=3), Problem(data="breast-cancer", classes=2, n=16, seeds=3)]
-    peers = [Problem(n=32, activation=a, inputs="standardised", peers=True, seeds=1) for a in ("relu", "gelu")]
-    return (
-        sorted(found, key=lambda problem: problem.n) + peers
-    )  # small ones first: a stopped run has stored whole tables
+    found += [Problem(data="adult", classes=2, n=32, activation=a, seeds=3) for a in ("relu", "gelu", "tanh")]
+    found += [Problem(n=32, activation=a, inputs="standardised", peers=True, seeds=1) for a in ("relu", "gelu")]
+    return sorted(found, key=lambda problem: problem.n)  # so that a run that is stopped has stored whole tables
+
+
+def scales() -> dict[str, list[tuple[int, Problem]]]:
+    """Sizes and problems that show how time grows with n, m and d: gelu, standardised pictures, float64."""
+    base = Problem(inputs="standardised", n=32, seeds=1)
+    return {
+        "n": [(n, replace(base, n=n)) for n in (8, 16, 32, 64, 128)],
+        "m": [(m, replace(base, width=m)) for m in (500, 1000, 2000, 4000)],
+        "d": [(3072 // step**2, replace(base, thinning=step)) for step in (4, 2, 1)],
+    }
 
 
 def run(
@@ -102,28 +122,55 @@ def run(
     out: Path | None = None,
     wanted: Sequence[Problem] | None = None,
 ) -> list[Row]:
-    """One row a problem, then one a point of the scaling; saved in `out` as they come.
+    """One row a problem, and one a fitted exponent of the time; saved in `out` as they come.
 
-    `data` is a folder with CIFAR-10, MNIST and Fashion-MNIST as npz (images uint8, labels); without it the bundled
-    photographs stand in for CIFAR-10, and the others are left out. Raises ValueError: no such file there.
+    `data` is a folder with CIFAR-10, MNIST, Fashion-MNIST as npz (images uint8, labels) and UCI Adult as csv; without it
+    the bundled photographs stand in for CIFAR-10, and the others are left out. With one thread a process
+    (OMP_NUM_THREADS=1) as many problems run side by side as there are processors, and seconds are CPU seconds of each.
+    Raises ValueError: no such file there.
     """
+
+    def here(problem: Problem) -> Problem:
+        return replace(problem, data="photos") if data is None and problem.data == "cifar10" else problem
+
+    series = {} if wanted is not None else scales()
+    growth = {here(problem) for points in series.values() for _, problem in points}
+    listed = [here(problem) for problem in (problems() if wanted is None else wanted)]
+    listed = [problem for problem in listed if data is not None or problem.data not in FILES]
+    large = next((i for i, problem in enumerate(listed) if problem.n == SIZES[-1]), len(listed))
+    todo = [*listed[:large], *sorted(growth, key=lambda problem: problem.n), *listed[large:]]
+    for name in {problem.data for problem in todo}:
+        _pool(name, data)  # what is missing is said before anything runs
+    done: dict[Problem, Row] = {}
+
+    def keep(problem: Problem, row: Row) -> list[Row]:
+        done[problem] = row
+        rows = [done[p] for p in listed if p in done]
+        for letter, points in series.items():
+            points = [(size, here(p)) for size, p in points]
+            if all(p in done for _, p in points):
+                spent = [done[p]["seconds"] for _, p in points]
+                slope = float(np.polyfit(np.log([size for size, _ in points]), np.log(spent), 1)[0])
+                sizes = [size for size, _ in points]
+                rows.append({"problem": f"time against {letter}", "exponent": slope, "sizes": sizes, "seconds": spent})
+        if out is not None:
+            complete = wanted is None and len(done) == len(todo)
+            how = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None, "complete": complete}
+            store("unmix", rows, out, **how)
+            if wanted is None:
+                _plot(rows, out / "unmix.png")
+        return rows
+
     rows: list[Row] = []
-    pools: dict[str, tuple[Tensor, Tensor]] = {}
-    for problem in problems() if wanted is None else wanted:
-        if data is None and problem.data == "cifar10":
-            problem = replace(problem, data="photos")
-        if data is None and problem.data in FILES:
-            continue
-        if problem.data not in pools:
-            pools[problem.data] = _pool(problem.data, data)
-        rows.append(_measure(problem, pools[problem.data], seed, device, seconds))
-        if out is not None:
-            store("unmix", rows, out, seconds=seconds, seed=seed, device=device, data=data is not None, complete=False)
-    if wanted is None:
-        rows += scaling(_pool("photos" if data is None else "cifar10", data), seed, device)
-        if out is not None:
-            store("unmix", rows, out, seconds=seconds, seed=seed, device=device, data=data is not None, complete=True)
-            _plot(rows, out / "unmix.png")
+    many = min(len(todo), (os.cpu_count() or 1) // torch.get_num_threads()) if device == "cpu" else 1
+    if many < 2:
+        for problem in todo:
+            rows = keep(problem, _measure(problem, data, seed, device, seconds))
+        return rows
+    with ProcessPoolExecutor(many, mp_context=multiprocessing.get_context("spawn")) as workers:
+        runs = {workers.submit(_measure, problem, data, seed, device, seconds): problem for problem in todo}
+        for finished in as_completed(runs):
+            rows = keep(runs[finished], finished.result())
     return rows
 
 
@@ -151,29 +198,8 @@ def table(rows: list[Row]) -> Table:
     return shown
 
 
-def scaling(pool: tuple[Tensor, Tensor], seed: int, device: str) -> list[Row]:
-    """Seconds against n, m and d (gelu, standardised, float64), each fitted by a power."""
-    rows = []
-    base = Problem(inputs="standardised", n=32, seeds=1)
-    series: dict[str, list[tuple[int, Problem, int]]] = {
-        "n": [(n, replace(base, n=n), 1) for n in SCALING],
-        "m": [(m, replace(base, width=m), 1) for m in (500, 1000, 2000, 4000)],
-        "d": [(3072 // step**2, base, step) for step in (4, 2, 1)],
-    }
-    for letter, points in series.items():
-        sizes, spent = [], []
-        for size, problem, step in points:
-            pictures, labels = pool
-            taken = (pictures[..., ::step, ::step].contiguous(), labels)
-            row = _measure(problem, taken, seed, device, 0.0)
-            sizes.append(size)
-            spent.append(row["seconds"])
-        slope = float(np.polyfit(np.log(sizes), np.log(spent), 1)[0])
-        rows.append({"problem": f"time against {letter}", "exponent": slope, "sizes": sizes, "seconds": spent})
-    return rows
-
-
-def _measure(problem: Problem, pool: tuple[Tensor, Tensor], seed: int, device: str, seconds: float) -> Row:
+def _measure(problem: Problem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
+    pool = _pool(problem.data, data)
     shares, certified, spent, ratios, logs, first = [], [], [], [], [], None
     for trial in range(seed, seed + problem.seeds):
         obs, truth, domain = _exchange(problem, pool, trial, device)
@@ -247,7 +273,7 @@ def _exchange(
 ) -> tuple[Observation, Truth, Domain]:
     pictures, labels = pool
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[: problem.n]
-    x = pictures.double()
+    x = pictures[..., :: problem.thinning, :: problem.thinning].double() if problem.thinning > 1 else pictures.double()
     if problem.inputs == "standardised" or problem.data == "breast-cancer":
         x = (x - x.mean(0 if x.ndim == 2 else None)) / x.std(0 if x.ndim == 2 else None)
     rng = torch.Generator().manual_seed(seed + 1)
@@ -291,6 +317,7 @@ def _train(model: nn.Module, x: Tensor, y: Tensor) -> None:
         adam.step()
 
 
+@cache
 def _pool(name: str, data: Path | None) -> tuple[Tensor, Tensor]:
     """Pictures [p, c, h, w] in [0, 1], or rows of a table, and labels [p]."""
     if name in FILES and data is not None:
@@ -299,6 +326,8 @@ def _pool(name: str, data: Path | None) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"{path} does not exist; give a folder that holds it, or no folder for the bundled photographs."
             )
+        if path.suffix == ".csv":
+            return _table(path)
         with np.load(path, allow_pickle=False) as file:
             images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
         images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
@@ -308,6 +337,21 @@ def _pool(name: str, data: Path | None) -> tuple[Tensor, Tensor]:
     )
     setting = Case.parse(spec).setting()
     return setting.inputs, setting.labels
+
+
+def _table(path: Path) -> tuple[Tensor, Tensor]:
+    """Rows of a csv: numbers with zero mean and unit variance, words one-hot; the last column is the label."""
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    with path.open(newline="") as file:
+        _, *rows = csv.reader(file)
+    columns = np.array(rows).T
+    numeric = [c for c in columns[:-1] if all(value.lstrip("-").isdigit() for value in c)]
+    words = [c for c in columns[:-1] if not all(value.lstrip("-").isdigit() for value in c)]
+    scaled = StandardScaler().fit_transform(np.array(numeric, dtype=float).T)
+    coded = OneHotEncoder(sparse_output=False).fit_transform(np.array(words).T)
+    labels = np.unique(columns[-1], return_inverse=True)[1]
+    return torch.from_numpy(np.concatenate([scaled, coded], 1)), torch.from_numpy(labels).long()
 
 
 def _range(x: Tensor) -> tuple[float, float]:

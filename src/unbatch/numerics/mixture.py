@@ -82,9 +82,9 @@ class Mixture:
         U, S, Vh = torch.linalg.svd(left, full_matrices=False)
 
         def projected(before: Tensor, y: Tensor) -> Tensor:
-            F: Tensor = deltas(before, y)
-            F = F - (F @ along) @ along.T
-            return F
+            F = deltas(before, y)
+            outside: Tensor = F - (F @ along) @ along.T
+            return outside
 
         return replace(self.within(Vh @ basis), U=U, S=S, deltas=projected)
 
