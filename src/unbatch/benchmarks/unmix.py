@@ -54,6 +54,7 @@ FILES = {
     "adult": "adult2000.csv",
 }
 TABLES = {"adult", "breast-cancer"}  # numbers standardised
+LIMIT = 1800.0  # seconds by the clock after which unmix starts nothing new
 SIZES = (16, 32, 64, 128, 256)
 
 
@@ -101,7 +102,8 @@ def problems() -> list[Problem]:
     found += [Problem(data="photos64", n=16, seeds=3), Problem(data="breast-cancer", classes=2, n=16, seeds=3)]
     found += [Problem(data="adult", classes=2, n=32, activation=a, seeds=3) for a in ("relu", "gelu", "tanh")]
     found += [Problem(n=32, activation=a, inputs="standardised", peers=True, seeds=1) for a in ("relu", "gelu")]
-    return sorted(found, key=lambda problem: problem.n)  # so that a run that is stopped has stored whole tables
+    # a run that is stopped has stored whole tables; the longest come last
+    return sorted(found, key=lambda problem: (problem.n, problem.n == SIZES[-1] and problem.activation == "relu"))
 
 
 def scales() -> dict[str, list[tuple[int, Problem]]]:
@@ -204,7 +206,8 @@ def _measure(problem: Problem, data: Path | None, seed: int, device: str, second
     for trial in range(seed, seed + problem.seeds):
         obs, truth, domain = _exchange(problem, pool, trial, device)
         begun = clock()
-        found = Attack.parse("unmix")(obs, seed=trial)
+        with watching(Watch(deadline=time.monotonic() + LIMIT)):
+            found = Attack.parse("unmix")(obs, seed=trial)
         spent.append(clock() - begun)
         error, bound = _errors(found, truth, domain)
         shares.append(float((error < EXACT).double().sum()) / problem.n)
