@@ -193,10 +193,22 @@ def test_a_gradient_in_half_precision_claims_no_more_than_it_holds() -> None:
     assert float((found.bound / errors(found, x).min(1).values).median()) < 100
 
 
-def test_exact_duplicates_leave_the_others() -> None:
-    model, loss, x, y = client("photos:batch=6,size=16,width=200,activation=gelu")
+@pytest.mark.parametrize(("n", "width"), [(1, 12), (1, 24), (2, 24), (2, 40), (3, 64)])
+def test_a_few_examples_on_tiny_kinked_layers(n: int, width: int) -> None:
+    model, loss, x, y = client(f"photos:batch={n},size=16,width={width},activation=relu")
+    holds(Unmix()(exchange(model, loss, x, y)), x)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_exact_duplicates_are_counted(activation: str, reduction: str) -> None:
+    model, loss, x, y = client(f"photos:batch=6,size=16,width=200,activation={activation}")
     x[1], y[1] = x[0], y[0]
+    loss = loss if reduction == "mean" else torch.nn.CrossEntropyLoss(reduction="sum")
     found = Unmix(attempts=1)(exchange(model, loss, x, y))
-    gap = errors(found, x).min(1).values
-    assert bool((gap <= found.bound).all())
-    assert bool((gap < 1e-4).all())
+    assert len(found) == 6
+    gap = errors(found, x)
+    assert bool((gap.min(1).values <= found.bound).all())
+    assert sorted(gap.argmin(1).tolist()) in ([0, 0, 2, 3, 4, 5], [1, 1, 2, 3, 4, 5])
+    assert sorted(found.labels.tolist()) == sorted(y.tolist())
+    assert found.trace["batch size"] == 6 if reduction == "mean" else True

@@ -109,13 +109,18 @@ class Unmix(Attack):
             ways: list[tuple[str, Start | Descent]] = [*starts]
             if mixture.classes:  # second: on pictures and most tables components are faster where they work
                 ways.insert(1, ("descent", Descent(Counted(obs, form, mixture))))
-            found = unmix(mixture, ways, rng, classes=classes, attempts=attempts, tick=tick)
+            copies = 1 + (size - rank if form.reduction == "mean" else DUPLICATES)
+            found = unmix(mixture, ways, rng, classes=classes, attempts=attempts, copies=copies, tick=tick)
             if len(found.z):
                 break
         rounding = Rounding(obs, layer, form, span.rows, size)
         reach = radius(mixture, found.z, found.labels, rng, rounding=rounding, jointly=found.joint)
         sure = reach.isfinite() if not self.partial else torch.ones_like(reach, dtype=torch.bool)
         z, labels, reach = found.z[sure], found.labels[sure], reach[sure]
+        if mixture.classes:
+            times = labels // mixture.classes + 1
+            z, reach = z.repeat_interleave(times, 0), reach.repeat_interleave(times)
+            labels = (labels % mixture.classes).repeat_interleave(times)
         trace: dict[str, Any] = {
             "layer": layer.name,
             "rank": rank,
@@ -217,7 +222,10 @@ class Rounding:
 
 
 class Tail(TorchFunctionMode):
-    """The model above a dense layer: deltas(preactivations [g, m], labels) = dL/d(preactivations) in a batch of n."""
+    """The model above a dense layer: deltas(preactivations [g, m], labels) = dL/d(preactivations) in a batch of n.
+
+    The label y + c classes is that of an example that occurs c + 1 times.
+    """
 
     def __init__(
         self, obs: Observation, layer: Dense, form: LossForm, n: int, dtype: torch.dtype = torch.float64
@@ -262,9 +270,10 @@ class Tail(TorchFunctionMode):
         live = before if before.requires_grad else before.detach().requires_grad_()
         with torch.enable_grad():
             share = len(before) / self.n if self.form.reduction == "mean" else 1.0
-            value = self.obs.loss(self.outputs(live), self._target(y)) * share
+            label = y % self.classes if self.classes else y
+            value = self.obs.loss(self.outputs(live), self._target(label)) * share
             (delta,) = torch.autograd.grad(value, live, create_graph=before.requires_grad)
-        return delta
+        return delta * (y // self.classes + 1)[:, None] if self.classes else delta
 
     def _target(self, y: Tensor) -> Tensor:
         return y if self.form.classes else y.to(self.state[self.weight].dtype).reshape(-1, *self.output)
@@ -305,6 +314,7 @@ class Counted:
 
     def __call__(self, z: Tensor, y: Tensor) -> Tensor:
         k, n, left = self.mixture.classes, self.tail.n, self.mixture.n - len(z)
+        z, y = z.repeat_interleave(y // k + 1, 0), (y % k).repeat_interleave(y // k + 1)
         if self.known is not None:
             counts = torch.bincount(self.known.cpu(), minlength=k)
         else:

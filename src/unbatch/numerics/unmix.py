@@ -49,23 +49,28 @@ def unmix(
     classes: Tensor | None = None,
     attempts: int = 3,
     slack: float = 30.0,
+    copies: int = 1,
     tick: Tick = lambda share: True,
 ) -> Separation:
     """Examples of the mixture: guess, polish, accept, subtract, and again with the rest.
 
     `starts` are tried in turn, from the first one again after each success, until all of them failed `attempts` times.
+    Then examples that occur twice are looked for, and so on up to `copies` times: their labels are mixture.classes more.
     """
     if classes is None:
         classes = torch.arange(mixture.classes, device=mixture.U.device)
-    if kinked(mixture, rng):
-        log: list[dict[str, object]] = []
-        for _ in range(attempts):  # from other rotations: dual vectors that do not stand together seldom come again
-            found = by_signs(mixture, starts, rng, classes, attempts, slack, tick)
-            log += found.log
-            if len(found.z) or not tick(0.0):
-                break
-        return replace(found, log=log)
-    return by_polish(mixture, starts, rng, classes, attempts, slack, tick)
+    if not kinked(mixture, rng):
+        return by_polish(mixture, starts, rng, classes, attempts, slack, copies, tick)
+    if _needed(mixture) > 0.9:  # too few rows to tell the exact ones by, and so few kinks that polishing gets past them
+        found = by_polish(mixture, starts, rng, classes, attempts, slack, copies, tick)
+        return replace(found, joint=True)
+    log: list[dict[str, object]] = []
+    for _ in range(attempts):  # from other rotations: dual vectors that do not stand together seldom come again
+        found = by_signs(mixture, starts, rng, classes, attempts, slack, copies, tick)
+        log += found.log
+        if len(found.z) or not tick(0.0):
+            break
+    return replace(found, log=log)
 
 
 def by_polish(
@@ -75,13 +80,19 @@ def by_polish(
     classes: Tensor,
     attempts: int,
     slack: float,
+    copies: int,
     tick: Tick,
 ) -> Separation:
     """The smooth way: every accepted example is subtracted, which leaves a smaller mixture of the same form."""
     rest, z, y = whole, whole.U.new_zeros(0, whole.n), None
     log: list[dict[str, object]] = []
-    guesses, misses = z, 0
-    while rest.n and misses < attempts * len(starts) and tick(1 - rest.n / whole.n):
+    guesses, misses, times, once = z, 0, 1, classes
+    while rest.n and tick(1 - rest.n / whole.n):
+        if misses == attempts * len(starts):
+            if times == copies or not whole.classes:
+                break
+            misses, times, classes = 0, times + 1, once + times * whole.classes
+            starts = [(name, start) for name, start in starts if not isinstance(start, Descent)]
         name, start = starts[misses % len(starts)]
         if isinstance(start, Descent):
             left = start.labels(z, _no_labels(whole, classes) if y is None else y)
@@ -124,19 +135,22 @@ def by_signs(
     classes: Tensor,
     attempts: int,
     slack: float,
+    copies: int,
     tick: Tick,
 ) -> Separation:
     """The piecewise linear way: exact dual vectors one by one; all of them together give the examples, Z = Q^-1.
 
     Examples not found yet are orthogonal to the dual vectors that are, which makes the next guesses easier.
     """
-    m, n = whole.U.shape
-    need, zeros = (n + min(whole.targets, COLUMNS) + 20) / m, layered(whole, rng)
+    n = whole.n
+    need, zeros = _needed(whole), layered(whole, rng)
     Q, Z = whole.U.new_zeros(0, n), whole.U.new_zeros(0, n)  # dual vectors found, and the guesses that led to them
     log: list[dict[str, object]] = []
     misses, settles, settled = 0, 0, False
     guesses = Q
-    while misses < attempts * len(starts) and tick(len(Q) / n):
+    if n == 1:  # a line: nothing to isolate
+        Q, Z = whole.U.new_ones(1, 1), whole.scaled(whole.U.new_ones(1, 1))
+    while n > 1 and misses < attempts * len(starts) and tick(len(Q) / n):
         if len(Q) == n or (misses and not settled and len(Q) > n / 2):
             Q, Z, done = settle(whole, Q, Z, zeros)
             log.append({"start": "settle", "left": n - len(Q), "guesses": len(Z), "found": len(Q)})
@@ -173,6 +187,9 @@ def by_signs(
         return Separation(Q[:0], _no_labels(whole, classes), log, torch.cat([Z, guesses]), joint=True)
     z = Z if whole.ones is not None else placed(whole, Z, classes, finer=8)
     y = choose_labels(whole, z, classes) if whole.classes else choose_targets(whole, z)
+    if whole.classes and copies > 1:
+        times = 1 / (whole.dual(whole.F(z, y)) * z).sum(1)  # q . z = 1 for the delta of all copies together
+        y = y + whole.classes * (times.nan_to_num().round().clamp(1, copies).long() - 1)
     z, y, _ = refine(whole, z, y, steps=20)
     if explained(whole, z, y, slack=slack):
         return Separation(z, y, log, z[:0], joint=True)
@@ -211,6 +228,12 @@ def settle(whole: Mixture, Q: Tensor, Z: Tensor, zeros: bool) -> tuple[Tensor, T
 
 def _no_labels(mixture: Mixture, classes: Tensor) -> Tensor:
     return classes[:0] if mixture.classes else mixture.U.new_zeros(0, mixture.targets)
+
+
+def _needed(mixture: Mixture) -> float:
+    """Share of rows that must fit a dual vector exactly to be more than its unknowns can reach."""
+    m, n = mixture.U.shape
+    return (n + min(mixture.targets, COLUMNS) + 20) / m
 
 
 def _fitting(share: Tensor, need: float) -> Tensor:
