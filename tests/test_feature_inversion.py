@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from unbatch.models import initialise
 from unbatch.network import layer_inputs
 from unbatch.observation import Knowledge, Observation
 from unbatch.progress import Watch, watching
+from unbatch.protocol import Protocol
 
 
 def exchange(spelling: str, model: nn.Module | None = None) -> tuple[Observation, Tensor]:
@@ -115,6 +117,20 @@ def test_obstacles_in_words(spelling: str, words: str) -> None:
 
 def small() -> tuple[Observation, Tensor]:
     return exchange("photos:batch=2,size=8,model=convnet,depth=1,width=8,activation=tanh")
+
+
+def test_dropout_before_the_dense_layer_leaves_no_one_picture() -> None:
+    layers = [nn.Conv2d(3, 4, 5, stride=2), nn.Tanh(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 60), nn.GELU()]
+    model = initialise(nn.Sequential(*layers, nn.Linear(60, 9)), torch.Generator().manual_seed(0)).double()
+    setting = Case.parse("photos:batch=2,size=16").setting()
+    x, known = setting.inputs.double(), Knowledge(input_shape=(3, 16, 16), input_range=(0, 1))
+
+    def seen(mode: Literal["train", "eval"]) -> Observation:
+        return observe(model, setting.loss, x, setting.labels, knowledge=known, protocol=Protocol(mode=mode))[0]
+
+    assert FeatureInversion().obstacle(seen("eval")) is None
+    assert Unmix().obstacle(seen("train")) is None  # the features themselves are exact all the same
+    assert "'4' are random in the client's mode (dropout)" in (FeatureInversion().obstacle(seen("train")) or "")
 
 
 def test_nothing_found_gives_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:

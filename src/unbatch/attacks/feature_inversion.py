@@ -56,7 +56,18 @@ class FeatureInversion(Attack):
         if any(layer.feeds is not None for layer in layers):
             return "the first dense layer reads the inputs themselves, which unmix returns: nothing is left to invert."
         unmix = Attack.parse("unmix")
-        return unmix.obstacle(obs.only(*(unmix.needs | unmix.uses)))
+        words = unmix.obstacle(obs.only(*(unmix.needs | unmix.uses)))
+        if words is not None:
+            return words
+        name = next(layer.name for layer in layers if layer.weight in obs.update)
+        below, shape = Features(obs.model, name, obs.protocol.mode), (2, *obs.knowledge.input_shape)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            first, again = (below(torch.ones(shape, device=obs.device, dtype=obs.dtype)) for _ in range(2))
+        if not torch.equal(first, again):
+            return (
+                f"the layers before {name!r} are random in the client's mode (dropout): features have no one picture."
+            )
+        return None
 
     def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         found = _features(obs, rng)
