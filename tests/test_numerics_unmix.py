@@ -12,6 +12,7 @@ from unbatch.numerics.descent import Descent, beginning, descend
 from unbatch.numerics.equation import Equation, accept, choose_labels, choose_targets, complement, polish
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, misfits
+from unbatch.numerics.moment_start import weight_moments
 from unbatch.numerics.sign_certain import isolate, kinked
 from unbatch.numerics.unmix import softened, unmix
 
@@ -52,8 +53,8 @@ class Problem:
         return self.mixture.scaled(self.z + error * self.z.norm(dim=1, keepdim=True) * F.normalize(noise, dim=1))
 
 
-def random(basis: Tensor, rng: torch.Generator) -> Tensor:
-    return torch.randn(60, len(basis), generator=rng, dtype=torch.float64)
+def random(mixture: Mixture, rng: torch.Generator) -> Tensor:
+    return torch.randn(60, mixture.n, generator=rng, dtype=torch.float64)
 
 
 def test_the_truth_solves_the_equation_and_is_isolated_by_its_dual() -> None:
@@ -132,7 +133,7 @@ def test_phantoms_are_rejected() -> None:
 def test_phantoms_do_not_come_out_of_the_search() -> None:
     p = Problem("gelu", seed=3)
     far = p.mixture.scaled(p.z + 1e4 * complement(p.mixture.ones[None], 6)[:1])
-    found = unmix(p.mixture, [("phantoms", lambda basis, rng: far @ basis.T)], p.rng, attempts=1)
+    found = unmix(p.mixture, [("phantoms", lambda left, rng: far @ left.basis.T)], p.rng, attempts=1)
     assert len(found.z) == 0 or float(torch.cdist(found.z, p.z).min(1).values.max()) < 1e-6
 
 
@@ -258,9 +259,28 @@ def test_what_dual_vectors_isolate_can_be_projected_out() -> None:
     assert p.mixture.isolated(q[:0]) is p.mixture
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu", "tanh"])
+def test_moments_of_the_weights_point_at_the_examples(activation: str) -> None:
+    p = Problem(activation, n=4, d=20, m=2000)
+    guesses = torch.nn.functional.normalize(weight_moments(p.mixture, p.rng), dim=1)
+    cosine = (guesses @ torch.nn.functional.normalize(p.z, dim=1).T).abs().amax(0)
+    chance = torch.nn.functional.normalize(torch.randn(8, 4, generator=p.rng, dtype=torch.float64), dim=1)
+    chance = (chance @ torch.nn.functional.normalize(p.z, dim=1).T).abs().amax(0)
+    assert float(cosine.mean()) > 0.9
+    assert float((1 - cosine).mean()) < 0.5 * float((1 - chance).mean())
+    found = unmix(p.mixture, [("moments", weight_moments)], p.rng)
+    assert len(found.z) == 4
+    assert {entry["start"] for entry in found.log} <= {"moments", "settle"}
+
+
+def test_moments_are_not_tried_for_many() -> None:
+    p = Problem("gelu", n=26, d=40, m=100)
+    assert weight_moments(p.mixture, p.rng).shape == (0, 26)
+
+
 def test_what_is_looser_than_allowed_is_not_subtracted(monkeypatch: pytest.MonkeyPatch) -> None:
     p = Problem("gelu", n=4, m=100)
-    starts = [("truth", lambda basis, rng: p.z @ basis.T)]
+    starts = [("truth", lambda left, rng: p.z @ left.basis.T)]
     reach = radius(p.mixture, p.z, p.y, torch.Generator().manual_seed(0)) / p.z.norm(dim=1)
     assert len(unmix(p.mixture, starts, p.rng, attempts=1).z) == 4
     monkeypatch.setattr("unbatch.numerics.unmix.LOOSE", float(reach.min()) / 100)

@@ -20,6 +20,7 @@ from unbatch.numerics.descent import Descent, beginning
 from unbatch.numerics.ica import edges, fast_ica, group_ica, whiten
 from unbatch.numerics.label_counts import apportion, label_counts
 from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.moment_start import weight_moments
 from unbatch.numerics.span import Span, leading_span, rounding_noise
 from unbatch.numerics.unmix import Start, unmix
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
@@ -349,35 +350,35 @@ def _labels(labels: Tensor, form: LossForm) -> Tensor:
 
 
 def _starts(obs: Observation, layer: Dense, span: Span) -> Iterator[tuple[str, Start]]:
-    """Guesses of what the examples left look like, as rows of coordinates [g, r] in a basis [r, n]; the best one first."""
+    """Guesses of what the r examples left look like, as rows [g, r] of coordinates in their mixture; the best one first."""
     shape = obs.knowledge.input_shape
     d = obs.update[layer.weight].shape[1]
     scale = torch.ones(d).to(span.rows) if layer.feeds is None else layer.feeds.scale.to(span.rows)
     rows = span.rows[:, :d] / scale  # mixtures of network inputs, up to a shift that edges do not see
 
     def separated(signals: Callable[[Tensor], Tensor]) -> Start:
-        def start(basis: Tensor, rng: torch.Generator) -> Tensor:
-            white, T = whiten(signals(basis @ rows))
-            turn = torch.linalg.qr(torch.randn(len(basis), len(basis), generator=rng, dtype=torch.float64))[0].to(white)
+        def start(left: Mixture, rng: torch.Generator) -> Tensor:
+            white, T = whiten(signals(left.basis @ rows))
+            turn = torch.linalg.qr(torch.randn(left.n, left.n, generator=rng, dtype=torch.float64))[0].to(white)
             return group_ica(white, turn) @ T
 
         return start
 
-    def raw(basis: Tensor, rng: torch.Generator) -> Tensor:
-        centred = basis @ rows
+    def raw(left: Mixture, rng: torch.Generator) -> Tensor:
+        centred = left.basis @ rows
         return fast_ica(centred - centred.mean(1, keepdim=True), rng)
 
-    def prior(basis: Tensor, rng: torch.Generator) -> Tensor:
+    def prior(left: Mixture, rng: torch.Generator) -> Tensor:
         low, high = obs.knowledge.get("input_range", (0.0, 1.0))
-        draws = Images(shape=shape, low=low, high=high).prior(4 * len(basis), rng).to(rows).flatten(1)
+        draws = Images(shape=shape, low=low, high=high).prior(4 * left.n, rng).to(rows).flatten(1)
         draws = draws if layer.feeds is None else draws * layer.feeds.scale.to(rows) + layer.feeds.shift.to(rows)
         if span.rows.shape[1] > d:
             draws = torch.cat([draws, torch.ones(len(draws), 1).to(draws)], 1)
-        return draws @ (basis @ span.rows).T
+        return draws @ (left.basis @ span.rows).T
 
-    def random(basis: Tensor, rng: torch.Generator) -> Tensor:
-        count = 64 if len(basis) <= 16 else len(basis)  # a small space is covered, a large one is not
-        return torch.randn(count, len(basis), generator=rng, dtype=torch.float64).to(rows)
+    def random(left: Mixture, rng: torch.Generator) -> Tensor:
+        count = 64 if left.n <= 16 else left.n  # a small space is covered, a large one is not
+        return torch.randn(count, left.n, generator=rng, dtype=torch.float64).to(rows)
 
     pictures = layer.feeds is not None and len(shape) == 3 and min(shape[1:]) > 1
     if pictures:
@@ -385,6 +386,7 @@ def _starts(obs: Observation, layer: Dense, span: Span) -> Iterator[tuple[str, S
     else:
         yield "raw", separated(lambda mixed: (mixed - mixed.mean(1, keepdim=True))[:, None])
         yield "fast ica", raw
+    yield "moments", weight_moments
     yield "random", random
     if pictures:
         yield "prior", prior

@@ -8,6 +8,7 @@ from torch import Tensor
 from unbatch.numerics.gauss_newton import levenberg_marquardt
 from unbatch.numerics.mixture import Mixture, label_misfits, misfits
 
+MANY = 64  # classes above which every scale under every label takes too long
 ENTRIES = 2**25  # of a Jacobian held at once: 256 MiB
 
 
@@ -130,23 +131,35 @@ def choose_targets(mixture: Mixture, z: Tensor) -> Tensor:
     return y
 
 
-def placed(mixture: Mixture, z: Tensor, classes: Tensor, *, finer: int = 1) -> Tensor:
-    """Directions z [g, n] on the scale that z . ones = 1 gives them, or else on that which fits the equation best.
+def placed(mixture: Mixture, z: Tensor, classes: Tensor, *, finer: int = 1, within: Tensor | None = None) -> Tensor:
+    """Directions z [g, n] on the scale and with the sign that fit the equation best; in the span of the rows `within`.
 
-    Without a bias the loss alone tells scale and sign: factors +-2^(j / finer) about preactivations of size 1 are tried.
+    z . ones = 1 alone is a poor ruler for rough directions, since ones is short where inputs have no mean: z may move along
+    ones as well. Factors of 2^(j / 2) about the inputs' size |dL/dW| / |dL/db| are tried; without a bias, where the loss
+    alone tells the scale, 2^(j / finer) about preactivations of size 1.
     """
-    if mixture.ones is not None or not len(z):
+    if not len(z) or (mixture.ones is not None and len(classes) > MANY):
         return mixture.scaled(z)
-    z = z / (z @ mixture.W).square().mean(1, keepdim=True).sqrt()
-    best, least = z, torch.full((len(z),), torch.inf).to(z)
-    for sign in (1.0, -1.0):
-        for j in range(-6 * finer, 4 * finer + 1):
-            tried = sign * 2 ** (j / finer) * z
-            y = choose_labels(mixture, tried, classes) if mixture.classes else choose_targets(mixture, tried)
-            outside, excess, _ = misfits(mixture, tried, y)
-            cost = outside.square() + (excess / (1 + excess.abs())).square()
-            best = torch.where((cost < least)[:, None], tried, best)
-            least = torch.minimum(cost, least)
+    tries: list[Tensor] = []
+    if mixture.ones is None:
+        z = z / (z @ mixture.W).square().mean(1, keepdim=True).sqrt()
+        tries += [sign * 2 ** (j / finer) * z for sign in (1.0, -1.0) for j in range(-6 * finer, 4 * finer + 1)]
+    else:
+        ones = mixture.ones if within is None else mixture.ones @ within.T @ within
+        along = ones / (ones @ mixture.ones)
+        size = mixture.S.norm() / ((mixture.U * mixture.S) @ mixture.ones).norm()
+        tries.append(mixture.scaled(z))
+        for sign in (1.0, -1.0):
+            for j in range(-4, 5):
+                tried = sign * 2 ** (j / 2) * size * torch.nn.functional.normalize(z, dim=1)
+                tries.append(tried + (1 - tried @ mixture.ones)[:, None] * along)
+    best, least = tries[0], torch.full((len(z),), torch.inf).to(z)
+    for tried in tries:
+        y = choose_labels(mixture, tried, classes) if mixture.classes else choose_targets(mixture, tried)
+        outside, excess, _ = misfits(mixture, tried, y)
+        cost = outside.square() + (excess / (1 + excess.abs())).square()
+        best = torch.where((cost < least)[:, None], tried, best)
+        least = torch.minimum(cost, least)
     return best
 
 

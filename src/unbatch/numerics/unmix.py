@@ -15,13 +15,13 @@ from torch import Tensor
 
 from unbatch.numerics.certificate import radius
 from unbatch.numerics.descent import Descent
-from unbatch.numerics.equation import accept, choose_labels, choose_targets, complement, explained, placed, polish
+from unbatch.numerics.equation import accept, choose_labels, choose_targets, explained, placed, polish
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture
 from unbatch.numerics.sign_certain import COLUMNS, isolate, kinked, layered
 from unbatch.numerics.softening import Softened
 
-Start = Callable[[Tensor, torch.Generator], Tensor]  # basis [r, n] of what is left -> guesses [g, r]
+Start = Callable[[Mixture, torch.Generator], Tensor]  # what is left, of r examples -> guesses [g, r]
 Tick = Callable[[float], bool]
 
 SHARPNESS = (8.0, 16.0)  # of a rounded kink, in its layer's spreads
@@ -98,7 +98,8 @@ def by_polish(
             left = start.labels(z, _no_labels(whole, classes) if y is None else y)
             tried = rest.scaled(start(rest, left, rng, partial(tick, 1 - rest.n / whole.n)))
         else:
-            tried = placed(rest, start(rest.basis, rng), classes)
+            tried = start(rest, rng)
+            tried = placed(rest, tried, classes) if rest.ones is None else rest.scaled(tried)
         labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
         tried, labels, _ = polish(rest, tried, labels, steps=40 if misses else 15, gain=0.002 if misses else 0.02)
         chosen = accept(rest, tried, labels, slack=slack)
@@ -159,22 +160,22 @@ def by_signs(
                 break
             continue
         name, start = starts[misses % len(starts)]
-        basis = complement(Q, n)
+        rest = whole.isolated(Q)
         if isinstance(start, Descent):
-            rest = whole.isolated(Q)
             labels = choose_labels(whole, Z, classes) if len(Z) else _no_labels(whole, classes)
             proceed = partial(tick, len(Q) / n)
             tried = start(rest, start.labels(Z, labels), rng, proceed, softened(rest, SOFTEST)) @ rest.basis
             tried = whole.scaled(tried)
         else:
-            tried = whole.scaled(start(basis @ whole.basis, rng) @ basis)
-        if whole.ones is None:
-            tried = torch.cat([tried, -tried])
+            tried = start(rest, rng) @ rest.basis
+            tried = (
+                torch.cat([tried, -tried]) if whole.ones is None else placed(whole, tried, classes, within=rest.basis)
+            )
         q, share = isolate(whole, tried, zeros=zeros)
         order = _fitting(share, need)
         chosen = distinct(Q * whole.S, q * whole.S, order)[: n - len(Q)]
-        if len(chosen) < len(basis) / 4:
-            sharper = soften(whole, tried, classes, basis)
+        if len(chosen) < rest.n / 4:
+            sharper = soften(whole, tried, classes, rest.basis)
             again, share = isolate(whole, sharper, zeros=zeros)
             q, tried = torch.cat([q[chosen], again]), torch.cat([tried[chosen], sharper])
             order = torch.cat([torch.arange(len(chosen)).to(order), len(chosen) + _fitting(share, need)])
