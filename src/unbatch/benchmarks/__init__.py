@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from unbatch.files import write_atomically
+from unbatch.progress import Watch
 
 
 def find(name: str) -> ModuleType:
@@ -32,6 +33,17 @@ def find(name: str) -> ModuleType:
 def clock() -> float:
     """CPU seconds of this process where one thread does the work, which other work on the machine does not touch."""
     return time.process_time() if _alone() else time.perf_counter()
+
+
+def allowance(seconds: float) -> Watch:
+    """A watch that stops what it listens to after that many seconds of `clock`."""
+    watch, begun = Watch(), clock()
+
+    def look(share: float, best: float | None) -> None:
+        watch.stop = clock() - begun >= seconds
+
+    watch.listener = look
+    return watch
 
 
 def store(name: str, rows: Sequence[Any], out: Path, **how: Any) -> None:

@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import resource
 import statistics
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from unbatch import models
 from unbatch.attack import Attack
-from unbatch.benchmarks import clock, store
+from unbatch.benchmarks import allowance, clock, store
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.domain import Domain, Images
@@ -42,7 +41,7 @@ from unbatch.metric import match
 from unbatch.numerics.ica import fast_ica
 from unbatch.numerics.span import leading_span
 from unbatch.observation import Knowledge, Observation, Reconstruction
-from unbatch.progress import Watch, watching
+from unbatch.progress import watching
 from unbatch.truth import Truth
 
 Row = dict[str, Any]
@@ -54,7 +53,7 @@ FILES = {
     "adult": "adult2000.csv",
 }
 TABLES = {"adult", "breast-cancer"}  # numbers standardised
-LIMIT = 1800.0  # seconds by the clock after which unmix starts nothing new
+LIMIT = 1800.0  # seconds after which unmix starts nothing new
 SIZES = (16, 32, 64, 128, 256)
 
 
@@ -206,7 +205,7 @@ def _measure(problem: Problem, data: Path | None, seed: int, device: str, second
     for trial in range(seed, seed + problem.seeds):
         obs, truth, domain = _exchange(problem, pool, trial, device)
         begun = clock()
-        with watching(Watch(deadline=time.monotonic() + LIMIT)):
+        with watching(allowance(LIMIT)):
             found = Attack.parse("unmix")(obs, seed=trial)
         spent.append(clock() - begun)
         error, bound = _errors(found, truth, domain)
@@ -248,7 +247,7 @@ def _peers(obs: Observation, truth: Truth, domain: Domain, *, seconds: float, se
         begun = clock()
 
         attack = Attack.parse(f"gradient-matching:preset={preset},restarts=1000000")
-        with watching(Watch(deadline=time.monotonic() + seconds)):
+        with watching(allowance(seconds)):
             found = attack(replace(obs, knowledge=known), seed=seed)
         rows.append(_peer(attack.name + f":preset={preset}", found, truth, domain, clock() - begun))
     begun = clock()

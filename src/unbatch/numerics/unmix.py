@@ -65,12 +65,15 @@ def unmix(
         found = by_polish(mixture, starts, rng, classes, attempts, slack, copies, tick)
         return replace(found, joint=True)
     log: list[dict[str, object]] = []
+    best: Separation | None = None
     for _ in range(attempts):  # from other rotations: dual vectors that do not stand together seldom come again
         found = by_signs(mixture, starts, rng, classes, attempts, slack, copies, tick)
         log += found.log
-        if len(found.z) or not tick(0.0):
+        best = found if best is None or len(found.z) > len(best.z) else best
+        if len(best.z) == mixture.n or not tick(0.0):
             break
-    return replace(found, log=log)
+    assert best is not None
+    return replace(best, log=log)
 
 
 def by_polish(
