@@ -27,7 +27,9 @@ class Mixture:
     offset: Tensor | None  # [m]
     ones: Tensor | None  # [n]: z . ones = 1, where the bias sent its gradient
     deltas: Deltas
-    classes: int  # labels are 0 ... classes - 1, and y + c classes of an example that occurs c + 1 times; 0: real targets
+    classes: (
+        int  # labels are 0 ... classes - 1, and y + c classes of an example that occurs c + 1 times; 0: real targets
+    )
     targets: int  # entries of a real target, of which deltas are an affine function
     noise: float  # spectral norm of the error of A
     rounding: float  # relative error of a delta as the client computed it, which moves A within its span
