@@ -1,6 +1,8 @@
 import json
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +72,16 @@ def test_a_table_is_read_with_words_one_hot(tmp_path: Path) -> None:
 def test_problems_run_side_by_side_where_each_takes_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    workers = []
+
+    class Counting(ProcessPoolExecutor):
+        def __init__(self, many: int, **kw: Any) -> None:
+            workers.append(many)
+            super().__init__(many, **kw)
+
+    monkeypatch.setattr(unmix, "ProcessPoolExecutor", Counting)
     wanted = [SMALL, replace(SMALL, n=3)]
     rows = unmix.run(out=tmp_path, wanted=wanted)
     assert [row["problem"] for row in rows] == [problem.name.replace("cifar10", "photos") for problem in wanted]
     assert all(row["recovered"] == 1.0 for row in rows)
+    assert workers == [2]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from unbatch.numerics.certificate import radius
 from unbatch.numerics.descent import Descent, beginning, descend
-from unbatch.numerics.equation import Equation, accept, choose_labels, choose_targets, complement, polish
+from unbatch.numerics.equation import Equation, accept, choose_labels, choose_targets, complement, placed, polish
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, misfits
 from unbatch.numerics.moment_start import weight_moments
@@ -271,6 +271,16 @@ def test_moments_of_the_weights_point_at_the_examples(activation: str) -> None:
     found = unmix(p.mixture, [("moments", weight_moments)], p.rng)
     assert len(found.z) == 4
     assert {entry["start"] for entry in found.log} <= {"moments", "settle"}
+
+
+def test_rough_directions_are_placed_by_the_equation_where_ones_is_a_poor_ruler() -> None:
+    p = Problem("relu", n=6, d=40, m=300)
+    shift = 0.9 * torch.linspace(-1, 1, 6, dtype=torch.float64)[:, None]
+    rough = -3 * (p.z + shift * p.mixture.ones / p.mixture.ones.square().sum())  # z . ones from .1 to 1.9, wrong sign
+    found = placed(p.mixture, rough, torch.arange(4))
+    torch.testing.assert_close(found @ p.mixture.ones, torch.ones(6, dtype=torch.float64))
+    far = (p.mixture.scaled(rough) - p.z).norm(dim=1)
+    assert float((found - p.z).norm(dim=1)[far > 0.5 * p.z.norm(dim=1)].max()) < 0.5 * float(far.max())
 
 
 def test_moments_are_not_tried_for_many() -> None:

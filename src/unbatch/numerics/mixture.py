@@ -27,9 +27,7 @@ class Mixture:
     offset: Tensor | None  # [m]
     ones: Tensor | None  # [n]: z . ones = 1, where the bias sent its gradient
     deltas: Deltas
-    classes: (
-        int  # labels are 0 ... classes - 1, and y + c classes of an example that occurs c + 1 times; 0: real targets
-    )
+    classes: int  # 0: real targets; labels are 0 ... classes - 1, y + c classes where an example occurs c + 1 times
     targets: int  # entries of a real target, of which deltas are an affine function
     noise: float  # spectral norm of the error of A
     rounding: float  # relative error of a delta as the client computed it, which moves A within its span

@@ -69,9 +69,7 @@ def isolate(
     """
     m, n = mixture.U.shape
     i, j = torch.triu_indices(n, n, device=z.device)
-    pairs = (
-        mixture.U[:, i] * mixture.U[:, j] * m
-    )  # [m, n (n + 1) / 2]: w pairs is every weighted Gram matrix of U at once
+    pairs = mixture.U[:, i] * mixture.U[:, j] * m  # [m, n (n + 1) / 2]: w pairs holds weighted Gram matrices of U
     size = max(1, chunk // (n * n + m * (1 + min(mixture.classes or mixture.targets, COLUMNS))))
     both = [
         _isolate(mixture, part, None if y is None else y[which], steps, spread, zeros, pairs)
