@@ -77,3 +77,24 @@ def test_convergence_is_quadratic_near_an_exact_solution(gain: float) -> None:
         for k in (1, 2)
     ]
     assert ends[1] < max(1e3 * ends[0] ** 2, 1e-26)
+
+
+def test_a_curved_valley_takes_half_the_steps_along_the_geodesic() -> None:
+    def valley(x, which):
+        return torch.stack([100 * (x[:, 1] - x[:, 0] ** 2), 1 - x[:, 0]], 1)
+
+    def slopes(x, which):
+        zero, one = torch.zeros(len(x), dtype=x.dtype), torch.ones(len(x), dtype=x.dtype)
+        to_first = torch.stack([-200 * x[:, 0], -one], 1)
+        return valley(x, which), torch.stack([to_first, torch.stack([100 * one, zero], 1)], 1)
+
+    def pull(x, which, u):
+        return (slopes(x, which)[1] @ u[:, :, None])[..., 0]
+
+    start = torch.tensor([[-1.0, 1.0]], dtype=torch.float64)
+
+    def cost(steps, way):
+        return levenberg_marquardt(valley, normal(slopes), start, pull=way, steps=steps)[1].item()
+
+    assert cost(30, pull) < 1e-20
+    assert cost(55, None) > 1e-3

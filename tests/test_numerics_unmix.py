@@ -77,6 +77,8 @@ def test_the_derivative_is_that_of_the_residual(real: bool) -> None:
     gram, downhill = equation.normal(x, which)
     torch.testing.assert_close(gram, Jt @ Jt.mT)
     torch.testing.assert_close(downhill, (Jt @ r[:, :, None])[..., 0])
+    u = torch.randn(r.shape, generator=p.rng, dtype=torch.float64)
+    torch.testing.assert_close(equation.pull(x, which, u), (Jt @ u[:, :, None])[..., 0])
     for b in range(equation.unknowns):
         step = 1e-6 * torch.eye(equation.unknowns, dtype=torch.float64)[b]
         slope = (equation.residual(x + step, which) - equation.residual(x - step, which)) / 2e-6

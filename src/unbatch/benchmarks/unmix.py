@@ -94,6 +94,7 @@ def problems() -> list[Problem]:
     found = [many(activation=a, n=n) for n in SIZES for a in every]
     found += [many(activation=a, n=n, inputs="standardised") for n in SIZES[:-1] for a in every]
     found += [many(activation=a, n=SIZES[-1], inputs="standardised") for a in ("relu", "gelu")]
+    found += [many(n=n) for n in (384, 448)] + [many(n=n, width=200) for n in (80, 90, 96)]  # towards half the width
     found += [many(activation=a, n=n, precision="float32") for n in SIZES for a in ("relu", "gelu", "tanh")]
     found += [many(data=d, activation=a, n=n) for d in ("mnist", "fashion") for n in (32, 64, 128) for a in every]
     found += [Problem(n=n, depth=depth, inputs="standardised", seeds=3) for depth in (3, 5) for n in (16, 32)]

@@ -73,6 +73,24 @@ class Equation:
         gram = (H @ H.mT - cH @ cH.mT - cross - cross.mT) / size[:, :, None].square()
         return gram + scale[:, :, None] * scale[:, None], (to_r - along * square) / size + scale * last
 
+    def pull(self, x: Tensor, which: Tensor, u: Tensor) -> Tensor:
+        """J^T u [q, unknowns] of u [q, m + 1], by one pass backwards."""
+        mixture = self.mixture
+        z, y = self.at(x, which)
+        before = mixture.before(z).detach().requires_grad_()
+        graph = mixture.deltas(before, y)
+        F, (outer, last) = graph.detach(), (u[:, :-1], u[:, -1:])
+        size = F.norm(dim=1, keepdim=True) + 1e-300
+        outside = F / size - (F / size) @ mixture.U @ mixture.U.T
+        back = outer - outer @ mixture.U @ mixture.U.T - (outside * outer).sum(1, keepdim=True) * F / size
+        back = back / size + last * (z / mixture.S) @ mixture.U.T  # u in terms of dF
+        out = torch.autograd.grad(graph, before, back)[0] @ self.directions.T
+        out += last * (mixture.dual(F) @ self.free.T)
+        if not self.real:
+            return out
+        rates = torch.stack([mixture.F(z, y + e * self.units[which]) - F for e in torch.eye(y.shape[1]).to(F)], 1)
+        return torch.cat([out, (rates @ back[:, :, None])[..., 0]], 1)
+
     def _bent(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """F, the residual, and the derivatives of F [q, unknowns, m], of c = F U, and of q . z."""
         mixture = self.mixture
@@ -180,6 +198,7 @@ def polish(
         equation.residual,
         equation.normal,
         equation.start(),
+        pull=equation.pull,
         steps=steps,
         damping=damping,
         target=target,

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 Residual = Callable[[Tensor, Tensor], Tensor]  # x [q, p] of problems i [q] -> r [q, e]
+Pull = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same, u [q, e] -> J^T u [q, p]
 Normal = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the same -> J^T J [q, p, p], J^T r [q, p]
+
+BENT = 0.75  # longest part of a step that its second order may be
+REACH = 0.1  # share of a step over which its curvature is measured
 
 
 def levenberg_marquardt(
@@ -16,6 +20,7 @@ def levenberg_marquardt(
     normal: Normal,
     start: Tensor,
     *,
+    pull: Pull | None = None,
     steps: int = 20,
     damping: float = 1e-2,
     target: float = 0.0,
@@ -29,11 +34,15 @@ def levenberg_marquardt(
     cost; its damping falls tenfold then, and rises eightfold otherwise, at most `tries` times a step. It leaves the
     batch once its cost is at most `target`, when no step helps, or when one takes away less than the share `gain`.
     `chunk` problems are linearised at a time, which bounds memory.
+
+    With `pull` the step follows the geodesic to second order (Transtrum and Sethna, arXiv:1201.5885): d + d' with
+    (J^T J + damping s I) d' = -J^T r''(d, d) / 2, refused where 2 |d'| > BENT |d|. Long curved valleys, such as those of
+    examples of one class that look alike, then take a few steps instead of hundreds.
     """
     x = start.clone()
     costs = []
     for which in torch.split(torch.arange(len(x), device=x.device), chunk):
-        x[which], cost = _solve(residual, normal, x[which], which, steps, damping, target, gain, tries)
+        x[which], cost = _solve(residual, normal, pull, x[which], which, steps, damping, target, gain, tries)
         costs.append(cost)
     return x, torch.cat(costs) if costs else x.new_zeros(0)
 
@@ -41,6 +50,7 @@ def levenberg_marquardt(
 def _solve(
     residual: Residual,
     normal: Normal,
+    pull: Pull | None,
     x: Tensor,
     which: Tensor,
     steps: int,
@@ -62,10 +72,17 @@ def _solve(
         better = torch.zeros_like(now, dtype=torch.bool)
         moved, reached = here.clone(), now.clone()
         for _ in range(tries):
-            step = torch.linalg.solve_ex(gram + (damp * scale)[:, None, None] * eye, downhill[:, :, None])[0][..., 0]
-            tried = torch.where(better[:, None], moved, here - step.nan_to_num())
+            factors = torch.linalg.lu_factor_ex(gram + (damp * scale)[:, None, None] * eye)[:2]
+            step = -torch.linalg.lu_solve(*factors, downhill[:, :, None])[..., 0].nan_to_num()
+            straight = torch.ones_like(better)
+            if pull is not None:
+                bend = _second(residual, here, step, which[live])
+                turn = -torch.linalg.lu_solve(*factors, pull(here, which[live], bend)[:, :, None])[..., 0] / 2
+                straight = 2 * turn.norm(dim=1) <= BENT * step.norm(dim=1)
+                step = step + turn.nan_to_num()
+            tried = torch.where(better[:, None], moved, here + step)
             value = residual(tried, which[live]).square().sum(1).nan_to_num(torch.inf)
-            good = ~better & (value < now)
+            good = ~better & straight & (value < now)
             moved, reached = torch.where(good[:, None], tried, moved), torch.where(good, value, reached)
             better |= good
             if bool(better.all()):
@@ -75,3 +92,9 @@ def _solve(
         level[live] = torch.where(better, damp / 10, damp).clamp_min(1e-15)
         live = live[better & (reached > target) & (reached <= (1 - gain) * now)]
     return x, costs
+
+
+def _second(residual: Residual, x: Tensor, step: Tensor, which: Tensor) -> Tensor:
+    """The second derivative of the residuals along `step`, by a central difference."""
+    ahead, behind = residual(x + REACH * step, which), residual(x - REACH * step, which)
+    return ((ahead - 2 * residual(x, which) + behind) / REACH**2).nan_to_num()

@@ -68,6 +68,8 @@ def isolate(
     could reach means nothing; one well above it is an example's. With `zeros` only rows on which G vanishes count.
     """
     m, n = mixture.U.shape
+    if not len(z):
+        return z, z.new_zeros(0)
     i, j = torch.triu_indices(n, n, device=z.device)
     pairs = mixture.U[:, i] * mixture.U[:, j] * m  # [m, n (n + 1) / 2]: w pairs holds weighted Gram matrices of U
     size = max(1, chunk // (n * n + m * (1 + min(mixture.classes or mixture.targets, COLUMNS))))

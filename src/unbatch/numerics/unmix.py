@@ -27,6 +27,8 @@ Tick = Callable[[float], bool]
 SHARPNESS = (8.0, 16.0)  # of a rounded kink, in its layer's spreads
 SOFTEST = 1.0  # the same in a descent, in the spreads near the origin, a tenth of the later ones
 LOOSE = 0.02  # relative radius above which an example that fits is not subtracted: its error would stay in the rest
+GUESSES = 64  # polished in a round, or a quarter as many as examples are left: more would often end at the same ones
+QUIET = 1e-5  # noise over the least singular value that needs no refinement of the found ones before the next round
 SETTLING = 8  # rounds over all dual vectors at once
 
 
@@ -101,10 +103,10 @@ def by_polish(
             left = start.labels(z, _no_labels(whole, classes) if y is None else y)
             tried = rest.scaled(start(rest, left, rng, partial(tick, 1 - rest.n / whole.n)))
         else:
-            tried = start(rest, rng)
+            tried = start(rest, rng)[: max(GUESSES, rest.n // 4)]
             tried = placed(rest, tried, classes) if rest.ones is None else rest.scaled(tried)
         labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
-        tried, labels, _ = polish(rest, tried, labels, steps=40 if misses else 15, gain=0.002 if misses else 0.02)
+        tried, labels, _ = polish(rest, tried, labels, steps=40, gain=0.002)
         chosen = accept(rest, tried, labels, slack=slack)
         if len(chosen):  # to the last digit, since what they are off by stays in the rest
             best = polish(rest, tried[chosen], labels[chosen], steps=8, damping=1e-9, target=0.0, gain=0.5)
@@ -118,7 +120,7 @@ def by_polish(
             z = torch.cat([z, guesses[chosen]])
             y = labels[chosen] if y is None else torch.cat([y, labels[chosen]])
             rest = whole.without(whole.F(z, y), z)
-            if rest.n and rest.noise > 2 * whole.noise:
+            if rest.n and rest.noise > max(2 * whole.noise, QUIET * float(rest.S[-1])):
                 z, y, _ = refine(whole, z, y, others=rest.n, steps=4)
                 rest = whole.without(whole.F(z, y), z)
             log[-1]["noise"] = rest.noise / whole.noise
@@ -148,6 +150,7 @@ def by_signs(
     """
     n = whole.n
     need, zeros = _needed(whole), layered(whole, rng)
+    need += max((0.5 if zeros else 1.0) - need, 0.0) / 4
     Q, Z = whole.U.new_zeros(0, n), whole.U.new_zeros(0, n)  # dual vectors found, and the guesses that led to them
     log: list[dict[str, object]] = []
     misses, settles, settled = 0, 0, False
@@ -206,7 +209,7 @@ def soften(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> Tensor:
     for sharpness in SHARPNESS:
         soft = softened(whole, sharpness)
         labels = choose_labels(soft, z, classes) if whole.classes else choose_targets(soft, z)
-        z = polish(soft, z, labels, steps=8, within=basis)[0]
+        z = polish(soft, z, labels, steps=4, within=basis)[0]
     return z
 
 
