@@ -15,6 +15,7 @@ LEVELS = [
         "files",
         "loss",
         "network",
+        "chain",
         "protocol",
         "progress",
         "observation",

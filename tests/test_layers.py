@@ -6,87 +6,232 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call, jacrev
 
-from unbatch.layer import LayerRule
-from unbatch.layers.linear import Linear
+from unbatch.layer import LayerRule, rule_for
+from unbatch.layers.affine import Affine
+from unbatch.models import initialise
 from unbatch.testing import check_layer_rule
 
+quick = hypothesis_settings(deadline=None, max_examples=30)
+SEED = st.integers(0, 10**6)
 
-def drawn(seed: int, d: int, m: int, bias: bool, *, double: bool = True) -> tuple[nn.Linear, Tensor, Tensor]:
-    """A layer, one input [d] and a gradient with respect to its output [m]."""
+
+def filled(layer: nn.Module, seed: int) -> nn.Module:
+    """Every parameter and statistic drawn, in float64."""
     rng = torch.Generator().manual_seed(seed)
-    layer = nn.Linear(d, m, bias=bias, device="meta").to_empty(device="cpu")
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, generator=rng)
-    dtype = torch.float64 if double else torch.float32
-    return layer.to(dtype), torch.randn(d, generator=rng).to(dtype), torch.randn(m, generator=rng).to(dtype)
+    layer = layer.double()
+    with torch.no_grad():
+        for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=rng, dtype=torch.float64))
+                if "var" in name:
+                    tensor.abs_().add_(0.5)
+    return layer
 
 
-SHAPES = {"seed": st.integers(0, 10**6), "d": st.integers(1, 12), "m": st.integers(1, 12), "bias": st.booleans()}
+def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
 
 
-@hypothesis_settings(deadline=None)
-@given(**SHAPES)
-def test_linear_equations_hold_and_recover(seed: int, d: int, m: int, bias: bool) -> None:
-    layer, x, dz = drawn(seed, d, m, bias)
-    (dW,) = torch.autograd.grad(layer(x) @ dz, layer.weight)
-    forward = Linear().forward_equations(layer, layer(x))
-    backward = Linear().gradient_equations(layer, dz, dW)
-    for system in (forward, backward, forward + backward):
-        assert system.A.shape[1] == d
-        assert torch.allclose(system.A @ x, system.b, rtol=1e-9, atol=1e-9)
-    found, rank = backward.solve()
-    assert rank == d
-    assert torch.allclose(found, x, rtol=1e-9, atol=1e-9)
-    found, rank = forward.solve()
-    assert rank == min(m, d)
-    recovered = bool((found - x).norm() < 1e-6 * (1 + x.norm()))
-    assert recovered or m < d or float(torch.linalg.cond(layer.weight.detach())) > 1e8
-    if m < d:  # the part of x that no row of W sees is gone, and nothing is put in its place
-        seen = torch.linalg.pinv(layer.weight.detach()) @ (layer.weight.detach() @ x)
-        assert torch.allclose(found, seen, rtol=1e-6, atol=1e-6)
-    check_layer_rule(Linear(), layer, x[None])
+def jacobians(layer: nn.Module, x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The slow oracle: derivatives of the output, and of the weight's gradient, by the input."""
+    d = x.numel()
+    forward = jacrev(lambda x: layer(x))(x).reshape(-1, d)
+    if getattr(layer, "weight", None) is None:
+        return forward, None
+    weight = layer.weight.detach()
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda w: (functional_call(layer, {"weight": w}, (x,)) * dz).sum())(weight)
+
+    return forward, jacrev(gradient)(x).reshape(-1, d)
 
 
-@hypothesis_settings(deadline=None)
-@given(**SHAPES)
-def test_linear_gradient_equations_are_the_least_squares_of_all_rows(seed: int, d: int, m: int, bias: bool) -> None:
-    layer, x, dz = drawn(seed, d, m, bias)
-    noisy = torch.outer(dz, x) + torch.randn(m, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    every = torch.kron(dz[:, None], torch.eye(d, dtype=torch.float64))
-    expected = torch.linalg.lstsq(every, noisy.flatten()[:, None]).solution.flatten()
-    assert torch.allclose(Linear().gradient_equations(layer, dz, noisy).solve()[0], expected, rtol=1e-7, atol=1e-9)
+def hold(layer: nn.Module, x: Tensor) -> None:
+    """Affine equations are the Jacobians, and pull is the transpose of push."""
+    dz = drawn(tuple(layer(x).shape[1:]), 7)
+    shape, rule = tuple(x.shape[1:]), Affine()
+    assert rule.accepts(layer)
+    systems = [rule.forward_equations(layer, shape, layer(x).detach())]
+    expected = list(jacobians(layer, x, dz))
+    if expected[1] is not None:
+        (dW,) = torch.autograd.grad(layer(x), layer.weight, dz)
+        systems.append(rule.gradient_equations(layer, shape, dz, dW))
+    for system, A in zip(systems, expected, strict=False):
+        torch.testing.assert_close(system.matrix(), A, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(system.residual(x.flatten()), torch.zeros_like(system.b), rtol=0, atol=1e-8)
+        u = drawn((system.equations,), 3)
+        torch.testing.assert_close(system.pull(u), u @ A, rtol=1e-9, atol=1e-9)
+    check_layer_rule(rule, layer, x)
 
 
-def test_linear_systems_are_in_float64_and_hold_no_graph() -> None:
-    layer, x, dz = drawn(0, 3, 4, True, double=False)
-    (dW,) = torch.autograd.grad(layer(x) @ dz, layer.weight)
-    for system in (Linear().forward_equations(layer, layer(x)), Linear().gradient_equations(layer, dz, dW)):
-        assert system.A.dtype == system.b.dtype == torch.float64
-        assert not system.A.requires_grad
-        assert not system.b.requires_grad
-        assert torch.allclose(system.solve()[0], x.double(), atol=1e-5)
+@quick
+@given(seed=SEED, d=st.integers(1, 12), m=st.integers(1, 12), bias=st.booleans())
+def test_dense_layers(seed: int, d: int, m: int, bias: bool) -> None:
+    layer, x = filled(nn.Linear(d, m, bias=bias), seed), drawn((d,), seed)
+    hold(layer, x)
+    dz = drawn((m,), seed + 5)
+    (dW,) = torch.autograd.grad(layer(x), layer.weight, dz)
+    system = Affine().gradient_equations(layer, (d,), dz, dW)
+    assert system.rank() == d
+    torch.testing.assert_close(system.solve().x, x[0], rtol=1e-8, atol=1e-9)
 
 
-def test_a_dead_output_gives_no_gradient_equation() -> None:
-    layer, _, dz = drawn(0, 3, 4, True)
-    found, rank = Linear().gradient_equations(layer, 0 * dz, torch.zeros(4, 3)).solve()
-    assert rank == 0
-    assert not found.any()
+CONVOLUTION = {
+    "seed": SEED,
+    "channels": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    "groups": st.integers(1, 2),
+    "kernel": st.integers(1, 3),
+    "stride": st.integers(1, 3),
+    "padding": st.integers(0, 2),
+    "dilation": st.integers(1, 2),
+    "bias": st.booleans(),
+    "mode": st.sampled_from(["zeros", "circular", "reflect"]),
+    "sides": st.tuples(st.integers(5, 8), st.integers(5, 8)),
+}
 
 
-def test_linear_refuses_what_is_no_single_example() -> None:
-    layer, x, dz = drawn(0, 3, 4, True)
-    with pytest.raises(ValueError, match="output has shape"):
-        Linear().forward_equations(layer, layer(torch.stack([x, x])))
-    with pytest.raises(ValueError, match="grad_output has shape"):
-        Linear().gradient_equations(layer, dz[:3], torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="grad_weight has shape"):
-        Linear().gradient_equations(layer, dz, torch.zeros(3, 4))
-    with pytest.raises(ValueError, match=r"nn\.Linear, not ReLU"):
-        Linear().forward_equations(nn.ReLU(), dz)
+@quick
+@given(**CONVOLUTION)
+def test_convolutions(seed, channels, groups, kernel, stride, padding, dilation, bias, mode, sides) -> None:
+    before, after = (groups * c for c in channels)
+    for kind, shape in ((nn.Conv2d, (before, *sides)), (nn.Conv1d, (before, sides[0]))):
+        layer = kind(
+            before,
+            after,
+            kernel,
+            stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            padding_mode=mode,
+        )
+        hold(filled(layer, seed), drawn(shape, seed))
 
 
-def test_linear_is_found_as_a_plugin() -> None:
-    assert LayerRule.find("linear") is Linear
-    assert Linear.kinds == (nn.Linear,)
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.AvgPool2d(2), (2, 6, 6)),
+        (nn.AvgPool2d(3, stride=2, padding=1), (2, 7, 5)),
+        (nn.AvgPool1d(2), (2, 8)),
+        (nn.AdaptiveAvgPool2d(2), (3, 5, 7)),
+        (nn.BatchNorm2d(3).eval(), (3, 4, 4)),
+        (nn.BatchNorm1d(5).eval(), (5,)),
+        (nn.Upsample(scale_factor=2), (2, 3, 3)),
+        (nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False), (2, 4, 3)),
+        (nn.Upsample(scale_factor=2, mode="bicubic"), (1, 4, 4)),
+        (nn.ConvTranspose2d(2, 3, 3, stride=2), (2, 4, 4)),
+        (nn.Flatten(), (2, 3, 3)),
+        (nn.Dropout(0.5).eval(), (7,)),
+        (nn.ZeroPad2d(1), (2, 3, 3)),
+        (nn.PixelShuffle(2), (4, 3, 3)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_other_affine_layers(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    hold(filled(layer, 0), drawn(shape, 0))
+
+
+EVERYWHERE = [nn.LeakyReLU(), nn.ELU(), nn.CELU(), nn.SELU(), nn.Softplus(), nn.Sigmoid(), nn.Tanh()]
+ABOVE = [nn.ReLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.Mish(), nn.Hardswish()]
+BETWEEN = [nn.ReLU6(), nn.Hardtanh(), nn.Hardtanh(-2.0, 0.5), nn.Hardsigmoid()]
+
+
+@pytest.mark.parametrize("layer", [*EVERYWHERE, *ABOVE, *BETWEEN], ids=str)
+@given(seed=SEED)
+@hypothesis_settings(deadline=None, max_examples=5)
+def test_activations_are_inverted_where_they_rise(layer: nn.Module, seed: int) -> None:
+    x = 3 * drawn((4, 5), seed)
+    rule = rule_for(layer)
+    assert rule is not None
+    system = rule.forward_equations(layer, (4, 5), layer(x))
+    assert float(system.residual(x.flatten()).abs().max()) < 1e-6
+    if any(layer is other for other in EVERYWHERE):
+        assert system.equations == 20
+    elif any(layer is other for other in ABOVE):
+        assert system.equations == int((x > 0).sum())
+    else:
+        low, high = {nn.ReLU6: (0, 6), nn.Hardsigmoid: (-3, 3)}.get(type(layer), (None, None))
+        low, high = (layer.min_val, layer.max_val) if low is None else (low, high)
+        assert system.equations == int(((x > low) & (x < high)).sum())
+    check_layer_rule(rule, layer, x)
+
+
+def test_a_saturated_unit_gives_no_equation() -> None:
+    x = torch.tensor([[0.3, 45.0, -800.0]], dtype=torch.float64)
+    for layer in (nn.Sigmoid(), nn.Tanh()):
+        system = rule_for(layer).forward_equations(layer, (3,), layer(x))
+        assert system.equations == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "groups"),
+    [
+        (nn.LayerNorm(6), (4, 6), 4),
+        (nn.LayerNorm((3, 4)), (3, 4), 1),
+        (nn.GroupNorm(2, 4), (4, 3, 3), 2),
+        (nn.InstanceNorm2d(3, affine=True), (3, 4, 4), 3),
+        (nn.BatchNorm2d(3), (3, 4, 4), 3),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_norms_leave_a_mean_and_a_deviation_a_group(layer: nn.Module, shape: tuple[int, ...], groups: int) -> None:
+    layer, x = filled(layer, 0), drawn(shape, 0)
+    rule = rule_for(layer)
+    assert rule is not None
+    assert rule.name == "norm"
+    system = rule.forward_equations(layer, shape, layer(x))
+    torch.testing.assert_close(system.residual(x.flatten()), torch.zeros(x.numel(), dtype=x.dtype), rtol=0, atol=1e-9)
+    assert system.rank() == x.numel() - 2 * groups
+    torch.testing.assert_close(system.matrix(), system.matrix().T, rtol=0, atol=1e-12)
+    check_layer_rule(rule, layer, x)
+
+
+def test_a_norm_whose_weight_is_zero_is_refused() -> None:
+    layer = nn.LayerNorm(4).double()
+    with torch.no_grad():
+        layer.weight[1] = 0
+    with pytest.raises(ValueError, match="weight is 0"):
+        rule_for(layer).forward_equations(layer, (4,), torch.zeros(4))
+
+
+def test_max_pooling_gives_the_windows_of_one_entry() -> None:
+    x = drawn((1, 5, 5), 0)
+    for layer, alone in ((nn.MaxPool2d(2), 0), (nn.MaxPool2d(2, ceil_mode=True), 1), (nn.MaxPool2d(1, stride=2), 9)):
+        rule = rule_for(layer)
+        system = rule.forward_equations(layer, (1, 5, 5), layer(x))
+        assert system.equations == alone
+        check_layer_rule(rule, layer, x)
+
+
+def test_rules_tell_batch_norm_by_its_mode_and_know_no_lstm() -> None:
+    names = [
+        rule.name if (rule := rule_for(layer)) else None for layer in (nn.BatchNorm2d(2), nn.BatchNorm2d(2).eval())
+    ]
+    assert names == ["norm", "affine"]
+    assert rule_for(nn.Dropout(0.5).eval()).name == "affine"
+    assert rule_for(nn.Dropout(0.5)) is None
+    assert rule_for(nn.LSTM(2, 2)) is None
+
+
+def test_every_rule_is_found() -> None:
+    assert set(LayerRule.find()) == {"activation", "affine", "max-pool", "norm"}
+
+
+def test_equations_in_float32_are_solved_in_float64() -> None:
+    layer, x = nn.Linear(6, 4), torch.randn(1, 6, generator=torch.Generator().manual_seed(0))
+    initialise(layer, torch.Generator().manual_seed(0))
+    system = Affine().forward_equations(layer, (6,), layer(x))
+    assert system.b.dtype == torch.float64
+    assert system.solve().x.dtype == torch.float64
+
+
+def test_wrong_shapes_are_named() -> None:
+    layer = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=r"output has shape \(5,\)"):
+        Affine().forward_equations(layer, (4,), torch.zeros(5))
+    with pytest.raises(ValueError, match=r"grad_weight has shape \(4, 3\)"):
+        Affine().gradient_equations(layer, (4,), torch.zeros(3), torch.zeros(4, 3))

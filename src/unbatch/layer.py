@@ -12,10 +12,11 @@ from unbatch.plugin import Plugin
 
 
 class LayerRule(Plugin, ABC):
-    """Equations on the input x of one layer, for a single example.
+    """Equations on the input x [*shape] of one layer, for a single example.
 
     The forward equations (weight constraint) hold x to a known output; the gradient equations (gradient constraint) hold
-    it to a known gradient of the layer's weight, given the gradient with respect to its output.
+    it to a known gradient of the layer's weight, given the gradient with respect to its output. Both are in float64; a
+    layer is passed in the mode in which it ran.
     Source: Zhu and Blaschko, R-GAP, ICLR 2021; Chen and Campbell, 2021.
     """
 
@@ -25,9 +26,20 @@ class LayerRule(Plugin, ABC):
     kinds: ClassVar[tuple[type[nn.Module], ...]]
 
     @abstractmethod
-    def forward_equations(self, layer: nn.Module, output: Tensor) -> LinearSystem:
-        """A x = b that `output` imposes."""
+    def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
+        """A x = b that `output` imposes. Raises ValueError: the layer does not give such an output."""
 
     @abstractmethod
-    def gradient_equations(self, layer: nn.Module, grad_output: Tensor, grad_weight: Tensor) -> LinearSystem:
-        """A x = b that `grad_weight` imposes, given `grad_output`."""
+    def gradient_equations(
+        self, layer: nn.Module, shape: tuple[int, ...], grad_output: Tensor, grad_weight: Tensor
+    ) -> LinearSystem:
+        """A x = b that `grad_weight` imposes, given `grad_output`. Raises ValueError: the shapes are not the layer's."""
+
+    def accepts(self, layer: nn.Module) -> bool:
+        """Whether the rule is for this layer, as it is configured."""
+        return isinstance(layer, self.kinds)
+
+
+def rule_for(layer: nn.Module) -> LayerRule | None:
+    """The rule for a layer, or None."""
+    return next((rule for found in LayerRule.find().values() if (rule := found()).accepts(layer)), None)

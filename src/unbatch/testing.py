@@ -173,13 +173,13 @@ def check_layer_rule(rule: LayerRule, layer: nn.Module, x: Tensor) -> None:
     """The true input x [1, ...] of `layer` (float64) satisfies the rule's forward and gradient equations."""
     output = layer(x)
     out_grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
-    weight = next(layer.parameters(), None)
+    weight, shape = getattr(layer, "weight", None), tuple(x.shape[1:])
     given = () if weight is None else torch.autograd.grad(output, weight, out_grad)
-    systems = [rule.forward_equations(layer, output.detach())]
-    systems += [rule.gradient_equations(layer, out_grad, grad) for grad in given]
+    systems = [rule.forward_equations(layer, shape, output.detach())]
+    systems += [rule.gradient_equations(layer, shape, out_grad, grad) for grad in given]
     for system in systems:
-        gap = float((system.A @ x.flatten() - system.b).norm() / (1 + system.b.norm()))
-        _hold(gap < 1e-9, type(rule), f"writes equations that the true input breaks by {gap:.1e}")
+        gap = float(system.residual(x.flatten()).norm() / (1 + system.b.norm()))
+        _hold(gap < 1e-8, type(rule), f"writes equations that the true input breaks by {gap:.1e}")
 
 
 def demo_setting(demo: Demo) -> Setting:
