@@ -1,26 +1,29 @@
 """Rank law: how many independent equations a convolution's output and gradient give on its input, by counting alone.
 
-With generic weights and gradients, and no padding, the weight constraint W x = z and the gradient constraint K x = dL/dW
-of c_out filters overlap in exactly the identities <w_g, dL/dw_f> = <dz_f, z_g>, so rank [W; K] = rank W + rank K - c_out^2
-until every pixel that the filters touch is determined. The identity is Chen and Campbell's (2021); the phases of a stride,
-and where counting is right, are this library's, measured on random layers against their matrices.
+With generic weights and gradients the weight constraint W x = z and the gradient constraint K x = dL/dW of c_out filters
+overlap in exactly the identities <w_g, dL/dw_f> = <dz_f, z_g>, so rank [W; K] = rank W + rank K - c_out^2 until every pixel
+that the filters touch is determined (Chen and Campbell, 2021). For n examples the outputs of each are given, and one
+gradient for all. The phases of a stride, padding, batches, and where counting is right, are this library's, measured on
+random layers against their matrices.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 MARGIN = (0.9, 1.1)  # equations by count over touched pixels
 
 
 @dataclass(frozen=True)
 class ConvRanks:
-    """Ranks of the equations on one example's input."""
+    """Ranks of the equations on a layer's inputs."""
 
-    unknowns: int  # entries of the input
+    unknowns: int  # entries of the inputs
     covered: int  # those that a filter touches; strides may leave out a margin
     weight: int  # of W: forward equations
     gradient: int  # of K: gradient equations
@@ -40,47 +43,72 @@ def conv_ranks(
     *,
     stride: Sequence[int],
     dilation: Sequence[int],
+    padding: Sequence[int],
     groups: int = 1,
+    examples: int = 1,
 ) -> ConvRanks | None:
-    """The ranks for `before` -> `after` channels on an input of those sides, or None where counting is not known to do.
+    """The ranks for `before` -> `after` channels on `examples` inputs of those sides, or None where counting fails.
 
     Counting does where filters do not outnumber the channels of the stride's phases that hold a tap, c_out <= c_in phases
     in each group (beyond, filters commute, w_f * (w_g * x) = w_g * (w_f * x), and rows of W depend on each other); where
-    the kernel reaches less far than the outputs do (else the same holds for K); and not within `MARGIN` of the count at
-    which every touched pixel is determined, where a few equations more depend on each other.
+    the kernel reaches less far than the outputs do (else the same holds for K); where padding is less than half the kernel;
+    and where the count is not within `MARGIN` of the touched pixels, about which a few equations more depend on each other.
+    Under padding `weight` is a count too, but only `both` was found right throughout.
     Raises ValueError: the kernel is larger than the input.
     """
     c_in, c_out = before // groups, after // groups
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    out = [(n - r) // s + 1 for n, r, s in zip(sides, reach, stride, strict=True)]
+    out = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(sides, padding, reach, stride, strict=True)]
     if min(out) < 1:
         raise ValueError(f"a kernel that reaches over {reach} does not fit an input of sides {list(sides)}.")
-    touched = [
-        len({t * s + j * d for t in range(o) for j in range(k)})
-        for o, k, s, d in zip(out, kernel, stride, dilation, strict=True)
-    ]
-    pixels, places, taps = math.prod(touched), math.prod(out), math.prod(kernel)
-    phases = [_phases(o, k, s, d) for o, k, s, d in zip(out, kernel, stride, dilation, strict=True)]
+    lines = [_Side(*line) for line in zip(sides, out, kernel, stride, dilation, padding, strict=True)]
+    pixels, places = examples * math.prod(len(line.touched()) for line in lines), examples * math.prod(out)
+    taps, phases = math.prod(kernel), [line.phases() for line in lines]
     if c_out > c_in * math.prod(len(side) for side in phases):
         return None
-    if any(r > (o - 1) * s for r, o, s in zip(reach, out, stride, strict=True)):
+    if any(r > (o - 1) * s or p > (r - 1) // 2 for r, o, s, p in zip(reach, out, stride, padding, strict=True)):
         return None
-    weight = min(places * min(c_out, c_in * taps), c_in * pixels)
+    weight = examples * sum(
+        math.prod(n for _, n in place) * min(c_out, c_in * math.prod(t for t, _ in place))
+        for place in product(*(line.places() for line in lines))
+    )
+    weight = min(weight, c_in * pixels)
     gradient = c_in * sum(
-        min(c_out * math.prod(t for t, _ in phase), math.prod(p for _, p in phase)) for phase in product(*phases)
+        min(c_out * math.prod(t for t, _ in phase), examples * math.prod(p for _, p in phase))
+        for phase in product(*phases)
     )
     count = weight + gradient - min(c_out, c_in * taps) * min(c_out, places)
     if MARGIN[0] < count / (c_in * pixels) < MARGIN[1]:
         return None
-    both = min(c_in * pixels, count)
-    return ConvRanks(before * math.prod(sides), before * pixels, groups * weight, groups * gradient, groups * both)
+    both = min(c_in * pixels, max(count, weight, gradient))
+    unknowns = examples * before * math.prod(sides)
+    return ConvRanks(unknowns, groups * c_in * pixels, groups * weight, groups * gradient, groups * both)
 
 
-def _phases(out: int, kernel: int, stride: int, dilation: int) -> list[tuple[int, int]]:
-    """Along one side, for each remainder by the stride that holds a tap: its taps, and the pixels that they touch."""
-    found = []
-    for phase in range(stride):
-        taps = [j * dilation for j in range(kernel) if (j * dilation) % stride == phase]
-        if taps:
-            found.append((len(taps), len({t * stride + tap for t in range(out) for tap in taps})))
-    return found
+class _Side(NamedTuple):
+    """A convolution along one side of its input."""
+
+    size: int
+    out: int
+    kernel: int
+    stride: int
+    dilation: int
+    padding: int
+
+    def touched(self, phase: int | None = None) -> set[int]:
+        """Pixels under the taps j with j dilation = phase modulo the stride; under all of them without a phase."""
+        taps = [j * self.dilation for j in range(self.kernel)]
+        near = [tap for tap in taps if phase is None or tap % self.stride == phase]
+        seen = {t * self.stride + tap - self.padding for t in range(self.out) for tap in near}
+        return {pixel for pixel in seen if 0 <= pixel < self.size}
+
+    def places(self) -> list[tuple[int, int]]:
+        """How many taps of an output lie on the input and not on its padding, and for how many outputs."""
+        starts = (t * self.stride - self.padding for t in range(self.out))
+        taps = [sum(0 <= start + j * self.dilation < self.size for j in range(self.kernel)) for start in starts]
+        return list(Counter(taps).items())
+
+    def phases(self) -> list[tuple[int, int]]:
+        """For each remainder by the stride that holds a tap: how many, and the pixels that they touch."""
+        count = Counter(j * self.dilation % self.stride for j in range(self.kernel))
+        return [(taps, len(self.touched(phase))) for phase, taps in count.items()]
