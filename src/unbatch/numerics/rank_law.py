@@ -51,8 +51,10 @@ def conv_ranks(
 
     Counting does where filters do not outnumber the channels of the stride's phases that hold a tap, c_out <= c_in phases
     in each group (beyond, filters commute, w_f * (w_g * x) = w_g * (w_f * x), and rows of W depend on each other); where
-    the kernel reaches less far than the outputs do (else the same holds for K); where padding is less than half the kernel;
-    and where the count is not within `MARGIN` of the touched pixels, about which a few equations more depend on each other.
+    dilation divides the stride (else the input falls apart into lattices); where the kernel reaches less far than the
+    outputs do (else rows of K depend on each other); where padding hides less than half the taps of a window; and where
+    the count is not within `MARGIN` of the touched pixels, about which a few equations more depend on each other, nor below
+    them under padding, whose windows at the edge are no generic ones.
     Under padding `weight` is a count too, but only `both` was found right throughout.
     Raises ValueError: the kernel is larger than the input.
     """
@@ -64,9 +66,13 @@ def conv_ranks(
     lines = [_Side(*line) for line in zip(sides, out, kernel, stride, dilation, padding, strict=True)]
     pixels, places = examples * math.prod(len(line.touched()) for line in lines), examples * math.prod(out)
     taps, phases = math.prod(kernel), [line.phases() for line in lines]
-    if c_out > c_in * math.prod(len(side) for side in phases):
+    if c_out > c_in * math.prod(len(side) for side in phases) or any(
+        s % d for s, d in zip(stride, dilation, strict=True)
+    ):
         return None
-    if any(r > (o - 1) * s or p > (r - 1) // 2 for r, o, s, p in zip(reach, out, stride, padding, strict=True)):
+    if any(r > (o - 1) * s for r, o, s in zip(reach, out, stride, strict=True)):
+        return None
+    if any(p > (k - 1) // 2 * d for p, k, d in zip(padding, kernel, dilation, strict=True)):
         return None
     weight = examples * sum(
         math.prod(n for _, n in place) * min(c_out, c_in * math.prod(t for t, _ in place))
@@ -78,7 +84,7 @@ def conv_ranks(
         for phase in product(*phases)
     )
     count = weight + gradient - min(c_out, c_in * taps) * min(c_out, places)
-    if MARGIN[0] < count / (c_in * pixels) < MARGIN[1]:
+    if (0.0 if any(padding) else MARGIN[0]) < count / (c_in * pixels) < MARGIN[1]:
         return None
     both = min(c_in * pixels, max(count, weight, gradient))
     unknowns = examples * before * math.prod(sides)
