@@ -48,11 +48,74 @@ def test_a_module_of_the_user() -> None:
     assert names(Custom(), (1, 5, 5)) == ["trunk.0", "trunk.1", "head"]
 
 
+class Between(nn.Module):
+    """Two layers, and something between them that is no module."""
+
+    def __init__(self, between, after=lambda out, x: out) -> None:
+        super().__init__()
+        self.a, self.b, self.between, self.after = nn.Linear(4, 4), nn.Linear(4, 4), between, after
+
+    def forward(self, x):
+        return self.after(self.b(self.between(self.a(x))), x)
+
+
 def test_where_it_breaks_is_said() -> None:
     with pytest.raises(ValueError, match="'head' is not fed by 'trunk' alone"):
         chain(Custom(functional=True), (1, 5, 5))
-    with pytest.raises(ValueError, match="'head' runs 2 times"):
+    with pytest.raises(ValueError, match="'head' runs 2 times; give every place"):
         chain(Custom(twice=True), (1, 5, 5))
+    for model in (
+        Between(lambda y: F.relu(y, inplace=True)),
+        Between(lambda y: y.mul_(2)),
+        Between(lambda y: y.view(4, 2).repeat(1, 2)[:2]),
+    ):
+        with pytest.raises(ValueError, match="'b' is not fed by 'a' alone"):
+            chain(model, (4,))
+    for after in (lambda out, x: out.mul_(2), lambda out, x: out.add_(x), lambda out, x: out + x):
+        with pytest.raises(ValueError, match="something that is no module follows 'b'"):
+            chain(Between(lambda y: y, after), (4,))
+
+
+def test_keywords_are_inputs_too() -> None:
+    class Skip(nn.Module):
+        def forward(self, x, skip=None):
+            return x if skip is None else x + skip
+
+    class Keyed(nn.Module):
+        def __init__(self, skips: bool) -> None:
+            super().__init__()
+            self.a, self.f, self.skips = nn.Linear(3, 3), Skip(), skips
+
+        def forward(self, x):
+            return self.f(self.a(input=x), **({"skip": x} if self.skips else {}))
+
+    assert names(Keyed(False), (3,)) == ["a", "f"]
+    with pytest.raises(ValueError, match="'f' is not one tensor in, one tensor out"):
+        chain(Keyed(True), (3,))
+
+
+def test_examples_folded_into_rows_and_shared_weights_are_no_chain() -> None:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.h = nn.Linear(3, 4), nn.Linear(20, 2)
+
+        def forward(self, x):
+            return self.h(self.a(x.reshape(-1, 3)).view(len(x), -1))
+
+    with pytest.raises(ValueError, match="'a' is not fed by the input alone"):
+        chain(Folded(), (5, 3))
+    tied = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    tied[2].weight = tied[0].weight
+    with pytest.raises(ValueError, match="'0' and '2' share a weight"):
+        chain(tied, (3,))
+
+
+def test_dropout_leaves_the_global_generator_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+    state = torch.random.get_rng_state()
+    chain(model, (3,), "train")
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_model_keeps_its_mode_and_its_statistics() -> None:

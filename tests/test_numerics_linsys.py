@@ -72,6 +72,8 @@ def test_no_equations() -> None:
 def test_what_is_no_system_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no linear system"):
         LinearSystem.of(drawn(3, 2), drawn(2))
+    with pytest.raises(ValueError, match="not finite"):
+        LinearSystem.of(drawn(3, 2), drawn(3) / 0).solve()
     with pytest.raises(ValueError, match="on 2 and on 3 unknowns"):
         LinearSystem.of(drawn(3, 2), drawn(3)) + LinearSystem.of(drawn(3, 3), drawn(3))
     monkeypatch.setattr(linsys, "ENTRIES", 5)
@@ -89,3 +91,17 @@ def test_an_svd_that_does_not_end_is_got_round(monkeypatch: pytest.MonkeyPatch) 
     found = LinearSystem.of(A, A @ x).solve()
     assert found.rank == 4
     torch.testing.assert_close(found.x, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("least", "rank"), [(2e-6, 300), (1e-8, 299)])
+def test_what_counts_as_zero_where_the_matrix_is_squared(
+    least: float, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linsys, "SMALL", 0)
+    U, V = torch.linalg.qr(drawn(300, 300))[0], torch.linalg.qr(drawn(300, 300, seed=1))[0]
+    values = torch.ones(300, dtype=torch.float64)
+    values[-1] = least
+    A = U * values @ V.T
+    assert LinearSystem.of(A, drawn(300)).rank() == rank
+    wide = LinearSystem.of(A[:200], drawn(200)).solve()
+    assert float((A[:200] @ wide.free(drawn(1, 300)).T).norm()) < 1e-12

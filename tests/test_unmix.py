@@ -115,6 +115,14 @@ def test_a_table_of_which_components_are_a_poor_guess_is_polished_to_the_truth()
     holds(found, x)
 
 
+def test_a_descent_alone_finds_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unbatch.attacks.unmix._starts", lambda *args: iter(()))
+    model, loss, x, y = client("tables:dataset=breast-cancer,batch=16,width=300,activation=softplus", torch.float32)
+    found = Unmix()(exchange(model, loss, x, y))
+    holds(found, x)
+    assert {entry["start"] for entry in found.trace["log"]} == {"descent"}
+
+
 def test_a_table() -> None:
     model, loss, x, y = client("tables:batch=8,width=200,activation=gelu")
     holds(Unmix()(exchange(model, loss, x, y)), x)

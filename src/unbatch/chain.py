@@ -27,82 +27,105 @@ class Link:
         return int(torch.Size(self.before).numel())
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     name: str
     module: nn.Module
-    given: Tensor | None  # None: not one tensor in, one tensor out
-    gave: Tensor | None
-    times: int = 1
+    given: Tensor | None = None  # None: not one tensor in, one tensor out
+    gave: Tensor | None = None
+    version: int = 0  # of the tensor given, as the module found it
+    left: int = 0  # of the tensor that it gave: a higher one later was written to in place
+    times: int = 0
 
 
 def chain(model: nn.Module, input_shape: tuple[int, ...], mode: Literal["train", "eval"] = "eval") -> list[Link]:
     """The links from the network's input to its output; what only reshapes between modules belongs to the next link.
 
     A module whose children do not feed each other in a row (a residual block) is one link by itself. The modules are those
-    of a copy, in the mode given. Raises ValueError: the network as a whole is no chain, and where it breaks.
+    of a copy, in the mode given. Raises ValueError: the network as a whole is no chain, and where it breaks, or two of its
+    layers share a weight, whose gradient then is a sum over both.
     """
     model = copy.deepcopy(model).train(mode == "train")  # a copy, since in train mode batch norm writes its statistics
     calls: dict[nn.Module, _Call] = {}
     names = {module: name for name, module in model.named_modules()}
 
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        one = len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor)
-        if module in calls:
-            calls[module].times += 1
-        else:
-            calls[module] = _Call(names[module], module, args[0] if one else None, output if one else None)
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = calls.setdefault(module, _Call(names[module], module))
+        call.times += 1
+        given = [*args, *kwargs.values()]
+        if len(given) == 1 and isinstance(given[0], Tensor):
+            call.given, call.version = given[0], given[0]._version
 
-    hooks = [module.register_forward_hook(note) for module in names]
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            calls[module].gave, calls[module].left = output, output._version
+
+    hooks = [module.register_forward_pre_hook(begin, with_kwargs=True) for module in names]
+    hooks += [module.register_forward_hook(end) for module in names]
+    probe = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
-        forward(model, torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0)), mode)
+        with torch.random.fork_rng(devices=[]):  # dropout draws
+            forward(model, probe, mode)
     finally:
         for hook in hooks:
             hook.remove()
+    if calls[model].given is None or (list(model.children()) and (broken := _break(calls[model], calls))):
+        where = "it takes other than one tensor" if calls[model].given is None else broken
+        raise ValueError(f"the network is no chain of layers: {where}.")
     links = list(_expanded(calls[model], calls))
-    if len(links) == 1 and links[0].module is model and list(model.children()):
-        raise ValueError(f"the network is no chain of layers: {_break(calls[model], calls)}.")
+    for i, link in enumerate(links):
+        for other in links[:i]:
+            if {id(p) for p in link.module.parameters()} & {id(p) for p in other.module.parameters()}:
+                raise ValueError(f"{other.name!r} and {link.name!r} share a weight: its gradient is a sum over both.")
     return links
 
 
-def _children(call: _Call, calls: dict[nn.Module, _Call]) -> list[_Call]:
+def _children(module: nn.Module, calls: dict[nn.Module, _Call]) -> list[_Call]:
     """The calls of a module's children in the order in which they ran; containers that did not run stand for theirs."""
     inside: list[_Call] = []
-    for child in call.module.children():
-        inside += [calls[child]] if child in calls else _children(_Call("", child, None, None), calls)
-    order = list(calls.values())
-    return sorted(inside, key=order.index)
+    for name, child in module.named_children():
+        if name != "parametrizations":
+            inside += [calls[child]] if child in calls else _children(child, calls)
+    order = list(calls)
+    return sorted(inside, key=lambda call: order.index(call.module))
 
 
 def _expanded(call: _Call, calls: dict[nn.Module, _Call]) -> Iterator[Link]:
-    if _children(call, calls) and _break(call, calls) is None:
-        for child in _children(call, calls):
+    children = _children(call.module, calls)
+    if children and _break(call, calls) is None:
+        for child in children:
             yield from _expanded(child, calls)
         return
-    if call.given is None or call.gave is None:
-        raise ValueError(f"the network is no chain of layers: {call.name or 'it'} is not one tensor in, one out.")
+    assert call.given is not None
+    assert call.gave is not None  # _break of the parent has seen to it
     yield Link(call.name, call.module, tuple(call.given.shape[1:]), tuple(call.gave.shape[1:]))
 
 
 def _break(call: _Call, calls: dict[nn.Module, _Call]) -> str | None:
     """Where a module's children do not feed each other in a row, in words."""
-    at, last = call.given, "the input"
-    for child in _children(call, calls):
+    at, version, last = call.given, call.version, "the input"
+    for child in _children(call.module, calls):
         if child.times > 1:
-            return f"{child.name!r} runs {child.times} times"
-        if child.given is None or at is None or not _same(at, child.given):
+            return f"{child.name!r} runs {child.times} times; give every place a module of its own"
+        if child.given is None or child.gave is None:
+            return f"{child.name!r} is not one tensor in, one tensor out"
+        if not _same(at, child.given, version, child.version):
             return (
                 f"{child.name!r} is not fed by {last} alone; what lies between must be modules (nn.ReLU, not F.relu), and "
                 "branches a module of their own"
             )
-        at, last = child.gave, repr(child.name)
-    if at is None or call.gave is None or not _same(at, call.gave):
+        if len(child.given) != len(child.gave):
+            return f"{child.name!r} folds examples into each other"
+        at, version, last = child.gave, child.left, repr(child.name)
+    if call.gave is None or not _same(at, call.gave, version, call.left):
         return f"something that is no module follows {last}"
     return None
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether b is a or a reshaped view of it."""
+def _same(a: Tensor | None, b: Tensor, before: int, after: int) -> bool:
+    """Whether b is a or a view of it, example by example, and nothing was written into it meanwhile."""
+    if a is None or before != after or len(a) != len(b):
+        return False
     return a is b or (
         a.numel() == b.numel() and a.data_ptr() == b.data_ptr() and a.is_contiguous() and b.is_contiguous()
     )

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from unbatch.numerics.linsys import LinearSystem
 from unbatch.plugin import Plugin
@@ -36,8 +37,20 @@ class LayerRule(Plugin, ABC):
         """A x = b that `grad_weight` imposes, given `grad_output`. Raises ValueError: the shapes are not the layer's."""
 
     def accepts(self, layer: nn.Module) -> bool:
-        """Whether the rule is for this layer, as it is configured."""
-        return isinstance(layer, self.kinds)
+        """Whether the rule is for this layer, as it is configured: of one of the kinds themselves, weights its own."""
+        return type(layer) in self.kinds and not parametrize.is_parametrized(layer)
+
+
+def shaped(tensor: Tensor, shape: tuple[int, ...], name: str, *, batch: bool = True) -> Tensor:
+    """A tensor in float64 and of that shape; with `batch` it may have a first side of 1, for the one example.
+
+    Raises ValueError: it has another shape.
+    """
+    if tuple(tensor.shape) not in ((tuple(shape), (1, *shape)) if batch else (tuple(shape),)):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; for one example of this layer it has {tuple(shape)}."
+        )
+    return tensor.detach().double().reshape(shape)
 
 
 def rule_for(layer: nn.Module) -> LayerRule | None:

@@ -170,16 +170,31 @@ def check_analysis(analysis: type[Analysis]) -> None:
 
 
 def check_layer_rule(rule: LayerRule, layer: nn.Module, x: Tensor) -> None:
-    """The true input x [1, ...] of `layer` (float64) satisfies the rule's forward and gradient equations."""
-    output = layer(x)
-    out_grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
-    weight, shape = getattr(layer, "weight", None), tuple(x.shape[1:])
-    given = () if weight is None else torch.autograd.grad(output, weight, out_grad)
+    """The true input x [1, ...] of `layer` (float64) satisfies the rule's forward and gradient equations.
+
+    Also: the products are each other's transposes, in float64, and an output of another shape is refused.
+    """
+    kind, shape, rng = type(rule), tuple(x.shape[1:]), torch.Generator().manual_seed(0)
+    output = layer(x.clone())
+    out_grad = torch.randn(output.shape, generator=rng, dtype=output.dtype)
     systems = [rule.forward_equations(layer, shape, output.detach())]
-    systems += [rule.gradient_equations(layer, shape, out_grad, grad) for grad in given]
+    if isinstance(weight := getattr(layer, "weight", None), Tensor):
+        (grad,) = torch.autograd.grad(output, weight, out_grad)
+        systems.append(rule.gradient_equations(layer, shape, out_grad, grad))
     for system in systems:
         gap = float(system.residual(x.flatten()).norm() / (1 + system.b.norm()))
-        _hold(gap < 1e-8, type(rule), f"writes equations that the true input breaks by {gap:.1e}")
+        _hold(gap < 1e-8, kind, f"writes equations that the true input breaks by {gap:.1e}")
+        _hold(system.unknowns == x.numel(), kind, f"has {system.unknowns} unknowns for {x.numel()} entries")
+        _hold(system.b.dtype == torch.float64, kind, "does not compute in float64")
+        v, u = (torch.randn(1, k, generator=rng, dtype=torch.float64) for k in (system.unknowns, system.equations))
+        one, other = (system.push(v) * u).sum(), (v * system.pull(u)).sum()
+        _hold(torch.allclose(one, other, rtol=1e-8, atol=1e-8), kind, "has a push and a pull that are no transposes")
+    try:
+        rule.forward_equations(layer, shape, torch.zeros(*output.shape[1:], 2))
+        refused = False
+    except ValueError:
+        refused = True
+    _hold(refused, kind, "takes an output of another shape")
 
 
 def demo_setting(demo: Demo) -> Setting:

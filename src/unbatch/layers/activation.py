@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
-from unbatch.layer import LayerRule
+from unbatch.layer import LayerRule, shaped
 from unbatch.numerics.linsys import LinearSystem
 
 FAR = 1e3  # an input beyond it is not looked for
 HALVINGS = 80  # of an interval of that length, to the last digit
-FLAT = 1e-12  # slope below which the output says nothing of the input in float64
-_RISES = {nn.ReLU: (0.0, FAR), nn.GELU: (0.0, FAR), nn.SiLU: (0.0, FAR), nn.Mish: (0.0, FAR), nn.ReLU6: (0.0, 6.0)}
-_RISES |= {nn.Hardtanh: (-1.0, 1.0), nn.Hardsigmoid: (-3.0, 3.0), nn.Hardswish: (0.0, FAR)}
+SURE = 1e-4  # error, relative or below 1, that the output's own rounding may have caused in an input
 
 
 @final
 class Activation(LayerRule):
     """z = s(x), entry by entry: x_j = s^-1(z_j) wherever s rises and x_j alone gives z_j.
 
-    Everywhere for leaky relu, elu, softplus, sigmoid and tanh; where z > 0 for relu, gelu, silu, mish and hardswish (a
-    negative output has two inputs, or none of its own); inside the flat parts of hardtanh, relu6 and hardsigmoid.
-    Saturated entries (slope below 1e-12) give no equation. No weight, so no gradient equations.
+    For |x| up to 1000. Everywhere for leaky relu, elu, softplus, sigmoid and tanh; where z > 0 for relu, gelu, silu, mish
+    and hardswish (a negative output has two inputs, or none of its own); between the flat parts of hardtanh, relu6 and
+    hardsigmoid. Saturated entries give no equation: those where the rounding of the output, in its own dtype, moves x by
+    more than 1e-4. No gradient equations.
     """
 
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (
         nn.ReLU,
         nn.ReLU6,
         nn.LeakyReLU,
+        nn.PReLU,
         nn.ELU,
         nn.CELU,
         nn.SELU,
@@ -37,6 +38,8 @@ class Activation(LayerRule):
         nn.SiLU,
         nn.Mish,
         nn.Softplus,
+        nn.LogSigmoid,
+        nn.Softsign,
         nn.Sigmoid,
         nn.Tanh,
         nn.Hardtanh,
@@ -44,39 +47,57 @@ class Activation(LayerRule):
         nn.Hardswish,
     )
 
+    def accepts(self, layer: nn.Module) -> bool:
+        """No leaky slope below 0, with which it falls; no softplus cut off where it still bends."""
+        if isinstance(layer, nn.LeakyReLU) and layer.negative_slope < 0:
+            return False
+        if isinstance(layer, nn.PReLU) and bool((layer.weight < 0).any()):
+            return False
+        return super().accepts(layer) and not (isinstance(layer, nn.Softplus) and layer.threshold < 20)
+
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """x_j = s^-1(z_j) for the entries of `output` z that have one input."""
-        z = output.detach().double().flatten()
-        low, high = _RISES.get(type(layer), (-FAR, FAR))
-        if isinstance(layer, nn.Hardtanh) and not isinstance(layer, nn.ReLU6):
-            low, high = float(layer.min_val), float(layer.max_val)
-        ends = _apply(layer, torch.tensor([low, high], dtype=z.dtype, device=z.device))
-        inside = ((z > ends[0]) & (z < ends[1])).nonzero()[:, 0]
-        x = _inverse(layer, z[inside], low, high)
-        slope = torch.func.vmap(torch.func.grad(lambda t: _apply(layer, t[None])[0]))(x) if len(x) else x
-        sure = slope.abs() > FLAT
-        return LinearSystem.some(inside[sure], x[sure], z.numel())
+        """x_j = s^-1(z_j) for the entries of `output` z that have one input. Raises ValueError: z is not of `shape`."""
+        z, eps = shaped(output, shape, "output"), torch.finfo(output.dtype).eps
+        s = _Elementwise(layer, z)
+        low, high = torch.full_like(z, -FAR), torch.full_like(z, FAR)
+        if isinstance(layer, _TURNS):
+            low = torch.zeros_like(z)  # below 0 it falls first, or has no slope
+        inside = (z > s(low)) & (z < s(high))
+        x = s.inverse(z, low, high)
+        sure = inside & (eps * z.abs() < SURE * s.slope(x) * x.abs().clamp_min(1.0))
+        which = sure.flatten().nonzero()[:, 0]
+        return LinearSystem.some(which, x.flatten()[which], z.numel())
 
     def gradient_equations(
         self, layer: nn.Module, shape: tuple[int, ...], grad_output: Tensor, grad_weight: Tensor
     ) -> LinearSystem:
         """None: an activation has no weight."""
-        dz = grad_output.detach().double().flatten()
-        return LinearSystem.some(torch.zeros(0, dtype=torch.long, device=dz.device), dz.new_zeros(0), dz.numel())
+        return LinearSystem.none(grad_output.numel(), grad_output)
 
 
-def _apply(layer: nn.Module, x: Tensor) -> Tensor:
-    if getattr(layer, "inplace", False):
-        x = x.clone()
-    found: Tensor = layer(x)
-    return found
+class _Elementwise:
+    """s on tensors shaped like one example, in float64 and not in place."""
+
+    def __init__(self, layer: nn.Module, like: Tensor) -> None:
+        self.layer = copy.deepcopy(layer).to(like.device, torch.float64)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x[None].clone())[0]
+        return found.detach()
+
+    def slope(self, x: Tensor) -> Tensor:
+        live = x.detach().requires_grad_()
+        with torch.enable_grad():
+            z = self.layer(live[None].clone())
+        return torch.autograd.grad(z.sum(), live)[0].abs()
+
+    def inverse(self, z: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The x between low and high with s(x) = z, halved down to rounding."""
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            short = self(middle) < z
+            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+        return (low + high) / 2
 
 
-def _inverse(layer: nn.Module, z: Tensor, low: float, high: float) -> Tensor:
-    """The x between low and high with s(x) = z: halved down to rounding."""
-    below, above = torch.full_like(z, low), torch.full_like(z, high)
-    for _ in range(HALVINGS):
-        middle = (below + above) / 2
-        short = _apply(layer, middle) < z
-        below, above = torch.where(short, middle, below), torch.where(short, above, middle)
-    return (below + above) / 2
+_TURNS = (nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish)

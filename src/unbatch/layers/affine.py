@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from unbatch.layer import LayerRule
-from unbatch.numerics.linsys import LinearSystem, affine
+from unbatch.layer import LayerRule, shaped
+from unbatch.numerics.linsys import CHUNK, LinearSystem, affine
 
 
 @final
@@ -33,72 +35,87 @@ class Affine(LayerRule):
         nn.AdaptiveAvgPool2d,
         nn.BatchNorm1d,
         nn.BatchNorm2d,
+        nn.InstanceNorm1d,
+        nn.InstanceNorm2d,
         nn.Upsample,
         nn.Flatten,
         nn.Unflatten,
         nn.Identity,
         nn.Dropout,
+        nn.Dropout1d,
         nn.Dropout2d,
+        nn.ConstantPad1d,
+        nn.ConstantPad2d,
+        nn.ReflectionPad1d,
+        nn.ReflectionPad2d,
+        nn.ReplicationPad1d,
+        nn.ReplicationPad2d,
+        nn.ZeroPad1d,
         nn.ZeroPad2d,
         nn.PixelShuffle,
     )
 
     def accepts(self, layer: nn.Module) -> bool:
-        """Batch norm and dropout in eval mode only; batch norm with statistics of its own."""
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            return not layer.training and layer.running_mean is not None
-        if isinstance(layer, nn.Dropout | nn.Dropout2d):
-            return not layer.training or layer.p == 0
-        return isinstance(layer, self.kinds)
+        """Batch and instance norm in eval mode and with statistics of their own; dropout in eval mode."""
+        norms = nn.BatchNorm1d | nn.BatchNorm2d | nn.InstanceNorm1d | nn.InstanceNorm2d
+        if isinstance(layer, norms) and (layer.training or layer.running_mean is None):
+            return False
+        if isinstance(layer, nn.Dropout | nn.Dropout1d | nn.Dropout2d) and layer.training and layer.p > 0:
+            return False
+        return super().accepts(layer)
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """A x = z - f(0) for `output` z."""
-        z = output.detach().double()
-        state = _state(layer, z)
-        expected = functional_call(layer, state, (z.new_zeros(1, *shape),)).shape
-        return affine(lambda x: functional_call(layer, state, (x,)), shape, _shaped(z, expected, "output"))
+        """A x = z - f(0) for `output` z. Raises ValueError: z, or `shape`, is not the layer's."""
+        f = _Function(layer, shape, output)
+        return affine(lambda x: f(x), shape, shaped(output, f.shape, "output"))
 
     def gradient_equations(
         self, layer: nn.Module, shape: tuple[int, ...], grad_output: Tensor, grad_weight: Tensor
     ) -> LinearSystem:
-        """(d/dW <f_W(x), dz>) = dL/dW for `grad_output` dz; a layer without a weight gives none."""
-        dz = grad_output.detach().double()
-        state = _state(layer, dz)
-        zero = dz.new_zeros(1, *shape)
-        dz = _shaped(dz, functional_call(layer, state, (zero,)).shape, "grad_output")
-        if "weight" not in state:
-            return LinearSystem.some(torch.zeros(0, dtype=torch.long, device=dz.device), dz.new_zeros(0), zero.numel())
-        W = state["weight"]
-        dW = _shaped(grad_weight.detach().double(), W.shape, "grad_weight")
+        """(d/dW <f_W(x), dz>) = dL/dW for `grad_output` dz; a layer without a weight gives none. Raises as above."""
+        f = _Function(layer, shape, grad_output)
+        dz = shaped(grad_output, f.shape, "grad_output")
+        if "weight" not in f.state:
+            return LinearSystem.none(f.zero.numel(), dz)
+        W = f.state["weight"]
+        dW = shaped(grad_weight, tuple(W.shape), "grad_weight", batch=False)
 
         def h(x: Tensor, W: Tensor) -> Tensor:
-            out: Tensor = (functional_call(layer, {**state, "weight": W}, (x[None],)) * dz).sum()
+            out: Tensor = (f(x[None], W) * dz).sum()
             return out
 
         by_weight, by_input = grad(h, argnums=1), grad(h, argnums=0)
-        offset, base = by_weight(zero[0], W), by_input(zero[0], torch.zeros_like(W))
+        offset, base = by_weight(f.zero[0], W), by_input(f.zero[0], torch.zeros_like(W))
+        chunk = max(1, CHUNK // max(f.zero.numel(), dz.numel()))
 
         def push(v: Tensor) -> Tensor:
-            found: Tensor = vmap(by_weight, in_dims=(0, None))(v.view(-1, *shape), W) - offset
+            found: Tensor = vmap(by_weight, in_dims=(0, None), chunk_size=chunk)(v.view(-1, *shape), W) - offset
             return found.flatten(1)
 
         def pull(u: Tensor) -> Tensor:
-            found: Tensor = vmap(by_input, in_dims=(None, 0))(zero[0], u.view(-1, *W.shape)) - base
+            found: Tensor = vmap(by_input, in_dims=(None, 0), chunk_size=chunk)(f.zero[0], u.view(-1, *W.shape)) - base
             return found.flatten(1)
 
-        return LinearSystem(push, pull, (dW - offset).flatten(), zero.numel())
+        return LinearSystem(push, pull, (dW - offset).flatten(), f.zero.numel())
 
 
-def _state(layer: nn.Module, like: Tensor) -> dict[str, Any]:
-    """The layer's parameters and buffers in float64."""
-    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-    return {k: t.detach().to(like) if t.is_floating_point() else t.detach() for k, t in tensors.items()}
+class _Function:
+    """f(x [k, *shape], W) of a layer in float64, without the hooks that a user may have set on it."""
 
+    def __init__(self, layer: nn.Module, shape: tuple[int, ...], like: Tensor) -> None:
+        self.layer = copy.copy(layer)
+        self.layer._forward_hooks, self.layer._forward_pre_hooks = OrderedDict(), OrderedDict()
+        self.layer._backward_hooks, self.layer._backward_pre_hooks = OrderedDict(), OrderedDict()
+        self.zero = torch.zeros(1, *shape, dtype=torch.float64, device=like.device)
+        tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+        self.state = {k: t.detach().to(self.zero) if t.is_floating_point() else t.detach() for k, t in tensors.items()}
+        try:
+            self.shape = tuple(self(self.zero).shape[1:])
+        except (RuntimeError, ValueError, IndexError) as error:
+            kind = type(layer).__name__
+            raise ValueError(f"an input of shape {tuple(shape)} does not fit this {kind}: {error}") from error
 
-def _shaped(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """A tensor of that shape, with or without the batch's side of 1."""
-    if tuple(tensor.shape) not in (tuple(shape), tuple(shape)[1:]) and tensor.shape != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; for one example of this layer it has {tuple(shape)}."
-        )
-    return tensor.reshape(shape)
+    def __call__(self, x: Tensor, W: Tensor | None = None) -> Tensor:
+        state: dict[str, Any] = self.state if W is None else {**self.state, "weight": W}
+        found: Tensor = functional_call(self.layer, state, (x,))
+        return found

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from unbatch.layer import LayerRule
+from unbatch.layer import LayerRule, shaped
 from unbatch.numerics.linsys import LinearSystem
 
 
@@ -16,7 +16,8 @@ class Norm(LayerRule):
     """z = w (x - mean) / std + b over groups of entries: x lies in the span of the normalised entries and the constants.
 
     Forward: with x^ = (z - b) / w, x - P x = 0 in every group, P the projection onto x^ and 1: two numbers a group, its
-    mean and its standard deviation, stay open. Gradient: dL/dw_j = dz_j x^_j says nothing of x that z does not.
+    mean and its standard deviation, stay open. Where w_j = 0, z does not hold x^_j, and its group gives no equation.
+    Gradient: dL/dw_j is sum_j dz_j x^_j, which z gives already elsewhere.
     Layer, group and instance norm, and batch norm in train mode on a single example. Where statistics were sent, put them
     into the layer and take it in eval mode: it is affine then.
     """
@@ -31,28 +32,21 @@ class Norm(LayerRule):
     )
 
     def accepts(self, layer: nn.Module) -> bool:
-        """Batch norm in train mode, or without statistics, only."""
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            return layer.training or layer.running_mean is None
-        return isinstance(layer, self.kinds)
+        """Not batch and instance norm in eval mode if they keep statistics: they are affine then."""
+        kept = not layer.training and getattr(layer, "running_mean", None) is not None
+        return super().accepts(layer) and not kept
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """(I - P) x = 0, group by group. Raises ValueError: an entry of the weight is 0, which hides what it scales."""
-        z = output.detach().double().reshape(shape)
-        weight, bias = (getattr(layer, name, None) for name in ("weight", "bias"))
-        if weight is not None and bool((weight == 0).any()):
-            raise ValueError("an entry of the weight is 0: the output does not hold what it scales.")
-        for tensor, undo in ((bias, torch.sub), (weight, torch.div)):
-            if tensor is not None:
-                side = tensor if isinstance(layer, nn.LayerNorm) else tensor.view(-1, *[1] * (z.ndim - 1))
-                z = undo(z, side.detach().to(z))
-        groups = _groups(layer, shape)
-        x = z.reshape(groups, -1)
+        """(I - P) x = 0, group by group. Raises ValueError: `output` is not of `shape`."""
+        z = shaped(output, shape, "output")
+        weight, bias = (_spread(layer, name, z) for name in ("weight", "bias"))
+        x = ((z - bias) / weight).nan_to_num(0.0, 0.0, 0.0).reshape(_groups(layer, shape), -1)
+        known = (weight != 0).reshape(x.shape).all(1)
         basis = torch.linalg.qr(torch.stack([x, torch.ones_like(x)], 2)).Q  # [groups, entries, 2]
 
         def apart(v: Tensor) -> Tensor:
-            rows = v.view(len(v), groups, -1, 1)
-            outside: Tensor = rows - basis @ (basis.mT @ rows)
+            rows = v.view(len(v), *x.shape, 1)
+            outside: Tensor = (rows - basis @ (basis.mT @ rows)) * known[:, None, None]
             return outside.flatten(1)
 
         return LinearSystem(apart, apart, z.new_zeros(z.numel()), z.numel())
@@ -61,8 +55,16 @@ class Norm(LayerRule):
         self, layer: nn.Module, shape: tuple[int, ...], grad_output: Tensor, grad_weight: Tensor
     ) -> LinearSystem:
         """None that the output does not give."""
-        dz = grad_output.detach().double().flatten()
-        return LinearSystem.some(torch.zeros(0, dtype=torch.long, device=dz.device), dz.new_zeros(0), dz.numel())
+        return LinearSystem.none(grad_output.numel(), grad_output)
+
+
+def _spread(layer: nn.Module, name: str, z: Tensor) -> Tensor:
+    """The layer's weight or bias beside every entry of z; 1 or 0 where it has none."""
+    own: Tensor | None = getattr(layer, name, None)
+    if own is None:
+        return torch.full_like(z, float(name == "weight"))
+    side = own if isinstance(layer, nn.LayerNorm) else own.view(-1, *[1] * (z.ndim - 1))
+    return side.detach().to(z).expand_as(z)
 
 
 def _groups(layer: nn.Module, shape: tuple[int, ...]) -> int:

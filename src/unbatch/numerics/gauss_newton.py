@@ -11,8 +11,9 @@ Residual = Callable[[Tensor, Tensor], Tensor]  # x [q, p] of problems i [q] -> r
 Pull = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same, u [q, e] -> J^T u [q, p]
 Normal = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the same -> J^T J [q, p, p], J^T r [q, p]
 
-BENT = 0.75  # longest part of a step that its second order may be
+BENT = 0.75  # of a step's length, at most twice that of its second order
 REACH = 0.1  # share of a step over which its curvature is measured
+SEEN = 100  # roundings of the residual above which a curvature is one
 
 
 def levenberg_marquardt(
@@ -69,6 +70,7 @@ def _solve(
         here, now, damp = x[live], costs[live], level[live]
         gram, downhill = normal(here, which[live])
         scale = gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-300
+        r = residual(here, which[live])
         better = torch.zeros_like(now, dtype=torch.bool)
         moved, reached = here.clone(), now.clone()
         for _ in range(tries):
@@ -76,7 +78,7 @@ def _solve(
             step = -torch.linalg.lu_solve(*factors, downhill[:, :, None])[..., 0].nan_to_num()
             straight = torch.ones_like(better)
             if pull is not None:
-                bend = _second(residual, here, step, which[live])
+                bend = _second(residual, here, r, step, which[live])
                 turn = -torch.linalg.lu_solve(*factors, pull(here, which[live], bend)[:, :, None])[..., 0] / 2
                 straight = 2 * turn.norm(dim=1) <= BENT * step.norm(dim=1)
                 step = step + turn.nan_to_num()
@@ -94,7 +96,9 @@ def _solve(
     return x, costs
 
 
-def _second(residual: Residual, x: Tensor, step: Tensor, which: Tensor) -> Tensor:
-    """The second derivative of the residuals along `step`, by a central difference."""
+def _second(residual: Residual, x: Tensor, r: Tensor, step: Tensor, which: Tensor) -> Tensor:
+    """The second derivative of the residuals r along `step`, by a central difference; 0 where it is lost in rounding."""
     ahead, behind = residual(x + REACH * step, which), residual(x - REACH * step, which)
-    return ((ahead - 2 * residual(x, which) + behind) / REACH**2).nan_to_num()
+    change = (ahead - 2 * r + behind).nan_to_num()
+    seen = change.norm(dim=1) > SEEN * torch.finfo(x.dtype).eps * r.shape[1] ** 0.5
+    return torch.where(seen[:, None], change / REACH**2, 0.0)

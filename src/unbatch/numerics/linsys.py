@@ -41,16 +41,23 @@ class LinearSystem:
         """The system of a matrix A [equations, unknowns]. Raises ValueError: the shapes do not fit."""
         if A.ndim != 2 or b.shape != A.shape[:1]:
             raise ValueError(f"A {tuple(A.shape)} and b {tuple(b.shape)} are no linear system.")
+        A, b = A.double(), b.double()
         return cls(lambda v: v @ A.T, lambda u: u @ A, b, A.shape[1])
 
     @classmethod
     def some(cls, which: Tensor, b: Tensor, unknowns: int) -> LinearSystem:
-        """x[which] = b for the numbers `which` [equations] of unknowns."""
+        """x[which] = b for the numbers `which` [equations] of the unknowns."""
 
         def pull(u: Tensor) -> Tensor:
             return u.new_zeros(len(u), unknowns).index_add_(1, which, u)
 
         return cls(lambda v: v[:, which], pull, b, unknowns)
+
+    @classmethod
+    def none(cls, unknowns: int, like: Tensor) -> LinearSystem:
+        """No equations on so many unknowns, in float64 beside the tensor `like`."""
+        nothing = torch.zeros(0, dtype=torch.float64, device=like.device)
+        return cls.some(nothing.long(), nothing, unknowns)
 
     @property
     def equations(self) -> int:
@@ -100,9 +107,12 @@ class LinearSystem:
     def solve(self) -> Solution:
         """The least-squares solution of least norm, refined until |A^T (b - A x)| stops falling.
 
-        By singular values, or by those of A^T A or A A^T where A is large (condition numbers up to 1e6 then count as full
-        rank); by LSMR (Fong and Saunders, 2011; SciPy's) where A cannot be held.
+        By singular values; by the eigenvalues of A^T A or A A^T, of side s, where A is large (what lies below
+        sqrt(2 s eps) of the largest singular value then counts as 0); by LSMR (Fong and Saunders, 2011; SciPy's) where A
+        cannot be held. Raises ValueError: b is not finite.
         """
+        if not bool(self.b.isfinite().all()):
+            raise ValueError("the right side of the equations is not finite.")
         inverse, rank, free = self._factored() if self._held() else (self._lsmr, None, None)
         x, least = self.b.new_zeros(self.unknowns), float(self.pull(self.b[None]).norm())
         for _ in range(ROUNDS):
@@ -126,23 +136,24 @@ class LinearSystem:
         if not p * q:
             return lambda b: A.new_zeros(q), 0, lambda v: v
         if p * q <= SMALL:
-            with suppress(RuntimeError):  # many equal singular values can keep LAPACK from an end
+            with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # many equal singular values can keep LAPACK from an end
                 U, S, Vh = torch.linalg.svd(A, full_matrices=False)
                 kept = S > S[0] * max(p, q) * eps
                 U, S, V = U[:, kept], S[kept], Vh[kept].T
                 return lambda b: V @ ((U.T @ b) / S), len(S), lambda v: v - (v @ V) @ V.T
         gram = A.T @ A if q <= p else A @ A.T
-        size, floor = torch.linalg.matrix_norm(gram), len(gram) * eps
+        size, floor = _largest(gram), 2 * len(gram) * eps
         if q <= p:
             above = torch.linalg.cholesky_ex(gram - floor * size * torch.eye(q).to(A)).info == 0
             if bool(above):  # every eigenvalue of A^T A lies above the shift
                 root = torch.linalg.cholesky(gram)
                 return lambda b: torch.cholesky_solve((A.T @ b)[:, None], root)[:, 0], q, torch.zeros_like
         values, vectors = torch.linalg.eigh(gram)
-        kept = values > 2 * floor * size
+        kept = values > floor * size
         values, vectors = values[kept], vectors[:, kept]
         V = vectors if q <= p else A.T @ vectors / values.sqrt()
-        return lambda b: V @ ((V.T @ (A.T @ b)) / values), len(values), lambda v: v - (v @ V) @ V.T
+        Q = V if q <= p else torch.linalg.qr(V).Q
+        return lambda b: V @ ((V.T @ (A.T @ b)) / values), len(values), lambda v: v - (v @ Q) @ Q.T
 
     def _lsmr(self, b: Tensor) -> Tensor:
         from scipy.sparse.linalg import LinearOperator, lsmr
@@ -154,6 +165,14 @@ class LinearSystem:
         A = LinearOperator(shape, matvec=product(self.push), rmatvec=product(self.pull), dtype=np.float64)
         found = lsmr(A, b.cpu().numpy(), atol=1e-15, btol=1e-15, conlim=1e15, maxiter=4 * self.unknowns)[0]
         return torch.as_tensor(found).to(b)
+
+
+def _largest(gram: Tensor) -> Tensor:
+    """The largest eigenvalue of a positive semidefinite matrix, from below to within a hundredth or so, by powers."""
+    v = torch.nn.functional.normalize(gram @ gram.sum(1), dim=0)
+    for _ in range(20):
+        v = torch.nn.functional.normalize(gram @ v, dim=0)
+    return v @ gram @ v
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,10 @@ def conv_ranks(
     the count is not within `MARGIN` of the touched pixels, about which a few equations more depend on each other, nor below
     them under padding, whose windows at the edge are no generic ones.
     Under padding `weight` is a count too, but only `both` was found right throughout.
-    Raises ValueError: the kernel is larger than the input.
+    Raises ValueError: the kernel is larger than the input, or groups do not divide the channels.
     """
+    if before % groups or after % groups:
+        raise ValueError(f"{before} and {after} channels do not fall into {groups} groups.")
     c_in, c_out = before // groups, after // groups
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     out = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(sides, padding, reach, stride, strict=True)]

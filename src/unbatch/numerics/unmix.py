@@ -102,9 +102,10 @@ def by_polish(
         if isinstance(start, Descent):
             left = start.labels(z, _no_labels(whole, classes) if y is None else y)
             tried = rest.scaled(start(rest, left, rng, partial(tick, 1 - rest.n / whole.n)))
+            spare = tried[:0]
         else:
-            tried = start(rest, rng)[: max(GUESSES, rest.n // 4)]
-            tried = placed(rest, tried, classes) if rest.ones is None else rest.scaled(tried)
+            tried, spare = rest.scaled(start(rest, rng)).tensor_split([max(GUESSES, rest.n // 4)])
+            tried = placed(rest, tried, classes) if rest.ones is None else tried
         labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
         tried, labels, _ = polish(rest, tried, labels, steps=40, gain=0.002)
         chosen = accept(rest, tried, labels, slack=slack)
@@ -114,7 +115,7 @@ def by_polish(
             reach = radius(rest, tried[chosen], labels[chosen], rng) / tried[chosen].norm(dim=1)
             chosen = chosen[reach < LOOSE]
         log.append({"start": name, "left": rest.n, "guesses": len(tried), "found": len(chosen)})
-        guesses, misses = tried @ rest.basis, misses + 1
+        guesses, misses = torch.cat([tried, spare]) @ rest.basis, misses + 1
         if len(chosen):
             misses = 0
             z = torch.cat([z, guesses[chosen]])
