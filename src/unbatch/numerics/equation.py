@@ -191,14 +191,15 @@ def polish(
     target: float = 1e-28,
     gain: float = 0.02,
     within: Tensor | None = None,
+    geodesic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Levenberg-Marquardt on the equation of every candidate: z [g, n], y, and the costs [g]."""
+    """Levenberg-Marquardt on the equation of every candidate, along the geodesic: z [g, n], y, and the costs [g]."""
     equation = Equation(mixture, z, y, within)
     x, costs = levenberg_marquardt(
         equation.residual,
         equation.normal,
         equation.start(),
-        pull=equation.pull,
+        pull=equation.pull if geodesic else None,
         steps=steps,
         damping=damping,
         target=target,

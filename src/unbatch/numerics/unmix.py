@@ -210,7 +210,7 @@ def soften(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> Tensor:
     for sharpness in SHARPNESS:
         soft = softened(whole, sharpness)
         labels = choose_labels(soft, z, classes) if whole.classes else choose_targets(soft, z)
-        z = polish(soft, z, labels, steps=4, within=basis)[0]
+        z = polish(soft, z, labels, steps=8, within=basis, geodesic=False)[0]  # the true z solves it only roughly
     return z
 
 
