@@ -84,3 +84,13 @@ def test_where_counting_is_not_known_to_do() -> None:
     )  # 147 by count, 150 touched, 146 in truth
     with pytest.raises(ValueError, match="does not fit"):
         conv_ranks(3, 2, (2, 5), (4, 4), **kw)
+
+
+@pytest.mark.slow
+def test_the_second_layer_of_a_published_network_by_its_matrix() -> None:
+    layer = nn.Conv2d(12, 20, 3, stride=2, padding=1, bias=False).double()  # R-GAP's narrow six-layer network
+    assert conv_ranks(12, 20, (17, 17), (3, 3), stride=(2, 2), dilation=(1, 1), padding=(1, 1)) is None
+    weight, gradient, both = measured(layer, (12, 17, 17), 0)
+    print(f"rank W {weight}, K {gradient}, [W; K] {both} of 3468: {round(5 / 6 * (both - 3468))} of c(M)")
+    assert (gradient, both) == (1968, 3188)
+    assert round(5 / 6 * (both - 3468)) == -233

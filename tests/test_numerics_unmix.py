@@ -313,3 +313,19 @@ def test_two_classes_whose_deltas_are_parallel_are_told_apart(activation: str) -
     p = Problem(activation, k=2, n=8, m=200)
     assert 0 < int(p.y.sum()) < 8
     assert torch.equal(choose_labels(p.mixture, p.near(0.05), torch.arange(2)), p.y)
+
+
+def test_guesses_beyond_those_polished_are_kept_where_nothing_is_found() -> None:
+    p = Problem()
+    many = lambda mixture, rng: torch.randn(100, mixture.n, generator=rng, dtype=torch.float64)  # noqa: E731
+    found = unmix(p.mixture, [("random", many)], torch.Generator().manual_seed(0), attempts=1, slack=0.0)
+    assert len(found.z) == 0
+    assert found.guesses.shape == (100, 6)
+    assert found.log[0]["guesses"] == 64
+
+
+def test_nothing_to_isolate() -> None:
+    p = Problem("relu")
+    q, share = isolate(p.mixture, p.z[:0])
+    assert q.shape == (0, 6)
+    assert share.shape == (0,)

@@ -71,7 +71,7 @@ class Activation(LayerRule):
     def gradient_equations(
         self, layer: nn.Module, shape: tuple[int, ...], grad_output: Tensor, grad_weight: Tensor
     ) -> LinearSystem:
-        """None: an activation has no weight."""
+        """None: only prelu has a weight, and its gradient says nothing that z does not."""
         return LinearSystem.none(grad_output.numel(), grad_output)
 
 

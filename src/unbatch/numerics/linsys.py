@@ -76,11 +76,6 @@ class LinearSystem:
         push = lambda v: torch.cat([self.push(v), other.push(v)], 1)  # noqa: E731
         return _Stacked(push, pull, both, self.unknowns, self, other)
 
-    def __mul__(self, factor: float) -> LinearSystem:
-        """The same equations times a number: how much they count beside others."""
-        push, pull = self.push, self.pull
-        return LinearSystem(lambda v: factor * push(v), lambda u: factor * pull(u), factor * self.b, self.unknowns)
-
     def matrix(self) -> Tensor:
         """A [equations, unknowns]. Raises ValueError: it would be too large."""
         if self.equations * self.unknowns > ENTRIES:

@@ -151,7 +151,7 @@ def by_signs(
     """
     n = whole.n
     need, zeros = _needed(whole), layered(whole, rng)
-    need += max((0.5 if zeros else 1.0) - need, 0.0) / 4
+    need += max((0.5 if zeros else 1.0) - need, 0.0) / 4  # towards an example's share: mixtures lie just above chance
     Q, Z = whole.U.new_zeros(0, n), whole.U.new_zeros(0, n)  # dual vectors found, and the guesses that led to them
     log: list[dict[str, object]] = []
     misses, settles, settled = 0, 0, False
