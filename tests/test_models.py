@@ -14,8 +14,9 @@ from torch.func import functional_call
 
 from unbatch import models
 from unbatch.models import build
+from unbatch.published import NETWORKS, PublishedName
 
-NAMES = get_args(models.Name)
+NAMES = [name for name in get_args(models.Name) if name not in NETWORKS]
 ACTIVATIONS = get_args(models.ActivationName)
 
 
@@ -35,6 +36,31 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_every_name_has_a_model_and_every_activation_a_module() -> None:
     assert set(NAMES) == set(models._MODELS)
     assert set(ACTIVATIONS) == set(models.ACTIVATIONS)
+
+
+def test_every_published_network_has_a_name() -> None:
+    assert set(get_args(PublishedName)) == set(NETWORKS)
+    assert set(NETWORKS) < set(get_args(models.Name))
+
+
+@pytest.mark.parametrize(
+    ("name", "features"), [("cnn2-c1", 5400), ("cnn2-c2", 1350), ("cnn3-c4", 4704), ("cnn4-c1", 363)]
+)
+def test_published_networks_have_the_published_features(name: str, features: int) -> None:
+    model = build(name, (3, 32, 32), 10, bias=False, rng=rng())
+    assert [type(m) for m in model][1] is nn.Tanh
+    assert model.head.in_features == features
+    assert model.head.bias is not None
+    assert model.conv1.bias is None
+    assert type(build(name, (3, 32, 32), 10, activation="relu", rng=rng())[1]) is nn.ReLU
+
+
+def test_the_six_layer_network_of_r_gap() -> None:
+    model = build("cnn6", (3, 32, 32), 10, rng=rng())
+    assert model.head.in_features == 3200
+    assert model[1].negative_slope == 0.2
+    with pytest.raises(ValueError, match="cnn4-c2 cannot convolve pictures of 8x8"):
+        build("cnn4-c2", (3, 8, 8), 10, rng=rng())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -110,7 +110,10 @@ class Case(Plugin, ABC):
         int, Field(gt=0, description="hidden layers of an mlp, blocks of a convnet or of a resnet's stage")
     ] = 1
     width: Annotated[int, Field(gt=0, description="hidden units of an mlp, first channels of a convnet or resnet")] = 64
-    activation: Annotated[models.ActivationName, Field(description="between layers")] = "relu"
+    activation: Annotated[
+        models.ActivationName | None,
+        Field(description="between layers; none takes the model's own, relu unless published"),
+    ] = None
     bias: Annotated[bool, Field(description="layers with a bias")] = True
     loss: Annotated[
         Literal["cross-entropy", "binary-cross-entropy", "squared-error"], Field(description="training loss")

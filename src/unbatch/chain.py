@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,6 +78,13 @@ def chain(model: nn.Module, input_shape: tuple[int, ...], mode: Literal["train",
             if {id(p) for p in link.module.parameters()} & {id(p) for p in other.module.parameters()}:
                 raise ValueError(f"{other.name!r} and {link.name!r} share a weight: its gradient is a sum over both.")
     return links
+
+
+def follow(links: Sequence[Link], x: Tensor) -> Tensor:
+    """The output [n, ...] of the links one after the other, for inputs x [n, *links[0].before]; x, if there are none."""
+    for link in links:
+        x = link.module(x.reshape(len(x), *link.before))
+    return x
 
 
 def _children(module: nn.Module, calls: dict[nn.Module, _Call]) -> list[_Call]:

@@ -36,6 +36,10 @@ class LayerRule(Plugin, ABC):
     ) -> LinearSystem:
         """A x = b that `grad_weight` imposes, given `grad_output`. Raises ValueError: the shapes are not the layer's."""
 
+    @abstractmethod
+    def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
+        """dL/dx [*shape], given the output and the gradient with respect to it. Raises ValueError: they do not tell it."""
+
     def accepts(self, layer: nn.Module) -> bool:
         """Whether the rule is for this layer, as it is configured: of one of the kinds themselves, weights its own."""
         return type(layer) in self.kinds and not parametrize.is_parametrized(layer)

@@ -11,7 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Name = Literal["mlp", "lenet", "convnet", "resnet-small"]
+from unbatch import published
+from unbatch.published import PublishedName
+
+Name = Literal["mlp", "lenet", "convnet", "resnet-small", PublishedName]
 ActivationName = Literal["relu", "leaky-relu", "elu", "gelu", "silu", "softplus", "tanh", "sigmoid", "identity"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -36,24 +39,29 @@ def build(
     *,
     depth: int = 1,
     width: int = 64,
-    activation: ActivationName = "relu",
+    activation: ActivationName | None = None,
     bias: bool = True,
     rng: torch.Generator,
 ) -> nn.Module:
     """The model of that name for inputs [n, *input_shape] and outputs [n, outputs], in training mode on the CPU.
 
-    `depth` and `width` mean what the model's own function says. Every weight and bias is uniform in +-1/sqrt(fan_in),
-    which is what nn.Linear and nn.Conv2d draw, but from `rng`; batch norm starts as the identity.
+    `depth` and `width` mean what the model's own function says. No activation takes the model's own, relu unless it is a
+    published network with another; those have a head with a bias in any case. Every weight and bias is uniform in
+    +-1/sqrt(fan_in), which is what nn.Linear and nn.Conv2d draw, but from `rng`; batch norm starts as the identity.
     Raises ValueError: unknown name or activation, or a model that cannot take such inputs.
     """
-    if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(_MODELS)}.")
-    if activation not in ACTIVATIONS:
+    if name not in (*_MODELS, *published.NETWORKS):
+        raise ValueError(f"unknown model {name!r}; known: {', '.join((*_MODELS, *published.NETWORKS))}.")
+    if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}.")
     if name != "mlp" and len(input_shape) != 3:
         raise ValueError(f"{name} convolves pictures [c, h, w], not inputs of shape {input_shape}; use model=mlp.")
     with torch.device("meta"):  # no tensor is filled here, so torch's global generator is not read
-        model = _MODELS[name](input_shape, outputs, depth, width, ACTIVATIONS[activation], bias)
+        act = None if activation is None else ACTIVATIONS[activation]
+        if name in published.NETWORKS:
+            model = _published(name, input_shape, outputs, act, bias)
+        else:
+            model = _MODELS[name](input_shape, outputs, depth, width, act or nn.ReLU, bias)
     return initialise(model.to_empty(device="cpu"), rng)
 
 
@@ -154,6 +162,15 @@ class Residual(nn.Module):
         inner = self.act1(self.norm1(self.conv1(x)))
         out: Tensor = self.act2(self.norm2(self.conv2(inner)) + self.shortcut(x))
         return out
+
+
+def _published(name: str, shape: _Shape, outputs: int, act: type[nn.Module] | None, bias: bool) -> nn.Module:
+    layers = published.layers(name, shape[0], act, bias)
+    try:
+        size = _size(layers, shape)
+    except RuntimeError as error:
+        raise ValueError(f"{name} cannot convolve pictures of {shape[1]}x{shape[2]}: {error}") from error
+    return _stack([*layers, nn.Linear(size, outputs)])
 
 
 _KINDS = {nn.Conv2d: "conv", nn.Linear: "dense", nn.BatchNorm2d: "norm", Residual: "block"}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -181,6 +181,12 @@ def check_layer_rule(rule: LayerRule, layer: nn.Module, x: Tensor) -> None:
     if isinstance(weight := getattr(layer, "weight", None), Tensor):
         (grad,) = torch.autograd.grad(output, weight, out_grad)
         systems.append(rule.gradient_equations(layer, shape, out_grad, grad))
+    live = x.clone().requires_grad_()
+    (input_grad,) = torch.autograd.grad(layer(live.clone()), live, out_grad)
+    with suppress(ValueError):  # where the output does not tell it
+        found = rule.grad_input(layer, shape, output.detach(), out_grad)
+        close = torch.allclose(found, input_grad[0], rtol=1e-6, atol=1e-8)
+        _hold(close, kind, "gives another gradient of its input than autograd")
     for system in systems:
         gap = float(system.residual(x.flatten()).norm() / (1 + system.b.norm()))
         _hold(gap < 1e-8, kind, f"writes equations that the true input breaks by {gap:.1e}")

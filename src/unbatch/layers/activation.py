@@ -57,22 +57,49 @@ class Activation(LayerRule):
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
         """x_j = s^-1(z_j) for the entries of `output` z that have one input. Raises ValueError: z is not of `shape`."""
-        z, eps = shaped(output, shape, "output"), torch.finfo(output.dtype).eps
-        s = _Elementwise(layer, z)
-        low, high = torch.full_like(z, -FAR), torch.full_like(z, FAR)
-        if isinstance(layer, _TURNS):
-            low = torch.zeros_like(z)  # below 0 it falls first, or has no slope
-        inside = (z > s(low)) & (z < s(high))
-        x = s.inverse(z, low, high)
-        sure = inside & (eps * z.abs() < SURE * s.slope(x) * x.abs().clamp_min(1.0))
+        x, sure, _ = _inverted(layer, shape, output)
         which = sure.flatten().nonzero()[:, 0]
-        return LinearSystem.some(which, x.flatten()[which], z.numel())
+        return LinearSystem.some(which, x.flatten()[which], x.numel())
 
     def gradient_equations(
         self, layer: nn.Module, shape: tuple[int, ...], grad_output: Tensor, grad_weight: Tensor
     ) -> LinearSystem:
         """None: only prelu has a weight, and its gradient says nothing that z does not."""
         return LinearSystem.none(grad_output.numel(), grad_output)
+
+    def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
+        """dz s'(s^-1(z)), and 0 where s is flat.
+
+        Raises ValueError: an entry of `output` with a gradient has two inputs, of different slopes.
+        """
+        _, sure, slope = _inverted(layer, shape, output)
+        dz = shaped(grad_output, shape, "grad_output")
+        if isinstance(layer, _TURNS) and bool((~sure & (dz != 0)).any()):
+            raise ValueError(
+                f"{int((~sure).sum()):,} of {dz.numel():,} outputs are below 0, where the activation falls and rises: they "
+                "have two inputs."
+            )
+        return dz * slope * sure
+
+
+def _inverted(layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x = s^-1(z), where it is sure, and s'(x), each [*shape].
+
+    Outputs that were computed stray from those that s can give: nothing within three times the farthest is told from an
+    end of its range.
+    """
+    z, eps = shaped(output, shape, "output"), torch.finfo(output.dtype).eps
+    s = _Elementwise(layer, z)
+    low, high = torch.full_like(z, -FAR), torch.full_like(z, FAR)
+    if isinstance(layer, _TURNS):
+        low = torch.zeros_like(z)  # below 0 it falls first, or has no slope
+        stray = z.new_zeros(())
+    else:
+        stray = 3 * torch.maximum(s(low) - z, z - s(high)).clamp_min(0).max()
+    inside = (z > s(low) + stray) & (z < s(high) - stray)
+    x = s.inverse(z, low, high)
+    slope = s.slope(x)
+    return x, inside & (eps * z.abs() < SURE * slope * x.abs().clamp_min(1.0)), slope
 
 
 class _Elementwise:

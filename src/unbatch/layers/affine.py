@@ -96,7 +96,12 @@ class Affine(LayerRule):
             found: Tensor = vmap(by_input, in_dims=(None, 0), chunk_size=chunk)(f.zero[0], u.view(-1, *W.shape)) - base
             return found.flatten(1)
 
-        return LinearSystem(push, pull, (dW - offset).flatten(), f.zero.numel())
+        one = isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1  # each channel has its own part of dL/dW
+        return LinearSystem(push, pull, (dW - offset).flatten(), f.zero.numel(), shape[0] if one else 1)
+
+    def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
+        """A^T dz. Raises ValueError: `grad_output` is not the layer's."""
+        return self.forward_equations(layer, shape, grad_output).pull(grad_output.double().reshape(1, -1)).view(shape)
 
 
 class _Function:

@@ -43,3 +43,10 @@ class MaxPool(LayerRule):
     ) -> LinearSystem:
         """None: a pooling has no weight."""
         return LinearSystem.none(int(torch.Size(shape).numel()), grad_output)
+
+    def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
+        """dz at the entries that are read. Raises ValueError: a window has several, and which is the largest is open."""
+        read = self.forward_equations(layer, shape, grad_output)
+        if read.equations < grad_output.numel():
+            raise ValueError("which entry of a window was the largest cannot be read off its output.")
+        return read.pull(read.b[None]).view(shape)

@@ -57,6 +57,10 @@ class Norm(LayerRule):
         """None that the output does not give."""
         return LinearSystem.none(grad_output.numel(), grad_output)
 
+    def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
+        """Raises ValueError: dL/dx is divided by the standard deviation, which the output does not hold."""
+        raise ValueError("its output does not hold the standard deviation by which its gradient was divided.")
+
 
 def _spread(layer: nn.Module, name: str, z: Tensor) -> Tensor:
     """The layer's weight or bias beside every entry of z; 1 or 0 where it has none."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,23 @@ class Solution:
 
     x: Tensor  # [unknowns] least squares, of least norm
     rank: int | None  # of A; None where it was solved by iteration alone
-    free: Apply | None  # v [k, unknowns] -> the part of it that A does not see
+    rows: (
+        Tensor | None
+    )  # [rank, unknowns] orthonormal basis of A's rows, where A is deficient and `null` is not the smaller
+    null: Tensor | None  # [unknowns - rank, unknowns] of its null space
+    inverse: Apply  # r [equations] -> the x of least norm with the least |A x - r|
+
+    def free(self, v: Tensor) -> Tensor:
+        """The part of v [k, unknowns] that A does not see. Raises ValueError: A's rank is not known."""
+        if self.rank is None:
+            raise ValueError("the system was solved by iteration, so its null space is not known.")
+        if self.null is not None:
+            return (v @ self.null.T) @ self.null
+        return torch.zeros_like(v) if self.rows is None else v - (v @ self.rows.T) @ self.rows
+
+    def seen(self, v: Tensor) -> Tensor:
+        """What A sees of v [k, unknowns], as coordinates [k, ...] of the same length. Raises ValueError: as `free`."""
+        return v - self.free(v) if self.rows is None else v @ self.rows.T
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,7 @@ class LinearSystem:
     pull: Apply  # u [k, equations] -> A^T u [k, unknowns]
     b: Tensor  # [equations]
     unknowns: int
+    alike: int = 1  # so many groups of unknowns in a row, with equations of their own and the same coefficients
 
     @classmethod
     def of(cls, A: Tensor, b: Tensor) -> LinearSystem:
@@ -52,6 +69,34 @@ class LinearSystem:
             return u.new_zeros(len(u), unknowns).index_add_(1, which, u)
 
         return cls(lambda v: v[:, which], pull, b, unknowns)
+
+    @classmethod
+    def beside(cls, systems: Sequence[LinearSystem]) -> LinearSystem:
+        """Systems on unknowns of their own, one after the other."""
+        if len(systems) == 1:
+            return systems[0]
+        unknowns, equations = [s.unknowns for s in systems], [s.equations for s in systems]
+
+        def push(v: Tensor) -> Tensor:
+            return torch.cat([s.push(part) for s, part in zip(systems, torch.split(v, unknowns, 1), strict=True)], 1)
+
+        def pull(u: Tensor) -> Tensor:
+            return torch.cat([s.pull(part) for s, part in zip(systems, torch.split(u, equations, 1), strict=True)], 1)
+
+        return cls(push, pull, torch.cat([s.b for s in systems]), sum(unknowns))
+
+    @classmethod
+    def summed(cls, systems: Sequence[LinearSystem], b: Tensor) -> LinearSystem:
+        """sum_i A_i x_i = b, the x_i [unknowns] one after the other; their own right sides are not read."""
+        if len(systems) == 1:
+            return replace(systems[0], b=b)
+        unknowns = [s.unknowns for s in systems]
+
+        def push(v: Tensor) -> Tensor:
+            parts = [s.push(part) for s, part in zip(systems, torch.split(v, unknowns, 1), strict=True)]
+            return torch.stack(parts).sum(0)
+
+        return cls(push, lambda u: torch.cat([s.pull(u) for s in systems], 1), b, sum(unknowns))
 
     @classmethod
     def none(cls, unknowns: int, like: Tensor) -> LinearSystem:
@@ -74,7 +119,31 @@ class LinearSystem:
 
         both = torch.cat([self.b, other.b])
         push = lambda v: torch.cat([self.push(v), other.push(v)], 1)  # noqa: E731
-        return _Stacked(push, pull, both, self.unknowns, self, other)
+        return _Stacked(push, pull, both, self.unknowns, upper=self, lower=other)
+
+    def __mul__(self, factor: float) -> LinearSystem:
+        """The same equations, each times `factor`: what weighs in least squares, not what is solved."""
+        return LinearSystem(
+            lambda v: factor * self.push(v),
+            lambda u: factor * self.pull(u),
+            factor * self.b,
+            self.unknowns,
+            self.alike,
+        )
+
+    def through(self, f: LinearSystem) -> LinearSystem:
+        """The equations on y = F x + c as equations on x; `f` holds y to 0: F x = -c. Raises ValueError: y does not fit."""
+        if self.unknowns != f.equations:
+            raise ValueError(f"equations on {self.unknowns} unknowns do not fit the {f.equations} outputs.")
+        b = self.b + self.push(f.b[None])[0]
+        return LinearSystem(lambda v: self.push(f.push(v)), lambda u: f.pull(self.pull(u)), b, f.unknowns)
+
+    @property
+    def size(self) -> float:
+        """The root mean square of A v over the equations, for one v of independent signs: how heavy they are."""
+        rng = torch.Generator().manual_seed(0)
+        signs = 2.0 * torch.randint(2, (1, self.unknowns), generator=rng).to(self.b) - 1
+        return float(self.push(signs).square().mean().sqrt()) if self.equations else 0.0
 
     def matrix(self) -> Tensor:
         """A [equations, unknowns]. Raises ValueError: it would be too large."""
@@ -86,6 +155,18 @@ class LinearSystem:
         if self.unknowns <= self.equations:
             return torch.cat([self.push(part) for part in parts] or [eye.new_zeros(0, self.equations)]).T
         return torch.cat([self.pull(part) for part in parts] or [eye.new_zeros(0, self.unknowns)])
+
+    def gram(self) -> Tensor:
+        """A^T A [unknowns, unknowns], by products alone. Raises ValueError: it would be too large."""
+        if self.unknowns**2 > ENTRIES:
+            raise ValueError(f"a matrix of {self.unknowns} x {self.unknowns} is not held; use the products.")
+        part = self.unknowns // self.alike
+        eye = torch.eye(part, self.unknowns, dtype=self.b.dtype, device=self.b.device)
+        rows = torch.split(eye, max(1, CHUNK // max(self.equations, self.unknowns, 1)))
+        block = torch.cat([self.pull(self.push(row))[:, :part] for row in rows] or [eye])
+        whole = eye.new_zeros(self.alike, part, self.alike, part)
+        whole.diagonal(dim1=0, dim2=2).copy_(((block + block.T) / 2)[..., None])
+        return whole.view(self.unknowns, self.unknowns)
 
     def rank(self) -> int:
         """The numerical rank of A. Raises ValueError: A is too large to be held."""
@@ -108,7 +189,7 @@ class LinearSystem:
         """
         if not bool(self.b.isfinite().all()):
             raise ValueError("the right side of the equations is not finite.")
-        inverse, rank, free = self._factored() if self._held() else (self._lsmr, None, None)
+        inverse, rank, rows, null = self._factored() if self._held() else (self._lsmr, None, None, None)
         x, least = self.b.new_zeros(self.unknowns), float(self.pull(self.b[None]).norm())
         for _ in range(ROUNDS):
             tried = x + inverse(self.residual(x))
@@ -118,37 +199,48 @@ class LinearSystem:
             if not left < least / 2:
                 break
             least = left
-        return Solution(x, rank, free)
+        return Solution(x, rank, rows, null, inverse)
 
     def _held(self) -> bool:
-        return self.equations * self.unknowns <= ENTRIES
+        return min(self.equations, self.unknowns) ** 2 <= ENTRIES
 
-    def _factored(self) -> tuple[Apply, int, Apply]:
-        """The pseudo-inverse b [equations] -> x, the rank, and v [k, unknowns] -> its part in the null space."""
-        A = self.matrix()
-        p, q = A.shape
-        eps = torch.finfo(A.dtype).eps
+    def _factored(self) -> tuple[Apply, int, Tensor | None, Tensor | None]:
+        """The pseudo-inverse b [equations] -> x, the rank, and where that is deficient a basis of rows or null space."""
+        p, q = self.equations, self.unknowns
+        eps = torch.finfo(self.b.dtype).eps
         if not p * q:
-            return lambda b: A.new_zeros(q), 0, lambda v: v
+            return lambda b: b.new_zeros(q), 0, self.b.new_zeros(0, q), None
         if p * q <= SMALL:
+            A = self.matrix()
             with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # many equal singular values can keep LAPACK from an end
                 U, S, Vh = torch.linalg.svd(A, full_matrices=False)
                 kept = S > S[0] * max(p, q) * eps
                 U, S, V = U[:, kept], S[kept], Vh[kept].T
-                return lambda b: V @ ((U.T @ b) / S), len(S), lambda v: v - (v @ V) @ V.T
-        gram = A.T @ A if q <= p else A @ A.T
+                return lambda b: V @ ((U.T @ b) / S), len(S), None if len(S) == q else V.T, None
+        gram = self.gram() if q <= p else self.transposed.gram()
         size, floor = _largest(gram), 2 * len(gram) * eps
         if q <= p:
-            above = torch.linalg.cholesky_ex(gram - floor * size * torch.eye(q).to(A)).info == 0
+            above = torch.linalg.cholesky_ex(gram - floor * size * torch.eye(q).to(gram)).info == 0
             if bool(above):  # every eigenvalue of A^T A lies above the shift
                 root = torch.linalg.cholesky(gram)
-                return lambda b: torch.cholesky_solve((A.T @ b)[:, None], root)[:, 0], q, torch.zeros_like
+                return lambda b: torch.cholesky_solve(self.pull(b[None]).T, root)[:, 0], q, None, None
         values, vectors = torch.linalg.eigh(gram)
         kept = values > floor * size
-        values, vectors = values[kept], vectors[:, kept]
-        V = vectors if q <= p else A.T @ vectors / values.sqrt()
-        Q = V if q <= p else torch.linalg.qr(V).Q
-        return lambda b: V @ ((V.T @ (A.T @ b)) / values), len(values), lambda v: v - (v @ Q) @ Q.T
+        values, others, vectors = values[kept], vectors[:, ~kept], vectors[:, kept]
+        V = vectors if q <= p else self.pull(vectors.T).T / values.sqrt()
+
+        def inverse(b: Tensor) -> Tensor:
+            found: Tensor = V @ ((self.pull(b[None])[0] @ V) / values)
+            return found
+
+        if q <= p and others.shape[1] < len(values):
+            return inverse, len(values), None, others.T if len(values) < q else None
+        return inverse, len(values), None if len(values) == q else torch.linalg.qr(V).Q.T, None
+
+    @property
+    def transposed(self) -> LinearSystem:
+        """A^T, with nothing on its right side."""
+        return LinearSystem(self.pull, self.push, self.b.new_zeros(self.unknowns), self.equations)
 
     def _lsmr(self, b: Tensor) -> Tensor:
         from scipy.sparse.linalg import LinearOperator, lsmr
@@ -174,13 +266,14 @@ def _largest(gram: Tensor) -> Tensor:
 class _Stacked(LinearSystem):
     """Two systems, each with its own shorter way to its matrix."""
 
-    upper: LinearSystem
-    lower: LinearSystem
+    upper: LinearSystem = field(kw_only=True)
+    lower: LinearSystem = field(kw_only=True)
 
     def matrix(self) -> Tensor:
-        if not self._held():
-            return super().matrix()  # which says so
         return torch.cat([self.upper.matrix(), self.lower.matrix()])
+
+    def gram(self) -> Tensor:
+        return self.upper.gram() + self.lower.gram()
 
 
 def affine(f: Apply, shape: tuple[int, ...], output: Tensor) -> LinearSystem:

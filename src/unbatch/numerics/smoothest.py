@@ -1,0 +1,150 @@
+"""Smoothest: of all pictures that satisfy given equations, the one whose light and colours vary least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import jacrev
+
+Apply = Callable[[Tensor], Tensor]
+Tick = Callable[[float], bool]
+Shape = tuple[int, int, int]  # channels, height, width
+Box = tuple[float, float]
+
+COLOURS = (1.0, 4.0, 6.0)  # weights of light, red - blue and red - 2 green + blue
+SLOPE = 0.6  # weight of first differences beside second ones
+PENALTY, LOOSE, TIGHT = 1000.0, 10.0, 300.0  # on copies: of the differences; of the picture, at first and at last
+OVER, STAGES, CHUNK = 1.6, 20, 128  # over-relaxation; rounds between two penalties; equations differentiated at once
+FLOORS = 0.1, 2e-6  # of the singular values that count, relative: at first and at last
+NEAR, SHORTEST, STILL = 1e-3, 0.05, 1e-3  # least level, of |f| at mid-grey; share of a step; last step, of the box
+
+
+class Variation:
+    """V(x) = sum over pixels and colours c of w_c (|H x_c| + SLOPE |grad x_c|), for pictures x [d] of `shape`.
+
+    H: second differences xx, yy and sqrt(2) xy, mirrored at the edges; x_c: for three channels light and two differences
+    of colour, else a channel. Source: Lysaker, Lundervold and Tai, IEEE Trans. Image Processing 12, 2003 (second order);
+    Condat and Mosaddegh, ICIP 2012 (light and colour apart).
+    """
+
+    def __init__(self, shape: Shape, like: Tensor) -> None:
+        c, h, w = self.shape = shape
+        self.colours = (_cosines(3) if c == 3 else torch.eye(c)).to(like)
+        self.rows, self.columns = _cosines(h).to(like), _cosines(w).to(like)
+        self.down, self.across = (torch.diff(torch.eye(k), dim=0, append=torch.eye(k)[-1:]).to(like) for k in (h, w))
+        curves = [2 - 2 * torch.cos(math.pi * torch.arange(k, dtype=torch.float64) / k) for k in (h, w)]
+        total = curves[0][:, None] + curves[1]
+        self.spectrum = (total.square() / 64 + total / 8).to(like)  # [h, w] of D^T D
+        weights = torch.tensor(COLOURS if c == 3 else (1.0,) * c, dtype=torch.float64)
+        self.weights = torch.stack([8 * weights, 8**0.5 * SLOPE * weights])[..., None, None].to(like)  # [2, c, 1, 1]
+
+    def push(self, x: Tensor) -> Tensor:
+        """D x [5, c, h, w]: second differences / 8 and first / sqrt(8) of every colour, so that |D| is about 1."""
+        z = torch.einsum("oc,chw->ohw", self.colours, x.view(self.shape))
+        right, below = z @ self.across.T, self.down @ z
+        bends = right @ self.across, self.down.T @ below, 2**0.5 * self.down @ right
+        return torch.stack([*bends, 8**0.5 * right, 8**0.5 * below]) / 8
+
+    def solve(self, u: Tensor, y: Tensor, rest: float) -> Tensor:
+        """(PENALTY D^T D + rest)^-1 (PENALTY D^T u + y) [d], by cosine transforms."""
+        right = u[0] @ self.across.T + 2**0.5 * self.down.T @ u[2] + 8**0.5 * u[3]
+        back = right @ self.across + self.down.T @ (self.down @ u[1] + 8**0.5 * u[4])
+        z = PENALTY / 8 * back + torch.einsum("oc,chw->ohw", self.colours, y.view(self.shape))
+        z = self.rows.T @ ((self.rows @ z @ self.columns.T) / (PENALTY * self.spectrum + rest)) @ self.columns
+        return torch.einsum("oc,ohw->chw", self.colours, z).flatten()
+
+    def shrink(self, u: Tensor) -> Tensor:
+        """argmin over s [5, c, h, w] of V + PENALTY |s - u|^2 / 2, V taken of the differences s."""
+        scale = (1 - self.weights / PENALTY / _lengths(u).clamp_min(1e-300)).clamp_min(0)
+        return u * scale[[0, 0, 0, 1, 1]]
+
+    def __call__(self, x: Tensor) -> float:
+        return float((self.weights * _lengths(self.push(x))).sum())
+
+
+def smoothest(
+    x: Tensor, free: Apply, shape: Shape, box: Box = (0.0, 1.0), *, rounds: int = 160, tick: Tick = lambda share: True
+) -> Tensor:
+    """argmin V over x + null space of A within the box: [d], a solution of A x = b as exact as x [d] is.
+
+    `free` takes v [k, d] to its part in the null space (`Solution.free`). The box holds to about 1e-3 of its width after
+    160 rounds. By alternating directions (Boyd et al., Foundations and Trends in Machine Learning 3, 2011) on copies of
+    D x, of x in the box and of x on the equations. Raises ValueError: x does not fit the shape, or no such box.
+    """
+    variation, low, unit = Variation(shape, x), box[0], box[1] - box[0]
+    if x.shape != (math.prod(shape),) or not bool(x.isfinite().all()) or not 0 < unit < math.inf:
+        raise ValueError(f"x {tuple(x.shape)}, shape {shape}, box {box}: give c * h * w finite numbers and low < high.")
+    known = (x - low) / unit
+    copies = known.expand(2, -1)  # [2, d]: one for the box, one for the equations
+    u = variation.push(copies[1])
+    missed, left, rest = torch.zeros_like(u), torch.zeros_like(copies), LOOSE
+    for i in range(rounds):
+        if i % STAGES == 0:
+            if not tick(i / rounds):
+                break
+            tighter = LOOSE * (TIGHT / LOOSE) ** min(1.0, i / (0.6 * rounds))
+            left, rest = left * (rest / tighter), tighter
+        y = variation.solve(u - missed, rest * (copies - left).sum(0), 2 * rest)
+        missed, left = missed + OVER * variation.push(y) + (1 - OVER) * u, left + OVER * y + (1 - OVER) * copies
+        u, copies = variation.shrink(missed), torch.cat([left[:1].clamp(0, 1), known + free(left[1:] - known)])
+        missed, left = missed - u, left - copies
+    return low + unit * copies[1]
+
+
+def smoothest_root(
+    f: Apply, start: Tensor, shape: Shape, box: Box = (0.0, 1.0), *, steps: int = 20, tick: Tick = lambda share: True
+) -> Tensor:
+    """A local minimum [d] of V over f(x) = 0 in the box, from `start` [d]; f: x [d] -> [e] has derivatives by torch.
+
+    A step is the smoothest x' with J x' = J x - f(x), halved while |f| grows above a falling level; equations of singular
+    values below a floor that falls with |f| wait, or they would fit the error of linearising. Gauss-Newton steps of least
+    norm end it: equations go before the box. Source: Nocedal and Wright, Numerical Optimization, 2006, ch. 18.
+    Raises ValueError: as `smoothest`, or f is not finite at the start.
+    """
+    x, floor, size = start, FLOORS[0], float(f(start).norm())
+    grey = max(size, float(f(torch.full_like(start, sum(box) / 2)).norm()), 1e-300)
+    if not math.isfinite(size):
+        raise ValueError("f is not finite at the start; begin from another picture.")
+    for i in range(steps):
+        if not tick(i / steps):
+            break
+        step, free = _least(f, x, floor)
+        move, share = smoothest(x + step, free, shape, box, rounds=80) - x, 1.0
+        most = max(size, grey * max(NEAR, 3.0**-i))
+        while not (left := float(f(x + share * move).norm())) <= most and share > SHORTEST:
+            share /= 2
+        if not math.isfinite(left):
+            break
+        x, size = x + share * move, left
+        if size <= NEAR * grey and float(move.abs().max()) < STILL * (box[1] - box[0]):
+            break
+        floor = max(FLOORS[1], min(floor / 3, 0.3 * size / grey)) if share == 1 else floor
+    while (left := float(f(tried := x + _least(f, x, FLOORS[1])[0]).norm())) < size / 2:
+        x, size = tried, left
+    return tried if left < size else x
+
+
+def _least(f: Apply, x: Tensor, floor: float) -> tuple[Tensor, Apply]:
+    """-J^+ r at x [d], and the projector onto the null space of J; singular values below floor x the largest count as 0."""
+    J, r = jacrev(f, chunk_size=CHUNK)(x).detach(), f(x).detach()
+    wide = len(J) < len(x)
+    values, vectors = torch.linalg.eigh(J @ J.T if wide else J.T @ J)
+    kept = (values > floor**2 * values[-1:]) & (values > 0)
+    V = J.T @ vectors[:, kept] / values[kept].sqrt() if wide else vectors[:, kept]
+    Q = torch.linalg.qr(V).Q  # [d, rank]
+    return -V @ ((V.T @ (J.T @ r)) / values[kept]), lambda v: v - (v @ Q) @ Q.T
+
+
+def _lengths(u: Tensor) -> Tensor:
+    """|second| and |first| differences [2, c, h, w] of u [5, c, h, w]."""
+    return torch.stack([u[:3].norm(dim=0), u[3:].norm(dim=0)])
+
+
+def _cosines(n: int) -> Tensor:
+    """The orthonormal cosine transform [n, n]; for n = 3 light, red - blue and red - 2 green + blue."""
+    k = torch.arange(n, dtype=torch.float64)
+    rows = torch.cos(math.pi * k[:, None] * (k + 0.5) / n) * (2 / n) ** 0.5
+    return torch.cat([rows[:1] / 2**0.5, rows[1:]])
