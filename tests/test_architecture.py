@@ -27,7 +27,7 @@ LEVELS = [
         "unknowns",
     },
     {"domain", "truth", "analysis", "attack", "defence", "layer", "results", "metric"},
-    {"case", "data", "certify", "layers", "trunk", "pullback", "suites", "diagnosis"},
+    {"case", "data", "certify", "layers", "trunk", "pullback", "probe", "constraints", "suites", "diagnosis"},
     {"attacks", "analyses", "defences", "metrics", "cases"},
     {"client"},
     {"checks", "judge", "audit", "gate", "target", "catalogue", "testing"},

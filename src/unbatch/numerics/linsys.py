@@ -160,21 +160,40 @@ class LinearSystem:
         """A^T A [unknowns, unknowns], by products alone. Raises ValueError: it would be too large."""
         if self.unknowns**2 > ENTRIES:
             raise ValueError(f"a matrix of {self.unknowns} x {self.unknowns} is not held; use the products.")
+        block = self._block()
+        whole = block.new_zeros(self.alike, len(block), self.alike, len(block))
+        whole.diagonal(dim1=0, dim2=2).copy_(block[..., None])
+        return whole.view(self.unknowns, self.unknowns)
+
+    def _block(self) -> Tensor:
+        """A^T A of the first of the groups that are alike."""
         part = self.unknowns // self.alike
         eye = torch.eye(part, self.unknowns, dtype=self.b.dtype, device=self.b.device)
         rows = torch.split(eye, max(1, CHUNK // max(self.equations, self.unknowns, 1)))
         block = torch.cat([self.pull(self.push(row))[:, :part] for row in rows] or [eye])
-        whole = eye.new_zeros(self.alike, part, self.alike, part)
-        whole.diagonal(dim1=0, dim2=2).copy_(((block + block.T) / 2)[..., None])
-        return whole.view(self.unknowns, self.unknowns)
+        return (block + block.T) / 2
 
     def rank(self) -> int:
         """The numerical rank of A. Raises ValueError: A is too large to be held."""
-        if not 0 < self.equations * self.unknowns <= SMALL:
-            return self._factored()[1]
-        A = self.matrix()
-        S = torch.linalg.svdvals(A)
-        return int((S > S[0] * max(A.shape) * torch.finfo(A.dtype).eps).sum())
+        large = 0 < self.unknowns <= self.equations and self.equations * self.unknowns > SMALL and self.alike == 1
+        return self.unknowns if large and _above(self.gram()) else len(self.singular_values())
+
+    def singular_values(self) -> Tensor:
+        """Those of A above rounding [rank], largest first; by the eigenvalues of a Gram matrix where A is large.
+
+        Raises ValueError: A is too large to be held.
+        """
+        p, q = self.equations, self.unknowns
+        if not p * q:
+            return self.b.new_zeros(0)
+        if p * q <= SMALL:
+            S: Tensor = torch.linalg.svdvals(self.matrix())
+            return S[S[0] * max(p, q) * torch.finfo(S.dtype).eps < S]
+        if self.alike > 1:  # the groups have equations of their own
+            values: Tensor = torch.linalg.eigvalsh(self._block()).flip(0).repeat_interleave(self.alike)
+        else:
+            values = torch.linalg.eigvalsh(self.gram() if q <= p else self.transposed.gram()).flip(0)
+        return values[values > 2 * min(p, q) * torch.finfo(values.dtype).eps * values[0]].sqrt()
 
     def residual(self, x: Tensor) -> Tensor:
         """b - A x [equations]."""
@@ -218,14 +237,11 @@ class LinearSystem:
                 U, S, V = U[:, kept], S[kept], Vh[kept].T
                 return lambda b: V @ ((U.T @ b) / S), len(S), None if len(S) == q else V.T, None
         gram = self.gram() if q <= p else self.transposed.gram()
-        size, floor = _largest(gram), 2 * len(gram) * eps
-        if q <= p:
-            above = torch.linalg.cholesky_ex(gram - floor * size * torch.eye(q).to(gram)).info == 0
-            if bool(above):  # every eigenvalue of A^T A lies above the shift
-                root = torch.linalg.cholesky(gram)
-                return lambda b: torch.cholesky_solve(self.pull(b[None]).T, root)[:, 0], q, None, None
+        if q <= p and _above(gram):
+            root = torch.linalg.cholesky(gram)
+            return lambda b: torch.cholesky_solve(self.pull(b[None]).T, root)[:, 0], q, None, None
         values, vectors = torch.linalg.eigh(gram)
-        kept = values > floor * size
+        kept = values > 2 * len(gram) * eps * values[-1]
         values, others, vectors = values[kept], vectors[:, ~kept], vectors[:, kept]
         V = vectors if q <= p else self.pull(vectors.T).T / values.sqrt()
 
@@ -254,12 +270,13 @@ class LinearSystem:
         return torch.as_tensor(found).to(b)
 
 
-def _largest(gram: Tensor) -> Tensor:
-    """The largest eigenvalue of a positive semidefinite matrix, from below to within a hundredth or so, by powers."""
+def _above(gram: Tensor) -> bool:
+    """Whether every eigenvalue of A^T A [s, s] lies above rounding, 2 s eps of the largest."""
     v = torch.nn.functional.normalize(gram @ gram.sum(1), dim=0)
-    for _ in range(20):
+    for _ in range(20):  # the largest, from below to within a hundredth or so
         v = torch.nn.functional.normalize(gram @ v, dim=0)
-    return v @ gram @ v
+    shift = 2 * len(gram) * torch.finfo(gram.dtype).eps * (v @ gram @ v)
+    return bool(torch.linalg.cholesky_ex(gram - shift * torch.eye(len(gram)).to(gram)).info == 0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""security-metric: a number for how much of an image a network keeps to itself, before anyone trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from unbatch.analysis import Analysis, Verdict
+from unbatch.chain import chain
+from unbatch.constraints import constraints
+from unbatch.observation import Observation
+from unbatch.probe import probe
+
+
+@final
+class SecurityMetric(Analysis):
+    """c(M) = sum over convolutions i of round[(D - 1 - i) / (D - 1) (rank [W_i; K_i] - n_i)].
+
+    D layers with the dense one, i counted from 0 at the input, n_i unknowns. 0: every layer is uniquely solvable; the more
+    negative, the safer. For one image and networks of convolutions and elementwise layers before the first dense one, which
+    is all that the published metric knows.
+    """
+
+    paper: ClassVar[str] = "Chen, Campbell, 2021 (c(M))"
+
+    largest: Annotated[int, Field(gt=0, description="unknowns up to which ranks are measured where counting fails")] = (
+        4096
+    )
+
+    def run(
+        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
+    ) -> Sequence[Verdict]:
+        if "input_shape" not in obs.knowledge:
+            raise ValueError("security-metric needs to know input_shape, to run the model once.")
+        links = chain(obs.model, obs.knowledge.input_shape, obs.protocol.mode)
+        x, y, _ = probe(obs, at, rng)
+        dense = next((i for i, link in enumerate(links) if isinstance(link.module, nn.Linear)), len(links))
+        if not any(isinstance(link.module, nn.Conv1d | nn.Conv2d) for link in links[:dense]):
+            return []  # c(M) counts convolutions before a dense layer
+        names = {link.name for link in links[:dense] if isinstance(link.module, nn.Conv1d | nn.Conv2d)}
+        convolutions = [each for each in constraints(links, x, y, obs.loss) if each.link.name in names]
+        large = [each.link.name for each in convolutions if each.counted is None and each.unknowns > self.largest]
+        if large:
+            raise ValueError(
+                f"the ranks of {', '.join(large)} cannot be counted, and their unknowns are more than "
+                f"largest={self.largest} to measure."
+            )
+        value = published([(each.unknowns, each.both) for each in convolutions])
+        words = (
+            "every layer is uniquely solvable: nothing protects one image"
+            if value == 0
+            else (
+                f"{sum(each.deficit for each in convolutions):,} unknowns in all are left open, weighed by their depth"
+            )
+        )
+        return [Verdict(name="c(M)", value=float(value), words=words + " (0: none; the more negative, the safer).")]
+
+
+def published(layers: Sequence[tuple[int, int]]) -> int:
+    """c(M) of convolutions (unknowns, rank), first to last, before one dense layer."""
+    D = len(layers) + 1
+    return sum(round((D - 1 - i) / (D - 1) * (rank - unknowns)) for i, (unknowns, rank) in enumerate(layers))
