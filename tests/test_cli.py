@@ -134,6 +134,14 @@ def test_risk(here: Path, capsys) -> None:
     assert "rank 5" in said
 
 
+def test_risk_draws_the_way_back_to_the_input(here: Path, capsys) -> None:
+    assert call("risk", "photos:size=16,model=cnn2-c2") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "input <- conv1 71% <- head 100% <- gradient" in said
+    assert "conv1 loses 222 of 768 unknowns: an attacker must guess them." in said
+    assert "c(M) = -222" in said
+
+
 def test_list_off_a_terminal_is_one_name_a_line(here: Path, capsys) -> None:
     assert call("list") == 0
     names = capsys.readouterr().out.split("\n")

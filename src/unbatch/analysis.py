@@ -31,6 +31,7 @@ class LayerRisk(_Finding):
     rank: int
     words: str
     level: Literal["exact", "partial", "low", "unknown"]
+    analysis: str = ""  # that found it; the audit says so
 
 
 class Bound(_Finding):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from unbatch import __version__
 
@@ -287,11 +288,25 @@ def _summary(record: Audit, folder: Path, quiet: bool) -> None:
     out.print(f"{folder / 'report.html'}  {folder / 'audit.json'}", soft_wrap=True, markup=False)
 
 
+COLOURS = {"exact": "red", "partial": "yellow", "low": "green", "unknown": "dim"}
+
+
 def _risks(record: Audit) -> None:
-    table = Table("layer", "kind", "rank", "equations", "unknowns", "verdict", box=None, pad_edge=False)
-    for r in record.risks:
-        table.add_row(r.layer or "(model)", r.kind, str(r.rank), f"{r.equations:,}", f"{r.unknowns:,}", r.words)
-    out.print(table)
+    for name in dict.fromkeys(r.analysis for r in record.risks):
+        table = Table("layer", "kind", "rank", "equations", "unknowns", "verdict", box=None, pad_edge=False, title=name)
+        for r in record.risks:
+            if r.analysis == name:
+                layer = Text(r.layer or "(model)", style=COLOURS[r.level])
+                table.add_row(layer, r.kind, str(r.rank), f"{r.equations:,}", f"{r.unknowns:,}", r.words)
+        out.print(table)
+    read = [r for r in record.risks if r.analysis == "layer-equations"]
+    if read:
+        said = [f"{r.rank / r.unknowns:.0%}" if r.level != "unknown" else "?" for r in read]
+        parts = [
+            Text(f" {r.layer} {share} ", style=f"black on {COLOURS[r.level]}")
+            for r, share in zip(read, said, strict=True)
+        ]
+        out.print(Text("input <-") + Text("<-").join(parts) + Text("<- gradient"))
     for b in record.bounds:
         out.print(f"{b.name} = {b.value:.4g} for {b.scope} attackers; {b.assumptions} ({b.source})", markup=False)
     for v in record.verdicts:
