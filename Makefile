@@ -36,6 +36,7 @@ bench: $(READY)
 	$(BIN)/unbatch bench matching
 	$(BIN)/unbatch bench tensor
 	$(BIN)/unbatch bench unmix --seconds 300
+	$(BIN)/unbatch bench layers
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -62,7 +62,7 @@ def test_the_problems_are_those_of_the_literature_and_have_names_of_their_own() 
 def test_a_table_is_read_with_words_one_hot(tmp_path: Path) -> None:
     lines = ["age,work,income", *(f"{20 + i},{'abc'[i % 3]},{'>50K' if i % 4 else '<=50K'}" for i in range(12))]
     (tmp_path / "adult2000.csv").write_text("\n".join(lines) + "\n")
-    rows, labels = unmix._pool("adult", tmp_path)
+    rows, labels = unmix.pool("adult", tmp_path)
     assert rows.shape == (12, 4)
     assert abs(float(rows[:, 0].mean())) < 1e-12
     assert rows[:, 1:].sum(1).tolist() == [1.0] * 12

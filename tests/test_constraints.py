@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from unbatch.analyses.security_metric import published
+from unbatch.analyses.security_metric import c_of
 from unbatch.analysis import Analysis
 from unbatch.case import Case
 from unbatch.chain import chain
@@ -55,9 +55,9 @@ def test_the_published_metric_where_ranks_are_measured(model: str, value: int) -
 
 
 def test_the_metric_weighs_layers_by_their_depth() -> None:
-    assert published([(3072, 1602)]) == -1470
-    assert published([(10, 10)] * 6) == 0
-    assert published([(3072, 3072), (3468, 3188), *[(1600, 1600)] * 4]) == -233
+    assert c_of([(3072, 1602)]) == -1470
+    assert c_of([(10, 10)] * 6) == 0
+    assert c_of([(3072, 3072), (3468, 3188), *[(1600, 1600)] * 4]) == -233
 
 
 @pytest.mark.parametrize("model", ["cnn2-c1", "cnn2-c2", "cnn2-c4", "cnn2-c6", "cnn3-c1"])

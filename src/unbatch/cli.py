@@ -252,9 +252,11 @@ def gate(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="matching, tensor or unmix")],
+    name: Annotated[str, typer.Argument(help="layers, matching, tensor or unmix")],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="For each attack on each problem.")] = 60.0,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="For each attack on each problem; default: the benchmark's own.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option()] = "cpu",
     to: Annotated[Path | None, typer.Option("--out", help="Folder for JSON and plots.")] = Path("benchmarks/results"),
@@ -263,7 +265,8 @@ def bench(
     from unbatch import benchmarks
 
     module = benchmarks.find(name)
-    out.print(module.table(module.run(data=data, seconds=seconds, seed=seed, device=device, out=to)))
+    own = {} if seconds is None else {"seconds": seconds}
+    out.print(module.table(module.run(data=data, seed=seed, device=device, out=to, **own)))
 
 
 def _summary(record: Audit, folder: Path, quiet: bool) -> None:

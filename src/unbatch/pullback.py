@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from unbatch.chain import Link
 from unbatch.numerics.linsys import CHUNK, LinearSystem, Solution
 
+Tick = Callable[[float], bool]  # share done -> whether to go on
 STEPS = 30  # of Gauss and Newton
 HALVINGS = 12  # of one step
 CHORD = 0.3  # of |r| left: a step along the last one's factors that does as well or better is taken
@@ -88,10 +89,16 @@ class Pullback:
 
         return LinearSystem(push, pull, -r.detach(), len(x))
 
-    def solve(self, start: Tensor, steps: int = STEPS) -> Fit:
+    def without_gradients(self) -> Pullback:
+        """The first block alone, which is continuous in x."""
+        other = copy.copy(self)
+        other.sent = {}
+        return other
+
+    def solve(self, start: Tensor, tick: Tick = lambda share: True) -> Fit:
         """Gauss-Newton from `start` [*shape], by the steps of least norm, halved until |r| falls."""
         x, size, solution = start.double().flatten(), torch.inf, None
-        for _ in range(steps):
+        for step in range(STEPS):
             system = self.system(x)
             solution, before = system.solve(), float(system.b.norm())
             moved, size = self._along(x, solution.x, before)
@@ -103,9 +110,9 @@ class Pullback:
                 left = float(self(moved).norm())
                 if left < size:
                     x, size = moved, left
-            if size <= FLOOR:
+            if size <= FLOOR or not tick(step / STEPS):
                 break
-        assert solution is not None  # steps is positive
+        assert solution is not None  # STEPS is positive
         return Fit(x.view(start.shape), size, solution)
 
     def _along(self, x: Tensor, step: Tensor, size: float) -> tuple[Tensor, float]:

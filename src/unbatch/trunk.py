@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from unbatch.chain import Link
 from unbatch.layer import LayerRule, rule_for
+from unbatch.layers.activation import Activation
 from unbatch.numerics.linsys import LinearSystem, Solution
 
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)  # the last in eval mode
-ELEMENTWISE = "activation"  # the rule before which a run ends: what follows it is no linear function of what precedes
 
 
 class Unreadable(ValueError):  # noqa: N818 (a layer that has no way back, named for it)
@@ -21,14 +21,24 @@ class Unreadable(ValueError):  # noqa: N818 (a layer that has no way back, named
 
 
 @dataclass(frozen=True)
+class Start:
+    """What is known of the last link: its output [n, *shape], dL/d(output) and the update below it."""
+
+    output: Tensor
+    grad: Tensor
+    update: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Reading:
-    """What a run of affine layers tells of its input."""
+    """What a run of affine layers, or a lone activation, tells of its input."""
 
     links: tuple[Link, ...]  # the run, first to last
     x: Tensor  # [n, *shape] its input: the least-squares solution of least norm
     grad: Tensor  # [n, *shape] dL/dx, which the later layers give whether or not x is determined
     system: LinearSystem
     solution: Solution
+    others: tuple[tuple[Tensor, Tensor], ...] = ()  # x and dL/dx of the other starts, to first order
 
     @property
     def deficit(self) -> int | None:
@@ -42,58 +52,100 @@ class Reading:
 
 
 def read(
-    links: Sequence[Link],
-    output: Tensor,
-    grad_output: Tensor,
-    update: Mapping[str, Tensor],
-    *,
-    forward: bool = True,
-    near: Sequence[Reading] = (),
+    links: Sequence[Link], start: Start, others: Sequence[Start] = (), *, forward: bool = True
 ) -> Generator[Reading, Tensor | None, None]:
-    """From the last link's output [n, *shape] and its gradient to the network's input, a reading before each activation.
+    """From the last link's output to the network's input, a reading before each activation.
 
     A run of affine layers between two activations is one linear system: what is known of the run's output, through all of
     them, and for each layer with a weight its gradient equations sum_i K_i x_i = dL/dW; without `forward` those alone
     where there are any (R-CONV). The caller may send a better x than a deficient system's: the layers before are read
-    from it. With `near`, the readings of nearly the same update, systems are not solved anew but corrected from there.
+    from it. `others` are starts of nearly the same update: they are followed along the first one's factors, x' = x +
+    A^+ (b' - A' x), and their spread tells which outputs of an activation cannot be told from a flat end of its range.
 
     Raises Unreadable.
     """
-    n, x, grad = len(output), output.double(), grad_output.double()
-    known, run, count = [_all(part) for part in x], list[Link](), 0
-    extra: list[LinearSystem] = []
+    states = [_State(each) for each in (start, *others)]
+    run: list[Link] = []
+    lone: list[Link] = []  # an activation, until an affine layer comes before it
     for link in reversed(links):
+        kind = type(link.module).__name__
         rule = rule_for(link.module)
         if rule is None:
-            raise Unreadable(f"layer {link.name!r} ({type(link.module).__name__}) has no rule to read it backward by.")
-        if isinstance(link.module, RESHAPES) and not run:
-            x, grad = x.reshape(n, *link.before), grad.reshape(n, *link.before)
+            raise Unreadable(f"layer {link.name!r} ({kind}) has no rule to read it backward by.")
+        if isinstance(link.module, RESHAPES):
+            for state in states:
+                state.reshape(link.before, within=bool(run or lone))
+            run, lone = ([link, *run] if run else run), ([link, *lone] if lone else lone)
             continue
-        if rule.name == ELEMENTWISE and run:
-            reading = _solved(run, grad, known, extra, near[count] if near else None)
+        if isinstance(rule, Activation) and (run or lone):
+            reading = _solved(run or lone, states)
             better = yield reading
-            x, run, extra, count = reading.x if better is None else better, [], [], count + 1
+            for state, (x, _) in zip(states, ((reading.x, reading.grad), *reading.others), strict=True):
+                state.know((x if better is None else better).reshape(len(x), *link.after))
+            run, lone = [], []
+        if isinstance(rule, Activation):
+            spread = max((float((state.x - states[0].x).abs().max()) for state in states[1:]), default=0.0)
+            error = max(2 * spread, float(torch.finfo(torch.float64).eps))
+            same = zip(*(state.x for state in states), strict=True)  # one example in all states
+            settled = [rule.settled(link.module, outputs, error) for outputs in same]
+            for state, examples in zip(states, zip(*settled, strict=True), strict=True):
+                state.x = torch.stack(examples)
         try:
-            if rule.name == ELEMENTWISE:
-                known = [rule.forward_equations(link.module, link.before, part) for part in x]
-            else:
-                known = [system.through(_held(rule, link, system)) for system in known]
-                extra = [system.through(_held(rule, link, system, n)) for system in extra]
-                weight = update.get(f"{link.name}.weight" if link.name else "weight")
-                if weight is not None:
-                    own = [rule.gradient_equations(link.module, link.before, part, weight) for part in grad]
-                    b = torch.stack([system.b for system in own]).sum(0) - (n - 1) * weight.double().flatten()
-                    extra.append(LinearSystem.summed(own, b))
-                    if not forward and own[0].equations:
-                        known = [LinearSystem.none(system.unknowns, weight) for system in known]
-                run.insert(0, link)
-            pairs = zip(x, grad, strict=True)
-            grad = torch.stack([rule.grad_input(link.module, link.before, z, dz) for z, dz in pairs])
-        except ValueError as error:
-            kind = type(link.module).__name__
-            raise Unreadable(f"layer {link.name!r} ({kind}) cannot be read backward: {error}") from error
-    if run or known:
-        yield _solved(run or [links[0]], grad, known, extra, near[count] if near else None)
+            for state in states:
+                if isinstance(rule, Activation):
+                    state.invert(rule, link)
+                else:
+                    state.extend(rule, link, forward=forward)
+        except ValueError as error_:
+            raise Unreadable(f"layer {link.name!r} ({kind}) cannot be read backward: {error_}") from error_
+        if isinstance(rule, Activation):
+            lone = [link]
+        else:
+            run.insert(0, link)
+    if run or lone:
+        yield _solved(run or lone, states)
+
+
+class _State:
+    """One start's way back: x [n, *shape], if it is known as a whole, dL/dx, and what is known of the current tensor."""
+
+    def __init__(self, start: Start) -> None:
+        self.update, self.grad = start.update, start.grad.double()
+        self.know(start.output.double())
+
+    def know(self, x: Tensor) -> None:
+        self.x, self.n = x, len(x)
+        self.known = [_all(part) for part in x]
+        self.extra: list[LinearSystem] = []
+
+    def reshape(self, shape: tuple[int, ...], *, within: bool) -> None:
+        self.grad = self.grad.reshape(self.n, *shape)
+        if not within:
+            self.x = self.x.reshape(self.n, *shape)
+
+    def invert(self, rule: LayerRule, link: Link) -> None:
+        """An activation's input, entry by entry."""
+        self.grad = self._back(rule, link, self.x)
+        self.known = [rule.forward_equations(link.module, link.before, part) for part in self.x]
+
+    def extend(self, rule: LayerRule, link: Link, *, forward: bool) -> None:
+        """One affine layer more in the run."""
+        grad = self._back(rule, link, self.grad)
+        self.known = [system.through(_held(rule, link, system)) for system in self.known]
+        self.extra = [system.through(_held(rule, link, system, self.n)) for system in self.extra]
+        weight = self.update.get(f"{link.name}.weight" if link.name else "weight")
+        if weight is not None:
+            own = [rule.gradient_equations(link.module, link.before, part, weight) for part in self.grad]
+            if own[0].equations:
+                b = torch.stack([system.b for system in own]).sum(0) - (self.n - 1) * weight.double().flatten()
+                self.extra.append(LinearSystem.summed(own, b))
+                if not forward:
+                    self.known = [LinearSystem.none(system.unknowns, weight) for system in self.known]
+        self.grad = grad
+
+    def _back(self, rule: LayerRule, link: Link, output: Tensor) -> Tensor:
+        pairs = zip(output, self.grad.reshape(self.n, *link.after), strict=True)
+        return torch.stack([rule.grad_input(link.module, link.before, z, dz) for z, dz in pairs])
 
 
 def _all(x: Tensor) -> LinearSystem:
@@ -107,28 +159,25 @@ def _held(rule: LayerRule, link: Link, system: LinearSystem, n: int = 1) -> Line
     return LinearSystem.beside([one] * n)
 
 
-def _solved(
-    run: Sequence[Link],
-    grad: Tensor,
-    known: Sequence[LinearSystem],
-    extra: Sequence[LinearSystem],
-    near: Reading | None,
-) -> Reading:
-    system, solution = LinearSystem.beside(known), None
-    if len(known) > 1 and (near is None or near.system.equations == system.equations):
-        solution = _apart(known) if near is None else near.solution
+def _solved(run: Sequence[Link], states: Sequence[_State]) -> Reading:
+    shape = run[0].before
+    systems = [LinearSystem.beside(state.known) for state in states]
+    solution = _apart(states[0].known) if states[0].n > 1 else None
     if solution is None:
-        weight = system.size
-        for own in extra:
-            size = own.size
-            system = system + own * (weight / size if weight > 0 and size > 0 else 1.0)  # all equally heavy
-    if near is None:
-        solution = solution or system.solve()
-        x = solution.x
-    else:
-        solution = near.solution
-        x = near.x.flatten() + solution.inverse(system.residual(near.x.flatten()))
-    return Reading(tuple(run), x.view(len(grad), *run[0].before), grad, system, solution)
+        systems = [_joined(system, state.extra) for system, state in zip(systems, states, strict=True)]
+        solution = systems[0].solve()
+    moved = [solution.x + solution.inverse(system.residual(solution.x)) for system in systems[1:]]
+    others = tuple((x.view(-1, *shape), state.grad) for x, state in zip(moved, states[1:], strict=True))
+    return Reading(tuple(run), solution.x.view(-1, *shape), states[0].grad, systems[0], solution, others)
+
+
+def _joined(system: LinearSystem, extra: Sequence[LinearSystem]) -> LinearSystem:
+    """All equations, equally heavy."""
+    weight = system.size
+    for own in extra:
+        size = own.size
+        system = system + own * (weight / size if weight > 0 and size > 0 else 1.0)
+    return system
 
 
 def _apart(systems: Sequence[LinearSystem]) -> Solution | None:

@@ -49,7 +49,7 @@ class SecurityMetric(Analysis):
                 f"the ranks of {', '.join(large)} cannot be counted, and their unknowns are more than "
                 f"largest={self.largest} to measure."
             )
-        value = published([(each.unknowns, each.both) for each in convolutions])
+        value = c_of([(each.unknowns, each.both) for each in convolutions])
         words = (
             "every layer is uniquely solvable: nothing protects one image"
             if value == 0
@@ -60,7 +60,7 @@ class SecurityMetric(Analysis):
         return [Verdict(name="c(M)", value=float(value), words=words + " (0: none; the more negative, the safer).")]
 
 
-def published(layers: Sequence[tuple[int, int]]) -> int:
+def c_of(layers: Sequence[tuple[int, int]]) -> int:
     """c(M) of convolutions (unknowns, rank), first to last, before one dense layer."""
     D = len(layers) + 1
     return sum(round((D - 1 - i) / (D - 1) * (rank - unknowns)) for i, (unknowns, rank) in enumerate(layers))

@@ -142,7 +142,7 @@ def run(
     large = next((i for i, problem in enumerate(listed) if problem.n == SIZES[-1]), len(listed))
     todo = [*listed[:large], *sorted(growth, key=lambda problem: problem.n), *listed[large:]]
     for name in {problem.data for problem in todo}:
-        _pool(name, data)  # what is missing is said before anything runs
+        pool(name, data)  # what is missing is said before anything runs
     done: dict[Problem, Row] = {}
 
     def keep(problem: Problem, row: Row) -> list[Row]:
@@ -201,10 +201,10 @@ def table(rows: list[Row]) -> Table:
 
 
 def _measure(problem: Problem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
-    pool = _pool(problem.data, data)
+    examples = pool(problem.data, data)
     shares, certified, spent, ratios, logs, first = [], [], [], [], [], None
     for trial in range(seed, seed + problem.seeds):
-        obs, truth, domain = _exchange(problem, pool, trial, device)
+        obs, truth, domain = _exchange(problem, examples, trial, device)
         begun = clock()
         with watching(allowance(LIMIT)):
             found = Attack.parse("unmix")(obs, seed=trial)
@@ -321,7 +321,7 @@ def _train(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 
 @cache
-def _pool(name: str, data: Path | None) -> tuple[Tensor, Tensor]:
+def pool(name: str, data: Path | None) -> tuple[Tensor, Tensor]:
     """Pictures [p, c, h, w] in [0, 1], or rows of a table, and labels [p]."""
     if name in FILES and data is not None:
         path = data / FILES[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import ClassVar, final
 
 import torch
@@ -81,25 +82,38 @@ class Activation(LayerRule):
             )
         return dz * slope * sure
 
+    def settled(self, layer: nn.Module, outputs: Sequence[Tensor], error: float) -> list[Tensor]:
+        """Computed outputs [*shape], all nearly the same, in which what lies at a flat end of the range lies there exactly.
+
+        Those are the entries of the first that an error of that size cannot tell from an end, or whose slope is so small
+        that it moves the input by more than 1e-4, relative or below 1, and a hundred times itself: the same in all.
+        """
+        z = outputs[0].double()
+        s = _Elementwise(layer, z)
+        low, high = _ends(layer, z)
+        x = s.inverse(z, low, high)
+        bottom, top = s(low), s(high)
+        lost = (z < bottom + error) | (z > top - error)
+        lost |= error > max(SURE, 100 * error) * s.slope(x) * x.abs().clamp_min(1.0)
+        if isinstance(layer, _TURNS):
+            lost &= z > -error  # a negative output is no end: it has two inputs
+        end = torch.where(z - bottom < top - z, bottom, top)
+        return [torch.where(lost, end, output.double()) for output in outputs]
+
 
 def _inverted(layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x = s^-1(z), where it is sure, and s'(x), each [*shape].
-
-    Outputs that were computed stray from those that s can give: nothing within three times the farthest is told from an
-    end of its range.
-    """
+    """x = s^-1(z), where it is sure, and s'(x), each [*shape]."""
     z, eps = shaped(output, shape, "output"), torch.finfo(output.dtype).eps
     s = _Elementwise(layer, z)
-    low, high = torch.full_like(z, -FAR), torch.full_like(z, FAR)
-    if isinstance(layer, _TURNS):
-        low = torch.zeros_like(z)  # below 0 it falls first, or has no slope
-        stray = z.new_zeros(())
-    else:
-        stray = 3 * torch.maximum(s(low) - z, z - s(high)).clamp_min(0).max()
-    inside = (z > s(low) + stray) & (z < s(high) - stray)
+    low, high = _ends(layer, z)
     x = s.inverse(z, low, high)
     slope = s.slope(x)
-    return x, inside & (eps * z.abs() < SURE * slope * x.abs().clamp_min(1.0)), slope
+    return x, (z > s(low)) & (z < s(high)) & (eps * z.abs() < SURE * slope * x.abs().clamp_min(1.0)), slope
+
+
+def _ends(layer: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Between which inputs s is inverted; the turning ones fall first below 0, or have no slope there."""
+    return torch.full_like(z, 0.0 if isinstance(layer, _TURNS) else -FAR), torch.full_like(z, FAR)
 
 
 class _Elementwise:

@@ -250,7 +250,12 @@ class LinearSystem:
             return found
 
         if q <= p and others.shape[1] < len(values):
-            return inverse, len(values), None, others.T if len(values) < q else None
+            if not others.shape[1]:
+                return inverse, q, None, None
+            seen = (
+                self.pull(self.push(others.T)) @ V
+            )  # eigenvectors are as exact as A^T A: one step to A's own null space
+            return inverse, len(values), None, torch.linalg.qr(others - V @ (seen / values).T).Q.T
         return inverse, len(values), None if len(values) == q else torch.linalg.qr(V).Q.T, None
 
     @property

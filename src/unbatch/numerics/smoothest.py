@@ -11,7 +11,7 @@ from torch.func import jacrev
 
 Apply = Callable[[Tensor], Tensor]
 Tick = Callable[[float], bool]
-Shape = tuple[int, int, int]  # channels, height, width
+Shape = tuple[int, ...]  # channels, height, width
 Box = tuple[float, float]
 
 COLOURS = (1.0, 4.0, 6.0)  # weights of light, red - blue and red - 2 green + blue

@@ -1,0 +1,191 @@
+"""First dense: what a network's first dense layer gives away of its input, for whoever reads the layers below it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from unbatch.attack import Attack
+from unbatch.chain import chain, follow
+from unbatch.loss import draw_labels, identify
+from unbatch.network import dense_layers, forward
+from unbatch.observation import Observation
+from unbatch.trunk import Start, Unreadable
+
+SIZES = (1e-3, 1e4, 200)  # of the input of a layer without a bias: from, to, and how many are tried
+RANK_ONE = 64  # roundings of the update that may be left beside one outer product
+
+
+class FirstDense:
+    """The first dense layer that sent its gradient, the links below it and those above it, in float64.
+
+    With a bias dL/dW = dz x^T and dL/db = dz give x and dz of one example; without, only their directions, and the size at
+    which the model's own dz fits. Up to four examples by `unmix`.
+    Raises ValueError: there is none, or the network is no chain.
+    """
+
+    def __init__(self, obs: Observation) -> None:
+        self.obs, self.n = obs, obs.knowledge.get("batch_size", 1)
+        model = copy.deepcopy(obs.model).double()
+        sent = obs.knowledge.get("buffers", {})
+        for name, buffer in model.named_buffers():
+            if name in sent:
+                buffer.copy_(sent[name])
+        self.links = chain(model, obs.knowledge.input_shape, obs.protocol.mode)
+        dense = [d for d in dense_layers(model, obs.knowledge.input_shape) if d.weight in obs.update]
+        place = next((i for i, link in enumerate(self.links) if dense and link.name == dense[0].name), None)
+        if place is None:
+            raise ValueError("no dense layer that sent its gradient stands in the network's chain of layers.")
+        self.dense, self.below, self.above = dense[0], self.links[:place], self.links[place:]
+        self.W: Tensor = dict(model.named_parameters())[self.dense.weight].detach()
+        outputs = forward(obs.model, torch.zeros(2, *obs.knowledge.input_shape))
+        self.form, self.output = identify(obs.loss, tuple(outputs.shape), device=obs.device), tuple(outputs.shape[1:])
+
+    def obstacle(self) -> str | None:
+        """Why the layer does not give its inputs, in words."""
+        name = self.dense.name
+        if not self.below or self.dense.feeds is not None:
+            return (
+                f"nothing to read backward lies before the dense layer {name!r}: bias-ratio and unmix read its inputs."
+            )
+        if self.n > 1:
+            unmix = Attack.parse("unmix")
+            return unmix.obstacle(self.obs.only(*(unmix.needs | unmix.uses)))
+        dW = self.obs.update[self.dense.weight].double()
+        if not bool(dW.any()):
+            return f"the gradient of {name!r} is zero: the example does not reach that layer."
+        if self.dense.bias not in self.obs.update and not self.candidates():
+            return f"{name!r} sent no bias gradient, and without one only the label tells the size of its input."
+        rest = _rank_one(dW)[2]
+        if rest > RANK_ONE * torch.finfo(self.obs.dtype).eps:
+            return (
+                f"the gradient of {name!r} is not of rank one (relative rest {rest:.1e}): more than one example, noise, "
+                "pruning, or an update computed in less precision than it is stored in."
+            )
+        return None
+
+    def candidates(self) -> list[Tensor]:
+        """The label [1], if it is known, else those it may be; none where there is no finite number."""
+        known, device = self.obs.knowledge.get("labels"), self.obs.device
+        if known is not None:
+            return [known.to(device)]
+        if self.form is not None and self.form.classes:
+            return [torch.tensor([y], device=device) for y in range(self.output[0] if self.output else 2)]
+        if self.form is not None and self.form.name == "binary-cross-entropy" and int(np.prod(self.output)) == 1:
+            form = draw_labels(self.obs.loss, torch.zeros(1, *self.output, dtype=torch.float64), torch.Generator())
+            return [torch.full_like(form, y, device=device) for y in (0, 1)]
+        return []
+
+    def start(self, update: Mapping[str, Tensor], rng: torch.Generator) -> tuple[Start, Tensor | None]:
+        """What is known of the layer's inputs, and the labels where they come with it.
+
+        Raises Unreadable: no size of the input explains the gradient, or unmix finds too few examples.
+        """
+        dW = update[self.dense.weight].double()
+        if self.n > 1:
+            return self._several(update, rng)
+        if self.dense.bias in update and bool(update[self.dense.bias or ""].any()):
+            delta = update[self.dense.bias or ""].double()
+            x, label = (delta @ dW) / (delta @ delta), self.obs.knowledge.get("labels")
+        else:
+            x, delta, label = self._scaled(dW, self.candidates())
+        return Start(x[None], (delta @ self.W)[None], update), label
+
+    def moved(self, start: Start, label: Tensor | None, update: Mapping[str, Tensor], rng: torch.Generator) -> Start:
+        """The start of nearly the same update."""
+        if self.n > 1:
+            assert label is not None  # _several gives them
+            x = start.output + self.bound[:, None] * torch.nn.functional.normalize(
+                torch.randn(start.output.shape, generator=rng, dtype=torch.float64).to(start.output), dim=1
+            )
+            return Start(x, self.delta(x, label) @ self.W, update)
+        if self.dense.bias in update and bool(update[self.dense.bias or ""].any()):
+            return self.start(update, rng)[0]
+        assert label is not None  # _scaled gives it
+        size = float(start.output.norm())
+        x, delta, _ = self._scaled(update[self.dense.weight].double(), [label], (size / 1.1, size * 1.1, 4))
+        return Start(x[None], (delta @ self.W)[None], update)
+
+    def _scaled(
+        self, dW: Tensor, labels: list[Tensor], sizes: tuple[float, float, int] = SIZES
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x, dz and the label of dW = dz x^T: the size of x at which the model's own dz is that of dW / |x|."""
+        u, v, _ = _rank_one(dW)
+        size, grid = float(u @ dW @ v), np.geomspace(*sizes)
+        best: tuple[float, float, float, Tensor] | None = None
+        for y in labels:
+            for sign in (1.0, -1.0):
+
+                def along(t: float, y: Tensor = y, sign: float = sign) -> float:  # t <dz, u> - size
+                    return float(t * (self.delta(sign * t * v[None], y)[0] @ (sign * u)) - size)
+
+                values = [along(t) for t in grid]
+                for low, high, a, b in zip(grid, grid[1:], values, values[1:], strict=False):
+                    if a * b <= 0:
+                        t = brentq(along, low, high, xtol=1e-300, rtol=8.9e-16)
+                        gap = float((t * self.delta(sign * t * v[None], y)[0] - size * sign * u).norm()) / size
+                        best = min(best or (np.inf, t, sign, y), (gap, t, sign, y), key=lambda found: found[0])
+        if best is None or best[0] > 1e-3:
+            raise Unreadable(
+                f"no size of the input of {self.dense.name!r}, which has no bias, explains its gradient: clipped or scaled."
+            )
+        _, t, sign, y = best
+        return sign * t * v, sign * size / t * u, y
+
+    def _several(self, update: Mapping[str, Tensor], rng: torch.Generator) -> tuple[Start, Tensor]:
+        """The features that `unmix` proves, their gradients by the layers above, and how far off unmix says they can be."""
+        unmix = Attack.parse("unmix")
+        found = unmix.run(self.obs.only(*(unmix.needs | unmix.uses)), rng)
+        assert found.inputs is not None
+        assert found.bound is not None
+        x, labels = found.inputs.double(), found.labels
+        if len(x) != self.n or labels is None:
+            raise Unreadable(f"unmix proves the features of {len(x)} of {self.n} examples before {self.dense.name!r}.")
+        self.bound = found.bound.to(x) * x.norm(dim=1)
+        return Start(x, self.delta(x, labels) @ self.W, update), labels
+
+    def delta(self, x: Tensor, labels: Tensor) -> Tensor:
+        """dL/dz [n, m] of the dense layer's outputs for its inputs x [n, p], by the layers above it."""
+        z = follow(self.above[:1], x).detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.obs.loss(follow(self.above[1:], z), labels)
+        return torch.autograd.grad(value, z)[0]
+
+    def likely(self) -> Tensor | None:
+        """The label [1] without an input: as known, or where cross entropy's p - 1 stands out in the head's gradient."""
+        known = self.obs.knowledge.get("labels")
+        if known is not None or not self.dense.head or self.dense.bias not in self.obs.update:
+            return None if known is None else known.to(self.obs.device)
+        cross_entropy = self.form is not None and self.form.name == "cross-entropy"
+        return self.obs.update[self.dense.bias or ""].abs().argmax()[None] if cross_entropy else None
+
+    def label(self, inputs: Tensor) -> Tensor | None:
+        """The label whose gradient at `inputs` explains the update best up to a factor; None without a finite choice.
+
+        Two classes share a gradient up to sign: the factor that is nearest to 1 tells them apart.
+        """
+        if len(inputs) > 1:
+            return None
+        likely, ordered = self.likely(), self.candidates()
+        if likely is not None:
+            ordered.sort(key=lambda y: not torch.equal(y, likely))
+        best: tuple[float, float, Tensor | None] = (np.inf, np.inf, None)
+        for y in ordered:
+            kind = next(self.obs.model.parameters()).dtype
+            factor, fit = self.obs.fit(inputs, y.to(kind) if y.is_floating_point() else y)
+            best = min(best, (round(fit, 6), abs(factor - 1), y), key=lambda found: found[:2])
+            if len(ordered) > 2 and fit < 1e3 * torch.finfo(self.obs.dtype).eps:
+                break
+        return best[2]
+
+
+def _rank_one(A: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Unit u, v of the nearest s u v^T to A, and the relative rest."""
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    rest = float(S[1:].norm() / S.norm()) if S.norm() > 0 else 0.0
+    return U[:, 0], Vh[0], rest

@@ -1,0 +1,59 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from unbatch.benchmarks import find, layers
+from unbatch.benchmarks.layers import METHODS, Problem, problems
+
+
+def test_one_picture_is_exact_where_c_is_zero_and_a_guess_where_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # to start processes takes longer than to measure
+    wanted = [Problem(network=name, pictures=1, searched=1, thinning=2) for name in ("cnn2-c1", "cnn2-c2")]
+    rows = find("layers").run(seconds=0.5, out=tmp_path, wanted=wanted)
+    assert [(row["network"], row["method"]) for row in rows] == [(p.name, m) for p in wanted for m in METHODS]
+    assert all(math.isfinite(row["median"]) and row["worst"] <= row["median"] for row in rows)
+    assert not any(row["failures"] for row in rows)
+    exact, open_ = ({row["method"]: row for row in rows if row["network"] == p.name} for p in wanted)
+    assert exact["auto"]["worst"] > 200
+    assert exact["auto"]["c(M)"] == exact["auto"]["undetermined"] == 0
+    assert exact["auto"]["least bound over error"] >= 1
+    assert open_["auto"]["c(M)"] < 0 < open_["auto"]["undetermined"] < 1
+    assert open_["auto"]["bounds"] == [None]
+    assert all(open_[method]["seconds"] >= 0.5 for method in ("hybrid", "matching"))
+    assert json.loads((tmp_path / "layers.json").read_text())["rows"] == json.loads(json.dumps(rows))
+    screen = Console(width=160, record=True)
+    screen.print(layers.table(rows))
+    assert "cnn2-c2, pixels / 4" in screen.export_text()
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "layers.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("attack", "words"), [("tensor-moment", "NotApplicable"), ("label-count", "no picture")])
+def test_what_fails_is_scored_as_mid_grey_and_named(attack: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "r-conv", attack)
+    wanted = [Problem(network="cnn2-c4", pictures=1, thinning=4, methods=("auto", "r-conv"))]
+    row = layers.run(wanted=wanted)[1]
+    assert 0 < row["worst"] < 20
+    assert words in row["failures"]["picture 0"]
+    screen = Console(width=200, record=True)
+    screen.print(layers.table([row]))
+    assert words in screen.export_text()
+
+
+def test_the_problems_are_the_published_networks() -> None:
+    found = problems()
+    assert len({problem.name for problem in found}) == len(found)
+    assert len({problem.network for problem in found}) == 15
+    assert {p.network for p in found if p.precision == "float32"} == {
+        "cnn2-c1",
+        "lenet",
+        "cnn3-c3",
+        "cnn6",
+        "cnn6-wide",
+    }
+    assert all(p.methods[0] == "auto" and p.searched <= p.pictures for p in found if len(p.methods) > 1)
