@@ -119,6 +119,12 @@ def test_networks_without_convolutions_have_no_published_metric() -> None:
     assert [risk.rank for risk in Analysis.parse("layer-equations").run(obs)] == [12, 5]
 
 
+def test_a_dense_layer_behind_relu_is_counted_whatever_relu_hides() -> None:
+    obs = own(drawn(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3)), (12,))
+    layers = constraints(chain(obs.model, (12,)), torch.rand(1, 12), torch.tensor([0]), LOSS)
+    assert [each.counted.both for each in layers if each.counted] == [12, 9]
+
+
 def test_average_pooling_before_the_activation_is_within_the_chain() -> None:
     model = drawn(nn.Conv2d(1, 4, 3), nn.AvgPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3))
     names = [

@@ -107,13 +107,16 @@ def _of(link: Link, rule: LayerRule, output: Tensor, grad: Tensor, known: Tensor
     K = rule.gradient_equations(link.module, link.before, grad, torch.zeros_like(weight))
     if known is not None:
         W = LinearSystem.some(known, output.flatten()[known], W.equations).through(W)
-    return Constraints(link, W, K, _counted(link) if known is None else None)
+    return Constraints(link, W, K, _dense(link, W) or (_counted(link) if known is None else None))
+
+
+def _dense(link: Link, weights: LinearSystem) -> ConvRanks | None:
+    n = link.unknowns
+    return ConvRanks(n, n, min(n, weights.equations), n, n) if isinstance(link.module, nn.Linear) else None
 
 
 def _counted(link: Link) -> ConvRanks | None:
-    layer, n = link.module, link.unknowns
-    if isinstance(layer, nn.Linear):
-        return ConvRanks(n, n, min(layer.in_features, layer.out_features), n, n)
+    layer = link.module
     if not isinstance(layer, nn.Conv1d | nn.Conv2d) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
     return conv_ranks(
