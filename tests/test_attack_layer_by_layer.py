@@ -317,7 +317,7 @@ def test_the_bound_of_the_pull_back_constraint_holds(dtype: torch.dtype) -> None
         obs, x, _ = exchange(narrow(seed=seed), (3, 12, 12), seed=seed + 1, dtype=dtype)
         found = LayerByLayer(method="copa")(obs)
         error, bound = float(errors(found, x)[0][0]), float(found.bound[0])
-        assert bound < 300 * error
+        assert bound < 100 * error
         if error > bound:
             broken.append(f"seed {seed}: {error:.1e} > {bound:.1e}")
     assert not broken
@@ -593,7 +593,7 @@ def test_exchanges_that_it_does_not_read_are_declined_in_words() -> None:
     refused(replace(obs, update={"0.weight": obs.update["0.weight"]}), "no dense layer")
     refused(exchange(drawn(nn.Sequential(conv(3, 5, 8), nn.Flatten())))[0], "no dense layer")
     dense = drawn(nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5)))
-    refused(exchange(dense, (12,))[0], "nothing to read backward lies before the dense layer '0'")
+    refused(exchange(dense, (12,))[0], "nothing lies before the dense layer '0'")
     refused(exchange(network([conv(3, 8), nn.Tanh()], hidden=(5,)), n=3)[0], "'3' has rank 3, and 5 neurons")
     with pytest.raises(NotApplicable, match="needs input_shape"):
         LayerByLayer()(obs.only("batch_size"))
@@ -645,11 +645,7 @@ def test_two_classes_on_one_output_with_the_label_told() -> None:
 @pytest.mark.parametrize(("bias", "tell"), [(True, False), (False, True)], ids=["not told", "no bias"])
 def test_two_classes_on_one_output(bias: bool, tell: bool) -> None:
     model = network([conv(3, 6), nn.Tanh()], classes=1, bias=bias)
-    obs, x, y = exchange(model, loss=loss_named("binary-cross-entropy"), y=torch.tensor([1]), tell=tell)
-    found = LayerByLayer()(obs)
-    assert psnr(found, x) > 200
-    assert found.bound.isfinite().all()
-    assert float(found.labels) == float(y)
+    exact(*exchange(model, loss=loss_named("binary-cross-entropy"), y=torch.tensor([1]), tell=tell), 200.0)
 
 
 def test_the_model_the_update_and_the_modes_are_left_alone() -> None:
@@ -720,9 +716,9 @@ def test_one_weight_s_gradient_settles_two_pictures_that_lack_little() -> None:
     paired(found, x, y, 200.0)
 
 
-def test_a_normalisation_alone_below_the_dense_layer_is_left_to_the_attacks_on_its_inputs() -> None:
-    obs, _, _ = exchange(network([nn.BatchNorm2d(3)], hidden=(40,), act=nn.Softplus), n=2)
-    refused(obs, "bias-ratio and unmix read its inputs")
+def test_a_normalisation_below_the_dense_layer_is_undone_once() -> None:
+    obs, x, y = exchange(network([nn.BatchNorm2d(3)], hidden=(40,), act=nn.Softplus), n=2)
+    paired(LayerByLayer()(obs), x, y, 200.0)
 
 
 def test_a_batch_that_is_not_found_whole_is_declined_in_words() -> None:

@@ -113,10 +113,17 @@ def test_what_is_too_large_to_measure_is_said() -> None:
         Analysis.parse("security-metric:largest=100").run(obs, at=at)
 
 
-def test_networks_without_convolutions_have_no_published_metric() -> None:
+def test_networks_without_convolutions_hide_nothing_from_the_published_metric() -> None:
     obs = own(drawn(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)), (12,))
-    assert Analysis.parse("security-metric").run(obs) == []
+    (verdict,) = Analysis.parse("security-metric").run(obs)
+    assert verdict.value == 0
+    assert "no convolution lies before the first dense layer" in verdict.words
     assert [risk.rank for risk in Analysis.parse("layer-equations").run(obs)] == [12, 5]
+
+
+def test_layers_that_the_published_metric_does_not_know_are_named() -> None:
+    obs = own(drawn(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)), (1, 8, 8))
+    assert "what 2 may hide is not counted" in Analysis.parse("security-metric").run(obs)[0].words
 
 
 def test_a_dense_layer_behind_relu_is_counted_whatever_relu_hides() -> None:

@@ -237,6 +237,11 @@ def test_two_activations_in_a_row_are_both_inverted() -> None:
     close(true.read()[-1].x, true.states[0])
 
 
+def test_a_trunk_of_activations_alone() -> None:
+    true = Backward(drawn(nn.Softplus(), nn.Identity(), nn.Tanh()))
+    close(true.read()[-1].x, true.states[0])
+
+
 def test_the_network_s_input_before_an_activation_is_read() -> None:
     true = Backward(drawn(nn.Softplus(), nn.Conv2d(2, 6, 3, padding=1), nn.Tanh()))
     readings = true.read()

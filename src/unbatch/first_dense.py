@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unbatch.attack import Attack
 from unbatch.chain import chain, follow
-from unbatch.loss import draw_labels, identify
+from unbatch.loss import Loss, identify
 from unbatch.network import dense_layers, forward
 from unbatch.observation import Observation
 from unbatch.trunk import Start, Unreadable
@@ -31,6 +31,7 @@ class FirstDense:
 
     def __init__(self, obs: Observation) -> None:
         self.obs, self.n = obs, obs.knowledge.get("batch_size", 1)
+        self.bound = torch.zeros(0)  # of the features' error, l2, where unmix gives them
         model = copy.deepcopy(obs.model).double()
         sent = obs.knowledge.get("buffers", {})
         for name, buffer in model.named_buffers():
@@ -49,10 +50,8 @@ class FirstDense:
     def obstacle(self) -> str | None:
         """Why the layer does not give its inputs, in words."""
         name = self.dense.name
-        if not self.below or self.dense.feeds is not None:
-            return (
-                f"nothing to read backward lies before the dense layer {name!r}: bias-ratio and unmix read its inputs."
-            )
+        if not self.below:
+            return f"nothing lies before the dense layer {name!r}: bias-ratio and unmix read its inputs."
         if self.n > 1:
             unmix = Attack.parse("unmix")
             return unmix.obstacle(self.obs.only(*(unmix.needs | unmix.uses)))
@@ -77,8 +76,7 @@ class FirstDense:
         if self.form is not None and self.form.classes:
             return [torch.tensor([y], device=device) for y in range(self.output[0] if self.output else 2)]
         if self.form is not None and self.form.name == "binary-cross-entropy" and int(np.prod(self.output)) == 1:
-            form = draw_labels(self.obs.loss, torch.zeros(1, *self.output, dtype=torch.float64), torch.Generator())
-            return [torch.full_like(form, y, device=device) for y in (0, 1)]
+            return _two(self.obs.loss, torch.zeros(1, *self.output, dtype=torch.float64, device=device))
         return []
 
     def start(self, update: Mapping[str, Tensor], rng: torch.Generator) -> tuple[Start, Tensor | None]:
@@ -143,10 +141,15 @@ class FirstDense:
         found = unmix.run(self.obs.only(*(unmix.needs | unmix.uses)), rng)
         assert found.inputs is not None
         assert found.bound is not None
-        x, labels = found.inputs.double(), found.labels
+        x, labels, stretch = found.inputs.double(), found.labels, 1.0
+        if self.dense.feeds is not None:  # unmix undoes a normalisation, which the links below are
+            stretch = float(self.dense.feeds.scale.abs().max())
+            size, x = x.flatten(1).norm(dim=1), follow(self.below, x).flatten(1).detach()
+        else:
+            size = x.norm(dim=1)
         if len(x) != self.n or labels is None:
             raise Unreadable(f"unmix proves the features of {len(x)} of {self.n} examples before {self.dense.name!r}.")
-        self.bound = found.bound.to(x) * x.norm(dim=1)
+        self.bound = found.bound.to(x) * size * stretch
         return Start(x, self.delta(x, labels) @ self.W, update), labels
 
     def delta(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -182,6 +185,17 @@ class FirstDense:
             if len(ordered) > 2 and fit < 1e3 * torch.finfo(self.obs.dtype).eps:
                 break
         return best[2]
+
+
+def _two(loss: Loss, output: Tensor) -> list[Tensor]:
+    """Both labels of a binary loss on one output [1, ...]: numbers [1], if it takes those, else targets like the output."""
+    numbers = [torch.tensor([y], device=output.device) for y in (0, 1)]
+    targets = [torch.full_like(output, y) for y in (0.0, 1.0)]
+    try:
+        same = all(torch.equal(loss(output + 1, a), loss(output + 1, b)) for a, b in zip(numbers, targets, strict=True))
+    except (RuntimeError, ValueError, TypeError):
+        same = False
+    return numbers if same else targets
 
 
 def _rank_one(A: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -28,11 +28,11 @@ def in_mode(model: nn.Module, mode: Literal["train", "eval"]) -> Iterator[nn.Mod
 
 
 def forward(model: nn.Module, inputs: Tensor, mode: Literal["train", "eval"] = "eval") -> Tensor:
-    """The model's outputs in that mode, on its own device and in its own precision, without a graph.
+    """The model's outputs in that mode, on its parameters' device and in their precision, without a graph.
 
     Raises ValueError: the forward fails, or does not return one tensor.
     """
-    first = next(model.parameters())
+    first = next(model.parameters(), inputs)
     x = inputs.to(first.device, first.dtype) if inputs.is_floating_point() else inputs.to(first.device)
     try:
         with torch.no_grad(), in_mode(model, mode):

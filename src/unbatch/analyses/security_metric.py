@@ -10,10 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Verdict
-from unbatch.chain import chain
+from unbatch.chain import Link, chain
 from unbatch.constraints import constraints
+from unbatch.layer import rule_for
 from unbatch.observation import Observation
 from unbatch.probe import probe
+from unbatch.trunk import RESHAPES
 
 
 @final
@@ -39,8 +41,6 @@ class SecurityMetric(Analysis):
         links = chain(obs.model, obs.knowledge.input_shape, obs.protocol.mode)
         x, y, _ = probe(obs, at, rng)
         dense = next((i for i, link in enumerate(links) if isinstance(link.module, nn.Linear)), len(links))
-        if not any(isinstance(link.module, nn.Conv1d | nn.Conv2d) for link in links[:dense]):
-            return []  # c(M) counts convolutions before a dense layer
         names = {link.name for link in links[:dense] if isinstance(link.module, nn.Conv1d | nn.Conv2d)}
         convolutions = [each for each in constraints(links, x, y, obs.loss) if each.link.name in names]
         large = [each.link.name for each in convolutions if each.counted is None and each.unknowns > self.largest]
@@ -50,14 +50,22 @@ class SecurityMetric(Analysis):
                 f"largest={self.largest} to measure."
             )
         value = c_of([(each.unknowns, each.both) for each in convolutions])
-        words = (
-            "every layer is uniquely solvable: nothing protects one image"
-            if value == 0
-            else (
-                f"{sum(each.deficit for each in convolutions):,} unknowns in all are left open, weighed by their depth"
-            )
-        )
+        open_ = sum(each.deficit for each in convolutions)
+        words = f"{open_:,} unknowns in all are left open, weighed by their depth"
+        if value == 0:
+            words = "every convolution is uniquely solvable: none protects one image"
+        if not convolutions:
+            words = "no convolution lies before the first dense layer, which gives one example away"
+        other = [link.name for link in links[:dense] if link.name not in names and not _counts(link)]
+        if other:
+            words += f"; what {', '.join(other)} may hide is not counted"
         return [Verdict(name="c(M)", value=float(value), words=words + " (0: none; the more negative, the safer).")]
+
+
+def _counts(link: Link) -> bool:
+    """Whether a layer hides nothing that the metric would have to count."""
+    rule = rule_for(link.module)
+    return isinstance(link.module, RESHAPES) or (rule is not None and rule.name == "activation")
 
 
 def c_of(layers: Sequence[tuple[int, int]]) -> int:

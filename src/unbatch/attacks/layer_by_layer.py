@@ -159,13 +159,13 @@ class LayerByLayer(Attack):
             for (t, grad), start in zip(found, starts, strict=True)
         ]
         if len(pullbacks[0](x.flatten())) >= x.numel() or not picture:
-            fit = pullbacks[0].without_gradients().solve(x[0], tick)  # continuous in x; the gradients jump at kinks
-            alone = fit.solution.rank == x.numel() and fit.residual < 1e3 * _eps(obs)
-            fit = fit if alone else pullbacks[0].solve(fit.x, tick)
-            x, solution = fit.x[None], fit.solution
-            at = fit.x.flatten()
-            ends = [each.without_gradients() if alone else each for each in pullbacks[1:]]
-            others = [(at - solution.inverse(end(at).detach())).view(x.shape) for end in ends]
+            near = pullbacks[0].without_gradients().solve(x[0], tick)  # continuous in x; the gradients jump at kinks
+            fit = pullbacks[0].solve(near.x, tick)
+            at, solution = fit.x.flatten(), fit.solution
+            x, others = (
+                fit.x[None],
+                [(at - solution.inverse(other(at).detach())).view(x.shape) for other in pullbacks[1:]],
+            )
             if fit.residual < 1e3 * _eps(obs) and solution.rank == x.numel():
                 return x, others, 0.0
             if solution.rank == x.numel():  # determined where it stands, but it solves nothing there
