@@ -7,6 +7,11 @@ def one_thread() -> None:
     torch.set_num_threads(1)  # two workers on two cores
 
 
+@pytest.fixture(autouse=True)
+def one_draw() -> None:
+    torch.manual_seed(0)  # of layers that a test initialises, whatever ran before
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
