@@ -37,7 +37,7 @@ class Setting:
         self.solution = LinearSystem.of(self.A, self.A @ self.t.flatten()).solve()
         assert self.solution.rank == min(rows, t.numel())
         links = chain(self.model, SHAPE)
-        self.pullback = Pullback(links, self.solution.x.view_as(self.t), self.solution, self.gradient, self.update)
+        self.pullback = Pullback(links, self.solution.held(self.solution.x), self.gradient, self.update)
         self.draw = draw
 
 
@@ -136,7 +136,7 @@ def test_contradicting_data_give_the_least_residual_and_say_so() -> None:
     setting = Setting(nn.Tanh())
     wrong = {k: t + 0.1 * t.norm() * setting.draw(*t.shape) / t.numel() ** 0.5 for k, t in setting.update.items()}
     links = chain(setting.model, SHAPE)
-    off = Pullback(links, setting.solution.x.view_as(setting.t), setting.solution, setting.gradient, wrong)
+    off = Pullback(links, setting.solution.held(setting.solution.x), setting.gradient, wrong)
     fit = off.solve(setting.x)
     assert 1e-3 < fit.residual <= float(off(setting.x.flatten()).detach().norm())
     assert fit.residual == pytest.approx(float(off(fit.x.flatten()).detach().norm()), rel=1e-9)

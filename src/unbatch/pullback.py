@@ -1,4 +1,4 @@
-"""Pullback: what equations on an inner layer's input, and earlier layers' gradients, say of the network's own input."""
+"""Pullback: what equations on an inner tensor, and the gradients of layers before it, say of an earlier one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from unbatch.chain import Link
-from unbatch.numerics.linsys import CHUNK, LinearSystem, Solution
+from unbatch.numerics.gauss_newton import levenberg_marquardt
+from unbatch.numerics.linsys import CHUNK, ENTRIES, LinearSystem, Solution
 
 Tick = Callable[[float], bool]  # share done -> whether to go on
 STEPS = 30  # of Gauss and Newton
+THIN = 4  # entries of a gradient for each unknown: more say nothing new
+DAMPED, GAIN, TRIES = (
+    100,
+    1e-3,
+    10,
+)  # steps of Levenberg and Marquardt; least share of |r|^2 that one takes; dampings of one
 HALVINGS = 12  # of one step
 CHORD = 0.3  # of |r| left: a step along the last one's factors that does as well or better is taken
 FLOOR = 64 * torch.finfo(torch.float64).eps  # |r|, relative to the data, that is rounding
@@ -30,30 +37,46 @@ class Fit:
 
 
 class Pullback:
-    """r(x) = [A (t(x) - t*); dL/dW_l(x) - dL/dW_l ...], t(x) the input of an inner layer as a function of the network's.
+    """r(x) = [A t(x) - b; dL/dW_l(x) - dL/dW_l ...], t(x) the output of a run of links as a function of their input x.
 
-    `solution` is what that layer's own system A says of t (with an orthonormal A), and dL/dt does not depend on x: it is
-    `gradient`. The weights l are those of the layers before. Blocks are relative to their data. One example.
-    Source: the pull-back constraint of Chen and Campbell, 2021, with the earlier layers' gradients beside it.
+    `known` is A t = b, where A may have fewer rows than t has entries, and dL/dt, which does not depend on x, is
+    `gradient`. The weights l are those of the links. Blocks are relative to their data; of a gradient with more than four
+    entries an unknown, so many are drawn. One example.
+    Source: the pull-back constraint of Chen and Campbell, 2021, with the layers' own gradients beside it.
+    Raises ValueError: a link gives two outputs for one input, as dropout does in train mode.
     """
 
     def __init__(
-        self, links: Sequence[Link], t: Tensor, solution: Solution, gradient: Tensor, update: Mapping[str, Tensor]
+        self, links: Sequence[Link], known: LinearSystem, gradient: Tensor, update: Mapping[str, Tensor]
     ) -> None:
-        self.links = [Link(link.name, copy.deepcopy(link.module).double(), link.before, link.after) for link in links]
-        self.gradient, self.solution = gradient.double(), solution
-        self.known = self._seen(t.double())
+        self.links = [Link(link.name, _still(link.module), link.before, link.after) for link in links]
+        self.gradient, self.known = gradient.double(), known
         self.state = {
             f"{link.name}.{name}": tensor.detach()
             for link in self.links
             for name, tensor in (*link.module.named_parameters(), *link.module.named_buffers())
         }
         self.sent = {name: update[name].double() for name in self.state if name in update}
+        most = THIN * self.links[0].unknowns
+        rng = torch.Generator().manual_seed(0)
+        self.which = {
+            name: torch.randperm(t.numel(), generator=rng)[:most].sort().values.to(t.device)
+            if t.numel() > most
+            else None
+            for name, t in self.sent.items()
+        }
+        self.sent = {name: _some(tensor, self.which[name]) for name, tensor in self.sent.items()}
         self.sizes = {name: float(tensor.norm()) for name, tensor in self.sent.items()}
-        self.size = float(self.known.norm())
+        self.size = float(known.b.norm())
+        for link in self.links:
+            at = torch.zeros(1, *link.before, dtype=torch.float64, device=known.b.device) + 1
+            if not torch.equal(link.module(at), link.module(at)):
+                raise ValueError(f"layer {link.name!r} draws at random: it gives two outputs for one input.")
 
-    def _seen(self, t: Tensor) -> Tensor:
-        return self.solution.seen(t.reshape(1, -1))[0]
+    @property
+    def equations(self) -> int:
+        """How many residuals there are."""
+        return self.known.equations + sum(tensor.numel() for tensor in self.sent.values())
 
     def _features(self, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
         for link in self.links:
@@ -64,15 +87,21 @@ class Pullback:
     def __call__(self, x: Tensor) -> Tensor:
         """The residuals [e] at x [d]."""
 
-        def weighed(weights: Mapping[str, Tensor]) -> Tensor:
-            out: Tensor = (self._features({**self.state, **weights}, x).flatten() * self.gradient.flatten()).sum()
-            return out
-
-        parts = [(self._seen(self._features(self.state, x)) - self.known) / (self.size or 1.0)]
+        t = self._features(self.state, x).reshape(1, -1)
+        parts = [(self.known.push(t)[0] - self.known.b) / (self.size or 1.0)]
         if self.sent:
-            found = grad(weighed)({name: self.state[name] for name in self.sent})
-            parts += [(found[k] - self.sent[k]).flatten() / (self.sizes[k] or 1.0) for k in self.sent]
+            found = grad(lambda own: self._weighed(own, x))({name: self.state[name] for name in self.sent})
+            parts += [(_some(found[k], self.which[k]) - self.sent[k]) / (self.sizes[k] or 1.0) for k in self.sent]
         return torch.cat(parts)
+
+    def _weighed(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """<t(x), dL/dt> at some of the weights."""
+        return (self._features({**self.state, **weights}, x).flatten() * self.gradient.flatten()).sum()
+
+    def grad_input(self, x: Tensor) -> Tensor:
+        """dL/dx [d] at x [d]."""
+        found: Tensor = grad(lambda at: self._weighed({}, at))(x)
+        return found.detach()
 
     def system(self, x: Tensor) -> LinearSystem:
         """J d = -r at x [d]."""
@@ -84,7 +113,7 @@ class Pullback:
             return moved.detach()
 
         def pull(u: Tensor) -> Tensor:
-            moved: Tensor = vmap(lambda e: back(e)[0], chunk_size=chunk)(u)
+            moved: Tensor = vmap(lambda e: back(e)[0], chunk_size=chunk)(u) if len(u) else u.new_zeros(0, len(x))
             return moved.detach()
 
         return LinearSystem(push, pull, -r.detach(), len(x))
@@ -115,6 +144,23 @@ class Pullback:
         assert solution is not None  # STEPS is positive
         return Fit(x.view(start.shape), size, solution)
 
+    def descend(self, start: Tensor, tick: Tick = lambda share: True) -> Tensor:
+        """A minimum [*shape] of |r| by Levenberg and Marquardt: for a `start` from which Gauss-Newton goes astray."""
+
+        def residual(x: Tensor, which: Tensor) -> Tensor:
+            return torch.stack([self(each).detach() for each in x])
+
+        def normal(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+            if not tick(0.0):
+                return torch.eye(x.shape[1]).to(x)[None], torch.zeros_like(x)  # no step, which ends it
+            system = self.system(x[0])
+            held = system.equations * system.unknowns <= ENTRIES
+            gram = (J := system.matrix()).T @ J if held else system.gram()
+            return gram[None], -system.pull(system.b[None])
+
+        x, _ = levenberg_marquardt(residual, normal, start.double().view(1, -1), steps=DAMPED, gain=GAIN, tries=TRIES)
+        return x.view(start.shape)
+
     def _along(self, x: Tensor, step: Tensor, size: float) -> tuple[Tensor, float]:
         """The first of step, step / 2, ... that lowers |r|, or x itself."""
         for k in range(HALVINGS):
@@ -123,3 +169,17 @@ class Pullback:
             if left < size:
                 return moved, left
         return x, size
+
+
+def _some(tensor: Tensor, which: Tensor | None) -> Tensor:
+    return tensor.flatten() if which is None else tensor.flatten()[which]
+
+
+def _still(module: nn.Module) -> nn.Module:
+    """A copy in float64 that writes no statistics: batch norm in train mode takes those of what it is given alone."""
+    module = copy.deepcopy(module).double()
+    for norm in module.modules():
+        if norm.training and getattr(norm, "track_running_stats", False):
+            norm.track_running_stats = False  # type: ignore[assignment]
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None  # type: ignore[assignment]
+    return module

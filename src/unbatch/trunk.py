@@ -1,9 +1,10 @@
-"""Trunk: the layers below a network's first dense layer, read backward by the linear equations that each one obeys."""
+"""Trunk: the layers below a network's first dense layer, read backward by the equations that each of them obeys."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,13 @@ from torch import Tensor, nn
 from unbatch.chain import Link
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
-from unbatch.numerics.linsys import LinearSystem, Solution
+from unbatch.numerics.linsys import ENTRIES, LinearSystem, Solution
+from unbatch.progress import tick
+from unbatch.pullback import FLOOR, Pullback
 
+SPREAD, DRAWN = 0.25, 2  # of the starts drawn around the middle, and how many
+FITS = 10.0  # times what nearly the same updates change in a residual: no more than rounding
+NEAR = 1e-8  # where there are none
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)  # the last in eval mode
 
 
@@ -31,7 +37,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a run of affine layers, or a lone activation, tells of its input."""
+    """What a run of affine layers, or a lone activation, tells of its input; or a run that is not linear, near a root."""
 
     links: tuple[Link, ...]  # the run, first to last
     x: Tensor  # [n, *shape] its input: the least-squares solution of least norm
@@ -39,11 +45,13 @@ class Reading:
     system: LinearSystem
     solution: Solution
     others: tuple[tuple[Tensor, Tensor], ...] = ()  # x and dL/dx of the other starts, to first order
+    pullback: Pullback | None = None  # the equations of a run that is not linear: `system` is theirs at x
+    fits: bool = True  # x solves them, up to rounding
 
     @property
     def deficit(self) -> int | None:
-        """Unknowns that the equations leave open; None where they were too many to count."""
-        return None if self.solution.rank is None else self.system.unknowns - self.solution.rank
+        """Unknowns that the equations leave open; None where they were too many to count, or x solves none of them."""
+        return None if self.solution.rank is None or not self.fits else self.system.unknowns - self.solution.rank
 
     @property
     def layers(self) -> str:
@@ -52,7 +60,12 @@ class Reading:
 
 
 def read(
-    links: Sequence[Link], start: Start, others: Sequence[Start] = (), *, forward: bool = True
+    links: Sequence[Link],
+    start: Start,
+    others: Sequence[Start] = (),
+    *,
+    forward: bool = True,
+    grey: float | None = None,
 ) -> Generator[Reading, Tensor | None, None]:
     """From the last link's output to the network's input, a reading before each activation.
 
@@ -62,17 +75,27 @@ def read(
     from it. `others` are starts of nearly the same update: they are followed along the first one's factors, x' = x +
     A^+ (b' - A' x), and their spread tells which outputs of an activation cannot be told from a flat end of its range.
 
+    With `grey`, a value in the middle of the network's inputs, and for one example: what a deficient system leaves open,
+    and a layer that has no linear way back (a residual block, max pooling, a layer norm, GELU), is read together with the
+    layers before it by Gauss and Newton (`Pullback`), with as many of them as give enough equations. Then only the last
+    reading may be deficient.
+
     Raises Unreadable.
     """
     states = [_State(each) for each in (start, *others)]
+    grey = grey if states[0].n == 1 else None
     run: list[Link] = []
     lone: list[Link] = []  # an activation, until an affine layer comes before it
-    for link in reversed(links):
-        kind = type(link.module).__name__
-        rule = rule_for(link.module)
-        if rule is None:
-            raise Unreadable(f"layer {link.name!r} ({kind}) has no rule to read it backward by.")
-        if isinstance(link.module, RESHAPES):
+    curve: _Curve | None = None
+    for i, link in reversed(list(enumerate(links))):
+        kind, rule = type(link.module).__name__, rule_for(link.module)
+        if curve is not None and isinstance(rule, Activation) and (found := curve.determined(link, states)) is not None:
+            yield found
+            curve = None
+        if curve is not None:
+            curve.links.insert(0, link)
+            continue
+        if isinstance(link.module, RESHAPES) and rule is not None:
             for state in states:
                 state.reshape(link.before, within=bool(run or lone))
             run, lone = ([link, *run] if run else run), ([link, *lone] if lone else lone)
@@ -83,6 +106,13 @@ def read(
             for state, (x, _) in zip(states, ((reading.x, reading.grad), *reading.others), strict=True):
                 state.know((x if better is None else better).reshape(len(x), *link.after))
             run, lone = [], []
+            if grey is not None and reading.deficit:
+                for state in states:
+                    state.top = reading.solution.held(state.x.flatten()), state.grad
+                if not (wanted := _Curve([link], states)).too_large(links[:i]):
+                    curve = wanted
+                    continue
+                grey = None
         if isinstance(rule, Activation):
             spread = max((float((state.x - states[0].x).abs().max()) for state in states[1:]), default=0.0)
             error = max(2 * spread, float(torch.finfo(torch.float64).eps))
@@ -91,19 +121,114 @@ def read(
             for state, examples in zip(states, zip(*settled, strict=True), strict=True):
                 state.x = torch.stack(examples)
         try:
+            if rule is None:
+                raise ValueError("it has no rule to read it backward by.")
             for state in states:
                 if isinstance(rule, Activation):
                     state.invert(rule, link)
                 else:
                     state.extend(rule, link, forward=forward)
         except ValueError as error_:
-            raise Unreadable(f"layer {link.name!r} ({kind}) cannot be read backward: {error_}") from error_
+            why = str(error_)
+            if grey is not None:
+                curve = _Curve([link, *(run or lone[:-1])], states)
+                if not (large := curve.too_large(links[:i])):
+                    run, lone = [], []
+                    continue
+                why = f"{why[:-1]}, and {large}."
+            raise Unreadable(f"layer {link.name!r} ({kind}) cannot be read backward: {why}") from error_
         if isinstance(rule, Activation):
             lone = [link]
         else:
             run.insert(0, link)
-    if run or lone:
+    if curve is not None and grey is not None:
+        yield curve.solved(states, grey)
+    elif run or lone:
         yield _solved(run or lone, states)
+
+
+class _Curve:
+    """A run that is not linear, first to last, below what is known of its output; one example."""
+
+    def __init__(self, links: list[Link], states: Sequence[_State]) -> None:
+        self.links = links
+        self.known = [(*state.top, state.update) for state in states]
+
+    def equations(self, before: Sequence[Link] = ()) -> int:
+        """Those of the run and the links `before` it."""
+        names = tuple(f"{link.name}." for link in (*before, *self.links))
+        system, _, update = self.known[0]
+        return system.equations + sum(t.numel() for name, t in update.items() if name.startswith(names))
+
+    def too_large(self, before: Sequence[Link]) -> str:
+        """Why the run cannot be followed down to the network's input, in words."""
+        equations, unknowns = self.equations(before), [*before, *self.links][0].unknowns
+        if equations * unknowns <= ENTRIES:
+            return ""
+        return f"the {equations:,} equations from there on for {unknowns:,} numbers are too many for Gauss and Newton"
+
+    def determined(self, last: Link, states: Sequence[_State]) -> Reading | None:
+        """The reading of the run's input, the output of `last`, which the states then know; None: it stays open."""
+        unknowns = self.links[0].unknowns
+        if not unknowns <= self.equations() <= ENTRIES / unknowns:
+            return None
+        zero = torch.zeros(1, *last.before, dtype=torch.float64, device=states[0].x.device)
+        reading = self.solved(states, float(last.module(zero).mean()))
+        if reading.deficit != 0:
+            return None
+        for state, (x, grad) in zip(states, ((reading.x, reading.grad), *reading.others), strict=True):
+            state.grad = grad.reshape(1, *last.after)
+            state.know(x.reshape(1, *last.after))
+        return reading
+
+    def solved(self, states: Sequence[_State], middle: float) -> Reading:
+        """The root of least residual, by Gauss and Newton from a few starts: the first that fits is taken.
+
+        The run's own output, if it has the input's shape, as in a residual block; grey; and noise, since a norm of what is
+        flat has no derivative.
+        """
+        try:
+            pullbacks = [Pullback(self.links, *known) for known in self.known]
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
+        shape, known = self.links[0].before, self.known[0][0]
+        flat = torch.full(shape, middle, dtype=torch.float64, device=known.b.device)
+        rng = torch.Generator().manual_seed(0)
+        noise = SPREAD * torch.randn(DRAWN, *shape, generator=rng, dtype=torch.float64)
+        same = known.unknowns == known.equations == flat.numel()
+        own = [known.pull(known.b[None]).view(shape)] if same else []
+        tries: list[Callable[[], Tensor]] = [partial(self._near, pullbacks[0], start) for start in [*own, flat]]
+        tries += [partial(pullbacks[0].descend, flat + each.to(flat), tick) for each in noise]
+        best, left = None, torch.inf
+        for begin in tries:
+            fit = pullbacks[0].solve(begin(), tick)
+            x = fit.x.flatten()
+            moved = [x - fit.solution.inverse(each(x).detach()) for each in pullbacks[1:]]
+            r = pullbacks[0](x).detach()
+            rounding = max((float((each(x).detach() - r).norm()) for each in pullbacks[1:]), default=NEAR)
+            reading = Reading(
+                tuple(self.links),
+                fit.x[None],
+                pullbacks[0].grad_input(x).view(1, *shape),
+                pullbacks[0].system(x),
+                fit.solution,
+                tuple(
+                    (at.view(1, *shape), own.grad_input(at).view(1, *shape))
+                    for at, own in zip(moved, pullbacks[1:], strict=True)
+                ),
+                pullbacks[0],
+                fit.residual <= FITS * max(rounding, FLOOR),
+            )
+            if best is None or fit.residual < left:
+                best, left = reading, fit.residual
+            if best.fits:
+                break
+        assert best is not None
+        return best
+
+    def _near(self, pullback: Pullback, start: Tensor) -> Tensor:
+        """Without the gradients first: what is left is continuous in x, while those jump at kinks."""
+        return pullback.without_gradients().solve(start, tick).x
 
 
 class _State:
@@ -117,6 +242,7 @@ class _State:
         self.x, self.n = x, len(x)
         self.known = [_all(part) for part in x]
         self.extra: list[LinearSystem] = []
+        self.top = self.known[0], self.grad  # of the run that begins here
 
     def reshape(self, shape: tuple[int, ...], *, within: bool) -> None:
         self.grad = self.grad.reshape(self.n, *shape)
@@ -127,6 +253,7 @@ class _State:
         """An activation's input, entry by entry."""
         self.grad = self._back(rule, link, self.x)
         self.known = [rule.forward_equations(link.module, link.before, part) for part in self.x]
+        self.top = self.known[0], self.grad
 
     def extend(self, rule: LayerRule, link: Link, *, forward: bool) -> None:
         """One affine layer more in the run."""

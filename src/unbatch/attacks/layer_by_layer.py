@@ -20,7 +20,6 @@ from unbatch.numerics.matching import cosine_distance, signed_adam, total_variat
 from unbatch.numerics.smoothest import smoothest, smoothest_root
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
-from unbatch.pullback import Pullback
 from unbatch.trunk import Reading, Start, Unreadable, read
 
 Method = Literal["auto", "copa", "hybrid", "r-gap", "r-conv"]
@@ -42,9 +41,10 @@ class LayerByLayer(Attack):
     Where every system has full column rank the image is exact; otherwise it is a guess, and the layers are named.
 
     r-gap: at the solution of least norm, whatever the rank. copa: where an inner system is deficient, also the pull-back
-    constraint, that its solution come from an input. auto: and where all that leaves pictures open, the smoothest of them.
-    hybrid: a deficient layer's input by the published soft penalties instead. r-conv: where a layer has a weight, its
-    gradient's equations alone.
+    constraint, that its solution come from the layers before, with their gradients; so are layers read that are not linear
+    on the way back (residual blocks, max pooling, layer norms, GELU). auto: and where all that leaves pictures open, the
+    smoothest of them. hybrid: a deficient layer's input by the published soft penalties instead. r-conv: where a layer has
+    a weight, its gradient's equations alone.
     """
 
     family: ClassVar[str] = "layer-by-layer"
@@ -103,11 +103,12 @@ class LayerByLayer(Attack):
             trace.setdefault("stopped", "it was stopped before it reached the input.")
             nothing = torch.zeros(0, *obs.knowledge.input_shape)
             return Reconstruction(inputs=nothing, bound=nothing.new_zeros(0), trace=trace)
-        inputs, others, share = readings[-1].x, [x for x, _ in readings[-1].others], 0.0
+        last = readings[-1]
+        settled = last.deficit is not None and (open_[:1] in ([], [last]) or (self._curved and len(last.x) == 1))
+        share = last.deficit / last.system.unknowns if settled and last.deficit is not None else None
+        inputs, others = (last.x, [x for x, _ in last.others]) if share == 0 else (self._completed(obs, last), [])
         if open_:
-            inputs, others, open_share = self._completed(obs, first, open_[0], readings[-1], starts)
-            trace["undetermined"] = open_share
-            share = 1.0 if open_share is None else open_share
+            trace["undetermined"] = share
         labels = label if label is not None else first.label(inputs)
         bound = torch.full((len(inputs),), torch.inf, dtype=torch.float64)
         if labels is not None:
@@ -121,9 +122,15 @@ class LayerByLayer(Attack):
                 bound = torch.where(far < FIRST_ORDER, max(SAFETY, 2 * beyond) * far, torch.inf)
         return Reconstruction(inputs=inputs, labels=labels, bound=bound, trace=trace)
 
+    @property
+    def _curved(self) -> bool:
+        """Whether what no linear system determines is read by the layers before it as well."""
+        return self.method in ("auto", "copa")
+
     def _read(self, obs: Observation, first: FirstDense, starts: Sequence[Start]) -> Iterator[Reading]:
         """The readings; the hybrid's have its own x where the system is deficient, and the layers before follow it."""
-        walk, better = read(first.below, starts[0], starts[1:], forward=self.method != "r-conv"), None
+        grey = sum(obs.knowledge.get("input_range", (0.0, 1.0))) / 2 if self._curved else None
+        walk, better = read(first.below, starts[0], starts[1:], forward=self.method != "r-conv", grey=grey), None
         with suppress(StopIteration):
             for i in count(1):
                 reading, better = walk.send(better), None
@@ -135,45 +142,15 @@ class LayerByLayer(Attack):
                     return
                 yield reading
 
-    def _completed(
-        self, obs: Observation, first: FirstDense, deficient: Reading, last: Reading, starts: Sequence[Start]
-    ) -> tuple[Tensor, list[Tensor], float | None]:
-        """The input behind the first deficient reading, that of the other starts, and the share of it that stays open.
-
-        None: that share is not known.
-        """
-        x, others, solution = last.x, [other for other, _ in last.others], last.solution
+    def _completed(self, obs: Observation, last: Reading) -> Tensor:
+        """The smoothest picture that the last reading allows, where that is asked for and it is one picture."""
         shape, box = obs.knowledge.input_shape, obs.knowledge.get("input_range", (0.0, 1.0))
-        picture = self.method == "auto" and len(shape) == 3 and len(x) == 1
-        if deficient is last:
-            share = None if solution.rank is None else 1 - solution.rank / x.numel()
-            if picture and share:
-                x = smoothest(x.flatten(), solution.free, shape, box, tick=tick).view(x.shape)
-            return x, others, share
-        if self.method not in ("auto", "copa") or len(x) > 1 or deficient.solution.rank is None:
-            return x, others, None
-        before = first.below[: first.below.index(deficient.links[0])]
-        found = [(deficient.x, deficient.grad), *deficient.others]
-        pullbacks = [
-            Pullback(before, t[0], deficient.solution, grad[0], start.update)
-            for (t, grad), start in zip(found, starts, strict=True)
-        ]
-        if len(pullbacks[0](x.flatten())) >= x.numel() or not picture:
-            near = pullbacks[0].without_gradients().solve(x[0], tick)  # continuous in x; the gradients jump at kinks
-            fit = pullbacks[0].solve(near.x, tick)
-            at, solution = fit.x.flatten(), fit.solution
-            x, others = (
-                fit.x[None],
-                [(at - solution.inverse(other(at).detach())).view(x.shape) for other in pullbacks[1:]],
-            )
-            if fit.residual < 1e3 * _eps(obs) and solution.rank == x.numel():
-                return x, others, 0.0
-            if solution.rank == x.numel():  # determined where it stands, but it solves nothing there
-                return x, others, None
-        if picture:
-            grey = torch.full_like(x.flatten(), sum(box) / 2)
-            x = smoothest_root(pullbacks[0], grey, shape, box, tick=tick).view(x.shape)
-        return x, others, 1 - pullbacks[0].system(x.flatten()).rank() / x.numel()
+        if self.method != "auto" or len(shape) != 3 or len(last.x) > 1:
+            return last.x
+        if last.pullback is None:
+            return smoothest(last.x.flatten(), last.solution.free, shape, box, tick=tick).view(last.x.shape)
+        grey = torch.full_like(last.x.flatten(), sum(box) / 2)
+        return smoothest_root(last.pullback, grey, shape, box, tick=tick).view(last.x.shape)
 
     def _searched(self, obs: Observation, first: FirstDense, reading: Reading, labels: Tensor | None) -> Tensor:
         """The hybrid's x of a deficient layer: by the match of the gradients from here on, total variation and the system.

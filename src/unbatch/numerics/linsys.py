@@ -42,6 +42,12 @@ class Solution:
         """What A sees of v [k, unknowns], as coordinates [k, ...] of the same length. Raises ValueError: as `free`."""
         return v - self.free(v) if self.rows is None else v @ self.rows.T
 
+    def held(self, x: Tensor) -> LinearSystem:
+        """What A sees held to what it sees of x [unknowns], by an orthonormal matrix. Raises ValueError: as `free`."""
+        push = self.seen
+        pull = push if self.rows is None else lambda u: u @ self.rows
+        return LinearSystem(push, pull, push(x[None])[0], len(x))
+
 
 @dataclass(frozen=True)
 class LinearSystem:
