@@ -34,6 +34,7 @@ LEVELS = [
         "layers",
         "trunk",
         "first_dense",
+        "batch_norm",
         "pullback",
         "probe",
         "constraints",
