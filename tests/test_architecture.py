@@ -16,6 +16,7 @@ LEVELS = [
         "loss",
         "network",
         "chain",
+        "variants",
         "protocol",
         "progress",
         "observation",
