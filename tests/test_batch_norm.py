@@ -104,6 +104,31 @@ def test_a_batch_s_statistics_are_of_all_its_examples() -> None:
         assert all(torch.equal(before[k], now[k]) for k in before), "unmix, which reads the features, changes nothing"
 
 
+@pytest.mark.parametrize(
+    ("trunk", "shape"),
+    [
+        ([conv(3, 8, padding=1), nn.BatchNorm2d(8), leaky(), conv(8, 12), nn.BatchNorm2d(12)], SMALL),
+        ([nn.Unflatten(1, (4, 20)), nn.Conv1d(4, 8, 3, bias=False), nn.BatchNorm1d(8, affine=False), nn.Tanh()], (80,)),
+    ],
+    ids=["before the dense layer", "1d, not affine"],
+)
+def test_other_places_of_a_batch_norm(trunk: list[nn.Module], shape: tuple[int, ...]) -> None:
+    obs, x, y = exchange(network(trunk, shape), shape, protocol=TRAIN)
+    exact(told(obs, after(obs, x)), x, y, 200.0)
+
+
+def test_the_pull_back_constraint_through_a_batch_norm() -> None:
+    trunk = [conv(3, 12, 4, stride=2, padding=2), nn.BatchNorm2d(12), leaky(), conv(12, 8, stride=2, padding=1)]
+    trunk += [nn.BatchNorm2d(8), leaky(), conv(8, 24, padding=1), nn.BatchNorm2d(24), leaky()]
+    obs, x, _ = exchange(network(trunk, (3, 12, 12)), (3, 12, 12), protocol=TRAIN)
+    known = told(obs, after(obs, x))
+    found = LayerByLayer()(known)
+    assert found.trace["deficient"] == ["3, 4"]
+    assert float(errors(found, x)[0][0]) < 1e-9
+    assert bool(found.bound.isfinite().all())
+    sound(known, found, x)
+
+
 def test_a_deficient_layer_before_a_batch_norm_is_a_guess() -> None:
     obs, x, _ = exchange(
         network([conv(3, 4, stride=2), nn.BatchNorm2d(4), leaky(), conv(4, 24, 2), leaky()]), protocol=TRAIN
