@@ -117,9 +117,7 @@ class _State:
 
     def know(self, x: Tensor) -> None:
         self.x, self.n = x, len(x)
-        self.raw: tuple[Link, Tensor, Tensor] | None = (
-            None  # the activation after, its output but at the ends, dL/d of it
-        )
+        self.raw: tuple[Link, Tensor, Tensor] | None = None  # the activation after, its output but for ends, dL/d of it
         self.hidden = False  # affine layers lie between the current tensor and what is known entry by entry
         self.known = [_all(part) for part in x]
         self.extra: list[LinearSystem] = []
