@@ -169,6 +169,41 @@ def hostile() -> Audit:
     )
 
 
+def designed() -> Audit:
+    """Layers on the way back to the input, and changes that would make the network safer, by two metrics."""
+
+    def layer(name: str, kind: str, unknowns: int, rank: int, level: Any) -> LayerRisk:
+        return LayerRisk(
+            layer=name,
+            kind=kind,
+            unknowns=unknowns,
+            equations=rank,
+            rank=rank,
+            words=f"{name} in words",
+            level=level,
+            analysis="layer-equations",
+        )
+
+    def change(name: str, value: float) -> Verdict:
+        return Verdict(name=name, value=value, words="Parameters 48,777 -> 12,327.", analysis="safer-design")
+
+    return an_audit(
+        risks=[
+            LayerRisk(layer="0", kind="Linear", unknowns=24, equations=12, rank=2, words="a span", level="partial"),
+            layer("conv1", "Conv2d", 3072, 1476, "low"),
+            layer("conv2", "Conv2d", 4704, 4703, "partial"),
+            layer("block.conv3", "Conv2d", 65536, 0, "unknown"),
+            layer("", "Linear", 100, 100, "exact"),
+        ],
+        verdicts=[
+            Verdict(name="c(M)", value=-1470.0, words="of the network as it is", analysis="security-metric"),
+            change("c(M): conv1 at stride 2", -12596.0),
+            change("share determined: conv1 at stride 2", 0.25),
+            change("c(M): conv2 at stride 2", -1502.0),
+        ],
+    )
+
+
 def features() -> Audit:
     """Two clients with one example each; one attack reads a layer's features, one labels alone."""
     return an_audit(

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from unbatch.analyses.security_metric import c_of
 from unbatch.analysis import Analysis
 from unbatch.case import Case
 from unbatch.chain import chain
 from unbatch.client import observe
-from unbatch.constraints import constraints
+from unbatch.constraints import c_of, constraints
 from unbatch.observation import Knowledge, Observation
 
 LOSS = nn.functional.cross_entropy

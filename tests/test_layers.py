@@ -1,5 +1,7 @@
 """Layer rules against autograd: the true input satisfies the equations, and they give it back where rank allows."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
+from unbatch.batch_norm import KnownBatchNorm, known_batch_norms
+from unbatch.chain import Link
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.affine import Affine
 from unbatch.models import initialise
@@ -211,6 +215,73 @@ def test_a_norm_says_nothing_of_groups_with_a_weight_of_zero() -> None:
     assert float(system.residual(x.flatten()).abs().max()) < 1e-12
 
 
+def trained(layer: nn.Module, x: Tensor) -> KnownBatchNorm:
+    """The batch norm with what its running statistics before and after a step on x say."""
+    shape = tuple(x.shape[1:])
+    before = {f"bn.{k}": b.clone() for k, b in layer.named_buffers()}
+    layer.train()(x)
+    after = {f"bn.{k}": b for k, b in layer.named_buffers()}
+    (link,) = known_batch_norms([Link("bn", layer, shape, shape)], before, after, len(x))
+    assert isinstance(link.module, KnownBatchNorm)
+    return link.module
+
+
+@quick
+@given(
+    seed=SEED,
+    sides=st.lists(st.integers(1, 5), min_size=1, max_size=2),
+    channels=st.integers(1, 4),
+    affine=st.booleans(),
+    momentum=st.sampled_from([0.01, 0.1, 0.9, 1.0, None]),
+)
+def test_batch_norm_in_train_mode_with_its_statistics(seed, sides, channels, affine, momentum) -> None:
+    sides = [*sides[:-1], sides[-1] + 1]  # two entries a channel at least
+    kind = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[len(sides)]
+    layer = filled(kind(channels, affine=affine, momentum=momentum), seed)
+    layer.num_batches_tracked.fill_(seed % 7)
+    shape = (channels, *sides)
+    x = 3 * drawn(shape, seed) + 1
+    known, rule = trained(layer, x), rule_for(trained(layer, x))
+    places = list(range(2, x.ndim))
+    off = [known.mean - x[0].flatten(1).mean(1), known.var - x[0].flatten(1).var(1, unbiased=False)]
+    assert all(bool((gap.abs() <= error + 1e-14).all()) for gap, error in zip(off, known.errors, strict=True))
+    z, dz = layer(x).detach(), drawn(shape, 7)
+    torch.testing.assert_close(known(x), z, rtol=1e-9, atol=1e-9)
+    system = rule.forward_equations(known, shape, z)
+    scale = (x.var(places, unbiased=False) + layer.eps).rsqrt()[0] * (layer.weight.detach() if affine else 1.0)
+    entries = x[0, 0].numel()
+    torch.testing.assert_close(system.matrix(), scale.repeat_interleave(entries).diag(), rtol=1e-6, atol=1e-9)
+    assert float(system.residual(x.flatten()).abs().max()) < 1e-8 * (1 + float(system.b.abs().max()))
+    live = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(layer(live), live, dz)
+    found = rule.grad_input(known, shape, z, dz)
+    torch.testing.assert_close(found, dx[0], rtol=1e-5, atol=1e-6 * float(scale.abs().max()))
+    check_layer_rule(rule, known, x)
+
+
+def test_a_train_mode_batch_norm_s_gradient_is_not_that_of_eval_mode() -> None:
+    layer, x, dz = filled(nn.BatchNorm2d(3), 0), drawn((3, 4, 4), 0), drawn((3, 4, 4), 7)
+    known = trained(layer, x)
+    fixed = copy.deepcopy(layer).eval()
+    fixed.running_mean, fixed.running_var = known.mean, known.var
+    z = layer(x).detach()
+    torch.testing.assert_close(fixed(x), z, rtol=1e-9, atol=1e-9)
+    wrong, right = (rule_for(each).grad_input(each, (3, 4, 4), z, dz) for each in (fixed, known))
+    assert float((wrong - right).norm()) > 0.05 * float(right.norm())
+
+
+def test_a_train_mode_batch_norm_needs_its_whole_output_for_its_gradient() -> None:
+    layer, x, dz = filled(nn.BatchNorm2d(2), 0), drawn((2, 4, 4), 0), drawn((2, 4, 4), 7)
+    known = trained(layer, x)
+    z = layer(x).detach()
+    z[0, 1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="needs its whole output"):
+        rule_for(known).grad_input(known, (2, 4, 4), z, dz)
+    with torch.no_grad():
+        layer.weight[1] = 0  # its channel passes nothing back, whatever it gave
+    assert bool((rule_for(known).grad_input(known, (2, 4, 4), z, dz)[1] == 0).all())
+
+
 def test_subclasses_and_parametrised_layers_have_no_rule() -> None:
     class Standardised(nn.Conv2d):
         pass
@@ -249,7 +320,7 @@ def test_rules_tell_batch_norm_by_its_mode_and_know_no_lstm() -> None:
 
 
 def test_every_rule_is_found() -> None:
-    assert set(LayerRule.find()) == {"activation", "affine", "max-pool", "norm"}
+    assert set(LayerRule.find()) == {"activation", "affine", "batch-norm", "max-pool", "norm"}
 
 
 def test_equations_in_float32_are_solved_in_float64() -> None:

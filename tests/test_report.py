@@ -19,6 +19,7 @@ from audits import (
     LABELS,
     an_audit,
     captured,
+    designed,
     exact,
     example,
     features,
@@ -33,7 +34,7 @@ from browser import CHROMIUM, probe
 from unbatch import report
 from unbatch.results import Audit, Example, Remedy
 
-AUDITS = [exact, not_recovered, nothing_ran, table, captured, hostile, features]
+AUDITS = [exact, not_recovered, nothing_ran, table, captured, hostile, features, designed]
 every = pytest.mark.parametrize("audit", [make() for make in AUDITS], ids=[make.__name__ for make in AUDITS])
 
 
@@ -205,6 +206,35 @@ def test_bounds_risks_defences_and_flags_are_told_whole() -> None:
     assert bars == ["50.0%"]
 
 
+def test_the_way_back_to_the_input_is_drawn_by_share() -> None:
+    page = Page(report.render(designed()))
+    assert (
+        "input conv1 Conv2d 48% of 3,072 conv2 Conv2d 99% of 4,704 block.conv3 Conv2d not known whole network Linear "
+        "100% of 100 gradient"
+    ) in page.text
+    boxes = [a for a in page.all("li") if a.get("class", "").startswith("layer")]
+    assert [a.get("style") for a in boxes] == ["--share: 48.0%", "--share: 100.0%", None, "--share: 100.0%"]
+    assert [a["title"] for a in boxes] == [f"{name} in words" for name in ("conv1", "conv2", "block.conv3", "")]
+    assert [a["width"] for a in page.all("rect") if a["class"] == "share"] == ["48.0%", "100.0%", "100.0%"]
+    said = [a["aria-label"] for a in page.all("svg") if "of its input determined" in a.get("aria-label", "")]
+    assert said == [
+        "conv1: 48% of its input determined",
+        "conv2: 99% of its input determined",
+        "whole network: 100% of its input determined",
+    ]
+    assert "The way back" not in Page(report.render(exact())).text
+
+
+def test_changes_that_would_make_it_safer_stand_in_one_table() -> None:
+    page = Page(report.render(designed()))
+    assert page.row("change") == ["change", "c(M)", "share determined", "price"]
+    assert page.row("conv1 at stride 2")[1:3] == ["−12,596", "0.25"]
+    assert page.row("conv2 at stride 2")[1:] == ["−1,502", "not counted", "Parameters 48,777 -> 12,327."]
+    assert "c(M) −1,470 of the network as it is" in page.text
+    assert "c(M): conv1" not in page.text
+    assert "with one layer changed" not in Page(report.render(exact())).text
+
+
 def test_obstacles_are_told() -> None:
     page = Page(report.render(nothing_ran()))
     why = page.row("bias-ratio", "0", "not applicable")
@@ -297,7 +327,7 @@ def test_imports_no_torch() -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-@pytest.mark.parametrize("make", [exact, not_recovered, table, hostile], ids=lambda make: str(make.__name__))
+@pytest.mark.parametrize("make", [exact, not_recovered, table, hostile, designed], ids=lambda make: str(make.__name__))
 def test_in_a_browser(make: Any, tmp_path: Path) -> None:
     page = report.render(make())
     seen = probe(page, tmp_path, width=360)

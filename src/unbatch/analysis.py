@@ -33,6 +33,19 @@ class LayerRisk(_Finding):
     level: Literal["exact", "partial", "low", "unknown"]
     analysis: str = ""  # that found it; the audit says so
 
+    @property
+    def share(self) -> float | None:
+        """How much of its input the layer determines: rank over unknowns; None where that is not known."""
+        return None if self.level == "unknown" or not self.unknowns else self.rank / self.unknowns
+
+    @property
+    def percent(self) -> str:
+        """The share in words, never rounded up to all of it, nor down to nothing."""
+        if self.share is None:
+            return "?"
+        whole = 100 * self.rank // self.unknowns
+        return f"{whole}%" if whole or not self.rank else "<1%"
+
 
 class Bound(_Finding):
     """A lower bound on the error of every attacker in `scope`."""
@@ -50,6 +63,7 @@ class Verdict(_Finding):
     name: str
     value: float
     words: str
+    analysis: str = ""  # that found it; the audit says so
 
 
 Finding = LayerRisk | Bound | Verdict

@@ -317,9 +317,10 @@ def _analyse(plan: _Plan, obs: Observation, truth: Truth | None, record: Audit) 
         except ValueError as error:
             record.notes.append(f"{analysis.name}: {error}")
             continue
-        record.risks += [f.model_copy(update={"analysis": analysis.name}) for f in findings if isinstance(f, LayerRisk)]
+        by = {"analysis": analysis.name}
+        record.risks += [f.model_copy(update=by) for f in findings if isinstance(f, LayerRisk)]
         record.bounds += [f for f in findings if isinstance(f, Bound)]
-        record.verdicts += [f for f in findings if isinstance(f, Verdict)]
+        record.verdicts += [f.model_copy(update=by) for f in findings if isinstance(f, Verdict)]
 
 
 def _remedy(

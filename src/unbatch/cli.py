@@ -302,17 +302,20 @@ def _risks(record: Audit) -> None:
                 layer = Text(r.layer or "(model)", style=COLOURS[r.level])
                 table.add_row(layer, r.kind, str(r.rank), f"{r.equations:,}", f"{r.unknowns:,}", r.words)
         out.print(table)
-    read = [r for r in record.risks if r.analysis == "layer-equations"]
-    if read:
-        said = [f"{r.rank / r.unknowns:.0%}" if r.level != "unknown" else "?" for r in read]
-        parts = [
-            Text(f" {r.layer} {share} ", style=f"black on {COLOURS[r.level]}")
-            for r, share in zip(read, said, strict=True)
-        ]
+    if record.way():
+        parts = [Text(f" {r.layer} {r.percent} ", style=f"black on {COLOURS[r.level]}") for r in record.way()]
         out.print(Text("input <-") + Text("<-").join(parts) + Text("<- gradient"))
+    changes = record.changes()
+    if changes:
+        metrics = dict.fromkeys(metric for values in changes.values() for metric in values)
+        table = Table("change", *metrics, "price", box=None, pad_edge=False, title="what would make it safer")
+        for change, values in changes.items():
+            cells = [f"{values[m].value:,.6g}" if m in values else "" for m in metrics]
+            table.add_row(Text(change), *cells, Text(next(iter(values.values())).words))
+        out.print(table)
     for b in record.bounds:
         out.print(f"{b.name} = {b.value:.4g} for {b.scope} attackers; {b.assumptions} ({b.source})", markup=False)
-    for v in record.verdicts:
+    for v in record.numbers():
         out.print(f"{v.name} = {v.value:.4g}: {v.words}", markup=False)
     for note in record.notes:
         out.print(note, markup=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,8 +65,10 @@ class Constraints:
         return self.weights + self.gradients * (heavy / light if heavy > 0 and light > 0 else 1.0)
 
 
-def constraints(links: Sequence[Link], x: Tensor, y: Tensor, loss: Loss) -> list[Constraints]:
-    """For every layer of a chain that has a weight and a rule, at the example x [1, *shape], y [1].
+def constraints(
+    links: Sequence[Link], x: Tensor, y: Tensor, loss: Loss, *, only: Container[str] | None = None
+) -> list[Constraints]:
+    """For every layer of a chain that has a weight and a rule, or those named, at the example x [1, *shape], y [1].
 
     A dense layer's gradient is dL/dz x^T: with dL/dz known, as behind a bias, it gives x whatever W is.
     """
@@ -81,11 +83,17 @@ def constraints(links: Sequence[Link], x: Tensor, y: Tensor, loss: Loss) -> list
         grads = torch.autograd.grad(loss(z, y), outputs)
     found = []
     for i, link in enumerate(links):
-        rule = rule_for(link.module)
+        rule = rule_for(link.module) if only is None or link.name in only else None
         if rule is not None and rule.name != "activation" and isinstance(getattr(link.module, "weight", None), Tensor):
             output, grad = (t.detach().reshape(link.after) for t in (outputs[i], grads[i]))
             found.append(_of(link, rule, output, grad, _known(links[i + 1 :], outputs[i + 1 :])))
     return found
+
+
+def c_of(layers: Sequence[tuple[int, int]]) -> int:
+    """c(M) of convolutions (unknowns, rank), first to last, before one dense layer: see the analysis security-metric."""
+    D = len(layers) + 1
+    return sum(round((D - 1 - i) / (D - 1) * (rank - unknowns)) for i, (unknowns, rank) in enumerate(layers))
 
 
 def _known(after: Sequence[Link], outputs: Sequence[Tensor]) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from unbatch.attack import Attack
+from unbatch.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.chain import chain, follow
 from unbatch.loss import Loss, identify
 from unbatch.network import dense_layers, forward
@@ -38,6 +40,8 @@ class FirstDense:
             if name in sent:
                 buffer.copy_(sent[name])
         self.links = chain(model, obs.knowledge.input_shape, obs.protocol.mode)
+        if obs.protocol.mode == "train":
+            self.links = known_batch_norms(self.links, dict(obs.model.named_buffers()), sent, self.n)
         dense = [d for d in dense_layers(model, obs.knowledge.input_shape) if d.weight in obs.update]
         place = next((i for i, link in enumerate(self.links) if dense and link.name == dense[0].name), None)
         if place is None:
@@ -95,7 +99,12 @@ class FirstDense:
         return Start(x[None], (delta @ self.W)[None], update), label
 
     def moved(self, start: Start, label: Tensor | None, update: Mapping[str, Tensor], rng: torch.Generator) -> Start:
-        """The start of nearly the same update."""
+        """The start of nearly the same update, and of nearly the same batch statistics where they were sent."""
+        norms = {link.name: link.module for link in self.below if isinstance(link.module, KnownBatchNorm)}
+        layers = {name: norm.drawn(rng) for name, norm in norms.items()}
+        return replace(self._moved(start, label, update, rng), layers=layers)
+
+    def _moved(self, start: Start, label: Tensor | None, update: Mapping[str, Tensor], rng: torch.Generator) -> Start:
         if self.n > 1:
             assert label is not None  # _several gives them
             x = start.output + self.bound[:, None] * torch.nn.functional.normalize(

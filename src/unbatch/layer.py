@@ -25,6 +25,9 @@ class LayerRule(Plugin, ABC):
     folder: ClassVar[str] = "layers"
 
     kinds: ClassVar[tuple[type[nn.Module], ...]]
+    reads_output: ClassVar[bool] = (
+        False  # whether `grad_input` of a layer that is no activation needs the output's values
+    )
 
     @abstractmethod
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:

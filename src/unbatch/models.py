@@ -67,17 +67,17 @@ def build(
 
 @torch.no_grad()
 def initialise(model: nn.Module, rng: torch.Generator) -> nn.Module:
-    """Draw every dense and convolutional layer anew, reset every batch norm, in place.
+    """Draw every dense and convolutional layer anew, reset every normalisation and prelu, in place.
 
     Raises ValueError: a layer with parameters of another kind.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             bound = 1 / math.sqrt(module.weight[0].numel())  # fan_in is what one output sees
             for parameter in module.parameters(recurse=False):
                 parameter.uniform_(-bound, bound, generator=rng)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()  # constants alone: weight 1, bias 0, mean 0, variance 1, count 0
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm | nn.PReLU):
+            module.reset_parameters()  # constants alone: weight 1, bias 0, mean 0, variance 1, count 0; slope 1/4
         elif next(module.parameters(recurse=False), None) is not None:
             raise ValueError(f"no law to draw {name or 'the model'} ({type(module).__name__}) by.")
     return model

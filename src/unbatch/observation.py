@@ -47,7 +47,7 @@ class Knowledge:
     weight_decay: float
     mode: str  # "train" or "eval": batch norm and dropout during the client's step
     clients: int  # whose updates are summed, under secure aggregation
-    buffers: Mapping[str, Tensor]  # batch norm statistics, where the protocol sends them
+    buffers: Mapping[str, Tensor]  # batch norm statistics, where the protocol sends them: in train mode after the step
     noise: float  # standard deviation of each entry of the update as sent
     privacy: Privacy
     log_prob: Callable[[Update, Update], Tensor]  # the defence's likelihood (seen, clean)

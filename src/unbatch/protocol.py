@@ -77,14 +77,16 @@ def local_update(
     """The update that an honest client sends for `inputs` [n, ...] and `labels`; the model is left as it was.
 
     `trained` names the parameters that the update holds (default: those that require a gradient). `buffers` replaces the
-    model's own. With `create_graph` the update can be differentiated with respect to the inputs and real labels.
+    model's own, in its precision. With `create_graph` the update can be differentiated with respect to the inputs and real
+    labels.
     Local batches are taken in the order of the batch, wrapping round. SGD and Adam follow torch.optim (no Nesterov, Adam
     at betas .9 and .999, eps 1e-8).
     """
     start = dict(model.named_parameters())
     names = list(trained) if trained is not None else [k for k, p in start.items() if p.requires_grad]
     frozen = {k: p.detach() for k, p in start.items()}
-    state = {k: b.detach().clone() for k, b in (dict(model.named_buffers()) | dict(buffers or {})).items()}
+    own = dict(model.named_buffers())
+    state = {k: b.detach().clone().to(own.get(k, b)) for k, b in (own | dict(buffers or {})).items()}
     weights = [frozen[k].requires_grad_() for k in names]
     initial = weights
 

@@ -173,6 +173,23 @@ class Audit(_Record):
                 found.setdefault(run.layer, set()).update(hit)
         return found
 
+    def way(self) -> list[LayerRisk]:
+        """The layers that an attacker reads backward, from the network's input to its output."""
+        return [risk for risk in self.risks if risk.analysis == "layer-equations"]
+
+    def changes(self) -> dict[str, dict[str, Verdict]]:
+        """What would make the network safer: by change, the safest first, what each metric says of it."""
+        found: dict[str, dict[str, Verdict]] = {}
+        for verdict in self.verdicts:
+            if verdict.analysis == "safer-design":
+                metric, _, change = verdict.name.partition(": ")
+                found.setdefault(change, {})[metric] = verdict
+        return found
+
+    def numbers(self) -> list[Verdict]:
+        """The verdicts on the exchange as it is."""
+        return [verdict for verdict in self.verdicts if verdict.analysis != "safer-design"]
+
     @property
     def size(self) -> int:
         """Private examples in all."""

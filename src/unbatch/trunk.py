@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -33,6 +33,7 @@ class Start:
     output: Tensor
     grad: Tensor
     update: Mapping[str, Tensor]
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)  # by link's name, where it has another than the link
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def read(
             same = zip(*(state.x for state in states), strict=True)  # one example in all states
             settled = [rule.settled(link.module, outputs, error) for outputs in same]
             for state, examples in zip(states, zip(*settled, strict=True), strict=True):
-                state.x = torch.stack(examples)
+                x, state.x = state.x, torch.stack(examples)
+                state.raw = link, torch.where((x - state.x).abs() > 2 * error, x, state.x), state.grad
         try:
             if rule is None:
                 raise ValueError("it has no rule to read it backward by.")
@@ -235,11 +237,13 @@ class _State:
     """One start's way back: x [n, *shape], if it is known as a whole, dL/dx, and what is known of the current tensor."""
 
     def __init__(self, start: Start) -> None:
-        self.update, self.grad = start.update, start.grad.double()
+        self.update, self.grad, self.layers = start.update, start.grad.double(), start.layers
         self.know(start.output.double())
 
     def know(self, x: Tensor) -> None:
         self.x, self.n = x, len(x)
+        self.raw: tuple[Link, Tensor, Tensor] | None = None  # the activation after, its output but for ends, dL/d of it
+        self.hidden = False  # affine layers lie between the current tensor and what is known entry by entry
         self.known = [_all(part) for part in x]
         self.extra: list[LinearSystem] = []
         self.top = self.known[0], self.grad  # of the run that begins here
@@ -257,7 +261,8 @@ class _State:
 
     def extend(self, rule: LayerRule, link: Link, *, forward: bool) -> None:
         """One affine layer more in the run."""
-        grad = self._back(rule, link, self.grad)
+        link = replace(link, module=self.layers.get(link.name, link.module))
+        grad = self._back(rule, link, self._whole() if rule.reads_output else self.grad)
         self.known = [system.through(_held(rule, link, system)) for system in self.known]
         self.extra = [system.through(_held(rule, link, system, self.n)) for system in self.extra]
         weight = self.update.get(f"{link.name}.weight" if link.name else "weight")
@@ -268,10 +273,23 @@ class _State:
                 self.extra.append(LinearSystem.summed(own, b))
                 if not forward:
                     self.known = [LinearSystem.none(system.unknowns, weight) for system in self.known]
-        self.grad = grad
+        self.grad, self.hidden = grad, True
+
+    def _whole(self) -> Tensor:
+        """The current tensor [n, ...], NaN where it is not known; dL/d of it is taken there, not where it was settled."""
+        if self.hidden:
+            return torch.full_like(self.grad, torch.nan)
+        if self.raw is None:
+            return self.x
+        link, x, self.grad = self.raw
+        rule = Activation()
+        self.grad = self._back(rule, link, x)
+        known = [rule.forward_equations(link.module, link.before, part) for part in x]
+        pairs = [system.pull(torch.stack([system.b, torch.ones_like(system.b)])) for system in known]
+        return torch.stack([torch.where(seen > 0, z, torch.nan) for z, seen in pairs])
 
     def _back(self, rule: LayerRule, link: Link, output: Tensor) -> Tensor:
-        pairs = zip(output, self.grad.reshape(self.n, *link.after), strict=True)
+        pairs = zip(*(t.reshape(self.n, *link.after) for t in (output, self.grad)), strict=True)
         return torch.stack([rule.grad_input(link.module, link.before, z, dz) for z, dz in pairs])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Verdict
 from unbatch.chain import Link, chain
-from unbatch.constraints import constraints
+from unbatch.constraints import c_of, constraints
 from unbatch.layer import rule_for
 from unbatch.observation import Observation
 from unbatch.probe import probe
@@ -66,9 +66,3 @@ def _counts(link: Link) -> bool:
     """Whether a layer hides nothing that the metric would have to count."""
     rule = rule_for(link.module)
     return isinstance(link.module, RESHAPES) or (rule is not None and rule.name == "activation")
-
-
-def c_of(layers: Sequence[tuple[int, int]]) -> int:
-    """c(M) of convolutions (unknowns, rank), first to last, before one dense layer."""
-    D = len(layers) + 1
-    return sum(round((D - 1 - i) / (D - 1) * (rank - unknowns)) for i, (unknowns, rank) in enumerate(layers))

@@ -238,7 +238,8 @@ class Tail(TorchFunctionMode):
             | dict(obs.model.named_buffers())
             | dict(obs.knowledge.get("buffers", {}))
         )
-        self.state = {k: t.detach().to(dtype) if t.is_floating_point() else t.detach() for k, t in tensors.items()}
+        kinds = {k: dtype if t.is_floating_point() else t.dtype for k, t in tensors.items()}
+        self.state = {k: t.detach().to(kinds[k], copy=True) for k, t in tensors.items()}  # batch norm writes into them
         self.m = len(self.state[layer.weight])
         self.shape: tuple[int, ...] = obs.knowledge.input_shape
         self.before: Tensor | None = None

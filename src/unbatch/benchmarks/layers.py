@@ -25,13 +25,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from unbatch import models, published
-from unbatch.analyses.security_metric import c_of
 from unbatch.attack import Attack, NotApplicable
 from unbatch.attacks.gradient_matching import EVALUATIONS
 from unbatch.attacks.layer_by_layer import HYBRID
 from unbatch.benchmarks import allowance, clock, store
 from unbatch.benchmarks.unmix import pool
 from unbatch.client import observe
+from unbatch.constraints import c_of
 from unbatch.loss import loss_named
 from unbatch.metric import Metric
 from unbatch.observation import Knowledge, Observation, Reconstruction

@@ -18,8 +18,7 @@ class Norm(LayerRule):
     Forward: with x^ = (z - b) / w, x - P x = 0 in every group, P the projection onto x^ and 1: two numbers a group, its
     mean and its standard deviation, stay open. Where w_j = 0, z does not hold x^_j, and its group gives no equation.
     Gradient: dL/dw_j is sum_j dz_j x^_j, which z gives already elsewhere.
-    Layer, group and instance norm, and batch norm in train mode on a single example. Where statistics were sent, put them
-    into the layer and take it in eval mode: it is affine then.
+    Layer, group and instance norm, and batch norm in train mode on a single example, unless its statistics were sent.
     """
 
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (
@@ -59,7 +58,9 @@ class Norm(LayerRule):
 
     def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
         """Raises ValueError: dL/dx is divided by the standard deviation, which the output does not hold."""
-        raise ValueError("its output does not hold the standard deviation by which its gradient was divided.")
+        sent = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_mean is not None
+        hint = "; its running statistics after the step (buffers) would, and are not known" if sent else ""
+        raise ValueError(f"its output does not hold the standard deviation by which its gradient was divided{hint}.")
 
 
 def _spread(layer: nn.Module, name: str, z: Tensor) -> Tensor:

@@ -1,0 +1,148 @@
+"""safer-design: which single changes to a convolution make a network keep more of an image to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from unbatch.analysis import Analysis, Verdict
+from unbatch.chain import Link, chain
+from unbatch.constraints import Constraints, c_of, constraints
+from unbatch.layer import rule_for
+from unbatch.loss import Loss
+from unbatch.observation import Observation
+from unbatch.probe import probe
+from unbatch.variants import POOL, Variant, first_dense, parameters, variants
+
+Kind = tuple[tuple[int, ...], tuple[str, ...]]  # the shape of a layer's input, and the layers up to the next activation
+
+
+class _UncountedError(ValueError):
+    """A metric that does not answer for a changed network, and why; nothing, where it has no words for such a change."""
+
+
+@dataclass
+class _Place:
+    """Where metrics look, up to what size they may measure, and what was found: layers of one kind have the same ranks."""
+
+    x: Tensor
+    y: Tensor
+    loss: Loss
+    found: dict[Kind, Constraints] = field(default_factory=dict)
+
+    def look(self, links: Sequence[Link], largest: str, most: int) -> list[Constraints]:
+        """The convolutions before the first dense layer, their ranks not yet measured. Raises _UncountedError."""
+        kinds = _kinds(links)
+        missing = {name: kind for name, kind in kinds.items() if kind not in self.found}
+        for each in constraints(links, self.x, self.y, self.loss, only=missing) if missing else ():
+            if each.counted is None and each.unknowns > most:
+                raise _UncountedError(f"ranks had to be measured on more than {largest}={most} unknowns")
+            self.found[missing[each.link.name]] = each
+        return [self.found[kind] for kind in kinds.values()]
+
+
+def _published(links: Sequence[Link], at: _Place, largest: int) -> float:
+    """c(M). Raises _UncountedError."""
+    if any(isinstance(link.module, nn.AvgPool1d | nn.AvgPool2d) and link.name.endswith(POOL) for link in links):
+        raise _UncountedError  # it does not see what pooling hides
+    return c_of([(each.unknowns, each.both) for each in at.look(links, "largest", largest)])
+
+
+METRICS: dict[str, Callable[[Sequence[Link], _Place, int], float]] = {"c(M)": _published}  # the lower, the safer
+
+
+@final
+class SaferDesign(Analysis):
+    """The metric c(M) of the network with one convolution changed, where that makes it more negative, the safest first.
+
+    Each change alone: the stride doubled, the channels halved, average pooling after it (which c(M) does not see); the
+    layers that must change with it have fresh weights, drawn by PyTorch's default law. Ranks by the rank law, else
+    measured, for one example. It says what counting says of one image, and nothing of how well the changed network learns.
+    """
+
+    paper: ClassVar[str] = "Chen, Campbell, 2021 (c(M))"
+
+    most: Annotated[int, Field(gt=0, description="changes to propose")] = 5
+    largest: Annotated[
+        int,
+        Field(ge=0, description="unknowns up to which the ranks of changed layers are measured where counting fails"),
+    ] = 1024
+    own: Annotated[int, Field(ge=0, description="the same for the layers as they are")] = 4096
+
+    def run(
+        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
+    ) -> Sequence[Verdict]:
+        if "input_shape" not in obs.knowledge:
+            raise ValueError("safer-design needs to know input_shape, to run the model once.")
+        links = chain(obs.model, obs.knowledge.input_shape, obs.protocol.mode)
+        rng = rng or torch.Generator().manual_seed(0)
+        x, y, _ = probe(obs, at, rng)
+        place = _Place(x, y, obs.loss)
+        place.look(links, "own", self.own)
+        counted: list[tuple[dict[str, float], Variant]] = []
+        skipped: dict[str, list[str]] = {}
+        for variant in variants(links, rng):
+            values: dict[str, float] = {}
+            for name, metric in METRICS.items():
+                try:
+                    values[name] = metric(variant.links, place, self.largest)
+                except _UncountedError as why:
+                    if str(why):
+                        skipped.setdefault(str(why), []).append(variant.words)
+            counted += [(values, variant)] if values else []
+        left = "; ".join(f"{', '.join(names)}: not counted, since {why}" for why, names in skipped.items())
+        if skipped and not counted:
+            raise ValueError(f"no change could be counted. {left}.")
+        own = {name: metric(links, place, self.own) for name, metric in METRICS.items()}
+        better = [(values, variant) for values, variant in counted if any(values[name] < own[name] for name in values)]
+        better.sort(key=lambda each: ([each[0].get(name, own[name]) for name in own], each[1].words))
+        found = [
+            Verdict(name=f"{name}: {variant.words}", value=values[name], words=_price(links, variant.links, name, own))
+            for values, variant in better[: self.most]
+            for name in values
+        ]
+        if not found:
+            words = _none(links, len(counted))
+            found = [Verdict(name=f"{name}: no change", value=value, words=words) for name, value in own.items()]
+        if skipped:
+            last = found.pop()
+            found.append(last.model_copy(update={"words": f"{last.words} {left}."}))
+        return found
+
+
+def _kinds(links: Sequence[Link]) -> dict[str, Kind]:
+    """By name, the convolutions before the first dense layer."""
+    before, found = links[: first_dense(links)], {}
+    for i, link in enumerate(before):
+        if isinstance(link.module, nn.Conv1d | nn.Conv2d):
+            rules = ((rule_for(other.module), str(other.module)) for other in links[i:])
+            words: list[str] = []
+            for rule, module in rules:
+                words.append(module)
+                if rule is None or rule.name == "activation":
+                    break
+            found[link.name] = (link.before, tuple(words))
+    return found
+
+
+def _price(links: Sequence[Link], changed: Sequence[Link], name: str, own: dict[str, float]) -> str:
+    """What a change costs, as far as shapes tell."""
+    words = f"{name} is {own[name]:,.6g} now. Parameters {parameters(links):,} -> {parameters(changed):,}"
+    i, k = first_dense(links), first_dense(changed)
+    if i < len(links):
+        size, left = links[i].unknowns, changed[k].unknowns
+        words += f"; numbers that reach {links[i].name or 'the dense layer'} {size:,} -> {left:,}"
+    return f"{words}."
+
+
+def _none(links: Sequence[Link], tried: int) -> str:
+    if not _kinds(links):
+        return "no convolution lies before the first dense layer, so there is none to change."
+    if not tried:
+        return "no change to a convolution leaves a network that runs."
+    return f"none of {tried} changes to a convolution makes it more negative."

@@ -1,0 +1,96 @@
+"""Batch norm: one in train mode whose statistics are known, since the running ones were sent after the step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.chain import Link
+
+Norm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+class KnownBatchNorm(nn.Module):
+    """z = w (x - mean) / sqrt(var + eps) + b per channel, mean and var those of x itself over examples and pixels.
+
+    `forward` computes them from its input, as the network did, so that autograd goes through them; `mean` and `var` [c]
+    are what is known of them, each up to its error [c]. `flaw` says in words why they are of no use, if they are not.
+    """
+
+    mean: Tensor
+    var: Tensor
+    errors: tuple[Tensor, Tensor]
+
+    def __init__(self, layer: Norm, mean: Tensor, var: Tensor, errors: tuple[Tensor, Tensor], flaw: str = "") -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
+        self.register_buffer("mean", mean)
+        self.register_buffer("var", var)
+        self.errors, self.flaw = errors, flaw
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, c, ...] -> [n, c, ...]."""
+        sides = [0, *range(2, x.ndim)]
+        mean, var = x.mean(sides, keepdim=True), x.var(sides, keepdim=True, unbiased=False)
+        z = (x - mean) / (var + self.eps).sqrt()
+        side = (-1, *[1] * (x.ndim - 2))
+        z = z if self.weight is None else z * self.weight.view(side)
+        return z if self.bias is None else z + self.bias.view(side)
+
+    def drawn(self, rng: torch.Generator) -> KnownBatchNorm:
+        """The same layer, each statistic one error higher or lower."""
+        other = copy.copy(self)
+        other._buffers = dict(self._buffers)
+        for name, error in zip(("mean", "var"), self.errors, strict=True):
+            signs = 2.0 * torch.randint(2, error.shape, generator=rng).to(error) - 1
+            other._buffers[name] = getattr(self, name) + signs * error
+        return other
+
+
+def known_batch_norms(
+    links: Sequence[Link], before: Mapping[str, Tensor], after: Mapping[str, Tensor], examples: int
+) -> list[Link]:
+    """The links, with a known norm in place of every batch norm whose running statistics after one step are in `after`.
+
+    With momentum m, mean = (after - (1 - m) before) / m; the variance likewise, times (N - 1) / N for the N entries of a
+    channel, since running variances are unbiased. Their error is the rounding of what was sent, divided by m.
+    """
+    found = []
+    for link in links:
+        names = [f"{link.name}.{kind}".removeprefix(".") for kind in ("running_mean", "running_var")]
+        if type(link.module) in (nn.BatchNorm1d, nn.BatchNorm2d) and all(name in after for name in names):
+            link = replace(link, module=_known(link, before, after, names, examples))
+        found.append(link)
+    return found
+
+
+def _known(
+    link: Link, before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Sequence[str], examples: int
+) -> KnownBatchNorm:
+    layer, count = link.module, f"{link.name}.num_batches_tracked".removeprefix(".")
+    assert isinstance(layer, Norm)  # known_batch_norms has looked
+    start = before.get(count)
+    m = layer.momentum if layer.momentum is not None else 1 / (1 + float(start if start is not None else 0))
+    N = examples * torch.Size(link.before[1:]).numel()
+    flaw, statistics, errors = "", [], []
+    for name, factor in zip(names, (1.0, (N - 1) / N), strict=True):
+        old, new = before[name], after[name].to(before[name].device)
+        eps = max(torch.finfo(t.dtype).eps for t in (old, new))
+        parts = (1 - m) * old.double(), new.double()
+        value = (parts[1] - parts[0]) / m if m else torch.full_like(parts[1], torch.nan)
+        statistics.append(value * factor)
+        errors.append(eps * (parts[0].abs() + parts[1].abs() + (m * value).abs()) / (m or 1.0))
+    steps = int(after[count]) - int(start) if count in after and start is not None else 1
+    if steps != 1 or all(torch.equal(before[name].double(), after[name].to(before[name]).double()) for name in names):
+        flaw = "the running statistics that were sent are not those after one step."
+    elif examples > 1:
+        flaw = f"its statistics run over {examples} examples: what it passes back to one needs the gradients of all."
+    elif not m:
+        flaw = "its momentum is 0: what was sent says nothing of the batch."
+    elif bool((statistics[1] <= errors[1]).any()):
+        flaw = "the rounding of the running variance that was sent is no smaller than the batch's own variance."
+    return KnownBatchNorm(layer, statistics[0], statistics[1], (errors[0], errors[1]), flaw)

@@ -1,0 +1,67 @@
+"""batch-norm: batch norm in train mode whose statistics were sent, which makes it affine in its input."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.batch_norm import KnownBatchNorm
+from unbatch.layer import LayerRule, shaped
+from unbatch.numerics.linsys import LinearSystem, affine
+
+
+@final
+class BatchNorm(LayerRule):
+    """z = w (x - mean) / std + b with known mean and std = sqrt(var + eps), for a batch of one example.
+
+    Forward: w x / std = z - b + w mean / std, entry by entry. Backward, per channel with x^ = (z - b) / w: dL/dx = w / std
+    (dz - mean(dz) - x^ mean(dz x^)), since mean and std move with x. Gradient: dL/dw = sum dz x^, which z gives already.
+    """
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (KnownBatchNorm,)
+    reads_output: ClassVar[bool] = True
+
+    def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
+        """One equation an entry. Raises ValueError: `output` is not of `shape`, or the statistics are of no use."""
+        z = shaped(output, shape, "output")
+        mean, scale, bias = _parts(layer, z)
+        return affine(lambda x: (x - mean) * scale + bias, shape, z)
+
+    def gradient_equations(
+        self, layer: nn.Module, shape: tuple[int, ...], grad_output: Tensor, grad_weight: Tensor
+    ) -> LinearSystem:
+        """None that the output does not give."""
+        return LinearSystem.none(grad_output.numel(), grad_output)
+
+    def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
+        """As above. Raises ValueError: an entry of the output is not known (NaN), or the statistics are of no use."""
+        z, dz = shaped(output, shape, "output"), shaped(grad_output, shape, "grad_output")
+        _, scale, bias = _parts(layer, z)
+        weight = _spread(layer.weight, 1.0, z)
+        normal = torch.where(weight == 0, 0.0, (z - bias) / weight)
+        if bool(normal.isnan().any()):
+            raise ValueError(
+                "what it passes back needs its whole output, and the layers after it, up to the next activation's output, "
+                "hide some of that."
+            )
+        sides = list(range(1, z.ndim))
+        mean, slope = dz.mean(sides, keepdim=True), (dz * normal).mean(sides, keepdim=True)
+        return scale * (dz - mean - normal * slope)
+
+
+def _parts(layer: nn.Module, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mean, w / std and b beside every entry of z."""
+    assert isinstance(layer, KnownBatchNorm)  # the only kind
+    if layer.flaw:
+        raise ValueError(layer.flaw)
+    weight, bias = _spread(layer.weight, 1.0, z), _spread(layer.bias, 0.0, z)
+    return _spread(layer.mean, 0.0, z), weight / _spread((layer.var + layer.eps).sqrt(), 1.0, z), bias
+
+
+def _spread(own: Tensor | nn.Module | None, default: float, z: Tensor) -> Tensor:
+    """A channel's number beside every entry of z [c, ...]."""
+    if not isinstance(own, Tensor):
+        return torch.full_like(z, default)
+    return own.detach().to(z).view(-1, *[1] * (z.ndim - 1)).expand_as(z)

@@ -1,0 +1,133 @@
+"""safer-design: changes that make the published metric more negative, and what they cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_constraints import LOSS, drawn, observed, own
+from torch import nn
+
+from unbatch.analyses import security_metric
+from unbatch.analyses.safer_design import METRICS, SaferDesign
+from unbatch.analysis import Analysis, Verdict
+from unbatch.client import observe
+from unbatch.constraints import c_of
+from unbatch.observation import Observation
+
+
+def metric(obs: Observation) -> float:
+    return Analysis.parse("security-metric").run(obs)[0].value
+
+
+def proposed(spec: str, **options: int) -> list[Verdict]:
+    obs, at = observed(spec)
+    return list(SaferDesign(**options).run(obs, at=at))
+
+
+def test_changes_of_a_published_network_the_safest_first() -> None:
+    found = proposed("photos:model=cnn2-c2,bias=false")
+    assert [(v.name, v.value) for v in found] == [
+        ("c(M): conv1 at stride 4", -2436),
+        ("c(M): conv1 with 3 of 6 channels", -2262),
+    ]
+    assert found[0].words == ("c(M) is -1,470 now. Parameters 12,447 -> 3,753; numbers that reach head 1,350 -> 384.")
+
+
+def test_the_change_of_a_network_that_gives_all_away() -> None:
+    (found,) = proposed("photos:model=cnn2-c1")
+    assert (found.name, found.value) == ("c(M): conv1 at stride 2", 3 * 9 * 6 + 6 * 15 * 15 - 36 - 3072)
+    assert "c(M) is 0 now." in found.words
+    assert found.words.endswith(
+        "conv1 with 3 of 6 channels: not counted, since ranks had to be measured on more than largest=1024 unknowns."
+    )
+    found = proposed("photos:model=cnn2-c1,size=16")
+    assert [(v.name, v.value) for v in found] == [
+        ("c(M): conv1 at stride 2", 3 * 9 * 6 + 6 * 49 - 36 - 768),
+        ("c(M): conv1 with 3 of 6 channels", 3 * 9 * 3 + 3 * 14 * 14 - 9 - 768),
+    ]
+
+
+@pytest.mark.parametrize("name", ["cnn3-c4", "cnn3-c1"])
+def test_values_are_those_of_the_security_metric(name: str) -> None:
+    """Of the network built anew with that change: c(M) is generic in the weights."""
+    obs, at = observed(f"photos:size=12,model={name}")
+    found = SaferDesign(most=9).run(obs, at=at)
+    assert found
+    for verdict in found:
+        layer, what = verdict.name.removeprefix("c(M): ").split(" ", 1)
+        changed = list(obs.model)
+        place = [n for n, _ in obs.model.named_children()].index(layer)
+        conv = changed[place]
+        stride = conv.stride if what.startswith("with") else tuple(2 * s for s in conv.stride)
+        channels = conv.out_channels // 2 if what.startswith("with") else conv.out_channels
+        changed[place] = nn.Conv2d(conv.in_channels, channels, conv.kernel_size, stride, conv.padding)
+        later = next((k for k in range(place + 1, len(changed)) if isinstance(changed[k], nn.Conv2d)), None)
+        if later is not None:
+            c = changed[later]
+            changed[later] = nn.Conv2d(channels, c.out_channels, c.kernel_size, c.stride, c.padding)
+        trunk = nn.Sequential(*changed[:-1])
+        model = drawn(*changed[:-1], nn.Linear(trunk(torch.zeros(1, 3, 12, 12)).numel(), 9))
+        assert metric(own(model, (3, 12, 12))) == verdict.value
+        assert verdict.value < metric(obs)
+
+
+def test_nothing_that_does_not_help_is_proposed() -> None:
+    obs = own(drawn(nn.Conv2d(1, 9, 3), nn.Tanh(), nn.Flatten(), nn.Linear(9 * 36, 3)), (1, 8, 8))
+    assert metric(obs) == 0
+    for verdict in SaferDesign(most=9).run(obs):
+        assert verdict.value < 0
+    tiny = own(drawn(nn.Conv2d(1, 1, 8), nn.Tanh(), nn.Flatten(), nn.Linear(1, 2)), (1, 8, 8))
+    (verdict,) = SaferDesign().run(tiny)
+    assert (verdict.name, verdict.value) == ("c(M): no change", metric(tiny))
+    assert verdict.words.startswith("none of 1 changes to a convolution makes it more negative.")
+
+
+def test_a_network_without_convolutions_is_told_so() -> None:
+    obs = own(drawn(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)), (12,))
+    (verdict,) = SaferDesign().run(obs)
+    assert (verdict.name, verdict.value) == ("c(M): no change", 0)
+    assert "no convolution lies before the first dense layer" in verdict.words
+
+
+def test_what_is_too_large_to_measure_is_said() -> None:
+    obs, at = observed("photos:size=16,model=cnn2-c1,activation=relu")
+    with pytest.raises(ValueError, match=r"no change could be counted\. conv1 at stride 2, conv1 with 3 of 6 channels"):
+        SaferDesign(largest=100).run(obs, at=at)
+    with pytest.raises(ValueError, match="more than own=100 unknowns"):
+        SaferDesign(own=100).run(obs, at=at)
+    with pytest.raises(ValueError, match="input_shape"):
+        SaferDesign().run(obs.only("batch_size"), at=at)
+
+
+def test_at_most_so_many_are_given_and_the_answer_is_the_same_again() -> None:
+    obs, at = observed("photos:size=16,model=cnn3-c1")
+    every = SaferDesign(most=9).run(obs, at=at)
+    assert len(every) > 1
+    assert [v.name for v in SaferDesign(most=1).run(obs, at=at)] == [every[0].name]
+    assert list(every) == list(SaferDesign(most=9).run(obs, at=at))
+    assert [v.value for v in every] == sorted(v.value for v in every)
+
+
+def test_another_metric_stands_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "dense inputs", lambda links, at, largest: float(links[-1].unknowns))
+    found = proposed("photos:model=cnn2-c2,size=16,bias=false")
+    assert {v.name for v in found} == {
+        f"{name}: conv1 {change}"
+        for name in ("c(M)", "dense inputs")
+        for change in ("at stride 4", "with 3 of 6 channels")
+    } | {"dense inputs: conv1 followed by average pooling of 2 along each side"}
+
+
+def test_the_network_and_its_buffers_are_left_alone() -> None:
+    model = drawn(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 3))
+    model.insert(1, nn.BatchNorm2d(4))
+    x, y = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
+    obs = observe(model, LOSS, x, y)[0]
+    before = {k: t.clone() for k, t in obs.model.state_dict().items()}
+    assert SaferDesign().run(obs)
+    assert all(torch.equal(before[k], t) for k, t in obs.model.state_dict().items())
+
+
+def test_the_published_formula_is_the_same_in_both_places() -> None:
+    for layers in ([(3072, 1602)], [(10, 10)] * 6, [(3072, 3072), (3468, 3188), *[(1600, 1600)] * 4], []):
+        assert c_of(layers) == security_metric.c_of(layers)
