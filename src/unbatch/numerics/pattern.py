@@ -14,18 +14,21 @@ DCG 2010; for the program Boyd et al., Distributed optimization and statistical 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from unbatch.numerics.mixture import Mixture
-from unbatch.numerics.sign_certain import COLUMNS
+from unbatch.numerics.sign_certain import COLUMNS, deviations, exact_rows
 
 SPREAD = 0.5  # error of a guess's preactivations, in their own standard deviation
 PENALTY = 10.0
-ROUNDS = 3  # of linear programs: each has the last one's answer for its guess, and the residual that fits it
-STEPS = 50
-NEAR = 0.03  # share of rows up to which two patterns are of one example
+ROUNDS = 6  # of linear programs: each has the last one's answer for its guess, and the residual that fits it
+STEPS = 15
+FINAL = 3  # of roundings of what least absolute deviations leave
+PART = 64  # patterns finished at a time
+NEAR = 0.06  # share of rows up to which two patterns are mostly of one example
 NOTHING = 0.05  # length of a delta, over that of all neurons on, up to which the program has ended at 0
 ROUGH = 0.15  # relative distance to a pattern's delta above which what the program ends at is no pattern
 
@@ -140,17 +143,46 @@ def _odds(mixture: Mixture, two: Switches, before: Tensor, draws: int = 16) -> T
     return ((share + 0.01) / (1.01 - share)).log()
 
 
-def apart(pattern: Tensor, off: Tensor, known: Tensor, most: int) -> Tensor:
+def finish(mixture: Mixture, two: Switches, pattern: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Dual vectors q [g, n] beside rough patterns and deltas [g, m], their own patterns, and the share [g] of exact rows.
+
+    Least absolute deviations mend most of the wrong rows. Then the pattern is what U S q rounds to, and its residual
+    the one with which its delta lies in the range of U: the least singular vector of (I - U U^T) columns(pattern).
+    """
+    c, _ = deviations(mixture, partial(two.columns, pattern), delta @ mixture.U)
+    parts = torch.split(torch.arange(len(c), device=c.device), PART)
+    found = [_finish(mixture, two, pattern[i], c[i]) for i in parts]
+    c, pattern, share = (torch.cat(each) for each in zip(*found, strict=True))
+    return c / mixture.S, pattern, share
+
+
+def _finish(mixture: Mixture, two: Switches, pattern: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    U, every = mixture.U, torch.arange(len(pattern), device=pattern.device)
+    a, error = two.residual(pattern, c @ U.T), c @ U.T
+    for _ in range(FINAL):
+        off, on = two.ends(a)
+        pattern = (c @ U.T - off) * (on - off) > 0.5 * (on - off).square()
+        columns = two.columns(pattern, every)  # [g, m, k]
+        inside = U.T @ columns
+        outside = columns - U @ inside
+        a = torch.linalg.eigh(outside.mT @ outside)[1][..., 0]
+        new = (inside @ a[:, :, None])[..., 0]
+        turn = torch.where((new * c).sum(1, keepdim=True) < 0, -1.0, 1.0)
+        a, c, error = turn * a, turn * new, (outside @ a[:, :, None])[..., 0]
+    return c, pattern, exact_rows(mixture, c, error)
+
+
+def apart(pattern: Tensor, off: Tensor, known: Tensor, most: int, *, near: float = NEAR) -> Tensor:
     """Numbers of up to `most` patterns [g, m], the least far off first, near neither a known one nor each other."""
     rows = pattern.float()
     kept: list[int] = []
     gone = ~(off <= ROUGH)
     for row in known.float():
-        gone |= (rows - row).abs().mean(1) < NEAR
+        gone |= (rows - row).abs().mean(1) < near
     for i in off.argsort().tolist():
         if len(kept) == most:
             break
         if not gone[i]:
             kept.append(i)
-            gone |= (rows - rows[i]).abs().mean(1) < NEAR
+            gone |= (rows - rows[i]).abs().mean(1) < near
     return torch.tensor(kept, dtype=torch.long, device=pattern.device)

@@ -163,6 +163,15 @@ def _deviations(
     return c[:, :n], (said * (fits & alive)).sum(1) / alive.sum()
 
 
+def exact_rows(mixture: Mixture, c: Tensor, error: Tensor) -> Tensor:
+    """Share [g] of live rows whose error [g, m] of U c is rounding."""
+    alive = mixture.U.norm(dim=1) > 1e-9
+    scale = mixture.U.shape[0] ** 0.5
+    fits = _fits(mixture, c, scale * error.abs(), c.norm(dim=1, keepdim=True))  # |U c| = |c|
+    share: Tensor = (fits & alive).to(c).sum(1) / alive.sum()
+    return share
+
+
 def _fits(mixture: Mixture, c: Tensor, error: Tensor, ref: Tensor) -> Tensor:
     """Rows [g, m] whose error is rounding: of the gradient, which U c takes over from S^-1 c, or of this arithmetic."""
     n = mixture.n

@@ -18,8 +18,8 @@ from unbatch.numerics.descent import Descent
 from unbatch.numerics.equation import accept, choose_labels, choose_targets, explained, placed, polish
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, label_misfits
-from unbatch.numerics.pattern import Switches, apart, relax, switches
-from unbatch.numerics.sign_certain import COLUMNS, deviations, isolate, kinked, layered
+from unbatch.numerics.pattern import NEAR, Switches, apart, finish, relax, switches
+from unbatch.numerics.sign_certain import COLUMNS, isolate, kinked, layered
 from unbatch.numerics.softening import Softened
 
 Start = Callable[[Mixture, torch.Generator], Tensor]  # what is left, of r examples -> guesses [g, r]
@@ -248,15 +248,14 @@ def by_patterns(
         best = label_misfits(whole, tried, classes).topk(min(LABELS, len(classes)), largest=False).indices
         guesses, labels = tried.repeat_interleave(best.shape[1], 0), classes[best].flatten()
         pattern, delta, off = relax(whole, two, guesses, labels)
-        near = apart(pattern, off, known, n - len(Q))
-        pattern = pattern[near]
-        q, share = deviations(whole, partial(two.columns, pattern), delta[near] @ whole.U)
-        chosen = distinct(Q * whole.S, q, _fitting(share, max(SURE, _needed(whole))))[: n - len(Q)]
+        near = apart(pattern, off, known, n - len(Q), near=NEAR / 4**misses)  # at last even of twins
+        q, pattern, share = finish(whole, two, pattern[near], delta[near])
+        chosen = distinct(Q * whole.S, q * whole.S, _fitting(share, max(SURE, _needed(whole))))[: n - len(Q)]
         log.append(
             {"start": name, "left": n - len(Q), "guesses": len(guesses), "near": len(near), "found": len(chosen)}
         )
         misses = 0 if len(chosen) else misses + 1
-        Q, known = torch.cat([Q, q[chosen] / whole.S]), torch.cat([known, pattern[chosen]])
+        Q, known = torch.cat([Q, q[chosen]]), torch.cat([known, pattern[chosen]])
     if len(Q) < n:
         return Separation(Q[:0], _no_labels(whole, classes), log, joint=True)
     return _whole(whole, whole.scaled(torch.linalg.pinv(Q, rtol=1e-13).T), classes, slack, copies, log)
