@@ -2,13 +2,14 @@
 
 Behind one layer of switches (relu, leaky relu, hardtanh) every row of a delta is one of two values, off_j . a or on_j . a,
 with a the residual: off a + s (on - off) a with s in {0, 1}^m. It lies in the range of U, which has n of m dimensions;
-wherever n is well below m / 2 hardly anything of the cube [0, 1]^m does but what the batch's own patterns span, as 0/1
-vectors are the corners of a cube that n + m / 2 equations tell apart. So maximise sum_j l_j s_j over the cube, l the log
-odds that a guess gives the neurons: a linear program, whose maximum is an example's pattern even where one sign in six of
-the guess is wrong. Rounded, it is close enough for least absolute deviations to make it exact.
+a generic subspace of n < m / 2 dimensions would hold of the cube but its corner 0, so what it does hold, the examples'
+patterns span. Hence maximise sum_j l_j s_j over the cube, l the log odds that a guess gives the neurons: a linear program,
+whose maximum is about an example's pattern even where one sign in six of the guess is wrong. Least absolute deviations and
+rounding make it exact.
 
-Source: this library; for signs and cubes Donoho, Tanner, Counting the faces of randomly-projected hypercubes and orthants,
-DCG 2010; for the program Boyd et al., Distributed optimization and statistical learning via ADMM, FnT ML 2011.
+Source: this library; a subspace and an orthant: Wendel, A problem in geometric probability, Math. Scand. 1962; cubes: Donoho,
+Tanner, Counting the faces of randomly-projected hypercubes and orthants, DCG 2010; the program's solution: Boyd et al.,
+Distributed optimization and statistical learning via ADMM, FnT ML 2011.
 """
 
 from __future__ import annotations
