@@ -7,7 +7,7 @@ patterns span. Hence maximise sum_j l_j s_j over the cube, l the log odds that a
 whose maximum is about an example's pattern even where one sign in six of the guess is wrong. Least absolute deviations and
 rounding make it exact.
 
-Source: this library; a subspace and an orthant: Wendel, A problem in geometric probability, Math. Scand. 1962; cubes: Donoho,
+Source: this library; a subspace and an orthant: Wendel, A problem in geometric probability, 1962; cubes: Donoho,
 Tanner, Counting the faces of randomly-projected hypercubes and orthants, DCG 2010; the program's solution: Boyd et al.,
 Distributed optimization and statistical learning via ADMM, FnT ML 2011.
 """
