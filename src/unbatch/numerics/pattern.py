@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from unbatch.numerics.mixture import Mixture
-from unbatch.numerics.sign_certain import COLUMNS, deviations, exact_rows
+from unbatch.numerics.sign_certain import deviations, exact_rows
 
+CLASSES = 128  # beyond which residuals have too many unknowns
 SPREAD = 0.5  # error of a guess's preactivations, in their own standard deviation
 PENALTY = 10.0
 ROUNDS = 6  # of linear programs: each has the last one's answer for its guess, and the residual that fits it
@@ -65,7 +66,7 @@ class Switches:
 
 def switches(mixture: Mixture, rng: torch.Generator) -> Switches | None:
     """The two values, if the difference of two labels' deltas has two values a row and no more, whatever other rows do."""
-    if not 2 <= mixture.classes <= COLUMNS:
+    if not 2 <= mixture.classes <= CLASSES:
         return None
     m = mixture.U.shape[0]
     level = 10.0 ** torch.arange(-3, 4, dtype=torch.float64)
