@@ -13,20 +13,24 @@ from unbatch.numerics.equation import Equation, accept, choose_labels, choose_ta
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, misfits
 from unbatch.numerics.moment_start import weight_moments
+from unbatch.numerics.pattern import NEAR, apart, finish, relax, switches
 from unbatch.numerics.sign_certain import isolate, kinked
 from unbatch.numerics.unmix import softened, unmix
 
 ACTIVATIONS = {"gelu": F.gelu, "tanh": torch.tanh, "relu": torch.relu, "leaky": F.leaky_relu, "softplus": F.softplus}
+SWITCHES = {"relu": torch.relu, "leaky": F.leaky_relu, "hardtanh": F.hardtanh}
 
 
 class Problem:
     """n random inputs [n, d] of a network of width m with k outputs; its gradient as a mixture, and the truth."""
 
-    def __init__(self, activation="gelu", *, n=6, d=12, m=80, k=4, seed=0, real=False, bias=True) -> None:
+    def __init__(self, activation="gelu", *, n=6, d=12, m=80, k=4, seed=0, real=False, bias=True, twins=None) -> None:
         rng = torch.Generator().manual_seed(seed)
         draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
-        s = ACTIVATIONS[activation]
+        s = (ACTIVATIONS | SWITCHES)[activation]
         self.x = torch.cat([draw(n, d), torch.ones(n, 1, dtype=torch.float64)], 1)[:, : d + bias]
+        if twins is not None:
+            self.x[1, :d] = self.x[0, :d] + twins * draw(d)
         W, V = draw(m, d + bias) / d**0.5, draw(k, m) / m**0.5
         self.y = draw(n, k) if real else torch.randint(k, (n,), generator=rng)
 
@@ -186,6 +190,105 @@ def test_least_absolute_deviations_make_rough_guesses_exact(activation: str) -> 
     assert float(isolate(p.mixture, p.z)[1].min()) > 0.99
     unrelated = p.mixture.scaled(torch.randn(6, 6, generator=p.rng, dtype=torch.float64))
     assert float(isolate(p.mixture, unrelated)[1].median()) < float(share.median())
+
+
+@pytest.mark.parametrize("activation", list(SWITCHES))
+def test_the_two_values_of_a_row_are_found(activation: str) -> None:
+    p = Problem(activation, m=200)
+    two = switches(p.mixture, p.rng)
+    F_, derivative = p.mixture.F(p.z, p.y), p.mixture.F(p.z, (p.y + 1) % 4)
+    on = (F_ - derivative).abs() > 0.5 * (
+        p.mixture.deltas(torch.full((6, 200), 1e-3).double(), p.y)
+        - p.mixture.deltas(torch.full((6, 200), 1e-3).double(), (p.y + 1) % 4)
+    ).abs()
+    a = two.residual(on, F_)
+    torch.testing.assert_close((two.columns(on, torch.arange(6)) @ a[:, :, None])[..., 0], F_)
+    least, most = two.ends(a)
+    torch.testing.assert_close(torch.where(on, most, least), F_)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "softplus"])
+def test_smooth_activations_are_no_switches(activation: str) -> None:
+    p = Problem(activation)
+    assert switches(p.mixture, p.rng) is None
+
+
+def test_real_targets_and_deeper_networks_are_left_to_the_signs() -> None:
+    p = Problem("relu", real=True)
+    assert switches(p.mixture, p.rng) is None
+    V = torch.randn(80, 80, generator=p.rng, dtype=torch.float64) / 80**0.5
+
+    def deeper(before: Tensor, y: Tensor) -> Tensor:
+        live = before.detach().requires_grad_()
+        loss = F.cross_entropy(torch.relu(torch.relu(live) @ V)[:, :4], y, reduction="sum")
+        return torch.autograd.grad(loss, live)[0]
+
+    assert switches(replace(Problem("relu").mixture, deltas=deeper), p.rng) is None
+
+
+@pytest.mark.parametrize("activation", list(SWITCHES))
+def test_the_program_ends_at_patterns_from_guesses_with_many_wrong_signs(activation: str) -> None:
+    p = Problem(activation, n=20, d=40, m=400, seed=1)
+    rough = p.near(0.6 if activation != "hardtanh" else 0.3)
+    on = lambda z: (p.mixture.before(z) > 0) if activation != "hardtanh" else p.mixture.before(z).abs() < 1  # noqa: E731
+    truth = on(p.z)
+    before = (on(rough) != truth).double().mean(1)
+    assert float(before.median()) > 0.1
+    two = switches(p.mixture, p.rng)
+    pattern, delta, off = relax(p.mixture, two, rough, p.y)
+    after = (pattern != truth).double().mean(1)
+    assert float(after.median()) < 0.2 * float(before.median())
+    near = apart(pattern, off, truth[:3], 20)
+    assert len(near) >= 12
+    assert not set(near.tolist()) & {0, 1, 2}
+    q, last, share = finish(p.mixture, two, pattern[near], delta[near])
+    true = p.mixture.dual(p.mixture.F(p.z, p.y))
+    cosine = F.normalize(q * p.mixture.S, dim=1) @ F.normalize(true * p.mixture.S, dim=1).T
+    best, which = cosine.max(1)  # a guess may end at another example than the one it was nearest to
+    exact = best > 1 - 1e-12
+    assert float(exact.double().mean()) > 0.8
+    assert torch.equal(last[exact], truth[which[exact]])
+    assert torch.equal(share > 0.9, exact)
+
+
+def test_the_truth_stays_and_what_ends_at_nothing_is_dropped() -> None:
+    p = Problem("relu", n=20, d=40, m=400, seed=1)
+    pattern, _, off = relax(p.mixture, switches(p.mixture, p.rng), p.z, p.y)
+    assert float((pattern != (p.mixture.before(p.z) > 0)).double().mean(1).max()) < NEAR
+    assert float(off.max()) < 1e-2
+    nothing = torch.tensor([torch.inf, torch.nan, 0.5])
+    assert not len(apart(pattern[:3], nothing, pattern[:0], 9))
+
+
+def test_twins_are_told_apart_where_it_is_asked_for() -> None:
+    one = torch.zeros(2, 100, dtype=torch.bool)
+    one[1, :4] = True
+    off = torch.tensor([0.02, 0.01])
+    assert apart(one, off, one[:0], 9).tolist() == [1]
+    assert apart(one, off, one[:0], 9, near=0.01).tolist() == [1, 0]
+    assert apart(one, off, one[:1], 9).tolist() == []
+    assert apart(one, off, one[:1], 9, near=0.01).tolist() == [1]
+
+
+def test_two_pictures_that_are_nearly_one_are_both_found() -> None:
+    p = Problem("relu", n=8, d=30, m=300, twins=0.05)
+    both = p.mixture.before(p.z[:2]) > 0
+    assert 0 < float((both[0] != both[1]).double().mean()) < NEAR
+    found = unmix(p.mixture, [("random", random)], torch.Generator().manual_seed(0), attempts=3)
+    gap = torch.cdist(found.z, p.z, compute_mode="donot_use_mm_for_euclid_dist")
+    assert sorted(gap.argmin(1).tolist()) == list(range(8))
+    assert float(gap.min(1).values.max()) < 1e-6
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky"])
+def test_a_larger_batch_behind_switches_comes_from_random_guesses(activation: str) -> None:
+    p = Problem(activation, n=30, d=60, m=300)
+    found = unmix(p.mixture, [("random", random)], torch.Generator().manual_seed(0), attempts=1)
+    gap = torch.cdist(found.z, p.z, compute_mode="donot_use_mm_for_euclid_dist")
+    assert sorted(gap.argmin(1).tolist()) == list(range(30))
+    assert float(gap.min(1).values.max()) < 1e-7
+    assert torch.equal(found.labels, p.y[gap.argmin(1)])
+    assert "settle" not in {entry["start"] for entry in found.log}
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])

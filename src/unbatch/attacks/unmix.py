@@ -39,7 +39,8 @@ class Unmix(Attack):
     size as its rank. In coordinates z of the span each example obeys U S q = F(z, y) alone, F the model's own delta:
     guesses (independent components of the edges of pictures, or of raw rows; draws from a prior) are polished on it,
     accepted if their subtraction lowers the rank by one, and subtracted. Kinked activations (relu) give exact dual
-    vectors q by least absolute deviations instead. Batch size, labels and residuals are found.
+    vectors q instead, by a linear program over the neurons' patterns (one hidden layer) and least absolute deviations.
+    Batch size, labels and residuals are found.
 
     Examples must not interact above the layer, and the batch must be smaller than half the layer's width and than its
     inputs. Where layers before it are not a mere normalisation, their exact outputs (features) are returned.

@@ -8,6 +8,8 @@ outliers. With inactive rows alone this is the null vector of those rows of U.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -52,58 +54,78 @@ def fan(mixture: Mixture, z: Tensor, y: Tensor | None) -> Tensor:
 
 
 def isolate(
-    mixture: Mixture,
-    z: Tensor,
-    y: Tensor | None = None,
-    *,
-    steps: int = 15,
-    spread: float = 0.3,
-    zeros: bool = False,
-    chunk: int = 2**24,
+    mixture: Mixture, z: Tensor, y: Tensor | None = None, *, steps: int = 15, spread: float = 0.3, zeros: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Dual vectors q [g, n] and the share [g] of live rows on which U S q = G a holds exactly.
+    """Dual vectors q [g, n], q . z = 1, and the share [g] of live rows on which U S q = G a holds exactly.
 
-    Iteratively reweighted least squares towards sum_j |U_j c - G_j a|, from weights 1 / P(sign of row j is wrong) under
-    an error of z whose preactivations have `spread` times their own standard deviation. A share that n + k rows alone
-    could reach means nothing; one well above it is an example's. With `zeros` only rows on which G vanishes count.
+    Weights begin at 1 / P(sign of row j is wrong) under an error of z whose preactivations have `spread` times their own
+    standard deviation. With `zeros` only rows on which G vanishes count.
     """
-    m, n = mixture.U.shape
-    if not len(z):
+    parts = _parts(mixture, len(z))
+    found = [_isolate(mixture, z[i], None if y is None else y[i], steps, spread, zeros, pairs) for i, pairs in parts]
+    if not found:
         return z, z.new_zeros(0)
-    i, j = torch.triu_indices(n, n, device=z.device)
-    pairs = mixture.U[:, i] * mixture.U[:, j] * m  # [m, n (n + 1) / 2]: w pairs holds weighted Gram matrices of U
-    size = max(1, chunk // (n * n + m * (1 + min(mixture.classes or mixture.targets, COLUMNS))))
-    both = [
-        _isolate(mixture, part, None if y is None else y[which], steps, spread, zeros, pairs)
-        for part, which in _parts(z, size)
-    ]
-    return torch.cat([q for q, _ in both]), torch.cat([share for _, share in both])
-
-
-def _parts(z: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    return [(z[i], i) for i in torch.split(torch.arange(len(z), device=z.device), size)]
+    return torch.cat([q for q, _ in found]), torch.cat([share for _, share in found])
 
 
 def _isolate(
     mixture: Mixture, z: Tensor, y: Tensor | None, steps: int, spread: float, zeros: bool, pairs: Tensor
 ) -> tuple[Tensor, Tensor]:
     before, G = mixture.before(z), fan(mixture, z, y)  # [g, m], [g, m, k]
-    (g, m, k), n = G.shape, mixture.n
     said = torch.ones_like(before)
     if zeros:
-        said, G, k = (G == 0).all(2).to(G), G[..., :0], 0
-    G = G / (G.square().sum((1, 2), keepdim=True).sqrt() / m**0.5 + 1e-300)
-    U = mixture.U * m**0.5
-    mean = float(mixture.S.mean())
-    tie = torch.cat([z / mixture.S * mean, z.new_zeros(g, k)], 1)  # q . z
+        said, G = (G == 0).all(2).to(G), G[..., :0]
     wrong = 0.5 * torch.erfc(before.abs() / (spread * before.std(1, keepdim=True) * 2**0.5))
-    trust = said / (wrong + 0.02)
+    tie = z / mixture.S * float(mixture.S.mean())
+    c, share = _deviations(mixture, G, tie, said / (wrong + 0.02), said, steps, pairs)
+    q = c / mixture.S
+    return q / (q * z).sum(1, keepdim=True), share
+
+
+def deviations(
+    mixture: Mixture, columns: Callable[[Tensor], Tensor], tie: Tensor, *, steps: int = 12
+) -> tuple[Tensor, Tensor]:
+    """The same with G = columns(numbers) [g, m, k] given: c = S q [g, n] on the side of tie [g, n], and the share [g]."""
+    found = []
+    for i, pairs in _parts(mixture, len(tie)):
+        G = columns(i)
+        said = G.new_ones(G.shape[:2])
+        found.append(_deviations(mixture, G, tie[i], said, said, steps, pairs))
+    if not found:
+        return tie, tie.new_zeros(0)
+    return torch.cat([c for c, _ in found]), torch.cat([share for _, share in found])
+
+
+def _parts(mixture: Mixture, g: int, chunk: int = 2**24) -> Iterator[tuple[Tensor, Tensor]]:
+    """Numbers of candidates taken at a time, and the products of U's columns [m, n (n + 1) / 2] that all of them share."""
+    if not g:
+        return
+    m, n = mixture.U.shape
+    i, j = torch.triu_indices(n, n, device=mixture.U.device)
+    pairs = mixture.U[:, i] * mixture.U[:, j] * m  # w pairs holds weighted Gram matrices of U
+    size = max(1, chunk // (n * n + m * (1 + min(mixture.classes or mixture.targets, COLUMNS))))
+    for part in torch.split(torch.arange(g, device=mixture.U.device), size):
+        yield part, pairs
+
+
+def _deviations(
+    mixture: Mixture, G: Tensor, tie: Tensor, trust: Tensor, said: Tensor, steps: int, pairs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """c [g, n], c . tie = 1, and the share of rows with U_j c = G_j a.
+
+    Reweighted least squares towards sum_j |U_j c - G_j a|, the first weights being `trust`; rows that are not `said` do
+    not count. A share that n + k rows alone could reach means nothing; one well above it is an example's.
+    """
+    (g, m, k), n = G.shape, mixture.n
+    G = G / (G.square().sum((1, 2), keepdim=True).sqrt() / m**0.5 + 1e-300)
+    tie = torch.cat([tie, tie.new_zeros(g, k)], 1)
+    U = mixture.U * m**0.5
     alive = mixture.U.norm(dim=1) > 1e-9  # [m]: rows that some example reaches
     rough = pairs.float()
-    i, j = torch.triu_indices(n, n, device=z.device)
+    i, j = torch.triu_indices(n, n, device=tie.device)
 
     def normal(w: Tensor, pairs: Tensor, ridge: float) -> Tensor:  # M^T diag(w) M, M = [U, -G], [g, n + k, n + k]
-        H = z.new_empty(g, n + k, n + k)
+        H = tie.new_empty(g, n + k, n + k)
         upper = (w.to(pairs) @ pairs).to(H)
         H[:, i, j], H[:, j, i] = upper, upper
         weighted = (G * w[:, :, None]).mT  # [g, k, m]
@@ -117,8 +139,7 @@ def _isolate(
         error: Tensor = c[:, :n] @ U.T - (G @ c[:, n:, None])[..., 0]
         return error
 
-    w, error, ref = trust, before, before
-    c = tie
+    w, error, ref, c = trust, trust, trust, tie
     for step in range(steps):
         H = normal(w, *((rough, 1e-8) if step < steps - EXACT else (pairs, 1e-13)))
         c = torch.linalg.solve_ex(H, tie[:, :, None])[0][..., 0].nan_to_num()
@@ -131,7 +152,7 @@ def _isolate(
         w = w / w.amax(1, keepdim=True)
     fits = _fits(mixture, c, error, ref)
     for _ in range(2):  # refinement on the rows that fit alone, as a correction, which the normal equations do not blur
-        w = (fits | ~alive).to(z) * said
+        w = (fits | ~alive).to(tie) * said
         H, left = normal(w, pairs, 1e-12), w * apply(c)
         slope = torch.cat([left @ U, -(G.mT @ left[:, :, None])[..., 0]], 1)
         both = torch.linalg.solve_ex(H, torch.stack([slope, tie], 2))[0].nan_to_num()
@@ -139,9 +160,16 @@ def _isolate(
         c = c - both[..., 0] + share[:, None] * both[..., 1]
         error = apply(c).abs()
         fits = _fits(mixture, c, error, ref)
-    q = c[:, :n] / mixture.S
-    q = q / (q * z).sum(1, keepdim=True)
-    return q, (said * (fits & alive)).sum(1) / alive.sum()
+    return c[:, :n], (said * (fits & alive)).sum(1) / alive.sum()
+
+
+def exact_rows(mixture: Mixture, c: Tensor, error: Tensor) -> Tensor:
+    """Share [g] of live rows whose error [g, m] of U c is rounding."""
+    alive = mixture.U.norm(dim=1) > 1e-9
+    scale = mixture.U.shape[0] ** 0.5
+    fits = _fits(mixture, c, scale * error.abs(), c.norm(dim=1, keepdim=True))  # |U c| = |c|
+    share: Tensor = (fits & alive).to(c).sum(1) / alive.sum()
+    return share
 
 
 def _fits(mixture: Mixture, c: Tensor, error: Tensor, ref: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from unbatch.numerics.certificate import radius
 from unbatch.numerics.descent import Descent
 from unbatch.numerics.equation import accept, choose_labels, choose_targets, explained, placed, polish
 from unbatch.numerics.joint import refine
-from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.mixture import Mixture, label_misfits
+from unbatch.numerics.pattern import NEAR, Switches, apart, finish, relax, switches
 from unbatch.numerics.sign_certain import COLUMNS, isolate, kinked, layered
 from unbatch.numerics.softening import Softened
 
@@ -30,6 +31,8 @@ LOOSE = 0.02  # relative radius above which an example that fits is not subtract
 GUESSES = 64  # polished in a round, or a quarter as many as examples are left: more would often end at the same ones
 QUIET = 1e-5  # noise over the least singular value that needs no refinement of the found ones before the next round
 SETTLING = 8  # rounds over all dual vectors at once
+SURE = 0.9  # share of rows that fit a dual vector of which the pattern is known: an example's are .98 and more
+LABELS = 10  # tried with every guess, those that fit it best
 
 
 @dataclass
@@ -68,6 +71,12 @@ def unmix(
         return replace(found, joint=True)
     log: list[dict[str, object]] = []
     best: Separation | None = None
+    two = switches(mixture, rng) if mixture.n > 1 else None
+    if two is not None:
+        best = by_patterns(mixture, two, starts, rng, classes, attempts, slack, copies, tick)
+        log += best.log
+        if len(best.z) == mixture.n:
+            return best
     for _ in range(attempts):  # from other rotations: dual vectors that do not stand together seldom come again
         found = by_signs(mixture, starts, rng, classes, attempts, slack, copies, tick)
         log += found.log
@@ -193,7 +202,14 @@ def by_signs(
         Q, Z = torch.cat([Q, q[chosen]]), torch.cat([Z, tried[chosen]])
     if len(Q) < n:
         return Separation(Q[:0], _no_labels(whole, classes), log, torch.cat([Z, guesses]), joint=True)
-    z = Z if whole.ones is not None else placed(whole, Z, classes, finer=8)
+    return _whole(whole, Z, classes, slack, copies, log)
+
+
+def _whole(
+    whole: Mixture, z: Tensor, classes: Tensor, slack: float, copies: int, log: list[dict[str, object]]
+) -> Separation:
+    """All examples z [n, n] at once: their labels and copies, refined, and held against the whole gradient."""
+    z = z if whole.ones is not None else placed(whole, z, classes, finer=8)
     y = choose_labels(whole, z, classes) if whole.classes else choose_targets(whole, z)
     if whole.classes and copies > 1:
         times = 1 / (whole.dual(whole.F(z, y)) * z).sum(1)  # q . z = 1 for the delta of all copies together
@@ -203,6 +219,46 @@ def by_signs(
         return Separation(z, y, log, z[:0], joint=True)
     kept = accept(whole, z, y, slack=slack)
     return Separation(z[kept], y[kept], log, z[:0], joint=True)
+
+
+def by_patterns(
+    whole: Mixture,
+    two: Switches,
+    starts: Sequence[tuple[str, Start | Descent]],
+    rng: torch.Generator,
+    classes: Tensor,
+    attempts: int,
+    slack: float,
+    copies: int,
+    tick: Tick,
+) -> Separation:
+    """One layer of switches: every guess under every label leads to a pattern, and the patterns to exact dual vectors.
+
+    Examples not found yet are orthogonal to the dual vectors that are; their patterns are not known ones.
+    """
+    n, Q, misses = whole.n, whole.U.new_zeros(0, whole.n), 0
+    known = torch.zeros(0, whole.U.shape[0], dtype=torch.bool, device=whole.U.device)
+    log: list[dict[str, object]] = []
+    ways = [(name, start) for name, start in starts if not isinstance(start, Descent)]
+    while len(Q) < n and misses < attempts * len(ways) and tick(len(Q) / n):
+        name, start = ways[misses % len(ways)]
+        rest = whole.isolated(Q)
+        tried = start(rest, rng) @ rest.basis
+        tried = torch.cat([tried, -tried]) if whole.ones is None else placed(whole, tried, classes, within=rest.basis)
+        best = label_misfits(whole, tried, classes).topk(min(LABELS, len(classes)), largest=False).indices
+        guesses, labels = tried.repeat_interleave(best.shape[1], 0), classes[best].flatten()
+        pattern, delta, off = relax(whole, two, guesses, labels)
+        near = apart(pattern, off, known, n - len(Q), near=NEAR / 4**misses)  # at last even of twins
+        q, pattern, share = finish(whole, two, pattern[near], delta[near])
+        chosen = distinct(Q * whole.S, q * whole.S, _fitting(share, max(SURE, _needed(whole))))[: n - len(Q)]
+        log.append(
+            {"start": name, "left": n - len(Q), "guesses": len(guesses), "near": len(near), "found": len(chosen)}
+        )
+        misses = 0 if len(chosen) else misses + 1
+        Q, known = torch.cat([Q, q[chosen]]), torch.cat([known, pattern[chosen]])
+    if len(Q) < n:
+        return Separation(Q[:0], _no_labels(whole, classes), log, joint=True)
+    return _whole(whole, whole.scaled(torch.linalg.pinv(Q, rtol=1e-13).T), classes, slack, copies, log)
 
 
 def soften(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> Tensor:
