@@ -5,7 +5,8 @@ reads it off the head. A picture is clipped to [0, 1] before it is scored, which
 finds nothing is scored as if it had answered mid-grey, and the row says so.
 
 The two methods that search, hybrid and gradient matching, get `seconds` more than auto took on the same picture, and
-their published number of steps or as many as fit, so that their step sizes have fallen when the time is spent.
+their published number of steps or as many as fit, so that their step sizes have fallen when the time is spent. The
+others are stopped after LIMIT seconds.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ SEARCHES = ("hybrid", "matching")
 PROBE = 20  # steps that show how long one takes
 FILLED = 0.8  # of the time, by the steps planned
 CLASSES = 10
+LIMIT = 150.0  # seconds of a method that does not search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +230,7 @@ def _measure(problem: Problem, data: Path | None, seed: int, device: str, second
     for i in range(problem.pictures):
         obs, truth = _exchange(problem, pool(problem.data, data), seed, i, device)
         for method in problem.methods:
-            spec, time = METHODS[method], float("inf")
+            spec, time = METHODS[method], LIMIT
             if method in SEARCHES:
                 if i >= problem.searched:
                     continue
