@@ -39,6 +39,7 @@ LEVELS = [
         "pullback",
         "probe",
         "constraints",
+        "determined",
         "suites",
         "diagnosis",
     },

@@ -32,8 +32,8 @@ class Variation:
 
     def __init__(self, shape: Shape, like: Tensor) -> None:
         c, h, w = self.shape = shape
-        self.colours = (_cosines(3) if c == 3 else torch.eye(c)).to(like)
-        self.rows, self.columns = _cosines(h).to(like), _cosines(w).to(like)
+        self.colours = (cosines(3) if c == 3 else torch.eye(c)).to(like)
+        self.rows, self.columns = cosines(h).to(like), cosines(w).to(like)
         self.down, self.across = (torch.diff(torch.eye(k), dim=0, append=torch.eye(k)[-1:]).to(like) for k in (h, w))
         curves = [2 - 2 * torch.cos(math.pi * torch.arange(k, dtype=torch.float64) / k) for k in (h, w)]
         total = curves[0][:, None] + curves[1]
@@ -143,7 +143,7 @@ def _lengths(u: Tensor) -> Tensor:
     return torch.stack([u[:3].norm(dim=0), u[3:].norm(dim=0)])
 
 
-def _cosines(n: int) -> Tensor:
+def cosines(n: int) -> Tensor:
     """The orthonormal cosine transform [n, n]; for n = 3 light, red - blue and red - 2 green + blue."""
     k = torch.arange(n, dtype=torch.float64)
     rows = torch.cos(math.pi * k[:, None] * (k + 0.5) / n) * (2 / n) ** 0.5

@@ -1,0 +1,106 @@
+"""Determined: how much of one example a gradient determines, to first order around it, for any differentiable model."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+
+from unbatch.loss import Loss
+from unbatch.numerics.smoothest import cosines
+
+CONTRAST = 0.25  # standard deviation of an entry, of its range
+COLOURS = (0.9, 0.05, 0.05)  # shares of the variance: light, red - blue, red - 2 green + blue
+ROUNDINGS = 4  # of a tensor's root mean square: the error of its entries
+ENTRIES = (
+    2**25
+)  # of the Jacobian: where it would have more, entries of the gradients are drawn that weigh as much as all
+COLUMNS = 64  # of the Jacobian that are computed at once
+
+
+@dataclass(frozen=True)
+class Determined:
+    """What remains open of an example whose prior is Gaussian, when the gradient around it is known to rounding."""
+
+    share: float  # 1 - tr(posterior covariance) / tr(prior covariance)
+    psnr: float  # -10 log10(tr(posterior covariance) / d), in units of the input's range
+
+
+def determined(
+    model: nn.Module,
+    loss: Loss,
+    x: Tensor,
+    y: Tensor,
+    *,
+    box: tuple[float, float] = (0.0, 1.0),
+    mode: Literal["train", "eval"] = "eval",
+    eps: float = float(torch.finfo(torch.float32).eps),
+    rng: torch.Generator | None = None,
+) -> Determined:
+    """1 - tr (C^-1 + J^T S^-1 J)^-1 / tr C at the example x [1, *shape], y [1].
+
+    J [e, d] is the Jacobian of dL/dW, all parameters, with respect to x; S the variance of rounding, `eps` times four
+    times a tensor's root mean square, squared. C is the prior: for pictures [c, h, w] amplitudes fall as 1 / frequency
+    and colours vary less than light; else entries are independent. To first order: whether a search finds the place is
+    not asked. Where J would be too large, entries of dL/dW are drawn and S is scaled by their share.
+
+    Source: the Bayesian Cramer-Rao bound of van Trees (1968) with a Gaussian prior; Field, J. Opt. Soc. Am. A 4, 1987
+    (amplitudes of natural images). Raises ValueError: the gradient is not finite there.
+    """
+    shape, rng = tuple(x.shape[1:]), rng or torch.Generator().manual_seed(0)
+    model = copy.deepcopy(model).double().train(mode == "train")
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: tensor.detach().clone() for name, tensor in state.items()}
+    own = [name for name, _ in model.named_parameters()]
+    y = y.double() if y.is_floating_point() else y
+    drawn: dict[str, Tensor] = {}
+
+    def value(weights: dict[str, Tensor], at: Tensor) -> Tensor:
+        buffers = {k: v.clone() for k, v in state.items() if k not in weights}  # batch norm in train mode writes them
+        return loss(functional_call(model, {**weights, **buffers}, (at.view(1, *shape),)), y)
+
+    def update(at: Tensor) -> Tensor:
+        found = grad(value)({name: state[name] for name in own}, at)
+        return torch.cat([found[name].flatten()[which] / scale[name] for name, which in drawn.items()])
+
+    at = x.double().flatten()
+    sent = grad(value)({name: state[name] for name in own}, at)
+    scale: dict[str, float] = {}
+    most = ENTRIES // (len(at) * len(sent))
+    for name, tensor in sent.items():
+        size = float(tensor.square().mean().sqrt())
+        if not math.isfinite(size):
+            raise ValueError(f"the gradient of {name!r} is not finite at the example.")
+        if size > 0:
+            drawn[name] = torch.randperm(tensor.numel(), generator=rng)[:most].to(at.device)
+            scale[name] = ROUNDINGS * eps * size * (len(drawn[name]) / tensor.numel()) ** 0.5
+    root = _prior(shape, box).to(at)  # C = root root^T, root [d, d]
+    whole = open_ = float(root.square().sum())
+    if drawn:
+        parts = torch.split(root.T.contiguous(), COLUMNS)
+        rows = torch.cat([vmap(lambda v: jvp(update, (at,), (v,))[1])(part).detach() for part in parts])  # (J root)^T
+        U, S, _ = torch.linalg.svd(rows, full_matrices=False)
+        spread = (root @ U).square().sum(0)  # of the prior along each direction
+        unseen = max(0.0, whole - float(spread.sum())) if len(S) < len(at) else 0.0
+        open_ = unseen + float((spread / (1 + S.square())).sum())
+    unit = box[1] - box[0]
+    return Determined(1 - open_ / whole, -10 * math.log10(max(open_ / len(at) / unit**2, 1e-300)))
+
+
+def _prior(shape: tuple[int, ...], box: tuple[float, float]) -> Tensor:
+    """A root [d, d] of the prior's covariance."""
+    deviation = CONTRAST * (box[1] - box[0])
+    if len(shape) != 3:
+        return deviation * torch.eye(math.prod(shape), dtype=torch.float64)
+    c, h, w = shape
+    frequency = (torch.arange(h)[:, None] / h).square() + (torch.arange(w) / w).square()
+    power = 1 / (frequency.double() + 1 / (h * w))
+    power /= power.mean()
+    colours = torch.tensor(COLOURS if c == 3 else (1 / c,) * c, dtype=torch.float64) * c
+    basis = torch.kron(cosines(c) if c == 3 else torch.eye(c).double(), torch.kron(cosines(h), cosines(w)))
+    return deviation * basis.T * (colours[:, None] * power.flatten()).flatten().sqrt()
