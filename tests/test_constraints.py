@@ -108,14 +108,21 @@ def test_a_batch_is_no_single_example() -> None:
 def test_what_is_too_large_to_measure_is_said() -> None:
     obs, at = observed("photos:size=16,model=cnn2-c1")
     assert "more than largest=100" in Analysis.parse("layer-equations:largest=100").run(obs, at=at)[0].words
-    with pytest.raises(ValueError, match="the ranks of conv1 cannot be counted"):
-        Analysis.parse("security-metric:largest=100").run(obs, at=at)
+    with pytest.raises(ValueError, match=r"the ranks of conv1 cannot be counted.*768 numbers, more than pixels=10"):
+        Analysis.parse("security-metric:largest=100,pixels=10").run(obs, at=at)
+    (verdict,) = Analysis.parse("security-metric:largest=100").run(obs, at=at)
+    assert verdict.name == "determined share"
+    assert "the ranks of conv1 cannot be counted" in verdict.words
+    (verdict,) = Analysis.parse("security-metric:pixels=10").run(obs, at=at)
+    assert verdict.name == "c(M)"
+    assert "more than pixels=10" in verdict.words
 
 
 def test_networks_without_convolutions_hide_nothing_from_the_published_metric() -> None:
     obs = own(drawn(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)), (12,))
-    (verdict,) = Analysis.parse("security-metric").run(obs)
+    verdict, share = Analysis.parse("security-metric").run(obs)
     assert verdict.value == 0
+    assert share.name == "determined share"
     assert "no convolution lies before the first dense layer" in verdict.words
     assert [risk.rank for risk in Analysis.parse("layer-equations").run(obs)] == [12, 5]
 

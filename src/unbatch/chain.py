@@ -80,6 +80,21 @@ def chain(model: nn.Module, input_shape: tuple[int, ...], mode: Literal["train",
     return links
 
 
+class Chained(nn.Module):
+    """The network that links make, one after the other."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        super().__init__()
+        self.links = tuple(links)
+        self.layers = nn.ModuleList(link.module for link in links)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, *links[0].before] -> [n, *links[-1].after]."""
+        for link, layer in zip(self.links, self.layers, strict=True):
+            x = layer(x.reshape(len(x), *link.before))
+        return x
+
+
 def follow(links: Sequence[Link], x: Tensor) -> Tensor:
     """The output [n, ...] of the links one after the other, for inputs x [n, *links[0].before]; x, if there are none."""
     for link in links:

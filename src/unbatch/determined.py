@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.modules.dropout import _DropoutNd
 
 from unbatch.loss import Loss
 from unbatch.numerics.smoothest import cosines
@@ -17,9 +19,7 @@ from unbatch.numerics.smoothest import cosines
 CONTRAST = 0.25  # standard deviation of an entry, of its range
 COLOURS = (0.9, 0.05, 0.05)  # shares of the variance: light, red - blue, red - 2 green + blue
 ROUNDINGS = 4  # of a tensor's root mean square: the error of its entries
-ENTRIES = (
-    2**25
-)  # of the Jacobian: where it would have more, entries of the gradients are drawn that weigh as much as all
+ROWS = 2  # of the Jacobian, for each unknown and tensor, into which longer gradients are summed with random signs
 COLUMNS = 64  # of the Jacobian that are computed at once
 
 
@@ -40,25 +40,33 @@ def determined(
     box: tuple[float, float] = (0.0, 1.0),
     mode: Literal["train", "eval"] = "eval",
     eps: float = float(torch.finfo(torch.float32).eps),
+    noise: float = 0.0,
+    sent: Container[str] | None = None,
     rng: torch.Generator | None = None,
 ) -> Determined:
     """1 - tr (C^-1 + J^T S^-1 J)^-1 / tr C at the example x [1, *shape], y [1].
 
-    J [e, d] is the Jacobian of dL/dW, all parameters, with respect to x; S the variance of rounding, `eps` times four
-    times a tensor's root mean square, squared. C is the prior: for pictures [c, h, w] amplitudes fall as 1 / frequency
-    and colours vary less than light; else entries are independent. To first order: whether a search finds the place is
-    not asked. Where J would be too large, entries of dL/dW are drawn and S is scaled by their share.
+    J [e, d] is the Jacobian with respect to x of dL/dW, of all parameters or those `sent`; S the variance of rounding and
+    of `noise` that was added: the square of four times `eps` times a tensor's root mean square, plus noise^2. C is the
+    prior: for pictures [c, h, w] amplitudes fall as 1 / frequency and colours vary less than light; else entries are
+    independent. To first order: whether a search finds the place is not asked. Dropout drops nothing. A
+    tensor of more than two entries an unknown is summed into so many by random signs (a count sketch), which leaves its
+    part of J^T S^-1 J as it is on average.
 
     Source: the Bayesian Cramer-Rao bound of van Trees (1968) with a Gaussian prior; Field, J. Opt. Soc. Am. A 4, 1987
-    (amplitudes of natural images). Raises ValueError: the gradient is not finite there.
+    (amplitudes of natural images);
+    Clarkson and Woodruff, J. ACM 63, 2017 (sketch). Raises ValueError: the gradient is not finite there.
     """
     shape, rng = tuple(x.shape[1:]), rng or torch.Generator().manual_seed(0)
     model = copy.deepcopy(model).double().train(mode == "train")
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.eval()
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {name: tensor.detach().clone() for name, tensor in state.items()}
-    own = [name for name, _ in model.named_parameters()]
+    own = [name for name, _ in model.named_parameters() if sent is None or name in sent]
     y = y.double() if y.is_floating_point() else y
-    drawn: dict[str, Tensor] = {}
+    sketch: dict[str, tuple[Tensor, Tensor, int]] = {}  # weight and place of every entry, and how many places
 
     def value(weights: dict[str, Tensor], at: Tensor) -> Tensor:
         buffers = {k: v.clone() for k, v in state.items() if k not in weights}  # batch norm in train mode writes them
@@ -66,22 +74,24 @@ def determined(
 
     def update(at: Tensor) -> Tensor:
         found = grad(value)({name: state[name] for name in own}, at)
-        return torch.cat([found[name].flatten()[which] / scale[name] for name, which in drawn.items()])
+        parts = [at.new_zeros(k).index_add(0, to, found[name].flatten() * w) for name, (w, to, k) in sketch.items()]
+        return torch.cat(parts)
 
     at = x.double().flatten()
-    sent = grad(value)({name: state[name] for name in own}, at)
-    scale: dict[str, float] = {}
-    most = ENTRIES // (len(at) * len(sent))
-    for name, tensor in sent.items():
-        size = float(tensor.square().mean().sqrt())
+    gradient = grad(value)({name: state[name] for name in own}, at)
+    most = ROWS * len(at)
+    for name, tensor in gradient.items():
+        size, e = float(tensor.square().mean().sqrt()), tensor.numel()
         if not math.isfinite(size):
             raise ValueError(f"the gradient of {name!r} is not finite at the example.")
         if size > 0:
-            drawn[name] = torch.randperm(tensor.numel(), generator=rng)[:most].to(at.device)
-            scale[name] = ROUNDINGS * eps * size * (len(drawn[name]) / tensor.numel()) ** 0.5
+            signs = 2.0 * torch.randint(2, (e,), generator=rng) - 1 if e > most else torch.ones(e)
+            to = torch.randint(most, (e,), generator=rng) if e > most else torch.arange(e)
+            error = ((ROUNDINGS * eps * size) ** 2 + noise**2) ** 0.5
+            sketch[name] = (signs.to(at) / error, to.to(at.device), min(e, most))
     root = _prior(shape, box).to(at)  # C = root root^T, root [d, d]
     whole = open_ = float(root.square().sum())
-    if drawn:
+    if sketch:
         parts = torch.split(root.T.contiguous(), COLUMNS)
         rows = torch.cat([vmap(lambda v: jvp(update, (at,), (v,))[1])(part).detach() for part in parts])  # (J root)^T
         U, S, _ = torch.linalg.svd(rows, full_matrices=False)

@@ -14,11 +14,12 @@ from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
 from unbatch.numerics.linsys import ENTRIES, LinearSystem, Solution
 from unbatch.progress import tick
-from unbatch.pullback import FLOOR, Pullback
+from unbatch.pullback import FLOOR, Fit, Pullback
 
 SPREAD, DRAWN = 0.25, 2  # of the starts drawn around the middle, and how many
 FITS = 10.0  # times what nearly the same updates change in a residual: no more than rounding
 NEAR = 1e-8  # where there are none
+Smooth = Callable[[Pullback], Tensor]  # equations on a picture -> a picture [d]
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)  # the last in eval mode
 
 
@@ -67,6 +68,7 @@ def read(
     *,
     forward: bool = True,
     grey: float | None = None,
+    smooth: Smooth | None = None,
 ) -> Generator[Reading, Tensor | None, None]:
     """From the last link's output to the network's input, a reading before each activation.
 
@@ -79,7 +81,8 @@ def read(
     With `grey`, a value in the middle of the network's inputs, and for one example: what a deficient system leaves open,
     and a layer that has no linear way back (a residual block, max pooling, a layer norm, GELU), is read together with the
     layers before it by Gauss and Newton (`Pullback`), with as many of them as give enough equations. Then only the last
-    reading may be deficient.
+    reading may be deficient. `smooth` finds a root of the equations on the network's input by what pictures look like:
+    where Gauss and Newton find none from grey, they start there, and it is what is read where they find none at all.
 
     Raises Unreadable.
     """
@@ -144,7 +147,7 @@ def read(
         else:
             run.insert(0, link)
     if curve is not None and grey is not None:
-        yield curve.solved(states, grey)
+        yield curve.solved(states, grey, smooth)
     elif run or lone:
         yield _solved(run or lone, states)
 
@@ -175,7 +178,12 @@ class _Curve:
         if not unknowns <= self.equations() <= ENTRIES / unknowns:
             return None
         zero = torch.zeros(1, *last.before, dtype=torch.float64, device=states[0].x.device)
-        reading = self.solved(states, float(last.module(zero).mean()))
+        middle = float(last.module(zero).mean())
+        at = middle + SPREAD * torch.randn(unknowns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        system = self._pullbacks()[0].system(at.to(zero))
+        if bool(system.b.isfinite().all()) and system.rank() < unknowns:  # and so nearly everywhere
+            return None
+        reading = self.solved(states, middle)
         if reading.deficit != 0:
             return None
         for state, (x, grad) in zip(states, ((reading.x, reading.grad), *reading.others), strict=True):
@@ -183,16 +191,13 @@ class _Curve:
             state.know(x.reshape(1, *last.after))
         return reading
 
-    def solved(self, states: Sequence[_State], middle: float) -> Reading:
+    def solved(self, states: Sequence[_State], middle: float, smooth: Smooth | None = None) -> Reading:
         """The root of least residual, by Gauss and Newton from a few starts: the first that fits is taken.
 
         The run's own output, if it has the input's shape, as in a residual block; grey; and noise, since a norm of what is
         flat has no derivative.
         """
-        try:
-            pullbacks = [Pullback(self.links, *known) for known in self.known]
-        except ValueError as error:
-            raise Unreadable(str(error)) from error
+        pullbacks = self._pullbacks()
         shape, known = self.links[0].before, self.known[0][0]
         flat = torch.full(shape, middle, dtype=torch.float64, device=known.b.device)
         rng = torch.Generator().manual_seed(0)
@@ -200,37 +205,51 @@ class _Curve:
         same = known.unknowns == known.equations == flat.numel()
         own = [known.pull(known.b[None]).view(shape)] if same else []
         tries: list[Callable[[], Tensor]] = [partial(self._near, pullbacks[0], start) for start in [*own, flat]]
+        tries += [lambda: smooth(pullbacks[0]).view(shape)] if smooth is not None else []
         tries += [partial(pullbacks[0].descend, flat + each.to(flat), tick) for each in noise]
-        best, left = None, torch.inf
+        found: list[Reading] = []
         for begin in tries:
             fit = pullbacks[0].solve(begin(), tick)
-            x = fit.x.flatten()
-            moved = [x - fit.solution.inverse(each(x).detach()) for each in pullbacks[1:]]
-            r = pullbacks[0](x).detach()
-            rounding = max((float((each(x).detach() - r).norm()) for each in pullbacks[1:]), default=NEAR)
-            reading = Reading(
-                tuple(self.links),
-                fit.x[None],
-                pullbacks[0].grad_input(x).view(1, *shape),
-                pullbacks[0].system(x),
-                fit.solution,
-                tuple(
-                    (at.view(1, *shape), own.grad_input(at).view(1, *shape))
-                    for at, own in zip(moved, pullbacks[1:], strict=True)
-                ),
-                pullbacks[0],
-                fit.residual <= FITS * max(rounding, FLOOR),
-            )
-            if best is None or fit.residual < left:
-                best, left = reading, fit.residual
-            if best.fits:
+            found.append(self._reading(fit, pullbacks))
+            if found[-1].fits or not tick(0.0):
                 break
-        assert best is not None
-        return best
+        if smooth is not None and not found[-1].fits and len(found) > len(own) + 1:
+            return found[len(own) + 1]
+        return found[-1] if found[-1].fits else min(found, key=_residual)
+
+    def _pullbacks(self) -> list[Pullback]:
+        try:
+            return [Pullback(self.links, *known) for known in self.known]
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
+
+    def _reading(self, fit: Fit, pullbacks: Sequence[Pullback]) -> Reading:
+        shape, x = fit.x.shape, fit.x.flatten()
+        moved = [x - fit.solution.inverse(each(x).detach()) for each in pullbacks[1:]]
+        r = pullbacks[0](x).detach()
+        rounding = max((float((each(x).detach() - r).norm()) for each in pullbacks[1:]), default=NEAR)
+        others = [
+            (at.view(1, *shape), own.grad_input(at).view(1, *shape))
+            for at, own in zip(moved, pullbacks[1:], strict=True)
+        ]
+        return Reading(
+            tuple(self.links),
+            fit.x[None],
+            pullbacks[0].grad_input(x).view(1, *shape),
+            pullbacks[0].system(x),
+            fit.solution,
+            tuple(others),
+            pullbacks[0],
+            fit.residual <= FITS * max(rounding, FLOOR),
+        )
 
     def _near(self, pullback: Pullback, start: Tensor) -> Tensor:
         """Without the gradients first: what is left is continuous in x, while those jump at kinks."""
         return pullback.without_gradients().solve(start, tick).x
+
+
+def _residual(reading: Reading) -> float:
+    return float(reading.system.b.norm())
 
 
 class _State:

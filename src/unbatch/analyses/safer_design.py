@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Verdict
-from unbatch.chain import Link, chain
+from unbatch.chain import Chained, Link, chain
 from unbatch.constraints import Constraints, c_of, constraints
+from unbatch.determined import determined
 from unbatch.layer import rule_for
 from unbatch.loss import Loss
 from unbatch.observation import Observation
@@ -33,15 +34,17 @@ class _Place:
     x: Tensor
     y: Tensor
     loss: Loss
+    mode: Literal["train", "eval"]
+    limit: str = "own"  # the option that says up to what size ranks are measured
     found: dict[Kind, Constraints] = field(default_factory=dict)
 
-    def look(self, links: Sequence[Link], largest: str, most: int) -> list[Constraints]:
+    def look(self, links: Sequence[Link], most: int) -> list[Constraints]:
         """The convolutions before the first dense layer, their ranks not yet measured. Raises _UncountedError."""
         kinds = _kinds(links)
         missing = {name: kind for name, kind in kinds.items() if kind not in self.found}
         for each in constraints(links, self.x, self.y, self.loss, only=missing) if missing else ():
             if each.counted is None and each.unknowns > most:
-                raise _UncountedError(f"ranks had to be measured on more than {largest}={most} unknowns")
+                raise _UncountedError(f"ranks had to be measured on more than {self.limit}={most} unknowns")
             self.found[missing[each.link.name]] = each
         return [self.found[kind] for kind in kinds.values()]
 
@@ -50,19 +53,31 @@ def _published(links: Sequence[Link], at: _Place, largest: int) -> float:
     """c(M). Raises _UncountedError."""
     if any(isinstance(link.module, nn.AvgPool1d | nn.AvgPool2d) and link.name.endswith(POOL) for link in links):
         raise _UncountedError  # it does not see what pooling hides
-    return c_of([(each.unknowns, each.both) for each in at.look(links, "largest", largest)])
+    return c_of([(each.unknowns, each.both) for each in at.look(links, largest)])
 
 
-METRICS: dict[str, Callable[[Sequence[Link], _Place, int], float]] = {"c(M)": _published}  # the lower, the safer
+def _share(links: Sequence[Link], at: _Place, largest: int) -> float:
+    """The determined share. Raises _UncountedError."""
+    if at.x.numel() > PIXELS:
+        raise _UncountedError(f"the determined share is computed for up to {PIXELS} numbers of an input")
+    return determined(Chained(links), at.loss, at.x, at.y, mode=at.mode).share
+
+
+METRICS: dict[str, Callable[[Sequence[Link], _Place, int], float]] = {  # the lower, the safer; the first one orders
+    "determined share": _share,
+    "c(M)": _published,
+}
+PIXELS = 1024
+LEAST = 0.01  # by which a change lowers a metric: other weights alone move a share by less
 
 
 @final
 class SaferDesign(Analysis):
-    """The metric c(M) of the network with one convolution changed, where that makes it more negative, the safest first.
+    """The determined share and c(M) of the network with one convolution changed, where that lowers one, the safest first.
 
-    Each change alone: the stride doubled, the channels halved, average pooling after it (which c(M) does not see); the
-    layers that must change with it have fresh weights, drawn by PyTorch's default law. Ranks by the rank law, else
-    measured, for one example. It says what counting says of one image, and nothing of how well the changed network learns.
+    Each change alone: the stride doubled, the channels halved, average pooling after it (c(M) does not see it, the share
+    does); the layers that must change with it have fresh weights, drawn by PyTorch's default law. Ranks by the rank law,
+    else measured. It is said of one example alone, and nothing of how well the changed network learns.
     """
 
     paper: ClassVar[str] = "Chen, Campbell, 2021 (c(M))"
@@ -82,15 +97,25 @@ class SaferDesign(Analysis):
         links = chain(obs.model, obs.knowledge.input_shape, obs.protocol.mode)
         rng = rng or torch.Generator().manual_seed(0)
         x, y, _ = probe(obs, at, rng)
-        place = _Place(x, y, obs.loss)
-        place.look(links, "own", self.own)
-        counted: list[tuple[dict[str, float], Variant]] = []
+        place = _Place(x, y, obs.loss, obs.protocol.mode)
+        own: dict[str, float] = {}
         skipped: dict[str, list[str]] = {}
+        for name, metric in METRICS.items():
+            try:
+                own[name] = metric(links, place, self.own)
+            except _UncountedError as why:
+                skipped.setdefault(f"{why}", []).append(f"{name} of the network as it is")
+        if not own:
+            raise ValueError(
+                "; ".join(f"{', '.join(names)}: not counted, since {why}" for why, names in skipped.items()) + "."
+            )
+        counted: list[tuple[dict[str, float], Variant]] = []
+        place.limit = "largest"
         for variant in variants(links, rng):
             values: dict[str, float] = {}
-            for name, metric in METRICS.items():
+            for name in own:
                 try:
-                    values[name] = metric(variant.links, place, self.largest)
+                    values[name] = METRICS[name](variant.links, place, self.largest)
                 except _UncountedError as why:
                     if str(why):
                         skipped.setdefault(str(why), []).append(variant.words)
@@ -98,8 +123,7 @@ class SaferDesign(Analysis):
         left = "; ".join(f"{', '.join(names)}: not counted, since {why}" for why, names in skipped.items())
         if skipped and not counted:
             raise ValueError(f"no change could be counted. {left}.")
-        own = {name: metric(links, place, self.own) for name, metric in METRICS.items()}
-        better = [(values, variant) for values, variant in counted if any(values[name] < own[name] for name in values)]
+        better = [each for each in counted if any(value < own[name] - LEAST for name, value in each[0].items())]
         better.sort(key=lambda each: ([each[0].get(name, own[name]) for name in own], each[1].words))
         found = [
             Verdict(name=f"{name}: {variant.words}", value=values[name], words=_price(links, variant.links, name, own))
@@ -145,4 +169,4 @@ def _none(links: Sequence[Link], tried: int) -> str:
         return "no convolution lies before the first dense layer, so there is none to change."
     if not tried:
         return "no change to a convolution leaves a network that runs."
-    return f"none of {tried} changes to a convolution makes it more negative."
+    return f"none of {tried} changes to a convolution makes it safer."

@@ -241,7 +241,7 @@ def _measure(problem: Problem, data: Path | None, seed: int, device: str, second
                 elif pace.steps(time) < pace.published:
                     spec += f",iterations={pace.steps(time)}"
             tries[method].append(_attacked(spec, obs, truth, seed + i, time))
-        metrics += _metric(obs, tries["auto"][-1].found)
+        metrics += _metric(obs, tries["r-gap" if "r-gap" in tries else "auto"][-1].found)
     open_ = [t.found.trace.get("undetermined", 0.0) for t in tries["auto"] if t.found is not None and not t.failure]
     open_ = [share for share in open_ if share is not None]
     told = {"c(M)": min(metrics, default=None), "undetermined": statistics.median(open_) if open_ else None}

@@ -123,7 +123,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     found = {}
     for seed in dict.fromkeys(row["seed"] for row in rows):
         own = [(row["predicted psnr"], row["psnr"]) for row in rows if row["seed"] == seed]
-        if len(own) < 3:
+        if len(own) < 10:
             continue
         pairs: Any = np.array(own)
         rng = np.random.default_rng(0)

@@ -1,0 +1,112 @@
+"""determined: against closed forms where the update is linear, and how it moves with noise, prior and what is sent."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unbatch.analysis import Analysis
+from unbatch.client import observe
+from unbatch.determined import CONTRAST, ROUNDINGS, determined
+from unbatch.loss import loss_named
+from unbatch.models import build
+from unbatch.protocol import Protocol
+
+Y = torch.tensor([1])
+LOSS = loss_named("cross-entropy")
+
+
+def total(output: Tensor, target: Tensor) -> Tensor:
+    """A loss whose gradient with respect to a linear layer's weight is its input."""
+    return output.sum()
+
+
+def network(*layers: nn.Module, shape: tuple[int, ...] = (3, 6, 6), seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    size = nn.Sequential(*layers, nn.Flatten()).eval()(torch.zeros(1, *shape)).numel()
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(size, 4)).double().eval()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("box", [(0.0, 1.0), (-2.0, 6.0)])
+def test_a_linear_update_has_the_posterior_of_linear_regression(noise: float, box: tuple[float, float]) -> None:
+    x, width = torch.rand(1, 7).double(), box[1] - box[0]
+    found = determined(nn.Linear(7, 1, bias=False), total, x, Y, box=box, eps=1e-3, noise=noise)
+    prior = (CONTRAST * width) ** 2
+    error = (ROUNDINGS * 1e-3 * float(x.square().mean().sqrt())) ** 2 + noise**2
+    posterior = 1 / (1 / prior + 1 / error)
+    assert found.share == pytest.approx(1 - posterior / prior, rel=1e-9)
+    assert found.psnr == pytest.approx(-10 * math.log10(posterior / width**2), rel=1e-9)
+
+
+def test_what_is_not_sent_determines_nothing() -> None:
+    model, x = network(nn.Conv2d(3, 4, 3), nn.Tanh()), torch.rand(1, 3, 6, 6)
+    names = [name for name, _ in model.named_parameters()]
+    shares = [determined(model, LOSS, x, Y, sent=names[:k]).share for k in range(len(names) + 1)]
+    assert shares[0] == 0
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.999
+
+
+def test_noise_and_coarser_numbers_lower_it() -> None:
+    model, x = network(nn.Conv2d(3, 4, 3), nn.Tanh()), torch.rand(1, 3, 6, 6)
+    by_noise = [determined(model, LOSS, x, Y, noise=s).share for s in (0.0, 1e-4, 1e-2, 1.0, 100.0)]
+    assert by_noise == sorted(by_noise, reverse=True)
+    assert by_noise[-1] < 0.01
+    by_eps = [determined(model, LOSS, x, Y, eps=e).psnr for e in (1e-16, 1e-7, 1e-3)]
+    assert by_eps == sorted(by_eps, reverse=True)
+
+
+def test_pixels_that_the_stride_skips_are_known_from_their_neighbours_alone() -> None:
+    x = torch.rand(1, 1, 8, 8)
+    skipped = determined(network(nn.Conv2d(1, 4, 1, 2), nn.Tanh(), shape=(1, 8, 8)), LOSS, x, Y)
+    whole = determined(network(nn.Conv2d(1, 4, 1, 1), nn.Tanh(), shape=(1, 8, 8)), LOSS, x, Y)
+    assert 0.25 < skipped.share < 0.95
+    assert whole.share > 0.9999
+
+
+def test_a_sketch_of_the_entries_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(1, 3, 6, 6)
+    for channels in (1, 2, 6):
+        model = network(nn.Conv2d(3, channels, 3, 2), nn.Tanh(), nn.Conv2d(channels, 24, 1), nn.Tanh())
+        monkeypatch.setattr("unbatch.determined.ROWS", 2)
+        short = determined(model, LOSS, x, Y)
+        monkeypatch.setattr("unbatch.determined.ROWS", 1000)
+        whole = determined(model, LOSS, x, Y)
+        assert short.share == pytest.approx(whole.share, abs=0.02)
+        assert short.psnr == pytest.approx(whole.psnr, abs=3)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_model_is_left_alone_in_either_mode(mode: str) -> None:
+    model = build("resnet-small", (1, 6, 6), 4, width=2, rng=torch.Generator().manual_seed(0))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = determined(model, LOSS, torch.rand(1, 1, 6, 6), Y, mode=mode)
+    assert 0 < found.share <= 1
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_analysis_answers_for_networks_that_are_no_chain() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(torch.tanh(self.one(x)) * self.two(x))
+            return out
+
+    obs, _ = observe(Sum(), LOSS, torch.rand(1, 6), Y, protocol=Protocol(mode="eval"))
+    (verdict,) = Analysis.parse("security-metric").run(obs)
+    assert verdict.name == "determined share"
+    assert verdict.value > 0.999
+    assert "c(M) does not know this network" in verdict.words
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    model = network(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match=r"'0\.weight' is not finite"):
+        determined(model, LOSS, torch.full((1, 3, 6, 6), torch.inf), Y)
