@@ -110,7 +110,7 @@ def test_what_is_too_large_to_measure_is_said() -> None:
     assert "more than largest=100" in Analysis.parse("layer-equations:largest=100").run(obs, at=at)[0].words
     with pytest.raises(ValueError, match=r"the ranks of conv1 cannot be counted.*768 numbers, more than pixels=10"):
         Analysis.parse("security-metric:largest=100,pixels=10").run(obs, at=at)
-    (verdict,) = Analysis.parse("security-metric:largest=100").run(obs, at=at)
+    (verdict,) = Analysis.parse("security-metric:largest=100,pixels=768").run(obs, at=at)
     assert verdict.name == "determined share"
     assert "the ranks of conv1 cannot be counted" in verdict.words
     (verdict,) = Analysis.parse("security-metric:pixels=10").run(obs, at=at)

@@ -103,6 +103,7 @@ def test_a_network_without_convolutions_is_told_so() -> None:
 
 def test_what_is_too_large_to_measure_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     obs, at = observed("photos:size=16,model=cnn2-c1,activation=relu")
+    monkeypatch.setattr("unbatch.analyses.safer_design.PIXELS", 768)
     found = SaferDesign(own=100).run(obs, at=at)
     assert {v.name.split(":")[0] for v in found} == {"determined share"}
     assert "c(M) of the network as it is: not counted" in found[-1].words

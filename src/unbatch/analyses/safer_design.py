@@ -67,7 +67,7 @@ METRICS: dict[str, Callable[[Sequence[Link], _Place, int], float]] = {  # the lo
     "determined share": _share,
     "c(M)": _published,
 }
-PIXELS = 1024
+PIXELS = 256
 LEAST = 0.01  # by which a change lowers a metric: other weights alone move a share by less
 
 

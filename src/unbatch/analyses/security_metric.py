@@ -36,7 +36,7 @@ class SecurityMetric(Analysis):
     largest: Annotated[int, Field(gt=0, description="unknowns up to which ranks are measured where counting fails")] = (
         4096
     )
-    pixels: Annotated[int, Field(ge=0, description="numbers of an input up to which the share is computed")] = 1024
+    pixels: Annotated[int, Field(ge=0, description="numbers of an input up to which the share is computed")] = 256
 
     def run(
         self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
