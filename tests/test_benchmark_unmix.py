@@ -79,7 +79,7 @@ def test_problems_run_side_by_side_where_each_takes_one_thread(tmp_path: Path, m
             workers.append(many)
             super().__init__(many, **kw)
 
-    monkeypatch.setattr(unmix, "ProcessPoolExecutor", Counting)
+    monkeypatch.setattr("unbatch.benchmarks.ProcessPoolExecutor", Counting)
     wanted = [SMALL, replace(SMALL, n=3)]
     rows = unmix.run(out=tmp_path, wanted=wanted)
     assert [row["problem"] for row in rows] == [problem.name.replace("cifar10", "photos") for problem in wanted]

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import os
 import pkgutil
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from unbatch.files import write_atomically
+from unbatch.metric import Metric
 from unbatch.progress import Watch
+
+Problem = TypeVar("Problem")
+Result = TypeVar("Result")
 
 
 def find(name: str) -> ModuleType:
@@ -44,6 +52,31 @@ def allowance(seconds: float) -> Watch:
 
     watch.listener = look
     return watch
+
+
+def measured(
+    todo: Sequence[Problem], measure: Callable[[Problem], Result], device: str
+) -> Iterator[tuple[Problem, Result]]:
+    """Every problem with what `measure` makes of it, as they come; on the CPU, processors / threads at once.
+
+    Where that is two or more, each in a process of its own: `measure` must pickle.
+    """
+    many = min(len(todo), (os.cpu_count() or 1) // torch.get_num_threads()) if device == "cpu" else 1
+    if many < 2:
+        yield from ((problem, measure(problem)) for problem in todo)
+        return
+    with ProcessPoolExecutor(many, mp_context=multiprocessing.get_context("spawn")) as workers:
+        runs = {workers.submit(measure, problem): problem for problem in todo}
+        for finished in as_completed(runs):
+            yield runs[finished], finished.result()
+
+
+def psnr(found: Tensor, true: Tensor) -> float:
+    """In dB of one picture [1, ...] clipped to [0, 1]; -inf where it is not finite."""
+    if not bool(found.isfinite().all()):
+        return -float("inf")
+    metric = Metric.find("psnr").model_validate({"peak": 1.0})
+    return float(metric.score(found.detach().double().cpu().clamp(0, 1), true.double().cpu())[0])
 
 
 def store(name: str, rows: Sequence[Any], out: Path, **how: Any) -> None:

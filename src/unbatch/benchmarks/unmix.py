@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import csv
 import math
-import multiprocessing
-import os
 import resource
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +28,7 @@ from torch import Tensor, nn
 
 from unbatch import models
 from unbatch.attack import Attack
-from unbatch.benchmarks import allowance, clock, store
+from unbatch.benchmarks import allowance, clock, measured, store
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.domain import Domain, Images
@@ -164,15 +161,9 @@ def run(
         return rows
 
     rows: list[Row] = []
-    many = min(len(todo), (os.cpu_count() or 1) // torch.get_num_threads()) if device == "cpu" else 1
-    if many < 2:
-        for problem in todo:
-            rows = keep(problem, _measure(problem, data, seed, device, seconds))
-        return rows
-    with ProcessPoolExecutor(many, mp_context=multiprocessing.get_context("spawn")) as workers:
-        runs = {workers.submit(_measure, problem, data, seed, device, seconds): problem for problem in todo}
-        for finished in as_completed(runs):
-            rows = keep(runs[finished], finished.result())
+    measure = partial(_measure, data=data, seed=seed, device=device, seconds=seconds)
+    for problem, row in measured(todo, measure, device):
+        rows = keep(problem, row)
     return rows
 
 
