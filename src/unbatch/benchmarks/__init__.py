@@ -93,5 +93,15 @@ def store(name: str, rows: Sequence[Any], out: Path, **how: Any) -> None:
     write_atomically(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
 
+def stored(name: str, out: Path | None, **how: Any) -> list[Any]:
+    """The rows of a run that was cut short, if out/NAME.json holds one measured in the same way; else none."""
+    try:
+        record = json.loads((out / f"{name}.json").read_text()) if out is not None else {}
+    except (OSError, json.JSONDecodeError):
+        return []
+    same = all(record.get(key) == value for key, value in how.items())
+    return list(record["rows"]) if record and same and record.get("complete") is False else []
+
+
 def _alone() -> bool:
     return torch.get_num_threads() == 1 and not torch.cuda.is_available()
