@@ -40,6 +40,8 @@ LEVELS = [
         "probe",
         "constraints",
         "determined",
+        "information",
+        "likeliest",
         "suites",
         "diagnosis",
     },
