@@ -43,6 +43,8 @@ LEVELS = [
         "probe",
         "constraints",
         "determined",
+        "information",
+        "likeliest",
         "suites",
         "diagnosis",
     },

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from unbatch.chain import Link
+from unbatch.numerics.annealing import annealed
 from unbatch.numerics.linsys import ENTRIES
+from unbatch.numerics.prior import GaussianPrior
+from unbatch.numerics.softening import Softened
 from unbatch.progress import tick
 from unbatch.pullback import FLOOR, Fit, Pullback
 from unbatch.reading import Known, Reading, Unreadable
 
-SPREAD, DRAWN = 0.25, 2  # of the starts drawn around the middle, and how many
+SPREAD = 0.25  # of a random point around the middle
+DRAWN = 4  # starts of the prior
+LEVELS, KINKED = 12, 30  # of annealing; where it has kinks
 FITS = 10.0  # times what nearly the same updates change in a residual: no more than rounding
 NEAR = 1e-8  # where there are none
-Smooth = Callable[[Pullback], Tensor]  # equations on a picture -> a picture [d]
+Box = tuple[float, float]
 
 
 class Curve:
@@ -56,33 +61,31 @@ class Curve:
         reading = self.solved(middle)
         return reading if reading.deficit == 0 else None
 
-    def solved(self, middle: float, smooth: Smooth | None = None) -> Reading:
+    def solved(self, middle: float, box: Box | None = None) -> Reading:
         """The root of least residual, by Gauss and Newton from a few starts: the first that fits is taken.
 
-        The run's own output, if it has the input's shape, as in a residual block; grey; what `smooth` finds, which is taken
-        where none fits; and noise, since a norm of what is flat has no derivative.
+        The run's own output, if it has the input's shape, as in a residual block; grey; and for the network's input, in its
+        `box`, what is likeliest by annealing, from grey and from draws of the prior.
         """
         pullbacks = self._pullbacks()
         shape, output = self.links[0].before, self.known[0][0]
         flat = torch.full(shape, middle, dtype=torch.float64, device=output.b.device)
-        rng = torch.Generator().manual_seed(0)
-        noise = SPREAD * torch.randn(DRAWN, *shape, generator=rng, dtype=torch.float64)
         starts: list[Callable[[Pullback], Tensor]] = []
         if output.unknowns == output.equations == flat.numel():
             starts.append(partial(_near, start=output.pull(output.b[None]).view(shape)))
         starts.append(partial(_near, start=flat))
-        starts += [smooth] if smooth is not None else []
-        starts += [partial(Pullback.descend, start=flat + each.to(flat), tick=tick) for each in noise]
-        found, pictured = list[Reading](), None
+        if box is not None:
+            rng = torch.Generator().manual_seed(0)
+            drawn = SPREAD * torch.randn(DRAWN, flat.numel(), generator=rng, dtype=torch.float64).to(flat)
+            starts += [partial(_likeliest, z=z, box=box) for z in (torch.zeros_like(drawn[0]), *drawn)]
+        found = list[Reading]()
         for start in starts:
-            reading = self._reading(pullbacks[0].solve(start(pullbacks[0]).view(shape), tick), pullbacks)
-            if reading.fits:
-                return reading
-            found.append(reading)
-            pictured = reading if start is smooth else pictured
-            if not tick(0.0):
+            found.append(self._reading(pullbacks[0].solve(start(pullbacks[0]).view(shape), tick), pullbacks))
+            likely = box is None or isinstance(start, partial) and start.func is _likeliest
+            if (found[-1].fits and (likely or found[-1].deficit == 0)) or not tick(0.0):
                 break
-        return pictured or min(found, key=lambda each: float(each.system.b.norm()))
+        fits = [each for each in found if each.fits]
+        return fits[-1] if fits else min(found, key=lambda each: float(each.system.b.norm()))
 
     def _pullbacks(self) -> list[Pullback]:
         try:
@@ -114,3 +117,33 @@ class Curve:
 def _near(pullback: Pullback, start: Tensor) -> Tensor:
     """Without the gradients first: what is left is continuous in x, while those jump at kinks."""
     return pullback.without_gradients().solve(start, tick).x
+
+
+def _likeliest(pullback: Pullback, z: Tensor, box: Box) -> Tensor:
+    """By annealing from the prior's z [d]."""
+    prior = GaussianPrior(pullback.links[0].before, box)
+    soft, kinks = Softened(), 0
+
+    def at(z: Tensor, sharpness: float) -> Tensor:
+        """x, with the kinks rounded by what comes to them there."""
+        nonlocal kinks
+        x = prior.middle + prior.push(z)
+        if soft.sharpness != sharpness:
+            soft.sharpen(sharpness)
+            with soft:
+                pullback.output(x)
+            kinks = soft.kinks
+        return x
+
+    def residual(z: Tensor, sharpness: float) -> Tensor:
+        x = at(z, sharpness)
+        with soft:
+            return pullback(x).detach()
+
+    def jacobian(z: Tensor, sharpness: float) -> Tensor:
+        x = at(z, sharpness)
+        with soft:
+            return prior.pull(pullback.system(x).matrix())
+
+    at(z, SPREAD)
+    return prior.middle + prior.push(annealed(residual, jacobian, z, levels=KINKED if kinks else LEVELS, tick=tick))

@@ -11,17 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from unbatch.chain import Link
-from unbatch.numerics.gauss_newton import levenberg_marquardt
-from unbatch.numerics.linsys import CHUNK, ENTRIES, LinearSystem, Solution
+from unbatch.numerics.linsys import CHUNK, LinearSystem, Solution
 
 Tick = Callable[[float], bool]  # share done -> whether to go on
 STEPS = 30  # of Gauss and Newton
 THIN = 4  # entries of a gradient for each unknown: more say nothing new
-DAMPED, GAIN, TRIES = (
-    100,
-    1e-3,
-    10,
-)  # steps of Levenberg and Marquardt; least share of |r|^2 that one takes; dampings of one
 HALVINGS = 12  # of one step
 CHORD = 0.3  # of |r| left: a step along the last one's factors that does as well or better is taken
 FLOOR = 64 * torch.finfo(torch.float64).eps  # |r|, relative to the data, that is rounding
@@ -78,6 +72,10 @@ class Pullback:
         """How many residuals there are."""
         return self.known.equations + sum(tensor.numel() for tensor in self.sent.values())
 
+    def output(self, x: Tensor) -> Tensor:
+        """t [1, *shape] at x [d]."""
+        return self._features(self.state, x)
+
     def _features(self, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
         for link in self.links:
             own = {k.removeprefix(f"{link.name}."): v for k, v in state.items() if k.startswith(f"{link.name}.")}
@@ -86,8 +84,7 @@ class Pullback:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The residuals [e] at x [d]."""
-
-        t = self._features(self.state, x).reshape(1, -1)
+        t = self.output(x).reshape(1, -1)
         parts = [(self.known.push(t)[0] - self.known.b) / (self.size or 1.0)]
         if self.sent:
             found = grad(lambda own: self._weighed(own, x))({name: self.state[name] for name in self.sent})
@@ -143,23 +140,6 @@ class Pullback:
                 break
         assert solution is not None  # STEPS is positive
         return Fit(x.view(start.shape), size, solution)
-
-    def descend(self, start: Tensor, tick: Tick = lambda share: True) -> Tensor:
-        """A minimum [*shape] of |r| by Levenberg and Marquardt: for a `start` from which Gauss-Newton goes astray."""
-
-        def residual(x: Tensor, which: Tensor) -> Tensor:
-            return torch.stack([self(each).detach() for each in x])
-
-        def normal(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-            if not tick(0.0):
-                return torch.eye(x.shape[1]).to(x)[None], torch.zeros_like(x)  # no step, which ends it
-            system = self.system(x[0])
-            held = system.equations * system.unknowns <= ENTRIES
-            gram = (J := system.matrix()).T @ J if held else system.gram()
-            return gram[None], -system.pull(system.b[None])
-
-        x, _ = levenberg_marquardt(residual, normal, start.double().view(1, -1), steps=DAMPED, gain=GAIN, tries=TRIES)
-        return x.view(start.shape)
 
     def _along(self, x: Tensor, step: Tensor, size: float) -> tuple[Tensor, float]:
         """The first of step, step / 2, ... that lowers |r|, or x itself."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.chain import Link
-from unbatch.curve import Curve, Smooth
+from unbatch.curve import Box, Curve
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
 from unbatch.numerics.linsys import LinearSystem, Solution
@@ -24,8 +24,7 @@ def read(
     others: Sequence[Start] = (),
     *,
     forward: bool = True,
-    grey: float | None = None,
-    smooth: Smooth | None = None,
+    box: Box | None = None,
 ) -> Generator[Reading, Tensor | None, None]:
     """From the last link's output to the network's input, a reading before each activation.
 
@@ -35,16 +34,14 @@ def read(
     from it. `others` are starts of nearly the same update: they are followed along the first one's factors, x' = x +
     A^+ (b' - A' x), and their spread tells which outputs of an activation cannot be told from a flat end of its range.
 
-    With `grey`, a value in the middle of the network's inputs, and for one example: what a deficient system leaves open,
-    and a layer that has no linear way back (a residual block, max pooling, a layer norm, GELU), is read together with the
-    layers before it by Gauss and Newton (`Curve`), with as many of them as give enough equations. Then only the last
-    reading may be deficient. `smooth` finds a root of the equations on the network's input by what pictures look like:
-    where Gauss and Newton find none from grey, they start there, and it is what is read where they find none at all.
+    With `box`, the range of the network's inputs, and for one example: what a deficient system leaves open, and a layer
+    that has no linear way back (a residual block, max pooling, a layer norm, GELU), is read together with the layers before
+    it (`Curve`), with as many of them as give enough equations. Then only the last reading may be deficient.
 
     Raises Unreadable.
     """
     states = [_State(each) for each in (start, *others)]
-    grey = grey if states[0].n == 1 else None
+    box = box if states[0].n == 1 else None
     run: list[Link] = []
     lone: list[Link] = []  # an activation, until an affine layer comes before it
     curve: Curve | None = None
@@ -70,13 +67,13 @@ def read(
             for state, (x, _) in zip(states, ((reading.x, reading.grad), *reading.others), strict=True):
                 state.know((x if better is None else better).reshape(len(x), *link.after))
             run, lone = [], []
-            if grey is not None and reading.deficit:
+            if box is not None and reading.deficit:
                 for state in states:
                     state.top = reading.solution.held(state.x.flatten()), state.grad
                 if not (wanted := Curve([link], [state.seen for state in states])).too_large(links[:i]):
                     curve = wanted
                     continue
-                grey = None
+                box = None
         if isinstance(rule, Activation):
             spread = max((float((state.x - states[0].x).abs().max()) for state in states[1:]), default=0.0)
             error = max(2 * spread, float(torch.finfo(torch.float64).eps))
@@ -95,7 +92,7 @@ def read(
                     state.extend(rule, link, forward=forward)
         except ValueError as error_:
             why = str(error_)
-            if grey is not None:
+            if box is not None:
                 curve = Curve([link, *(run or lone[:-1])], [state.seen for state in states])
                 if not (large := curve.too_large(links[:i])):
                     run, lone = [], []
@@ -106,8 +103,8 @@ def read(
             lone = [link]
         else:
             run.insert(0, link)
-    if curve is not None and grey is not None:
-        yield curve.solved(grey, smooth)
+    if curve is not None and box is not None:
+        yield curve.solved(sum(box) / 2, box)
     elif run or lone:
         yield _solved(run or lone, states)
 

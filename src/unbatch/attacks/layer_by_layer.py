@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from typing import Annotated, Any, ClassVar, Literal, final
 
@@ -19,10 +17,9 @@ from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.chain import follow
 from unbatch.first_dense import FirstDense
 from unbatch.numerics.matching import cosine_distance, signed_adam, total_variation
-from unbatch.numerics.smoothest import smoothest, smoothest_root
+from unbatch.numerics.smoothest import smoothest
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
-from unbatch.pullback import Pullback
 from unbatch.reading import Reading, Start, Unreadable
 from unbatch.trunk import read
 
@@ -133,10 +130,9 @@ class LayerByLayer(Attack):
 
     def _read(self, obs: Observation, first: FirstDense, starts: Sequence[Start]) -> Iterator[Reading]:
         """The readings; the hybrid's have its own x where the system is deficient, and the layers before follow it."""
-        grey = sum(obs.knowledge.get("input_range", (0.0, 1.0))) / 2 if self._curved else None
-        smooth = partial(self._root, obs) if self._smooths(obs, len(starts[0].output)) else None
+        box = obs.knowledge.get("input_range", (0.0, 1.0)) if self._curved else None
         wide = self.method != "r-conv"
-        walk, better = read(first.below, starts[0], starts[1:], forward=wide, grey=grey, smooth=smooth), None
+        walk, better = read(first.below, starts[0], starts[1:], forward=wide, box=box), None
         with suppress(StopIteration):
             for i in count(1):
                 reading, better = walk.send(better), None
@@ -149,22 +145,11 @@ class LayerByLayer(Attack):
                 yield reading
 
     def _completed(self, obs: Observation, last: Reading) -> Tensor:
-        """The smoothest picture that the last reading allows, where that is asked for and it is one picture."""
-        if not self._smooths(obs, len(last.x)) or not last.fits:
+        """The smoothest picture that linear equations allow, where that is asked for and it is one."""
+        shape, box = obs.knowledge.input_shape, obs.knowledge.get("input_range", (0.0, 1.0))
+        if self.method != "auto" or len(shape) != 3 or len(last.x) > 1 or last.pullback is not None:
             return last.x
-        if last.pullback is not None:
-            return self._root(obs, last.pullback).view(last.x.shape)
-        shape, box = obs.knowledge.input_shape, obs.knowledge.get("input_range", (0.0, 1.0))
         return smoothest(last.x.flatten(), last.solution.free, shape, box, tick=tick).view(last.x.shape)
-
-    def _smooths(self, obs: Observation, n: int) -> bool:
-        return self.method == "auto" and len(obs.knowledge.input_shape) == 3 and n == 1
-
-    def _root(self, obs: Observation, pullback: Pullback) -> Tensor:
-        """The smoothest picture [d] near a root of the equations, from grey."""
-        shape, box = obs.knowledge.input_shape, obs.knowledge.get("input_range", (0.0, 1.0))
-        grey = torch.full((math.prod(shape),), sum(box) / 2, dtype=torch.float64, device=obs.device)
-        return smoothest_root(pullback, grey, shape, box, tick=tick)
 
     def _searched(self, obs: Observation, first: FirstDense, reading: Reading, labels: Tensor | None) -> Tensor:
         """The hybrid's x of a deficient layer: by the match of the gradients from here on, total variation and the system.

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+ROUNDINGS = 100  # of the update, above which a second difference is one
+
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _LEAKY = {F.leaky_relu, F.leaky_relu_}
 
@@ -23,20 +25,25 @@ class Softened(TorchFunctionMode):
     """Inside the block relu and leaky relu are rounded at `sharpness` b; b = inf leaves them as they are.
 
     The spreads s are those of the first block after a change of `sharpness`, by order of call, and stay fixed, so that
-    the network is one fixed function.
+    the network is one fixed function. Later blocks may run it several times.
     """
 
     def __init__(self, sharpness: float = math.inf) -> None:
         super().__init__()
         self.sharpen(sharpness)
 
+    @property
+    def kinks(self) -> int:
+        """How many the network has: relu and leaky relu layers that the first block ran."""
+        return len(self._spreads)
+
     def sharpen(self, sharpness: float) -> None:
         self.sharpness = sharpness
         self._spreads: list[Tensor] = []
-        self._call = 0
+        self._call, self._fixed = 0, False
 
     def __enter__(self) -> Softened:
-        self._call = 0
+        self._call, self._fixed = 0, bool(self._spreads)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -52,17 +59,19 @@ class Softened(TorchFunctionMode):
         return slope * z + (1 - slope) * F.softplus(b * z, threshold=40) / b
 
     def _spread(self, z: Tensor) -> Tensor:
-        if self._call == len(self._spreads):
+        if not self._fixed:
             self._spreads.append(z.detach().square().mean().sqrt().clamp_min(torch.finfo(z.dtype).tiny))
         self._call += 1
-        return self._spreads[self._call - 1]
+        return self._spreads[(self._call - 1) % len(self._spreads)]
 
 
-def kinked(update: Callable[[Tensor], Sequence[Tensor]], x: Tensor, rng: torch.Generator, *, reach: float) -> bool:
+def kinked(
+    update: Callable[[Tensor], Sequence[Tensor]], x: Tensor, rng: torch.Generator, *, reach: float, fall: float = 20.0
+) -> bool:
     """Whether the update jumps or bends along a random line of length `reach` an entry through x, as of relu networks.
 
     Second differences of a smooth function fall 64-fold when the step is cut to an eighth, those of a function with
-    bends 8-fold, with many small jumps about 3-fold; below 20 counts as kinked.
+    bends 8-fold, with many small jumps about 3-fold; below `fall` counts as kinked.
     """
     direction = reach * torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x)
     middle = update(x)
@@ -71,4 +80,5 @@ def kinked(update: Callable[[Tensor], Sequence[Tensor]], x: Tensor, rng: torch.G
         ends = zip(update(x + step * direction), middle, update(x - step * direction), strict=True)
         return math.sqrt(sum(float((a - 2 * b + c).detach().double().square().sum()) for a, b, c in ends))
 
-    return bend(1.0) < 20 * bend(1 / 8)
+    rounding = ROUNDINGS * sum(torch.finfo(a.dtype).eps * float(a.detach().double().norm()) for a in middle)
+    return rounding < bend(1.0) < fall * bend(1 / 8)
