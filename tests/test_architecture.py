@@ -29,6 +29,7 @@ LEVELS = [
     },
     {"domain", "truth", "analysis", "attack", "defence", "layer", "results", "metric"},
     {
+        "adapters",
         "case",
         "data",
         "certify",

@@ -30,7 +30,7 @@ from unbatch.metric import Metric
 from unbatch.network import forward
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.progress import Watch, watching
-from unbatch.results import Audit, Client, MetricInfo, Remedy, Run
+from unbatch.results import Audit, Budget, Client, MetricInfo, Remedy, Run
 from unbatch.suites import suite
 from unbatch.truth import Truth
 
@@ -168,6 +168,8 @@ class _Plan:
             attacks=[str(a) for a in self.attacks],
             defences=[str(d) for d in self.defences],
             random_defences=[str(d) for d in self.defences if d.random],
+            published={str(d): _published(d, obs) for d in self.defences},
+            privacy=Budget(**vars(obs.knowledge.privacy)) if "privacy" in obs.knowledge else None,
             seeds=seeds,
             budget=budget,
             model=str(obs.model),
@@ -358,6 +360,14 @@ def _remedy(
         chance = next(e.chance.get("psnr") for e in run.examples if e.scores.get("psnr") == score)
     name = str(defences[0])
     return [Remedy(defence=name, recovered=len(again.recovered()), size=again.size, psnr=score, chance=chance)]
+
+
+def _published(defence: Defence, obs: Observation) -> list[str]:
+    """What the server knows by this defence alone; "loss" where the protocol declares another loss for it."""
+    bare = Knowledge(batch_size=obs.knowledge.get("batch_size", 1))
+    told = defence.public(bare)
+    fields = [k for k in told if k not in bare or told.get(k) != bare.get(k)]
+    return sorted(fields + (["loss"] if defence.loss(obs.loss) is not obs.loss else []))
 
 
 def _certain(found: Reconstruction) -> bool:

@@ -287,6 +287,8 @@ def _summary(record: Audit, folder: Path, quiet: bool) -> None:
             out.print(note, markup=False)
         for flag in record.flags:
             out.print(f"flag {flag.name}: {flag.words}", markup=False)
+    if record.privacy:
+        out.print(f"differential privacy: {record.privacy.words()}", markup=False)
     out.print(record.verdict(), style="bold", markup=False)
     out.print(f"{folder / 'report.html'}  {folder / 'audit.json'}", soft_wrap=True, markup=False)
 
@@ -313,6 +315,8 @@ def _risks(record: Audit) -> None:
             cells = [f"{values[m].value:,.6g}" if m in values else "" for m in metrics]
             table.add_row(Text(change), *cells, Text(next(iter(values.values())).words))
         out.print(table)
+    if record.privacy:
+        out.print(f"differential privacy: {record.privacy.words()}", markup=False)
     for b in record.bounds:
         out.print(f"{b.name} = {b.value:.4g} for {b.scope} attackers; {b.assumptions} ({b.source})", markup=False)
     for v in record.numbers():

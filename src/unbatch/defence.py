@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from unbatch.loss import Loss
 from unbatch.observation import Knowledge
 from unbatch.plugin import Plugin
-from unbatch.protocol import Protocol, Update
+from unbatch.protocol import Protocol, Update, local_update
+
+
+def plain_update(round_: Round) -> Update:
+    """The update by plain training."""
+    return local_update(round_.model, round_.loss, round_.inputs, round_.labels, round_.protocol)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +31,9 @@ class Round:
     labels: Tensor  # [n]
     protocol: Protocol
     rng: torch.Generator
+    train: Callable[[Round], Update] = (
+        plain_update  # what the innermost step computes, where training itself is private
+    )
 
 
 Step = Callable[[Round], Update]
