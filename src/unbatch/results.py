@@ -85,7 +85,7 @@ class Client(_Record):
 class MetricInfo(_Record):
     unit: str
     higher_is_better: bool
-    best: float
+    best: float | None  # None: it differs from example to example
 
 
 class Flag(_Record):
