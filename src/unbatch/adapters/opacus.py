@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from unbatch.defence import Round
 from unbatch.loss import Loss
+from unbatch.loss import reduction as reduction_of
 from unbatch.protocol import Update
 
 Accountant = Literal["rdp", "prv"]
@@ -129,18 +130,12 @@ def _prepared(round_: Round) -> nn.Module:
     return model
 
 
-def _agree(loss: Loss, outputs: Tensor, labels: Tensor, reduction: str) -> None:
-    """Raise ValueError unless the batch twice has the loss of the batch (mean) or twice that (sum)."""
-    once = float(loss(outputs, labels))
-    twice = float(loss(torch.cat([outputs, outputs]), torch.cat([labels, labels])))
-    factor = 2.0 if reduction == "sum" else 1.0
-    if not math.isclose(twice, factor * once, rel_tol=1e-4, abs_tol=1e-9):
-        raise ValueError(
-            f"dp-sgd is told that the loss is a {reduction} over the batch, but the batch taken twice has "
-            f"{twice:.4g} where the {reduction} gives {factor * once:.4g}; set "
-            f"dp-sgd:reduction={'mean' if reduction == 'sum' else 'sum'}, or "
-            "use a loss that is a mean or a sum of one term an example."
-        )
+def _agree(loss: Loss, outputs: Tensor, labels: Tensor, told: str) -> None:
+    found = reduction_of(loss, outputs, labels)
+    if found != told:
+        really = f"it is a {found}" if found else "it is neither a mean nor a sum of one term an example"
+        mend = f"set dp-sgd:reduction={found}." if found else "which per-example gradients need; use another loss."
+        raise ValueError(f"dp-sgd is told that the loss is a {told} over the batch, but {really}; {mend}")
 
 
 @contextmanager
