@@ -46,8 +46,8 @@ LEVELS = [
     },
     {"attacks", "analyses", "defences", "metrics", "cases"},
     {"client"},
-    {"checks", "judge", "audit", "gate", "target", "catalogue", "testing"},
-    {"chart", "report"},
+    {"checks", "judge", "audit", "gate", "target", "catalogue", "testing", "scene", "harden", "guard"},
+    {"chart", "curve", "report"},
     {"console", "demo", "benchmarks"},
     {"cli"},
 ]

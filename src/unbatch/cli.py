@@ -251,6 +251,47 @@ def gate(
 
 
 @app.command()
+def harden(
+    case: Annotated[str | None, typer.Argument(help="A built-in case, or give --model and --data.")] = None,
+    target_psnr: Annotated[float, typer.Option(help="What no attacker may exceed, in dB.")] = 15.0,
+    model: Model = None,
+    data: DataPath = None,
+    loss: LossName = "cross-entropy",
+    reduction: Reduction = "mean",
+    size: Size = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples of one update of your data; a case has its own.")] = 4,
+    attack: Specs = None,
+    analysis: Specs = None,
+    family: Annotated[list[str] | None, typer.Option(help="Search only dp-sgd, noise, prune, clip ...")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Updates of the training whose accuracy is measured.")] = 200,
+    seconds: Annotated[float, typer.Option(min=0, help="For the whole search.")] = 180.0,
+    folder: Annotated[Path, typer.Option("--out", help="Where harden.json and harden.png go.")] = Path("harden"),
+    as_json: AsJson = False,
+) -> None:
+    """Search for the cheapest defence under which neither attack nor bound allows more than a target PSNR."""
+    from unbatch.curve import plot, show
+    from unbatch.harden import harden as run
+    from unbatch.target import case_or_data
+
+    found = run(
+        case_or_data(case, model, data, loss, reduction, size),
+        psnr=target_psnr,
+        batch=batch,
+        seconds=seconds,
+        rounds=rounds,
+        attacks=attack,
+        analyses=analysis,
+        only=family or (),
+        sink=lambda held: held.save(folder / "harden.json"),
+    )
+    plot(found, folder / "harden.png")
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        show(found, out)
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="layers, matching, tensor or unmix")],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,

@@ -65,6 +65,13 @@ class Defence(Plugin, ABC):
         """The loss that the protocol declares with this defence in it, where it changes the loss for good."""
         return loss
 
+    def tells(self, known: Knowledge, loss: Loss) -> list[str]:
+        """The fields of knowledge that it makes known by itself; "loss" where the protocol declares another for it."""
+        bare = Knowledge(batch_size=known.get("batch_size", 1))
+        told = self.public(bare)
+        fields = [k for k in told if k not in bare or told.get(k) != bare.get(k)]
+        return sorted(fields + (["loss"] if self.loss(loss) is not loss else []))
+
     def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
         """Log-likelihood of the update as sent given the clean one, up to a constant: the adaptive attack's loss.
 

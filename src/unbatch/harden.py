@@ -1,42 +1,40 @@
 """Harden: the cheapest defence under which neither an attack nor a bound allows more than a target PSNR.
 
-Each family of defences is a ladder of strengths, from weak to strong. It is climbed until a bound excludes the target and
-no attack contradicts it; then bisection looks for a weaker strength that still does. Utility is the test accuracy of the
-same model trained with the defence. Only a bound that holds for any attacker makes a setting safe; failed attacks do not.
+Each family of defences is a ladder of strengths, from weak to strong. It is climbed until bounds exclude the target for
+one update and for the whole training, and no attack contradicts them; bisection then looks for weaker ones. Utility is
+the test accuracy of the same model trained with the defence. Only a bound that holds for any attacker makes a setting
+safe; failed attacks do not.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Bound
 from unbatch.attack import Attack
 from unbatch.audit import audit
 from unbatch.case import Case, Setting
-from unbatch.client import honest_step
-from unbatch.defence import Defence, Round, Step
 from unbatch.files import write_atomically
-from unbatch.loss import reduction
-from unbatch.network import forward
-from unbatch.protocol import flatten
+from unbatch.scene import Scene, scene_of
 
 ATTACKS = ("bias-ratio", "unmix", "gradient-matching")
-BOUNDS = ("van-trees", "dp-reconstruction", "counting")  # those that are installed are asked
+BOUNDS = ("van-trees:draws=2", "dp-reconstruction", "counting")  # those that are installed are asked
+OF_TRAINING = (
+    "zCDP information",
+    "reconstruction robustness",
+)  # bounds that count every step, and not one update alone
 DELTA = 1e-5
-TEST = 0.3  # share of the data held out
-REFINE = 3  # bisections of each family
+REFINE = 3  # bisections of each family, for one update and for the whole training
 
+Scope = Literal["one update", "whole training"]
+SCOPES: tuple[Scope, ...] = ("one update", "whole training")
 Verdict = Literal["leaks", "no bound excludes it", "excluded", "not possible"]
 
 
@@ -53,8 +51,10 @@ class Tried(BaseModel):
     words: str
     psnr: float | None = None  # dB, the worst example under all attacks
     chance: float | None = None  # dB, of that example
-    bound: float | None = None  # dB, the least that a bound for any attacker allows
+    bound: float | None = None  # dB, the least that a bound for any attacker allows from this one update
     by: str = ""  # that bound's name
+    training: float | None = None  # dB, the same from all updates of the training
+    excluded: list[Scope] = []  # what the target is excluded for
     epsilon: float | None = None
     accuracy: float | None = None
     seconds: float = 0.0
@@ -74,24 +74,24 @@ class Hardening(BaseModel):
     tried: list[Tried] = []
     complete: bool = False
 
-    def cheapest(self) -> Tried | None:
+    def cheapest(self, scope: Scope = "one update") -> Tried | None:
         """The most accurate setting that a bound makes safe; of equals the first tried."""
-        safe = [t for t in self.tried if t.verdict == "excluded"]
+        safe = [t for t in self.tried if scope in t.excluded]
         return max(safe, key=lambda t: t.accuracy or 0.0, default=None)
 
-    def answer(self) -> str:
+    def answer(self, scope: Scope = "one update") -> str:
         """The finding in words."""
-        best = self.cheapest()
+        best, to = self.cheapest(scope), f"to {self.target:g} dB over {scope.replace('whole', 'the whole')}"
         if best is None:
             return (
-                f"No setting that was tried is shown to keep every attacker to {self.target:g} dB: no bound excludes it. "
-                "Attacks that failed prove nothing."
+                f"No setting tried is shown to keep every attacker {to}: no bound excludes it; failed attacks do not."
             )
-        spent = "" if best.epsilon is None else f", epsilon = {best.epsilon:.4g} at delta = {DELTA:g}"
+        allowed = best.bound if scope == "one update" else best.training
+        spent = f"; the training spends epsilon = {best.epsilon:.4g} at delta = {DELTA:g}" if best.epsilon else ""
         return (
-            f"Cheapest setting under which neither attack nor bound allows more than {self.target:g} dB: "
-            f"{', '.join(best.defences)} at batch {best.batch}{spent}; test accuracy {best.accuracy:.1%} against "
-            f"{self.accuracy:.1%} undefended. {best.by} allows at most {best.bound:.1f} dB."
+            f"The cheapest setting shown to keep every attacker {to}: {', '.join(best.defences)} at batch {best.batch}. "
+            f"A bound allows {allowed:.1f} dB at most{spent}. Test accuracy {best.accuracy:.1%}, undefended "
+            f"{self.accuracy:.1%}."
         )
 
     def save(self, path: Path) -> None:
@@ -113,87 +113,6 @@ class Family:
         middle = math.sqrt(weak * strong)
         middle = float(round(middle)) if self.whole else middle
         return middle if min(weak, strong) < middle < max(weak, strong) else None
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A model, its data split in two, and how long it is trained."""
-
-    setting: Setting  # whose inputs are all data
-    n: int  # examples of one update
-    rounds: int
-    seed: int = 0
-
-    @cached_property
-    def cut(self) -> int:
-        return len(self.setting.inputs) - int(TEST * len(self.setting.inputs))
-
-    def client(self, n: int) -> Setting:
-        """The client whose update is audited."""
-        return replace(self.setting, inputs=self.setting.inputs[:n], labels=self.setting.labels[:n])
-
-    @cached_property
-    def reduction(self) -> str:
-        s = self.setting
-        outputs = forward(s.model, s.inputs[:2])
-        return reduction(s.loss, outputs, s.labels[:2].to(outputs.device)) or "mean"
-
-    @cached_property
-    def size(self) -> float:
-        """The median norm of one example's gradient at the first model."""
-        norms = [float(flatten(u, u).norm()) for i in range(8) for u in [self._step(slice(i, i + 1), [])]]
-        return sorted(norms)[len(norms) // 2]
-
-    @cached_property
-    def rms(self) -> float:
-        """Of an entry of the undefended update."""
-        update = self._step(slice(self.n), [])
-        return float(flatten(update, update).square().mean().sqrt())
-
-    def accuracy(self, n: int, defences: Sequence[str]) -> float:
-        """On the held-out data, after `rounds` updates of n training examples each, taken by Adam at the server.
-
-        Adam's steps do not depend on the updates' scale, so that clipping costs no more than what it hides.
-        """
-        s, rng = self.setting, torch.Generator().manual_seed(self.seed)
-        model = copy.deepcopy(s.model)
-        made = [Defence.parse(spec) for spec in defences]
-        parameters = dict(model.named_parameters())
-        optimiser = torch.optim.Adam(parameters.values(), lr=0.01)
-        for _ in range(self.rounds):
-            part = torch.randperm(self.cut, generator=rng)[:n]
-            update = self._step(part, made, model, rng)
-            sign = -1.0 if any(d.name == "local-steps" for d in made) or s.protocol.steps(n) else 1.0
-            for name, u in update.items():
-                parameters[name].grad = sign * u.detach()
-            optimiser.step()
-        outputs = forward(model, s.inputs[self.cut :])
-        labels = s.labels[self.cut :].to(outputs.device)
-        found = outputs.argmax(1) if outputs.ndim == 2 and outputs.shape[1] > 1 else (outputs.reshape(-1) > 0)
-        return float((found == labels.reshape(found.shape)).double().mean())
-
-    def _step(
-        self,
-        part: slice | Tensor,
-        defences: Sequence[Defence],
-        model: nn.Module | None = None,
-        rng: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        s = self.setting
-        step: Step = honest_step
-        for defence in reversed(defences):
-            step = defence.wrap(step)
-        model = model or s.model
-        first = next(model.parameters())
-        round_ = Round(
-            model=model,
-            loss=s.loss,
-            inputs=s.inputs[part].to(first),
-            labels=s.labels[part].to(first.device),
-            protocol=s.protocol,
-            rng=rng or torch.Generator().manual_seed(self.seed),
-        )
-        return dict(step(round_))
 
 
 def _private(scene: Scene, strength: float, n: int) -> list[str]:
@@ -245,17 +164,17 @@ def harden(
     """Search every family (or those named in `only`) for the cheapest setting that keeps every attacker to `psnr` dB.
 
     `target` is a case, or a Setting whose inputs are all the data there is; an update is of `batch` examples (a case's
-    own). `seconds` is for the whole: each attack gets an even share of it, and when it is spent the search ends with what
+    own). `seconds` is for the whole: attacks get half of it in even shares, and when it is spent the search ends with what
     it has. `sink` is called after each setting. Bounds are those with scope `any` that `analyses` give.
     Raises ValueError: labels are no classes, too little data, no family of that name.
     """
-    scene = _scene(target, batch, rounds, seed)
+    scene = scene_of(target, batch, rounds, seed)
     chosen = [f for f in families(scene) if not only or f.name.partition(",")[0] in only]
     known = sorted({f.name.partition(",")[0] for f in families(scene)})
     if wrong := sorted(set(only) - set(known)):
         raise ValueError(f"no family is called {', '.join(wrong)}; known: {', '.join(known)}.")
     tools = list(ATTACKS if attacks is None else attacks)
-    asked = [a for a in BOUNDS if a in Analysis.find()] if analyses is None else list(analyses)
+    asked = [a for a in BOUNDS if a.partition(":")[0] in Analysis.find()] if analyses is None else list(analyses)
     held = Hardening(
         case=scene.setting.name,
         target=psnr,
@@ -265,7 +184,7 @@ def harden(
         analyses=[str(a) for a in asked],
     )
     end = time.monotonic() + seconds
-    planned = sum(len(f.ladder) for f in chosen) + REFINE * 3
+    planned = sum(len(f.ladder) for f in chosen) + 2 * REFINE
     budget = seconds / (2 * planned * max(len(tools), 1))
     for family in chosen:
         for tried in _climb(family, lambda f, s: _try(scene, f, s, psnr, tools, asked, budget)):
@@ -280,45 +199,25 @@ def harden(
     return held
 
 
-def _scene(target: Case | Setting, batch: int, rounds: int, seed: int) -> Scene:
-    if isinstance(target, Case):
-        pool, setting = target.pool(torch.Generator().manual_seed(target.seed)), target.setting()
-        setting = replace(setting, inputs=pool.inputs.to(setting.inputs), labels=pool.labels)
-        batch = target.batch
-    else:
-        setting = target
-    if setting.labels.is_floating_point() or setting.domain.name == "tokens":
-        raise ValueError(
-            "utility is test accuracy, and leakage PSNR: harden needs class labels and real-valued inputs."
-        )
-    scene = Scene(setting, batch, rounds, seed)
-    if scene.cut < max(batch, 8) or scene.cut == len(setting.inputs):
-        raise ValueError(
-            f"{len(setting.inputs)} examples are too few: {TEST:.0%} are held out, and {max(batch, 8)} must be left."
-        )
-    return scene
-
-
 def _climb(family: Family, attempt: Callable[[Family, float], Tried]) -> Iterator[Tried]:
-    """Up the ladder to the first strength that a bound makes safe, then bisection below it."""
-    weak: float | None = None
+    """Up the ladder until bounds exclude the target in every scope, then bisection below each scope's first safe one."""
+    tried: list[Tried] = []
     for strength in family.ladder:
-        tried = attempt(family, strength)
-        yield tried
-        if tried.verdict == "not possible":
+        tried.append(attempt(family, strength))
+        yield tried[-1]
+        if tried[-1].verdict == "not possible":
             return
-        if tried.verdict == "excluded":
+        if set(tried[-1].excluded) == set(SCOPES):
             break
-        weak = strength
-    else:
-        return
-    for _ in range(REFINE):
-        middle = family.between(weak, strength) if weak is not None else None
-        if middle is None:
-            return
-        tried = attempt(family, middle)
-        yield tried
-        weak, strength = (weak, middle) if tried.verdict == "excluded" else (middle, strength)
+    for scope in SCOPES:
+        for _ in range(REFINE):
+            order = sorted(tried, key=lambda t: t.strength, reverse=family.ladder[0] > family.ladder[-1])
+            first = next((i for i, t in enumerate(order) if scope in t.excluded), 0)
+            middle = family.between(order[first - 1].strength, order[first].strength) if first else None
+            if middle is None:
+                break
+            tried.append(attempt(family, middle))
+            yield tried[-1]
 
 
 def ceiling(bound: Bound) -> float:
@@ -360,8 +259,12 @@ def _try(
     ceilings = [(ceiling(b), b.name) for b in record.bounds if b.scope == "any"]
     if ceilings:
         tried.bound, tried.by = min(ceilings)
+    tried.training = min((value for value, name in ceilings if name in OF_TRAINING), default=None)
     tried.epsilon = record.privacy.epsilon if record.privacy else None
     tried.verdict, tried.words = _judged(tried, target)
+    if tried.verdict == "excluded":
+        whole = tried.training is not None and tried.training <= target
+        tried.excluded = list(SCOPES) if whole else [SCOPES[0]]
     tried.seconds = time.monotonic() - began
     return tried
 
