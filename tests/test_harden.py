@@ -161,6 +161,8 @@ def test_what_it_cannot_search(rng: torch.Generator) -> None:
         harden(few, psnr=15)
     with pytest.raises(ValueError, match="no family is called sigma; known: batch, clip, dp-sgd"):
         search(only=["sigma"])
+    with pytest.raises(ValueError, match="unknown analysis 'faith'"):
+        search(analyses=["faith"])
 
 
 def test_the_command_writes_prints_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -356,14 +356,14 @@ def _risks(record: Audit) -> None:
             cells = [f"{values[m].value:,.6g}" if m in values else "" for m in metrics]
             table.add_row(Text(change), *cells, Text(next(iter(values.values())).words))
         out.print(table)
-    if record.privacy:
-        out.print(f"differential privacy: {record.privacy.words()}", markup=False)
     for b in record.bounds:
         out.print(f"{b.name} = {b.value:.4g} for {b.scope} attackers; {b.assumptions} ({b.source})", markup=False)
     for v in record.numbers():
         out.print(f"{v.name} = {v.value:.4g}: {v.words}", markup=False)
     for note in record.notes:
         out.print(note, markup=False)
+    if record.privacy:
+        out.print(f"differential privacy: {record.privacy.words()}", markup=False)
 
 
 def main(arguments: list[str] | None = None) -> Any:

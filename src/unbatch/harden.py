@@ -25,7 +25,7 @@ from unbatch.files import write_atomically
 from unbatch.scene import Scene, scene_of
 
 ATTACKS = ("bias-ratio", "unmix", "gradient-matching")
-BOUNDS = ("van-trees:draws=2", "dp-reconstruction", "counting")  # those that are installed are asked
+BOUNDS = ("van-trees:draws=8,exact=0", "dp-reconstruction", "counting")  # those that are installed are asked
 OF_TRAINING = (
     "zCDP information",
     "reconstruction robustness",
@@ -166,15 +166,16 @@ def harden(
     `target` is a case, or a Setting whose inputs are all the data there is; an update is of `batch` examples (a case's
     own). `seconds` is for the whole: attacks get half of it in even shares, and when it is spent the search ends with what
     it has. `sink` is called after each setting. Bounds are those with scope `any` that `analyses` give.
-    Raises ValueError: labels are no classes, too little data, no family of that name.
+    Raises ValueError: labels are no classes, too little data, no family, attack or analysis of that name.
     """
     scene = scene_of(target, batch, rounds, seed)
     chosen = [f for f in families(scene) if not only or f.name.partition(",")[0] in only]
     known = sorted({f.name.partition(",")[0] for f in families(scene)})
     if wrong := sorted(set(only) - set(known)):
         raise ValueError(f"no family is called {', '.join(wrong)}; known: {', '.join(known)}.")
-    tools = list(ATTACKS if attacks is None else attacks)
-    asked = [a for a in BOUNDS if a.partition(":")[0] in Analysis.find()] if analyses is None else list(analyses)
+    given = [a for a in BOUNDS if a.partition(":")[0] in Analysis.find()] if analyses is None else analyses
+    tools = [Attack.parse(a) if isinstance(a, str) else a for a in (ATTACKS if attacks is None else attacks)]
+    asked = [Analysis.parse(a) if isinstance(a, str) else a for a in given]
     held = Hardening(
         case=scene.setting.name,
         target=psnr,
