@@ -41,6 +41,8 @@ LEVELS = [
         "probe",
         "constraints",
         "determined",
+        "information",
+        "likeliest",
         "suites",
         "diagnosis",
     },

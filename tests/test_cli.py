@@ -169,6 +169,8 @@ def test_gate_and_report(here: Path, capsys) -> None:
     assert call("gate", "audit/audit.json", "--max-recovered", "1") == 0
     assert call("gate", "audit/audit.json", "--max-recovered", "0", "--max-psnr", "20") == 1
     assert "breach: 1 examples recovered exactly" in capsys.readouterr().err
+    assert call("gate", "audit/audit.json", "--max-recovered", "1", "--require-bound-psnr", "20") == 1
+    assert "no lower bound holds for any attacker" in capsys.readouterr().err
     assert call("report", "audit/audit.json", "--out", "again.html") == 0
     assert "<html" in Path("again.html").read_text()
 

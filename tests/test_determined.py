@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from unbatch.analysis import Analysis
 from unbatch.client import observe
-from unbatch.determined import CONTRAST, ROUNDINGS, determined
+from unbatch.determined import ROUNDINGS, determined
 from unbatch.loss import loss_named
 from unbatch.models import build
+from unbatch.numerics.prior import CONTRAST
 from unbatch.protocol import Protocol
 
 Y = torch.tensor([1])

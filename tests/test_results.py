@@ -1,9 +1,11 @@
 import json
+import math
 
 import pytest
 
 import unbatch
 from unbatch import Case
+from unbatch.analysis import Bound
 from unbatch.files import write_atomically
 from unbatch.gate import breaches
 from unbatch.results import Audit, Example
@@ -61,6 +63,23 @@ def test_the_gate(record: Audit) -> None:
     assert "dB" in breaches(record, max_psnr=20)[0]
     with pytest.raises(ValueError, match="needs a limit"):
         breaches(record)
+
+
+def test_the_gate_on_bounds(record: Audit) -> None:
+    def bounded(value: float, scope: str) -> Audit:
+        bound = Bound.model_validate({"name": "B", "value": value, "scope": scope, "assumptions": "", "source": ""})
+        return record.model_copy(update={"bounds": [*record.bounds, bound]})
+
+    def said(audit: Audit) -> list[str]:
+        return breaches(audit, max_recovered=2, require_bound_psnr=20)
+
+    assert said(record) == ["no lower bound holds for any attacker; a bound of at most 20 dB is required."]
+    assert said(bounded(0.2, "unbiased")) == said(record)
+    assert "B, allows 26.0 dB" in said(bounded(0.05, "any"))[0]
+    assert "B, allows inf dB" in said(bounded(0.0, "any"))[0]
+    assert said(bounded(math.nan, "any")) == said(record)
+    assert said(bounded(0.2, "any")) == said(bounded(math.inf, "any")) == []
+    assert len(breaches(bounded(0.2, "any"), max_recovered=0, require_bound_psnr=20)) == 1
 
 
 def test_an_audit_that_proves_nothing_does_not_pass(record: Audit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -48,13 +49,19 @@ class LayerRisk(_Finding):
 
 
 class Bound(_Finding):
-    """A lower bound on the error of every attacker in `scope`."""
+    """A lower bound on the error of every attacker in `scope`: its root mean square over entries, of the input's range."""
 
     name: str
     value: float
     scope: Literal["any", "unbiased"]
     assumptions: str
     source: str
+    picture: str = ""  # the bound entry by entry, as a PNG data URI: white where the error must be largest
+
+    @property
+    def psnr(self) -> float:
+        """PSNR in dB of the mean squared error, which no attacker in scope exceeds."""
+        return -20 * math.log10(self.value) if 0 < self.value < math.inf else -math.copysign(math.inf, self.value - 1)
 
 
 class Verdict(_Finding):
@@ -77,8 +84,15 @@ class Analysis(Plugin, ABC):
 
     paper: ClassVar[str]
 
+    def obstacle(self, obs: Observation) -> str | None:
+        """Why it has nothing to say of this update, in words; an audit that does not name it then leaves it out."""
+        return None
+
     @abstractmethod
     def run(
         self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
     ) -> Sequence[Finding]:
-        """The findings. `at` = (inputs, labels): the audit passes the truth; without it, prior draws, and it says so."""
+        """The findings. `at` = (inputs, labels): the audit passes the truth; without it, prior draws, and it says so.
+
+        Raises ValueError: it has nothing to say, and why.
+        """

@@ -112,6 +112,7 @@ class _Plan:
         self.attacks = [Attack.parse(a) if isinstance(a, str) else a for a in (suite() if attacks is None else attacks)]
         self.defences = [Defence.parse(d) if isinstance(d, str) else d for d in defences]
         every = Analysis.find() if analyses is None else analyses
+        self.named = analyses is not None
         self.analyses = [Analysis.parse(a) if isinstance(a, str) else a for a in every]
         self.settings = _settings(target)
         self.name = str(target) if isinstance(target, Case) else self.settings[0].name if self.settings else "captured"
@@ -311,6 +312,8 @@ def _public(setting: Setting) -> Knowledge:
 def _analyse(plan: _Plan, obs: Observation, truth: Truth | None, record: Audit) -> None:
     at = (truth.inputs, truth.labels) if truth is not None else None
     for analysis in plan.analyses:
+        if not plan.named and analysis.obstacle(obs):
+            continue
         try:
             findings = analysis.run(obs, at=at, rng=torch.Generator().manual_seed(0))
         except ValueError as error:

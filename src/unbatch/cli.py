@@ -237,12 +237,16 @@ def gate(
         int | None, typer.Option(min=0, help="Most examples that may be recovered exactly.")
     ] = None,
     max_psnr: Annotated[float | None, typer.Option(help="Highest PSNR that any example may reach, in dB.")] = None,
+    require_bound_psnr: Annotated[
+        float | None, typer.Option(help="PSNR in dB that a bound valid for any attacker must exclude exceeding.")
+    ] = None,
 ) -> None:
     """Exit with 1 where an audit breaches a limit: for continuous integration."""
     from unbatch.gate import breaches
     from unbatch.results import Audit
 
-    found = breaches(Audit.load(path), max_recovered=max_recovered, max_psnr=max_psnr)
+    audit = Audit.load(path)
+    found = breaches(audit, max_recovered=max_recovered, max_psnr=max_psnr, require_bound_psnr=require_bound_psnr)
     for words in found:
         err.print(f"breach: {words}", soft_wrap=True, markup=False)
     if found:
@@ -293,7 +297,7 @@ def harden(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="layers, matching, tensor or unmix")],
+    name: Annotated[str, typer.Argument(help="bounds, layers, matching, metric, tensor or unmix")],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
     seconds: Annotated[
         float | None, typer.Option(min=0, help="For each attack on each problem; default: the benchmark's own.")
@@ -357,7 +361,7 @@ def _risks(record: Audit) -> None:
             table.add_row(Text(change), *cells, Text(next(iter(values.values())).words))
         out.print(table)
     for b in record.bounds:
-        out.print(f"{b.name} = {b.value:.4g} for {b.scope} attackers; {b.assumptions} ({b.source})", markup=False)
+        out.print(f"{b.name} >= {b.value:.4g} for {b.scope} attackers; {b.assumptions} ({b.source})", markup=False)
     for v in record.numbers():
         out.print(f"{v.name} = {v.value:.4g}: {v.words}", markup=False)
     for note in record.notes:

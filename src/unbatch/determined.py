@@ -14,10 +14,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.modules.dropout import _DropoutNd
 
 from unbatch.loss import Loss
-from unbatch.numerics.smoothest import cosines
+from unbatch.numerics.prior import GaussianPrior
 
-CONTRAST = 0.25  # standard deviation of an entry, of its range
-COLOURS = (0.9, 0.05, 0.05)  # shares of the variance: light, red - blue, red - 2 green + blue
 ROUNDINGS = 4  # of a tensor's root mean square: the error of its entries
 ROWS = 2  # of the Jacobian, for each unknown and tensor, into which longer gradients are summed with random signs
 COLUMNS = 64  # of the Jacobian that are computed at once
@@ -48,13 +46,11 @@ def determined(
 
     J [e, d] is the Jacobian with respect to x of dL/dW, of all parameters or those `sent`; S the variance of rounding and
     of `noise` that was added: the square of four times `eps` times a tensor's root mean square, plus noise^2. C is the
-    prior: for pictures [c, h, w] amplitudes fall as 1 / frequency and colours vary less than light; else entries are
-    independent. To first order: whether a search finds the place is not asked. Dropout drops nothing. A
+    covariance of `GaussianPrior`. To first order: whether a search finds the place is not asked. Dropout drops nothing. A
     tensor of more than two entries an unknown is summed into so many by random signs (a count sketch), which leaves its
     part of J^T S^-1 J as it is on average.
 
-    Source: the Bayesian Cramer-Rao bound of van Trees (1968) with a Gaussian prior; Field, J. Opt. Soc. Am. A 4, 1987
-    (amplitudes of natural images);
+    Source: the Bayesian Cramer-Rao bound of van Trees (1968) with a Gaussian prior;
     Clarkson and Woodruff, J. ACM 63, 2017 (sketch). Raises ValueError: the gradient is not finite there.
     """
     shape, rng = tuple(x.shape[1:]), rng or torch.Generator().manual_seed(0)
@@ -89,7 +85,8 @@ def determined(
             to = torch.randint(most, (e,), generator=rng) if e > most else torch.arange(e)
             error = ((ROUNDINGS * eps * size) ** 2 + noise**2) ** 0.5
             sketch[name] = (signs.to(at) / error, to.to(at.device), min(e, most))
-    root = _prior(shape, box).to(at)  # C = root root^T, root [d, d]
+    eye = torch.eye(len(at), dtype=torch.float64)
+    root = GaussianPrior(shape, box).push(eye).T.to(at)  # C = root root^T, root [d, d]
     whole = open_ = float(root.square().sum())
     if sketch:
         parts = torch.split(root.T.contiguous(), COLUMNS)
@@ -100,17 +97,3 @@ def determined(
         open_ = unseen + float((spread / (1 + S.square())).sum())
     unit = box[1] - box[0]
     return Determined(1 - open_ / whole, -10 * math.log10(max(open_ / len(at) / unit**2, 1e-300)))
-
-
-def _prior(shape: tuple[int, ...], box: tuple[float, float]) -> Tensor:
-    """A root [d, d] of the prior's covariance."""
-    deviation = CONTRAST * (box[1] - box[0])
-    if len(shape) != 3:
-        return deviation * torch.eye(math.prod(shape), dtype=torch.float64)
-    c, h, w = shape
-    frequency = (torch.arange(h)[:, None] / h).square() + (torch.arange(w) / w).square()
-    power = 1 / (frequency.double() + 1 / (h * w))
-    power /= power.mean()
-    colours = torch.tensor(COLOURS if c == 3 else (1 / c,) * c, dtype=torch.float64) * c
-    basis = torch.kron(cosines(c) if c == 3 else torch.eye(c).double(), torch.kron(cosines(h), cosines(w)))
-    return deviation * basis.T * (colours[:, None] * power.flatten()).flatten().sqrt()

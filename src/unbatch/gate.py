@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 from unbatch.results import Audit
 
 
-def breaches(audit: Audit, *, max_recovered: int | None = None, max_psnr: float | None = None) -> list[str]:
+def breaches(
+    audit: Audit,
+    *,
+    max_recovered: int | None = None,
+    max_psnr: float | None = None,
+    require_bound_psnr: float | None = None,
+) -> list[str]:
     """The limits that the audit breaches, in words. An audit that proves nothing breaches every gate.
 
+    `require_bound_psnr`: some lower bound that holds for any attacker allows no PSNR (of the mean squared error) above it.
     Raises ValueError: no limit is given, or one that this audit cannot answer.
     """
-    if max_recovered is None and max_psnr is None:
-        raise ValueError("a gate needs a limit: --max-recovered N, --max-psnr DB, or both.")
+    if max_recovered is None and max_psnr is None and require_bound_psnr is None:
+        raise ValueError("a gate needs a limit: --max-recovered N, --max-psnr DB, --require-bound-psnr DB, or several.")
     found = []
     if not any(run.status in ("done", "cut short") for run in audit.runs):
         found.append("no attack could run, so nothing is known; a gate does not pass on that.")
@@ -22,6 +31,14 @@ def breaches(audit: Audit, *, max_recovered: int | None = None, max_psnr: float 
         found.append(f"{', '.join(sorted(set(failed)))} failed; what it would have found is not known.")
     if max_recovered is not None and len(audit.recovered()) > max_recovered:
         found.append(f"{len(audit.recovered())} examples recovered exactly, at most {max_recovered} allowed.")
+    if require_bound_psnr is not None:
+        for_any = [bound for bound in audit.bounds if bound.scope == "any" and not math.isnan(bound.value)]
+        best = min(for_any, key=lambda bound: bound.psnr, default=None)
+        wanted = f"a bound of at most {require_bound_psnr:g} dB is required."
+        if best is None:
+            found.append(f"no lower bound holds for any attacker; {wanted}")
+        elif best.psnr > require_bound_psnr:
+            found.append(f"the best bound for any attacker, {best.name}, allows {best.psnr:.1f} dB; {wanted}")
     if max_psnr is not None:
         if "psnr" not in audit.metrics:
             raise ValueError("this audit has no psnr (a captured update has no truth to compare with); gate on others.")

@@ -1,4 +1,4 @@
-"""Probe: the one example at which an analysis looks, and whose it is."""
+"""Probe: the examples at which an analysis looks, and whose they are."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from unbatch.observation import Observation
 
 
 def probe(
-    obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator | None
+    obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator | None, *, whole: bool = False
 ) -> tuple[Tensor, Tensor, str]:
-    """x [1, *shape], y [1] and in words whose they are: the truth's first example, else a draw from the domain's prior."""
+    """x [1, *shape], y [1] and in words whose they are: the truth's first example, else a draw from the domain's prior.
+
+    With `whole` as many as the batch has.
+    """
     if at is not None:
-        return at[0][:1].to(obs.device), at[1][:1].to(obs.device), "the batch's first example"
+        n = len(at[0]) if whole else 1
+        whose = "the batch" if whole else "the batch's first example"
+        return at[0][:n].to(obs.device), at[1][:n].to(obs.device), whose
+    n = obs.knowledge.batch_size if whole else 1
     rng = rng or torch.Generator().manual_seed(0)
     shape, (low, high) = obs.knowledge.input_shape, obs.knowledge.get("input_range", (0.0, 1.0))
     if len(shape) == 3:
-        x = Images(shape=shape, low=low, high=high).prior(1, rng)
+        x = Images(shape=shape, low=low, high=high).prior(n, rng)
     else:
-        x = low + (high - low) * torch.rand(1, *shape, generator=rng)
+        x = low + (high - low) * torch.rand(n, *shape, generator=rng)
     x = x.to(obs.device)
     y = draw_labels(obs.loss, forward(obs.model, x), rng)
-    return x, y.to(obs.device), "an example drawn from the prior"
+    return x, y.to(obs.device), "a batch drawn from the prior" if whole else "an example drawn from the prior"

@@ -26,7 +26,7 @@ from unbatch.defence import Defence
 from unbatch.domain import Images
 from unbatch.layer import LayerRule
 from unbatch.metric import Metric
-from unbatch.observation import Knowledge, Observation, Reconstruction
+from unbatch.observation import Knowledge, Observation, Privacy, Reconstruction
 from unbatch.plugin import Plugin
 from unbatch.truth import Truth
 
@@ -157,17 +157,43 @@ def check_case(case: type[Case]) -> None:
 
 
 def check_analysis(analysis: type[Analysis]) -> None:
-    """The plugin contract; findings of the right types, the same for one seed, with and without the truth."""
+    """The plugin contract; findings of the right types, the same for one seed, with and without the truth.
+
+    Where it says that it has none, it refuses with those words; on one of the exchanges tried it has some.
+    """
     check_plugin(analysis)
     _hold(bool(analysis.paper), analysis, "names no paper")
-    for case in ("digits:batch=3,width=16", "digits:model=lenet"):
-        obs, truth = _exchange(Case.parse(case).setting(), None, None)
+    privacy = Knowledge(privacy=Privacy(clip=1.0, noise_multiplier=1.0, sampling_rate=0.5, steps=2, delta=1e-5))
+    answers = 0
+    for case, defences, known in (
+        ("digits:batch=3,width=16", (), Knowledge()),
+        ("digits:model=lenet", (), Knowledge()),
+        ("digits:batch=2,width=16,activation=tanh", ("noise:sigma=0.01",), Knowledge()),
+        ("digits:width=16", (), privacy),
+        ("digits:width=16", ("prune:share=0.999",), Knowledge()),
+    ):
+        setting = Case.parse(case).setting()
+        obs, truth = observe(
+            setting.model,
+            setting.loss,
+            setting.inputs,
+            setting.labels,
+            knowledge=setting.knowledge | known,
+            defences=defences,
+        )
         for at in ((truth.inputs, truth.labels), None):
+            if (why := analysis().obstacle(obs)) is not None:
+                with suppress(ValueError):
+                    analysis().run(obs, at=at)
+                    raise AssertionError(f"{analysis.name} answers where its obstacle is: {why}")
+                continue
+            answers += 1
             found = analysis().run(obs, at=at, rng=torch.Generator().manual_seed(0))
             again = analysis().run(obs, at=at, rng=torch.Generator().manual_seed(0))
             _hold(list(found) == list(again), analysis, "gives two answers for one seed")
             typed = all(isinstance(f, LayerRisk | Bound | Verdict) for f in found)
             _hold(len(found) > 0 and typed, analysis, "finds nothing, or something that is no finding")
+    _hold(answers > 0, analysis, "has nothing to say of any exchange tried")
 
 
 def check_layer_rule(rule: LayerRule, layer: nn.Module, x: Tensor) -> None:

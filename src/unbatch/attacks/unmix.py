@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.domain import Images
+from unbatch.likeliest import likeliest
 from unbatch.loss import LossForm, identify
 from unbatch.network import Dense, dense_layers, forward, in_mode
 from unbatch.numerics.certificate import radius
@@ -144,6 +145,10 @@ class Unmix(Attack):
         inputs = layer.feeds.invert(x)
         stretch = (x.norm(dim=1) / inputs.norm(dim=1) / layer.feeds.scale.abs().min().to(x)).cpu()
         shaped = inputs.reshape(-1, *obs.knowledge.input_shape)
+        if mixture.classes and targets is not None and len(shaped) == size:
+            finest = likeliest(obs, shaped, targets, rng)
+            near = (finest - shaped).flatten(1).norm(dim=1).cpu() <= bound * inputs.norm(dim=1).cpu()
+            shaped = finest if bool(near.all()) else shaped
         return Reconstruction(inputs=shaped, labels=targets, bound=bound * stretch.clamp_min(1.0), trace=trace)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+ROUNDINGS = 100  # of the update, above which a second difference is one
+
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _LEAKY = {F.leaky_relu, F.leaky_relu_}
 
@@ -58,11 +60,13 @@ class Softened(TorchFunctionMode):
         return self._spreads[self._call - 1]
 
 
-def kinked(update: Callable[[Tensor], Sequence[Tensor]], x: Tensor, rng: torch.Generator, *, reach: float) -> bool:
+def kinked(
+    update: Callable[[Tensor], Sequence[Tensor]], x: Tensor, rng: torch.Generator, *, reach: float, fall: float = 20.0
+) -> bool:
     """Whether the update jumps or bends along a random line of length `reach` an entry through x, as of relu networks.
 
     Second differences of a smooth function fall 64-fold when the step is cut to an eighth, those of a function with
-    bends 8-fold, with many small jumps about 3-fold; below 20 counts as kinked.
+    bends 8-fold, with many small jumps about 3-fold; below `fall` counts as kinked.
     """
     direction = reach * torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x)
     middle = update(x)
@@ -71,4 +75,5 @@ def kinked(update: Callable[[Tensor], Sequence[Tensor]], x: Tensor, rng: torch.G
         ends = zip(update(x + step * direction), middle, update(x - step * direction), strict=True)
         return math.sqrt(sum(float((a - 2 * b + c).detach().double().square().sum()) for a, b, c in ends))
 
-    return bend(1.0) < 20 * bend(1 / 8)
+    rounding = ROUNDINGS * sum(torch.finfo(a.dtype).eps * float(a.detach().double().norm()) for a in middle)
+    return rounding < bend(1.0) < fall * bend(1 / 8)

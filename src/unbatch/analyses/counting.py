@@ -1,0 +1,93 @@
+"""counting: whether the update is large enough to hold the inputs at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from unbatch.analysis import Analysis, Bound, Verdict
+from unbatch.numerics.prior import GaussianPrior
+from unbatch.numerics.rate_distortion import distortion
+from unbatch.observation import Observation
+
+FINEST = 1 / (255 * math.sqrt(12))  # of the range: the rounding of 8-bit inputs
+SAMPLE = 4096  # entries by which a tensor of few distinct values is told
+
+
+@final
+class Counting(Analysis):
+    """The bits that an update is written in, and its numbers that are not zero, against the inputs of the batch.
+
+    A message of B bits tells at most B bits: any attacker's mean squared error, on average over a Gaussian prior, is at
+    least the prior's distortion at B / n bits an example (its rate-distortion function). A tensor of few distinct values
+    (pruned, quantised) is counted at their empirical entropy and a table of them. To first order, e numbers determine at
+    most e unknowns.
+    """
+
+    paper: ClassVar[str] = "Shannon, 1959 (rate distortion)"
+
+    def obstacle(self, obs: Observation) -> str | None:
+        missing = [name for name in ("input_shape", "batch_size") if name not in obs.knowledge]
+        if missing:
+            return f"{' and '.join(missing)} must be known, to count unknowns."
+        if _error(obs, _bits(obs)) < FINEST and _numbers(obs) >= _unknowns(obs):
+            return "the update has numbers and bits enough to hold its inputs to 8 bits an entry."
+        return None
+
+    def run(
+        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
+    ) -> Sequence[Bound | Verdict]:
+        if why := self.obstacle(obs):
+            raise ValueError(why)
+        found = list[Bound | Verdict]()
+        bits, numbers, unknowns = _bits(obs), _numbers(obs), _unknowns(obs)
+        if (value := _error(obs, bits)) >= FINEST:
+            bound = Bound(name="counting", value=value, scope="any", assumptions="", source=self.paper)
+            words = (
+                f"{bits:,.0f} bits for {unknowns:,} unknowns: this update's entries at their entropy, others like it no "
+                "longer; on average over inputs of a Gaussian prior, without the truth. In units of the input's range; "
+                f"PSNR of any attacker's mean squared error at most {bound.psnr:.1f} dB."
+            )
+            found.append(bound.model_copy(update={"assumptions": words}))
+        if numbers < unknowns:
+            words = (
+                f"{numbers:,} numbers that are not zero were sent for {unknowns:,} unknowns: to first order at least "
+                f"{unknowns - numbers:,} of them stay open."
+            )
+            found.append(Verdict(name="numbers sent for each unknown", value=numbers / unknowns, words=words))
+        return found
+
+
+def _unknowns(obs: Observation) -> int:
+    return int(obs.knowledge.batch_size) * math.prod(obs.knowledge.input_shape)
+
+
+def _numbers(obs: Observation) -> int:
+    return sum(int(tensor.count_nonzero()) for tensor in obs.update.values())
+
+
+def _error(obs: Observation, bits: float) -> float:
+    """Root mean squared error an entry, of the range."""
+    prior = GaussianPrior(obs.knowledge.input_shape)
+    return math.sqrt(distortion(prior.variances, bits * math.log(2) / obs.knowledge.batch_size) / prior.d)
+
+
+def _bits(obs: Observation) -> float:
+    """Length of a code for the update, in bits."""
+    whole = 0.0
+    for tensor in obs.update.values():
+        values = tensor.detach().flatten()
+        width = torch.finfo(tensor.dtype).bits
+        plain = float(width * len(values))
+        sample = values[:: -(-len(values) // SAMPLE)]
+        if len(torch.unique(sample)) <= len(sample) / 2:
+            counts = torch.unique(values, return_counts=True)[1].double()
+            share = counts / counts.sum()
+            table = len(counts) * (width + math.log2(len(values) + 1))  # each value, and how often it stands
+            plain = min(plain, float(-(counts * share.log2()).sum()) + table + 1)
+        whole += plain
+    return whole

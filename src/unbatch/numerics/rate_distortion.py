@@ -1,0 +1,40 @@
+"""Rate distortion: the least mean squared error with which a Gaussian can be told from limited information."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def distortion(variances: Tensor, nats: float) -> float:
+    """min sum_i E (x_i - x^_i)^2 over all x^ with I(x; x^) <= `nats`, for independent Gaussians of `variances` [d].
+
+    Reverse water-filling: sum_i min(v_i, t), the level t such that sum_i log(v_i / t)+ / 2 = nats. At many nats it is
+    Shannon's d exp(2 (h - nats) / d) / (2 pi e), h the differential entropy; at few nats that formula lies below it.
+
+    Source: Cover and Thomas, Elements of Information Theory, 2006, theorem 10.3.3. Raises ValueError: nats below 0.
+    """
+    if not nats >= 0:
+        raise ValueError(f"nats is {nats}; information is at least 0.")
+    logs = variances.double().clamp_min(1e-300).log().sort(descending=True).values
+    count = torch.arange(1, len(logs) + 1, dtype=torch.float64, device=logs.device)
+    levels = (logs.cumsum(0) - 2 * nats) / count  # of the first r components alone
+    r = int((logs >= levels).nonzero()[-1])
+    level = levels[r].exp()
+    return float((r + 1) * level + logs[r + 1 :].exp().sum())
+
+
+def guessing_radius(variances: Tensor, log_chance: float) -> float:
+    """A radius e such that no guess lies within e of a Gaussian x of `variances` [d] with probability above the chance.
+
+    The ball about the mean is the likeliest of its size (Anderson), and P(|x|^2 <= e^2) <= exp(t e^2) prod_i
+    (1 + 2 t v_i)^(-1/2) for every t > 0 (Chernoff): the largest e at which some t makes that at most exp(log_chance).
+
+    Source: Anderson, Proc. AMS 6, 1955. Raises ValueError: log_chance above 0.
+    """
+    if not log_chance <= 0:
+        raise ValueError(f"log_chance is {log_chance}; a logarithm of a probability is at most 0.")
+    v = variances.double()
+    ts = torch.logspace(-6, 12, 400, dtype=torch.float64, device=v.device) / v.sum()
+    squares = (log_chance + 0.5 * torch.log1p(2 * ts[:, None] * v).sum(1)) / ts
+    return float(squares.max().clamp_min(0).sqrt())

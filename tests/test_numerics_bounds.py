@@ -1,0 +1,153 @@
+"""The mathematics of lower bounds: traces of inverses, rate distortion, and noisy sums, against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.stats import norm
+from torch import Tensor
+
+from unbatch.numerics.inverse_trace import dense_inverse_trace, inverse_trace, kronecker
+from unbatch.numerics.prior import GaussianPrior
+from unbatch.numerics.rate_distortion import distortion, guessing_radius
+from unbatch.numerics.subsampled_gaussian import Robustness, information, replacement_divergence
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 4, 5), (3, 4, 4), (2, 3, 3)])
+def test_the_prior_s_products_are_transposes_and_its_draws_have_its_covariance(shape: tuple[int, ...]) -> None:
+    prior = GaussianPrior(shape, (-1.0, 3.0))
+    R = prior.push(torch.eye(prior.d).double()).T
+    assert torch.allclose(prior.pull(torch.eye(prior.d).double()), R)
+    assert torch.allclose(R.T @ R, torch.diag(prior.variances))
+    assert float(prior.variances.mean()) == pytest.approx(1.0)  # a quarter of the range of 4, squared
+    x = prior.draw(40000, torch.Generator().manual_seed(0)).flatten(1)
+    assert float((x.mean(0) - 1).abs().max()) < 0.05
+    assert torch.allclose(torch.cov(x.T), R @ R.T, atol=0.07)
+
+
+def test_probes_agree_with_the_dense_trace_within_their_error() -> None:
+    n, d = 3, 20
+    J = normal(200, n * d) * torch.linspace(0.3, 3, n * d)
+    A, off = J.T @ J, []
+    dense, _, _ = dense_inverse_trace([[A]], torch.ones(n * d).double())
+    assert dense == pytest.approx(float(torch.linalg.inv(A).trace()))
+    for seed in range(20):
+        rng = torch.Generator().manual_seed(seed)
+        found = inverse_trace([[lambda v: (A @ v.flatten()).view(n, d)]], normal(n, d), rng, probes=8, tolerance=1e-9)
+        off.append((found.value - dense) / found.error)
+        assert float(found.diagonal.sum()) == pytest.approx(found.value, rel=1e-4)
+    assert np.sqrt(np.mean(np.square(off))) < 2
+    assert abs(np.mean(off)) < 0.8
+
+
+def test_an_early_end_and_few_draws_only_lower_the_trace() -> None:
+    n, d = 2, 15
+    draws = [J.T @ J + torch.eye(n * d) for J in normal(4000, 25, n * d, seed=1)]
+    true = float(torch.linalg.inv(torch.stack(draws).mean(0)).trace())
+    rng, short, few = torch.Generator().manual_seed(0), [], []
+    products = [lambda v, A=A: (A @ v.flatten()).view(n, d) for A in draws[:400]]
+    for k in range(50):
+        held = draws[8 * k : 8 * k + 8]
+        few.append(dense_inverse_trace([held[i::4] for i in range(4)], torch.ones(n * d).double())[0])
+        folds = [products[8 * k : 8 * k + 4], products[8 * k + 4 : 8 * k + 8]]
+        short.append(inverse_trace(folds, normal(n, d), rng, probes=2, steps=1).value)
+    naive = np.mean([float(torch.linalg.inv(torch.stack(draws[8 * k : 8 * k + 8]).mean(0)).trace()) for k in range(50)])
+    assert naive > 1.03 * true  # the mean of inverses is no bound
+    for values in (few, short):
+        assert np.mean(values) < true + 3 * np.std(values) / 50**0.5
+    assert np.mean(few) > 0.5 * true
+
+
+def test_the_preconditioner_inverts_what_it_says() -> None:
+    gram, variances = normal(9, 3).T @ normal(9, 3), torch.rand(4, generator=torch.Generator().manual_seed(0)).double()
+    A = torch.kron(gram, torch.diag(variances)) + 2 * torch.eye(12)
+    v = normal(3, 4)
+    assert torch.allclose(A @ kronecker(gram, variances, 2.0)(v).flatten(), v.flatten())
+
+
+def test_rate_distortion() -> None:
+    v = torch.tensor([4.0, 1.0, 0.25, 0.01]).double()
+    assert distortion(v, 0.0) == pytest.approx(5.26)
+    for nats in (8.0, 20.0, 300.0):  # Shannon's bound, and the formula of zero-concentrated privacy
+        h = 0.5 * float((2 * math.pi * math.e * v).log().sum())
+        assert distortion(v, nats) == pytest.approx(4 / (2 * math.pi * math.e) * math.exp(2 * (h - nats) / 4))
+    assert distortion(torch.ones(5), 2.0) == pytest.approx(5 * math.exp(-4 / 5))
+    few = [distortion(v, nats) for nats in (0.0, 0.1, 0.3, 1.0, 2.0, 4.0)]
+    assert few == sorted(few, reverse=True)
+    assert distortion(v, 0.3) == pytest.approx(4 * math.exp(-0.6) + 1.26)  # the largest alone is told
+    with pytest.raises(ValueError, match="at least 0"):
+        distortion(v, -1.0)
+
+
+@pytest.mark.parametrize("chance", [0.5, 0.05, 1e-3])
+def test_no_guess_comes_closer_than_the_radius_with_more_than_the_chance(chance: float) -> None:
+    v = torch.tensor([4.0, 1.0, 0.25, 0.25, 0.25])
+    x = normal(10**6, 5) * v.sqrt()
+    radius = guessing_radius(v, math.log(chance))
+    share = float((x.norm(dim=1) <= radius).double().mean())
+    assert 0.01 * chance < share <= chance
+    assert guessing_radius(v, 0.0) > 0
+
+
+@pytest.mark.parametrize(("z", "q"), [(0.5, 0.1), (1.0, 0.01), (3.0, 0.5), (0.7, 0.999999)])
+def test_information_and_divergence_of_a_subsampled_gaussian(z: float, q: float) -> None:
+    def density(w: float, *means: tuple[float, float]) -> float:
+        return sum(share * norm.pdf(w, mean, z) for share, mean in means)
+
+    ends = -1 - 15 * z, 1 + 15 * z
+    kl = quad(
+        lambda w: (p := density(w, (1 - q, 0), (q, 1))) * math.log(p / norm.pdf(w, 0, z)) if abs(w) < 12 * z else 0.0,
+        *ends,
+        limit=500,
+    )[0]
+    assert information(z, q) == pytest.approx(kl, rel=1e-5)
+    assert information(z, q, 7) == pytest.approx(7 * kl, rel=1e-5)
+    assert information(z, q) <= q * information(z) + 1e-12
+    chi = [
+        quad(lambda w: density(w, (1 - q, 0), (q, a)) ** 2 / density(w, (1 - q, 0), (q, b)), *ends, limit=500)[0]  # noqa: B023
+        for a, b in ((1, -1), (1, 0), (0.5, -0.5), (0, 1), (-0.3, 0.9))
+    ]
+    assert max(map(math.log, chi)) <= replacement_divergence(z, q) * (1 + 1e-6)
+    assert replacement_divergence(z, q) <= 4 / z**2 + 1e-9
+
+
+def test_the_full_batch_has_closed_forms() -> None:
+    assert information(2.0, 1.0, 8) == 1.0
+    assert replacement_divergence(2.0, 1.0, 8) == 8.0
+    assert replacement_divergence(0.05, 0.5) > 1500
+    assert replacement_divergence(1.0, 0.0) == information(1.0, 0.0) == 0
+    assert Robustness(2.0, 1.0, 4).success(math.log(0.1))[0] == pytest.approx(norm.cdf(norm.ppf(0.1) + 1.0))
+    assert Robustness(1.0, 1.0, 100).success(-500.0) == (pytest.approx(0.0, abs=1e-6), 0.0)
+    with pytest.raises(ValueError, match="give z > 0"):
+        information(0.0)
+    with pytest.raises(ValueError, match="at most 0"):
+        Robustness(1.0).success(0.1)
+
+
+@pytest.mark.parametrize(("z", "q", "chance"), [(1.0, 0.2, 0.1), (0.5, 0.5, 0.01), (2.0, 0.9, 0.3)])
+def test_success_by_monte_carlo_meets_one_step_s_closed_form(z: float, q: float, chance: float) -> None:
+    found, error = Robustness(z, q).success(math.log(chance))
+    t = norm.isf(chance, 0, z)
+    true = q * norm.sf(t, 1, z) + (1 - q) * norm.sf(t, 0, z)
+    assert true - 4 * error < found < 1.1 * true + 4 * error
+    several = [Robustness(z, q, steps).success(math.log(chance))[0] for steps in (1, 4, 16)]
+    assert several == sorted(several)
+    assert Robustness(z, q).success(math.log(1e-9))[0] > 0  # of a chance that draws can tell: larger, hence safe
+
+
+def test_no_decoder_tells_candidates_apart_more_often() -> None:
+    """The maximum-likelihood decoder among orthogonal gradients of the clipping norm."""
+    count, N = 10, 40000
+    for z in (0.3, 0.7, 2.0):
+        release = z * normal(N, count, seed=1)
+        release[:, 0] += 1
+        share = float((release.argmax(1) == 0).double().mean())
+        assert share < Robustness(z).success(-math.log(count))[0] + 3 * (share * (1 - share) / N) ** 0.5
