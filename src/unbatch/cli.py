@@ -270,7 +270,6 @@ def harden(
     rounds: Annotated[int, typer.Option(min=1, help="Updates of the training whose accuracy is measured.")] = 200,
     seconds: Annotated[float, typer.Option(min=0, help="For the whole search.")] = 180.0,
     folder: Annotated[Path, typer.Option("--out", help="Where harden.json and harden.png go.")] = Path("harden"),
-    as_json: AsJson = False,
 ) -> None:
     """Search for the cheapest defence under which neither attack nor bound allows more than a target PSNR."""
     from unbatch.curve import plot, show
@@ -289,10 +288,7 @@ def harden(
         sink=lambda held: held.save(folder / "harden.json"),
     )
     plot(found, folder / "harden.png")
-    if as_json:
-        typer.echo(found.model_dump_json(indent=1))
-    else:
-        show(found, out)
+    show(found, out)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from unbatch.analysis import Analysis, Bound
+from unbatch.analysis import Analysis
 from unbatch.attack import Attack
 from unbatch.audit import audit
 from unbatch.case import Case, Setting
@@ -221,11 +221,6 @@ def _climb(family: Family, attempt: Callable[[Family, float], Tried]) -> Iterato
             yield tried[-1]
 
 
-def ceiling(bound: Bound) -> float:
-    """The PSNR in dB of the mean squared error that a bound (a root mean square, of the input's range) leaves."""
-    return -20 * math.log10(bound.value) if bound.value > 0 else math.inf
-
-
 def _try(
     scene: Scene,
     family: Family,
@@ -257,7 +252,7 @@ def _try(
     if hits:
         tried.psnr, run = max(hits, key=lambda hit: hit[0])
         tried.chance = next(e.chance.get("psnr") for e in run.examples if e.scores.get("psnr") == tried.psnr)
-    ceilings = [(ceiling(b), b.name) for b in record.bounds if b.scope == "any"]
+    ceilings = [(b.psnr, b.name) for b in record.bounds if b.scope == "any"]
     if ceilings:
         tried.bound, tried.by = min(ceilings)
     tried.training = min((value for value, name in ceilings if name in OF_TRAINING), default=None)
