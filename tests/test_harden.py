@@ -110,7 +110,7 @@ def test_more_noise_costs_accuracy() -> None:
     plain, noisy = scene.accuracy(8, []), scene.accuracy(8, [f"noise:sigma={100 * scene.rms}"])
     assert plain > 0.85
     assert noisy < 0.5
-    assert scene.accuracy(8, []) == plain
+    assert scene.accuracy(8, []) == scene.undefended(8) == plain
     assert scene.accuracy(8, ["local-steps:steps=4,learning_rate=0.1"]) > 0.85
     assert scene.accuracy(8, [f"clip:norm={0.01 * scene.size}"]) > 0.8  # scale alone costs little
 
@@ -139,10 +139,10 @@ def test_ladders_and_what_lies_between() -> None:
     for family in families(scene_of(Case.parse(CASE), 2, 5, 0)):
         rising = family.ladder[0] < family.ladder[-1]
         assert list(family.ladder) == sorted(family.ladder, reverse=not rising)
-    count = Family("steps", (2, 8), lambda scene, s: [], whole=True)
+    count = Family("steps", "steps", (2, 8), lambda scene, s: [], whole=True)
     assert count.between(2, 8) == 4
     assert count.between(2, 3) is None
-    assert Family("share", (0.5, 0.1), lambda scene, s: []).between(0.1, 0.001) == pytest.approx(0.01)
+    assert Family("share", "kept", (0.5, 0.1), lambda scene, s: []).between(0.1, 0.001) == pytest.approx(0.01)
 
 
 def test_what_it_cannot_search(rng: torch.Generator) -> None:

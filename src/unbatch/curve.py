@@ -23,7 +23,7 @@ def show(found: Hardening, console: Console) -> None:
 
 
 def rows(found: Hardening) -> Table:
-    """Every setting tried, family by family from weak to strong; PSNR in dB."""
+    """Every setting tried, family by family; PSNR in dB."""
     heads = (
         "family",
         "strength",
@@ -38,13 +38,13 @@ def rows(found: Hardening) -> Table:
     )
     table = Table(*heads, box=None, pad_edge=False, title=f"{found.case}: PSNR in dB, at most {found.target:g} wanted")
     families = list(dict.fromkeys(t.family for t in found.tried))
-    for t in sorted(found.tried, key=lambda t: families.index(t.family)):
+    for t in sorted(found.tried, key=lambda t: (families.index(t.family), t.strength)):
         numbers = [_short(value, ".1f") for value in (t.psnr, t.chance, t.bound, t.training)]
         epsilon, accuracy = _short(t.epsilon, ".3g"), _short(t.accuracy, ".1%")
         said = t.words if t.verdict == "not possible" else t.verdict
         said = "excluded for the whole training" if "whole training" in t.excluded else said
         finding = Text(said, style=COLOURS[t.verdict])
-        table.add_row(Text(t.family), f"{t.strength:.3g}", str(t.batch), *numbers, epsilon, accuracy, finding)
+        table.add_row(Text(t.family), f"{t.strength:.3g} {t.unit}", str(t.batch), *numbers, epsilon, accuracy, finding)
     return table
 
 
@@ -54,7 +54,7 @@ def plot(found: Hardening, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     panel = figure.subplots()
     for k, family in enumerate(dict.fromkeys(t.family for t in found.tried)):
         held = sorted((t for t in found.tried if t.family == family), key=lambda t: t.accuracy or 0.0)
@@ -63,12 +63,11 @@ def plot(found: Hardening, path: Path) -> None:
                 (t.accuracy, getattr(t, kind)) for t in held if t.accuracy is not None and getattr(t, kind) is not None
             ]
             if pairs:
-                label = f"{family}: {'attack' if kind == 'psnr' else 'bound for any attacker, one update'}"
+                label = f"{family}: {'attack' if kind == 'psnr' else 'bound, one update'}"
                 panel.plot(*zip(*pairs, strict=True), marker=marker, ls=style, color=f"C{k}", label=label)
-    panel.axhline(found.target, color="grey", lw=0.8)
-    panel.axvline(found.accuracy, color="grey", lw=0.8, ls=":", label="undefended")
+    panel.axhline(found.target, color="grey", lw=0.8, label="wanted at most")
     panel.set(xlabel="test accuracy", ylabel="PSNR (dB)", ylim=(0, 60), title=found.case)
-    panel.legend(fontsize="x-small")
+    figure.legend(loc="outside right upper", fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -45,6 +45,7 @@ class Tried(BaseModel):
 
     family: str
     strength: float
+    unit: str  # of the strength
     batch: int
     defences: list[str]
     verdict: Verdict
@@ -57,6 +58,7 @@ class Tried(BaseModel):
     excluded: list[Scope] = []  # what the target is excluded for
     epsilon: float | None = None
     accuracy: float | None = None
+    undefended: float | None = None  # accuracy with the same batch size and no defence
     seconds: float = 0.0
 
 
@@ -68,7 +70,6 @@ class Hardening(BaseModel):
     case: str
     target: float
     rounds: int
-    accuracy: float  # without any defence
     attacks: list[str]
     analyses: list[str]
     tried: list[Tried] = []
@@ -90,8 +91,8 @@ class Hardening(BaseModel):
         spent = f"; the training spends epsilon = {best.epsilon:.4g} at delta = {DELTA:g}" if best.epsilon else ""
         return (
             f"The cheapest setting shown to keep every attacker {to}: {', '.join(best.defences)} at batch {best.batch}. "
-            f"A bound allows {allowed:.1f} dB at most{spent}. Test accuracy {best.accuracy:.1%}, undefended "
-            f"{self.accuracy:.1%}."
+            f"A bound allows {allowed:.1f} dB at most{spent}. Test accuracy {best.accuracy:.1%}, undefended at "
+            f"that batch {best.undefended:.1%}."
         )
 
     def save(self, path: Path) -> None:
@@ -103,6 +104,7 @@ class Family:
     """Defences of one kind by strength."""
 
     name: str
+    unit: str
     ladder: tuple[float, ...]  # from weak to strong
     defences: Callable[[Scene, float], list[str]]
     batch: Callable[[Scene, float], int] = lambda scene, strength: scene.n
@@ -125,21 +127,37 @@ def families(scene: Scene) -> list[Family]:
     """What is searched; those that a bound can speak of come first."""
     large = min(8 * scene.n, scene.cut)
     return [
-        Family("dp-sgd", (0.1, 0.5, 2.0, 8.0, 32.0), lambda scene, s: _private(scene, s, scene.n)),
+        Family("dp-sgd", "noise multiplier", (0.1, 0.5, 2.0, 8.0, 32.0), lambda scene, s: _private(scene, s, scene.n)),
         Family(
             f"dp-sgd, batch {large}",
+            "noise multiplier",
             (0.1, 0.5, 2.0, 8.0, 32.0),
             lambda scene, s: _private(scene, s, large),
             lambda scene, s: large,
         ),
-        Family("noise", (0.1, 1.0, 10.0, 100.0), lambda scene, s: [f"noise:sigma={s * scene.rms:.4g}"]),
-        Family("prune", (0.5, 0.1, 0.01, 0.001), lambda scene, s: [f"prune:share={1 - s:.6g}"]),
-        Family("clip", (1.0, 0.1, 0.01), lambda scene, s: [f"clip:norm={s * scene.size:.4g}"]),
         Family(
-            "local steps", (2, 8, 32), lambda scene, s: [f"local-steps:steps={s:.0f},learning_rate=0.1"], whole=True
+            "noise",
+            "times the update's rms",
+            (0.1, 1.0, 10.0, 100.0),
+            lambda scene, s: [f"noise:sigma={s * scene.rms:.4g}"],
+        ),
+        Family("prune", "kept", (0.5, 0.1, 0.01, 0.001), lambda scene, s: [f"prune:share={1 - s:.6g}"]),
+        Family(
+            "clip",
+            "of a gradient's norm",
+            (1.0, 0.1, 0.01),
+            lambda scene, s: [f"clip:norm={s * scene.size:.4g}"],
+        ),
+        Family(
+            "local steps",
+            "steps",
+            (2, 8, 32),
+            lambda scene, s: [f"local-steps:steps={s:.0f},learning_rate=0.1"],
+            whole=True,
         ),
         Family(
             "batch",
+            "examples",
             tuple(float(k * scene.n) for k in (1, 2, 4, 8)),
             lambda scene, s: [],
             lambda scene, s: min(int(s), scene.cut),
@@ -180,7 +198,6 @@ def harden(
         case=scene.setting.name,
         target=psnr,
         rounds=rounds,
-        accuracy=scene.accuracy(scene.n, []),
         attacks=[str(a) for a in tools],
         analyses=[str(a) for a in asked],
     )
@@ -233,7 +250,13 @@ def _try(
     began = time.monotonic()
     batch, defences = family.batch(scene, strength), family.defences(scene, strength)
     tried = Tried(
-        family=family.name, strength=strength, batch=batch, defences=defences, verdict="not possible", words=""
+        family=family.name,
+        strength=strength,
+        unit=family.unit,
+        batch=batch,
+        defences=defences,
+        verdict="not possible",
+        words="",
     )
     try:
         record = audit(
@@ -244,7 +267,7 @@ def _try(
             analyses=analyses,
             budget=budget,
         )
-        tried.accuracy = scene.accuracy(batch, defences)
+        tried.accuracy, tried.undefended = scene.accuracy(batch, defences), scene.undefended(batch)
     except ValueError as error:
         tried.words = str(error)
         return tried

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -28,6 +28,7 @@ class Scene:
     n: int  # examples of one update
     rounds: int
     seed: int = 0
+    _plain: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def cut(self) -> int:
@@ -77,6 +78,12 @@ class Scene:
         found = outputs.argmax(1) if outputs.ndim == 2 and outputs.shape[1] > 1 else (outputs.reshape(-1) > 0)
         return float((found == labels.reshape(found.shape)).double().mean())
 
+    def undefended(self, n: int) -> float:
+        """The same without any defence; measured once for each n."""
+        if n not in self._plain:
+            self._plain[n] = self.accuracy(n, [])
+        return self._plain[n]
+
     def _step(
         self,
         part: slice | Tensor,
@@ -116,7 +123,7 @@ def scene_of(target: Case | Setting, batch: int, rounds: int, seed: int) -> Scen
         raise ValueError(
             "utility is test accuracy, and leakage PSNR: harden needs class labels and real-valued inputs."
         )
-    scene = Scene(setting, batch, rounds, seed)
+    scene = Scene(setting, batch, rounds, seed=seed)
     if scene.cut < max(batch, 8) or scene.cut == len(setting.inputs):
         raise ValueError(
             f"{len(setting.inputs)} examples are too few: {TEST:.0%} are held out, and {max(batch, 8)} must be left."
