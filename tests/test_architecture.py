@@ -30,6 +30,7 @@ LEVELS = [
     },
     {"domain", "truth", "analysis", "attack", "defence", "layer", "results", "metric"},
     {
+        "adapters",
         "case",
         "data",
         "certify",
@@ -50,8 +51,8 @@ LEVELS = [
     },
     {"attacks", "analyses", "defences", "metrics", "cases"},
     {"client"},
-    {"checks", "judge", "audit", "gate", "target", "catalogue", "testing"},
-    {"chart", "report"},
+    {"checks", "judge", "audit", "gate", "target", "catalogue", "testing", "scene", "harden", "guard"},
+    {"chart", "frontier", "report"},
     {"console", "demo", "benchmarks"},
     {"cli"},
 ]

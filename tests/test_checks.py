@@ -43,6 +43,12 @@ def spoilt(clean: Audit, name: str) -> Audit:
         audit.runs.append(heuristic(status="not applicable", missing=["labels"]))
     elif name == "leak-of-the-union":
         audit.defences = ["secure-aggregation:clients=2"]
+    elif name == "defence-unknown-to-attacks":
+        audit.defences = ["mixup:alpha=1.0"]
+    elif name == "clip-without-noise":
+        audit.defences = ["clip:norm=0.1"]
+    elif name == "noise-without-accounting":
+        audit.defences = ["noise:sigma=0.1,relative=true"]
     return audit
 
 
@@ -61,8 +67,38 @@ def test_a_flag_is_raised_by_what_it_says(clean: Audit, name: str) -> None:
 
 def test_real_audits_raise_the_flags_that_fit() -> None:
     noisy = unbatch.audit(Case.parse("digits:width=16"), attacks=["bias-ratio"], defences=["noise:sigma=0.1"])
-    assert [f.name for f in noisy.flags] == ["random-defence-not-averaged"]
+    assert [f.name for f in noisy.flags] == ["random-defence-not-averaged", "noise-without-accounting"]
     summed = unbatch.audit(
         Case.parse("digits:batch=2,width=16"), attacks=["label-count"], defences=["secure-aggregation:clients=2"]
     )
     assert "leak-of-the-union" not in [f.name for f in summed.flags]  # labels alone identify nobody's picture
+
+
+ABOUT_DEFENCES = {"defence-unknown-to-attacks", "clip-without-noise", "noise-without-accounting"}
+
+
+@pytest.mark.parametrize(
+    ("defences", "attack", "raised"),
+    [
+        (["clip:norm=0.1"], "bias-ratio", {"defence-unknown-to-attacks", "clip-without-noise"}),
+        (["clip:norm=none"], "bias-ratio", {"defence-unknown-to-attacks"}),
+        (["noise:sigma=0.1"], "label-count", {"noise-without-accounting"}),  # label-count is handed the noise
+        (
+            ["clip:norm=0.1", "noise:sigma=0.1"],
+            "label-count",
+            {"defence-unknown-to-attacks", "noise-without-accounting"},
+        ),
+        (["dp-sgd"], "label-count", set()),
+        (["dp-sgd"], "bias-ratio", {"defence-unknown-to-attacks"}),
+        (["dp-sgd:noise_multiplier=0"], "label-count", {"defence-unknown-to-attacks", "clip-without-noise"}),
+        (["local-steps:steps=2"], "bias-ratio", set()),  # whose numbers the attack takes
+        (["label-smoothing"], "bias-ratio", set()),  # the loss that is declared has it
+        (["secure-aggregation:clients=2"], "label-count", set()),
+    ],
+)
+def test_flags_about_defences(defences: list[str], attack: str, raised: set[str]) -> None:
+    case = Case.parse("digits:batch=2,width=16" if "secure" in defences[0] else "digits:width=16")
+    made = unbatch.audit(case, attacks=[attack], defences=defences, analyses=())
+    done = any(run.status == "done" for run in made.runs)
+    expected = raised if done else raised - {"defence-unknown-to-attacks"}
+    assert {f.name for f in made.flags} & ABOUT_DEFENCES == expected

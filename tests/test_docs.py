@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,6 +25,38 @@ def test_the_readme_s_example_runs(capsys) -> None:
     said = capsys.readouterr().out
     assert "1 of 1 private image recovered exactly" in said
     assert "('noise:sigma=0.01,relative=false', 0)" in said
+
+
+def test_the_figures_of_the_page_on_safety_are_what_its_commands_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from unbatch.cli import main
+
+    text = (DOCS / "how-safe-is-safe-enough.md").read_text()
+    blocks = [block.replace("\\\n", " ") for block in re.findall(r"```\n(unbatch .*?)```", text, flags=re.S)]
+    commands = [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+    monkeypatch.chdir(tmp_path)
+
+    def said(word: str) -> str:
+        (command,) = (c for c in commands if word in c)
+        with pytest.raises(SystemExit):
+            main(command)
+        return " ".join(capsys.readouterr().out.split())
+
+    exact = said("unmix")
+    assert "4 of 4 private images recovered exactly" in exact
+    scores = [float(score) for score in re.findall(r"unmix\S* ([\d.]+) dB", exact)]
+    assert len(scores) == 4
+    assert min(scores) > 100
+    private = said("dp-reconstruction")
+    for figure in ("epsilon = 5.497", "at most 12.1 dB", "reconstruction success = 0.032"):
+        assert figure in private
+    for figure in ("epsilon = 5.497", "at most 12.1 dB", "at most 0.032"):
+        assert figure in " ".join(text.split())
+    bound = re.search(r"at most ([\d.]+) dB, of the prior alone ([\d.]+) dB", said("van-trees"))
+    assert bound
+    assert f"more than {bound[1]} dB" in text
+    assert f"gets {bound[2]} dB by the prior alone" in text
 
 
 def test_the_attack_of_the_guide_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,3 +123,32 @@ def test_rendering(rng: torch.Generator) -> None:
         torch.ones(3, 4, 4), torch.zeros(3, 4, 4)
     )
     assert Table(shape=(2,), columns=("age", "pay")).render(torch.tensor([1.0, 2.5])) == "age = 1, pay = 2.5"
+
+
+def test_relative_leakage_is_similarity_above_the_prior_s(rng: torch.Generator) -> None:
+    domain = Images(shape=(1, 24, 24))
+    true = domain.prior(3, rng)
+    found = (true + 0.2 * torch.randn(true.shape, generator=rng)).clamp(0, 1)
+
+    def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
+        return Metric.parse("ssim").score(a[None], b[None]).item()
+
+    for draws in (1, 16):
+        drawn = domain.prior(draws, torch.Generator().manual_seed(0))
+        alone = [max(0.01, *(ssim(p, x) for p in drawn)) for x in true]
+        expected = [(ssim(y, x) - p) / p for y, x, p in zip(found, true, alone, strict=True)]
+        made = Metric.parse(f"relative-leakage:draws={draws}").on(domain)
+        assert made.score(found, true).tolist() == pytest.approx(expected)
+        assert made.score(drawn[:1].expand_as(true), true).max() <= 1e-9  # the prior itself leaks nothing
+        assert (made.score(true, true) > made.score(found, true)).all()
+
+
+def test_relative_leakage_of_small_pictures_is_by_cosine(rng: torch.Generator) -> None:
+    domain = Images(shape=(1, 8, 8), low=-1, high=1)
+    made = Metric.parse("relative-leakage").on(domain)
+    true, found = domain.prior(2, rng), domain.prior(2, rng)
+    drawn = domain.prior(16, torch.Generator().manual_seed(0))
+    for score, x, y in zip(made.score(found, true), true.double() + 1, found.double() + 1, strict=True):
+        cosines = [float((x * p).sum() / (x.norm() * p.norm())) for p in [y, *(drawn.double() + 1)]]
+        assert float(score) == pytest.approx((cosines[0] - max(cosines[1:])) / max(cosines[1:]))
+    assert Metric.parse("relative-leakage").on(Table(shape=(9,))) is None

@@ -27,6 +27,7 @@ _HOME = {
     "Knowledge": "observation",
     "LayerRisk": "analysis",
     "LayerRule": "layer",
+    "Leak": "guard",
     "Metric": "metric",
     "NotApplicable": "attack",
     "Observation": "observation",
@@ -41,6 +42,8 @@ _HOME = {
     "audit": "audit",
     "certify": "certify",
     "diagnose": "diagnosis",
+    "guard": "guard",
+    "harden": "harden",
     "observe": "client",
 }
 
@@ -66,6 +69,9 @@ if TYPE_CHECKING:
     from unbatch.domain import Images as Images
     from unbatch.domain import Table as Table
     from unbatch.domain import Tokens as Tokens
+    from unbatch.guard import Leak as Leak
+    from unbatch.guard import guard as guard
+    from unbatch.harden import harden as harden
     from unbatch.layer import LayerRule as LayerRule
     from unbatch.metric import Metric as Metric
     from unbatch.observation import Knowledge as Knowledge

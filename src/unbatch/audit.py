@@ -23,14 +23,14 @@ from unbatch.checks import flags
 from unbatch.client import observe
 from unbatch.defence import Defence
 from unbatch.diagnosis import diagnose
-from unbatch.domain import Domain, Images, Table, Tokens
+from unbatch.domain import Domain, domain_told
 from unbatch.judge import Judge
 from unbatch.loss import identify
 from unbatch.metric import Metric
 from unbatch.network import forward
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.progress import Watch, watching
-from unbatch.results import Audit, Client, MetricInfo, Remedy, Run
+from unbatch.results import Audit, Budget, Client, MetricInfo, Remedy, Run
 from unbatch.suites import suite
 from unbatch.truth import Truth
 
@@ -41,6 +41,7 @@ Target = Setting | Case | Observation | Sequence[Setting]
 def audit(
     setting: Target,
     *,
+    truth: Truth | None = None,
     attacks: Sequence[Attack | str] | None = None,
     defences: Sequence[Defence | str] = (),
     metrics: Sequence[Metric | str] | None = None,
@@ -56,14 +57,14 @@ def audit(
 ) -> Audit:
     """Run every attack on every client with every seed, judge each run, and say what the whole means.
 
-    `setting` is a client, several, a case, or a captured Observation (then there is no truth, and no scores). `attacks`
+    `setting` is a client, several, a case, or a captured Observation (without its `truth` there are no scores). `attacks`
     default to the latest suite, `metrics` and `analyses` to all that apply. Each of `remedies` is tried in a second
     audit with that defence outermost, and summed up beside the first. `budget` is seconds for each run of an
     attack. `sink` is called with the audit after each finished run; `resume` is an earlier audit of the same setting
     whose finished runs are kept. `watch` hears the progress of each run and can stop it; `announce` hears its name.
     Raises ValueError: unknown plugin or option, or `resume` is of something else.
     """
-    plan = _Plan(setting, attacks, defences, metrics, analyses, device)
+    plan = _Plan(setting, truth, attacks, defences, metrics, analyses, device)
     record = plan.record(list(seeds), budget)
     kept = _kept(record, resume)
     watch = watch or Watch()
@@ -101,6 +102,7 @@ class _Plan:
     def __init__(
         self,
         target: Target,
+        truth: Truth | None,
         attacks: Sequence[Attack | str] | None,
         defences: Sequence[Defence | str],
         metrics: Sequence[Metric | str] | None,
@@ -120,8 +122,10 @@ class _Plan:
         if isinstance(target, Observation):
             if self.defences:
                 raise ValueError("a captured update already has its defences in it; leave `defences` out.")
-            self.domain = _domain_of(target.knowledge)
-            self.exchanges = [(_moved(target, device) if device else target, None)]
+            self.domain = domain_told(target.knowledge)
+            self.exchanges = [(_moved(target, device) if device else target, truth)]
+            if truth is not None:
+                self.settings = [_known(target, truth, self.domain)]
         else:
             self.domain = self.settings[0].domain
             self.exchanges = [self._exchange(s, i, device) for i, s in enumerate(self.settings)]
@@ -169,6 +173,8 @@ class _Plan:
             attacks=[str(a) for a in self.attacks],
             defences=[str(d) for d in self.defences],
             random_defences=[str(d) for d in self.defences if d.random],
+            published={str(d): d.tells(obs.knowledge, obs.loss) for d in self.defences},
+            privacy=Budget(**vars(obs.knowledge.privacy)) if "privacy" in obs.knowledge else None,
             seeds=seeds,
             budget=budget,
             model=str(obs.model),
@@ -219,7 +225,7 @@ class _Plan:
             size=len(truth),
             pictures=[self.domain.render(x) for x in truth.inputs],
             labels=[setting.label_name(y) for y in truth.labels],
-            reproducible=self.reproducible[index],
+            reproducible=all(self.reproducible[index : index + 1]),
             residual=residual,
         )
 
@@ -257,7 +263,7 @@ class _Plan:
         return run
 
     def _planted(self, index: int, attack: ActiveAttack, seed: int) -> tuple[Observation, Truth]:
-        if not self.settings:
+        if not self.reproducible:
             raise NotApplicable("an active server chooses the model before the client's step; this update is captured.")
         s = self.settings[index]
         model = attack.plant(s.model, torch.Generator().manual_seed(seed))
@@ -279,6 +285,11 @@ def _moved(obs: Observation, device: str) -> Observation:
     return replace(obs, model=copy.deepcopy(obs.model).to(device), update=update)
 
 
+def _known(obs: Observation, truth: Truth, domain: Domain) -> Setting:
+    held = {"inputs": truth.inputs, "labels": truth.labels, "domain": domain, "protocol": obs.protocol}
+    return Setting(model=obs.model, loss=obs.loss, **held)  # type: ignore[arg-type]
+
+
 def _settings(target: Target) -> list[Setting]:
     if isinstance(target, Observation):
         return []
@@ -296,18 +307,6 @@ def _public(setting: Setting) -> Knowledge:
     if (setting.domain.low, setting.domain.high) == (0.0, 1.0):
         told["input_range"] = (0.0, 1.0)
     return Knowledge(**told)
-
-
-def _domain_of(knowledge: Knowledge) -> Domain:
-    """The domain of a captured update: as named, else by the shape of an input."""
-    shape: tuple[int, ...] = knowledge.get("input_shape", ())
-    low, high = knowledge.get("input_range", (0.0, 1.0))
-    kinds: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Table, Tokens)}
-    guess = "images" if len(shape) == 3 and shape[0] in (1, 3) else "table"
-    name = knowledge.get("domain", guess)
-    if name not in kinds:
-        raise ValueError(f"unknown domain {name!r}; known: {', '.join(kinds)}.")
-    return kinds[name](shape=shape, low=low, high=high)
 
 
 def _analyse(plan: _Plan, obs: Observation, truth: Truth | None, record: Audit) -> None:

@@ -72,7 +72,8 @@ class Axis:
             return cls(math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive))), True, True)
         if info.unit == "dB":
             return cls(min(0.0, *seen, 0.0), min(VISIBLE, 10 * math.ceil(max([*seen, 10.0]) / 10)), False, flip)
-        low, high = min([*seen, info.best]), max([*seen, info.best])
+        ends = [*seen, 0.0 if info.best is None else info.best]
+        low, high = min(ends), max(ends)
         low, high = (min(low, 0.0), high) if low >= 0 else (low, high)
         return cls(low, high if high > low else low + 1, False, flip)
 

@@ -109,6 +109,39 @@ def _union(audit: Audit) -> Iterable[str]:
         yield f"{len(audit.recovered())} examples leak from the sum; which client holds which is not told by it."
 
 
+def _options(spec: str) -> tuple[str, dict[str, str]]:
+    """A defence's name and options; an audit records it with all of them."""
+    name, _, tail = spec.partition(":")
+    return name, dict(part.split("=", 1) for part in tail.split(",") if "=" in part)
+
+
+def _noisy(audit: Audit) -> list[str]:
+    strength = {"noise": "sigma", "dp-sgd": "noise_multiplier"}
+    found = [(spec, *_options(spec)) for spec in audit.defences]
+    return [spec for spec, name, told in found if float(told.get(strength.get(name, ""), 0.0)) > 0]
+
+
+def _unaware(audit: Audit) -> Iterable[str]:
+    handed = [set(run.knowledge) for run in audit.runs if run.status in ("done", "cut short")]
+    for spec in audit.defences:
+        telling = {*audit.published.get(spec, ()), "log_prob"}
+        if handed and "loss" not in telling and not any(known & telling for known in handed):
+            yield f"no attack that ran was told of {spec}."
+
+
+def _clip_without_noise(audit: Audit) -> Iterable[str]:
+    limit = {"clip": "norm", "dp-sgd": "clip"}
+    for spec in audit.defences:
+        name, told = _options(spec)
+        if name in limit and told.get(limit[name], "none") != "none" and not _noisy(audit):
+            yield f"{spec} stands without any noise."
+
+
+def _noise_without_accounting(audit: Audit) -> Iterable[str]:
+    if _noisy(audit) and (audit.privacy is None or audit.privacy.epsilon is None):
+        yield f"nobody accounts for {', '.join(_noisy(audit))}: there is no epsilon."
+
+
 CHECKS: tuple[Check, ...] = (
     Check(
         "exact-claim-fails",
@@ -179,5 +212,26 @@ CHECKS: tuple[Check, ...] = (
         "The server learns the examples but not whose they are; secure aggregation hides the owner, not the data.",
         "State the leak as one of the union of the clients.",
         _union,
+    ),
+    Check(
+        "defence-unknown-to-attacks",
+        "a defence was in place and none of the attacks that ran was handed anything of it (its numbers or likelihood)",
+        "An attacker knows the protocol. These attacks did not, so their failure may be their own and not the defence's.",
+        "Add an attack that takes the defence into account, or rest the claim on a bound for any attacker.",
+        _unaware,
+    ),
+    Check(
+        "clip-without-noise",
+        "the update or its examples are clipped and nothing adds noise",
+        "Clipping only rescales: the examples stand behind the update as before, and there is no epsilon.",
+        "Add noise in proportion to the clip and account for it (dp-sgd), or do not call it a defence.",
+        _clip_without_noise,
+    ),
+    Check(
+        "noise-without-accounting",
+        "noise is added and the audit has no epsilon for it",
+        "Noise whose privacy loss nobody adds up promises nothing: what it hides depends on what one example can change.",
+        "Clip each example and account over all steps: dp-sgd does both, and its epsilon then stands in the report.",
+        _noise_without_accounting,
     ),
 )

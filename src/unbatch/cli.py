@@ -255,6 +255,43 @@ def gate(
 
 
 @app.command()
+def harden(
+    case: Annotated[str | None, typer.Argument(help="A built-in case, or give --model and --data.")] = None,
+    target_psnr: Annotated[float, typer.Option(help="What no attacker may exceed, in dB.")] = 15.0,
+    model: Model = None,
+    data: DataPath = None,
+    loss: LossName = "cross-entropy",
+    reduction: Reduction = "mean",
+    size: Size = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples of one update of your data; a case has its own.")] = 4,
+    attack: Specs = None,
+    analysis: Specs = None,
+    family: Annotated[list[str] | None, typer.Option(help="Search only dp-sgd, noise, prune, clip ...")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Updates of the training whose accuracy is measured.")] = 200,
+    seconds: Annotated[float, typer.Option(min=0, help="For the whole search.")] = 180.0,
+    folder: Annotated[Path, typer.Option("--out", help="Where harden.json and harden.png go.")] = Path("harden"),
+) -> None:
+    """Search for the cheapest defence under which neither attack nor bound allows more than a target PSNR."""
+    from unbatch.frontier import plot, show
+    from unbatch.harden import harden as run
+    from unbatch.target import case_or_data
+
+    found = run(
+        case_or_data(case, model, data, loss, reduction, size),
+        psnr=target_psnr,
+        batch=batch,
+        seconds=seconds,
+        rounds=rounds,
+        attacks=attack,
+        analyses=analysis,
+        only=family or (),
+        sink=lambda held: held.save(folder / "harden.json"),
+    )
+    plot(found, folder / "harden.png")
+    show(found, out)
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="bounds, layers, matching, metric, tensor or unmix")],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
@@ -291,6 +328,8 @@ def _summary(record: Audit, folder: Path, quiet: bool) -> None:
             out.print(note, markup=False)
         for flag in record.flags:
             out.print(f"flag {flag.name}: {flag.words}", markup=False)
+    if record.privacy:
+        out.print(f"differential privacy: {record.privacy.words()}", markup=False)
     out.print(record.verdict(), style="bold", markup=False)
     out.print(f"{folder / 'report.html'}  {folder / 'audit.json'}", soft_wrap=True, markup=False)
 
@@ -323,6 +362,8 @@ def _risks(record: Audit) -> None:
         out.print(f"{v.name} = {v.value:.4g}: {v.words}", markup=False)
     for note in record.notes:
         out.print(note, markup=False)
+    if record.privacy:
+        out.print(f"differential privacy: {record.privacy.words()}", markup=False)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -12,7 +12,7 @@ from unbatch.case import Setting
 from unbatch.defence import Defence, Round, Step
 from unbatch.loss import Loss
 from unbatch.observation import Knowledge, Observation
-from unbatch.protocol import Protocol, Update, local_update
+from unbatch.protocol import Protocol, Update
 from unbatch.truth import Truth
 
 
@@ -57,8 +57,8 @@ def observe(
 
 
 def honest_step(round_: Round) -> Update:
-    """What a client without any defence sends."""
-    return local_update(round_.model, round_.loss, round_.inputs, round_.labels, round_.protocol)
+    """What a client sends whose defences have nothing left to add."""
+    return round_.train(round_)
 
 
 def published(protocol: Protocol) -> Knowledge:

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from unbatch.loss import Loss
 from unbatch.observation import Knowledge
 from unbatch.plugin import Plugin
-from unbatch.protocol import Protocol, Update
+from unbatch.protocol import Protocol, Update, local_update
+
+
+def plain_update(round_: Round) -> Update:
+    """The update by plain training."""
+    return local_update(round_.model, round_.loss, round_.inputs, round_.labels, round_.protocol)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +31,9 @@ class Round:
     labels: Tensor  # [n]
     protocol: Protocol
     rng: torch.Generator
+    train: Callable[[Round], Update] = (
+        plain_update  # what the innermost step computes, where training itself is private
+    )
 
 
 Step = Callable[[Round], Update]
@@ -56,6 +64,13 @@ class Defence(Plugin, ABC):
     def loss(self, loss: Loss) -> Loss:
         """The loss that the protocol declares with this defence in it, where it changes the loss for good."""
         return loss
+
+    def tells(self, known: Knowledge, loss: Loss) -> list[str]:
+        """The fields of knowledge that it makes known by itself; "loss" where the protocol declares another for it."""
+        bare = Knowledge(batch_size=known.get("batch_size", 1))
+        told = self.public(bare)
+        fields = [k for k in told if k not in bare or told.get(k) != bare.get(k)]
+        return sorted(fields + (["loss"] if self.loss(loss) is not loss else []))
 
     def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
         """Log-likelihood of the update as sent given the clean one, up to a constant: the adaptive attack's loss.

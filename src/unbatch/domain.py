@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unbatch.observation import Knowledge
+
 
 @dataclass(frozen=True, kw_only=True)
 class Domain(ABC):
@@ -119,6 +121,18 @@ def domain_of(inputs: Tensor) -> Domain:
     if len(shape) == 3 and shape[0] in (1, 3):
         return Images(shape=shape, low=low, high=high)
     return Table(shape=shape, low=low, high=high)
+
+
+def domain_told(knowledge: Knowledge) -> Domain:
+    """The domain of a captured update: as named, else by the shape of an input."""
+    shape: tuple[int, ...] = knowledge.get("input_shape", ())
+    low, high = knowledge.get("input_range", (0.0, 1.0))
+    kinds: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Table, Tokens)}
+    guess = "images" if len(shape) == 3 and shape[0] in (1, 3) else "table"
+    name = knowledge.get("domain", guess)
+    if name not in kinds:
+        raise ValueError(f"unknown domain {name!r}; known: {', '.join(kinds)}.")
+    return kinds[name](shape=shape, low=low, high=high)
 
 
 def _png(picture: Tensor) -> str:

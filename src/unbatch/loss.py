@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,6 +139,15 @@ def _ratio(seen: Tensor, reference: Tensor) -> float | None:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return bool(torch.linalg.vector_norm(a - b) <= 1e-6 * torch.linalg.vector_norm(b))
+
+
+def reduction(loss: Loss, outputs: Tensor, labels: Tensor) -> Literal["mean", "sum"] | None:
+    """Whether the loss is a mean or a sum over the batch: the batch taken twice leaves it, or doubles it. None: neither."""
+    once = float(loss(outputs, labels))
+    twice = float(loss(torch.cat([outputs, outputs]), torch.cat([labels, labels])))
+    if math.isclose(twice, once, rel_tol=1e-4, abs_tol=1e-9):
+        return "mean"
+    return "sum" if math.isclose(twice, 2 * once, rel_tol=1e-4) else None
 
 
 def loss_named(name: str, reduction: Literal["mean", "sum"] = "mean") -> Loss:

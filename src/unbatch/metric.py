@@ -25,7 +25,7 @@ class Metric(Plugin, ABC):
     subject: ClassVar[Literal["inputs", "labels"]] = "inputs"
     higher_is_better: ClassVar[bool]
     unit: ClassVar[str] = ""
-    best: ClassVar[float]  # the score of an example compared with itself
+    best: ClassVar[float | None]  # the score of an example compared with itself; None: it differs between examples
 
     @abstractmethod
     def score(self, found: Tensor, true: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -28,6 +29,24 @@ class Privacy:
     sampling_rate: float
     steps: int
     delta: float
+    epsilon: float | None = None  # None: nobody has accounted for it
+    accountant: str = ""
+
+    def __str__(self) -> str:
+        spent = "epsilon not accounted for" if self.epsilon is None else f"epsilon {self.epsilon:.4g}"
+        return (
+            f"{spent} at delta {self.delta:g}, clip {self.clip:g}, noise multiplier {self.noise_multiplier:g}, "
+            f"sampling rate {self.sampling_rate:g}, steps {self.steps}"
+        )
+
+    def deviation(self, sizes: Sequence[int]) -> float:
+        """Of every entry of a sum of gradients, each noised by itself and divided by its batch's size."""
+        return self.clip * self.noise_multiplier * math.sqrt(sum(1 / size**2 for size in sizes))
+
+
+def shares(n: int, clients: int) -> list[int]:
+    """Sizes of the shares that n examples are dealt in, as torch.tensor_split does."""
+    return [n // clients + (i < n % clients) for i in range(clients)]
 
 
 class Knowledge:

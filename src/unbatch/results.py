@@ -85,7 +85,7 @@ class Client(_Record):
 class MetricInfo(_Record):
     unit: str
     higher_is_better: bool
-    best: float
+    best: float | None  # None: it differs from example to example
 
 
 class Flag(_Record):
@@ -107,6 +107,27 @@ class Remedy(_Record):
     chance: float | None = None  # of that example
 
 
+class Budget(_Record):
+    """What a differentially private client spends over its whole training."""
+
+    epsilon: float | None = None  # None: nobody has accounted for it; inf: there is no noise
+    delta: float
+    noise_multiplier: float
+    clip: float
+    sampling_rate: float
+    steps: int
+    accountant: str = ""
+
+    def words(self) -> str:
+        """The budget in one sentence."""
+        spent = "epsilon is not accounted for" if self.epsilon is None else f"epsilon = {self.epsilon:.4g}"
+        by = f" ({self.accountant} accountant)" if self.accountant else ""
+        return (
+            f"{spent} at delta = {self.delta:g}{by}: noise multiplier {self.noise_multiplier:g}, clip {self.clip:g}, "
+            f"sampling rate {self.sampling_rate:g}, steps {self.steps:,}."
+        )
+
+
 class Audit(_Record):
     """Everything that a report shows."""
 
@@ -120,6 +141,8 @@ class Audit(_Record):
     attacks: list[str]
     defences: list[str] = []  # outermost first
     random_defences: list[str] = []  # those of them that draw random numbers
+    published: dict[str, list[str]] = {}  # by defence, the fields of knowledge that it makes known
+    privacy: Budget | None = None  # where the client trains with differential privacy
     seeds: list[int] = [0]
     budget: float | None = None
     model: str  # printed

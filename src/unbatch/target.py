@@ -78,6 +78,16 @@ def target_of(
     return [replace(s, protocol=rules or s.protocol, knowledge=s.knowledge | _known(knows, s)) for s in settings]
 
 
+def case_or_data(
+    case: str | None, model: str | None, data: Path | None, loss: str, reduction: str, size: int | None
+) -> Case | Setting:
+    """A case with all of its data, or one client that holds all of yours. Raises ValueError as `target_of` does."""
+    if case is not None and not (model or data):
+        return Case.parse(case)
+    found = target_of(case, model, data, loss, reduction, size, None, None, None, ())
+    return cast(list[Setting], found)[0]
+
+
 def load_model(spec: str) -> nn.Module:
     """The model that ``package.module:factory`` returns. Raises ValueError: it cannot be imported or is no model."""
     made = _named(spec, "model")

@@ -48,4 +48,6 @@ class SecureAggregation(Defence):
         summed = known | Knowledge(clients=self.clients)
         if "noise" not in known:
             return summed
+        if "privacy" in known and self.clients > 1:  # dp-sgd within divides by each share's size; around, it is told
+            return summed.only(*(set(summed) - {"noise"}))
         return summed | Knowledge(noise=known.noise * math.sqrt(self.clients))  # every client added its own

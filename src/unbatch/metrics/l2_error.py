@@ -15,7 +15,7 @@ class L2Error(Metric):
     """|found - true| / |true| per pair; for an all-zero true example |found|."""
 
     higher_is_better: ClassVar[bool] = False
-    best: ClassVar[float] = 0.0
+    best: ClassVar[float | None] = 0.0
 
     def score(self, found: Tensor, true: Tensor) -> Tensor:
         gap: Tensor = torch.linalg.vector_norm((found - true).double().flatten(1), dim=1)

@@ -15,7 +15,7 @@ class LabelAccuracy(Metric):
 
     subject: ClassVar = "labels"
     higher_is_better: ClassVar[bool] = True
-    best: ClassVar[float] = 1.0
+    best: ClassVar[float | None] = 1.0
 
     def score(self, found: Tensor, true: Tensor) -> Tensor:
         same = found == true

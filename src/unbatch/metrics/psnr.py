@@ -17,7 +17,7 @@ class Psnr(Metric):
 
     higher_is_better: ClassVar[bool] = True
     unit: ClassVar[str] = "dB"
-    best: ClassVar[float] = 300.0
+    best: ClassVar[float | None] = 300.0
 
     peak: Annotated[float, Field(gt=0, description="range of an entry; an audit sets it to the domain's")] = 1.0
 

@@ -19,7 +19,7 @@ class Ssim(Metric):
     """
 
     higher_is_better: ClassVar[bool] = True
-    best: ClassVar[float] = 1.0
+    best: ClassVar[float | None] = 1.0
 
     peak: Annotated[float, Field(gt=0, description="range of an entry; an audit sets it to the domain's")] = 1.0
 

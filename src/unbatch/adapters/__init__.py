@@ -1,0 +1,1 @@
+"""Adapters: other frameworks, imported on use; each is an optional extra."""

@@ -1,0 +1,99 @@
+"""Guard: a client's last look at its own update before it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from unbatch.attack import Attack
+from unbatch.audit import audit
+from unbatch.checks import NEAR_CHANCE
+from unbatch.client import published
+from unbatch.defence import Defence
+from unbatch.domain import domain_of
+from unbatch.loss import Loss
+from unbatch.observation import Knowledge, Observation
+from unbatch.protocol import Protocol, Update
+from unbatch.results import Audit
+from unbatch.suites import suite
+from unbatch.truth import Truth
+
+ATTACKS = (*suite(), "unmix")
+
+
+class Leak(RuntimeError):  # noqa: N818 (what happened, named for it)
+    """The update must not be sent: `examples` (numbers in the batch) leak, or nothing could be tried; `audit` has all."""
+
+    def __init__(self, words: Sequence[str], examples: Sequence[int], audit: Audit) -> None:
+        super().__init__("this update must not be sent: " + " ".join(words))
+        self.examples, self.audit = list(examples), audit
+
+
+def guard(
+    update: Update,
+    *,
+    model: nn.Module,
+    loss: Loss,
+    inputs: Tensor,
+    labels: Tensor,
+    protocol: Protocol | None = None,
+    defences: Sequence[Defence | str] = (),
+    knowledge: Knowledge | None = None,
+    max_psnr: float = 20.0,
+    attacks: Sequence[Attack | str] | None = None,
+    seconds: float = 30.0,
+    seed: int = 0,
+) -> Audit:
+    """Attack a client's own update before it is sent; raise Leak where it gives away more than the threshold.
+
+    `model` is the global model before the client's step, `inputs` [n, ...] and `labels` the private batch behind the
+    update. `protocol`, `defences` and `knowledge` say what the server knows; the defences are in the update already. An
+    example leaks if an attack recovers it exactly, or to more than `max_psnr` dB and 3 dB above what prior draws score.
+    `attacks` default to the latest suite and unmix, and share `seconds`.
+
+    Returns the audit where nothing leaks. That these attacks failed within these seconds is no proof that others do:
+    only a bound for any attacker or a privacy accountant is (analyses, dp-sgd).
+    Raises ValueError: what is given does not fit together. Leak: also where no attack could run, or one failed.
+    """
+    protocol = protocol or Protocol()
+    tools = list(ATTACKS if attacks is None else attacks)
+    stack = [Defence.parse(d) if isinstance(d, str) else d for d in defences]
+    domain = domain_of(inputs)
+    known = Knowledge(input_shape=tuple(inputs.shape[1:]), batch_size=len(inputs), domain=domain.name)
+    known |= published(protocol)
+    if (domain.low, domain.high) == (0.0, 1.0):
+        known |= Knowledge(input_range=(0.0, 1.0))
+    for defence in reversed(stack):
+        known, loss = defence.public(known), defence.loss(loss)
+    record = audit(
+        Observation(model=model, loss=loss, update=update, knowledge=known | (knowledge or Knowledge())),
+        truth=Truth(inputs=inputs, labels=labels),
+        attacks=tools,
+        analyses=(),
+        seeds=(seed,),
+        budget=seconds / max(len(tools), 1),
+    )
+    words, examples = _leaks(record, max_psnr)
+    failed = sorted({run.attack for run in record.runs if run.status == "failed"})
+    if failed:
+        words.append(f"{', '.join(failed)} failed, so what it would have found is not known.")
+    if not any(run.status in ("done", "cut short") for run in record.runs):
+        words.append("No attack could run on it, so nothing is known.")
+    if words:
+        raise Leak(words, examples, record)
+    return record
+
+
+def _leaks(record: Audit, max_psnr: float) -> tuple[list[str], list[int]]:
+    exact = {index for _, index in record.recovered()}
+    words = [f"Example {i} is recovered exactly." for i in sorted(exact)]
+    near: dict[int, tuple[float, str]] = {}
+    for run in record.runs:
+        for e in run.examples:
+            score, chance = e.scores.get("psnr"), e.chance.get("psnr")
+            if score is None or e.index in exact or score <= max_psnr or score <= (chance or 0.0) + NEAR_CHANCE:
+                continue
+            near[e.index] = max(near.get(e.index, (0.0, "")), (score, run.attack))
+    words += [f"Example {i} is recovered to {score:.1f} dB by {attack}." for i, (score, attack) in sorted(near.items())]
+    return words, sorted(exact | set(near))

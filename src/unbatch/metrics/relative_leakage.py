@@ -1,0 +1,65 @@
+"""relative-leakage: how much nearer a recovered picture is than what the prior alone gives."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from unbatch.domain import Domain, Images
+from unbatch.metric import Metric
+
+FLOOR = 0.01  # least similarity of the prior that is divided by
+
+
+@final
+class RelativeLeakage(Metric):
+    """(SIM(x, x') - SIM(x, p)) / SIM(x, p): x the private picture, x' the recovered one, p the prior's. The relative data
+    leakage value (RDLV) of Hatamizadeh et al.; 0 is what the prior gives by itself, 1 is twice as similar.
+
+    SIM is the structural similarity as `ssim` takes it, or the cosine of the pixels over the range's low end where the
+    picture is smaller than its window or `similarity` says so. p is the most similar of `draws` pictures that the domain's
+    prior draws (seed 0); the paper has one prior picture, draws=1. SIM(x, p) counts as at least .01, since a ratio with
+    zero says nothing. The paper's value for a client is the largest over recovered pictures of each private one; here
+    every private example is matched with one. A picture's own score, 1 / SIM(x, p) - 1, differs from picture to picture.
+    """
+
+    higher_is_better: ClassVar[bool] = True
+    best: ClassVar[float | None] = None
+    paper: ClassVar[str] = (
+        "Hatamizadeh et al., Do Gradient Inversion Attacks Make Federated Learning Unsafe?, IEEE TMI 2023 (arXiv "
+        "2202.06924); the authors' code, NVFlare research/quantifying-data-leakage, rdlv_filter.py"
+    )
+
+    similarity: Annotated[Literal["ssim", "cosine"], Field(description="of two pictures")] = "ssim"
+    draws: Annotated[int, Field(gt=0, description="of the prior, the most similar of which is p")] = 16
+    low: Annotated[float, Field(description="of an entry; an audit sets it to the domain's")] = 0.0
+    high: Annotated[float, Field(description="of an entry; an audit sets it to the domain's")] = 1.0
+
+    def on(self, domain: Domain) -> Self | None:
+        if domain.name != "images":
+            return None
+        small = min(domain.shape[1:]) < 11
+        told = {"low": domain.low, "high": domain.high, **({"similarity": "cosine"} if small else {})}
+        return self.model_copy(update=told)
+
+    def score(self, found: Tensor, true: Tensor) -> Tensor:
+        if not len(found):
+            return found.new_zeros(0, dtype=torch.float64)
+        domain = Images(shape=tuple(true.shape[1:]), low=self.low, high=self.high)
+        drawn = domain.prior(self.draws, torch.Generator().manual_seed(0)).to(true.device)
+        alone = torch.stack([self._similarity(p.expand_as(true), true) for p in drawn]).amax(0).clamp_min(FLOOR)
+        return (self._similarity(found, true) - alone) / alone
+
+    def _similarity(self, a: Tensor, b: Tensor) -> Tensor:
+        """Of pairs of pictures [p, c, h, w], [p, c, h, w] -> [p]."""
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        a, b = a.double() - self.low, b.double() - self.low
+        if self.similarity == "cosine":
+            return F.cosine_similarity(a.flatten(1), b.flatten(1))
+        each = structural_similarity_index_measure(a, b, data_range=self.high - self.low, reduction="none")
+        return each[0].reshape(-1) if isinstance(each, tuple) else each.reshape(-1)

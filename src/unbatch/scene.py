@@ -1,0 +1,131 @@
+"""Scene: a model and its data, on which a defence is judged twice: by what its update leaks, and by what it learns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.case import Case, Setting
+from unbatch.client import honest_step
+from unbatch.defence import Defence, Round, Step
+from unbatch.loss import reduction
+from unbatch.network import forward
+from unbatch.protocol import flatten
+
+TEST = 0.3  # share of the data held out
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A model, its data split in two, and how long it is trained."""
+
+    setting: Setting  # whose inputs are all data
+    n: int  # examples of one update
+    rounds: int
+    seed: int = 0
+    _plain: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def cut(self) -> int:
+        return len(self.setting.inputs) - int(TEST * len(self.setting.inputs))
+
+    def client(self, n: int) -> Setting:
+        """The client whose update is audited."""
+        return replace(self.setting, inputs=self.setting.inputs[:n], labels=self.setting.labels[:n])
+
+    @cached_property
+    def reduction(self) -> str:
+        s = self.setting
+        outputs = forward(s.model, s.inputs[:2])
+        return reduction(s.loss, outputs, s.labels[:2].to(outputs.device)) or "mean"
+
+    @cached_property
+    def size(self) -> float:
+        """The median norm of one example's gradient at the first model."""
+        norms = [float(flatten(u, u).norm()) for i in range(8) for u in [self._step(slice(i, i + 1), [])]]
+        return sorted(norms)[len(norms) // 2]
+
+    @cached_property
+    def rms(self) -> float:
+        """Of an entry of the undefended update."""
+        update = self._step(slice(self.n), [])
+        return float(flatten(update, update).square().mean().sqrt())
+
+    def accuracy(self, n: int, defences: Sequence[str]) -> float:
+        """On the held-out data, after `rounds` updates of n training examples each, taken by Adam at the server.
+
+        Adam's steps do not depend on the updates' scale, so that clipping costs no more than what it hides.
+        """
+        s, rng = self.setting, torch.Generator().manual_seed(self.seed)
+        model = copy.deepcopy(s.model)
+        made = [Defence.parse(spec) for spec in defences]
+        parameters = dict(model.named_parameters())
+        optimiser = torch.optim.Adam(parameters.values(), lr=0.01)
+        for _ in range(self.rounds):
+            part = torch.randperm(self.cut, generator=rng)[:n]
+            update = self._step(part, made, model, rng)
+            sign = -1.0 if any(d.name == "local-steps" for d in made) or s.protocol.steps(n) else 1.0
+            for name, u in update.items():
+                parameters[name].grad = sign * u.detach()
+            optimiser.step()
+        outputs = forward(model, s.inputs[self.cut :])
+        labels = s.labels[self.cut :].to(outputs.device)
+        found = outputs.argmax(1) if outputs.ndim == 2 and outputs.shape[1] > 1 else (outputs.reshape(-1) > 0)
+        return float((found == labels.reshape(found.shape)).double().mean())
+
+    def undefended(self, n: int) -> float:
+        """The same without any defence; measured once for each n."""
+        if n not in self._plain:
+            self._plain[n] = self.accuracy(n, [])
+        return self._plain[n]
+
+    def _step(
+        self,
+        part: slice | Tensor,
+        defences: Sequence[Defence],
+        model: nn.Module | None = None,
+        rng: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        s = self.setting
+        step: Step = honest_step
+        for defence in reversed(defences):
+            step = defence.wrap(step)
+        model = model or s.model
+        first = next(model.parameters())
+        round_ = Round(
+            model=model,
+            loss=s.loss,
+            inputs=s.inputs[part].to(first),
+            labels=s.labels[part].to(first.device),
+            protocol=s.protocol,
+            rng=rng or torch.Generator().manual_seed(self.seed),
+        )
+        return dict(step(round_))
+
+
+def scene_of(target: Case | Setting, batch: int, rounds: int, seed: int) -> Scene:
+    """The scene of a case, with all of its data and its own batch, or of a setting whose inputs are all the data there is.
+
+    Raises ValueError: labels are no classes, inputs are tokens, or there is too little data.
+    """
+    if isinstance(target, Case):
+        pool, setting = target.pool(torch.Generator().manual_seed(target.seed)), target.setting()
+        setting = replace(setting, inputs=pool.inputs.to(setting.inputs), labels=pool.labels)
+        batch = target.batch
+    else:
+        setting = target
+    if setting.labels.is_floating_point() or setting.domain.name == "tokens":
+        raise ValueError(
+            "utility is test accuracy, and leakage PSNR: harden needs class labels and real-valued inputs."
+        )
+    scene = Scene(setting, batch, rounds, seed=seed)
+    if scene.cut < max(batch, 8) or scene.cut == len(setting.inputs):
+        raise ValueError(
+            f"{len(setting.inputs)} examples are too few: {TEST:.0%} are held out, and {max(batch, 8)} must be left."
+        )
+    return scene

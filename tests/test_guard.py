@@ -1,0 +1,93 @@
+"""guard: holds back what leaks, lets through what these attacks cannot read, and fails closed."""
+
+import pytest
+import torch
+
+import unbatch
+from unbatch import Case, Knowledge, Leak, Protocol, guard, observe
+from unbatch.case import Setting
+from unbatch.observation import Observation
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return Case.parse("digits:width=16").setting()
+
+
+def sent(s: Setting, *defences: str, **how) -> Observation:
+    return observe(s.model, s.loss, s.inputs, s.labels, defences=defences, **how)[0]
+
+
+def told(s: Setting) -> dict:
+    return {"model": s.model, "loss": s.loss, "inputs": s.inputs, "labels": s.labels}
+
+
+def test_a_leaking_update_is_held_back_and_says_what_leaks(setting: Setting) -> None:
+    with pytest.raises(Leak, match=r"must not be sent: Example 0 is recovered exactly") as held:
+        guard(sent(setting).update, attacks=["bias-ratio"], **told(setting))
+    assert held.value.examples == [0]
+    assert held.value.audit.recovered() == {(0, 0)}
+    assert held.value.audit.runs[0].examples[0].scores["psnr"] > 80
+
+
+def test_by_default_a_small_batch_behind_a_dense_layer_is_held_back() -> None:
+    s = Case.parse("digits:batch=3,width=64,activation=gelu").setting()
+    with pytest.raises(Leak) as held:
+        guard(sent(s).update, seconds=20, **told(s))
+    assert held.value.examples == [0, 1, 2]
+    assert {run.attack for run in held.value.audit.runs} >= {"unmix", "gradient-matching", "bias-ratio"}
+
+
+@pytest.mark.parametrize("defence", ["noise:sigma=1", "dp-sgd:noise_multiplier=5,accountant=rdp"])
+def test_a_protected_update_passes_and_the_audit_does_not_call_it_safe(setting: Setting, defence: str) -> None:
+    words = {"attacks": ["label-count", "gradient-matching"], "seconds": 4.0}
+    record = guard(sent(setting, defence).update, defences=[defence], **words, **told(setting))
+    assert record.recovered() == set()
+    assert record.knowledge["noise"]
+    assert "the nearest guesses stand beside their chance level" in record.verdict()
+    assert "no proof" in (guard.__doc__ or "")
+
+
+def test_local_training_is_guarded_under_its_own_protocol(setting: Setting) -> None:
+    protocol = Protocol(local_steps=2, learning_rate=0.1)
+    with pytest.raises(Leak):
+        guard(sent(setting, protocol=protocol).update, protocol=protocol, attacks=["bias-ratio"], **told(setting))
+
+
+def test_the_threshold_is_above_chance_and_the_user_s() -> None:
+    s = Case.parse("digits:batch=2,width=32,activation=tanh").setting()
+    update = sent(s, "noise:sigma=0.003").update
+    words = {"attacks": ["gradient-matching:iterations=300"], "seconds": 20.0, "defences": ["noise:sigma=0.003"]}
+    with pytest.raises(Leak, match="dB by gradient-matching") as held:
+        guard(update, max_psnr=15.0, **words, **told(s))
+    best = max(e.scores["psnr"] for run in held.value.audit.runs for e in run.examples)
+    assert 15 < best < 80
+    guard(update, max_psnr=best + 0.01, **words, **told(s))
+    assert set(held.value.examples) <= {0, 1}
+
+
+def test_where_nothing_could_be_tried_it_is_held_back() -> None:
+    s = Case.parse("digits:batch=2,width=16").setting()
+    with pytest.raises(Leak, match="No attack could run on it") as held:
+        guard(sent(s).update, attacks=["bias-ratio"], **told(s))
+    assert held.value.examples == []
+
+
+def test_what_does_not_fit_is_an_error_and_no_leak(setting: Setting) -> None:
+    update = sent(setting).update
+    with pytest.raises(ValueError, match="update is empty"):
+        guard({}, **told(setting))
+    with pytest.raises(ValueError, match="unknown attack"):
+        guard(update, attacks=["pray"], **told(setting))
+    with pytest.raises(ValueError, match="labels for"):
+        guard(update, **{**told(setting), "labels": torch.zeros(3, dtype=torch.long)})
+
+
+def test_an_audit_of_a_captured_update_takes_the_truth_if_it_is_known(setting: Setting) -> None:
+    obs = sent(setting, "noise:sigma=0.001", knowledge=Knowledge(domain="images", input_range=(0.0, 1.0)))
+    truth = unbatch.Truth(inputs=setting.inputs, labels=setting.labels)
+    record = unbatch.audit(obs, truth=truth, attacks=["label-count", "tensor-moment-deep"], analyses=())
+    assert record.truth
+    assert record.runs[0].examples[0].scores["label-accuracy"] in (0.0, 1.0)
+    assert "this update is captured" in record.runs[1].words
+    assert record.clients[0].reproducible
