@@ -140,9 +140,9 @@ class LayerByLayer(Attack):
                 if self.method == "hybrid" and reading.deficit != 0 and len(reading.x) == 1:
                     better = self._searched(obs, first, reading, first.likely()) if going else reading.x
                     reading = replace(reading, x=better)
-                elif not going:  # a stopped search still reads on from where it is
-                    return
                 yield reading
+                if not going and self.method != "hybrid":  # a stopped search still reads on from where it is
+                    return
 
     def _completed(self, obs: Observation, last: Reading) -> Tensor:
         """The smoothest picture that linear equations allow, where that is asked for and it is one."""
