@@ -29,14 +29,14 @@ from unbatch.protocol import Protocol
 from unbatch.truth import Truth
 
 Row = dict[str, Any]
-SIGMAS = tuple(10.0 ** (k / 2) for k in range(-14, -3))
+SIGMAS = tuple(10.0 ** (k / 2) for k in range(-12, -3))
 PROBLEMS = ("tanh", 4), ("gelu", 4), ("softplus", 4), ("gelu", 8)
-SEEDS, THINNING, WIDTH, CLASSES = 4, 2, 400, 10
-BOUNDS = {"cramer-rao": "cramer-rao:exact=2048", "van-trees": "van-trees:draws=16"}
+SEEDS, THINNING, WIDTH, CLASSES = 8, 2, 400, 10
+BOUNDS = {"cramer-rao": "cramer-rao:exact=2048", "van-trees": "van-trees:draws=8"}
 
 
 def run(
-    data: Path | None = None, seconds: float = 10.0, seed: int = 0, device: str = "cpu", out: Path | None = None
+    data: Path | None = None, seconds: float = 5.0, seed: int = 0, device: str = "cpu", out: Path | None = None
 ) -> list[Row]:
     """One row a network and sigma; saved in `out` as they come, with a chart.
 
