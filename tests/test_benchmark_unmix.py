@@ -79,9 +79,27 @@ def test_problems_run_side_by_side_where_each_takes_one_thread(tmp_path: Path, m
             workers.append(many)
             super().__init__(many, **kw)
 
-    monkeypatch.setattr(unmix, "ProcessPoolExecutor", Counting)
+    monkeypatch.setattr("unbatch.benchmarks.ProcessPoolExecutor", Counting)
     wanted = [SMALL, replace(SMALL, n=3)]
     rows = unmix.run(out=tmp_path, wanted=wanted)
     assert [row["problem"] for row in rows] == [problem.name.replace("cifar10", "photos") for problem in wanted]
     assert all(row["recovered"] == 1.0 for row in rows)
     assert workers == [2]
+
+
+def test_a_run_that_was_cut_short_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    measured = unmix._measure
+    asked: list[int] = []
+
+    def counted(problem: unmix.Problem, **kw: Any) -> unmix.Row:
+        asked.append(problem.n)
+        return measured(problem, **kw)
+
+    monkeypatch.setattr(unmix, "_measure", counted)
+    before = unmix.run(out=tmp_path, wanted=[SMALL])
+    rows = unmix.run(out=tmp_path, wanted=[SMALL, replace(SMALL, n=3)])
+    assert asked == [SMALL.n, 3]
+    assert rows[0] == json.loads(json.dumps(before[0]))
+    unmix.run(out=tmp_path, seed=1, wanted=[SMALL])  # measured in another way
+    assert asked == [SMALL.n, 3, SMALL.n]

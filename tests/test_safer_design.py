@@ -9,11 +9,9 @@ import torch
 from test_constraints import LOSS, drawn, observed, own
 from torch import nn
 
-from unbatch.analyses import security_metric
 from unbatch.analyses.safer_design import METRICS, SaferDesign
 from unbatch.analysis import Analysis, Verdict
 from unbatch.client import observe
-from unbatch.constraints import c_of
 from unbatch.observation import Observation
 
 
@@ -148,8 +146,3 @@ def test_the_network_and_its_buffers_are_left_alone() -> None:
     before = {k: t.clone() for k, t in obs.model.state_dict().items()}
     assert SaferDesign().run(obs)
     assert all(torch.equal(before[k], t) for k, t in obs.model.state_dict().items())
-
-
-def test_the_published_formula_is_the_same_in_both_places() -> None:
-    for layers in ([(3072, 1602)], [(10, 10)] * 6, [(3072, 3072), (3468, 3188), *[(1600, 1600)] * 4], []):
-        assert c_of(layers) == security_metric.c_of(layers)

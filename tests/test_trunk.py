@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbatch.chain import Link, chain, follow
-from unbatch.trunk import Reading, Start, Unreadable, read
+from unbatch.reading import Reading, Start, Unreadable
+from unbatch.trunk import read
 
 SHAPE = (2, 7, 7)
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from unbatch.attack import Attack
 from unbatch.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.chain import chain, follow
-from unbatch.loss import Loss, identify
-from unbatch.network import dense_layers, forward
+from unbatch.label import labels, nearest
+from unbatch.loss import identify
+from unbatch.network import dense_layers
 from unbatch.observation import Observation
-from unbatch.trunk import Start, Unreadable
+from unbatch.reading import Start, Unreadable
 
 SIZES = (1e-3, 1e4, 200)  # of the input of a layer without a bias: from, to, and how many are tried
 RANK_ONE = 64  # roundings of the update that may be left beside one outer product
@@ -48,8 +49,7 @@ class FirstDense:
             raise ValueError("no dense layer that sent its gradient stands in the network's chain of layers.")
         self.dense, self.below, self.above = dense[0], self.links[:place], self.links[place:]
         self.W: Tensor = dict(model.named_parameters())[self.dense.weight].detach()
-        outputs = forward(obs.model, torch.zeros(2, *obs.knowledge.input_shape))
-        self.form, self.output = identify(obs.loss, tuple(outputs.shape), device=obs.device), tuple(outputs.shape[1:])
+        self.labels = [y.double() if y.is_floating_point() else y for y in labels(obs)]
 
     def obstacle(self) -> str | None:
         """Why the layer does not give its inputs, in words."""
@@ -62,7 +62,7 @@ class FirstDense:
         dW = self.obs.update[self.dense.weight].double()
         if not bool(dW.any()):
             return f"the gradient of {name!r} is zero: the example does not reach that layer."
-        if self.dense.bias not in self.obs.update and not self.candidates():
+        if self.dense.bias not in self.obs.update and not self.labels:
             return f"{name!r} sent no bias gradient, and without one only the label tells the size of its input."
         rest = _rank_one(dW)[2]
         if rest > RANK_ONE * torch.finfo(self.obs.dtype).eps:
@@ -71,17 +71,6 @@ class FirstDense:
                 "pruning, or an update computed in less precision than it is stored in."
             )
         return None
-
-    def candidates(self) -> list[Tensor]:
-        """The label [1], if it is known, else those it may be; none where there is no finite number."""
-        known, device = self.obs.knowledge.get("labels"), self.obs.device
-        if known is not None:
-            return [known.to(device)]
-        if self.form is not None and self.form.classes:
-            return [torch.tensor([y], device=device) for y in range(self.output[0] if self.output else 2)]
-        if self.form is not None and self.form.name == "binary-cross-entropy" and int(np.prod(self.output)) == 1:
-            return _two(self.obs.loss, torch.zeros(1, *self.output, dtype=torch.float64, device=device))
-        return []
 
     def start(self, update: Mapping[str, Tensor], rng: torch.Generator) -> tuple[Start, Tensor | None]:
         """What is known of the layer's inputs, and the labels where they come with it.
@@ -95,7 +84,7 @@ class FirstDense:
             delta = update[self.dense.bias or ""].double()
             x, label = (delta @ dW) / (delta @ delta), self.obs.knowledge.get("labels")
         else:
-            x, delta, label = self._scaled(dW, self.candidates())
+            x, delta, label = self._scaled(dW, self.labels)
         return Start(x[None], (delta @ self.W)[None], update), label
 
     def moved(self, start: Start, label: Tensor | None, update: Mapping[str, Tensor], rng: torch.Generator) -> Start:
@@ -173,38 +162,16 @@ class FirstDense:
         known = self.obs.knowledge.get("labels")
         if known is not None or not self.dense.head or self.dense.bias not in self.obs.update:
             return None if known is None else known.to(self.obs.device)
-        cross_entropy = self.form is not None and self.form.name == "cross-entropy"
+        outputs = int(self.above[-1].after[-1]) if self.above[-1].after else 1
+        form = identify(self.obs.loss, (2, outputs), device=self.obs.device)
+        cross_entropy = form is not None and form.name == "cross-entropy"
         return self.obs.update[self.dense.bias or ""].abs().argmax()[None] if cross_entropy else None
 
     def label(self, inputs: Tensor) -> Tensor | None:
-        """The label whose gradient at `inputs` explains the update best up to a factor; None without a finite choice.
-
-        Two classes share a gradient up to sign: the factor that is nearest to 1 tells them apart.
-        """
-        if len(inputs) > 1:
-            return None
-        likely, ordered = self.likely(), self.candidates()
-        if likely is not None:
-            ordered.sort(key=lambda y: not torch.equal(y, likely))
-        best: tuple[float, float, Tensor | None] = (np.inf, np.inf, None)
-        for y in ordered:
-            kind = next(self.obs.model.parameters()).dtype
-            factor, fit = self.obs.fit(inputs, y.to(kind) if y.is_floating_point() else y)
-            best = min(best, (round(fit, 6), abs(factor - 1), y), key=lambda found: found[:2])
-            if len(ordered) > 2 and fit < 1e3 * torch.finfo(self.obs.dtype).eps:
-                break
-        return best[2]
-
-
-def _two(loss: Loss, output: Tensor) -> list[Tensor]:
-    """Both labels of a binary loss on one output [1, ...]: numbers [1], if it takes those, else targets like the output."""
-    numbers = [torch.tensor([y], device=output.device) for y in (0, 1)]
-    targets = [torch.full_like(output, y) for y in (0.0, 1.0)]
-    try:
-        same = all(torch.equal(loss(output + 1, a), loss(output + 1, b)) for a, b in zip(numbers, targets, strict=True))
-    except (RuntimeError, ValueError, TypeError):
-        same = False
-    return numbers if same else targets
+        """The label [1] of one example whose gradient at `inputs` explains the update best; None of no choice."""
+        likely = self.likely()
+        ordered = sorted(self.labels, key=lambda y: likely is not None and not torch.equal(y, likely))
+        return nearest(self.obs, inputs, ordered) if len(inputs) == 1 else None
 
 
 def _rank_one(A: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -58,6 +59,14 @@ def shaped(tensor: Tensor, shape: tuple[int, ...], name: str, *, batch: bool = T
             f"{name} has shape {tuple(tensor.shape)}; for one example of this layer it has {tuple(shape)}."
         )
     return tensor.detach().double().reshape(shape)
+
+
+def beside(own: Tensor | None, default: float, z: Tensor, *, channels: bool = True) -> Tensor:
+    """A layer's parameter beside every entry of z [c, ...]: one number a channel, or its last sides; or the default."""
+    if own is None:
+        return torch.full_like(z, default)
+    side = own.detach().to(z)
+    return (side.view(-1, *[1] * (z.ndim - 1)) if channels else side).expand_as(z)
 
 
 def rule_for(layer: nn.Module) -> LayerRule | None:

@@ -2,63 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from unbatch.chain import Link
+from unbatch.curve import Curve, Smooth
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
-from unbatch.numerics.linsys import ENTRIES, LinearSystem, Solution
-from unbatch.progress import tick
-from unbatch.pullback import FLOOR, Fit, Pullback
+from unbatch.numerics.linsys import LinearSystem, Solution
+from unbatch.reading import Known, Reading, Start, Unreadable
 
-SPREAD, DRAWN = 0.25, 2  # of the starts drawn around the middle, and how many
-FITS = 10.0  # times what nearly the same updates change in a residual: no more than rounding
-NEAR = 1e-8  # where there are none
-Smooth = Callable[[Pullback], Tensor]  # equations on a picture -> a picture [d]
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)  # the last in eval mode
-
-
-class Unreadable(ValueError):  # noqa: N818 (a layer that has no way back, named for it)
-    """A layer that cannot be read backward; the message names it."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """What is known of the last link: its output [n, *shape], dL/d(output) and the update below it."""
-
-    output: Tensor
-    grad: Tensor
-    update: Mapping[str, Tensor]
-    layers: Mapping[str, nn.Module] = field(default_factory=dict)  # by link's name, where it has another than the link
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a run of affine layers, or a lone activation, tells of its input; or a run that is not linear, near a root."""
-
-    links: tuple[Link, ...]  # the run, first to last
-    x: Tensor  # [n, *shape] its input: the least-squares solution of least norm
-    grad: Tensor  # [n, *shape] dL/dx, which the later layers give whether or not x is determined
-    system: LinearSystem
-    solution: Solution
-    others: tuple[tuple[Tensor, Tensor], ...] = ()  # x and dL/dx of the other starts, to first order
-    pullback: Pullback | None = None  # the equations of a run that is not linear: `system` is theirs at x
-    fits: bool = True  # x solves them, up to rounding
-
-    @property
-    def deficit(self) -> int | None:
-        """Unknowns that the equations leave open; None where they were too many to count, or x solves none of them."""
-        return None if self.solution.rank is None or not self.fits else self.system.unknowns - self.solution.rank
-
-    @property
-    def layers(self) -> str:
-        """The names of the run's layers."""
-        return ", ".join(link.name for link in self.links)
 
 
 def read(
@@ -80,7 +37,7 @@ def read(
 
     With `grey`, a value in the middle of the network's inputs, and for one example: what a deficient system leaves open,
     and a layer that has no linear way back (a residual block, max pooling, a layer norm, GELU), is read together with the
-    layers before it by Gauss and Newton (`Pullback`), with as many of them as give enough equations. Then only the last
+    layers before it by Gauss and Newton (`Curve`), with as many of them as give enough equations. Then only the last
     reading may be deficient. `smooth` finds a root of the equations on the network's input by what pictures look like:
     where Gauss and Newton find none from grey, they start there, and it is what is read where they find none at all.
 
@@ -90,10 +47,13 @@ def read(
     grey = grey if states[0].n == 1 else None
     run: list[Link] = []
     lone: list[Link] = []  # an activation, until an affine layer comes before it
-    curve: _Curve | None = None
+    curve: Curve | None = None
     for i, link in reversed(list(enumerate(links))):
         kind, rule = type(link.module).__name__, rule_for(link.module)
-        if curve is not None and isinstance(rule, Activation) and (found := curve.determined(link, states)) is not None:
+        if curve is not None and isinstance(rule, Activation) and (found := curve.determined(link)) is not None:
+            for state, (x, grad) in zip(states, ((found.x, found.grad), *found.others), strict=True):
+                state.grad = grad.reshape(1, *link.after)
+                state.know(x.reshape(1, *link.after))
             yield found
             curve = None
         if curve is not None:
@@ -113,7 +73,7 @@ def read(
             if grey is not None and reading.deficit:
                 for state in states:
                     state.top = reading.solution.held(state.x.flatten()), state.grad
-                if not (wanted := _Curve([link], states)).too_large(links[:i]):
+                if not (wanted := Curve([link], [state.seen for state in states])).too_large(links[:i]):
                     curve = wanted
                     continue
                 grey = None
@@ -136,7 +96,7 @@ def read(
         except ValueError as error_:
             why = str(error_)
             if grey is not None:
-                curve = _Curve([link, *(run or lone[:-1])], states)
+                curve = Curve([link, *(run or lone[:-1])], [state.seen for state in states])
                 if not (large := curve.too_large(links[:i])):
                     run, lone = [], []
                     continue
@@ -147,109 +107,9 @@ def read(
         else:
             run.insert(0, link)
     if curve is not None and grey is not None:
-        yield curve.solved(states, grey, smooth)
+        yield curve.solved(grey, smooth)
     elif run or lone:
         yield _solved(run or lone, states)
-
-
-class _Curve:
-    """A run that is not linear, first to last, below what is known of its output; one example."""
-
-    def __init__(self, links: list[Link], states: Sequence[_State]) -> None:
-        self.links = links
-        self.known = [(*state.top, state.update) for state in states]
-
-    def equations(self, before: Sequence[Link] = ()) -> int:
-        """Those of the run and the links `before` it."""
-        names = tuple(f"{link.name}." for link in (*before, *self.links))
-        system, _, update = self.known[0]
-        return system.equations + sum(t.numel() for name, t in update.items() if name.startswith(names))
-
-    def too_large(self, before: Sequence[Link]) -> str:
-        """Why the run cannot be followed down to the network's input, in words."""
-        equations, unknowns = self.equations(before), [*before, *self.links][0].unknowns
-        if equations * unknowns <= ENTRIES:
-            return ""
-        return f"the {equations:,} equations from there on for {unknowns:,} numbers are too many for Gauss and Newton"
-
-    def determined(self, last: Link, states: Sequence[_State]) -> Reading | None:
-        """The reading of the run's input, the output of `last`, which the states then know; None: it stays open."""
-        unknowns = self.links[0].unknowns
-        if not unknowns <= self.equations() <= ENTRIES / unknowns:
-            return None
-        zero = torch.zeros(1, *last.before, dtype=torch.float64, device=states[0].x.device)
-        middle = float(last.module(zero).mean())
-        at = middle + SPREAD * torch.randn(unknowns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        system = self._pullbacks()[0].system(at.to(zero))
-        if bool(system.b.isfinite().all()) and system.rank() < unknowns:  # and so nearly everywhere
-            return None
-        reading = self.solved(states, middle)
-        if reading.deficit != 0:
-            return None
-        for state, (x, grad) in zip(states, ((reading.x, reading.grad), *reading.others), strict=True):
-            state.grad = grad.reshape(1, *last.after)
-            state.know(x.reshape(1, *last.after))
-        return reading
-
-    def solved(self, states: Sequence[_State], middle: float, smooth: Smooth | None = None) -> Reading:
-        """The root of least residual, by Gauss and Newton from a few starts: the first that fits is taken.
-
-        The run's own output, if it has the input's shape, as in a residual block; grey; and noise, since a norm of what is
-        flat has no derivative.
-        """
-        pullbacks = self._pullbacks()
-        shape, known = self.links[0].before, self.known[0][0]
-        flat = torch.full(shape, middle, dtype=torch.float64, device=known.b.device)
-        rng = torch.Generator().manual_seed(0)
-        noise = SPREAD * torch.randn(DRAWN, *shape, generator=rng, dtype=torch.float64)
-        same = known.unknowns == known.equations == flat.numel()
-        own = [known.pull(known.b[None]).view(shape)] if same else []
-        tries: list[Callable[[], Tensor]] = [partial(self._near, pullbacks[0], start) for start in [*own, flat]]
-        tries += [lambda: smooth(pullbacks[0]).view(shape)] if smooth is not None else []
-        tries += [partial(pullbacks[0].descend, flat + each.to(flat), tick) for each in noise]
-        found: list[Reading] = []
-        for begin in tries:
-            fit = pullbacks[0].solve(begin(), tick)
-            found.append(self._reading(fit, pullbacks))
-            if found[-1].fits or not tick(0.0):
-                break
-        if smooth is not None and not found[-1].fits and len(found) > len(own) + 1:
-            return found[len(own) + 1]
-        return found[-1] if found[-1].fits else min(found, key=_residual)
-
-    def _pullbacks(self) -> list[Pullback]:
-        try:
-            return [Pullback(self.links, *known) for known in self.known]
-        except ValueError as error:
-            raise Unreadable(str(error)) from error
-
-    def _reading(self, fit: Fit, pullbacks: Sequence[Pullback]) -> Reading:
-        shape, x = fit.x.shape, fit.x.flatten()
-        moved = [x - fit.solution.inverse(each(x).detach()) for each in pullbacks[1:]]
-        r = pullbacks[0](x).detach()
-        rounding = max((float((each(x).detach() - r).norm()) for each in pullbacks[1:]), default=NEAR)
-        others = [
-            (at.view(1, *shape), own.grad_input(at).view(1, *shape))
-            for at, own in zip(moved, pullbacks[1:], strict=True)
-        ]
-        return Reading(
-            tuple(self.links),
-            fit.x[None],
-            pullbacks[0].grad_input(x).view(1, *shape),
-            pullbacks[0].system(x),
-            fit.solution,
-            tuple(others),
-            pullbacks[0],
-            fit.residual <= FITS * max(rounding, FLOOR),
-        )
-
-    def _near(self, pullback: Pullback, start: Tensor) -> Tensor:
-        """Without the gradients first: what is left is continuous in x, while those jump at kinks."""
-        return pullback.without_gradients().solve(start, tick).x
-
-
-def _residual(reading: Reading) -> float:
-    return float(reading.system.b.norm())
 
 
 class _State:
@@ -266,6 +126,11 @@ class _State:
         self.known = [_all(part) for part in x]
         self.extra: list[LinearSystem] = []
         self.top = self.known[0], self.grad  # of the run that begins here
+
+    @property
+    def seen(self) -> Known:
+        """What is known of the run's output, or of an activation's."""
+        return *self.top, self.update
 
     def reshape(self, shape: tuple[int, ...], *, within: bool) -> None:
         self.grad = self.grad.reshape(self.n, *shape)

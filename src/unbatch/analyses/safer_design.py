@@ -111,7 +111,8 @@ class SaferDesign(Analysis):
             )
         counted: list[tuple[dict[str, float], Variant]] = []
         place.limit = "largest"
-        for variant in variants(links, rng):
+        changes = list(variants(links, rng))
+        for variant in changes:
             values: dict[str, float] = {}
             for name in own:
                 try:
@@ -121,7 +122,7 @@ class SaferDesign(Analysis):
                         skipped.setdefault(str(why), []).append(variant.words)
             counted += [(values, variant)] if values else []
         left = "; ".join(f"{', '.join(names)}: not counted, since {why}" for why, names in skipped.items())
-        if skipped and not counted:
+        if changes and skipped and not counted:
             raise ValueError(f"no change could be counted. {left}.")
         better = [each for each in counted if any(value < own[name] - LEAST for name, value in each[0].items())]
         better.sort(key=lambda each: ([each[0].get(name, own[name]) for name in own], each[1].words))

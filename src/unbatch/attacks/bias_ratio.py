@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
-from unbatch.loss import identify
-from unbatch.network import Dense, dense_layers, forward
+from unbatch.label import labels, nearest
+from unbatch.network import Dense, dense_layers
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 
 
@@ -77,11 +77,11 @@ class BiasRatio(Attack):
         x = layer.feeds.invert(z)
         spread = (z.norm() / x.norm() / layer.feeds.scale.abs().min()).item()  # a normalisation may stretch the error
         inputs = x.reshape(1, *obs.knowledge.input_shape)
-        labels = _label(obs, inputs)
-        explained = obs.residual(inputs, labels) if labels is not None else None
+        label = nearest(obs, inputs, labels(obs))
+        explained = obs.residual(inputs, label) if label is not None else None
         trace["residual with the label found"] = explained
         return Reconstruction(
-            inputs=inputs, labels=labels, bound=self._claim(obs, bound * max(spread, 1.0), explained), trace=trace
+            inputs=inputs, labels=label, bound=self._claim(obs, bound * max(spread, 1.0), explained), trace=trace
         )
 
     def _claim(self, obs: Observation, bound: Tensor, explained: float | None) -> Tensor:
@@ -116,20 +116,3 @@ def _fit(obs: Observation, layer: Dense) -> tuple[Tensor, float]:
     x = (b @ W) / (b @ b)
     size = torch.linalg.matrix_norm(W)
     return x[None], float(torch.linalg.matrix_norm(W - torch.outer(b, x)) / size) if size > 0 else 0.0
-
-
-def _label(obs: Observation, inputs: Tensor) -> Tensor | None:
-    """The class [1] whose gradient at `inputs` explains the update best up to a factor; None for a loss unknown to us."""
-    first = next(obs.model.parameters())
-    outputs = forward(obs.model, inputs)
-    form = identify(obs.loss, tuple(outputs.shape), device=first.device) if outputs.ndim <= 2 else None
-    if form is None or (form.name == "squared-error" and not form.classes):
-        return None
-    classes = outputs.shape[1] if outputs.ndim == 2 and form.classes else 2
-    dtype = torch.long if form.classes else first.dtype
-    shape = (1,) if form.classes else tuple(outputs.shape)
-    candidates = [torch.full(shape, y, dtype=dtype, device=first.device) for y in range(classes)]
-    fits = [obs.fit(inputs, y) for y in candidates]
-    # Two classes share a gradient up to sign; the factor tells them apart.
-    best = min(range(classes), key=lambda y: (round(fits[y][1], 4), abs(fits[y][0] - 1)))
-    return candidates[best]

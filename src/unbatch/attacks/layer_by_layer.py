@@ -23,7 +23,8 @@ from unbatch.numerics.smoothest import smoothest, smoothest_root
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
 from unbatch.pullback import Pullback
-from unbatch.trunk import Reading, Start, Unreadable, read
+from unbatch.reading import Reading, Start, Unreadable
+from unbatch.trunk import read
 
 Method = Literal["auto", "copa", "hybrid", "r-gap", "r-conv"]
 MOST = 4  # examples of a batch

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import os
 import pkgutil
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from unbatch.files import write_atomically
+from unbatch.metric import Metric
 from unbatch.progress import Watch
+
+Problem = TypeVar("Problem")
+Result = TypeVar("Result")
 
 
 def find(name: str) -> ModuleType:
@@ -46,6 +54,31 @@ def allowance(seconds: float) -> Watch:
     return watch
 
 
+def measured(
+    todo: Sequence[Problem], measure: Callable[[Problem], Result], device: str
+) -> Iterator[tuple[Problem, Result]]:
+    """Every problem with what `measure` makes of it, as they come; on the CPU, processors / threads at once.
+
+    Where that is two or more, each in a process of its own: `measure` must pickle.
+    """
+    many = min(len(todo), (os.cpu_count() or 1) // torch.get_num_threads()) if device == "cpu" else 1
+    if many < 2:
+        yield from ((problem, measure(problem)) for problem in todo)
+        return
+    with ProcessPoolExecutor(many, mp_context=multiprocessing.get_context("spawn")) as workers:
+        runs = {workers.submit(measure, problem): problem for problem in todo}
+        for finished in as_completed(runs):
+            yield runs[finished], finished.result()
+
+
+def psnr(found: Tensor, true: Tensor) -> float:
+    """In dB of one picture [1, ...] clipped to [0, 1]; -inf where it is not finite."""
+    if not bool(found.isfinite().all()):
+        return -float("inf")
+    metric = Metric.find("psnr").model_validate({"peak": 1.0})
+    return float(metric.score(found.detach().double().cpu().clamp(0, 1), true.double().cpu())[0])
+
+
 def store(name: str, rows: Sequence[Any], out: Path, **how: Any) -> None:
     """Write out/NAME.json: how it was measured, on what, and the rows so far."""
     where = {
@@ -58,6 +91,16 @@ def store(name: str, rows: Sequence[Any], out: Path, **how: Any) -> None:
     out.mkdir(parents=True, exist_ok=True)
     record = {"benchmark": name, **how, "environment": where, "rows": list(rows)}
     write_atomically(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+
+
+def stored(name: str, out: Path | None, **how: Any) -> list[Any]:
+    """The rows of a run that was cut short, if out/NAME.json holds one measured in the same way; else none."""
+    try:
+        record = json.loads((out / f"{name}.json").read_text()) if out is not None else {}
+    except (OSError, json.JSONDecodeError):
+        return []
+    same = all(record.get(key) == value for key, value in how.items())
+    return list(record["rows"]) if record and same and record.get("complete") is False else []
 
 
 def _alone() -> bool:

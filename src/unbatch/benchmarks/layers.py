@@ -11,12 +11,10 @@ others are stopped after LIMIT seconds.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +27,11 @@ from unbatch import models, published
 from unbatch.attack import Attack, NotApplicable
 from unbatch.attacks.gradient_matching import EVALUATIONS
 from unbatch.attacks.layer_by_layer import HYBRID
-from unbatch.benchmarks import allowance, clock, store
+from unbatch.benchmarks import allowance, clock, measured, psnr, store
 from unbatch.benchmarks.unmix import pool
 from unbatch.client import observe
 from unbatch.constraints import c_of
 from unbatch.loss import loss_named
-from unbatch.metric import Metric
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.progress import Watch, watching
 from unbatch.truth import Truth
@@ -50,7 +47,7 @@ METHODS = {
 }
 SEARCHES = ("hybrid", "matching")
 PROBE = 20  # steps that show how long one takes
-FILLED = 0.8  # of the time, by the steps planned
+SLACK = 1.25  # of the time planned, after which a search is stopped
 CLASSES = 10
 LIMIT = 150.0  # seconds of a method that does not search
 
@@ -131,26 +128,20 @@ def run(
         pool(name, data)  # what is missing is said before anything runs
     done: dict[Problem, list[Row]] = {}
 
-    def keep(problem: Problem, measured: list[Row]) -> None:
-        done[problem] = measured
+    def keep(problem: Problem, rows: list[Row]) -> None:
+        done[problem] = rows
         if out is not None:
-            rows = ordered()
             how = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
-            store("layers", rows, out, **how, complete=wanted is None and len(done) == len(todo))
-            _plot(rows, out / "layers.png")
+            store("layers", ordered(), out, **how, complete=wanted is None and len(done) == len(todo))
+            _plot(ordered(), out / "layers.png")
 
     def ordered() -> list[Row]:
         return [row for problem in todo for row in done.get(problem, [])]
 
-    many = min(len(todo), (os.cpu_count() or 1) // torch.get_num_threads()) if device == "cpu" else 1
-    if many < 2:
-        for problem in todo:
-            keep(problem, _measure(problem, data, seed, device, seconds))
-        return ordered()
-    with ProcessPoolExecutor(many, mp_context=multiprocessing.get_context("spawn")) as workers:
-        runs = {workers.submit(_measure, problem, data, seed, device, seconds): problem for problem in todo}
-        for finished in as_completed(runs):
-            keep(runs[finished], finished.result())
+    for problem, rows in measured(
+        todo, partial(_measure, data=data, seed=seed, device=device, seconds=seconds), device
+    ):
+        keep(problem, rows)
     return ordered()
 
 
@@ -219,7 +210,7 @@ class Pace:
 
     def steps(self, seconds: float) -> int:
         """The published number, or as many as fit."""
-        fit = int((FILLED * seconds - self.once) / self.step) if self.step > 0 else self.published
+        fit = int((seconds - self.once) / self.step) if self.step > 0 else self.published
         return max(1, min(self.published, fit))
 
 
@@ -240,6 +231,7 @@ def _measure(problem: Problem, data: Path | None, seed: int, device: str, second
                     spec += f",iterations={pace.steps(time)},restarts=1000000"
                 elif pace.steps(time) < pace.published:
                     spec += f",iterations={pace.steps(time)}"
+                time *= SLACK
             tries[method].append(_attacked(spec, obs, truth, seed + i, time))
         metrics += _metric(obs, tries["r-gap" if "r-gap" in tries else "auto"][-1].found)
     open_ = [t.found.trace.get("undetermined", 0.0) for t in tries["auto"] if t.found is not None and not t.failure]
@@ -281,11 +273,11 @@ def _attacked(spec: str, obs: Observation, truth: Truth, seed: int, seconds: flo
     took, true = clock() - begun, truth.inputs.double().cpu()
     if found is None or found.inputs is None or not len(found) or found.layer:
         failure = failure or str(found.trace.get("stopped", "no picture") if found is not None else "no answer")
-        return Try(found, _psnr(torch.full_like(true, 0.5), true), took, failure)
+        return Try(found, psnr(torch.full_like(true, 0.5), true), took, failure)
     x = found.inputs.detach().double().cpu()
     bound = float(found.bound[0]) if found.bound is not None else float("inf")
     error = float((x - true).norm() / x.norm())
-    return Try(found, _psnr(x.clamp(0, 1), true), took, "", bound if bound < float("inf") else None, error)
+    return Try(found, psnr(x, true), took, "", bound if bound < float("inf") else None, error)
 
 
 def _pace(method: str, obs: Observation, seed: int) -> Pace:
@@ -317,10 +309,6 @@ def _metric(obs: Observation, found: Reconstruction | None) -> list[int]:
 
 def _convolutions(obs: Observation) -> list[str]:
     return [name for name, module in obs.model.named_modules() if isinstance(module, nn.Conv2d)]
-
-
-def _psnr(found: Tensor, true: Tensor) -> float:
-    return float(Metric.find("psnr").model_validate({"peak": 1.0}).score(found, true)[0])
 
 
 def _exchange(

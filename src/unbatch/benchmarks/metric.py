@@ -8,28 +8,25 @@ gradient: layer-by-layer, and where that certifies nothing gradient matching, ea
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from unbatch import models
 from unbatch.attack import Attack, NotApplicable
-from unbatch.benchmarks import allowance, store
+from unbatch.benchmarks import allowance, measured, psnr, store
 from unbatch.benchmarks.unmix import pool
 from unbatch.client import observe
 from unbatch.determined import determined
 from unbatch.domain import Images
 from unbatch.loss import loss_named
-from unbatch.metric import Metric
 from unbatch.models import Residual
 from unbatch.observation import Knowledge, Observation
 from unbatch.progress import watching
@@ -104,15 +101,8 @@ def run(
             store("metric", rows, out, **how, data=data is not None, complete=len(done) == len(todo), **summary(rows))
             _plot(rows, out / "metric.png")
 
-    many = min(len(todo), (os.cpu_count() or 1) // torch.get_num_threads()) if device == "cpu" else 1
-    if many < 2:
-        for each in todo:
-            keep(each, _measure(*each, data, device, seconds))
-    else:
-        with ProcessPoolExecutor(many, mp_context=multiprocessing.get_context("spawn")) as workers:
-            runs = {workers.submit(_measure, *each, data, device, seconds): each for each in todo}
-            for finished in as_completed(runs):
-                keep(runs[finished], finished.result())
+    for each, row in measured(todo, partial(_measure, data=data, device=device, seconds=seconds), device):
+        keep(each, row)
     return [done[each] for each in todo]
 
 
@@ -157,8 +147,9 @@ def table(rows: list[Row]) -> Table:
     return shown
 
 
-def _measure(seed: int, i: int, data: Path | None, device: str, seconds: float) -> Row:
-    rng = np.random.default_rng([seed, i])
+def _measure(at: tuple[int, int], data: Path | None, device: str, seconds: float) -> Row:
+    seed, i = at
+    rng = np.random.default_rng(at)
     images, labels = pool("cifar10", data)
     place = int(rng.integers(len(images)))
     x, y = images[place : place + 1, :, ::THINNING, ::THINNING], labels[place : place + 1] % CLASSES
@@ -169,7 +160,7 @@ def _measure(seed: int, i: int, data: Path | None, device: str, seconds: float) 
     obs, truth = observe(model.to(device), loss, x.to(device), y.to(device), knowledge=known, protocol=protocol)
     drawn = Images(shape=tuple(x.shape[1:])).prior(1, torch.Generator().manual_seed(0)).to(device)
     told = determined(obs.model, loss, drawn, y.to(device))
-    begun, best = time.perf_counter(), (_psnr(torch.full_like(x, 0.5), x), "mid-grey", False)
+    begun, best = time.perf_counter(), (psnr(torch.full_like(x, 0.5), x), "mid-grey", False)
     for spec in ATTACKS:
         if not best[2]:
             best = max(best, _attacked(spec, obs, truth, seconds))
@@ -194,14 +185,10 @@ def _attacked(spec: str, obs: Observation, truth: Truth, seconds: float) -> tupl
             found = Attack.parse(spec)(obs, seed=0)
     except (NotApplicable, ValueError, RuntimeError):
         return -np.inf, name, False
-    if found.inputs is None or not len(found) or not bool(found.inputs.isfinite().all()):
+    if found.inputs is None or not len(found):
         return -np.inf, name, False
     claimed = found.bound is not None and bool(found.bound.isfinite().all())
-    return _psnr(found.inputs.cpu().clamp(0, 1), truth.inputs.cpu()), name, claimed
-
-
-def _psnr(found: Tensor, true: Tensor) -> float:
-    return float(Metric.find("psnr").model_validate({"peak": 1.0}).score(found.double(), true.double())[0])
+    return psnr(found.inputs, truth.inputs), name, claimed
 
 
 def _plot(rows: list[Row], path: Path) -> None:

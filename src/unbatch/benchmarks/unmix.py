@@ -12,15 +12,14 @@ attack.
 from __future__ import annotations
 
 import csv
+import json
 import math
-import multiprocessing
-import os
 import resource
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from datetime import date
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from unbatch import models
 from unbatch.attack import Attack
-from unbatch.benchmarks import allowance, clock, store
+from unbatch.benchmarks import allowance, clock, measured, store, stored
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.domain import Domain, Images
@@ -87,7 +86,8 @@ def problems() -> list[Problem]:
     """The tables of the literature, then what else users bring; large batches take one seed. Small ones come first."""
 
     def many(**kw: Any) -> Problem:
-        return Problem(**kw, seeds=5 if kw["n"] <= 32 else 3 if kw["n"] <= 64 else 1)
+        few = 1 if kw.get("activation") != "relu" else 3 if kw["n"] == SIZES[-1] else 5
+        return Problem(**kw, seeds=5 if kw["n"] <= 32 else 3 if kw["n"] <= 64 else few)
 
     smooth: tuple[models.ActivationName, ...] = ("gelu", "silu", "tanh", "elu", "sigmoid", "softplus")
     every = ("relu", *smooth)
@@ -129,6 +129,7 @@ def run(
     `data` is a folder with CIFAR-10, MNIST, Fashion-MNIST as npz (images uint8, labels) and UCI Adult as csv; without it
     the bundled photographs stand in for CIFAR-10, and the others are left out. With one thread a process
     (OMP_NUM_THREADS=1) as many problems run side by side as there are processors, and seconds are CPU seconds of each.
+    A run that was cut short goes on where it stopped, if `out` holds it; a row says when it was measured.
     Raises ValueError: no such file there.
     """
 
@@ -144,36 +145,35 @@ def run(
     for name in {problem.data for problem in todo}:
         pool(name, data)  # what is missing is said before anything runs
     done: dict[Problem, Row] = {}
+    how = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
 
-    def keep(problem: Problem, row: Row) -> list[Row]:
+    def keep(problem: Problem, row: Row) -> None:
         done[problem] = row
-        rows = [done[p] for p in listed if p in done]
+        if out is not None:
+            store("unmix", rows(), out, **how, complete=wanted is None and len(done) == len(todo))
+            if wanted is None:
+                _plot(rows(), out / "unmix.png")
+
+    def rows() -> list[Row]:
+        found = [done[p] for p in listed if p in done]
         for letter, points in series.items():
             points = [(size, here(p)) for size, p in points]
             if all(p in done for _, p in points):
                 spent = [done[p]["seconds"] for _, p in points]
                 slope = float(np.polyfit(np.log([size for size, _ in points]), np.log(spent), 1)[0])
                 sizes = [size for size, _ in points]
-                rows.append({"problem": f"time against {letter}", "exponent": slope, "sizes": sizes, "seconds": spent})
-        if out is not None:
-            complete = wanted is None and len(done) == len(todo)
-            how = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None, "complete": complete}
-            store("unmix", rows, out, **how)
-            if wanted is None:
-                _plot(rows, out / "unmix.png")
-        return rows
+                found.append({"problem": f"time against {letter}", "exponent": slope, "sizes": sizes, "seconds": spent})
+        return found
 
-    rows: list[Row] = []
-    many = min(len(todo), (os.cpu_count() or 1) // torch.get_num_threads()) if device == "cpu" else 1
-    if many < 2:
-        for problem in todo:
-            rows = keep(problem, _measure(problem, data, seed, device, seconds))
-        return rows
-    with ProcessPoolExecutor(many, mp_context=multiprocessing.get_context("spawn")) as workers:
-        runs = {workers.submit(_measure, problem, data, seed, device, seconds): problem for problem in todo}
-        for finished in as_completed(runs):
-            rows = keep(runs[finished], finished.result())
-    return rows
+    measure = partial(_measure, data=data, seed=seed, device=device, seconds=seconds)
+    kept = {json.dumps(row["settings"]): row for row in stored("unmix", out, **how) if "settings" in row}
+    for problem in todo:
+        row = kept.get(json.dumps(asdict(problem)))
+        if row is not None:
+            done[problem] = row
+    for problem, row in measured([problem for problem in todo if problem not in done], measure, device):
+        keep(problem, row)
+    return rows()
 
 
 def table(rows: list[Row]) -> Table:
@@ -218,6 +218,7 @@ def _measure(problem: Problem, data: Path | None, seed: int, device: str, second
     assert first is not None
     return {
         "problem": problem.name,
+        "measured": date.today().isoformat(),
         "attack": "unmix",
         "recovered": statistics.median(shares),
         "certified": statistics.median(certified),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.batch_norm import KnownBatchNorm
-from unbatch.layer import LayerRule, shaped
+from unbatch.layer import LayerRule, beside, shaped
 from unbatch.numerics.linsys import LinearSystem, affine
 
 
@@ -39,7 +39,8 @@ class BatchNorm(LayerRule):
         """As above. Raises ValueError: an entry of the output is not known (NaN), or the statistics are of no use."""
         z, dz = shaped(output, shape, "output"), shaped(grad_output, shape, "grad_output")
         _, scale, bias = _parts(layer, z)
-        weight = _spread(layer.weight, 1.0, z)
+        own = layer.weight if isinstance(layer.weight, Tensor) else None
+        weight = beside(own, 1.0, z)
         normal = torch.where(weight == 0, 0.0, (z - bias) / weight)
         if bool(normal.isnan().any()):
             raise ValueError(
@@ -56,12 +57,5 @@ def _parts(layer: nn.Module, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert isinstance(layer, KnownBatchNorm)  # the only kind
     if layer.flaw:
         raise ValueError(layer.flaw)
-    weight, bias = _spread(layer.weight, 1.0, z), _spread(layer.bias, 0.0, z)
-    return _spread(layer.mean, 0.0, z), weight / _spread((layer.var + layer.eps).sqrt(), 1.0, z), bias
-
-
-def _spread(own: Tensor | nn.Module | None, default: float, z: Tensor) -> Tensor:
-    """A channel's number beside every entry of z [c, ...]."""
-    if not isinstance(own, Tensor):
-        return torch.full_like(z, default)
-    return own.detach().to(z).view(-1, *[1] * (z.ndim - 1)).expand_as(z)
+    scale = beside(layer.weight, 1.0, z) / beside((layer.var + layer.eps).sqrt(), 1.0, z)
+    return beside(layer.mean, 0.0, z), scale, beside(layer.bias, 0.0, z)

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from unbatch.layer import LayerRule, shaped
+from unbatch.layer import LayerRule, beside, shaped
 from unbatch.numerics.linsys import LinearSystem
 
 
@@ -38,7 +38,13 @@ class Norm(LayerRule):
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
         """(I - P) x = 0, group by group. Raises ValueError: `output` is not of `shape`."""
         z = shaped(output, shape, "output")
-        weight, bias = (_spread(layer, name, z) for name in ("weight", "bias"))
+        own, channels = (
+            (getattr(layer, "weight", None), getattr(layer, "bias", None)),
+            not isinstance(layer, nn.LayerNorm),
+        )
+        weight, bias = (
+            beside(side, default, z, channels=channels) for side, default in zip(own, (1.0, 0.0), strict=True)
+        )
         x = ((z - bias) / weight).nan_to_num(0.0, 0.0, 0.0).reshape(_groups(layer, shape), -1)
         known = (weight != 0).reshape(x.shape).all(1)
         basis = torch.linalg.qr(torch.stack([x, torch.ones_like(x)], 2)).Q  # [groups, entries, 2]
@@ -61,15 +67,6 @@ class Norm(LayerRule):
         sent = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_mean is not None
         hint = "; its running statistics after the step (buffers) would, and are not known" if sent else ""
         raise ValueError(f"its output does not hold the standard deviation by which its gradient was divided{hint}.")
-
-
-def _spread(layer: nn.Module, name: str, z: Tensor) -> Tensor:
-    """The layer's weight or bias beside every entry of z; 1 or 0 where it has none."""
-    own: Tensor | None = getattr(layer, name, None)
-    if own is None:
-        return torch.full_like(z, float(name == "weight"))
-    side = own if isinstance(layer, nn.LayerNorm) else own.view(-1, *[1] * (z.ndim - 1))
-    return side.detach().to(z).expand_as(z)
 
 
 def _groups(layer: nn.Module, shape: tuple[int, ...]) -> int:

@@ -1,0 +1,116 @@
+"""Curve: a run of layers that is not linear, read backward by Gauss and Newton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from unbatch.chain import Link
+from unbatch.numerics.linsys import ENTRIES
+from unbatch.progress import tick
+from unbatch.pullback import FLOOR, Fit, Pullback
+from unbatch.reading import Known, Reading, Unreadable
+
+SPREAD, DRAWN = 0.25, 2  # of the starts drawn around the middle, and how many
+FITS = 10.0  # times what nearly the same updates change in a residual: no more than rounding
+NEAR = 1e-8  # where there are none
+Smooth = Callable[[Pullback], Tensor]  # equations on a picture -> a picture [d]
+
+
+class Curve:
+    """A run of links that is not linear, first to last, below what is known of its output; one example.
+
+    `known` is what the update says of the output, and then what nearly the same updates say of it.
+    """
+
+    def __init__(self, links: list[Link], known: Sequence[Known]) -> None:
+        self.links, self.known = links, known
+
+    def equations(self, before: Sequence[Link] = ()) -> int:
+        """Those of the run and the links `before` it."""
+        names = tuple(f"{link.name}." for link in (*before, *self.links))
+        output, _, update = self.known[0]
+        return output.equations + sum(t.numel() for name, t in update.items() if name.startswith(names))
+
+    def too_large(self, before: Sequence[Link] = ()) -> str:
+        """Why the run cannot be followed down to the network's input, in words; empty where it can."""
+        equations, unknowns = self.equations(before), [*before, *self.links][0].unknowns
+        if equations * unknowns <= ENTRIES:
+            return ""
+        return f"the {equations:,} equations from there on for {unknowns:,} numbers are too many for Gauss and Newton"
+
+    def determined(self, last: Link) -> Reading | None:
+        """The reading of the run's input, the output of `last`, where the run alone determines it; None: it stays open."""
+        unknowns = self.links[0].unknowns
+        if not unknowns <= self.equations() <= ENTRIES / unknowns:
+            return None
+        zero = torch.zeros(1, *last.before, dtype=torch.float64, device=self.known[0][0].b.device)
+        middle = float(last.module(zero).mean())
+        at = middle + SPREAD * torch.randn(unknowns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        system = self._pullbacks()[0].system(at.to(zero))
+        if bool(system.b.isfinite().all()) and system.rank() < unknowns:  # and so nearly everywhere
+            return None
+        reading = self.solved(middle)
+        return reading if reading.deficit == 0 else None
+
+    def solved(self, middle: float, smooth: Smooth | None = None) -> Reading:
+        """The root of least residual, by Gauss and Newton from a few starts: the first that fits is taken.
+
+        The run's own output, if it has the input's shape, as in a residual block; grey; what `smooth` finds, which is taken
+        where none fits; and noise, since a norm of what is flat has no derivative.
+        """
+        pullbacks = self._pullbacks()
+        shape, output = self.links[0].before, self.known[0][0]
+        flat = torch.full(shape, middle, dtype=torch.float64, device=output.b.device)
+        rng = torch.Generator().manual_seed(0)
+        noise = SPREAD * torch.randn(DRAWN, *shape, generator=rng, dtype=torch.float64)
+        starts: list[Callable[[Pullback], Tensor]] = []
+        if output.unknowns == output.equations == flat.numel():
+            starts.append(partial(_near, start=output.pull(output.b[None]).view(shape)))
+        starts.append(partial(_near, start=flat))
+        starts += [smooth] if smooth is not None else []
+        starts += [partial(Pullback.descend, start=flat + each.to(flat), tick=tick) for each in noise]
+        found, pictured = list[Reading](), None
+        for start in starts:
+            reading = self._reading(pullbacks[0].solve(start(pullbacks[0]).view(shape), tick), pullbacks)
+            if reading.fits:
+                return reading
+            found.append(reading)
+            pictured = reading if start is smooth else pictured
+            if not tick(0.0):
+                break
+        return pictured or min(found, key=lambda each: float(each.system.b.norm()))
+
+    def _pullbacks(self) -> list[Pullback]:
+        try:
+            return [Pullback(self.links, *known) for known in self.known]
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
+
+    def _reading(self, fit: Fit, pullbacks: Sequence[Pullback]) -> Reading:
+        shape, x = fit.x.shape, fit.x.flatten()
+        moved = [x - fit.solution.inverse(each(x).detach()) for each in pullbacks[1:]]
+        r = pullbacks[0](x).detach()
+        rounding = max((float((each(x).detach() - r).norm()) for each in pullbacks[1:]), default=NEAR)
+        others = [
+            (at.view(1, *shape), own.grad_input(at).view(1, *shape))
+            for at, own in zip(moved, pullbacks[1:], strict=True)
+        ]
+        return Reading(
+            tuple(self.links),
+            fit.x[None],
+            pullbacks[0].grad_input(x).view(1, *shape),
+            pullbacks[0].system(x),
+            fit.solution,
+            tuple(others),
+            pullbacks[0],
+            fit.residual <= FITS * max(rounding, FLOOR),
+        )
+
+
+def _near(pullback: Pullback, start: Tensor) -> Tensor:
+    """Without the gradients first: what is left is continuous in x, while those jump at kinks."""
+    return pullback.without_gradients().solve(start, tick).x

@@ -1,0 +1,55 @@
+"""Label: which label explains the update of one example, once its input is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unbatch.loss import Loss, identify
+from unbatch.network import forward
+from unbatch.observation import Observation
+
+DIGITS = 4  # of a fit that count: two classes share a gradient up to sign, and then their fits differ by rounding
+
+
+def labels(obs: Observation) -> list[Tensor]:
+    """The labels [1] that one example may have: as known, else every class; none where there is no finite number."""
+    known, device = obs.knowledge.get("labels"), obs.device
+    if known is not None:
+        return [known.to(device)]
+    outputs = forward(obs.model, torch.zeros(2, *obs.knowledge.input_shape))
+    form = identify(obs.loss, tuple(outputs.shape), device=device) if outputs.ndim <= 2 else None
+    if form is not None and form.classes:
+        return [torch.tensor([y], device=device) for y in range(outputs.shape[1] if outputs.ndim > 1 else 2)]
+    if form is not None and form.name == "binary-cross-entropy" and outputs[0].numel() == 1:
+        return _two(obs.loss, torch.zeros_like(outputs[:1]))
+    return []
+
+
+def nearest(obs: Observation, inputs: Tensor, candidates: Sequence[Tensor]) -> Tensor | None:
+    """The candidate whose gradient at `inputs` [1, *shape] explains the update best up to a factor; None of none.
+
+    Where two classes share a gradient up to sign, the factor that is nearest to 1 tells them apart. The first of more than
+    two that fits to rounding is taken.
+    """
+    best: tuple[float, float, Tensor | None] = (torch.inf, torch.inf, None)
+    kind = next(obs.model.parameters()).dtype
+    for y in candidates:
+        factor, fit = obs.fit(inputs, y.to(kind) if y.is_floating_point() else y)
+        best = min(best, (round(fit, DIGITS), abs(factor - 1), y), key=lambda found: found[:2])
+        if len(candidates) > 2 and fit < 1e3 * torch.finfo(obs.dtype).eps:
+            break
+    return best[2]
+
+
+def _two(loss: Loss, output: Tensor) -> list[Tensor]:
+    """Both labels of a binary loss on one output [1, ...]: numbers [1], if it takes those, else targets like the output."""
+    numbers = [torch.tensor([y], device=output.device) for y in (0, 1)]
+    targets = [torch.full_like(output, y) for y in (0.0, 1.0)]
+    try:
+        same = all(torch.equal(loss(output + 1, a), loss(output + 1, b)) for a, b in zip(numbers, targets, strict=True))
+    except (RuntimeError, ValueError, TypeError):
+        same = False
+    return numbers if same else targets
