@@ -34,7 +34,7 @@ from unbatch.truth import Truth
 
 Row = dict[str, Any]
 SIGMAS = tuple(10.0 ** (k / 2) for k in range(-12, -3))
-PROBLEMS = ("tanh", 4), ("gelu", 4), ("softplus", 4), ("gelu", 8)
+PROBLEMS = ("tanh", 4), ("gelu", 4), ("softplus", 4)
 SEEDS, THINNING, WIDTH, CLASSES = 8, 2, 400, 10
 
 
