@@ -72,6 +72,9 @@ def test_least_squares_meets_cramer_rao_and_the_posterior_mean_van_trees(sigma: 
     assert cramer_rao.value**2 == pytest.approx(float(torch.linalg.inv(F).trace()) / 12, rel=1e-9)
     assert van_trees.value**2 == pytest.approx(float(posterior.trace()) / 12, rel=1e-9)
     assert (cramer_rao.scope, van_trees.scope) == ("unbiased", "any")
+    weaker = one("noise-information:draws=200", obs)
+    assert weaker.value < van_trees.value
+    assert weaker.psnr < 40 or sigma < 0.1
     stochastic = one("van-trees:exact=0,probes=16", obs)
     assert 0.5 * van_trees.value < stochastic.value < van_trees.value  # two standard errors are taken off
     rng, errors = torch.Generator().manual_seed(1), []
@@ -121,20 +124,20 @@ def test_random_probes_agree_with_the_whole_matrix(n: int) -> None:
 # ------------------------------------------------------------------------------------------------- who is bounded
 
 
-def drawn(n: int, sigma: float, seed: int) -> tuple[Observation, Tensor]:
+def drawn(n: int, sigma: float, seed: int, act: type[nn.Module] = nn.Tanh) -> tuple[Observation, Tensor]:
     rng = torch.Generator().manual_seed(1000 + seed)
     x = GaussianPrior((1, 4, 4)).draw(n, rng)
-    return seen(tanh((1, 4, 4), 48), LOSS, x, torch.arange(n), sigma, seed), x
+    return seen(tanh((1, 4, 4), 48, act), LOSS, x, torch.arange(n), sigma, seed), x
 
 
-def squared_error(attack: str, obs: Observation, x: Tensor, mean: bool = True) -> float | None:
+def squared_error(attack: str, obs: Observation, x: Tensor) -> float:
     """Mean squared error of the best assignment; what finds nothing answers with the prior's mean."""
     try:
         found = Attack.parse(attack)(obs, seed=0).inputs
     except NotApplicable:
         found = None
     if found is None or not len(found):
-        return float((x - 0.5).square().mean()) if mean else None
+        return float((x - 0.5).square().mean())
     table = torch.cdist(found.double().flatten(1), x.flatten(1)).square() / x[0].numel()
     guess = (x - 0.5).square().flatten(1).mean(1)
     return float(torch.minimum(table.min(0).values, guess).mean())  # kinder to the attacker than any attack can be
@@ -143,9 +146,10 @@ def squared_error(attack: str, obs: Observation, x: Tensor, mean: bool = True) -
 ATTACKS = "unmix:attempts=1,partial=true", "gradient-matching:iterations=60", "bias-ratio", "label-count"
 
 
-def violate(attack: str, n: int, sigma: float, seeds: int) -> None:
-    bound = one("van-trees:draws=32", drawn(n, sigma, 0)[0]).value ** 2
-    errors = torch.tensor([squared_error(attack, *drawn(n, sigma, seed)) for seed in range(seeds)])
+def violate(attack: str, n: int, sigma: float, seeds: int, act: type[nn.Module] = nn.Tanh) -> None:
+    names = ["noise-information"] if act is nn.ReLU else ["noise-information", "van-trees:draws=32"]
+    bound = max(one(name, drawn(n, sigma, 0, act)[0]).value for name in names) ** 2
+    errors = torch.tensor([squared_error(attack, *drawn(n, sigma, seed, act)) for seed in range(seeds)])
     assert float(errors.mean()) > bound - 3 * float(errors.std()) / seeds**0.5
     assert bound > 0
 
@@ -156,11 +160,14 @@ def test_no_attack_violates_a_bound_for_any(attack: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [1, 2, 4])
-@pytest.mark.parametrize("sigma", [1e-4, 1e-3, 1e-2, 0.1, 1.0])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("sigma", [1e-3, 0.1])
+@pytest.mark.parametrize("act", [nn.Tanh, nn.ReLU])
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_no_attack_violates_a_bound_for_any_over_many_seeds(attack: str, n: int, sigma: float) -> None:
-    violate(attack, n, sigma, 40)
+def test_no_attack_violates_a_bound_for_any_over_many_seeds(
+    attack: str, act: type[nn.Module], n: int, sigma: float
+) -> None:
+    violate(attack, n, sigma, 12, act)
 
 
 def efficiency(act: type[nn.Module], sigma: float, n: int, seeds: int) -> Tensor:
@@ -169,9 +176,14 @@ def efficiency(act: type[nn.Module], sigma: float, n: int, seeds: int) -> Tensor
     x, y = torch.rand(n, *shape, generator=torch.Generator().manual_seed(0)).double(), torch.arange(n)
     model = tanh(shape, 120, act)
     bound = one("cramer-rao", seen(model, LOSS, x, y, sigma), (x, y)).value ** 2
-    found = [squared_error("unmix", seen(model, LOSS, x, y, sigma, seed), x, mean=False) for seed in range(seeds)]
-    assert None not in found
-    return torch.tensor(found) / bound
+    errors = []
+    for seed in range(seeds):
+        found = Attack.parse("unmix")(seen(model, LOSS, x, y, sigma, seed), seed=0).inputs
+        assert found is not None
+        place = torch.cdist(found.flatten(1), x.flatten(1)).argmin(1)
+        assert sorted(place.tolist()) == list(range(n))
+        errors.append(float((found - x[place]).square().mean()))
+    return torch.tensor(errors) / bound
 
 
 def test_unmix_meets_cramer_rao_and_does_not_beat_it() -> None:
@@ -181,7 +193,7 @@ def test_unmix_meets_cramer_rao_and_does_not_beat_it() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("act", [nn.Tanh, nn.GELU, nn.Softplus, nn.Sigmoid])
-@pytest.mark.parametrize("sigma", [1e-7, 1e-6, 1e-5])
+@pytest.mark.parametrize("sigma", [1e-7, 1e-6])
 def test_unmix_meets_cramer_rao_over_many_seeds(act: type[nn.Module], sigma: float) -> None:
     ratio = efficiency(act, sigma, 4, 30)
     assert abs(float(ratio.mean()) - 1) < 3 * float(ratio.std()) / len(ratio) ** 0.5 + 0.02
@@ -233,11 +245,11 @@ def test_default_audits_keep_quiet_and_named_analyses_say_why() -> None:
     case = Case.parse("digits:width=16,activation=tanh")
     assert not unbatch.audit(case, attacks=[]).notes
     assert not unbatch.audit(case, attacks=[]).bounds
-    names = ["cramer-rao", "van-trees", "dp-reconstruction", "counting"]
+    names = ["cramer-rao", "van-trees", "noise-information", "dp-reconstruction", "counting"]
     named = unbatch.audit(case, attacks=[], analyses=names)
     assert [note.partition(":")[0] for note in named.notes] == names
     noisy = unbatch.audit(case, attacks=[], defences=["noise:sigma=0.01"])
-    assert {bound.name for bound in noisy.bounds} == {"Cramer-Rao", "van Trees"}
+    assert {bound.name for bound in noisy.bounds} == {"Cramer-Rao", "van Trees", "noise information"}
     assert unbatch.audit(case, attacks=[], defences=["noise:sigma=0.01"]).bounds == noisy.bounds
 
 
@@ -282,6 +294,16 @@ def test_the_best_linear_attack_on_the_gaussian_mechanism_keeps_to_the_bounds() 
         ]
         assert len(bounds) == 2
         assert all(b.value**2 < 1.01 * error for b in bounds)
+
+
+@pytest.mark.parametrize("z", [0.2, 0.5, 1.0, 4.0])
+def test_least_squares_on_the_gaussian_mechanism_keeps_to_the_renyi_bound(z: float) -> None:
+    """u = (2 / sqrt d) (x - 1/2) + z normal, of norm at most 1 on the unit cube: an error of z sqrt(d) / 2 an entry."""
+    for d in (1, 4, 64):
+        bounds = Analysis.parse("dp-reconstruction").run(private(z, shape=(1, 1, d)))
+        (renyi,) = [b for b in bounds if isinstance(b, Bound) and b.scope == "unbiased"]
+        assert renyi.value < z * d**0.5 / 2
+        assert renyi.value == pytest.approx(0.5 / math.expm1(4 / z**2) ** 0.5)
 
 
 def test_counting_bits_and_numbers() -> None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from unbatch.loss import identify
+from unbatch.loss import draw_labels, identify
 from unbatch.network import forward, in_mode
+from unbatch.numerics.prior import GaussianPrior
 from unbatch.numerics.softening import kinked
 from unbatch.observation import Observation
 
@@ -117,6 +118,23 @@ def fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
         )
 
 
+def imagined(
+    obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator, draws: int
+) -> tuple[GaussianPrior, list[Tensor], Tensor]:
+    """A Gaussian prior, batches [n, *shape] drawn from it, and their labels: the truth's or the known ones, else drawn.
+
+    Raises ValueError: as `fitted`, of the truth `at`.
+    """
+    known = obs.knowledge
+    prior = GaussianPrior(known.input_shape, known.get("input_range", (0.0, 1.0)))
+    if at is not None:
+        fitted(obs, at[0].to(obs.device), at[1].to(obs.device))
+    inputs = [prior.draw(known.batch_size, rng).to(obs.device) for _ in range(draws)]
+    y = known.get("labels") if at is None else at[1]
+    y = draw_labels(obs.loss, forward(obs.model, inputs[0]), rng) if y is None else y
+    return prior, inputs, y.to(obs.device)
+
+
 def jumps(obs: Observation, x: Tensor, y: Tensor, rng: torch.Generator) -> str | None:
     """Where the update jumps as inputs move, which Fisher information does not see; in words."""
     double = doubled(obs)
@@ -148,7 +166,7 @@ def jumps(obs: Observation, x: Tensor, y: Tensor, rng: torch.Generator) -> str |
         return None
     return (
         f"the update jumps where inputs cross a kink ({', '.join(sorted(found))}); Fisher information does not see jumps, "
-        "which tell more. Use a smooth activation, or a bound from differential privacy."
+        "which tell more. See noise-information, or use a smooth activation."
     )
 
 

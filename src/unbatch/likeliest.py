@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from unbatch.information import deviation, doubled, sent
 from unbatch.numerics.least_squares import levenberg_marquardt
-from unbatch.observation import Observation
+from unbatch.observation import Observation, Reconstruction
 
 STEPS, INNER = 8, 60
 
@@ -33,3 +35,22 @@ def likeliest(obs: Observation, x: Tensor, y: Tensor, rng: torch.Generator) -> T
     ):
         best = point.view_as(x)
     return best
+
+
+def refined(obs: Observation, found: Reconstruction, rng: torch.Generator) -> Reconstruction:
+    """`found`, all inputs of a batch with their labels, moved to the likeliest ones unless one leaves its own bound."""
+    if found.inputs is None or found.labels is None or found.bound is None or not len(found):
+        return found
+    moved = likeliest(obs, found.inputs, found.labels, rng)
+    step = (moved - found.inputs).flatten(1).norm(dim=1).cpu()
+    near = step <= found.bound * found.inputs.flatten(1).norm(dim=1).cpu()
+    return replace(found, inputs=moved) if bool(near.all()) else found
+
+
+def certified(found: Reconstruction) -> Reconstruction:
+    """The examples with a finite bound."""
+    if found.inputs is None or found.bound is None:
+        return found
+    sure = found.bound.isfinite()
+    labels = None if found.labels is None else found.labels[sure.to(found.labels.device)]
+    return replace(found, inputs=found.inputs[sure.to(found.inputs.device)], labels=labels, bound=found.bound[sure])

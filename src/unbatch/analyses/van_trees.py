@@ -11,9 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Bound
-from unbatch.information import Information, deviation, fitted, jumps, obstacle
-from unbatch.loss import draw_labels
-from unbatch.network import forward
+from unbatch.information import Information, deviation, imagined, jumps, obstacle
 from unbatch.numerics.inverse_trace import Apply, dense_inverse_trace, inverse_trace, kronecker
 from unbatch.numerics.least_squares import example_gram
 from unbatch.numerics.prior import GaussianPrior
@@ -52,16 +50,10 @@ class VanTrees(Analysis):
         if why := self.obstacle(obs):
             raise ValueError(why)
         rng, sigma = rng or torch.Generator().manual_seed(0), deviation(obs)
-        n, (low, high) = obs.knowledge.batch_size, obs.knowledge.get("input_range", (0.0, 1.0))
-        prior = GaussianPrior(obs.knowledge.input_shape, (low, high))
-        y = obs.knowledge.get("labels") if at is None else at[1]
-        if at is not None:
-            fitted(obs, at[0].to(obs.device), at[1].to(obs.device))
-        small = n * prior.d <= self.exact
+        n, unknowns = obs.knowledge.batch_size, obs.knowledge.batch_size * math.prod(obs.knowledge.input_shape)
+        small = unknowns <= self.exact
         draws = self.draws if small else self.draws // 4
-        inputs = [prior.draw(n, rng).to(obs.device) for _ in range(draws)]
-        y = draw_labels(obs.loss, forward(obs.model, inputs[0]), rng) if y is None else y
-        y = y.to(obs.device)
+        prior, inputs, y = imagined(obs, at, rng, draws)
         if why := jumps(obs, inputs[0], y, rng):
             raise ValueError(why)
         variances = prior.variances.to(obs.device)
@@ -92,13 +84,13 @@ class VanTrees(Analysis):
         least = total - 2 * error
         if not least > 0:
             raise ValueError(f"{draws} prior draws differ too much to bound anything; raise draws={self.draws}.")
-        value = math.sqrt(least / like.numel()) / (high - low)
-        chance = -10 * math.log10(float(variances.mean()) / (high - low) ** 2)  # of an answer that is the prior's mean
+        value = math.sqrt(least / like.numel()) / prior.unit
+        chance = -10 * math.log10(float(variances.mean()) / prior.unit**2)  # of an answer that is the prior's mean
         bound = Bound(name="van Trees", value=value, scope="any", assumptions="", source=self.paper)
         words = (
             f"Gaussian noise of standard deviation {sigma:.3g} in every entry sent, nothing but noise between the batch "
-            "and the update; labels and protocol known to the attacker; on average over inputs of a Gaussian prior "
-            f"(pictures: amplitudes fall as 1 / frequency), whatever the labels. From {draws} prior draws{how}, without "
+            f"and the update; labels and protocol known to the attacker; on average over {prior}, "
+            f"whatever the labels. From {draws} prior draws{how}, without "
             f"the truth (standard error of the variance {error / total:.1%}, taken off twice). In units of the input's "
             f"range; PSNR of any attacker's mean squared error at most {bound.psnr:.1f} dB, of the prior alone "
             f"{chance:.1f} dB."

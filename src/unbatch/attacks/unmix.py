@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.domain import Images
-from unbatch.likeliest import likeliest
+from unbatch.likeliest import certified, refined
 from unbatch.loss import LossForm, identify
 from unbatch.network import Dense, dense_layers, forward, in_mode
 from unbatch.numerics.certificate import radius
@@ -118,8 +118,7 @@ class Unmix(Attack):
                 break
         rounding = Rounding(obs, layer, form, span.rows, size)
         reach = radius(mixture, found.z, found.labels, rng, rounding=rounding, jointly=found.joint)
-        sure = reach.isfinite() if not self.partial else torch.ones_like(reach, dtype=torch.bool)
-        z, labels, reach = found.z[sure], found.labels[sure], reach[sure]
+        z, labels = found.z, found.labels
         if mixture.classes:
             times = labels // mixture.classes + 1
             z, reach = z.repeat_interleave(times, 0), reach.repeat_interleave(times)
@@ -129,7 +128,7 @@ class Unmix(Attack):
             "rank": rank,
             "batch size": size,
             "certified": int(reach.isfinite().sum()),
-            "found but not certified": int((~sure).sum()),
+            "found but not certified": int((~reach.isfinite()).sum()),
             "log": found.log,
             "singular values": span.values.tolist(),
         }
@@ -141,15 +140,14 @@ class Unmix(Attack):
         bound = (reach / x.norm(dim=1).clamp_min(1e-300)).cpu()
         targets = None if len(z) > len(labels) else _labels(labels, form)  # guesses have none
         if layer.feeds is None:
-            return Reconstruction(inputs=x, labels=targets, layer=layer.name, bound=bound, trace=trace)
+            answer = Reconstruction(inputs=x, labels=targets, layer=layer.name, bound=bound, trace=trace)
+            return answer if self.partial else certified(answer)
         inputs = layer.feeds.invert(x)
         stretch = (x.norm(dim=1) / inputs.norm(dim=1) / layer.feeds.scale.abs().min().to(x)).cpu()
         shaped = inputs.reshape(-1, *obs.knowledge.input_shape)
-        if mixture.classes and targets is not None and len(shaped) == size:
-            finest = likeliest(obs, shaped, targets, rng)
-            near = (finest - shaped).flatten(1).norm(dim=1).cpu() <= bound * inputs.norm(dim=1).cpu()
-            shaped = finest if bool(near.all()) else shaped
-        return Reconstruction(inputs=shaped, labels=targets, bound=bound * stretch.clamp_min(1.0), trace=trace)
+        answer = Reconstruction(inputs=shaped, labels=targets, bound=bound * stretch.clamp_min(1.0), trace=trace)
+        answer = refined(obs, answer, rng) if mixture.classes and len(shaped) == size else answer
+        return answer if self.partial else certified(answer)
 
 
 def _layer(obs: Observation) -> Dense | str:

@@ -34,6 +34,11 @@ class GaussianPrior:
             self.variances = self.variances * (colours[:, None] * power.flatten()).flatten()
             self.bases = cosines(c) if c == 3 else torch.eye(c).double(), cosines(h), cosines(w)
 
+    def __str__(self) -> str:
+        law = "amplitudes that fall as 1 / frequency" if self.bases else "independent entries"
+        low, high = self.middle - self.unit / 2, self.middle + self.unit / 2
+        return f"inputs of a Gaussian prior ({law}, range {low:g} to {high:g})"
+
     def push(self, z: Tensor) -> Tensor:
         """R z [..., d]."""
         scaled = z * self.variances.to(z).sqrt()
