@@ -21,6 +21,7 @@ LEVELS = [
         "progress",
         "observation",
         "bundle",
+        "likelihood",
         "models",
         "published",
         "twolayer",
