@@ -25,6 +25,7 @@ from unbatch.numerics.span import Span, leading_span, rounding_noise
 from unbatch.numerics.unmix import Start, unmix
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
+from unbatch.restoration import restored, sharpened
 
 DUPLICATES = 2  # copies beyond the rank that are looked for, where nothing fits without
 ARITHMETIC = 8 * torch.finfo(torch.float64).eps  # what reading A adds to its error
@@ -54,7 +55,7 @@ class Unmix(Attack):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"labels", "noise", "input_range", "domain", "log_prob", "buffers"}) | PROTOCOL_FIELDS
+        frozenset({"batch_size", "labels", "noise", "input_range", "domain", "log_prob", "buffers"}) | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="photos:batch=8,activation=gelu,width=200", floors={"l2-error": 1e-4, "label-accuracy": 1.0}
@@ -68,6 +69,7 @@ class Unmix(Attack):
     ] = False
 
     def obstacle(self, obs: Observation) -> str | None:
+        obs = restored(obs)
         if obs.protocol.steps(obs.knowledge.get("batch_size", 1)):
             return "the update is of local steps, which mix the gradients of several weights."
         layer = _layer(obs)
@@ -96,6 +98,10 @@ class Unmix(Attack):
         return None
 
     def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+        found = self._read(restored(obs), rng)
+        return sharpened(obs, found, rng)
+
+    def _read(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         layer, form = _layer(obs), _form(obs)
         assert isinstance(layer, Dense)  # obstacle() has looked
         assert form is not None
