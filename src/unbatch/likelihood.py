@@ -45,6 +45,11 @@ class Likelihood:
         known = knowledge.get("log_prob")
         return known if known is None or isinstance(known, cls) else cls(known)
 
+    def rescales(self, seen: Update) -> bool:
+        """Whether a clean update may be any multiple of what was seen: it was clipped."""
+        twice = self.expected({name: 2 * tensor for name, tensor in seen.items()})
+        return any(not torch.allclose(twice[name], 2 * tensor, rtol=0.1) for name, tensor in seen.items())
+
     def slope(self, seen: Update, at: Update) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """2 (log p(seen | seen) - log p(seen | at)) [], and the derivative and curvature of -log p(seen | .) at `at`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, final
 
 import torch
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.domain import Images
+from unbatch.likelihood import Likelihood
 from unbatch.loss import LossForm, identify
 from unbatch.network import Dense, dense_layers, forward, in_mode
 from unbatch.numerics.certificate import radius
@@ -98,8 +100,17 @@ class Unmix(Attack):
         return None
 
     def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-        found = self._read(restored(obs), rng)
-        return sharpened(obs, found, rng)
+        law, n = Likelihood.of(obs.knowledge), obs.knowledge.get("batch_size")
+        if law is None:
+            return self._read(obs, rng)
+        nothing = torch.zeros(0, *obs.knowledge.input_shape)
+        found = Reconstruction(inputs=nothing, bound=nothing.new_zeros(0))
+        if not law.rescales(obs.update):
+            found = sharpened(obs, self._read(restored(obs), rng), rng)
+        if n is not None and len(found) < n and not found.layer and tick(0.0):  # all at once, by the likelihood
+            search = Attack.parse("gradient-matching")
+            found = _longer(found, sharpened(obs, search.run(obs.only(*search.needs, *search.uses), rng), rng))
+        return found if self.partial else _certified(found)
 
     def _read(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         layer, form = _layer(obs), _form(obs)
@@ -151,6 +162,21 @@ class Unmix(Attack):
         stretch = (x.norm(dim=1) / inputs.norm(dim=1) / layer.feeds.scale.abs().min().to(x)).cpu()
         shaped = inputs.reshape(-1, *obs.knowledge.input_shape)
         return Reconstruction(inputs=shaped, labels=targets, bound=bound * stretch.clamp_min(1.0), trace=trace)
+
+
+def _certified(found: Reconstruction) -> Reconstruction:
+    """The examples with a finite bound."""
+    if found.bound is None or found.inputs is None:
+        return found
+    sure = found.bound.isfinite()
+    labels = None if found.labels is None else found.labels[sure.to(found.labels.device)]
+    return replace(found, inputs=found.inputs[sure.to(found.inputs.device)], labels=labels, bound=found.bound[sure])
+
+
+def _longer(first: Reconstruction, second: Reconstruction) -> Reconstruction:
+    """The one with more certified examples."""
+    counts = [0 if found.bound is None else int(found.bound.isfinite().sum()) for found in (first, second)]
+    return second if counts[1] > counts[0] else first
 
 
 def _layer(obs: Observation) -> Dense | str:
