@@ -22,6 +22,8 @@ LEVELS = [
         "observation",
         "bundle",
         "likelihood",
+        "restoration",
+        "tail",
         "models",
         "published",
         "twolayer",

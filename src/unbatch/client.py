@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from unbatch.case import Setting
 from unbatch.defence import Defence, Round, Step
-from unbatch.loss import Loss
 from unbatch.likelihood import Likelihood
+from unbatch.loss import Loss
 from unbatch.observation import Knowledge, Observation
 from unbatch.protocol import Protocol, Update, local_update
 from unbatch.truth import Truth

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,13 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from unbatch.numerics.least_squares import Residual, System, conjugate_gradients, example_gram, levenberg_marquardt
+from unbatch.numerics.least_squares import System, conjugate_gradients, example_gram, levenberg_marquardt
 from unbatch.observation import Knowledge, Observation
 from unbatch.protocol import Update
 
 DRAWS = 4  # of the update's error, which show how far it moves the inputs
 SIGMAS = 6.0  # of them, as in `numerics.certificate`
 ROUNDINGS = 4  # relative error of a sum over a batch, in units of rounding
+ARITHMETIC = 100  # the same of computing an update again in float64, whose convolutions are sums of many terms
 LARGEST = 0.05  # relative radius beyond which nothing is claimed: first order is then no proof of anything
 LOST = 0.05  # share of a random direction that the seen entries may fail to give back
 EXPLAINED = 2.0  # times the error's own size that may be left unexplained
@@ -95,10 +97,10 @@ class Search:
         self.obs = replace(obs, model=copy.deepcopy(obs.model).double(), knowledge=known)
         self.seen = {name: tensor.double() for name, tensor in obs.update.items()}
         self.labels, self.shape = _double(labels.to(obs.device)), obs.knowledge.input_shape
-        eps = torch.finfo(obs.dtype).eps
+        eps = ROUNDINGS * torch.finfo(obs.dtype).eps + ARITHMETIC * torch.finfo(torch.float64).eps
         spread = law.spread(self.seen)
         rms = {k: float(t.square().mean().sqrt()) for k, t in self.seen.items()}
-        self.errors = {k: ((spread[k]) ** 2 + (ROUNDINGS * eps * rms[k]) ** 2) ** 0.5 for k in self.seen}
+        self.errors = {k: math.hypot(spread[k], eps * rms[k]) for k in self.seen}
 
     def __call__(self, point: Tensor, /, *, create_graph: bool = False) -> Tensor:
         """What is expected of the update of inputs [n, d], flat [e]."""
@@ -123,10 +125,8 @@ def refine(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generato
     Levenberg-Marquardt with the likelihood's own curvature.
     """
     search, start = Search(obs, labels), inputs.to(obs.device).double().flatten(1)
-    best = start
-    for _, best in levenberg_marquardt(search, start, rng, steps=steps, damping=1e-3, cost_of=search.cost):
-        pass
-    return best.reshape(inputs.shape)
+    path = levenberg_marquardt(search, start, rng, steps=steps, damping=1e-3, cost_of=search.cost)
+    return list(path)[-1][1].reshape(inputs.shape)
 
 
 def radius(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Restoration: an observation as near to the clean one as the defence's likelihood tells, for attacks that read it directly."""
+"""Restoration: what attacks that read an update directly take in place of one that a defence touched."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from unbatch.progress import tick
 RANKS = 16  # looked through where the batch size is not known
 
 
-def restored(obs: Observation) -> Observation:
+def restored(obs: Observation, *, lowest: bool = False) -> Observation:
     """`obs` with the first dense layer's unseen entries filled, and what is drawn told as noise; itself without a law.
 
-    [dL/dW, dL/db] has the rank of the batch size n: n (m + d) numbers, fewer than are seen where n is small.
+    [dL/dW, dL/db] has the rank of the batch size n: n (m + d) numbers, fewer than are seen where n is small. With `lowest`
+    entries that carry noise, too, become those of the nearest matrix of that rank.
     """
     law = Likelihood.of(obs.knowledge)
     if law is None:
@@ -27,7 +28,7 @@ def restored(obs: Observation) -> Observation:
     spread = max(law.spread(obs.update).values(), default=0.0)
     noise = {"noise": max(spread, float(obs.knowledge.get("noise", 0.0)))}
     known = obs.knowledge.only(*(set(obs.knowledge) - {"log_prob"})) | Knowledge(**(noise if spread else {}))
-    return replace(obs, update=_filled(obs, law), knowledge=known)
+    return replace(obs, update=_filled(obs, law, lowest), knowledge=known)
 
 
 def unseen(obs: Observation) -> dict[str, Tensor]:
@@ -38,10 +39,11 @@ def unseen(obs: Observation) -> dict[str, Tensor]:
     return {name: w == 0 for name, w in law.weights(obs.update).items()}
 
 
-def _filled(obs: Observation, law: Likelihood) -> dict[str, Tensor]:
+def _filled(obs: Observation, law: Likelihood, lowest: bool) -> dict[str, Tensor]:
     update, hidden = dict(obs.update), unseen(obs)
     layer = next((d for d in dense_layers(obs.model, obs.knowledge.input_shape) if d.weight in update), None)
-    if layer is None or not bool(hidden[layer.weight].any()):
+    lowest = lowest and any(law.spread(update).values())
+    if layer is None or not (lowest or bool(hidden[layer.weight].any())):
         return update
     names = [name for name in (layer.weight, layer.bias) if name in update]
     A = torch.cat([update[name].double().view(len(update[layer.weight]), -1) for name in names], 1)
@@ -52,7 +54,7 @@ def _filled(obs: Observation, law: Likelihood) -> dict[str, Tensor]:
         found, misfit = complete(A, seen, rank, target=target, tick=tick)
         if misfit < 10 * target:
             break
-    whole = torch.where(seen, A, found)
+    whole = found if lowest else torch.where(seen, A, found)
     parts = zip(names, whole.split([update[name][0].numel() for name in names], 1), strict=True)
     return update | {name: part.reshape(update[name].shape) for name, part in parts}
 
@@ -60,7 +62,7 @@ def _filled(obs: Observation, law: Likelihood) -> dict[str, Tensor]:
 def sharpened(obs: Observation, found: Reconstruction, rng: torch.Generator) -> Reconstruction:
     """`found` moved to where the update is likeliest, with the bounds that it has there; as it is, where no law is known.
 
-    It takes all inputs of a batch, with labels. Where no bound holds after the move, an example that had one stays as it was.
+    It takes all inputs of a batch, with labels. An example that had a bound and gets none by the move stays as it was.
     """
     law, n, x, y = Likelihood.of(obs.knowledge), obs.knowledge.get("batch_size"), found.inputs, found.labels
     if law is None or x is None or y is None or found.layer or not len(x) or len(x) != (n or len(x)):

@@ -50,7 +50,7 @@ class Clip(Defence):
         return {name: u * factor for name, u in clean.items()}
 
     def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
-        """-|seen - clipped clean|^2 / 2: the limit of small Gaussian noise, in its own unit. None where it does not clip."""
+        """-|seen - clipped clean|^2 / 2: the limit of small Gaussian noise, in its own unit. None without a norm."""
         return None if self.norm is None else _squares(seen, self.expected(clean))
 
     def likelihood(self, inner: Likelihood | None, seen: Update) -> Likelihood | None:

@@ -58,8 +58,10 @@ class Noise(Defence):
         return -off / (2 * s.square()) - sum(u.numel() for u in clean.values()) * s.log()
 
     def spread(self, seen: Update) -> Mapping[str, float]:
-        """Of a relative sigma, which is a share of the clean update: |seen|^2 is 1 + sigma^2 times that of the clean one."""
-        return dict.fromkeys(seen, float(self._deviation(seen)) / (math.hypot(1.0, self.sigma) if self.relative else 1.0))
+        """A relative sigma is a share of the clean update, and |seen|^2 is 1 + sigma^2 times that of the clean one."""
+        return dict.fromkeys(
+            seen, float(self._deviation(seen)) / (math.hypot(1.0, self.sigma) if self.relative else 1.0)
+        )
 
     def _deviation(self, clean: Update) -> Tensor:
         square = torch.stack([u.double().square().sum() for u in clean.values()]).sum()

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unbatch.defence import Defence, Round, Step
+from unbatch.defence import Defence, Step
 from unbatch.protocol import Update
 
 

@@ -14,8 +14,9 @@ from torch.nn.functional import logsigmoid, softplus
 from unbatch.defence import Defence, Round, Step
 from unbatch.protocol import Update
 
-
-BLUR = 6.0  # parts of a level, over one of which the likelihood's edges are rounded, so that searches see them from afar
+BLUR = (
+    6.0  # parts of a level, over one of which the likelihood's edges are rounded, so that searches see them from afar
+)
 
 
 @final

@@ -28,7 +28,7 @@ def complete(
     M = seen.to(A.dtype)
     held = A * M
     size = float(held.norm())
-    U, S, Vh = torch.linalg.svd(held, full_matrices=False)
+    S, Vh = torch.linalg.svd(held, full_matrices=False)[1:]
     R = S[:rank].sqrt()[:, None] * Vh[:rank]
     before, reach, misfit = R, 0.0, torch.inf
     L = _solved(held, M, R)

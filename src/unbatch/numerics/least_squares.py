@@ -20,7 +20,9 @@ class Residual(Protocol):
     def __call__(self, point: Tensor, /, *, create_graph: bool = False) -> Tensor: ...
 
 
-Cost = Callable[[Tensor], tuple[float, Tensor, Tensor]]  # r [e] -> its cost, half the cost's derivative, and curvature [e]
+Cost = Callable[
+    [Tensor], tuple[float, Tensor, Tensor]
+]  # r [e] -> its cost, half the cost's derivative, and curvature [e]
 
 
 def squares(r: Tensor) -> tuple[float, Tensor, Tensor]:
@@ -149,9 +151,7 @@ def resized(residual: Residual, x: Tensor) -> Tensor:
     return x
 
 
-def example_gram(
-    push: Apply, x: Tensor, entries: int, rng: torch.Generator, weight: Tensor | None = None
-) -> Tensor:
+def example_gram(push: Apply, x: Tensor, entries: int, rng: torch.Generator, weight: Tensor | None = None) -> Tensor:
     """G_ij = <J (e_i u^T), J (e_j u^T)> [n, n] at a random unit vector u; its mean diagonal times I where too large.
 
     `weight` [e] weighs the entries.
