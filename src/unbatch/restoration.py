@@ -42,8 +42,8 @@ def unseen(obs: Observation) -> dict[str, Tensor]:
 def _filled(obs: Observation, law: Likelihood, lowest: bool) -> dict[str, Tensor]:
     update, hidden = dict(obs.update), unseen(obs)
     layer = next((d for d in dense_layers(obs.model, obs.knowledge.input_shape) if d.weight in update), None)
-    lowest = lowest and any(law.spread(update).values())
-    if layer is None or not (lowest or bool(hidden[layer.weight].any())):
+    noisy = any(law.spread(update).values())
+    if layer is None or not ((lowest and noisy) or bool(hidden[layer.weight].any())):
         return update
     names = [name for name in (layer.weight, layer.bias) if name in update]
     A = torch.cat([update[name].double().view(len(update[layer.weight]), -1) for name in names], 1)

@@ -25,7 +25,7 @@ from unbatch.numerics.span import Span, leading_span, rounding_noise
 from unbatch.numerics.unmix import Start, unmix
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
-from unbatch.restoration import restored, sharpened
+from unbatch.restoration import restored, sharpened, unseen
 from unbatch.tail import Rounding, Tail
 
 DUPLICATES = 2  # copies beyond the rank that are looked for, where nothing fits without
@@ -103,10 +103,14 @@ class Unmix(Attack):
         if law is None:
             return self._read(obs, rng)
         nothing = torch.zeros(0, *obs.knowledge.input_shape)
-        found = Reconstruction(inputs=nothing, bound=nothing.new_zeros(0))
-        if not law.rescales(obs.update):
-            found = sharpened(obs, self._read(restored(obs), rng), rng)
-        if n is not None and len(found) < n and not found.layer and tick(0.0):  # all at once, by the likelihood
+        found, layer = Reconstruction(inputs=nothing, bound=nothing.new_zeros(0)), _layer(obs)
+        reads = isinstance(layer, Dense) and layer.feeds is not None  # the network's own inputs
+        if not (reads and law.rescales(obs.update)):
+            found = self._read(restored(obs), rng)
+            if any(bool(hidden.any()) for hidden in unseen(obs).values()):  # filling is not in these bounds
+                found = replace(found, bound=torch.full((len(found),), torch.inf, dtype=torch.float64))
+            found = sharpened(obs, found, rng)
+        if n is not None and len(found) < n and reads and tick(0.0):  # all at once, by the likelihood
             search = Attack.parse("gradient-matching")
             found = _longer(found, sharpened(obs, search.run(obs.only(*search.needs, *search.uses), rng), rng))
         return found if self.partial else _certified(found)
