@@ -55,7 +55,7 @@ def _filled(obs: Observation, law: Likelihood, lowest: bool) -> dict[str, Tensor
         if misfit < 10 * target:
             break
     whole = found if lowest else torch.where(seen, A, found)
-    parts = zip(names, whole.split([update[name][0].numel() for name in names], 1), strict=True)
+    parts = zip(names, torch.split(whole, [update[name][0].numel() for name in names], 1), strict=True)
     return update | {name: part.reshape(update[name].shape) for name, part in parts}
 
 

@@ -109,8 +109,9 @@ class GradientMatching(Attack):
         if best.phase == "signed Adam" or problem.source == "optimised":  # its prior counts for more than the match
             return found
         box = obs.knowledge.get("input_range", (-math.inf, math.inf))
-        likelier = sharpened(obs, found, rng)
-        return replace(likelier, inputs=likelier.inputs.clamp(*box), bound=None)
+        inputs = sharpened(obs, found, rng).inputs
+        assert inputs is not None  # they were there
+        return replace(found, inputs=inputs.clamp(*box))
 
     def search(self, obs: Observation, rng: torch.Generator) -> Iterator[Candidate]:
         """Every guess as it is made, restart after restart."""

@@ -70,7 +70,7 @@ def compare(
     seconds: float | None = None,
     device: str | None = None,
 ) -> Row:
-    """What the attack makes of the same updates without and with the defence's likelihood; labels as its demo knows them."""
+    """What the attack makes of the same updates without and with the defence's likelihood; labels as in its demo."""
     held: dict[bool, list[Run]] = {False: [], True: []}
     for batch in range(seed, seed + batches):
         for found in _audited(attack, case, defence, batch, seconds, device).runs:
