@@ -37,6 +37,7 @@ bench: $(READY)
 	$(BIN)/unbatch bench tensor
 	$(BIN)/unbatch bench unmix --seconds 300
 	$(BIN)/unbatch bench layers
+	$(BIN)/unbatch bench adaptive
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -230,13 +230,10 @@ class _Plan:
         known = self.exchanges[index][0].knowledge
         return (False, True) if "log_prob" in known and "log_prob" in attack.needs | attack.uses else (False,)
 
-    def seen(self, index: int, adaptive: bool) -> Observation:
-        obs = self.exchanges[index][0]
-        return obs if adaptive else _naive(obs)
-
     def blank(self, index: int, attack: Attack, seed: int, adaptive: bool) -> Run:
         """A run to be filled."""
-        known, taken = set(self.seen(index, adaptive).knowledge), attack.needs | attack.uses
+        known, taken = set(self.exchanges[index][0].knowledge), attack.needs | attack.uses
+        known -= set() if adaptive else {"log_prob"}
         return Run(
             client=index,
             attack=str(attack),
@@ -254,14 +251,14 @@ class _Plan:
     def run(self, run: Run, attack: Attack, watch: Watch) -> Run:
         """One attack on one client, judged. An attack that fails is recorded with its words and stops nothing else."""
         index, seed = run.client, run.seed
-        obs, truth = self.seen(index, run.adaptive), self.exchanges[index][1]
+        obs, truth = self.exchanges[index]
         start = time.monotonic()
         try:
             if isinstance(attack, ActiveAttack):
                 obs, truth = self._planted(index, attack, seed)
-                obs = obs if run.adaptive else _naive(obs)
             with watching(watch):
                 watch.cut_short = False
+                obs = obs if run.adaptive else obs.only(*(set(obs.knowledge) - {"log_prob"}))
                 found = certify(obs, attack(obs, seed=seed))
             if found.inputs is not None and found.labels is not None and not found.layer and _certain(found):
                 self.explained = found.inputs, found.labels
@@ -290,10 +287,6 @@ class _Plan:
             defences=self.defences,
             seed=index,
         )
-
-
-def _naive(obs: Observation) -> Observation:
-    return obs.only(*(set(obs.knowledge) - {"log_prob"}))
 
 
 def _moved(obs: Observation, device: str) -> Observation:
