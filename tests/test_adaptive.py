@@ -18,6 +18,8 @@ from unbatch.observation import Observation
 from unbatch.protocol import Update
 
 WORSE = 0.5  # dB
+ROUNDING = 100.0  # dB: beyond it both are exact, and differ by the rounding of a float32 update
+SECONDS = 4.0  # for an attack that does not end by itself
 CASES = {
     "gradient-matching": "digits:batch=2,activation=gelu,width=60",
     "unmix": "digits:batch=2,activation=gelu,width=60",
@@ -40,9 +42,9 @@ TAKERS = [name for name, kind in Attack.find().items() if "log_prob" in kind.nee
 
 
 def judged(attack: str, defence: str, batches: int) -> None:
-    row = compare(attack, CASES.get(attack, Attack.find(attack).demo.case), [defence], 0, batches)
+    row = compare(attack, CASES.get(attack, Attack.find(attack).demo.case), [defence], 0, batches, SECONDS)
     naive, adaptive = row["naive"], row["adaptive"]
-    assert adaptive["psnr"] >= naive["psnr"] - WORSE, row
+    assert min(adaptive["psnr"], ROUNDING) >= min(naive["psnr"], ROUNDING) - WORSE, row
     assert set(naive["certified"]) <= set(adaptive["certified"]), row
     assert adaptive["least bound over error"] is None or adaptive["least bound over error"] >= 1, row
 
@@ -67,7 +69,7 @@ def test_knowing_the_defence_costs_nothing_over_ten_batches(attack: str, defence
 
 @pytest.mark.parametrize("defence", ["clip:norm=0.1", "prune:share=0.3", "quantise:bits=12"])
 def test_what_the_naive_attack_cannot_read_is_certified(defence: str) -> None:
-    row = compare("unmix", CASES["unmix"], [defence], 0, 1)
+    row = compare("unmix", "photos:batch=2,size=8,activation=gelu,width=60", [defence], 0, 1, SECONDS)
     assert len(row["naive"]["certified"]) == 0
     assert len(row["adaptive"]["certified"]) == 2
     assert row["adaptive"]["psnr"] > 60
