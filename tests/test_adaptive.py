@@ -77,10 +77,10 @@ def test_what_the_naive_attack_cannot_read_is_certified(defence: str) -> None:
 
 def exchange(*defences: str, seed: int = 0, n: int = 3) -> tuple[Observation, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    model = models.build("mlp", (8,), 4, width=40, activation="tanh", rng=rng).double()
-    x = torch.randn(n, 8, generator=rng, dtype=torch.float64)
+    model = models.build("mlp", (8,), 4, width=40, activation="tanh", rng=rng)
+    x = torch.randn(n, 8, generator=rng).double()
     y = torch.randint(4, (n,), generator=rng)
-    return observe(model, F.cross_entropy, x, y, defences=defences, seed=seed)[0], x, y
+    return observe(model, F.cross_entropy, x.float(), y, defences=defences, seed=seed)[0], x, y
 
 
 DRAWN = [
@@ -150,7 +150,7 @@ def test_noise_round_a_clipped_update_is_read_through_the_clip() -> None:
     obs, x, y = exchange("noise:sigma=1e-9", "clip:norm=0.05")
     search = Search(obs, y)
     off = search.flat(search.seen) - search(x.flatten(1)).detach()
-    assert float(off.abs().max()) < 1e-8
+    assert float(off.abs().max()) < 1e-7
     assert search.law.rescales(obs.update)
 
 

@@ -125,8 +125,9 @@ def refine(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generato
     Levenberg-Marquardt with the likelihood's own curvature.
     """
     search, start = Search(obs, labels), inputs.to(obs.device).double().flatten(1)
-    path = levenberg_marquardt(search, start, rng, steps=steps, damping=1e-3, cost_of=search.cost)
-    return list(path)[-1][1].reshape(inputs.shape)
+    path = list(levenberg_marquardt(search, start, rng, steps=steps, damping=1e-3, cost_of=search.cost))
+    best = path[-1][1] if path else start
+    return best.reshape(inputs.shape)
 
 
 def radius(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
