@@ -38,6 +38,7 @@ bench: $(READY)
 	$(BIN)/unbatch bench unmix --seconds 300
 	$(BIN)/unbatch bench layers
 	$(BIN)/unbatch bench bounds
+	$(BIN)/unbatch bench adaptive
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -61,7 +62,8 @@ def audit(
     default to the latest suite, `metrics` and `analyses` to all that apply. Each of `remedies` is tried in a second
     audit with that defence outermost, and summed up beside the first. `budget` is seconds for each run of an
     attack. `sink` is called with the audit after each finished run; `resume` is an earlier audit of the same setting
-    whose finished runs are kept. `watch` hears the progress of each run and can stop it; `announce` hears its name.
+    whose finished runs are kept. An attack that takes a defence's likelihood runs twice where one is known, without it
+    and with it. `watch` hears the progress of each run and can stop it; `announce` hears its name.
     Raises ValueError: unknown plugin or option, or `resume` is of something else.
     """
     plan = _Plan(setting, truth, attacks, defences, metrics, analyses, device)
@@ -74,13 +76,14 @@ def audit(
             _analyse(plan, obs, truth, record)
     for index in range(len(plan.exchanges)):
         for attack in plan.attacks:
-            for seed in seeds:
-                held = kept.get((index, str(attack), seed))
+            for seed, adaptive in itertools.product(seeds, plan.ways(index, attack)):
+                blank = plan.blank(index, attack, seed, adaptive)
+                held = kept.get(blank.key)
                 if held is None and not watch.stop:
                     if announce:
-                        announce(f"{attack}, client {index}, seed {seed}")
+                        announce(f"{blank.title}, client {index}, seed {seed}")
                     watch.deadline = time.monotonic() + budget if budget else float("inf")
-                    held = plan.run(index, attack, seed, watch)
+                    held = plan.run(blank, attack, watch)
                 if held is not None:
                     record.runs.append(held)
                     record.flags = flags(record)
@@ -229,10 +232,16 @@ class _Plan:
             residual=residual,
         )
 
-    def run(self, index: int, attack: Attack, seed: int, watch: Watch) -> Run:
-        """One attack on one client, judged. An attack that fails is recorded with its words and stops nothing else."""
-        obs, truth = self.exchanges[index]
-        run = Run(
+    def ways(self, index: int, attack: Attack) -> tuple[bool, ...]:
+        """Without the defence's likelihood, and with it, where there is one that the attack takes."""
+        known = self.exchanges[index][0].knowledge
+        return (False, True) if "log_prob" in known and "log_prob" in attack.needs | attack.uses else (False,)
+
+    def blank(self, index: int, attack: Attack, seed: int, adaptive: bool) -> Run:
+        """A run to be filled."""
+        known, taken = set(self.exchanges[index][0].knowledge), attack.needs | attack.uses
+        known -= set() if adaptive else {"log_prob"}
+        return Run(
             client=index,
             attack=str(attack),
             family=attack.family,
@@ -241,15 +250,22 @@ class _Plan:
             paper=attack.paper,
             seed=seed,
             status="done",
-            knowledge=sorted((attack.needs | attack.uses) & set(obs.knowledge)),
-            missing=sorted(attack.needs - set(obs.knowledge)),
+            knowledge=sorted(taken & known),
+            missing=sorted(attack.needs - known),
+            adaptive=adaptive,
         )
+
+    def run(self, run: Run, attack: Attack, watch: Watch) -> Run:
+        """One attack on one client, judged. An attack that fails is recorded with its words and stops nothing else."""
+        index, seed = run.client, run.seed
+        obs, truth = self.exchanges[index]
         start = time.monotonic()
         try:
             if isinstance(attack, ActiveAttack):
                 obs, truth = self._planted(index, attack, seed)
             with watching(watch):
                 watch.cut_short = False
+                obs = obs if run.adaptive else obs.only(*(set(obs.knowledge) - {"log_prob"}))
                 found = certify(obs, attack(obs, seed=seed))
             if found.inputs is not None and found.labels is not None and not found.layer and _certain(found):
                 self.explained = found.inputs, found.labels

@@ -38,9 +38,9 @@ def title(metric: str) -> str:
 
 
 def by_attack(audit: Audit) -> dict[str, list[Run]]:
-    """All runs by attack, in the order of the audit."""
-    names = dict.fromkeys([*audit.attacks, *(run.attack for run in audit.runs)])
-    return {name: held for name in names if (held := [run for run in audit.runs if run.attack == name])}
+    """All runs by attack, in the order of the audit; knowing the defence is another attack."""
+    names = dict.fromkeys([*audit.attacks, *(run.title for run in audit.runs)])
+    return {name: held for name in names if (held := [run for run in audit.runs if run.title == name])}
 
 
 def exact(run: Run, example: Example) -> bool:

@@ -39,13 +39,13 @@ def _pairs(audit: Audit) -> Iterable[tuple[Run, Example]]:
 def _exact_claim(audit: Audit) -> Iterable[str]:
     for run, e in _pairs(audit):
         if run.guarantee == "exact" and e.error is not None and e.bound is not None and e.error > max(e.bound, EXACT):
-            yield f"{run.attack} claims example {e.index} of client {run.client} exactly; its error is {e.error:.1e}."
+            yield f"{run.title} claims example {e.index} of client {run.client} exactly; its error is {e.error:.1e}."
 
 
 def _bound_violated(audit: Audit) -> Iterable[str]:
     for run, e in _pairs(audit):
         if e.error is not None and e.bound is not None and e.error > e.bound:
-            yield f"{run.attack}, example {e.index} of client {run.client}: error {e.error:.1e} above bound {e.bound:.1e}."
+            yield f"{run.title}, example {e.index} of client {run.client}: error {e.error:.1e} above bound {e.bound:.1e}."
 
 
 def _heuristic_beats_exact(audit: Audit) -> Iterable[str]:
@@ -64,7 +64,7 @@ def _not_identifiable(audit: Audit) -> Iterable[str]:
     for run in audit.runs:
         worst = max((e.error for e in run.examples if e.error is not None), default=0.0)
         if run.residual is not None and run.residual < SMALL_RESIDUAL and worst > LARGE_ERROR:
-            yield f"{run.attack} on client {run.client} explains the update to {run.residual:.1e} and is {worst:.0%} off."
+            yield f"{run.title} on client {run.client} explains the update to {run.residual:.1e} and is {worst:.0%} off."
 
 
 def _near_chance(audit: Audit) -> Iterable[str]:
@@ -77,7 +77,7 @@ def _near_chance(audit: Audit) -> Iterable[str]:
             if (score := e.scores.get("psnr")) is not None and (chance := e.chance.get("psnr")) is not None
         ]
         if gaps and max(gaps) < NEAR_CHANCE:
-            yield f"{run.attack} on client {run.client} is at best {max(gaps):+.1f} dB from chance."
+            yield f"{run.title} on client {run.client} is at best {max(gaps):+.1f} dB from chance."
 
 
 def _not_reproducible(audit: Audit) -> Iterable[str]:
@@ -95,13 +95,13 @@ def _not_converged(audit: Audit) -> Iterable[str]:
     for run in audit.runs:
         if run.status == "cut short" or run.trace.get("converged") is False:
             why = "was cut short" if run.status == "cut short" else "had not converged"
-            yield f"{run.attack} on client {run.client} {why}."
+            yield f"{run.title} on client {run.client} {why}."
 
 
 def _want_of_labels(audit: Audit) -> Iterable[str]:
     for run in audit.runs:
         if run.status == "not applicable" and run.missing == ["labels"]:
-            yield f"{run.attack} was skipped only because the labels are not known."
+            yield f"{run.title} was skipped only because the labels are not known."
 
 
 def _union(audit: Audit) -> Iterable[str]:

@@ -293,7 +293,7 @@ def harden(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="bounds, layers, matching, metric, tensor or unmix")],
+    name: Annotated[str, typer.Argument(help="adaptive, bounds, layers, matching, metric, tensor or unmix")],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
     seconds: Annotated[
         float | None, typer.Option(min=0, help="For each attack on each problem; default: the benchmark's own.")
@@ -318,12 +318,12 @@ def _summary(record: Audit, folder: Path, quiet: bool) -> None:
             info = record.metrics[metric]
             for (client, index), best in record.worst(metric).items():
                 chance = best and next(e.chance.get(metric) for e in best[1].examples if e.index == index)
-                cells = (best[1].attack, f"{best[0]:.4g} {info.unit}") if best else ("", "not recovered")
+                cells = (best[1].title, f"{best[0]:.4g} {info.unit}") if best else ("", "not recovered")
                 table.add_row(str(client), str(index), *cells, "" if chance is None else f"{chance:.4g} {info.unit}")
             out.print(table)
         for run in record.runs:
             if run.words:
-                out.print(f"{run.attack}, client {run.client}: {run.status}: {run.words}", markup=False)
+                out.print(f"{run.title}, client {run.client}: {run.status}: {run.words}", markup=False)
         for note in record.notes:
             out.print(note, markup=False)
         for flag in record.flags:

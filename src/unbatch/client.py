@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unbatch.case import Setting
 from unbatch.defence import Defence, Round, Step
+from unbatch.likelihood import Likelihood
 from unbatch.loss import Loss
 from unbatch.observation import Knowledge, Observation
 from unbatch.protocol import Protocol, Update
@@ -30,7 +31,7 @@ def observe(
     """Run one honest client's step on the private batch; return what the server sees, and the truth for the judge.
 
     `knowledge` comes on top of what the round itself makes public: input_shape, batch_size, the protocol's numbers and
-    what each defence publishes. Defences are applied in order, the first one outermost.
+    what each defence publishes, its likelihood among it. Defences are applied in order, the first one outermost.
     Raises ValueError: inputs, labels and model do not fit together.
     """
     Setting(model=model, loss=loss, inputs=x, labels=y)  # refuses what does not fit
@@ -48,10 +49,14 @@ def observe(
     public = Knowledge(input_shape=tuple(x.shape[1:]), batch_size=len(x)) | published(protocol)
     for defence in reversed(wrapped):
         public = defence.public(public)
+    seen = {name: tensor.detach().clone() for name, tensor in update.items()}
+    law: Likelihood | None = None
+    for defence in reversed(wrapped):
+        law = defence.likelihood(law, seen)
+    public = public if law is None else public | Knowledge(log_prob=law)
     declared = loss
     for defence in wrapped:
         declared = defence.loss(declared)
-    seen = {name: tensor.detach().clone() for name, tensor in update.items()}
     observation = Observation(model=before, loss=declared, update=seen, knowledge=public | (knowledge or Knowledge()))
     return observation, Truth(inputs=inputs.detach().clone(), labels=labels.clone())
 

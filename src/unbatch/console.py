@@ -55,7 +55,7 @@ def save_pictures(record: Audit, folder: Path) -> int:
         for example in run.examples:
             header, _, data = (example.picture or "").partition(",")
             if header == "data:image/png;base64":
-                attack = "".join(c if c.isalnum() or c in "-=." else "_" for c in run.attack)
+                attack = "".join(c if c.isalnum() or c in "-=." else "_" for c in run.title)
                 name = f"client{run.client}-example{example.index}-{attack}-seed{run.seed}.png"
                 write_atomically(folder / name, base64.b64decode(data))
                 count += 1

@@ -81,7 +81,7 @@ class Curve:
         found = list[Reading]()
         for start in starts:
             found.append(self._reading(pullbacks[0].solve(start(pullbacks[0]).view(shape), tick), pullbacks))
-            likely = box is None or isinstance(start, partial) and start.func is _likeliest
+            likely = box is None or (isinstance(start, partial) and start.func is _likeliest)
             if (found[-1].fits and (likely or found[-1].deficit == 0)) or not tick(0.0):
                 break
         fits = [each for each in found if each.fits]

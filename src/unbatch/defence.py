@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from unbatch.likelihood import Likelihood
 from unbatch.loss import Loss
 from unbatch.observation import Knowledge
 from unbatch.plugin import Plugin
@@ -75,6 +77,31 @@ class Defence(Plugin, ABC):
     def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
         """Log-likelihood of the update as sent given the clean one, up to a constant: the adaptive attack's loss.
 
-        None: it has no tractable likelihood.
+        None: it has no tractable likelihood, or does nothing.
         """
         return None
+
+    def expected(self, clean: Update) -> Update:
+        """What it makes of a clean update without its draws, differentiably: how a law outside of it sees the update."""
+        return clean
+
+    def spread(self, seen: Update) -> Mapping[str, float]:
+        """The standard deviation that its draws and its rounding give each entry of a tensor."""
+        return dict.fromkeys(seen, 0.0)
+
+    def likelihood(self, inner: Likelihood | None, seen: Update) -> Likelihood | None:
+        """How an update with this defence round it depends on the clean one, given how the one within does.
+
+        The law is the outermost one there is, about what the defences within make of a clean update: the draws of those
+        are left out of it, but not of the spread.
+        """
+        within = inner.expected if inner else dict
+        if self.log_prob(seen, seen) is not None:
+            return Likelihood(self.log_prob, within, _both(self.spread, inner.spread) if inner else self.spread)
+        return replace(inner, expected=lambda clean: self.expected(within(clean))) if inner else None
+
+
+def _both(
+    first: Callable[[Update], Mapping[str, float]], second: Callable[[Update], Mapping[str, float]]
+) -> Callable[[Update], dict[str, float]]:
+    return lambda seen: {k: math.hypot(a, second(seen)[k]) for k, a in first(seen).items()}

@@ -26,7 +26,7 @@ def breaches(
         found.append("no attack could run, so nothing is known; a gate does not pass on that.")
     if not audit.complete:
         found.append("the audit was stopped before its end; resume it with --resume.")
-    failed = [run.attack for run in audit.runs if run.status == "failed"]
+    failed = [run.title for run in audit.runs if run.status == "failed"]
     if failed:
         found.append(f"{', '.join(sorted(set(failed)))} failed; what it would have found is not known.")
     if max_recovered is not None and len(audit.recovered()) > max_recovered:

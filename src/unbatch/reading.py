@@ -20,7 +20,7 @@ class Unreadable(ValueError):  # noqa: N818 (a layer that has no way back, named
 
 @dataclass(frozen=True)
 class Start:
-    """What is known of the last link: its output [n, *shape], dL/d(output) and the update below it."""
+    """What is known of the last link: its output [n, *shape], dL/d(output) and the update below it, NaN where it is not."""
 
     output: Tensor
     grad: Tensor

@@ -57,12 +57,18 @@ class Run(_Record):
     up_to: list[str] = []
     knowledge: list[str] = []  # the fields that the attack was handed
     missing: list[str] = []  # the fields it needed and did not have
+    adaptive: bool = False  # it was handed the defence's likelihood; the same attack without it is another run
     examples: list[Example] = []
     trace: dict[str, Any] = {}
 
     @property
+    def title(self) -> str:
+        """The attack as people read it: one that knows the defence says so."""
+        return f"{self.attack}, knowing the defence" if self.adaptive else self.attack
+
+    @property
     def key(self) -> tuple[int, str, int]:
-        return self.client, self.attack, self.seed
+        return self.client, self.title, self.seed
 
     @property
     def finished(self) -> bool:

@@ -151,7 +151,9 @@ class _State:
             own = [rule.gradient_equations(link.module, link.before, part, weight) for part in self.grad]
             if own[0].equations:
                 b = torch.stack([system.b for system in own]).sum(0) - (self.n - 1) * weight.double().flatten()
-                self.extra.append(LinearSystem.summed(own, b))
+                sent = b.isfinite()  # NaN stands for an entry that was not sent
+                system = LinearSystem.summed(own, b)
+                self.extra.append(system if bool(sent.all()) else system.among(sent.nonzero()[:, 0]))
                 if not forward:
                     self.known = [LinearSystem.none(system.unknowns, weight) for system in self.known]
         self.grad, self.hidden = grad, True

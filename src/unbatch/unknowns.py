@@ -11,12 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unbatch.likelihood import Likelihood
 from unbatch.loss import draw_labels, identify
 from unbatch.network import dense_layers, forward
 from unbatch.numerics.label_counts import impulse, label_counts
 from unbatch.numerics.matching import norm_squared
 from unbatch.observation import Knowledge, Observation
 from unbatch.reduction import Reduction, reduce
+from unbatch.restoration import restored
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Unknowns:
     seen: list[Tensor] = field(default_factory=list)
     span: Reduction | None = None  # with it, obs is its exchange
     whole: Unknowns | None = None  # what was reduced
+    law: Likelihood | None = None  # of the update as sent, if it is known
+    roots: list[Tensor] = field(default_factory=list)  # of the law's weights: `seen` and updates are in these units
 
     @classmethod
     def of(cls, obs: Observation, preset: str, dtype: torch.dtype | None = None) -> Unknowns:
@@ -78,17 +82,28 @@ class Unknowns:
         update = {name: tensor.to(dtype) for name, tensor in obs.update.items()}
         moved = replace(obs, model=model, update=update, knowledge=known)
         box = None if unit or "input_range" not in known else 2.0
-        return cls(moved, middle, scale, box, like(labels.to(obs.device), dtype), source, squash, [*update.values()])
+        law, seen = Likelihood.of(known), [*update.values()]
+        roots = [w.sqrt().to(dtype) for w in law.weights(update).values()] if law else []
+        seen = [t * w for t, w in zip(seen, roots, strict=True)] if law else seen
+        fixed = like(labels.to(obs.device), dtype)
+        return cls(moved, middle, scale, box, fixed, source, squash, seen, law=law, roots=roots)
 
     def reduced(self, rng: torch.Generator) -> Unknowns | None:
         """The same problem for inputs in the span of the first layer's update; starts keep their size and their middle."""
-        span = reduce(self.obs, rng)
+        span = reduce(restored(self.obs), rng)
         if span is None:
             return None
+        own = [  # a tensor that was reduced keeps one weight for all
+            w if w.shape == t.shape else w.square().mean().sqrt()
+            for w, t in zip(self.roots, span.obs.update.values(), strict=False)
+        ]
         d, r = math.prod(span.shape), len(span.rows)
         middle = torch.full((d,), float(self.middle)).to(span.rows) @ span.rows.T
         scale, seen = self.scale * (d / r) ** 0.5, [*span.obs.update.values()]
-        return replace(self, obs=span.obs, middle=middle, scale=scale, box=None, seen=seen, span=span, whole=self)
+        seen = [t * w for t, w in zip(seen, own, strict=True)] if own else seen
+        return replace(
+            self, obs=span.obs, middle=middle, scale=scale, box=None, seen=seen, span=span, whole=self, roots=own
+        )
 
     @property
     def in_span(self) -> bool:
@@ -105,6 +120,15 @@ class Unknowns:
     def size(self) -> Tensor:
         """|update|^2."""
         return norm_squared(self.seen)
+
+    @cached_property
+    def drawn(self) -> float:
+        """The share of |update|^2 that the defence's draws make, as far as its law is known."""
+        if self.law is None:
+            return 0.0
+        spread = self.law.spread((self.whole or self).obs.update)
+        pairs = zip(self.seen, self.roots, spread.values(), strict=True)
+        return sum(float((w.square().expand_as(t)).sum()) * s**2 for t, w, s in pairs) / float(self.size)
 
     def start(self, rng: torch.Generator, spread: float) -> Tensor:
         """Normal noise of that spread."""
@@ -134,7 +158,11 @@ class Unknowns:
         return free.softmax(1) if self.squash == "softmax" else free.sigmoid() if self.squash == "sigmoid" else free
 
     def update(self, point: Tensor, *, create_graph: bool = True) -> list[Tensor]:
-        return list(self.obs.simulate(self.inputs(point), self.targets(point), create_graph=create_graph).values())
+        """In the units of `seen`, and as the defence is expected to leave it."""
+        found = self.obs.simulate(self.inputs(point), self.targets(point), create_graph=create_graph)
+        if self.law is None:
+            return list(found.values())
+        return [t * w for t, w in zip(self.law.expected(found).values(), self.roots, strict=True)]
 
     def clean(self, point: Tensor) -> list[Tensor]:
         return self.update(point, create_graph=False)

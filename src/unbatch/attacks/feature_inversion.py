@@ -38,7 +38,7 @@ class FeatureInversion(Attack):
     paper: ClassVar[str] = "Mahendran, Vedaldi, CVPR 2015, on the features of unmix"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"labels", "noise", "input_range", "domain", "log_prob", "buffers"}) | PROTOCOL_FIELDS
+        frozenset({"labels", "noise", "input_range", "domain", "buffers"}) | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="photos:batch=2,model=convnet,width=32,activation=gelu",

@@ -18,10 +18,12 @@ from unbatch.numerics.least_squares import levenberg_marquardt, resized
 from unbatch.numerics.softening import Softened, kinked
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
+from unbatch.restoration import sharpened
 from unbatch.unknowns import Candidate, Unknowns, like
 
 EVALUATIONS = {"default": 4000, "dlg": 6000, "inverting-gradients": 4800}  # of a restart; the papers' own
 EXPLAINED = 1e-4  # share of |update|^2 left from which on the match alone decides between candidates
+DRAWN = 0.1  # the same at most, where noise is known to make it
 GENTLE = (10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)
 SHARPNESS = (2.0, 30.0, 100.0, 300.0, math.inf, 1000.0, math.inf)
 STARTS = 16  # in the span of the first layer's update, where one takes about a second
@@ -46,7 +48,7 @@ class GradientMatching(Attack):
     paper: ClassVar[str] = "Zhu, Liu, Han, NeurIPS 2019 (dlg); Geiping et al., NeurIPS 2020 (inverting-gradients)"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "batch_size"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"labels", "input_range", "domain", "buffers", "clients"}) | PROTOCOL_FIELDS
+        frozenset({"labels", "input_range", "domain", "buffers", "clients", "log_prob"}) | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="digits:batch=2,activation=gelu,width=100", floors={"psnr": 60.0}, knows=("labels",)
@@ -89,7 +91,7 @@ class GradientMatching(Attack):
         assert best is not None  # every search yields its start
         problem = Unknowns.of(obs, self.preset)
         residual = obs.residual(best.inputs, like(best.labels, problem.seen[0].dtype))
-        return Reconstruction(
+        found = Reconstruction(
             inputs=best.inputs,
             labels=None if best.fresh else problem.answer(best.labels),
             trace={
@@ -99,11 +101,17 @@ class GradientMatching(Attack):
                 "loss": history[:: -(-len(history) // 200)],
                 "restarts": list(finals.values()),
                 "seconds": [end - start for start, end in zip([0.0, *ends.values()], ends.values(), strict=False)],
-                "converged": residual**2 < SOLVED,
+                "converged": (best.loss if problem.law else residual**2) < _solved(problem),
                 "residual": residual,
                 "labels": problem.source,
             },
         )
+        if best.phase == "signed Adam" or problem.source == "optimised":  # its prior counts for more than the match
+            return found
+        box = obs.knowledge.get("input_range", (-math.inf, math.inf))
+        inputs = sharpened(obs, found, rng).inputs
+        assert inputs is not None  # they were there
+        return replace(found, inputs=inputs.clamp(*box))
 
     def search(self, obs: Observation, rng: torch.Generator) -> Iterator[Candidate]:
         """Every guess as it is made, restart after restart."""
@@ -139,10 +147,11 @@ class GradientMatching(Attack):
         yield fine.candidate(self._score(fine, start), start, start, "start")
         bent = kinked(fine.clean, start, rng, reach=0.1)
         inside = fine.reduced(rng)
-        if inside is not None and (yield from self._in_span(inside, rng, bent)) < EXPLAINED:
+        enough = _explained(fine)
+        if inside is not None and (yield from self._in_span(inside, rng, bent)) < enough:
             return
         ladder = [(fine, sharpness) for sharpness in SHARPNESS] if bent else [(rough, math.inf), (fine, math.inf)]
-        if (yield from self._squares(ladder, start, start, rng, patience=0)) < EXPLAINED:
+        if (yield from self._squares(ladder, start, start, rng, patience=0)) < enough:
             return
         point = yield from self._adam(rough, start, soften=bent)
         yield from self._squares(ladder, point, start, rng, patience=1)
@@ -155,7 +164,7 @@ class GradientMatching(Attack):
             rungs = (SHARPNESS, GENTLE)[number % 2] if bent else (math.inf,)
             score = yield from self._squares([(problem, b) for b in rungs], start, start, rng, patience=len(rungs))
             best = min(best, score)
-            if best < SOLVED:
+            if best < _solved(problem):
                 break
         return best
 
@@ -192,7 +201,7 @@ class GradientMatching(Attack):
                     point, candidate = moved, problem.candidate(self._score(problem, moved), moved, start, phase)
                     best = min(best, candidate.loss)
                 yield candidate
-            if (best < SOLVED and problem is last) or (rung >= patience and best > entry / 4):
+            if (best < _solved(problem) and problem is last) or (rung >= patience and best > entry / 4):
                 break
         return best
 
@@ -219,13 +228,23 @@ class GradientMatching(Attack):
         return found + self.tv * matching.total_variation(problem.pictures(point)) if problem.image else found
 
     def _score(self, problem: Unknowns, point: Tensor) -> float:
-        """Share of |update|^2 left; above EXPLAINED, where it can be lowered by noise, cosine distance and variation."""
+        """Share of |update|^2 left; above what explains it, where noise can lower it, cosine distance and variation."""
         found = problem.clean(point)
         rest = float(matching.squared_difference(found, problem.seen) / problem.size)
-        if rest < EXPLAINED or problem.in_span or not problem.image:
+        enough = _explained(problem)
+        if rest < enough or problem.in_span or not problem.image:
             return rest
         penalty = matching.cosine_distance(found, problem.seen)
-        return EXPLAINED + float(penalty + self.tv * matching.total_variation(problem.pictures(point)))
+        return enough + float(penalty + self.tv * matching.total_variation(problem.pictures(point)))
+
+
+def _explained(problem: Unknowns) -> float:
+    """The share left from which on the match alone decides: half more than what is drawn, where that is known and small."""
+    return max(EXPLAINED, min(1.5 * problem.drawn, DRAWN))
+
+
+def _solved(problem: Unknowns) -> float:
+    return max(SOLVED, min(1.1 * problem.drawn, DRAWN))
 
 
 def _flat(update: list[Tensor]) -> Tensor:

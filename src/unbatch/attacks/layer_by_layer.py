@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -16,11 +16,13 @@ from torch import Tensor
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.chain import follow
 from unbatch.first_dense import FirstDense
+from unbatch.likelihood import Likelihood
 from unbatch.numerics.matching import cosine_distance, signed_adam, total_variation
 from unbatch.numerics.smoothest import smoothest
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
 from unbatch.reading import Reading, Start, Unreadable
+from unbatch.restoration import restored, sharpened, unseen
 from unbatch.trunk import read
 
 Method = Literal["auto", "copa", "hybrid", "r-gap", "r-conv"]
@@ -55,7 +57,7 @@ class LayerByLayer(Attack):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"batch_size", "labels", "noise", "input_range", "domain", "buffers"}) | PROTOCOL_FIELDS
+        frozenset({"batch_size", "labels", "noise", "input_range", "domain", "buffers", "log_prob"}) | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="photos:size=16,model=cnn2-c1,double=true", floors={"l2-error": 1e-9, "psnr": 200.0}
@@ -76,13 +78,24 @@ class LayerByLayer(Attack):
         if obs.protocol.steps(n):
             return "the update is of local steps, which mix the gradients of several weights."
         try:
-            return FirstDense(obs).obstacle()
+            return FirstDense(restored(obs, lowest=n == 1)).obstacle()
         except ValueError as error:
             return str(error)
 
     def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+        law, hidden = Likelihood.of(obs.knowledge), unseen(obs)
+        if law is None:
+            return self._backward(obs, rng, hidden)
+        found = self._backward(restored(obs, lowest=obs.knowledge.get("batch_size", 1) == 1), rng, hidden)
+        if any(law.spread(obs.update).values()) or any(bool(h.any()) for h in hidden.values()):
+            found = replace(found, bound=torch.full((len(found),), torch.inf, dtype=torch.float64))
+        return sharpened(obs, found, rng)
+
+    def _backward(self, obs: Observation, rng: torch.Generator, hidden: Mapping[str, Tensor]) -> Reconstruction:
         first, trace = FirstDense(obs), dict[str, Any](method=self.method)
         update = {name: tensor.double() for name, tensor in obs.update.items()}
+        own = {first.dense.weight, first.dense.bias}  # which is filled
+        update = {k: t if k in own else torch.where(hidden[k], torch.nan, t) for k, t in update.items()}
         errors = {name: _error(tensor, float(obs.knowledge.get("noise", 0.0))) for name, tensor in obs.update.items()}
         readings: list[Reading] = []
         label: Tensor | None = None

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, final
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.domain import Images
 from unbatch.likeliest import certified, refined
+from unbatch.likelihood import Likelihood
 from unbatch.loss import LossForm, identify
-from unbatch.network import Dense, dense_layers, forward, in_mode
+from unbatch.network import Dense, dense_layers, forward
 from unbatch.numerics.certificate import radius
 from unbatch.numerics.descent import Descent, beginning
 from unbatch.numerics.ica import edges, fast_ica, group_ica, whiten
@@ -26,6 +26,8 @@ from unbatch.numerics.span import Span, leading_span, rounding_noise
 from unbatch.numerics.unmix import Start, unmix
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
+from unbatch.restoration import restored, sharpened, unseen
+from unbatch.tail import Rounding, Tail
 
 DUPLICATES = 2  # copies beyond the rank that are looked for, where nothing fits without
 ARITHMETIC = 8 * torch.finfo(torch.float64).eps  # what reading A adds to its error
@@ -55,7 +57,7 @@ class Unmix(Attack):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"labels", "noise", "input_range", "domain", "log_prob", "buffers"}) | PROTOCOL_FIELDS
+        frozenset({"batch_size", "labels", "noise", "input_range", "domain", "log_prob", "buffers"}) | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="photos:batch=8,activation=gelu,width=200", floors={"l2-error": 1e-4, "label-accuracy": 1.0}
@@ -69,6 +71,7 @@ class Unmix(Attack):
     ] = False
 
     def obstacle(self, obs: Observation) -> str | None:
+        obs = restored(obs)
         if obs.protocol.steps(obs.knowledge.get("batch_size", 1)):
             return "the update is of local steps, which mix the gradients of several weights."
         layer = _layer(obs)
@@ -97,6 +100,23 @@ class Unmix(Attack):
         return None
 
     def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+        law, n = Likelihood.of(obs.knowledge), obs.knowledge.get("batch_size")
+        if law is None:
+            return self._read(obs, rng)
+        nothing = torch.zeros(0, *obs.knowledge.input_shape)
+        found, layer = Reconstruction(inputs=nothing, bound=nothing.new_zeros(0)), _layer(obs)
+        reads = isinstance(layer, Dense) and layer.feeds is not None  # the network's own inputs
+        if not (reads and law.rescales(obs.update)):
+            found = self._read(restored(obs), rng)
+            if any(bool(hidden.any()) for hidden in unseen(obs).values()):  # filling is not in these bounds
+                found = replace(found, bound=torch.full((len(found),), torch.inf, dtype=torch.float64))
+            found = sharpened(obs, found, rng)
+        if n is not None and len(found) < n and reads and tick(0.0):  # all at once, by the likelihood
+            search = Attack.parse("gradient-matching")
+            found = _longer(found, sharpened(obs, search.run(obs.only(*search.needs, *search.uses), rng), rng))
+        return found if self.partial else certified(found)
+
+    def _read(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         layer, form = _layer(obs), _form(obs)
         assert isinstance(layer, Dense)  # obstacle() has looked
         assert form is not None
@@ -148,6 +168,12 @@ class Unmix(Attack):
         answer = Reconstruction(inputs=shaped, labels=targets, bound=bound * stretch.clamp_min(1.0), trace=trace)
         answer = refined(obs, answer, rng) if mixture.classes and len(shaped) == size else answer
         return answer if self.partial else certified(answer)
+
+
+def _longer(first: Reconstruction, second: Reconstruction) -> Reconstruction:
+    """The one with more certified examples."""
+    counts = [0 if found.bound is None else int(found.bound.isfinite().sum()) for found in (first, second)]
+    return second if counts[1] > counts[0] else first
 
 
 def _layer(obs: Observation) -> Dense | str:
@@ -205,106 +231,6 @@ def _mixture(obs: Observation, layer: Dense, form: LossForm, span: Span, size: i
         basis=torch.eye(len(P)).to(P),
         outside=span.beyond + ARITHMETIC * float(span.values[0]),
     )
-
-
-class Rounding:
-    """What the client's precision changes in the deltas [f, m] of examples with coordinates z [f, n]."""
-
-    def __init__(self, obs: Observation, layer: Dense, form: LossForm, rows: Tensor, n: int) -> None:
-        parameters = dict(obs.model.named_parameters(remove_duplicate=False))
-        self.rows, self.own = rows, parameters[layer.weight].dtype
-        self.W = parameters[layer.weight].detach()
-        self.b = parameters[layer.bias].detach() if layer.bias else None
-        self.tails = [Tail(obs, layer, form, n, dtype) for dtype in (self.own, torch.float64)]
-
-    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
-        x = (z @ self.rows)[:, : self.W.shape[1]].to(self.own)  # what such a client would hold
-        found = []
-        for tail, dtype in zip(self.tails, (self.own, torch.float64), strict=True):
-            b = None if self.b is None else self.b.to(dtype)
-            found.append(tail(torch.nn.functional.linear(x.to(dtype), self.W.to(dtype), b), y).double())
-        return found[0] - found[1]
-
-
-class Tail(TorchFunctionMode):
-    """The model above a dense layer: deltas(preactivations [g, m], labels) = dL/d(preactivations) in a batch of n.
-
-    The label y + c classes is that of an example that occurs c + 1 times.
-    """
-
-    def __init__(
-        self, obs: Observation, layer: Dense, form: LossForm, n: int, dtype: torch.dtype = torch.float64
-    ) -> None:
-        super().__init__()
-        self.obs, self.form, self.n, self.weight = obs, form, n, layer.weight
-        tensors = (
-            dict(obs.model.named_parameters())
-            | dict(obs.model.named_buffers())
-            | dict(obs.knowledge.get("buffers", {}))
-        )
-        kinds = {k: dtype if t.is_floating_point() else t.dtype for k, t in tensors.items()}
-        self.state = {k: t.detach().to(kinds[k], copy=True) for k, t in tensors.items()}  # batch norm writes into them
-        self.m = len(self.state[layer.weight])
-        self.shape: tuple[int, ...] = obs.knowledge.input_shape
-        self.before: Tensor | None = None
-        probe = self.outputs(torch.zeros(2, self.m, dtype=dtype, device=obs.device))
-        self.targets = probe[0].numel()
-        self.output = tuple(probe.shape[1:])
-        binary = form.name == "binary-cross-entropy" and self.targets == 1
-        self.classes = self.targets if form.classes else 2 if binary else 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is torch.nn.functional.linear:
-            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
-            if given["weight"] is self.state[self.weight]:
-                assert self.before is not None
-                return self.before + 0  # an activation may write in place
-        return func(*args, **(kwargs or {}))
-
-    def outputs(self, before: Tensor, inputs: float = 0.0, *, mode: str | None = None) -> Tensor:
-        """The model's outputs [g, ...] where the layer gives `before`; the network's own inputs are then of no account."""
-        self.before = before
-        x = torch.full((1, *self.shape), inputs, dtype=before.dtype, device=before.device)
-        x = x.expand(len(before), *self.shape)
-        with in_mode(self.obs.model, "train" if (mode or self.obs.protocol.mode) == "train" else "eval"), self:
-            found: Tensor = functional_call(self.obs.model, self.state, (x,))
-        return found
-
-    def __call__(self, before: Tensor, y: Tensor) -> Tensor:
-        live = before if before.requires_grad else before.detach().requires_grad_()
-        with torch.enable_grad():
-            share = len(before) / self.n if self.form.reduction == "mean" else 1.0
-            label = y % self.classes if self.classes else y
-            value = self.obs.loss(self.outputs(live), self._target(label)) * share
-            (delta,) = torch.autograd.grad(value, live, create_graph=before.requires_grad)
-        return delta * (y // self.classes + 1)[:, None] if self.classes else delta
-
-    def _target(self, y: Tensor) -> Tensor:
-        return y if self.form.classes else y.to(self.state[self.weight].dtype).reshape(-1, *self.output)
-
-    def obstacle(self) -> str | None:
-        """Why the deltas of an example are not its own function of the layer's output, in words."""
-        rng = torch.Generator().manual_seed(0)
-        before = torch.randn(4, self.m, generator=rng, dtype=torch.float64).to(self.obs.device)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            whole, again = self.outputs(before), self.outputs(before)
-            if not torch.allclose(whole, again):
-                return "the model is random in the client's mode (dropout), so deltas cannot be computed again."
-            alone = torch.cat([self.outputs(before[:1].expand(2, -1))[:1], self.outputs(before[1:2].expand(2, -1))[:1]])
-            if not torch.allclose(whole[:2], alone, rtol=1e-6, atol=1e-9):
-                return "examples interact above the layer (batch norm in train mode): none has an equation of its own."
-            if not torch.allclose(whole, self.outputs(before, 1.0), rtol=1e-6, atol=1e-9):
-                return (
-                    "the input also bypasses the first dense layer, so its deltas depend on more than its own output."
-                )
-            line = self.outputs(torch.stack([before[0], before[1], (before[0] + before[1]) / 2]))
-        if torch.allclose(line[2], (line[0] + line[1]) / 2, rtol=1e-9, atol=1e-12):
-            return (
-                "everything above the layer is linear, so its gradient leaks the span of the inputs and nothing more."
-            )
-        return None
 
 
 class Counted:

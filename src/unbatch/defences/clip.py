@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, ClassVar, final
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from unbatch.defence import Defence, Round, Step
+from unbatch.likelihood import Likelihood
 from unbatch.observation import Knowledge
 from unbatch.protocol import Update
 
@@ -37,3 +41,28 @@ class Clip(Defence):
     def public(self, known: Knowledge) -> Knowledge:
         """Noise within is shortened with the update, by a factor that the server does not see."""
         return known if self.norm is None else known.only(*(set(known) - {"noise"}))
+
+    def expected(self, clean: Update) -> Update:
+        if self.norm is None:
+            return clean
+        size = torch.stack([u.square().sum() for u in clean.values()]).sum().sqrt()
+        factor = torch.where(size > self.norm, self.norm / size.clamp_min(torch.finfo(size.dtype).tiny), 1.0)
+        return {name: u * factor for name, u in clean.items()}
+
+    def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
+        """-|seen - clipped clean|^2 / 2: the limit of small Gaussian noise, in its own unit. None without a norm."""
+        return None if self.norm is None else _squares(seen, self.expected(clean))
+
+    def likelihood(self, inner: Likelihood | None, seen: Update) -> Likelihood | None:
+        """The factor is the clean update's own, so it belongs to what is expected; of noise within, which it shortens as
+        well, no law is known."""
+        if self.norm is None:
+            return inner
+        if inner is not None and any(inner.spread(seen).values()):
+            return None
+        within = inner or Likelihood(_squares)
+        return replace(within, expected=lambda clean: self.expected(within.expected(clean)))
+
+
+def _squares(seen: Update, clean: Update) -> Tensor:
+    return -torch.stack([(seen[name] - u).double().square().sum() for name, u in clean.items()]).sum() / 2

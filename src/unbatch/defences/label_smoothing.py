@@ -18,6 +18,7 @@ from unbatch.protocol import Update
 class LabelSmoothing(Defence):
     """L(o, y) -> (1 - epsilon) L(o, y) + (epsilon / K) sum_k L(o, k), over the K classes (or the bits 0 and 1).
 
+    The loss is declared, so attacks compute with it, and there is no likelihood of its own.
     For cross entropy and binary cross entropy this is training on smoothed targets.
     Raises ValueError: labels that are neither classes nor bits.
     """

@@ -16,6 +16,7 @@ from unbatch.protocol import Protocol, Update
 class LocalSteps(Defence):
     """u = w_K - w_0 after K local steps (federated averaging) in place of one gradient; the numbers are public.
 
+    Nothing is drawn, so it has no likelihood: attacks that know the numbers unroll the steps.
     Replaces what the round says of local training; weight decay and the mode of batch norm stay the round's.
     """
 

@@ -19,6 +19,7 @@ class Mixup(Defence):
     """x_i -> l x_i + (1 - l) x_j and L -> l L(o, y_i) + (1 - l) L(o, y_j): j = pi(i) a random permutation of the
     batch, l ~ Beta(alpha, alpha), both drawn once a round.
 
+    It has no likelihood: the server sees neither the pairs nor the blend.
     Raises ValueError: inputs are tokens, which cannot be blended.
     """
 

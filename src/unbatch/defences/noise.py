@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, final
 
 import torch
@@ -55,6 +56,12 @@ class Noise(Defence):
         s = self._deviation(clean)
         off = torch.stack([(seen[name] - u).double().square().sum() for name, u in clean.items()]).sum()
         return -off / (2 * s.square()) - sum(u.numel() for u in clean.values()) * s.log()
+
+    def spread(self, seen: Update) -> Mapping[str, float]:
+        """A relative sigma is a share of the clean update, and |seen|^2 is 1 + sigma^2 times that of the clean one."""
+        return dict.fromkeys(
+            seen, float(self._deviation(seen)) / (math.hypot(1.0, self.sigma) if self.relative else 1.0)
+        )
 
     def _deviation(self, clean: Update) -> Tensor:
         square = torch.stack([u.double().square().sum() for u in clean.values()]).sum()

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unbatch.defence import Defence, Round, Step
+from unbatch.defence import Defence, Step
 from unbatch.protocol import Update
 
 
@@ -22,23 +22,27 @@ class Prune(Defence):
     share: Annotated[float, Field(ge=0, lt=1, description="of the entries dropped")] = 0.9
 
     def wrap(self, step: Step) -> Step:
-        def pruned(round_: Round) -> Update:
-            update = step(round_)
-            sizes = torch.cat([u.detach().abs().flatten() for u in update.values()])
-            dropped = int(self.share * len(sizes))
-            if not dropped:
-                return update
-            keep = torch.ones_like(sizes, dtype=torch.bool)
-            keep[sizes.argsort(stable=True)[:dropped]] = False
-            masks = torch.split(keep, [u.numel() for u in update.values()])
-            return {
-                name: torch.where(mask.view_as(u), u, torch.zeros_like(u))
-                for (name, u), mask in zip(update.items(), masks, strict=True)
-            }
+        return lambda round_: self.expected(step(round_))
 
-        return pruned
+    def expected(self, clean: Update) -> Update:
+        sizes = torch.cat([u.detach().abs().flatten() for u in clean.values()])
+        dropped = int(self.share * len(sizes))
+        if not dropped:
+            return clean
+        keep = torch.ones_like(sizes, dtype=torch.bool)
+        keep[sizes.argsort(stable=True)[:dropped]] = False
+        masks = torch.split(keep, [u.numel() for u in clean.values()])
+        return {
+            name: torch.where(mask.view_as(u), u, torch.zeros_like(u))
+            for (name, u), mask in zip(clean.items(), masks, strict=True)
+        }
 
     def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
-        """-|seen - clean|^2 / 2 over the entries that were kept: the limit of small Gaussian noise, in its own unit."""
+        """-|seen - clean|^2 / 2 over the entries that were kept: the limit of small Gaussian noise, in its own unit.
+
+        None where nothing is dropped.
+        """
+        if not self.share:
+            return None
         off = [((seen[name] - u) * (seen[name] != 0)).double().square().sum() for name, u in clean.items()]
         return -torch.stack(off).sum() / 2

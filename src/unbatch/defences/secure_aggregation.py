@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from unbatch.defence import Defence, Round, Step
+from unbatch.likelihood import Likelihood
 from unbatch.observation import Knowledge
 from unbatch.protocol import Update
 
@@ -51,3 +52,7 @@ class SecureAggregation(Defence):
         if "privacy" in known and self.clients > 1:  # dp-sgd within divides by each share's size; around, it is told
             return summed.only(*(set(summed) - {"noise"}))
         return summed | Knowledge(noise=known.noise * math.sqrt(self.clients))  # every client added its own
+
+    def likelihood(self, inner: Likelihood | None, seen: Update) -> Likelihood | None:
+        """A law of one client's update says nothing tractable of the sum of several."""
+        return inner if self.clients == 1 else None

@@ -20,6 +20,16 @@ class Residual(Protocol):
     def __call__(self, point: Tensor, /, *, create_graph: bool = False) -> Tensor: ...
 
 
+Cost = Callable[
+    [Tensor], tuple[float, Tensor, Tensor]
+]  # r [e] -> its cost, half the cost's derivative, and curvature [e]
+
+
+def squares(r: Tensor) -> tuple[float, Tensor, Tensor]:
+    """|r|^2."""
+    return float(r @ r), r, torch.ones_like(r)
+
+
 def levenberg_marquardt(
     residual: Residual,
     start: Tensor,  # [n, p] float64: row i is example i's unknowns
@@ -31,6 +41,7 @@ def levenberg_marquardt(
     tolerance: float = 0.1,
     gain: float = 1e-3,
     surrogate: Residual | None = None,
+    cost_of: Cost = squares,
 ) -> Iterator[tuple[float, Tensor]]:
     """Minimise |r(x)|^2: solve (J^T J + damping s I) d = -J^T r, take d if it helps; yields (|r|^2, x) at every product.
 
@@ -40,32 +51,34 @@ def levenberg_marquardt(
     solve ends at a relative residual of `tolerance` in the preconditioner's norm; the search ends after `steps` solves,
     two steps in a row that help by less than the share `gain`, or where no damping helps.
 
+    `cost_of` puts another convex sum over the entries of r in the place of |r|^2: J^T D J with its curvature D is then the
+    generalised Gauss-Newton matrix (Schraudolph, Neural Computation 2002).
+
     With `surrogate` J is its Jacobian instead: a smooth neighbour of residuals that jump. |r| is still what falls, so a
     solution r = 0 stays one.
     """
     x = start.detach().clone()
-    system: _System | None = None
-    gram = downhill = x
+    system: System | None = None
+    gram = downhill = bend = x
     cost = math.inf
     stalled = taken = 0
     for _ in range(steps):
         if system is None:
-            system = _System(surrogate or residual, x)
+            system = System(surrogate or residual, x)
+            cost, slope, bend = cost_of(residual(x).detach() if surrogate else system.r)
             if taken % 3 == 0:
-                gram = example_gram(system.push, x, system.r.numel(), rng)
-            now = residual(x).detach() if surrogate else system.r
-            downhill, cost = -system.pull(now), float(now @ now)
+                gram = example_gram(system.push, x, system.r.numel(), rng, bend)
+            downhill = -system.pull(slope)
         scale = float(gram.diagonal().mean())
         if not scale > 0 or damping > 1e8:
             return
         shift = damping * scale
         solve = torch.linalg.inv(gram + shift * torch.eye(len(x), dtype=x.dtype, device=x.device))
         moved = x
-        for move in conjugate_gradients(partial(system.damped, shift), downhill, solve.matmul, inner, tolerance):
+        for move in conjugate_gradients(partial(system.damped, shift, bend), downhill, solve.matmul, inner, tolerance):
             moved = x + move
             yield cost, x
-        r = residual(moved).detach()
-        new = float(r @ r)
+        new = cost_of(residual(moved).detach())[0]
         if not new < cost:
             damping *= 4
             continue
@@ -76,7 +89,7 @@ def levenberg_marquardt(
             return
 
 
-class _System:
+class System:
     """The residuals at a point and the products with their Jacobian J there."""
 
     def __init__(self, residual: Residual, x: Tensor) -> None:
@@ -96,8 +109,9 @@ class _System:
         (product,) = torch.autograd.grad(self.graph, self.x, u, retain_graph=True)
         return product
 
-    def damped(self, shift: float, v: Tensor) -> Tensor:
-        return self.pull(self.push(v)) + shift * v
+    def damped(self, shift: float, bend: Tensor, v: Tensor) -> Tensor:
+        """(J^T D J + shift) v, D the diagonal `bend`."""
+        return self.pull(bend * self.push(v)) + shift * v
 
 
 def conjugate_gradients(apply: Apply, b: Tensor, precondition: Apply, steps: int, tolerance: float) -> Iterator[Tensor]:
@@ -137,8 +151,11 @@ def resized(residual: Residual, x: Tensor) -> Tensor:
     return x
 
 
-def example_gram(push: Apply, x: Tensor, entries: int, rng: torch.Generator) -> Tensor:
-    """G_ij = <J (e_i u^T), J (e_j u^T)> [n, n] at a random unit vector u; its mean diagonal times I where too large."""
+def example_gram(push: Apply, x: Tensor, entries: int, rng: torch.Generator, weight: Tensor | None = None) -> Tensor:
+    """G_ij = <J (e_i u^T), J (e_j u^T)> [n, n] at a random unit vector u; its mean diagonal times I where too large.
+
+    `weight` [e] weighs the entries.
+    """
     n = len(x)
     u = torch.randn(x.shape[1:], generator=rng, dtype=torch.float64).to(x)
     u /= u.norm()
@@ -149,5 +166,6 @@ def example_gram(push: Apply, x: Tensor, entries: int, rng: torch.Generator) -> 
         direction[i] = u
         rows.append(push(direction).float())
     influence = torch.stack(rows)  # [n, e]
+    influence = influence if weight is None else influence * weight.sqrt().float()
     gram = (influence @ influence.T).to(x)
     return gram if whole else gram[0, 0] * torch.eye(n, dtype=x.dtype, device=x.device)

@@ -137,6 +137,14 @@ class LinearSystem:
             self.alike,
         )
 
+    def among(self, which: Tensor) -> LinearSystem:
+        """The equations of those numbers only."""
+
+        def pull(u: Tensor) -> Tensor:
+            return self.pull(u.new_zeros(len(u), self.equations).index_copy_(1, which, u))
+
+        return LinearSystem(lambda v: self.push(v)[:, which], pull, self.b[which], self.unknowns)
+
     def through(self, f: LinearSystem) -> LinearSystem:
         """The equations on y = F x + c as equations on x; `f` holds y to 0: F x = -c. Raises ValueError: y does not fit."""
         if self.unknowns != f.equations:

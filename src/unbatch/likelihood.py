@@ -1,0 +1,178 @@
+"""Likelihood: how the update as sent depends on the clean one, and the inputs that make what was seen likeliest."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from unbatch.numerics.least_squares import System, conjugate_gradients, example_gram, levenberg_marquardt
+from unbatch.observation import Knowledge, Observation
+from unbatch.protocol import Update
+
+DRAWS = 4  # of the update's error, which show how far it moves the inputs
+SIGMAS = 6.0  # of them, as in `numerics.certificate`
+ROUNDINGS = 4  # relative error of a sum over a batch, in units of rounding
+ARITHMETIC = 100  # the same of computing an update again in float64, whose convolutions are sums of many terms
+LARGEST = 0.05  # relative radius beyond which nothing is claimed: first order is then no proof of anything
+LOST = 0.05  # share of a random direction that the seen entries may fail to give back
+EXPLAINED = 2.0  # times the error's own size that may be left unexplained
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """log p(seen | clean), what `Knowledge.log_prob` holds for an attacker who knows the defences.
+
+    One defence's own law, of what those within it `expected`ly make of a clean update. A plain function of (seen, clean)
+    serves as well: it expects the clean update itself, and says nothing of the spread.
+    """
+
+    log_prob: Callable[[Update, Update], Tensor | None]
+    expected: Callable[[Update], Update] = dict
+    spread: Callable[[Update], Mapping[str, float]] = lambda seen: dict.fromkeys(seen, 0.0)
+
+    def __call__(self, seen: Update, clean: Update) -> Tensor:
+        found = self.log_prob(seen, self.expected(clean))
+        assert found is not None  # the client asks once before it makes one known
+        return found
+
+    @classmethod
+    def of(cls, knowledge: Knowledge) -> Likelihood | None:
+        """The likelihood that is known, if one is."""
+        known = knowledge.get("log_prob")
+        return known if known is None or isinstance(known, cls) else cls(known)
+
+    def rescales(self, seen: Update) -> bool:
+        """Whether a clean update may be any multiple of what was seen: it was clipped."""
+        twice = self.expected({name: 2 * tensor for name, tensor in seen.items()})
+        return any(not torch.allclose(twice[name], 2 * tensor, rtol=0.1) for name, tensor in seen.items())
+
+    def slope(self, seen: Update, at: Update) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """2 (log p(seen | seen) - log p(seen | at)) [], and the derivative and curvature of -log p(seen | .) at `at`.
+
+        `at` is what is expected, not the clean update. The curvature is the diagonal alone, measured along random signs;
+        what is concave up is taken as flat.
+        """
+        seen = {name: tensor.double() for name, tensor in seen.items()}
+        names = list(seen)
+        point = [at[name].detach().double().requires_grad_() for name in names]
+        rng = torch.Generator().manual_seed(0)
+        signs = [(torch.rand(t.shape, generator=rng) < 0.5).to(t) * 2 - 1 for t in point]
+        with torch.enable_grad():
+            value, best = self.log_prob(seen, dict(zip(names, point, strict=True))), self.log_prob(seen, seen)
+            assert value is not None
+            assert best is not None
+            first = torch.autograd.grad(value, point, create_graph=True, materialize_grads=True)
+            along = torch.stack([(g * s).sum() for g, s in zip(first, signs, strict=True)]).sum()
+            second = (
+                torch.autograd.grad(along, point, materialize_grads=True)
+                if along.requires_grad
+                else [torch.zeros_like(t) for t in point]
+            )
+        bend = [(-h * s).clamp_min(0) for h, s in zip(second, signs, strict=True)]
+        gap = 2 * (best - value).detach()
+        return gap, {k: -g.detach() for k, g in zip(names, first, strict=True)}, dict(zip(names, bend, strict=True))
+
+    def weights(self, seen: Update) -> dict[str, Tensor]:
+        """The curvature at what was seen, largest entry 1: 0 where an entry says nothing."""
+        found = self.slope(seen, seen)[2]
+        most = max((float(w.max()) for w in found.values() if w.numel()), default=0.0)
+        return {name: w / most if most else torch.ones_like(w) for name, w in found.items()}
+
+
+class Search:
+    """The model's update as a function of a whole batch's inputs [n, d] in float64, under what is known of the defence."""
+
+    def __init__(self, obs: Observation, labels: Tensor) -> None:
+        law = Likelihood.of(obs.knowledge)
+        assert law is not None  # callers ask for one first
+        known, self.law = obs.knowledge, law
+        if "buffers" in known:
+            known = known | Knowledge(buffers={k: _double(b) for k, b in known.buffers.items()})
+        self.obs = replace(obs, model=copy.deepcopy(obs.model).double(), knowledge=known)
+        self.seen = {name: tensor.double() for name, tensor in obs.update.items()}
+        self.labels, self.shape = _double(labels.to(obs.device)), obs.knowledge.input_shape
+        eps = ROUNDINGS * torch.finfo(obs.dtype).eps + ARITHMETIC * torch.finfo(torch.float64).eps
+        spread = law.spread(self.seen)
+        rms = {k: float(t.square().mean().sqrt()) for k, t in self.seen.items()}
+        self.errors = {k: math.hypot(spread[k], eps * rms[k]) for k in self.seen}
+
+    def __call__(self, point: Tensor, /, *, create_graph: bool = False) -> Tensor:
+        """What is expected of the update of inputs [n, d], flat [e]."""
+        inputs = point.reshape(len(point), *self.shape)
+        return self.flat(self.law.expected(self.obs.simulate(inputs, self.labels, create_graph=create_graph)))
+
+    def flat(self, update: Update) -> Tensor:
+        found: Tensor = torch.cat([update[name].flatten() for name in self.seen])
+        return found
+
+    def cost(self, flat: Tensor) -> tuple[float, Tensor, Tensor]:
+        """2 (log p(seen | seen) - log p(seen | this)), and its derivative, halved, and curvature."""
+        parts = torch.split(flat, [t.numel() for t in self.seen.values()])
+        at = {name: part.view_as(t) for part, (name, t) in zip(parts, self.seen.items(), strict=True)}
+        value, slope, bend = self.law.slope(self.seen, at)
+        return float(value), self.flat(slope), self.flat(bend)
+
+
+def refine(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generator, *, steps: int = 20) -> Tensor:
+    """`inputs` [n, *shape], all of the batch, moved to where the update is likeliest; as they are, if they are already.
+
+    Levenberg-Marquardt with the likelihood's own curvature.
+    """
+    search, start = Search(obs, labels), inputs.to(obs.device).double().flatten(1)
+    path = list(levenberg_marquardt(search, start, rng, steps=steps, damping=1e-3, cost_of=search.cost))
+    best = path[-1][1] if path else start
+    return best.reshape(inputs.shape)
+
+
+def radius(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
+    """Largest |x_i - x_i*| / |x_i| [n], l2, of a whole batch near the true one; inf where first order does not reach.
+
+    The least-squares response (J^T D J)^-1 J^T D e to the update's error e, D the likelihood's curvature and e drawn from
+    its spread and the update's rounding, `SIGMAS` times, and twice the Newton step that is left. inf as well where the
+    seen entries do not give back a random direction, or are not explained to within what their errors allow.
+    """
+    search, x = Search(obs, labels), inputs.to(obs.device).double().flatten(1)
+    weights = search.law.weights(search.seen)
+    D, here = search.flat(weights), search(x).detach()
+    off = search.flat(search.seen) - here
+    error = search.flat({k: torch.full_like(t, search.errors[k]) for k, t in search.seen.items()})
+    nothing = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    if not bool(off.isfinite().all()) or (D * off.square()).sum() > EXPLAINED**2 * (D * error.square()).sum():
+        return nothing
+    system = System(search, x)
+    gram = example_gram(system.push, x, len(off), rng, D)
+    shift = 1e-10 * float(gram.diagonal().mean())
+    inverse = torch.linalg.inv(gram + max(shift, 1e-300) * torch.eye(len(x)).to(gram))
+
+    def response(e: Tensor) -> Tensor:
+        moved = torch.zeros_like(x)
+        apply = partial(system.damped, shift, D)
+        for moved in conjugate_gradients(apply, system.pull(D * e), inverse.matmul, 400, 1e-4):  # noqa: B007
+            pass
+        return moved
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=rng, dtype=torch.float64).to(like)
+
+    probe = draw(x)
+    lost = (response(system.push(probe)) - probe).norm(dim=1) / probe.norm(dim=1)
+    moves = torch.stack([response(error * draw(off)) for _ in range(DRAWS)])  # [DRAWS, n, d]
+    left = response(off)
+    found = SIGMAS * moves.square().sum(2).mean(0).sqrt() + 2 * left.norm(dim=1)
+    found = found + 4 * torch.finfo(torch.float64).eps * x.norm(dim=1)
+    far = found[:, None] * torch.nn.functional.normalize(moves[0] + left, dim=1)
+    straight = system.push(far)
+    bent = float((search(x + far).detach() - here - straight).norm() / straight.norm().clamp_min(1e-300))
+    relative = found / x.norm(dim=1).clamp_min(1e-300)
+    sure = (lost < LOST) & (relative < LARGEST) & (bent < 2 * LOST)
+    return torch.where(sure, relative, torch.inf).cpu()
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

@@ -1,0 +1,77 @@
+"""Restoration: what attacks that read an update directly take in place of one that a defence touched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from unbatch.likelihood import Likelihood, radius, refine
+from unbatch.network import dense_layers
+from unbatch.numerics.completion import complete
+from unbatch.observation import Knowledge, Observation, Reconstruction
+from unbatch.progress import tick
+
+RANKS = 16  # looked through where the batch size is not known
+
+
+def restored(obs: Observation, *, lowest: bool = False) -> Observation:
+    """`obs` with the first dense layer's unseen entries filled, and what is drawn told as noise; itself without a law.
+
+    [dL/dW, dL/db] has the rank of the batch size n: n (m + d) numbers, fewer than are seen where n is small. With `lowest`
+    entries that carry noise, too, become those of the nearest matrix of that rank.
+    """
+    law = Likelihood.of(obs.knowledge)
+    if law is None:
+        return obs
+    spread = max(law.spread(obs.update).values(), default=0.0)
+    noise = {"noise": max(spread, float(obs.knowledge.get("noise", 0.0)))}
+    known = obs.knowledge.only(*(set(obs.knowledge) - {"log_prob"})) | Knowledge(**(noise if spread else {}))
+    return replace(obs, update=_filled(obs, law, lowest), knowledge=known)
+
+
+def unseen(obs: Observation) -> dict[str, Tensor]:
+    """Which entries of the update say nothing, under the law that is known; none without one."""
+    law = Likelihood.of(obs.knowledge)
+    if law is None:
+        return {name: torch.zeros_like(t, dtype=torch.bool) for name, t in obs.update.items()}
+    return {name: w == 0 for name, w in law.weights(obs.update).items()}
+
+
+def _filled(obs: Observation, law: Likelihood, lowest: bool) -> dict[str, Tensor]:
+    update, hidden = dict(obs.update), unseen(obs)
+    layer = next((d for d in dense_layers(obs.model, obs.knowledge.input_shape) if d.weight in update), None)
+    noisy = any(law.spread(update).values())
+    if layer is None or not ((lowest and noisy) or bool(hidden[layer.weight].any())):
+        return update
+    names = [name for name in (layer.weight, layer.bias) if name in update]
+    A = torch.cat([update[name].double().view(len(update[layer.weight]), -1) for name in names], 1)
+    seen = ~torch.cat([hidden[name].view(len(A), -1) for name in names], 1)
+    n = obs.knowledge.get("batch_size")
+    target = 2 * torch.finfo(obs.dtype).eps
+    for rank in range(1, min(RANKS, *A.shape) + 1) if n is None else [min(n, *A.shape)]:
+        found, misfit = complete(A, seen, rank, target=target, tick=tick)
+        if misfit < 10 * target:
+            break
+    whole = found if lowest else torch.where(seen, A, found)
+    parts = zip(names, torch.split(whole, [update[name][0].numel() for name in names], 1), strict=True)
+    return update | {name: part.reshape(update[name].shape) for name, part in parts}
+
+
+def sharpened(obs: Observation, found: Reconstruction, rng: torch.Generator) -> Reconstruction:
+    """`found` moved to where the update is likeliest, with the bounds that it has there; as it is, where no law is known.
+
+    It takes all inputs of a batch, with labels. An example that had a bound and gets none by the move stays as it was.
+    """
+    law, n, x, y = Likelihood.of(obs.knowledge), obs.knowledge.get("batch_size"), found.inputs, found.labels
+    if law is None or x is None or y is None or found.layer or not len(x) or len(x) != (n or len(x)):
+        return found
+    if y.is_floating_point() and "labels" not in obs.knowledge and not bool(((y == 0) | (y == 1)).all()):
+        return found  # real targets that were solved for are unknowns as well
+    moved = refine(obs, x, y, rng)
+    reach = radius(obs, moved, y, rng)
+    held = found.bound.double() if found.bound is not None else torch.full_like(reach, torch.inf)
+    stay = held.isfinite() & ~reach.isfinite()
+    inputs = torch.where(stay.to(x.device).view(-1, *[1] * (x.ndim - 1)), x.double(), moved)
+    return replace(found, inputs=inputs, bound=torch.where(stay, held, reach))

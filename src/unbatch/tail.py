@@ -1,0 +1,115 @@
+"""Tail: the model above a dense layer, as what it makes of the layer's output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from unbatch.loss import LossForm
+from unbatch.network import Dense, in_mode
+from unbatch.observation import Observation
+
+
+class Tail(TorchFunctionMode):
+    """The model above a dense layer: deltas(preactivations [g, m], labels) = dL/d(preactivations) in a batch of n.
+
+    The label y + c classes is that of an example that occurs c + 1 times.
+    """
+
+    def __init__(
+        self, obs: Observation, layer: Dense, form: LossForm, n: int, dtype: torch.dtype = torch.float64
+    ) -> None:
+        super().__init__()
+        self.obs, self.form, self.n, self.weight = obs, form, n, layer.weight
+        tensors = (
+            dict(obs.model.named_parameters())
+            | dict(obs.model.named_buffers())
+            | dict(obs.knowledge.get("buffers", {}))
+        )
+        kinds = {k: dtype if t.is_floating_point() else t.dtype for k, t in tensors.items()}
+        self.state = {k: t.detach().to(kinds[k], copy=True) for k, t in tensors.items()}  # batch norm writes into them
+        self.m = len(self.state[layer.weight])
+        self.shape: tuple[int, ...] = obs.knowledge.input_shape
+        self.before: Tensor | None = None
+        probe = self.outputs(torch.zeros(2, self.m, dtype=dtype, device=obs.device))
+        self.targets = probe[0].numel()
+        self.output = tuple(probe.shape[1:])
+        binary = form.name == "binary-cross-entropy" and self.targets == 1
+        self.classes = self.targets if form.classes else 2 if binary else 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
+            if given["weight"] is self.state[self.weight]:
+                assert self.before is not None
+                return self.before + 0  # an activation may write in place
+        return func(*args, **(kwargs or {}))
+
+    def outputs(self, before: Tensor, inputs: float = 0.0, *, mode: str | None = None) -> Tensor:
+        """The model's outputs [g, ...] where the layer gives `before`; the network's own inputs are then of no account."""
+        self.before = before
+        x = torch.full((1, *self.shape), inputs, dtype=before.dtype, device=before.device)
+        x = x.expand(len(before), *self.shape)
+        with in_mode(self.obs.model, "train" if (mode or self.obs.protocol.mode) == "train" else "eval"), self:
+            found: Tensor = functional_call(self.obs.model, self.state, (x,))
+        return found
+
+    def __call__(self, before: Tensor, y: Tensor) -> Tensor:
+        live = before if before.requires_grad else before.detach().requires_grad_()
+        with torch.enable_grad():
+            share = len(before) / self.n if self.form.reduction == "mean" else 1.0
+            label = y % self.classes if self.classes else y
+            value = self.obs.loss(self.outputs(live), self._target(label)) * share
+            (delta,) = torch.autograd.grad(value, live, create_graph=before.requires_grad)
+        return delta * (y // self.classes + 1)[:, None] if self.classes else delta
+
+    def _target(self, y: Tensor) -> Tensor:
+        return y if self.form.classes else y.to(self.state[self.weight].dtype).reshape(-1, *self.output)
+
+    def obstacle(self) -> str | None:
+        """Why the deltas of an example are not its own function of the layer's output, in words."""
+        rng = torch.Generator().manual_seed(0)
+        before = torch.randn(4, self.m, generator=rng, dtype=torch.float64).to(self.obs.device)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            whole, again = self.outputs(before), self.outputs(before)
+            if not torch.allclose(whole, again):
+                return "the model is random in the client's mode (dropout), so deltas cannot be computed again."
+            alone = torch.cat([self.outputs(before[:1].expand(2, -1))[:1], self.outputs(before[1:2].expand(2, -1))[:1]])
+            if not torch.allclose(whole[:2], alone, rtol=1e-6, atol=1e-9):
+                return "examples interact above the layer (batch norm in train mode): none has an equation of its own."
+            if not torch.allclose(whole, self.outputs(before, 1.0), rtol=1e-6, atol=1e-9):
+                return (
+                    "the input also bypasses the first dense layer, so its deltas depend on more than its own output."
+                )
+            line = self.outputs(torch.stack([before[0], before[1], (before[0] + before[1]) / 2]))
+        if torch.allclose(line[2], (line[0] + line[1]) / 2, rtol=1e-9, atol=1e-12):
+            return (
+                "everything above the layer is linear, so its gradient leaks the span of the inputs and nothing more."
+            )
+        return None
+
+
+class Rounding:
+    """What the client's precision changes in the deltas [f, m] of examples with coordinates z [f, n]."""
+
+    def __init__(self, obs: Observation, layer: Dense, form: LossForm, rows: Tensor, n: int) -> None:
+        parameters = dict(obs.model.named_parameters(remove_duplicate=False))
+        self.rows, self.own = rows, parameters[layer.weight].dtype
+        self.W = parameters[layer.weight].detach()
+        self.b = parameters[layer.bias].detach() if layer.bias else None
+        self.tails = [Tail(obs, layer, form, n, dtype) for dtype in (self.own, torch.float64)]
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        x = (z @ self.rows)[:, : self.W.shape[1]].to(self.own)  # what such a client would hold
+        found = []
+        for tail, dtype in zip(self.tails, (self.own, torch.float64), strict=True):
+            b = None if self.b is None else self.b.to(dtype)
+            found.append(tail(torch.nn.functional.linear(x.to(dtype), self.W.to(dtype), b), y).double())
+        return found[0] - found[1]

@@ -1,0 +1,191 @@
+"""Attacks that know a defence's likelihood: never worse for it, and honest in what they certify."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unbatch import models
+from unbatch.attack import Attack
+from unbatch.audit import audit
+from unbatch.benchmarks.adaptive import compare
+from unbatch.case import Case
+from unbatch.client import observe
+from unbatch.defence import Defence
+from unbatch.likelihood import Likelihood, Search, radius, refine
+from unbatch.numerics.completion import complete
+from unbatch.observation import Observation
+from unbatch.protocol import Update
+
+WORSE = 0.5  # dB
+ROUNDING = 100.0  # dB: beyond it both are exact, and differ by the rounding of a float32 update
+SECONDS = 4.0  # for an attack that does not end by itself
+CASES = {
+    "gradient-matching": "digits:batch=2,activation=gelu,width=60",
+    "unmix": "digits:batch=2,activation=gelu,width=60",
+}
+MILD = {
+    "noise": "noise:sigma=1e-5",
+    "clip": "clip:norm=0.1",
+    "prune": "prune:share=0.3",
+    "quantise": "quantise:bits=12",
+}
+
+
+def sent(n: int = 3) -> Update:
+    rng = torch.Generator().manual_seed(0)
+    return {"a": torch.randn(4, n, generator=rng, dtype=torch.float64), "b": torch.randn(5, generator=rng)}
+
+
+LAWS = [name for name, kind in Defence.find().items() if kind().likelihood(None, sent()) is not None]
+TAKERS = [name for name, kind in Attack.find().items() if "log_prob" in kind.needs | kind.uses]
+
+
+def judged(attack: str, defence: str, batches: int) -> None:
+    row = compare(attack, CASES.get(attack, Attack.find(attack).demo.case), [defence], 0, batches, SECONDS)
+    naive, adaptive = row["naive"], row["adaptive"]
+    assert min(adaptive["psnr"], ROUNDING) >= min(naive["psnr"], ROUNDING) - WORSE, row
+    assert set(naive["certified"]) <= set(adaptive["certified"]), row
+    assert adaptive["least bound over error"] is None or adaptive["least bound over error"] >= 1, row
+
+
+def test_the_laws_and_the_attacks_that_take_them_are_found() -> None:
+    assert {"clip", "noise", "prune", "quantise"} <= set(LAWS)
+    assert {"gradient-matching", "layer-by-layer", "unmix"} <= set(TAKERS)
+
+
+@pytest.mark.parametrize("attack", TAKERS)
+@pytest.mark.parametrize("defence", LAWS)
+def test_knowing_the_defence_costs_nothing(attack: str, defence: str) -> None:
+    judged(attack, MILD.get(defence, defence), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", TAKERS)
+@pytest.mark.parametrize("defence", [*LAWS, *MILD.values()])
+def test_knowing_the_defence_costs_nothing_over_ten_batches(attack: str, defence: str) -> None:
+    judged(attack, defence, 10)
+
+
+@pytest.mark.parametrize("defence", ["clip:norm=0.1", "prune:share=0.3", "quantise:bits=12"])
+def test_what_the_naive_attack_cannot_read_is_certified(defence: str) -> None:
+    row = compare("unmix", "photos:batch=2,size=8,activation=gelu,width=60", [defence], 0, 1, SECONDS)
+    assert len(row["naive"]["certified"]) == 0
+    assert len(row["adaptive"]["certified"]) == 2
+    assert row["adaptive"]["psnr"] > 60
+
+
+def exchange(*defences: str, seed: int = 0, n: int = 3) -> tuple[Observation, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    model = models.build("mlp", (8,), 4, width=40, activation="tanh", rng=rng)
+    x = torch.randn(n, 8, generator=rng).double()
+    y = torch.randint(4, (n,), generator=rng)
+    return observe(model, F.cross_entropy, x.float(), y, defences=defences, seed=seed)[0], x, y
+
+
+DRAWN = [
+    "noise:sigma=1e-4",
+    "quantise:bits=12",
+    "quantise:bits=12,stochastic=false",
+    "prune:share=0.4",
+    "clip:norm=0.05",
+]
+
+
+@pytest.mark.parametrize("defence", DRAWN)
+def test_the_likeliest_inputs_lie_within_their_radius_and_near_it(defence: str) -> None:
+    ratios = []
+    for seed in range(8):
+        obs, x, y = exchange(defence, seed=seed)
+        rng = torch.Generator().manual_seed(seed)
+        found = refine(obs, x + 1e-2 * torch.randn(x.shape, generator=rng, dtype=torch.float64), y, rng)
+        bound, error = radius(obs, found, y, rng), (found - x).norm(dim=1) / found.norm(dim=1)
+        assert bool(bound.isfinite().any())
+        ratios.append((bound / error)[bound.isfinite()])
+    both = torch.cat(ratios)
+    assert float(both.min()) > 1
+    assert float(both.median()) < 100 or defence in (
+        "prune:share=0.4",
+        "clip:norm=0.05",
+    )  # where rounding alone is left
+
+
+def test_no_radius_where_the_inputs_are_not_near_the_true_ones_or_not_determined() -> None:
+    obs, x, y = exchange("noise:sigma=1e-5")
+    rng = torch.Generator().manual_seed(0)
+    assert not bool(radius(obs, x + 0.1, y, rng).isfinite().any())
+    obs, x, y = exchange("prune:share=0.97")
+    assert not bool(radius(obs, refine(obs, x, y, rng), y, rng).isfinite().any())
+
+
+@pytest.mark.parametrize(
+    "spec", ["quantise:bits=3", "quantise:bits=3,stochastic=false", "noise:sigma=0.3", "prune:share=0.5"]
+)
+def test_the_law_is_concave_and_its_slope_autograds(spec: str) -> None:
+    defence, seen = Defence.parse(spec), sent()
+    law = defence.likelihood(None, seen)
+    assert law is not None
+    for far in (0.0, 0.1, 3.0, 1e3):
+        at = {k: t + far for k, t in seen.items()}
+        gap, slope, bend = law.slope(seen, at)
+        assert bool(gap.isfinite())
+        assert float(gap) >= -1e-9
+        assert all(bool(t.isfinite().all()) for t in (*slope.values(), *bend.values()))
+        assert all(bool((t >= 0).all()) for t in bend.values())
+        assert far == 0 or all(float(t.min()) >= 0 for t in slope.values())  # uphill leads back
+
+
+def test_random_rounding_is_as_likely_as_it_is_frequent() -> None:
+    """The triangle 1 - |u - seen| / s, but for its blurred edges."""
+    defence = Defence.parse("quantise:bits=2")
+    seen = {"a": torch.tensor([1.0, 0.0], dtype=torch.float64)}
+    for off in (0.3, 0.5, 0.7):
+        near, there = (defence.log_prob(seen, {"a": torch.tensor([1.0, d], dtype=torch.float64)}) for d in (0.0, off))
+        assert near is not None
+        assert there is not None
+        assert float((there - near).exp()) == pytest.approx(1 - off, abs=0.15)
+
+
+def test_noise_round_a_clipped_update_is_read_through_the_clip() -> None:
+    obs, x, y = exchange("noise:sigma=1e-9", "clip:norm=0.05")
+    search = Search(obs, y)
+    off = search.flat(search.seen) - search(x.flatten(1)).detach()
+    assert float(off.abs().max()) < 1e-7
+    assert search.law.rescales(obs.update)
+
+
+def test_no_law_where_it_is_not_tractable() -> None:
+    for defences in (
+        ("clip:norm=0.05", "noise"),
+        ("secure-aggregation:clients=2", "noise"),
+        ("mixup",),
+        ("noise:sigma=0",),
+    ):
+        assert "log_prob" not in exchange(*defences)[0].knowledge
+
+
+def test_a_plain_function_is_a_law() -> None:
+    obs = exchange()[0]
+    law = Likelihood(lambda seen, clean: -torch.stack([(seen[k] - clean[k]).square().sum() for k in seen]).sum())
+    same = {k: t.clone() for k, t in obs.update.items()}
+    assert float(law(obs.update, same)) == 0
+    assert all(bool((w == 1).all()) for w in law.weights(obs.update).values())
+
+
+def test_completion_of_a_pruned_matrix() -> None:
+    rng = torch.Generator().manual_seed(0)
+    A = torch.randn(40, 3, generator=rng, dtype=torch.float64) @ torch.randn(3, 50, generator=rng, dtype=torch.float64)
+    seen = torch.rand(A.shape, generator=rng) < 0.5
+    found, misfit = complete(torch.where(seen, A, 0.0), seen, 3, target=1e-12)
+    assert misfit < 1e-10
+    assert float((found - A).norm() / A.norm()) < 1e-9
+    assert complete(torch.where(seen, A, 0.0), seen, 2)[1] > 1e-2
+
+
+def test_an_audit_reports_both() -> None:
+    setting = Case.parse("digits:batch=1,activation=gelu,width=40").setting()
+    record = audit(setting, attacks=["unmix", "bias-ratio"], defences=["clip:norm=0.01"], analyses=())
+    assert [run.title for run in record.runs] == ["unmix", "unmix, knowing the defence", "bias-ratio"]
+    assert ["log_prob" in run.knowledge for run in record.runs] == [False, True, False]
+    again = audit(setting, attacks=["unmix", "bias-ratio"], defences=["clip:norm=0.01"], analyses=(), resume=record)
+    assert [run.seconds for run in again.runs] == [run.seconds for run in record.runs]
