@@ -38,7 +38,8 @@ class Curve:
         """Those of the run and the links `before` it."""
         names = tuple(f"{link.name}." for link in (*before, *self.links))
         output, _, update = self.known[0]
-        return output.equations + sum(t.numel() for name, t in update.items() if name.startswith(names))
+        sent = (t.isfinite().sum() for name, t in update.items() if name.startswith(names))
+        return output.equations + int(sum(sent))
 
     def too_large(self, before: Sequence[Link] = ()) -> str:
         """Why the run cannot be followed down to the network's input, in words; empty where it can."""
@@ -70,19 +71,19 @@ class Curve:
         pullbacks = self._pullbacks()
         shape, output = self.links[0].before, self.known[0][0]
         flat = torch.full(shape, middle, dtype=torch.float64, device=output.b.device)
-        starts: list[Callable[[Pullback], Tensor]] = []
+        near: list[Callable[[Pullback], Tensor]] = [partial(_near, start=flat)]
         if output.unknowns == output.equations == flat.numel():
-            starts.append(partial(_near, start=output.pull(output.b[None]).view(shape)))
-        starts.append(partial(_near, start=flat))
+            near.insert(0, partial(_near, start=output.pull(output.b[None]).view(shape)))
+        likely: list[Callable[[Pullback], Tensor]] = []
         if box is not None:
             rng = torch.Generator().manual_seed(0)
             drawn = SPREAD * torch.randn(DRAWN, flat.numel(), generator=rng, dtype=torch.float64).to(flat)
-            starts += [partial(_likeliest, z=z, box=box) for z in (torch.zeros_like(drawn[0]), *drawn)]
+            likely = [partial(_likeliest, z=z, box=box) for z in (torch.zeros_like(drawn[0]), *drawn)]
         found = list[Reading]()
-        for start in starts:
+        for start in (*near, *likely):
             found.append(self._reading(pullbacks[0].solve(start(pullbacks[0]).view(shape), tick), pullbacks))
-            likely = box is None or (isinstance(start, partial) and start.func is _likeliest)
-            if (found[-1].fits and (likely or found[-1].deficit == 0)) or not tick(0.0):
+            enough = found[-1].deficit == 0 or start in likely or not likely  # of many roots the likeliest
+            if (found[-1].fits and enough) or not tick(0.0):
                 break
         fits = [each for each in found if each.fits]
         return fits[-1] if fits else min(found, key=lambda each: float(each.system.b.norm()))

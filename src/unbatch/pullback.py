@@ -35,7 +35,7 @@ class Pullback:
 
     `known` is A t = b, where A may have fewer rows than t has entries, and dL/dt, which does not depend on x, is
     `gradient`. The weights l are those of the links. Blocks are relative to their data; of a gradient with more than four
-    entries an unknown, so many are drawn. One example.
+    entries an unknown, so many are drawn; NaN stands for one that was not sent. One example.
     Source: the pull-back constraint of Chen and Campbell, 2021, with the layers' own gradients beside it.
     Raises ValueError: a link gives two outputs for one input, as dropout does in train mode.
     """
@@ -53,12 +53,7 @@ class Pullback:
         self.sent = {name: update[name].double() for name in self.state if name in update}
         most = THIN * self.links[0].unknowns
         rng = torch.Generator().manual_seed(0)
-        self.which = {
-            name: torch.randperm(t.numel(), generator=rng)[:most].sort().values.to(t.device)
-            if t.numel() > most
-            else None
-            for name, t in self.sent.items()
-        }
+        self.which = {name: _which(tensor, most, rng) for name, tensor in self.sent.items()}
         self.sent = {name: _some(tensor, self.which[name]) for name, tensor in self.sent.items()}
         self.sizes = {name: float(tensor.norm()) for name, tensor in self.sent.items()}
         self.size = float(known.b.norm())
@@ -149,6 +144,14 @@ class Pullback:
             if left < size:
                 return moved, left
         return x, size
+
+
+def _which(tensor: Tensor, most: int, rng: torch.Generator) -> Tensor | None:
+    """The entries that count: at most so many of those that were sent; None for all."""
+    known = tensor.flatten().isfinite().nonzero()[:, 0]
+    if len(known) > most:
+        known = known[torch.randperm(len(known), generator=rng)[:most].sort().values.to(known.device)]
+    return None if len(known) == tensor.numel() else known
 
 
 def _some(tensor: Tensor, which: Tensor | None) -> Tensor:

@@ -1,9 +1,10 @@
 """metric: whether the share of a picture that security-metric predicts to be determined is what attacks then recover.
 
-Random architectures, by a rule and with seeds that were fixed before the first run: `architecture`. For each, the
-prediction at a draw of the prior, without the picture, and the best PSNR of two attacks on one picture's float32
-gradient: layer-by-layer, and where that certifies nothing gradient matching, each for `seconds`. A picture is clipped to
-[0, 1] before it is scored; what finds nothing is scored as mid-grey.
+Random architectures, by a rule that was fixed before the first run: `architecture`. The attack was improved on seed 0, on
+pictures of 11 x 11 and of 8 x 8 pixels; seed 1 was not looked at before. For each, the prediction at a draw of the prior,
+without the picture, and the best PSNR of two attacks on one picture's float32 gradient: layer-by-layer, and where that
+certifies nothing gradient matching, each for `seconds`. A picture is clipped to [0, 1] before it is scored; what finds
+nothing is scored as mid-grey.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from unbatch.truth import Truth
 
 Row = dict[str, Any]
 COUNT = 36  # architectures a seed
-THINNING, CLASSES = 3, 10  # pictures of 11 x 11 pixels
+THINNING, CLASSES = 4, 10  # pictures of 8 x 8 pixels
 RESAMPLES = 2000
 ATTACKS = "layer-by-layer", "gradient-matching:preset=inverting-gradients,iterations=2000"
 ACTIVATIONS = nn.Tanh, nn.Sigmoid, nn.Softplus, nn.ELU, nn.LeakyReLU, nn.GELU, nn.ReLU
@@ -80,7 +81,7 @@ def architecture(shape: tuple[int, ...], rng: np.random.Generator) -> nn.Sequent
 
 def run(
     data: Path | None = None,
-    seconds: float = 30.0,
+    seconds: float = 20.0,
     seed: int = 0,
     device: str = "cpu",
     out: Path | None = None,
@@ -160,7 +161,8 @@ def _measure(at: tuple[int, int], data: Path | None, device: str, seconds: float
     obs, truth = observe(model.to(device), loss, x.to(device), y.to(device), knowledge=known, protocol=protocol)
     drawn = Images(shape=tuple(x.shape[1:])).prior(1, torch.Generator().manual_seed(0)).to(device)
     told = determined(obs.model, loss, drawn, y.to(device))
-    begun, best = time.perf_counter(), (psnr(torch.full_like(x, 0.5), x), "mid-grey", False)
+    begun, grey = time.perf_counter(), psnr(torch.full_like(x, 0.5), x)
+    best = (grey, "mid-grey", False)
     for spec in ATTACKS:
         if not best[2]:
             best = max(best, _attacked(spec, obs, truth, seconds))
@@ -171,6 +173,7 @@ def _measure(at: tuple[int, int], data: Path | None, device: str, seconds: float
         "share": told.share,
         "predicted psnr": told.psnr,
         "psnr": best[0],
+        "grey": grey,
         "by": best[1],
         "certified": best[2],
         "seconds": time.perf_counter() - begun,
