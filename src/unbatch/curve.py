@@ -19,7 +19,6 @@ from unbatch.reading import Known, Reading, Unreadable
 
 SPREAD = 0.25  # of a random point around the middle
 DRAWN = 4  # starts of the prior
-LEVELS, KINKED = 12, 30  # of annealing; where it has kinks
 FITS = 10.0  # times what nearly the same updates change in a residual: no more than rounding
 NEAR = 1e-8  # where there are none
 Box = tuple[float, float]
@@ -123,17 +122,15 @@ def _near(pullback: Pullback, start: Tensor) -> Tensor:
 def _likeliest(pullback: Pullback, z: Tensor, box: Box) -> Tensor:
     """By annealing from the prior's z [d]."""
     prior = GaussianPrior(pullback.links[0].before, box)
-    soft, kinks = Softened(), 0
+    soft = Softened()
 
     def at(z: Tensor, sharpness: float) -> Tensor:
         """x, with the kinks rounded by what comes to them there."""
-        nonlocal kinks
         x = prior.middle + prior.push(z)
         if soft.sharpness != sharpness:
             soft.sharpen(sharpness)
             with soft:
                 pullback.output(x)
-            kinks = soft.kinks
         return x
 
     def residual(z: Tensor, sharpness: float) -> Tensor:
@@ -146,5 +143,4 @@ def _likeliest(pullback: Pullback, z: Tensor, box: Box) -> Tensor:
         with soft:
             return prior.pull(pullback.system(x).matrix())
 
-    at(z, SPREAD)
-    return prior.middle + prior.push(annealed(residual, jacobian, z, levels=KINKED if kinks else LEVELS, tick=tick))
+    return prior.middle + prior.push(annealed(residual, jacobian, z, tick=tick))

@@ -81,7 +81,7 @@ def architecture(shape: tuple[int, ...], rng: np.random.Generator) -> nn.Sequent
 
 def run(
     data: Path | None = None,
-    seconds: float = 20.0,
+    seconds: float = 10.0,
     seed: int = 0,
     device: str = "cpu",
     out: Path | None = None,

@@ -17,7 +17,7 @@ STEPS, DAMPING, GAIN = 2, 1e-8, 1e-3  # at most, of a level; and the least share
 
 
 def annealed(
-    residual: Apply, jacobian: Apply, start: Tensor, *, levels: int = 12, tick: Tick = lambda share: True
+    residual: Apply, jacobian: Apply, start: Tensor, *, levels: int = 30, tick: Tick = lambda share: True
 ) -> Tensor:
     """argmin over z [d] of |r(z)|^2 / s^2 + |z|^2 as s falls from 1 to 1e-6, each level from the last one's.
 

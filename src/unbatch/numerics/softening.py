@@ -32,11 +32,6 @@ class Softened(TorchFunctionMode):
         super().__init__()
         self.sharpen(sharpness)
 
-    @property
-    def kinks(self) -> int:
-        """How many the network has: relu and leaky relu layers that the first block ran."""
-        return len(self._spreads)
-
     def sharpen(self, sharpness: float) -> None:
         self.sharpness = sharpness
         self._spreads: list[Tensor] = []
