@@ -191,7 +191,15 @@ def test_no_bound_lies_below_what_the_statistics_rounding_does(
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.01])
-@pytest.mark.parametrize("sent", [None, torch.float32, torch.float16], ids=["64", "sent in 32", "sent in 16"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        None,
+        torch.float32,
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+    ],  # nothing fits, and every start is tried
+    ids=["64", "sent in 32", "sent in 16"],
+)
 def test_a_scale_that_the_update_does_not_hold_is_known_no_better_than_the_statistics(
     sent: torch.dtype | None, momentum: float
 ) -> None:
