@@ -39,6 +39,7 @@ bench: $(READY)
 	$(BIN)/unbatch bench layers
 	$(BIN)/unbatch bench bounds
 	$(BIN)/unbatch bench adaptive
+	$(BIN)/unbatch bench defences
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

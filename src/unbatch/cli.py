@@ -293,7 +293,7 @@ def harden(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="adaptive, bounds, layers, matching, metric, tensor or unmix")],
+    name: Annotated[str, typer.Argument(help="adaptive, bounds, defences, layers, matching, metric, tensor or unmix")],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
     seconds: Annotated[
         float | None, typer.Option(min=0, help="For each attack on each problem; default: the benchmark's own.")

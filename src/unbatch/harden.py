@@ -22,10 +22,16 @@ from unbatch.attack import Attack
 from unbatch.audit import audit
 from unbatch.case import Case, Setting
 from unbatch.files import write_atomically
+from unbatch.results import Audit
 from unbatch.scene import Scene, scene_of
 
 ATTACKS = ("bias-ratio", "unmix", "gradient-matching")
-BOUNDS = ("van-trees:draws=8,exact=0", "dp-reconstruction", "counting")  # those that are installed are asked
+BOUNDS = (  # those that are installed are asked
+    "van-trees:draws=8,exact=0",
+    "noise-information",
+    "dp-reconstruction",
+    "counting",
+)
 OF_TRAINING = (
     "zCDP information",
     "reconstruction robustness",
@@ -51,6 +57,8 @@ class Tried(BaseModel):
     verdict: Verdict
     words: str
     psnr: float | None = None  # dB, the worst example under all attacks
+    attack: str = ""  # that got it
+    recovered: int = 0  # examples exactly, by all attacks together
     chance: float | None = None  # dB, of that example
     bound: float | None = None  # dB, the least that a bound for any attacker allows from this one update
     by: str = ""  # that bound's name
@@ -142,6 +150,7 @@ def families(scene: Scene) -> list[Family]:
             lambda scene, s: [f"noise:sigma={s * scene.rms:.4g}"],
         ),
         Family("prune", "kept", (0.5, 0.1, 0.01, 0.001), lambda scene, s: [f"prune:share={1 - s:.6g}"]),
+        Family("quantise", "bits", (8, 6, 4, 2), lambda scene, s: [f"quantise:bits={s:.0f}"], whole=True),
         Family(
             "clip",
             "of a gradient's norm",
@@ -247,6 +256,28 @@ def _try(
     analyses: Sequence[Analysis | str],
     budget: float,
 ) -> Tried:
+    tried, record = measure(scene, family, strength, attacks, analyses, budget)
+    if record is None:
+        return tried
+    tried.verdict, tried.words = _judged(tried, target)
+    if tried.verdict == "excluded":
+        whole = tried.training is not None and tried.training <= target
+        tried.excluded = list(SCOPES) if whole else [SCOPES[0]]
+    return tried
+
+
+def measure(
+    scene: Scene,
+    family: Family,
+    strength: float,
+    attacks: Sequence[Attack | str],
+    analyses: Sequence[Analysis | str],
+    budget: float,
+) -> tuple[Tried, Audit | None]:
+    """One setting attacked, bounded and trained with, its verdict still open, and the audit behind it.
+
+    `budget` is seconds for each attack. No audit where the setting is not possible; the words say why.
+    """
     began = time.monotonic()
     batch, defences = family.batch(scene, strength), family.defences(scene, strength)
     tried = Tried(
@@ -270,22 +301,21 @@ def _try(
         tried.accuracy, tried.undefended = scene.accuracy(batch, defences), scene.undefended(batch)
     except ValueError as error:
         tried.words = str(error)
-        return tried
-    hits = [hit for hit in record.worst("psnr").values() if hit]
+        return tried, None
+    tried.verdict = "no bound excludes it"
+    hits = [(index, hit) for (_, index), hit in record.worst("psnr").items() if hit]
     if hits:
-        tried.psnr, run = max(hits, key=lambda hit: hit[0])
-        tried.chance = next(e.chance.get("psnr") for e in run.examples if e.scores.get("psnr") == tried.psnr)
+        index, (tried.psnr, run) = max(hits, key=lambda hit: hit[1][0])
+        tried.attack = run.title
+        tried.chance = next(e.chance.get("psnr") for e in run.examples if e.index == index)
+    tried.recovered = len(record.recovered())
     ceilings = [(b.psnr, b.name) for b in record.bounds if b.scope == "any"]
     if ceilings:
         tried.bound, tried.by = min(ceilings)
     tried.training = min((value for value, name in ceilings if name in OF_TRAINING), default=None)
     tried.epsilon = record.privacy.epsilon if record.privacy else None
-    tried.verdict, tried.words = _judged(tried, target)
-    if tried.verdict == "excluded":
-        whole = tried.training is not None and tried.training <= target
-        tried.excluded = list(SCOPES) if whole else [SCOPES[0]]
     tried.seconds = time.monotonic() - began
-    return tried
+    return tried, record
 
 
 def _judged(tried: Tried, target: float) -> tuple[Verdict, str]:
