@@ -12,7 +12,7 @@ from unbatch.benchmarks import defences, find
 NETWORK, BEHIND = "one unit a pixel", ("none", "noise")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(defences.NETWORKS, NETWORK, "digits:width=64,activation=tanh")
     monkeypatch.setattr(defences, "ATTACKS", ("bias-ratio", "gradient-matching"))
@@ -24,6 +24,7 @@ def measured(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.usefixtures("small")
 def test_a_network_behind_two_defences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, noisy = measured(tmp_path)
     assert (plain["recovered"], plain["of"]) == (1, 1)
@@ -64,3 +65,16 @@ def test_a_defence_that_a_network_cannot_have_is_said_in_words(monkeypatch: pyte
     screen = Console(width=220, record=True)
     screen.print(defences.table([row]))
     assert "BatchNorm" in screen.export_text()
+
+
+def test_the_stored_table_is_whole_and_never_silent_about_a_bound() -> None:
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "benchmarks" / "results" / "defences.json").read_text())
+    assert record["complete"]
+    cells = [(row["network"], row["defence"]) for row in record["rows"]]
+    assert cells == [(network, defence) for network in defences.NETWORKS for defence in defences.DEFENCES]
+    assert all(row["assumptions"] if row["by"] else row["without a bound"] for row in record["rows"])
+    told = (root / "docs" / "how-safe-is-safe-enough.md").read_text()
+    best = {row["network"]: f"{row['bound']:.1f} dB" for row in record["rows"] if row["defence"] == "noise"}
+    worst = max(row["bound"] for row in record["rows"] if row["defence"] == "dp-sgd")
+    assert all(words in told for words in (best["mlp tanh"], best["mlp relu"], f"{worst:.1f} dB or less on all five"))

@@ -1,10 +1,11 @@
 """defences: of five networks behind six defences, what attacks recover, what a bound allows, chance, and the price.
 
 Bundled digits of 8 x 8 pixels, one gradient of a batch of four (dense networks) or one (convolutional), labels known to the
-attacker as the bounds assume. Each cell is measured by `harden`: the worst example under all attacks, each without and with
-the defence's likelihood, for `seconds` each; the tightest bound with scope `any` on this one update; as many prior draws
-for the same example; and the test accuracy of the same network trained for `ROUNDS` such updates. A bound is on the mean
-squared error of the batch, so the whole batch's PSNR under the best single attack stands beside the worst example's.
+attacker as the bounds assume. Each cell is measured as by `harden`: the worst example under all attacks (of exactly
+recovered ones a certified one), each without and with the defence's likelihood, for `seconds` of wall clock each; the
+tightest bound with scope `any` on this one update; as many prior draws for the same example; and the test accuracy of the
+same network trained for `ROUNDS` such updates. A bound is on the mean squared error of the batch, so the whole batch's PSNR
+under the best single attack stands beside the worst example's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
-from unbatch.benchmarks import store, stored
+from unbatch.benchmarks import clock, store, stored
 from unbatch.case import Case
 from unbatch.harden import ATTACKS as USUAL
 from unbatch.harden import BOUNDS, families, measure
@@ -62,6 +63,7 @@ def run(
     `data` is not read: the digits are bundled.
     """
     how = {"seconds": seconds, "seed": seed, "device": device, "rounds": rounds, "attacks": list(ATTACKS)}
+    how |= {"networks": {n: NETWORKS[n] for n in networks}, "strengths": {d: list(DEFENCES[d]) for d in defences}}
     rows: list[Row] = stored("defences", out, **how)
     held = {(row["network"], row["defence"]) for row in rows}
     for network in networks:
@@ -111,6 +113,7 @@ def _scene(network: str, seed: int, device: str, rounds: int) -> Scene:
 def _measure(scene: Scene, network: str, defence: str, seconds: float) -> Row:
     name, strength = DEFENCES[defence]
     (family,) = (f for f in families(scene) if f.name == name)
+    begun = clock()
     tried, record = measure(scene, family, float(scene.n) if strength is None else strength, ATTACKS, BOUNDS, seconds)
     return {
         "network": network,
@@ -133,7 +136,7 @@ def _measure(scene: Scene, network: str, defence: str, seconds: float) -> Row:
         "undefended": tried.undefended,
         "epsilon": tried.epsilon,
         "words": tried.words,
-        "seconds": round(tried.seconds, 2),
+        "seconds": round(clock() - begun, 2),
     }
 
 
@@ -158,12 +161,17 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     networks = list(dict.fromkeys(row["network"] for row in rows))
     figure = Figure(figsize=(1 + 2.6 * len(networks), 4.2), layout="constrained")
     panels = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
-    marks = (("psnr", "o", "attack, worst example"), ("bound", "v", "bound, any attacker"), ("chance", "_", "chance"))
+    marks = (
+        ("psnr", "o", "C0", "attack, worst example"),
+        ("batch psnr", "x", "C3", "attack, whole batch"),
+        ("bound", "v", "C1", "bound, any attacker"),
+        ("chance", "_", "C2", "chance"),
+    )
     for panel, network in zip(panels, networks, strict=True):
         own = [row for row in rows if row["network"] == network]
-        for k, (key, mark, label) in enumerate(marks):
+        for key, mark, colour, label in marks:
             heights = [math.nan if row[key] is None else min(row[key], TOP) for row in own]
-            panel.plot(range(len(own)), heights, mark, color=f"C{k}", label=label, markersize=8)
+            panel.plot(range(len(own)), heights, mark, color=colour, label=label, markersize=8)
         open_ = [TOP if row["bound"] is None else math.nan for row in own]
         panel.plot(range(len(own)), open_, "v", mfc="none", color="C1", label="no bound", markersize=13)
         ticks = [f"{row['defence']} ({_short(row['accuracy'], '.0%') or 'not possible'})" for row in own]
@@ -172,7 +180,7 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     panels[0].set_ylabel(f"PSNR (dB); {TOP:.0f} and more at the top")
     figure.supxlabel("defence (test accuracy)", fontsize="medium")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize="small")
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize="small")
     figure.savefig(path, dpi=110)
 
 
