@@ -12,7 +12,7 @@ from unbatch.benchmarks import defences, find
 NETWORK, BEHIND = "one unit a pixel", ("none", "noise")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(defences.NETWORKS, NETWORK, "digits:width=64,activation=tanh")
     monkeypatch.setattr(defences, "ATTACKS", ("bias-ratio", "gradient-matching"))
@@ -24,6 +24,7 @@ def measured(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.usefixtures("small")
 def test_a_network_behind_two_defences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, noisy = measured(tmp_path)
     assert (plain["recovered"], plain["of"]) == (1, 1)
