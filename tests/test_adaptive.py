@@ -14,7 +14,7 @@ from unbatch.client import observe
 from unbatch.defence import Defence
 from unbatch.likelihood import Likelihood, Search, radius, refine
 from unbatch.numerics.completion import complete
-from unbatch.observation import Observation
+from unbatch.observation import Knowledge, Observation, Privacy
 from unbatch.protocol import Update
 
 WORSE = 0.5  # dB
@@ -162,6 +162,19 @@ def test_no_law_where_it_is_not_tractable() -> None:
         ("noise:sigma=0",),
     ):
         assert "log_prob" not in exchange(*defences)[0].knowledge
+
+
+def test_noise_of_known_size_is_the_same_law_without_the_defence() -> None:
+    obs = exchange("noise:sigma=1e-3")[0]
+    told, bare = (Likelihood.of(known) for known in (obs.knowledge, Knowledge(noise=1e-3)))
+    assert told is not None
+    assert bare is not None
+    at = {k: t.double() + 1e-3 for k, t in obs.update.items()}
+    torch.testing.assert_close(told.slope(obs.update, at), bare.slope(obs.update, at))
+    assert told.spread(obs.update) == pytest.approx(bare.spread(obs.update))
+    private = Privacy(clip=1.0, noise_multiplier=1.0, sampling_rate=1.0, steps=1, delta=1e-5)
+    for known in (Knowledge(), Knowledge(noise=0.0), Knowledge(noise=1e-3, privacy=private)):
+        assert Likelihood.of(known) is None
 
 
 def test_a_plain_function_is_a_law() -> None:

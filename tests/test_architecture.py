@@ -48,7 +48,6 @@ LEVELS = [
         "constraints",
         "determined",
         "information",
-        "likeliest",
         "suites",
         "diagnosis",
     },

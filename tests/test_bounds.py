@@ -199,6 +199,24 @@ def test_unmix_meets_cramer_rao_over_many_seeds(act: type[nn.Module], sigma: flo
     assert abs(float(ratio.mean()) - 1) < 3 * float(ratio.std()) / len(ratio) ** 0.5 + 0.02
 
 
+@pytest.mark.parametrize("sigma", [1e-5, 1e-4])
+def test_noise_of_known_size_is_all_that_the_fit_is_told(sigma: float) -> None:
+    """Without the defence's likelihood every example is as near as its bound says, nearer than its own reading tells."""
+    x, y = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0)).double(), torch.arange(3)
+    obs = seen(tanh((1, 6, 6), 120), LOSS, x, y, sigma)
+    bare = obs.only(*(set(obs.knowledge) - {"log_prob"}))
+    found, told = (Attack.parse("unmix")(each, seed=0) for each in (bare, obs))
+    assert found.inputs is not None
+    assert told.inputs is not None
+    assert found.bound is not None
+    gaps = torch.cdist(found.inputs.flatten(1), x.flatten(1))
+    ratio = found.bound * found.inputs.flatten(1).norm(dim=1) / gaps.min(1).values
+    assert sorted(gaps.argmin(1).tolist()) == [0, 1, 2]
+    assert 1 < float(ratio.min()) < float(ratio.max()) < 20
+    assert float(found.bound.max()) < 50 * sigma
+    torch.testing.assert_close(found.inputs, told.inputs, rtol=0, atol=0.05 * float(gaps.min(1).values.max()))
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 

@@ -21,12 +21,13 @@ ROUNDINGS = 4  # relative error of a sum over a batch, in units of rounding
 ARITHMETIC = 100  # the same of computing an update again in float64, whose convolutions are sums of many terms
 LARGEST = 0.05  # relative radius beyond which nothing is claimed: first order is then no proof of anything
 LOST = 0.05  # share of a random direction that the seen entries may fail to give back
-EXPLAINED = 2.0  # times the error's own size that may be left unexplained
+EXPLAINED = 1.25  # times the draws' own size that may be left unexplained: their spread is known
+ROUNDED = 2.0  # the same of rounding's
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """log p(seen | clean), what `Knowledge.log_prob` holds for an attacker who knows the defences.
+    """log p(seen | clean): `Knowledge.log_prob` for an attacker who knows the defences, else that of `Knowledge.noise`.
 
     One defence's own law, of what those within it `expected`ly make of a clean update. A plain function of (seen, clean)
     serves as well: it expects the clean update itself, and says nothing of the spread.
@@ -43,9 +44,24 @@ class Likelihood:
 
     @classmethod
     def of(cls, knowledge: Knowledge) -> Likelihood | None:
-        """The likelihood that is known, if one is."""
-        known = knowledge.get("log_prob")
-        return known if known is None or isinstance(known, cls) else cls(known)
+        """The likelihood that is known: the defence's own, or that of noise of known size; None if neither is.
+
+        None as well where each example is clipped before: what is expected is then no function of the clean update.
+        """
+        known, sigma = knowledge.get("log_prob"), float(knowledge.get("noise", 0.0))
+        if known is not None:
+            return known if isinstance(known, cls) else cls(known)
+        return cls.gaussian(sigma) if sigma > 0 and "privacy" not in knowledge else None
+
+    @classmethod
+    def gaussian(cls, sigma: float) -> Likelihood:
+        """-|seen - clean|^2 / (2 sigma^2)."""
+
+        def log_prob(seen: Update, clean: Update) -> Tensor:
+            off = torch.stack([(seen[name] - u).double().square().sum() for name, u in clean.items()]).sum()
+            return -off / (2 * sigma**2)
+
+        return cls(log_prob, spread=lambda seen: dict.fromkeys(seen, sigma))
 
     def rescales(self, seen: Update) -> bool:
         """Whether a clean update may be any multiple of what was seen: it was clipped."""
@@ -101,6 +117,7 @@ class Search:
         spread = law.spread(self.seen)
         rms = {k: float(t.square().mean().sqrt()) for k, t in self.seen.items()}
         self.errors = {k: math.hypot(spread[k], eps * rms[k]) for k in self.seen}
+        self.allowed = {k: math.hypot(EXPLAINED * spread[k], ROUNDED * eps * rms[k]) for k in self.seen}
 
     def __call__(self, point: Tensor, /, *, create_graph: bool = False) -> Tensor:
         """What is expected of the update of inputs [n, d], flat [e]."""
@@ -122,10 +139,13 @@ class Search:
 def refine(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generator, *, steps: int = 20) -> Tensor:
     """`inputs` [n, *shape], all of the batch, moved to where the update is likeliest; as they are, if they are already.
 
-    Levenberg-Marquardt with the likelihood's own curvature.
+    Levenberg-Marquardt with the likelihood's own curvature. Under small Gaussian noise it meets the Cramer-Rao bound.
     """
     search, start = Search(obs, labels), inputs.to(obs.device).double().flatten(1)
-    path = list(levenberg_marquardt(search, start, rng, steps=steps, damping=1e-3, cost_of=search.cost))
+    found = levenberg_marquardt(
+        search, start, rng, steps=steps, inner=60, damping=1e-3, tolerance=1e-3, gain=1e-6, cost_of=search.cost
+    )
+    path = list(found)
     best = path[-1][1] if path else start
     return best.reshape(inputs.shape)
 
@@ -142,8 +162,9 @@ def radius(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generato
     D, here = search.flat(weights), search(x).detach()
     off = search.flat(search.seen) - here
     error = search.flat({k: torch.full_like(t, search.errors[k]) for k, t in search.seen.items()})
+    most = search.flat({k: torch.full_like(t, search.allowed[k]) for k, t in search.seen.items()})
     nothing = torch.full((len(x),), torch.inf, dtype=torch.float64)
-    if not bool(off.isfinite().all()) or (D * off.square()).sum() > EXPLAINED**2 * (D * error.square()).sum():
+    if not bool(off.isfinite().all()) or (D * off.square()).sum() > (D * most.square()).sum():
         return nothing
     system = System(search, x)
     gram = example_gram(system.push, x, len(off), rng, D)

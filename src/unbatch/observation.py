@@ -226,6 +226,15 @@ class Reconstruction:
         return 0 if held is None else len(held)
 
 
+def certified(found: Reconstruction) -> Reconstruction:
+    """The examples with a finite bound."""
+    if found.inputs is None or found.bound is None:
+        return found
+    sure = found.bound.isfinite()
+    labels = None if found.labels is None else found.labels[sure.to(found.labels.device)]
+    return replace(found, inputs=found.inputs[sure.to(found.inputs.device)], labels=labels, bound=found.bound[sure])
+
+
 def check_update(model: nn.Module, update: Update) -> None:
     """Raise ValueError, saying what is off, unless `update` has the names and shapes of the model's parameters."""
     parameters = dict(model.named_parameters())

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.domain import Images
-from unbatch.likeliest import certified, refined
 from unbatch.likelihood import Likelihood
 from unbatch.loss import LossForm, identify
 from unbatch.network import Dense, dense_layers, forward
@@ -24,7 +23,7 @@ from unbatch.numerics.mixture import Mixture
 from unbatch.numerics.moment_start import weight_moments
 from unbatch.numerics.span import Span, leading_span, rounding_noise
 from unbatch.numerics.unmix import Start, unmix
-from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
+from unbatch.observation import PROTOCOL_FIELDS, Knowledge, Observation, Reconstruction, certified
 from unbatch.progress import tick
 from unbatch.restoration import restored, sharpened, unseen
 from unbatch.tail import Rounding, Tail
@@ -102,7 +101,8 @@ class Unmix(Attack):
     def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         law, n = Likelihood.of(obs.knowledge), obs.knowledge.get("batch_size")
         if law is None:
-            return self._read(obs, rng)
+            found = self._read(obs, rng)
+            return found if self.partial else certified(found)
         nothing = torch.zeros(0, *obs.knowledge.input_shape)
         found, layer = Reconstruction(inputs=nothing, bound=nothing.new_zeros(0)), _layer(obs)
         reads = isinstance(layer, Dense) and layer.feeds is not None  # the network's own inputs
@@ -111,9 +111,10 @@ class Unmix(Attack):
             if any(bool(hidden.any()) for hidden in unseen(obs).values()):  # filling is not in these bounds
                 found = replace(found, bound=torch.full((len(found),), torch.inf, dtype=torch.float64))
             found = sharpened(obs, found, rng)
-        if n is not None and len(found) < n and reads and tick(0.0):  # all at once, by the likelihood
-            search = Attack.parse("gradient-matching")
-            found = _longer(found, sharpened(obs, search.run(obs.only(*search.needs, *search.uses), rng), rng))
+        if n is not None and len(certified(found)) < n and reads and tick(0.0):  # all at once, by the likelihood
+            search, told = Attack.parse("gradient-matching"), obs.knowledge | Knowledge(log_prob=law)
+            seen = replace(obs, knowledge=told.only(*search.needs, *search.uses))
+            found = _longer(found, sharpened(obs, search.run(seen, rng), rng))
         return found if self.partial else certified(found)
 
     def _read(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
@@ -160,14 +161,11 @@ class Unmix(Attack):
         bound = (reach / x.norm(dim=1).clamp_min(1e-300)).cpu()
         targets = None if len(z) > len(labels) else _labels(labels, form)  # guesses have none
         if layer.feeds is None:
-            answer = Reconstruction(inputs=x, labels=targets, layer=layer.name, bound=bound, trace=trace)
-            return answer if self.partial else certified(answer)
+            return Reconstruction(inputs=x, labels=targets, layer=layer.name, bound=bound, trace=trace)
         inputs = layer.feeds.invert(x)
         stretch = (x.norm(dim=1) / inputs.norm(dim=1) / layer.feeds.scale.abs().min().to(x)).cpu()
         shaped = inputs.reshape(-1, *obs.knowledge.input_shape)
-        answer = Reconstruction(inputs=shaped, labels=targets, bound=bound * stretch.clamp_min(1.0), trace=trace)
-        answer = refined(obs, answer, rng) if mixture.classes and len(shaped) == size else answer
-        return answer if self.partial else certified(answer)
+        return Reconstruction(inputs=shaped, labels=targets, bound=bound * stretch.clamp_min(1.0), trace=trace)
 
 
 def _longer(first: Reconstruction, second: Reconstruction) -> Reconstruction:
