@@ -108,7 +108,10 @@ class Unmix(Attack):
         reads = isinstance(layer, Dense) and layer.feeds is not None  # the network's own inputs
         if not (reads and law.rescales(obs.update)):
             found = self._read(restored(obs), rng)
-            if any(bool(hidden.any()) for hidden in unseen(obs).values()):  # filling is not in these bounds
+            filled = any(bool(hidden.any()) for hidden in unseen(obs).values())
+            if filled or any(
+                law.spread(obs.update).values()
+            ):  # only the whole batch tells a mixture from an example then
                 found = replace(found, bound=torch.full((len(found),), torch.inf, dtype=torch.float64))
             found = sharpened(obs, found, rng)
         if n is not None and len(certified(found)) < n and reads and tick(0.0):  # all at once, by the likelihood
