@@ -12,14 +12,12 @@ import unbatch
 from unbatch import Attack, Case, Knowledge, Protocol, observe
 from unbatch.analysis import Analysis, Bound, Verdict
 from unbatch.attack import NotApplicable
-from unbatch.benchmarks import allowance
 from unbatch.benchmarks import bounds as noisy_gradients
 from unbatch.information import jumps
 from unbatch.loss import loss_named
 from unbatch.models import ACTIVATIONS
 from unbatch.numerics.prior import GaussianPrior
 from unbatch.observation import Observation, Privacy
-from unbatch.progress import watching
 
 LOSS = loss_named("cross-entropy")
 EVAL = Protocol(mode="eval")
@@ -343,13 +341,16 @@ def test_counting_bits_and_numbers() -> None:
     assert Analysis.parse("counting").run(harder)[0].value > bound.value
 
 
+@pytest.mark.slow
 def test_under_noise_no_mixture_is_certified() -> None:
     """At 1e-4 the dense layer's gradient of four photographs accepts a mixture, which the whole update refuses."""
-    problem = noisy_gradients._Problem.of("softplus", 4, None, "cpu", 0)
-    obs, truth = noisy_gradients._sent(problem.model, problem.x, problem.y, 1e-4, 3)
-    with watching(allowance(5.0)):
+    problem, returned = noisy_gradients._Problem.of("softplus", 4, None, "cpu", 0), 0
+    for draw in (3, 4, 6):
+        obs, truth = noisy_gradients._sent(problem.model, problem.x, problem.y, 1e-4, draw)
         found = Attack.parse("unmix")(obs, seed=0)
-    if len(found):
-        x = found.inputs.double().flatten(1)
-        errors = torch.cdist(x, truth.inputs.double().flatten(1)).amin(1) / x.norm(dim=1)
-        assert bool((errors <= found.bound).all())
+        returned += len(found)
+        if len(found):
+            x = found.inputs.double().flatten(1)
+            errors = torch.cdist(x, truth.inputs.double().flatten(1)).amin(1) / x.norm(dim=1)
+            assert bool((errors <= found.bound).all())
+    assert returned
