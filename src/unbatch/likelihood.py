@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unbatch.numerics.least_squares import System, conjugate_gradients, example_gram, levenberg_marquardt
 from unbatch.observation import Knowledge, Observation
+from unbatch.progress import tick
 from unbatch.protocol import Update
 
 DRAWS = 4  # of the update's error, which show how far it moves the inputs
@@ -145,8 +146,10 @@ def refine(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generato
     found = levenberg_marquardt(
         search, start, rng, steps=steps, inner=60, damping=1e-3, tolerance=1e-3, gain=1e-6, cost_of=search.cost
     )
-    path = list(found)
-    best = path[-1][1] if path else start
+    best = start
+    for _, best in found:  # noqa: B007
+        if not tick(0.0):
+            break
     return best.reshape(inputs.shape)
 
 
@@ -175,7 +178,8 @@ def radius(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generato
         moved = torch.zeros_like(x)
         apply = partial(system.damped, shift, D)
         for moved in conjugate_gradients(apply, system.pull(D * e), inverse.matmul, 400, 1e-4):  # noqa: B007
-            pass
+            if not tick(0.0):
+                break
         return moved
 
     def draw(like: Tensor) -> Tensor:
@@ -185,6 +189,8 @@ def radius(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generato
     lost = (response(system.push(probe)) - probe).norm(dim=1) / probe.norm(dim=1)
     moves = torch.stack([response(error * draw(off)) for _ in range(DRAWS)])  # [DRAWS, n, d]
     left = response(off)
+    if not tick(0.0):  # stopped: no response is whole
+        return nothing
     found = SIGMAS * moves.square().sum(2).mean(0).sqrt() + 2 * left.norm(dim=1)
     found = found + 4 * torch.finfo(torch.float64).eps * x.norm(dim=1)
     far = found[:, None] * torch.nn.functional.normalize(moves[0] + left, dim=1)

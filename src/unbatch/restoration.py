@@ -69,6 +69,8 @@ def sharpened(obs: Observation, found: Reconstruction, rng: torch.Generator) -> 
         return found
     if y.is_floating_point() and "labels" not in obs.knowledge and not bool(((y == 0) | (y == 1)).all()):
         return found  # real targets that were solved for are unknowns as well
+    if not tick(0.0):
+        return found
     moved = refine(obs, x, y, rng)
     reach = radius(obs, moved, y, rng)
     held = found.bound.double() if found.bound is not None else torch.full_like(reach, torch.inf)
