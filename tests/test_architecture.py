@@ -46,6 +46,7 @@ LEVELS = [
         "pullback",
         "probe",
         "constraints",
+        "solvability",
         "determined",
         "information",
         "suites",

@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from unbatch.analysis import Analysis
+from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.case import Case
 from unbatch.chain import chain
 from unbatch.client import observe
 from unbatch.constraints import c_of, constraints
+from unbatch.models import Residual, build, initialise
 from unbatch.observation import Knowledge, Observation
+from unbatch.protocol import Protocol
 
 LOSS = nn.functional.cross_entropy
 
@@ -24,7 +27,7 @@ def observed(spec: str) -> tuple[Observation, tuple[torch.Tensor, torch.Tensor]]
 
 def own(model: nn.Module, shape: tuple[int, ...]) -> Observation:
     x, y = torch.rand(1, *shape, generator=torch.Generator().manual_seed(1)), torch.tensor([0])
-    return observe(model, LOSS, x, y, knowledge=Knowledge())[0]
+    return observe(model, LOSS, x.to(next(model.parameters()).dtype), y, knowledge=Knowledge())[0]
 
 
 def drawn(*layers: nn.Module) -> nn.Module:
@@ -39,7 +42,7 @@ def drawn(*layers: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("name", "value"), [("cnn2-c2", -1470), ("cnn2-c4", -2146), ("cnn3-c4", -2146)])
 def test_the_published_metric_of_published_networks(name: str, value: int) -> None:
     obs, at = observed(f"photos:model={name},bias=false")
-    (verdict,) = Analysis.parse("security-metric").run(obs, at=at)
+    (verdict,) = Analysis.parse("security-metric:work=0").run(obs, at=at)
     assert verdict.name == "c(M)"
     assert verdict.value == value
 
@@ -50,7 +53,7 @@ def test_the_published_metric_of_published_networks(name: str, value: int) -> No
 )
 def test_the_published_metric_where_ranks_are_measured(model: str, value: int) -> None:
     obs, at = observed(f"photos:model={model},bias=false")
-    assert Analysis.parse("security-metric").run(obs, at=at)[0].value == value
+    assert Analysis.parse("security-metric:work=0").run(obs, at=at)[0].value == value
 
 
 def test_the_metric_weighs_layers_by_their_depth() -> None:
@@ -108,14 +111,14 @@ def test_a_batch_is_no_single_example() -> None:
 def test_what_is_too_large_to_measure_is_said() -> None:
     obs, at = observed("photos:size=16,model=cnn2-c1")
     assert "more than largest=100" in Analysis.parse("layer-equations:largest=100").run(obs, at=at)[0].words
-    with pytest.raises(ValueError, match=r"the ranks of conv1 cannot be counted.*768 numbers, more than pixels=10"):
-        Analysis.parse("security-metric:largest=100,pixels=10").run(obs, at=at)
-    (verdict,) = Analysis.parse("security-metric:largest=100,pixels=768").run(obs, at=at)
+    with pytest.raises(ValueError, match=r"the ranks of conv1 cannot be counted.*operations, more than work=1.0e\+06"):
+        Analysis.parse("security-metric:largest=100,work=1e6").run(obs, at=at)
+    (verdict,) = Analysis.parse("security-metric:largest=100").run(obs, at=at)
     assert verdict.name == "determined share"
     assert "the ranks of conv1 cannot be counted" in verdict.words
-    (verdict,) = Analysis.parse("security-metric:pixels=10").run(obs, at=at)
+    (verdict,) = Analysis.parse("security-metric:work=1e6").run(obs, at=at)
     assert verdict.name == "c(M)"
-    assert "more than pixels=10" in verdict.words
+    assert "more than work=1.0e+06: a product with the Jacobian for each of 768 unknowns" in verdict.words
 
 
 def test_networks_without_convolutions_hide_nothing_from_the_published_metric() -> None:
@@ -129,7 +132,12 @@ def test_networks_without_convolutions_hide_nothing_from_the_published_metric() 
 
 def test_layers_that_the_published_metric_does_not_know_are_named() -> None:
     obs = own(drawn(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)), (1, 8, 8))
-    assert "what 2 may hide is not counted" in Analysis.parse("security-metric").run(obs)[0].words
+    verdict = Analysis.parse("security-metric").run(obs)[0]
+    assert verdict.words.startswith("every convolution is uniquely solvable; what 2 may hide is not counted")
+    conv, pool, _ = Analysis.parse("layer-equations").run(obs)
+    assert (conv.level, pool.level) == ("partial", "unknown")
+    assert "from its output, which 2 may leave open" in conv.words
+    assert "'2' (MaxPool2d) has no linear way back: which entry of a window was the largest" in pool.words
 
 
 def test_a_dense_layer_behind_relu_is_counted_whatever_relu_hides() -> None:
@@ -138,9 +146,102 @@ def test_a_dense_layer_behind_relu_is_counted_whatever_relu_hides() -> None:
     assert [each.counted.both for each in layers if each.counted] == [12, 9]
 
 
-def test_average_pooling_before_the_activation_is_within_the_chain() -> None:
-    model = drawn(nn.Conv2d(1, 4, 3), nn.AvgPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3))
-    names = [
-        each.link.name for each in constraints(chain(model, (1, 8, 8)), torch.rand(1, 1, 8, 8), torch.tensor([0]), LOSS)
-    ]
-    assert names == ["0", "4"]
+NETWORKS: dict[str, list[nn.Module]] = {
+    "average pooling": [nn.Conv2d(1, 4, 3), nn.AvgPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)],
+    "pooling behind the activation": [nn.Conv2d(1, 4, 3), nn.Tanh(), nn.AvgPool2d(1), nn.Flatten(), nn.Linear(144, 3)],
+    "relu behind a reshape": [nn.Conv2d(1, 4, 3), nn.Flatten(), nn.ReLU(), nn.Linear(144, 3)],
+    "batch norm and relu": [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)],
+    "two convolutions": [nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, stride=2), nn.Flatten(), nn.Linear(8, 3)],
+    "padding and upsampling": [
+        *(nn.ZeroPad2d(1), nn.Conv2d(1, 2, 3, 2), nn.Upsample(scale_factor=2), nn.ELU(), nn.Flatten()),
+        nn.Linear(128, 3),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_ranks_are_those_of_the_systems_that_the_attack_solves(name: str) -> None:
+    model = drawn(*NETWORKS[name]).double()
+    for norm in (module for module in model if isinstance(module, nn.BatchNorm2d)):
+        norm.weight.data.abs_()
+    x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    obs, _ = observe(model, LOSS, x, torch.tensor([0]), protocol=Protocol(mode="eval"))
+    attack = LayerByLayer(method="r-gap")
+    known = obs.only(*(attack.needs | attack.uses))
+    readings = attack.run(known, torch.Generator().manual_seed(0)).trace["readings"]
+    rows = {risk.layer: risk for risk in Analysis.parse("layer-equations").run(obs, at=(x, torch.tensor([0])))}
+    assert readings
+    for reading in readings:
+        row = rows[reading["layers"].split(", ")[0]]
+        assert (row.unknowns, row.rank) == (reading["unknowns"], reading["rank"])
+        assert ("nothing is left to guess" in row.words) == (row.rank == row.unknowns)
+
+
+def test_what_pooling_hides_before_the_activation_is_counted() -> None:
+    obs = own(drawn(*NETWORKS["average pooling"]).double(), (1, 8, 8))
+    conv, _ = Analysis.parse("layer-equations").run(obs)
+    assert (conv.rank, conv.unknowns, conv.level) == (49, 64, "partial")
+    verdict = Analysis.parse("security-metric").run(obs)[0]
+    assert verdict.value == -15
+    assert "15 unknowns in all are left open" in verdict.words
+
+
+def test_max_pooling_before_the_activation_leaves_the_layer_unknown() -> None:
+    obs = own(drawn(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)), (1, 8, 8))
+    conv, _ = Analysis.parse("layer-equations").run(obs)
+    assert conv.level == "unknown"
+    assert "'1' (MaxPool2d) has no linear way back" in conv.words
+    (share,) = Analysis.parse("security-metric").run(obs)
+    assert share.name == "determined share"
+    assert "c(M): what is known of the output of 0 cannot be counted: '1' (MaxPool2d)" in share.words
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_published_metric_is_silent_of_residual_networks(mode: str) -> None:
+    model = build("resnet-small", (1, 8, 8), 4, width=2, rng=torch.Generator().manual_seed(0))
+    x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    obs, _ = observe(model, LOSS, x, torch.tensor([0]), protocol=Protocol(mode=mode))
+    (share,) = Analysis.parse("security-metric").run(obs)
+    assert share.name == "determined share"
+    assert "'block1' (Residual), 'block2' (Residual), 'block3' (Residual)" in share.words
+    rows = {risk.layer: risk for risk in Analysis.parse("layer-equations").run(obs)}
+    assert {"conv1", "norm1", "block1", "block2", "block3", "head"} < set(rows)
+    assert not any("nothing is left" in risk.words for name, risk in rows.items() if name != "head")
+
+
+def test_a_dense_layer_on_many_vectors_is_measured() -> None:
+    obs = own(drawn(nn.Linear(6, 2), nn.Tanh(), nn.Flatten(), nn.Linear(10, 3)), (5, 6))
+    tokens, _ = Analysis.parse("layer-equations").run(obs)
+    assert (tokens.unknowns, tokens.rank) == (30, 10 + 12 - 4)
+    assert "(measured)" in tokens.words
+
+
+def test_under_padding_the_rank_of_the_weights_is_measured() -> None:
+    obs = own(drawn(nn.Conv2d(1, 3, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)).double(), (1, 7, 7))
+    conv = Analysis.parse("layer-equations").run(obs)[0]
+    assert "weights give 45 equations" in conv.words
+    assert "(counted, the weights' measured)" in conv.words
+    large = Analysis.parse("layer-equations:condition=0").run(obs)[0]
+    assert "weights" not in large.words
+    assert large.rank == conv.rank
+
+
+def test_a_residual_block_has_the_rank_of_the_equations_that_the_attack_solves() -> None:
+    rng = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 3, 3), nn.Tanh(), Residual(3, 3, 1, nn.Softplus), nn.Tanh()),
+        *(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)),
+    )
+    model = initialise(model, rng).double()
+    x = torch.rand(1, 1, 7, 7, generator=rng).double()
+    obs, _ = observe(model, LOSS, x, torch.tensor([0]), protocol=Protocol(mode="eval"))
+    attack = LayerByLayer()
+    found = attack.run(obs.only(*(attack.needs | attack.uses)), torch.Generator().manual_seed(0))
+    readings = {reading["layers"].split(", ")[0]: reading for reading in found.trace["readings"]}
+    rows = {risk.layer: risk for risk in Analysis.parse("layer-equations").run(obs, at=(x, torch.tensor([0])))}
+    assert rows["2"].rank == readings["2"]["rank"]
+    assert rows["2"].level != "exact"
+    assert "To first order at the batch's first example: '2' (Residual) has no rule" in rows["2"].words
+    large = Analysis.parse("layer-equations:condition=70").run(obs)[1]
+    assert large.level == "unknown"
+    assert "'2' (Residual) has no rule to read it backward by, and 75 unknowns are more than condition=70" in large.words

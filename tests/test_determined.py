@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis
+from unbatch.case import Case
 from unbatch.client import observe
-from unbatch.determined import ROUNDINGS, determined
+from unbatch.determined import ROUNDINGS, determined, work
 from unbatch.loss import loss_named
 from unbatch.models import build
 from unbatch.numerics.prior import CONTRAST
@@ -79,6 +80,39 @@ def test_a_sketch_of_the_entries_says_the_same(monkeypatch: pytest.MonkeyPatch) 
         whole = determined(model, LOSS, x, Y)
         assert short.share == pytest.approx(whole.share, abs=0.02)
         assert short.psnr == pytest.approx(whole.psnr, abs=3)
+
+
+def test_rows_that_all_tensors_share_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are shared by inputs as large as CIFAR's."""
+    x = torch.rand(1, 3, 12, 12)
+    for noise in (0.0, 1e-3):
+        model = network(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), shape=(3, 12, 12))
+        whole = determined(model, LOSS, x, Y, noise=noise)
+        monkeypatch.setattr("unbatch.determined.ENTRIES", 1)
+        shared = determined(model, LOSS, x, Y, noise=noise)
+        monkeypatch.undo()
+        assert shared != whole
+        assert shared.share == pytest.approx(whole.share, abs=0.02)
+        assert shared.psnr == pytest.approx(whole.psnr, abs=3)
+
+
+@pytest.mark.slow
+def test_a_picture_of_cifar_size_within_the_default_work() -> None:
+    setting = Case.parse("photos:model=lenet").setting()
+    obs, truth = observe(setting.model, setting.loss, setting.inputs, setting.labels, knowledge=setting.knowledge)
+    assert math.prod(obs.knowledge.input_shape) == 3072
+    verdicts = Analysis.parse("security-metric").run(obs, at=(truth.inputs, truth.labels))
+    (verdict,) = (v for v in verdicts if v.name == "determined share")
+    assert 0.9 < verdict.value < 1
+
+
+def test_what_costs_too_much_is_said_in_operations() -> None:
+    x = torch.rand(1, 3, 32, 32)
+    model = build("resnet-small", (3, 32, 32), 4, rng=torch.Generator().manual_seed(0))
+    assert 5e12 < work(model, LOSS, x, Y) < 2e13
+    obs, _ = observe(model, LOSS, x, Y, protocol=Protocol(mode="eval"))
+    with pytest.raises(ValueError, match=r"about .*e\+12 operations, more than work=3\.0e\+11.*3,072 unknowns"):
+        Analysis.parse("security-metric").run(obs)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -11,12 +11,13 @@ from torch import nn
 
 from unbatch.analyses.safer_design import METRICS, SaferDesign
 from unbatch.analysis import Analysis, Verdict
+from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.observation import Observation
 
 
 def metric(obs: Observation) -> float:
-    return Analysis.parse("security-metric").run(obs)[0].value
+    return Analysis.parse("security-metric:work=0").run(obs)[0].value
 
 
 def counted(found: Sequence[Verdict]) -> list[Verdict]:
@@ -24,9 +25,9 @@ def counted(found: Sequence[Verdict]) -> list[Verdict]:
     return sorted((v for v in found if v.name.startswith("c(M)")), key=lambda v: v.value)
 
 
-def proposed(spec: str, **options: int) -> list[Verdict]:
+def proposed(spec: str) -> list[Verdict]:
     obs, at = observed(spec)
-    return counted(SaferDesign(**options).run(obs, at=at))
+    return counted(SaferDesign(work=0).run(obs, at=at))
 
 
 def test_changes_of_a_published_network_the_safest_first() -> None:
@@ -36,6 +37,9 @@ def test_changes_of_a_published_network_the_safest_first() -> None:
         ("c(M): conv1 with 3 of 6 channels", -2262),
     ]
     assert found[0].words == ("c(M) is -1,470 now. Parameters 12,447 -> 3,753; numbers that reach head 1,350 -> 384.")
+    assert (
+        "conv1 followed by average pooling of 2 along each side: not counted, since c(M): the ranks" in found[1].words
+    )
 
 
 def test_the_change_of_a_network_that_gives_all_away() -> None:
@@ -43,11 +47,13 @@ def test_the_change_of_a_network_that_gives_all_away() -> None:
     assert (found.name, found.value) == ("c(M): conv1 at stride 2", 3 * 9 * 6 + 6 * 15 * 15 - 36 - 3072)
     assert "c(M) is 0 now." in found.words
     assert found.words.endswith(
-        "conv1 with 3 of 6 channels: not counted, since ranks had to be measured on more than largest=1024 unknowns."
+        "conv1 with 3 of 6 channels, conv1 followed by average pooling of 2 along each side: not counted, since c(M): the "
+        "ranks of conv1 cannot be counted, and their unknowns are more than largest=1024 to measure."
     )
     found = proposed("photos:model=cnn2-c1,size=16")
     assert [(v.name, v.value) for v in found] == [
         ("c(M): conv1 at stride 2", 3 * 9 * 6 + 6 * 49 - 36 - 768),
+        ("c(M): conv1 followed by average pooling of 2 along each side", 3 * 9 * 6 + 6 * 7 * 7 - 36 - 768),
         ("c(M): conv1 with 3 of 6 channels", 3 * 9 * 3 + 3 * 14 * 14 - 9 - 768),
     ]
 
@@ -99,19 +105,15 @@ def test_a_network_without_convolutions_is_told_so() -> None:
     assert "no convolution lies before the first dense layer" in verdict.words
 
 
-def test_what_is_too_large_to_measure_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_too_large_to_measure_is_said() -> None:
     obs, at = observed("photos:size=16,model=cnn2-c1,activation=relu")
-    monkeypatch.setattr("unbatch.analyses.safer_design.PIXELS", 768)
     found = SaferDesign(own=100).run(obs, at=at)
     assert {v.name.split(":")[0] for v in found} == {"determined share"}
     assert "c(M) of the network as it is: not counted" in found[-1].words
-    monkeypatch.setattr("unbatch.analyses.safer_design.PIXELS", 10)
-    with pytest.raises(
-        ValueError, match=r"no change could be counted\..* conv1 at stride 2, conv1 with 3 of 6 channels"
-    ):
-        SaferDesign(largest=100).run(obs, at=at)
-    with pytest.raises(ValueError, match="more than own=100 unknowns"):
-        SaferDesign(own=100).run(obs, at=at)
+    with pytest.raises(ValueError, match=r"no change could be counted\..*4 networks take about 5.6e\+10 operations"):
+        SaferDesign(largest=100, work=1e9).run(obs, at=at)
+    with pytest.raises(ValueError, match="unknowns are more than own=100 to measure"):
+        SaferDesign(own=100, work=1e9).run(obs, at=at)
     with pytest.raises(ValueError, match="input_shape"):
         SaferDesign().run(obs.only("batch_size"), at=at)
 
@@ -134,8 +136,8 @@ def test_another_metric_stands_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {v.name for v in found if not v.name.startswith("determined share")} == {
         f"{name}: conv1 {change}"
         for name in ("c(M)", "dense inputs")
-        for change in ("at stride 4", "with 3 of 6 channels")
-    } | {"dense inputs: conv1 followed by average pooling of 2 along each side"}
+        for change in ("at stride 4", "with 3 of 6 channels", "followed by average pooling of 2 along each side")
+    }
 
 
 def test_the_network_and_its_buffers_are_left_alone() -> None:
@@ -146,3 +148,15 @@ def test_the_network_and_its_buffers_are_left_alone() -> None:
     before = {k: t.clone() for k, t in obs.model.state_dict().items()}
     assert SaferDesign().run(obs)
     assert all(torch.equal(before[k], t) for k, t in obs.model.state_dict().items())
+
+
+def test_the_share_as_it_is_is_that_of_the_security_metric() -> None:
+    """The noise, the range and what is sent count in both."""
+    setting = Case.parse("photos:size=8,model=cnn2-c1").setting()
+    at = setting.inputs, setting.labels
+    obs, _ = observe(setting.model, setting.loss, *at, knowledge=setting.knowledge, defences=["noise:sigma=0.1"])
+    own = {v.name: v.value for v in Analysis.parse("security-metric").run(obs, at=at)}["determined share"]
+    assert own < 0.9
+    found = SaferDesign().run(obs, at=at)
+    words = next(v.words for v in found if v.name.startswith("determined share"))
+    assert words.startswith(f"determined share is {own:,.6g} now.")

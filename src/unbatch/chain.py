@@ -94,6 +94,11 @@ class Chained(nn.Module):
             x = layer(x.reshape(len(x), *link.before))
         return x
 
+    def named(self) -> dict[str, str]:
+        """By the name of a parameter here, its name in the network that the links come from."""
+        own = ((i, link.name, name) for i, link in enumerate(self.links) for name, _ in link.module.named_parameters())
+        return {f"layers.{i}.{name}": f"{link}.{name}" if link else name for i, link, name in own}
+
 
 def follow(links: Sequence[Link], x: Tensor) -> Tensor:
     """The output [n, ...] of the links one after the other, for inputs x [n, *links[0].before]; x, if there are none."""

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor, nn
 
 from unbatch.chain import Link
 from unbatch.layer import LayerRule, rule_for
+from unbatch.layers.activation import Activation
+from unbatch.layers.affine import Affine
 from unbatch.loss import Loss
 from unbatch.numerics.linsys import LinearSystem
 from unbatch.numerics.rank_law import ConvRanks, conv_ranks
+from unbatch.pullback import Pullback
+from unbatch.trunk import RESHAPES, everything, held
 
 
 @dataclass(frozen=True)
 class Constraints:
     """What W x = z (weight constraint) and K x = dL/dW (gradient constraint) say of a layer's input x, of one example.
 
-    Ranks are counted by the rank law where it answers, else measured from the systems when they are asked for.
+    Both hold the later layers of its run, up to the next activation. Ranks are counted by the rank law where it answers,
+    else measured from the systems when they are asked for.
     """
 
     link: Link
-    weights: LinearSystem  # W x = z, for the outputs that the activation after the layer lets through
-    gradients: LinearSystem  # K x = dL/dW
+    weights: LinearSystem  # W x = z, for what the activation after the run lets through
+    gradients: LinearSystem  # K x = dL/dW, and those of later layers where W does not hold them
     counted: ConvRanks | None
+    curved: str = ""  # why the equations are not linear; both systems are their derivatives at the example then
 
     @property
     def unknowns(self) -> int:
@@ -36,7 +43,8 @@ class Constraints:
     @cached_property
     def weight(self) -> int:
         """rank W."""
-        return self.weights.rank() if self.counted is None else self.counted.weight
+        counted = None if self.counted is None else self.counted.weight
+        return self.weights.rank() if counted is None else counted
 
     @cached_property
     def gradient(self) -> int:
@@ -65,12 +73,23 @@ class Constraints:
         return self.weights + self.gradients * (heavy / light if heavy > 0 and light > 0 else 1.0)
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A layer whose equations are not known, and why."""
+
+    link: Link
+    why: str
+
+
 def constraints(
     links: Sequence[Link], x: Tensor, y: Tensor, loss: Loss, *, only: Container[str] | None = None
-) -> list[Constraints]:
-    """For every layer of a chain that has a weight and a rule, or those named, at the example x [1, *shape], y [1].
+) -> list[Constraints | Unread]:
+    """For every layer of a chain that has parameters or begins a run of affine layers, or those named.
 
-    A dense layer's gradient is dL/dz x^T: with dL/dz known, as behind a bias, it gives x whatever W is.
+    At the example x [1, *shape], y [1]. As `trunk.read`: a run's equations are what the activation after it lets through
+    and its layers' gradients, all taken through the layers before; their derivatives where one of those has no rule, as a
+    residual block. What follows the activation is held to be known, and so is the input of a dense layer, whose gradient
+    dL/dz x^T gives it whatever W is where dL/dz is known, as behind a bias.
     """
     inputs: list[Tensor] = []
     with torch.enable_grad():
@@ -81,13 +100,23 @@ def constraints(
             z = link.module.double()(z.clone())  # the chain's modules are copies; an activation may write in place
         outputs = [*inputs[1:], z]
         grads = torch.autograd.grad(loss(z, y), outputs)
-    found = []
-    for i, link in enumerate(links):
-        rule = rule_for(link.module) if only is None or link.name in only else None
-        if rule is not None and rule.name != "activation" and isinstance(getattr(link.module, "weight", None), Tensor):
-            output, grad = (t.detach().reshape(link.after) for t in (outputs[i], grads[i]))
-            found.append(_of(link, rule, output, grad, _known(links[i + 1 :], outputs[i + 1 :])))
-    return found
+    found: list[Constraints | Unread] = []
+    after = _After(everything(z.detach()[0]))
+    for i, link in reversed(list(enumerate(links))):
+        rule = rule_for(link.module)
+        here, output, grad = inputs[i].detach()[0], *(t.detach().reshape(link.after) for t in (outputs[i], grads[i]))
+        if isinstance(link.module, RESHAPES) and rule is not None:
+            continue
+        if isinstance(rule, Activation):
+            after = _After(rule.forward_equations(link.module, link.before, output))
+            continue
+        each, after = after.read(link, rule, here, output, grad)
+        if isinstance(link.module, nn.Linear) and isinstance(each, Constraints) and each.counted is not None:
+            after = _After(everything(here))
+        named = any(True for _ in link.module.parameters()) or _begins(links[:i])
+        if named if only is None else link.name in only:
+            found.append(each)
+    return found[::-1]
 
 
 def c_of(layers: Sequence[tuple[int, int]]) -> int:
@@ -96,31 +125,107 @@ def c_of(layers: Sequence[tuple[int, int]]) -> int:
     return sum(round((D - 1 - i) / (D - 1) * (rank - unknowns)) for i, (unknowns, rank) in enumerate(layers))
 
 
-def _known(after: Sequence[Link], outputs: Sequence[Tensor]) -> Tensor | None:
-    """Numbers of the outputs that the next activation lets through; None: all of them."""
-    for link, output in zip(after, outputs, strict=True):
-        rule = rule_for(link.module)
-        if rule is not None and rule.name == "activation":
-            seen = rule.forward_equations(link.module, link.before, output.detach()[0])
-            which = seen.push(torch.arange(seen.unknowns).to(seen.b)[None])[0].long()
-            return which if len(which) < seen.unknowns else None
-        if link.before != link.after:
-            return None
-    return None
+def elementwise(link: Link) -> bool:
+    """Whether a layer maps every entry by itself, one to one or as an activation does, or only reshapes."""
+    rule = rule_for(link.module)
+    return isinstance(rule, Activation) or (rule is not None and (isinstance(link.module, RESHAPES) or _single(link)))
 
 
-def _of(link: Link, rule: LayerRule, output: Tensor, grad: Tensor, known: Tensor | None) -> Constraints:
-    weight: Tensor = link.module.weight  # type: ignore[assignment]  # constraints() has looked
-    W = rule.forward_equations(link.module, link.before, output)
-    K = rule.gradient_equations(link.module, link.before, grad, torch.zeros_like(weight))
-    if known is not None:
-        W = LinearSystem.some(known, output.flatten()[known], W.equations).through(W)
-    return Constraints(link, W, K, _dense(link, W) or (_counted(link) if known is None else None))
+@dataclass(frozen=True)
+class _After:
+    """What is known behind a layer of its output: equations, and those of later layers' gradients."""
+
+    known: LinearSystem
+    extra: tuple[LinearSystem, ...] = ()
+    single: bool = True  # every equation is one on one entry
+    hidden: str = ""  # why it is not known by linear equations
+    curve: tuple[Link, ...] = ()  # the layers between it and what is, where their equations can be followed
+    grad: Tensor | None = None  # dL/d(the output of the last of them)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every entry is known by itself."""
+        return not self.hidden and self.single and self.known.equations == self.known.unknowns
+
+    def read(
+        self, link: Link, rule: LayerRule | None, x: Tensor, output: Tensor, grad: Tensor
+    ) -> tuple[Constraints | Unread, _After]:
+        """The equations on a layer's input x, and what is known of that."""
+        if _dense(link) and bool(grad.any()):
+            W, n = _none(link, grad) if self.hidden else self.known.through(held(Affine(), link, self.known)), x.numel()
+            return Constraints(link, W, _gradients(link, Affine(), grad), ConvRanks(n, min(n, W.equations), n, n)), self
+        why, follow = self.hidden, not self.hidden or bool(self.curve)
+        if not why and rule is None:
+            why = f"{link.name!r} ({type(link.module).__name__}) has no rule to read it backward by"
+        if rule is not None:
+            try:
+                rule.grad_input(link.module, link.before, output, grad)
+            except ValueError as error:
+                why = why or f"{link.name!r} ({type(link.module).__name__}) has no linear way back: {error}".rstrip(".")
+                follow = False
+        if why or rule is None:
+            known = self.known if self.hidden else _joined((self.known, *self.extra))
+            after = _After(known, hidden=why, curve=(link, *self.curve) if follow else (), grad=self.grad)
+            if not self.hidden:
+                after = replace(after, grad=grad)
+            return _curved(link, after, x), after
+        K, W = _gradients(link, rule, grad), self.known.through(held(rule, link, self.known))
+        later = () if self.whole else tuple(each.through(held(rule, link, each)) for each in self.extra)
+        gradients = tuple(each for each in (K, *later) if each.equations)
+        found = Constraints(link, W, _joined(gradients or (K,)), _counted(link) if self.whole else None)
+        return found, _After(W, gradients, self.single and _single(link))
 
 
-def _dense(link: Link, weights: LinearSystem) -> ConvRanks | None:
-    n = link.unknowns
-    return ConvRanks(n, n, min(n, weights.equations), n, n) if isinstance(link.module, nn.Linear) else None
+def _curved(link: Link, after: _After, x: Tensor) -> Constraints | Unread:
+    """The derivatives at x of the equations that follow from there to what is known."""
+    if not after.curve or after.grad is None:
+        return Unread(link, after.hidden)
+    update = {
+        f"{each.name}.{name}": torch.zeros_like(p) for each in after.curve for name, p in each.module.named_parameters()
+    }
+    try:
+        system = Pullback(after.curve, after.known, after.grad, update).system(x.flatten())
+    except ValueError as error:
+        return Unread(link, f"{after.hidden}; {error}")
+    rows, cut = torch.arange(system.equations, device=x.device), after.known.equations
+    return Constraints(link, system.among(rows[:cut]), system.among(rows[cut:]), None, after.hidden)
+
+
+def _joined(systems: Sequence[LinearSystem]) -> LinearSystem:
+    """All equations, equally heavy."""
+    heavy = [(each, size) for each in systems if (size := each.size) > 0]
+    return reduce(operator.add, (each * (1 / size) for each, size in heavy)) if len(heavy) > 1 else systems[0]
+
+
+def _begins(before: Sequence[Link]) -> bool:
+    """Whether no affine layer comes before: an activation, one without a rule, or the input."""
+    link = next((link for link in reversed(before) if not isinstance(link.module, RESHAPES)), None)
+    rule = None if link is None else rule_for(link.module)
+    return rule is None or isinstance(rule, Activation)
+
+
+def _single(link: Link) -> bool:
+    """Whether a layer is affine, and maps every entry by itself, and one to one."""
+    norm = link.module
+    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or not isinstance(rule_for(norm), Affine):
+        return False
+    return not norm.affine or bool(norm.weight.all())
+
+
+def _none(link: Link, like: Tensor) -> LinearSystem:
+    return LinearSystem.none(link.unknowns, like)
+
+
+def _gradients(link: Link, rule: LayerRule, grad: Tensor) -> LinearSystem:
+    weight = getattr(link.module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return _none(link, grad)
+    return rule.gradient_equations(link.module, link.before, grad, torch.zeros_like(weight))
+
+
+def _dense(link: Link) -> bool:
+    """Whether a layer has one input vector, which dL/dW = dL/dz x^T gives where dL/dz is not zero."""
+    return isinstance(link.module, nn.Linear) and isinstance(rule_for(link.module), Affine) and len(link.before) == 1
 
 
 def _counted(link: Link) -> ConvRanks | None:

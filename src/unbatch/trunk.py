@@ -109,6 +109,18 @@ def read(
         yield _solved(run or lone, states)
 
 
+def everything(x: Tensor) -> LinearSystem:
+    """Every entry of x, known."""
+    return LinearSystem.some(torch.arange(x.numel(), device=x.device), x.flatten(), x.numel())
+
+
+def held(rule: LayerRule, link: Link, system: LinearSystem, n: int = 1) -> LinearSystem:
+    """The layer's own map of its input, of n inputs one after the other, as equations that hold its output to 0."""
+    zero = torch.zeros(link.after, dtype=torch.float64, device=system.b.device)
+    one = rule.forward_equations(link.module, link.before, zero)
+    return LinearSystem.beside([one] * n)
+
+
 class _State:
     """One start's way back: x [n, *shape], if it is known as a whole, dL/dx, and what is known of the current tensor."""
 
@@ -120,7 +132,7 @@ class _State:
         self.x, self.n = x, len(x)
         self.raw: tuple[Link, Tensor, Tensor] | None = None  # the activation after, its output but for ends, dL/d of it
         self.hidden = False  # affine layers lie between the current tensor and what is known entry by entry
-        self.known = [_all(part) for part in x]
+        self.known = [everything(part) for part in x]
         self.extra: list[LinearSystem] = []
         self.top = self.known[0], self.grad  # of the run that begins here
 
@@ -144,8 +156,8 @@ class _State:
         """One affine layer more in the run."""
         link = replace(link, module=self.layers.get(link.name, link.module))
         grad = self._back(rule, link, self._whole() if rule.reads_output else self.grad)
-        self.known = [system.through(_held(rule, link, system)) for system in self.known]
-        self.extra = [system.through(_held(rule, link, system, self.n)) for system in self.extra]
+        self.known = [system.through(held(rule, link, system)) for system in self.known]
+        self.extra = [system.through(held(rule, link, system, self.n)) for system in self.extra]
         weight = self.update.get(f"{link.name}.weight" if link.name else "weight")
         if weight is not None:
             own = [rule.gradient_equations(link.module, link.before, part, weight) for part in self.grad]
@@ -174,17 +186,6 @@ class _State:
     def _back(self, rule: LayerRule, link: Link, output: Tensor) -> Tensor:
         pairs = zip(*(t.reshape(self.n, *link.after) for t in (output, self.grad)), strict=True)
         return torch.stack([rule.grad_input(link.module, link.before, z, dz) for z, dz in pairs])
-
-
-def _all(x: Tensor) -> LinearSystem:
-    return LinearSystem.some(torch.arange(x.numel(), device=x.device), x.flatten(), x.numel())
-
-
-def _held(rule: LayerRule, link: Link, system: LinearSystem, n: int = 1) -> LinearSystem:
-    """The layer's own map of its input, of n inputs one after the other, as equations that hold its output to 0."""
-    zero = torch.zeros(link.after, dtype=torch.float64, device=system.b.device)
-    one = rule.forward_equations(link.module, link.before, zero)
-    return LinearSystem.beside([one] * n)
 
 
 def _solved(run: Sequence[Link], states: Sequence[_State]) -> Reading:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from unbatch.models import initialise
 
 Conv = nn.Conv1d | nn.Conv2d
 Shape = tuple[int, ...]
-POOL = ", pooled"  # after the name of a convolution: the pooling that was put behind it
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,6 @@ def first_dense(links: Sequence[Link]) -> int:
 def parameters(links: Sequence[Link]) -> int:
     """Numbers in all weights and biases."""
     return sum(p.numel() for link in links for p in link.module.parameters())
-
-
-Change = Callable[[Conv], tuple[str, list[nn.Module]]]
 
 
 def _strided(layer: Conv) -> tuple[str, list[nn.Module]]:
@@ -123,7 +119,7 @@ def _fitted(links: Sequence[Link], i: int, made: Sequence[nn.Module], rng: torch
     """The links with `made` in place of the i-th, and each later one itself if it fits. Raises ValueError: one cannot."""
     found, shape = list(links[:i]), links[i].before
     for k, module in enumerate(made):
-        found.append(_link(f"{links[i].name}{POOL}" if k else links[i].name, module, shape))
+        found.append(_link(f"{links[i].name}, pooled" if k else links[i].name, module, shape))
         shape = found[-1].after
     for old, link in zip(links[i:], links[i + 1 :], strict=False):
         if old.after != link.before:  # a reshape that is no module

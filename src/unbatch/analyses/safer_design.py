@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, final
+from typing import Annotated, ClassVar, final
 
 import torch
 from pydantic import Field
@@ -12,62 +12,47 @@ from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Verdict
 from unbatch.chain import Chained, Link, chain
-from unbatch.constraints import Constraints, c_of, constraints
-from unbatch.determined import determined
-from unbatch.layer import rule_for
-from unbatch.loss import Loss
+from unbatch.constraints import Constraints, Unread
+from unbatch.determined import share, work
 from unbatch.observation import Observation
 from unbatch.probe import probe
-from unbatch.variants import POOL, Variant, first_dense, parameters, variants
-
-Kind = tuple[tuple[int, ...], tuple[str, ...]]  # the shape of a layer's input, and the layers up to the next activation
-
-
-class _UncountedError(ValueError):
-    """A metric that does not answer for a changed network, and why; nothing, where it has no words for such a change."""
+from unbatch.solvability import Kind, solvability
+from unbatch.variants import Variant, first_dense, parameters, variants
 
 
 @dataclass
 class _Place:
     """Where metrics look, up to what size they may measure, and what was found: layers of one kind have the same ranks."""
 
+    obs: Observation
     x: Tensor
     y: Tensor
-    loss: Loss
-    mode: Literal["train", "eval"]
+    networks: int  # the one as it is, and the changed ones
+    work: float
     limit: str = "own"  # the option that says up to what size ranks are measured
-    found: dict[Kind, Constraints] = field(default_factory=dict)
-
-    def look(self, links: Sequence[Link], most: int) -> list[Constraints]:
-        """The convolutions before the first dense layer, their ranks not yet measured. Raises _UncountedError."""
-        kinds = _kinds(links)
-        missing = {name: kind for name, kind in kinds.items() if kind not in self.found}
-        for each in constraints(links, self.x, self.y, self.loss, only=missing) if missing else ():
-            if each.counted is None and each.unknowns > most:
-                raise _UncountedError(f"ranks had to be measured on more than {self.limit}={most} unknowns")
-            self.found[missing[each.link.name]] = each
-        return [self.found[kind] for kind in kinds.values()]
+    found: dict[Kind, Constraints | Unread] = field(default_factory=dict)
 
 
 def _published(links: Sequence[Link], at: _Place, largest: int) -> float:
-    """c(M). Raises _UncountedError."""
-    if any(isinstance(link.module, nn.AvgPool1d | nn.AvgPool2d) and link.name.endswith(POOL) for link in links):
-        raise _UncountedError  # it does not see what pooling hides
-    return c_of([(each.unknowns, each.both) for each in at.look(links, largest)])
+    """c(M). Raises ValueError."""
+    return solvability(links, at.x, at.y, at.obs.loss, most=largest, limit=at.limit, found=at.found).value
 
 
 def _share(links: Sequence[Link], at: _Place, largest: int) -> float:
-    """The determined share. Raises _UncountedError."""
-    if at.x.numel() > PIXELS:
-        raise _UncountedError(f"the determined share is computed for up to {PIXELS} numbers of an input")
-    return determined(Chained(links), at.loss, at.x, at.y, mode=at.mode).share
+    """The determined share. Raises ValueError."""
+    model = Chained(links)
+    if (needed := at.networks * work(model, at.obs.loss, at.x, at.y)) > at.work:
+        raise ValueError(
+            f"the determined shares of {at.networks} networks take about {needed:.1e} operations, more than "
+            f"work={at.work:.1e}"
+        )
+    return share(at.obs, at.x, at.y, model).share
 
 
 METRICS: dict[str, Callable[[Sequence[Link], _Place, int], float]] = {  # the lower, the safer; the first one orders
     "determined share": _share,
     "c(M)": _published,
 }
-PIXELS = 256
 LEAST = 0.01  # by which a change lowers a metric: other weights alone move a share by less
 
 
@@ -75,9 +60,9 @@ LEAST = 0.01  # by which a change lowers a metric: other weights alone move a sh
 class SaferDesign(Analysis):
     """The determined share and c(M) of the network with one convolution changed, where that lowers one, the safest first.
 
-    Each change alone: the stride doubled, the channels halved, average pooling after it (c(M) does not see it, the share
-    does); the layers that must change with it have fresh weights, drawn by PyTorch's default law. Ranks by the rank law,
-    else measured. It is said of one example alone, and nothing of how well the changed network learns.
+    Each change alone: the stride doubled, the channels halved, average pooling after it; the layers that must change with
+    it have fresh weights, drawn by PyTorch's default law. Ranks by the rank law, else measured. It is said of one example
+    alone, and nothing of how well the changed network learns.
     """
 
     paper: ClassVar[str] = "Chen, Campbell, 2021 (c(M))"
@@ -88,6 +73,9 @@ class SaferDesign(Analysis):
         Field(ge=0, description="unknowns up to which the ranks of changed layers are measured where counting fails"),
     ] = 1024
     own: Annotated[int, Field(ge=0, description="the same for the layers as they are")] = 4096
+    work: Annotated[float, Field(ge=0, description="operations up to which the shares are computed, all together")] = (
+        1e12
+    )
 
     def run(
         self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
@@ -97,29 +85,28 @@ class SaferDesign(Analysis):
         links = chain(obs.model, obs.knowledge.input_shape, obs.protocol.mode)
         rng = rng or torch.Generator().manual_seed(0)
         x, y, _ = probe(obs, at, rng)
-        place = _Place(x, y, obs.loss, obs.protocol.mode)
+        changes = list(variants(links, rng))
+        place = _Place(obs, x, y, 1 + len(changes), self.work)
         own: dict[str, float] = {}
         skipped: dict[str, list[str]] = {}
         for name, metric in METRICS.items():
             try:
                 own[name] = metric(links, place, self.own)
-            except _UncountedError as why:
-                skipped.setdefault(f"{why}", []).append(f"{name} of the network as it is")
+            except ValueError as why:
+                skipped.setdefault(str(why).rstrip("."), []).append(f"{name} of the network as it is")
         if not own:
             raise ValueError(
                 "; ".join(f"{', '.join(names)}: not counted, since {why}" for why, names in skipped.items()) + "."
             )
         counted: list[tuple[dict[str, float], Variant]] = []
         place.limit = "largest"
-        changes = list(variants(links, rng))
         for variant in changes:
             values: dict[str, float] = {}
             for name in own:
                 try:
                     values[name] = METRICS[name](variant.links, place, self.largest)
-                except _UncountedError as why:
-                    if str(why):
-                        skipped.setdefault(str(why), []).append(variant.words)
+                except ValueError as why:
+                    skipped.setdefault(str(why).rstrip("."), []).append(variant.words)
             counted += [(values, variant)] if values else []
         left = "; ".join(f"{', '.join(names)}: not counted, since {why}" for why, names in skipped.items())
         if changes and skipped and not counted:
@@ -140,21 +127,6 @@ class SaferDesign(Analysis):
         return found
 
 
-def _kinds(links: Sequence[Link]) -> dict[str, Kind]:
-    """By name, the convolutions before the first dense layer."""
-    before, found = links[: first_dense(links)], {}
-    for i, link in enumerate(before):
-        if isinstance(link.module, nn.Conv1d | nn.Conv2d):
-            rules = ((rule_for(other.module), str(other.module)) for other in links[i:])
-            words: list[str] = []
-            for rule, module in rules:
-                words.append(module)
-                if rule is None or rule.name == "activation":
-                    break
-            found[link.name] = (link.before, tuple(words))
-    return found
-
-
 def _price(links: Sequence[Link], changed: Sequence[Link], name: str, own: dict[str, float]) -> str:
     """What a change costs, as far as shapes tell."""
     words = f"{name} is {own[name]:,.6g} now. Parameters {parameters(links):,} -> {parameters(changed):,}"
@@ -166,7 +138,7 @@ def _price(links: Sequence[Link], changed: Sequence[Link], name: str, own: dict[
 
 
 def _none(links: Sequence[Link], tried: int) -> str:
-    if not _kinds(links):
+    if not any(isinstance(link.module, nn.Conv1d | nn.Conv2d) for link in links[: first_dense(links)]):
         return "no convolution lies before the first dense layer, so there is none to change."
     if not tried:
         return "no change to a convolution leaves a network that runs."

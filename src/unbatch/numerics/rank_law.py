@@ -2,9 +2,8 @@
 
 With generic weights and gradients the weight constraint W x = z and the gradient constraint K x = dL/dW of c_out filters
 overlap in exactly the identities <w_g, dL/dw_f> = <dz_f, z_g>, so rank [W; K] = rank W + rank K - c_out^2 until every pixel
-that the filters touch is determined (Chen and Campbell, 2021). For n examples the outputs of each are given, and one
-gradient for all. The phases of a stride, padding, batches, and where counting is right, are this library's, measured on
-random layers against their matrices.
+that the filters touch is determined (Chen and Campbell, 2021). The phases of a stride, padding, and where counting is
+right, are this library's, measured on random layers against their matrices.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ MARGIN = (0.9, 1.1)  # equations by count over touched pixels
 
 @dataclass(frozen=True)
 class ConvRanks:
-    """Ranks of the equations on a layer's inputs."""
+    """Ranks of the equations on a layer's input."""
 
-    unknowns: int  # entries of the inputs
-    covered: int  # those that a filter touches; strides may leave out a margin
-    weight: int  # of W: forward equations
+    unknowns: int  # entries of the input
+    weight: int | None  # of W: forward equations; None where counting does not tell
     gradient: int  # of K: gradient equations
     both: int  # of [W; K]
 
@@ -45,9 +43,8 @@ def conv_ranks(
     dilation: Sequence[int],
     padding: Sequence[int],
     groups: int = 1,
-    examples: int = 1,
 ) -> ConvRanks | None:
-    """The ranks for `before` -> `after` channels on `examples` inputs of those sides, or None where counting fails.
+    """The ranks for `before` -> `after` channels on an input of those sides, or None where counting fails.
 
     Counting does where filters do not outnumber the channels of the stride's phases that hold a tap, c_out <= c_in phases
     in each group (beyond, filters commute, w_f * (w_g * x) = w_g * (w_f * x), and rows of W depend on each other); where
@@ -55,7 +52,7 @@ def conv_ranks(
     outputs do (else rows of K depend on each other); where padding hides less than half the taps of a window; and where
     the count is not within `MARGIN` of the touched pixels, about which a few equations more depend on each other, nor below
     them under padding, whose windows at the edge are no generic ones.
-    Under padding `weight` is a count too, but only `both` was found right throughout.
+    Under padding the equations of W may depend on each other, and `weight` is not told.
     Raises ValueError: the kernel is larger than the input, or groups do not divide the channels.
     """
     if before % groups or after % groups:
@@ -66,7 +63,7 @@ def conv_ranks(
     if min(out) < 1:
         raise ValueError(f"a kernel that reaches over {reach} does not fit an input of sides {list(sides)}.")
     lines = [_Side(*line) for line in zip(sides, out, kernel, stride, dilation, padding, strict=True)]
-    pixels, places = examples * math.prod(len(line.touched()) for line in lines), examples * math.prod(out)
+    pixels, places = math.prod(len(line.touched()) for line in lines), math.prod(out)
     taps, phases = math.prod(kernel), [line.phases() for line in lines]
     if c_out > c_in * math.prod(len(side) for side in phases) or any(
         s % d for s, d in zip(stride, dilation, strict=True)
@@ -76,21 +73,20 @@ def conv_ranks(
         return None
     if any(p > (k - 1) // 2 * d for p, k, d in zip(padding, kernel, dilation, strict=True)):
         return None
-    weight = examples * sum(
+    weight = sum(
         math.prod(n for _, n in place) * min(c_out, c_in * math.prod(t for t, _ in place))
         for place in product(*(line.places() for line in lines))
     )
     weight = min(weight, c_in * pixels)
     gradient = c_in * sum(
-        min(c_out * math.prod(t for t, _ in phase), examples * math.prod(p for _, p in phase))
-        for phase in product(*phases)
+        min(c_out * math.prod(t for t, _ in phase), math.prod(p for _, p in phase)) for phase in product(*phases)
     )
     count = weight + gradient - min(c_out, c_in * taps) * min(c_out, places)
     if (0.0 if any(padding) else MARGIN[0]) < count / (c_in * pixels) < MARGIN[1]:
         return None
     both = min(c_in * pixels, max(count, weight, gradient))
-    unknowns = examples * before * math.prod(sides)
-    return ConvRanks(unknowns, groups * c_in * pixels, groups * weight, groups * gradient, groups * both)
+    told = None if any(padding) else groups * weight
+    return ConvRanks(before * math.prod(sides), told, groups * gradient, groups * both)
 
 
 class _Side(NamedTuple):

@@ -1,0 +1,97 @@
+"""Solvability: c(M), the published number of what a network's convolutions leave open of one image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from unbatch.chain import Link
+from unbatch.constraints import Constraints, Unread, c_of, constraints, elementwise
+from unbatch.layer import rule_for
+from unbatch.layers.activation import Activation
+from unbatch.loss import Loss
+from unbatch.variants import first_dense
+
+Kind = tuple[tuple[int, ...], tuple[str, ...]]  # the shape of a layer's input, and the layers up to the next activation
+
+
+class Solvability(NamedTuple):
+    """c(M), in words too."""
+
+    value: int
+    words: str
+
+
+def solvability(
+    links: Sequence[Link],
+    x: Tensor,
+    y: Tensor,
+    loss: Loss,
+    *,
+    most: int,
+    limit: str = "largest",
+    found: dict[Kind, Constraints | Unread] | None = None,
+) -> Solvability:
+    """c(M) of a chain, where every layer with parameters before the first dense one is a convolution or elementwise.
+
+    Ranks are measured up to `most` unknowns, an option by the name `limit`; layers of one kind have the same, and those
+    `found` are not looked at again. Raises ValueError: c(M) does not know the network, or ranks are too many to measure.
+    """
+    trunk, found = links[: first_dense(links)], {} if found is None else found
+    kinds = _kinds(trunk)
+    unknown = [link for link in trunk if link.name not in kinds and any(True for _ in link.module.parameters())]
+    names = [f"{link.name!r} ({type(link.module).__name__})" for link in unknown if not elementwise(link)]
+    if names:
+        raise ValueError(
+            f"c(M) knows convolutions and elementwise layers before the first dense one, not {', '.join(names)}."
+        )
+    missing = {name: kind for name, kind in kinds.items() if kind not in found}
+    for each in constraints(links, x, y, loss, only=missing) if missing else ():
+        found[missing[each.link.name]] = each
+    known = dict[str, Constraints]()
+    for name, kind in kinds.items():
+        own = found[kind]
+        if isinstance(own, Unread) or own.curved:
+            why = own.why if isinstance(own, Unread) else own.curved
+            raise ValueError(f"c(M): what is known of the output of {name} cannot be counted: {why}.")
+        known[name] = own
+    large = [name for name, own in known.items() if own.counted is None and own.unknowns > most]
+    if large:
+        raise ValueError(
+            f"c(M): the ranks of {', '.join(large)} cannot be counted, and their unknowns are more than {limit}={most} to "
+            "measure."
+        )
+    value = c_of([(own.unknowns, own.both) for own in known.values()])
+    return Solvability(value, _said(value, trunk, known))
+
+
+def _said(value: int, trunk: Sequence[Link], known: Mapping[str, Constraints]) -> str:
+    """c(M) in words."""
+    other, counted = list[str](), False  # what no convolution's equations go through
+    for link in trunk:
+        counted = (counted or link.name in known) and not isinstance(rule_for(link.module), Activation)
+        if not counted and not elementwise(link):
+            other.append(link.name)
+    if not known:
+        words = "no convolution lies before the first dense layer, which gives one example away"
+    elif value:
+        words = f"{sum(own.deficit for own in known.values()):,} unknowns in all are left open, weighed by their depth"
+    else:
+        words = "every convolution is uniquely solvable" + ("" if other else ": none protects one image")
+    return words + (f"; what {', '.join(other)} may hide is not counted" if other else "")
+
+
+def _kinds(trunk: Sequence[Link]) -> dict[str, Kind]:
+    """By name, the convolutions."""
+    found = {}
+    for i, link in enumerate(trunk):
+        if isinstance(link.module, nn.Conv1d | nn.Conv2d):
+            words: list[str] = []
+            for other in trunk[i:]:
+                words.append(str(other.module))
+                if isinstance(rule_for(other.module), Activation):
+                    break
+            found[link.name] = (link.before, tuple(words))
+    return found
