@@ -244,4 +244,14 @@ def test_a_residual_block_has_the_rank_of_the_equations_that_the_attack_solves()
     assert "To first order at the batch's first example: '2' (Residual) has no rule" in rows["2"].words
     large = Analysis.parse("layer-equations:condition=70").run(obs)[1]
     assert large.level == "unknown"
-    assert "'2' (Residual) has no rule to read it backward by, and 75 unknowns are more than condition=70" in large.words
+    assert (
+        "'2' (Residual) has no rule to read it backward by, and 75 unknowns are more than condition=70" in large.words
+    )
+
+
+def test_few_equations_on_many_unknowns_are_measured() -> None:
+    obs = own(
+        drawn(nn.Conv2d(1, 32, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)), (1, 16, 16)
+    )
+    _, pool, _ = Analysis.parse("layer-equations").run(obs)
+    assert (pool.rank, pool.unknowns, pool.level) == (32, 6272, "low")

@@ -63,11 +63,9 @@ class LayerEquations(Analysis):
         why = f"{found.why}." if isinstance(found, Unread) else ""
         if isinstance(found, Constraints) and found.counted is None:
             option, most = ("condition", self.condition) if found.curved else ("largest", self.largest)
-            if n > most:
-                why = (
-                    f"{found.curved or 'its ranks cannot be counted'}, and {n:,} unknowns are more than {option}={most}"
-                )
-                why += " to measure."
+            if (n if found.curved else min(n, found.weights.equations + found.gradients.equations)) > most:
+                why = found.curved or "its ranks cannot be counted"
+                why += f", and {n:,} unknowns are more than {option}={most} to measure."
         if isinstance(found, Unread) or why:
             words = f"What {name} determines of its input is not known: {why}"
             return LayerRisk(layer=name, kind=kind, unknowns=n, equations=0, rank=0, words=words, level="unknown")
