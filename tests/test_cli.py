@@ -140,8 +140,9 @@ def test_risk_draws_the_way_back_to_the_input(here: Path, capsys) -> None:
     assert "input <- conv1 71% <- head 100% <- gradient" in said
     assert "conv1 loses 222 of 768 unknowns: an attacker must guess them." in said
     assert "c(M) = -222" in said
-    assert "what would make it safer change c(M) price conv1 with 3 of 6 channels -486" in said
-    assert "c(M) is -222 now. Parameters" in said
+    assert "what would make it safer change determined share c(M) price conv1" in said
+    assert " -486 " in said
+    assert "determined share = 0.9634" in said
     assert "c(M): conv1" not in said
 
 

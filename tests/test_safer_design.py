@@ -100,7 +100,7 @@ def test_nothing_that_does_not_help_is_proposed() -> None:
 
 def test_a_network_without_convolutions_is_told_so() -> None:
     obs = own(drawn(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)), (12,))
-    _, verdict = SaferDesign().run(obs)
+    (verdict,) = SaferDesign().run(obs)
     assert (verdict.name, verdict.value) == ("c(M): no change", 0)
     assert "no convolution lies before the first dense layer" in verdict.words
 

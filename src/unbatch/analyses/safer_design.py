@@ -40,6 +40,8 @@ def _published(links: Sequence[Link], at: _Place, largest: int) -> float:
 
 def _share(links: Sequence[Link], at: _Place, largest: int) -> float:
     """The determined share. Raises ValueError."""
+    if at.networks == 1:
+        raise ValueError("there is no change to compare it with")
     model = Chained(links)
     if (needed := at.networks * work(model, at.obs.loss, at.x, at.y)) > at.work:
         raise ValueError(
