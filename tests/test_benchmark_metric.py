@@ -28,21 +28,26 @@ def test_an_architecture_runs_and_is_the_same_for_the_same_draw() -> None:
 def test_the_correlation_is_of_ranks_and_by_seed() -> None:
     rng = np.random.default_rng(0)
     told = rng.normal(size=40)
-    rows = [{"seed": 0, "predicted psnr": x, "psnr": np.exp(x)} for x in told]
-    rows += [{"seed": 1, "predicted psnr": x, "psnr": y} for x, y in zip(told, rng.normal(size=40), strict=True)]
-    rows += [{"seed": 2, "predicted psnr": 1.0, "psnr": 2.0}] * 3  # too few to say
+    rows = [{"seed": 0, "certified": i < 5, "predicted psnr": x, "psnr": np.exp(x)} for i, x in enumerate(told)]
+    noise = zip(told, rng.normal(size=40), strict=True)
+    rows += [{"seed": 1, "certified": True, "predicted psnr": x, "psnr": y} for x, y in noise]
+    rows += [{"seed": 2, "certified": True, "predicted psnr": 1.0, "psnr": 2.0}] * 3  # too few to say
     found = summary(rows)["correlation"]
-    assert set(found) == {"seed 0", "seed 1"}
-    assert found["seed 0"] == pytest.approx({"spearman": 1.0, "low": 1.0, "high": 1.0})
-    assert found["seed 1"]["low"] < 0 < found["seed 1"]["high"]
-    assert found["seed 1"]["low"] < found["seed 1"]["spearman"] < found["seed 1"]["high"]
+    assert found["seed 0"]["all"] == pytest.approx({"spearman": 1.0, "low": 1.0, "high": 1.0, "rows": 40})
+    assert found["seed 0"]["uncertified"]["rows"] == 35
+    assert found["seed 1"]["all"]["low"] < 0 < found["seed 1"]["all"]["high"]
+    assert found["seed 1"]["all"]["low"] < found["seed 1"]["all"]["spearman"] < found["seed 1"]["all"]["high"]
+    assert found["seed 1"]["uncertified"] is None
+    assert found["seed 2"]["all"] is None
 
 
-def test_two_seeds_are_measured_stored_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_seeds_are_measured_stored_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     rows = find("metric").run(seconds=0.5, out=tmp_path, count=2)
-    assert [(row["seed"], row["number"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert all(0 <= row["share"] <= 1 and row["psnr"] >= row["grey"] for row in rows)
+    assert [(row["seed"], row["number"]) for row in rows] == [(s, i) for s in range(3) for i in range(2)]
+    assert all(0 <= row["share"] <= 1 for row in rows)
+    for row in rows:  # what is certified is the picture, and what is not found is scored as mid-grey is
+        assert row["psnr"] > 60 if row["certified"] else row["by"] != "mid-grey" or row["psnr"] == row["grey"]
     record = json.loads((tmp_path / "metric.json").read_text())
     assert record["complete"]
     assert record["rows"] == json.loads(json.dumps(rows))

@@ -13,16 +13,18 @@ def linear(m: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("m", "d"), [(5, 12), (20, 12)])
-def test_of_linear_equations_it_is_the_solution_of_least_norm(m: int, d: int) -> None:
+@pytest.mark.parametrize("at", [0.0, 1.0])
+def test_of_linear_equations_it_is_the_solution_nearest_to_the_start(m: int, d: int, at: float) -> None:
     A, x = linear(m, d, 0)
-    found = annealed(lambda z, b: A @ z - A @ x, lambda z, b: A, torch.ones(d, dtype=torch.float64))
-    torch.testing.assert_close(found, torch.linalg.pinv(A) @ (A @ x), rtol=0, atol=1e-8)
+    start = torch.full((d,), at, dtype=torch.float64)
+    found = annealed(lambda z, b: A @ z - A @ x, lambda z, b: A, start)
+    torch.testing.assert_close(found, start + torch.linalg.pinv(A) @ (A @ (x - start)), rtol=0, atol=1e-8)
 
 
 def test_kinks_are_told_how_sharp_they_are_and_a_unit_changes_sides() -> None:
     """relu(A x) from the wrong side of every unit, where the derivative of the sharp one is zero."""
     A, x = linear(30, 8, 1)
-    start = -4 * torch.ones(8, dtype=torch.float64)
+    start = -0.5 * torch.ones(8, dtype=torch.float64)
     A = A.abs()
     b = (A @ x.abs()).relu()
     told: list[float] = []
@@ -55,3 +57,11 @@ def test_it_stops_where_it_is_told_to_and_keeps_what_it_has() -> None:
     assert shares == [0.0, 0.1, 0.2, 0.3]
     assert 1e-4 < float((early - x).norm()) < float(x.norm())
     assert torch.equal(annealed(lambda z, b: A @ z - A @ x, lambda z, b: A, start, tick=lambda s: False), start)
+
+
+@pytest.mark.parametrize(("m", "d"), [(5, 12), (20, 12)])
+def test_at_one_level_it_is_the_posterior_s_mode(m: int, d: int) -> None:
+    A, x = linear(m, d, 3)
+    found = annealed(lambda z, b: A @ z - A @ x, lambda z, b: A, torch.zeros_like(x), levels=1)
+    mode = torch.linalg.solve(A.T @ A + torch.eye(d).to(A), A.T @ (A @ x))
+    torch.testing.assert_close(found, mode, rtol=1e-6, atol=1e-6)

@@ -148,6 +148,33 @@ def test_softened_networks_have_no_kink_and_sharpen_to_the_network_itself(activa
         assert torch.equal(activation(z), exact)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride"), [((1, 2, 6, 8), 2, None), ((2, 7, 7), (3, 2), 2), ((1, 1, 5, 5), 3, 1)]
+)
+def test_softened_max_pooling_goes_from_the_mean_of_a_window_to_its_maximum(
+    shape: tuple[int, ...], kernel: int | tuple[int, int], stride: int | None
+) -> None:
+    z = normal(math.prod(shape)).view(shape)
+    largest, soft = F.max_pool2d(z, kernel, stride), Softened(1e-6)
+    with soft:
+        mean = F.max_pool2d(z, kernel, stride)
+    torch.testing.assert_close(mean, F.avg_pool2d(z, kernel, stride), rtol=0, atol=1e-5)
+    soft.sharpen(1e6)
+    with soft:
+        sharp = F.max_pool2d(z, kernel, stride)
+    torch.testing.assert_close(sharp, largest, rtol=0, atol=1e-5)
+    soft.sharpen(math.inf)
+    with soft:
+        assert torch.equal(F.max_pool2d(z, kernel, stride), largest)
+
+
+def test_softened_leaves_padded_max_pooling_as_it_is() -> None:
+    z = normal(36).view(1, 6, 6)
+    largest = F.max_pool2d(z, 3, padding=1)
+    with Softened(1.0):
+        assert torch.equal(F.max_pool2d(z, 3, padding=1), largest)
+
+
 def test_softened_keeps_the_spread_of_its_first_block() -> None:
     soft, z = Softened(3.0), normal(50)
     with soft:

@@ -18,7 +18,7 @@ from unbatch.chain import follow
 from unbatch.first_dense import FirstDense
 from unbatch.likelihood import Likelihood
 from unbatch.numerics.matching import cosine_distance, signed_adam, total_variation
-from unbatch.numerics.smoothest import smoothest
+from unbatch.numerics.smoothest import smoothest, smoothest_root
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
 from unbatch.reading import Reading, Start, Unreadable
@@ -30,6 +30,7 @@ MOST = 4  # examples of a batch
 DRAWS = 3  # of the update's rounding, which show how far it moves what was read
 SAFETY = 4.0  # times the farthest of them, or twice what the update is off by, in units of what was drawn
 FIRST_ORDER = 0.1  # relative move beyond which its first order says nothing
+SMOOTH = 16  # pixels of a side, below which a photograph's likeliest root is nearer than its smoothest
 COARSE = 0.1  # relative misfit of a tensor that is no rounding, whatever the precision
 HYBRID = (((1.0, 1.0, 0.05), 10_000), ((1.0, 1.0, 0.1), 8_000), ((10.0, 0.1, 1.0), 1_000))  # first layer, second, later
 
@@ -45,9 +46,9 @@ class LayerByLayer(Attack):
 
     r-gap: at the solution of least norm, whatever the rank. copa: where an inner system is deficient, also the pull-back
     constraint, that its solution come from the layers before, with their gradients; so are layers read that are not linear
-    on the way back (residual blocks, max pooling, layer norms, GELU). auto: and where all that leaves pictures open, the
-    smoothest of them. hybrid: a deficient layer's input by the published soft penalties instead. r-conv: where a layer has
-    a weight, its gradient's equations alone.
+    on the way back (residual blocks, max pooling, layer norms, GELU), where they are likeliest. auto: and where all that
+    leaves pictures open, the smoothest of them. hybrid: a deficient layer's input by the published soft penalties instead.
+    r-conv: where a layer has a weight, its gradient's equations alone.
     """
 
     family: ClassVar[str] = "layer-by-layer"
@@ -158,11 +159,16 @@ class LayerByLayer(Attack):
                     return
 
     def _completed(self, obs: Observation, last: Reading) -> Tensor:
-        """The smoothest picture that linear equations allow, where that is asked for and it is one."""
+        """The smoothest picture that the equations allow, where that is asked for, and they hold of one."""
         shape, box = obs.knowledge.input_shape, obs.knowledge.get("input_range", (0.0, 1.0))
-        if self.method != "auto" or len(shape) != 3 or len(last.x) > 1 or last.pullback is not None:
+        if self.method != "auto" or len(shape) != 3 or len(last.x) > 1 or not last.fits:
             return last.x
-        return smoothest(last.x.flatten(), last.solution.free, shape, box, tick=tick).view(last.x.shape)
+        x, pullback = last.x.flatten(), last.pullback
+        if pullback is None:
+            x = smoothest(x, last.solution.free, shape, box, tick=tick)
+        elif min(shape[1:]) >= SMOOTH:
+            x = smoothest_root(pullback, x, shape, box, tick=tick)
+        return x.view(last.x.shape)
 
     def _searched(self, obs: Observation, first: FirstDense, reading: Reading, labels: Tensor | None) -> Tensor:
         """The hybrid's x of a deficient layer: by the match of the gradients from here on, total variation and the system.

@@ -7,39 +7,68 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unbatch.numerics.gauss_newton import levenberg_marquardt
-
 Apply = Callable[[Tensor, float], Tensor]  # z [d] and the sharpness of kinks -> r [e], or its Jacobian [e, d]
 Tick = Callable[[float], bool]  # share done -> whether to go on
 LOOSE, TIGHT = 1.0, 1e-6  # standard deviations of a residual at the first level and at the last
 BLUNT, SHARP = 1.0, 1e4  # kinks' sharpness, likewise
-STEPS, DAMPING, GAIN = 2, 1e-8, 1e-3  # at most, of a level; and the least share of the cost that one takes
+STEPS, TRIES, GAIN = 2, 12, 1e-3  # of a level, and of a step, at most; the least share of the cost that a step takes
+DAMPING, RISE, FALL = (
+    1e-8,
+    8.0,
+    100.0,
+)  # of a step: at least; times after a try that fails, and less after one that helps
 
 
 def annealed(
     residual: Apply, jacobian: Apply, start: Tensor, *, levels: int = 30, tick: Tick = lambda share: True
 ) -> Tensor:
-    """argmin over z [d] of |r(z)|^2 / s^2 + |z|^2 as s falls from 1 to 1e-6, each level from the last one's.
+    """argmin over z [d] of |r(z)|^2 / s^2 + |z - start|^2 as s falls from 1 to 1e-6, each level from the last one's.
 
-    With x = middle + R z that is the posterior's mode at noise s under the prior N(middle, R R^T). While s is large only
-    what the prior holds likely moves, smooth pictures first; and kinks, whose sharpness b the residual is told, are
-    rounded until b = 1e4, so that a unit may still change sides. From `start` [d].
+    With x = middle + R z, from start = 0, that is the posterior's mode at noise s under the prior N(middle, R R^T); from a
+    draw of z it is the root that lies nearest to what was drawn. While s is large only what the prior holds likely moves,
+    smooth pictures first; and kinks, whose sharpness b the residual is told, are rounded until b = 1e4, so that a unit may
+    still change sides. Steps are Levenberg and Marquardt's.
     Source: graduated non-convexity, Blake and Zisserman, Visual Reconstruction, 1987.
     """
-    z = start
+    z, damping = start, DAMPING
     for level in range(levels):
         share = level / max(levels - 1, 1)
         if not tick(share):
             break
         s, b = LOOSE * (TIGHT / LOOSE) ** share, BLUNT * (SHARP / BLUNT) ** share
-
-        def cost(each: Tensor, which: Tensor, s: float = s, b: float = b) -> Tensor:
-            return torch.stack([torch.cat([residual(own, b) / s, own]) for own in each])
-
-        def normal(each: Tensor, which: Tensor, s: float = s, b: float = b) -> tuple[Tensor, Tensor]:
-            own = each[0]
-            J, r = jacobian(own, b) / s, residual(own, b) / s
-            return (J.T @ J + torch.eye(len(own)).to(own))[None], (J.T @ r + own)[None]
-
-        z = levenberg_marquardt(cost, normal, z[None], steps=STEPS, damping=DAMPING, gain=GAIN)[0][0]
+        r = residual(z, b) / s
+        for _ in range(STEPS):
+            step = _Step(jacobian(z, b) / s, r, z - start)
+            before = float(r.square().sum() + (z - start).square().sum())
+            for _ in range(TRIES):
+                tried = z + step(damping)
+                left = residual(tried, b) / s
+                cost = float(left.square().sum() + (tried - start).square().sum())
+                if cost < before:
+                    break
+                damping *= RISE
+            else:
+                break
+            z, r, damping = tried, left, max(DAMPING, damping / FALL)
+            if cost > (1 - GAIN) * before:
+                break
     return z
+
+
+class _Step:
+    """-(J^T J + I + c m I)^-1 (J^T r + p) [d] for any damping c, m the mean diagonal, by one decomposition.
+
+    J [e, d], r [e], p [d]; of the smaller of J J^T and J^T J, as (J^T J + c)^-1 = (1 - J^T (J J^T + c)^-1 J) / c.
+    """
+
+    def __init__(self, J: Tensor, r: Tensor, p: Tensor) -> None:
+        self.wide = J if len(J) < J.shape[1] else None
+        powers, self.vectors = torch.linalg.eigh(J.T @ J if self.wide is None else J @ J.T)
+        self.powers, self.down = powers.clamp_min(0.0), J.T @ r + p
+        self.scale = 1 + float(self.powers.sum()) / J.shape[1]
+        self.along = self.vectors.T @ (self.down if self.wide is None else J @ self.down)
+
+    def __call__(self, damping: float) -> Tensor:
+        c = 1 + damping * self.scale
+        inverse: Tensor = self.vectors @ (self.along / (self.powers + c))
+        return -inverse if self.wide is None else (self.wide.T @ inverse - self.down) / c

@@ -6,6 +6,7 @@ relu(z) ~ s / b log(1 + exp(b z / s)), s the layer's own spread, they become slo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,10 @@ _LEAKY = {F.leaky_relu, F.leaky_relu_}
 
 
 class Softened(TorchFunctionMode):
-    """Inside the block relu and leaky relu are rounded at `sharpness` b; b = inf leaves them as they are.
+    """Inside the block relu, leaky relu and max pooling are rounded at `sharpness` b; b = inf leaves them as they are.
+
+    Of a window's k numbers max pooling then takes log(mean exp(b z / s)) s / b: their mean at b = 0, their maximum at inf.
+    Only in two dimensions, without padding or dilation.
 
     The spreads s are those of the first block after a change of `sharpness`, by order of call, and stay fixed, so that
     the network is one fixed function. Later blocks may run it several times.
@@ -46,7 +50,12 @@ class Softened(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if math.isinf(self.sharpness) or not (func in _RELU or func in _LEAKY):
+        if math.isinf(self.sharpness):
+            return func(*args, **kwargs)
+        if func is F.max_pool2d and (windows := _windows(*args, **kwargs)) is not None:
+            b = self.sharpness / self._spread(windows)
+            return (torch.logsumexp(b * windows, -1) - math.log(windows.shape[-1])) / b
+        if not (func in _RELU or func in _LEAKY):
             return func(*args, **kwargs)
         given = dict(zip(("input", "negative_slope"), args, strict=False)) | kwargs
         z, slope = given["input"], given.get("negative_slope", 0.01) if func in _LEAKY else 0.0
@@ -58,6 +67,28 @@ class Softened(TorchFunctionMode):
             self._spreads.append(z.detach().square().mean().sqrt().clamp_min(torch.finfo(z.dtype).tiny))
         self._call += 1
         return self._spreads[(self._call - 1) % len(self._spreads)]
+
+
+def _windows(
+    z: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | None:
+    """What max pooling compares [..., h, w, k]; None with padding, dilation, a ceiling or indices."""
+    (down, right), (h, w) = _pair(stride or kernel_size), _pair(kernel_size)
+    if return_indices or ceil_mode or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1):
+        return None
+    rows, columns = (z.shape[-2] - h) // down + 1, (z.shape[-1] - w) // right + 1
+    places = itertools.product(range(h), range(w))
+    return torch.stack([z[..., i::down, j::right][..., :rows, :columns] for i, j in places], -1)
+
+
+def _pair(n: Any) -> tuple[int, int]:
+    return (n, n) if isinstance(n, int) else (n[0], n[1])
 
 
 def kinked(
