@@ -205,11 +205,10 @@ def _span(obs: Observation, layer: Dense, rng: torch.Generator) -> Span:
 
 def _mixture(obs: Observation, layer: Dense, form: LossForm, span: Span, size: int) -> Mixture:
     parameters = {name: p.detach().double() for name, p in obs.model.named_parameters(remove_duplicate=False)}
-    W, dW = parameters[layer.weight], obs.update[layer.weight].double()
+    W = parameters[layer.weight]
     sent = layer.bias is not None and layer.bias in obs.update
-    A, offset = dW, None
+    offset = None
     if layer.bias is not None and sent:
-        A = torch.cat([dW, obs.update[layer.bias].double()[:, None]], 1)
         W = torch.cat([W, parameters[layer.bias][:, None]], 1)
     elif layer.bias is not None:
         offset = parameters[layer.bias]
@@ -219,7 +218,7 @@ def _mixture(obs: Observation, layer: Dense, form: LossForm, span: Span, size: i
     eps = torch.finfo(next(obs.model.parameters()).dtype).eps
     once = torch.finfo(obs.dtype).eps > 1e-4  # the tolerance for sums rounded term by term is then far too wide
     return Mixture(
-        U=A @ P.T / span.values,
+        U=span.columns,
         S=span.values,
         W=P @ W.T,
         offset=offset,
@@ -230,7 +229,7 @@ def _mixture(obs: Observation, layer: Dense, form: LossForm, span: Span, size: i
         noise=min(span.noise, 2 * span.beyond) if once else span.noise,
         rounding=ROUNDINGS * max(eps, torch.finfo(torch.float64).eps),
         basis=torch.eye(len(P)).to(P),
-        outside=span.beyond + ARITHMETIC * float(span.values[0]),
+        outside=span.beyond + span.arithmetic + ARITHMETIC * float(span.values[0]),
     )
 
 
