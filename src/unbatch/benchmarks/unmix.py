@@ -300,8 +300,8 @@ def _exchange(
     rng = torch.Generator().manual_seed(seed + 1)
     many = problem.classes > 10
     y = torch.randint(problem.classes, labels.shape, generator=rng) if many else labels % problem.classes
-    shape, size = tuple(x.shape[1:]), {"depth": problem.depth, "width": problem.width}
-    model = models.build("mlp", shape, problem.classes, activation=problem.activation, rng=rng, **size)
+    shape, (m, depth), s = tuple(x.shape[1:]), (problem.width, problem.depth), problem.activation
+    model = models.build("mlp", shape, problem.classes, depth=depth, width=m, activation=s, rng=rng)
     accuracy = _train(model, x.float(), y) if problem.trained else math.nan
     dtype = torch.float64 if problem.precision == "float64" else torch.float32
     domain: Domain = Rows(shape=shape) if x.ndim == 2 else Images(shape=shape)
