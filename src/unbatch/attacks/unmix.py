@@ -263,7 +263,9 @@ def _bend(mixture: Mixture) -> float:
     z = mixture.U.new_zeros(1, n) if mixture.ones is None else mixture.scaled(mixture.ones[None])
     if mixture.deltas.targets >= m:
         return 1.0
-    J = torch.autograd.functional.jacobian(mixture.deltas.outputs, mixture.before(z)).reshape(-1, m)  # [k, m]
+    before = mixture.before(z).detach().requires_grad_()
+    outputs = mixture.deltas.outputs(before).flatten()
+    J = torch.cat([torch.autograd.grad(output, before, retain_graph=True)[0] for output in outputs])  # [k, m]
     _, S, Vh = torch.linalg.svd(J, full_matrices=False)
     Q = Vh[S > 1e-9 * S[0]]
     return float((1 - (Q @ mixture.U).square().sum() / n) / (1 - len(Q) / m))
