@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.attack import NotApplicable
-from unbatch.attacks.unmix import Counted, Unmix, _form, _layer, _mixture, _span
+from unbatch.attacks.unmix import Counted, Unmix, _form, _layer, _mixture, _span, _starts
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.loss import loss_named
+from unbatch.numerics.pattern import CLASSES
 from unbatch.observation import Knowledge, Reconstruction
 from unbatch.protocol import Protocol
 
@@ -114,6 +115,41 @@ def test_without_a_bias(activation: str) -> None:
     holds(Unmix()(exchange(model, loss, x, y)), x)
 
 
+def test_relu_above_the_classes_that_patterns_take() -> None:
+    """Every label of every guess would be too many programs: such networks go by the signs alone."""
+    k = CLASSES + 22
+    model, loss, x, _ = client("photos:batch=6,size=16,width=300,activation=relu")
+    rng = torch.Generator().manual_seed(1)
+    head = nn.Linear(300, k).double()
+    for p in head.parameters():
+        p.data = (2 * torch.rand(p.shape, generator=rng, dtype=torch.float64) - 1) / 300**0.5
+    y = torch.randint(k, (6,), generator=rng)
+    found = Unmix()(exchange(nn.Sequential(*list(model)[:-1], head), loss, x, y))
+    holds(found, x)
+    assert torch.equal(found.labels, y[errors(found, x).argmin(1)])
+
+
+class Standardised(nn.Module):
+    """Pictures less a mean and over a deviation for each channel, as data loaders leave them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.49, 0.48, 0.45])[:, None, None])
+        self.register_buffer("deviation", torch.tensor([0.25, 0.24, 0.26])[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.deviation
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_a_network_that_standardises_first_gives_the_pictures_as_they_were(activation: str) -> None:
+    model, loss, x, y = client(f"photos:batch=6,size=16,width=200,activation={activation}")
+    found = Unmix()(exchange(nn.Sequential(Standardised(), *model).double(), loss, x, y))
+    assert found.layer == ""
+    assert found.inputs.shape == x.shape
+    holds(found, x)
+
+
 def test_one_class_and_repeated_labels() -> None:
     model, loss, x, _ = client("photos:batch=8,size=16,width=200,activation=gelu")
     y = torch.full((8,), 3)
@@ -149,6 +185,18 @@ def test_a_descent_alone_finds_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Unmix()(exchange(model, loss, x, y))
     holds(found, x)
     assert {entry["start"] for entry in found.trace["log"]} == {"descent"}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_draws_of_the_prior_alone_find_a_batch(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "unbatch.attacks.unmix._starts", lambda *args: (start for start in _starts(*args) if start[0] == "prior")
+    )
+    monkeypatch.setattr("unbatch.attacks.unmix.Descent", lambda labels: lambda left, rng: left.U.new_zeros(0, left.n))
+    model, loss, x, y = client(f"photos:batch=8,size=16,width=200,activation={activation}")
+    found = Unmix()(exchange(model, loss, x, y))
+    holds(found, x)
+    assert {entry["start"] for entry in found.trace["log"] if entry["found"]} <= {"prior", "settle"}
 
 
 def test_a_table() -> None:
