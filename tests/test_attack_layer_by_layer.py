@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -289,7 +290,7 @@ def random_network(seed: int) -> nn.Sequential:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["64", "32"])
 def test_the_bound_holds_over_random_networks_and_says_something(dtype: torch.dtype) -> None:
-    ratios, bounds = [], []
+    ratios, bounds, true = [], [], []
     for seed in range(22):
         obs, x, _ = exchange(random_network(seed), seed=seed, dtype=dtype)
         found = LayerByLayer()(obs)
@@ -299,10 +300,11 @@ def test_the_bound_holds_over_random_networks_and_says_something(dtype: torch.dt
             continue
         assert not found.trace["deficient"]
         bounds.append(float(found.bound[0]))
-        ratios.append(bounds[-1] / max(float(errors(found, x)[0][0]), torch.finfo(dtype).eps / 2))
+        true.append(max(float(errors(found, x)[0][0]), torch.finfo(dtype).eps / 2))
+        ratios.append(bounds[-1] / true[-1])
     assert len(ratios) >= 20
     assert torch.tensor(ratios).median() < 100
-    assert max(bounds) > 2 * min(bounds)
+    assert spearmanr(true, bounds).statistic > 0.7  # a constant has none
 
 
 def narrow(act: Callable[[], nn.Module] = leaky, seed: int = 0) -> nn.Sequential:

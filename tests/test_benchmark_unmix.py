@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
-from unbatch.benchmarks import unmix
+from unbatch.benchmarks import store, unmix
 from unbatch.benchmarks.unmix import Problem, problems, scales
+from unbatch.observation import Reconstruction
 
 SMALL = Problem(n=4, width=100, precision="float32", seeds=2)
 
@@ -23,7 +25,35 @@ def test_a_problem_is_measured_printed_and_stored(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "unmix.json").read_text())["rows"] == json.loads(json.dumps(rows))
     screen = Console(width=200, record=True)
     screen.print(unmix.table(rows))
-    assert "photos, unit, gelu, n=4, float32, width 100" in screen.export_text()
+    text = screen.export_text()
+    assert "photos, unit, gelu, n=4, float32, width 100" in text
+    seeds = next(column for column in unmix.table(rows).columns if column.header == "seeds")
+    assert list(seeds.cells) == ["2"]  # over which the median is
+
+
+def test_the_last_step_of_a_growth_is_printed_beside_the_fit() -> None:
+    grown = unmix.exponents([8, 16, 32, 64], [1.0, 2.0, 4.0, 32.0])
+    assert grown["last exponent"] == pytest.approx(3)
+    assert 1 < grown["exponent"] < 2
+    screen = Console(width=200, record=True)
+    screen.print(unmix.table([{"problem": "time against n", **grown}]))
+    assert f"exponent {grown['exponent']:.2f}, from 32 on 3.00" in screen.export_text()
+
+
+def test_a_trained_network_says_how_well(tmp_path: Path) -> None:
+    problem = Problem(n=3, width=200, trained=True, seeds=2)
+    (row,) = unmix.run(out=tmp_path, wanted=[problem])
+    assert 0.9 < row["training accuracy"] <= 1
+    assert json.loads((tmp_path / "unmix.json").read_text())["rows"][0]["training accuracy"] == row["training accuracy"]
+    (plain,) = unmix.run(wanted=[SMALL])
+    assert plain["training accuracy"] is None
+
+
+def test_a_network_that_does_not_learn_is_no_trained_one() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 12, generator=rng), torch.randint(10, (200,), generator=rng)
+    with pytest.raises(ValueError, match=r"after 5 steps the network classifies \d+% of its training examples rightly"):
+        unmix._train(torch.nn.Linear(12, 10), x, y, steps=5)
 
 
 def test_peers_get_the_same_gradient_and_are_scored_alike() -> None:
@@ -36,7 +66,17 @@ def test_peers_get_the_same_gradient_and_are_scored_alike() -> None:
         "FastICA of the span",
     ]
     assert all(peer["seconds"] >= 0.5 for peer in row["peers"][:2])
-    assert all(0 <= peer["recovered"] <= 1 and 0 <= peer["mean |cosine|"] <= 1 for peer in row["peers"])
+    obs, truth, domain, _ = unmix._exchange(replace(problem, data="photos"), unmix.pool("photos", None), 0, "cpu")
+    first = next(name for name, tensor in obs.update.items() if tensor.ndim == 2)
+    rows = torch.linalg.svd(obs.update[first].double(), full_matrices=False)[2][:2]
+    draws = torch.randn(200, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ rows
+    guesses = [Reconstruction(inputs=pair.reshape(truth.inputs.shape)) for pair in draws]
+    chance = [unmix._peer("chance", guess, truth, domain, 0.0)["mean |cosine|"] for guess in guesses]
+    assert row["peers"][2]["mean |cosine|"] > float(np.quantile(chance, 0.95))  # of random rows of the span
+    assert row["peers"][1]["mean |cosine|"] > 0.9
+    exact = unmix._peer("truth", Reconstruction(inputs=truth.inputs), truth, domain, 0.0)
+    assert exact["recovered"] == 1
+    assert exact["mean |cosine|"] == pytest.approx(1)
 
 
 def test_a_folder_of_data_is_read(tmp_path: Path) -> None:
@@ -103,3 +143,18 @@ def test_a_run_that_was_cut_short_goes_on_where_it_stopped(tmp_path: Path, monke
     assert rows[0] == json.loads(json.dumps(before[0]))
     unmix.run(out=tmp_path, seed=1, wanted=[SMALL])  # measured in another way
     assert asked == [SMALL.n, 3, SMALL.n]
+    monkeypatch.setattr("unbatch.benchmarks.__version__", "9.9.9")  # by another version
+    unmix.run(out=tmp_path, seed=1, wanted=[SMALL])
+    assert asked == [SMALL.n, 3, SMALL.n, SMALL.n]
+
+
+def test_what_was_measured_on_other_data_is_not_replaced(tmp_path: Path) -> None:
+    store("unmix", [{"problem": "kept"}], tmp_path, seed=0, data=True)
+    before = (tmp_path / "unmix.json").read_text()
+    with pytest.raises(ValueError, match=r"unmix\.json was measured with data: true.*data: false.*--out"):
+        unmix.run(out=tmp_path, wanted=[SMALL])
+    with pytest.raises(ValueError, match="measured with data"):
+        store("unmix", [], tmp_path, seed=0, data=False)
+    assert (tmp_path / "unmix.json").read_text() == before
+    store("unmix", [], tmp_path, seed=1, data=True)
+    assert json.loads((tmp_path / "unmix.json").read_text())["rows"] == []

@@ -1,11 +1,10 @@
 """The bound of unmix on random problems: never below the error, and not far above it."""
 
-import math
-import statistics
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,13 +12,14 @@ from unbatch import Observation, observe
 from unbatch.attacks.unmix import Rounding, _form, _layer, _mixture, _span
 from unbatch.network import Dense
 from unbatch.numerics.certificate import radius
-from unbatch.numerics.equation import accept
+from unbatch.numerics.equation import accept, polish
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture
 from unbatch.numerics.sign_certain import kinked
 
 ACTIVATIONS = (nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.ReLU, nn.Softplus, nn.ELU)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+POLISHED = ("part", "mixed", "wrong label")
 KINDS = ("whole", "part", "perturbed", "perturbed part", "mixed", "wrong label", "crowded")
 
 
@@ -32,6 +32,8 @@ class Judged:
     error: Tensor
     bound: Tensor
     asked: int
+    accepted: int
+    kinked: bool
 
 
 def exchange(seed: int, *, crowded: bool) -> tuple[Observation, Tensor, Tensor]:
@@ -55,9 +57,13 @@ def exchange(seed: int, *, crowded: bool) -> tuple[Observation, Tensor, Tensor]:
     return replace(obs, update=sent), x.double(), y
 
 
-def judge(seed: int) -> Judged | None:
-    """One random problem; its candidates are the best solution near the truth, or what its kind makes of that."""
-    kind = KINDS[seed // 3 % len(KINDS)]
+def judge(seed: int, kind: str = "") -> Judged | None:
+    """One random problem; its candidates are the best solution near the truth, or what its kind makes of that.
+
+    Parts, mixtures and wrong labels are polished one by one as the attack does: what `accept` gets are then solutions,
+    of whichever example. Kinked networks, which polishing cannot follow, get them as they are.
+    """
+    kind = kind or KINDS[seed // 3 % len(KINDS)]
     obs, x, y = exchange(seed, crowded=kind == "crowded")
     rng = torch.Generator().manual_seed(seed)
     layer, form = _layer(obs), _form(obs)
@@ -67,44 +73,70 @@ def judge(seed: int) -> Judged | None:
     if len(span.values) != n:
         return None
     mixture: Mixture = _mixture(obs, layer, form, span, n)
-    z = mixture.scaled(torch.cat([x, torch.ones(n, 1).double()], 1) @ span.rows.T)
-    z = refine(mixture, z, y)[0]
+    z, jointly = mixture.scaled(torch.cat([x, torch.ones(n, 1).double()], 1) @ span.rows.T), kinked(mixture, rng)
+    if kind in POLISHED:
+        if kind == "part":
+            z = mixture.scaled(z * (1 + 0.1 * torch.randn(z.shape, generator=rng, dtype=torch.float64)))
+        elif kind == "mixed":
+            z = mixture.scaled(z + 0.5 * z.roll(1, 0))
+        else:
+            y = (y + 1) % mixture.classes
+        if not jointly:
+            z = polish(mixture, z, y, steps=40, gain=0.002)[0]
+            z = polish(mixture, z, y, steps=8, damping=1e-9, gain=0.5, target=0.0)[0]
+    else:
+        z = refine(mixture, z, y)[0]
     if "perturbed" in kind:
         size = 10 ** (-1 - 6 * float(torch.rand(1, generator=rng)))
         z = mixture.scaled(z * (1 + size * torch.randn(z.shape, generator=rng, dtype=torch.float64)))
-    elif kind == "mixed":
-        z = mixture.scaled(z + 0.5 * z.roll(1, 0))
-    elif kind == "wrong label":
-        y = (y + 1) % mixture.classes
     kept = accept(mixture, z, y)
     kept = kept[: n // 2] if "part" in kind.split() else kept
-    rounding, jointly = Rounding(obs, layer, form, span.rows, n), kinked(mixture, rng)
+    rounding = Rounding(obs, layer, form, span.rows, n)
     reach = radius(mixture, z[kept], y[kept], rng, rounding=rounding, jointly=jointly)
     sure = reach.isfinite()
     found = (z[kept] @ span.rows)[:, :-1][sure]
-    size = found.norm(dim=1)
+    size, gap = found.norm(dim=1), torch.cdist(found, x, compute_mode="donot_use_mm_for_euclid_dist")
     asked = n // 2 if "part" in kind.split() else n
-    return Judged(kind, DTYPES[seed % 3], (found - x[kept][sure]).norm(dim=1) / size, reach[sure] / size, asked)
+    return Judged(kind, DTYPES[seed % 3], gap.min(1).values / size, reach[sure] / size, asked, len(kept), jointly)
+
+
+def agreement(bounds: list[Judged]) -> float:
+    """Spearman's rank correlation of bounds with errors: 0 for bounds that say nothing of them."""
+    error, bound = torch.cat([p.error for p in bounds]), torch.cat([p.bound for p in bounds])
+    return float(spearmanr(error.numpy(), bound.numpy()).statistic)
 
 
 def hold(problems: list[Judged], capsys: pytest.CaptureFixture[str]) -> None:
     """Every bound holds; the certified share and the ratio are printed; bounds that say nothing fail."""
     for kind in KINDS:
         mine = [p for p in problems if p.kind == kind]
+        report(kind, mine, capsys)
         ratios = torch.cat([p.bound / p.error.clamp_min(1e-300) for p in mine])
-        share = sum(len(p.bound) for p in mine) / sum(p.asked for p in mine)
-        with capsys.disabled():
-            middle = f"{float(ratios.median()):.1f}, least {float(ratios.min()):.2f}" if len(ratios) else "-"
-            print(f"\n{kind}: {len(mine)} problems, certified {share:.3f}, bound / error: median {middle}", end="")
         assert not len(ratios) or float(ratios.min()) >= 1
-        if kind == "whole":
-            assert share > 0.6
-            for dtype in DTYPES:
-                own = [p for p in mine if p.dtype == dtype]
-                assert statistics.median(torch.cat([p.bound / p.error for p in own]).tolist()) < 100
-            assert float(torch.cat([p.bound for p in mine]).log().std()) > math.log(10)  # from bf16 to float64
-        if kind in ("mixed", "wrong label", "crowded"):  # crowded: 2 n >= m
-            assert share == 0
+        if kind == "crowded":  # 2 n >= m
+            assert not len(ratios)
+        if kind in POLISHED:
+            assert sum(p.accepted for p in mine if not p.kinked) > 0.3 * sum(p.asked for p in mine if not p.kinked)
+            assert not sum(len(p.bound) for p in mine if p.kinked)
+    for dtype in DTYPES:
+        mine = [p for p in problems if p.dtype == dtype and p.kind in ("whole", *POLISHED)]
+        whole, alone = [p for p in mine if p.kind == "whole"], [p for p in mine if p.kind != "whole" and not p.kinked]
+        agreed = agreement(mine)
+        report(f"{dtype}, rank correlation of bound and error {agreed:.2f}", whole, capsys)
+        sure = 0.75 if dtype == torch.bfloat16 else 0.99  # first order does not always reach as far as bfloat16 rounds
+        assert sum(len(p.bound) for p in whole) > sure * sum(p.asked for p in whole)
+        assert sum(len(p.bound) for p in alone) > (sure - 0.05) * sum(p.accepted for p in alone)
+        assert float(torch.cat([p.bound / p.error for p in whole]).median()) < 100
+        assert agreed > 0.5  # a constant has none, nor one constant a dtype
+
+
+def report(name: str, problems: list[Judged], capsys: pytest.CaptureFixture[str]) -> None:
+    ratios = torch.cat([p.bound / p.error.clamp_min(1e-300) for p in problems])
+    asked, accepted = sum(p.asked for p in problems), sum(p.accepted for p in problems)
+    middle = f"median {float(ratios.median()):.1f}, least {float(ratios.min()):.2f}" if len(ratios) else "-"
+    counts = f"{len(problems)} problems, of {asked} examples accepted {accepted}, certified {len(ratios)}"
+    with capsys.disabled():
+        print(f"\n{name}: {counts} ({len(ratios) / asked:.3f}), bound / error: {middle}", end="")
 
 
 def test_bounds_hold(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +148,18 @@ def test_bounds_hold_on_two_thousand_problems(capsys: pytest.CaptureFixture[str]
     problems = [found for seed in range(1000, 3200) if (found := judge(seed))]
     assert len(problems) >= 2000
     hold(problems, capsys)
+
+
+@pytest.mark.parametrize("seed", [5133, 5142])
+@pytest.mark.parametrize("kind", ["part", "mixed"])
+def test_bounds_hold_at_the_last_digit(seed: int, kind: str) -> None:
+    """Batches of unequal singular values in double: polishing ends where U is not orthonormal, or at rounding."""
+    found = judge(seed, kind)
+    assert found is not None
+    assert found.dtype == torch.float64
+    assert 0 < len(found.bound) == found.accepted
+    assert bool((found.error <= found.bound).all())
+    assert float(found.error.max()) < 1e-13
 
 
 def test_a_solution_of_nothing_has_no_bound() -> None:

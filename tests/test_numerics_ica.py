@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import normalize
 
 from unbatch.case import Case
-from unbatch.numerics.ica import edges, fast_ica, group_ica, one_unit, whiten
+from unbatch.numerics.ica import edges, fast_ica, group_ica, whiten
 
 
 def photos(n: int) -> torch.Tensor:
@@ -74,18 +74,6 @@ def test_independent_sources_are_found(sources: str) -> None:
     W = group_ica(white, random_turn(n)) if sources == "groups" else fast_ica(white, rng)
     gain = normalize(W @ T @ mix * s.flatten(1).norm(dim=1), dim=1).abs()
     assert float(gain.max(0).values.min()) > 0.99
-
-
-def test_one_unit_ends_at_its_own_minima() -> None:
-    rng = torch.Generator().manual_seed(0)
-    s = torch.randn(4, 2, 3000, generator=rng, dtype=torch.float64) ** 3
-    white, T = whiten(torch.einsum("ij,jgp->igp", random_turn(4), s))
-    start = torch.randn(40, 4, generator=rng, dtype=torch.float64)
-    w, sizes = one_unit(white, start, steps=200)
-    torch.testing.assert_close(w.norm(dim=1), torch.ones(40, dtype=torch.float64))
-    gain = normalize(w @ T @ random_turn(4) * s.flatten(1).norm(dim=1), dim=1).abs().max(1).values
-    assert float(gain.median()) > 0.99
-    assert float(sizes.max()) < float((0.01 + white.square().sum(1)).sqrt().mean())
 
 
 def test_the_start_comes_from_the_generator_alone() -> None:

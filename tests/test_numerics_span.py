@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unbatch.numerics.span import leading_span, numerical_rank, rank_tolerance, rounding_noise, row_space
+from unbatch.numerics.span import leading_span, numerical_rank, rank_tolerance, rounding_noise
 
 
 @settings(max_examples=40, deadline=None)
@@ -19,7 +21,7 @@ def test_the_rank_of_a_gradient_is_the_number_of_examples(seed, n, m, d, dtype) 
     delta, x = torch.randn(m, n, generator=rng, dtype=dtype), torch.rand(n, d, generator=rng, dtype=dtype)
     A = delta @ x
     assert numerical_rank(A) == n
-    P = row_space(A)
+    P = leading_span(A, rng).rows
     assert P.shape == (n, d)
     gap = (x.double() - x.double() @ P.T @ P).norm() / x.norm()
     assert gap < 1e4 * torch.finfo(dtype).eps
@@ -46,11 +48,26 @@ def test_the_tolerance_is_above_what_rounding_alone_gives(shape) -> None:
 def test_the_randomised_span_is_that_of_the_svd(seed, n, dtype) -> None:
     rng = torch.Generator().manual_seed(seed)
     A = torch.randn(90, n, generator=rng, dtype=dtype) @ torch.rand(n, 150, generator=rng, dtype=dtype)
-    found, rows = leading_span(A, rng), row_space(A)  # more than 16 makes it look again
+    found, rows = leading_span(A, rng), torch.linalg.svd(A.double())[2][:n]  # more than 16 makes it look again
     assert found.rows.shape == rows.shape == (n, 150)
     torch.testing.assert_close(found.values, torch.linalg.svdvals(A.double())[:n], rtol=1e-6, atol=0)
     gap = found.rows.T @ found.rows - rows.T @ rows
     assert float(torch.linalg.matrix_norm(gap, 2)) < 10 * found.noise / float(found.values[-1]) + 1e-12
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e6])
+def test_columns_are_orthonormal_however_unequal_the_values(spread) -> None:
+    """What is built on I - U U^T is wrong by as much as U is not orthonormal: A rows^T / values is, by eps spread^2."""
+    rng = torch.Generator().manual_seed(1)
+    values = torch.logspace(0, -math.log10(spread), 5, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(p, 5, generator=rng, dtype=torch.float64)).Q for p in (80, 60))
+    A = (left * values) @ right.T
+    found = leading_span(A, rng)
+    for basis in (found.columns.T, found.rows):
+        torch.testing.assert_close(basis @ basis.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-14)
+    left = A @ found.rows.T - found.columns * found.values
+    assert float(left.norm()) <= 2 * found.arithmetic + 1e-15 < 1e-13
+    torch.testing.assert_close(found.values, values, rtol=1e-15 * spread * 100, atol=0)
 
 
 def test_a_known_rank_leads_through_noise() -> None:

@@ -148,8 +148,12 @@ def test_phantoms_are_rejected() -> None:
 def test_phantoms_do_not_come_out_of_the_search() -> None:
     p = Problem("gelu", seed=3)
     far = p.mixture.scaled(p.z + 1e4 * complement(p.mixture.ones[None], 6)[:1])
-    found = unmix(p.mixture, [("phantoms", lambda left, rng: far @ left.basis.T)], p.rng, attempts=1)
-    assert len(found.z) == 0 or float(torch.cdist(found.z, p.z).min(1).values.max()) < 1e-6
+    phantoms = lambda left, rng: far @ left.basis.T  # noqa: E731
+    found = unmix(p.mixture, [("phantoms", phantoms), ("random", random)], p.rng)
+    gap = torch.cdist(found.z, p.z, compute_mode="donot_use_mm_for_euclid_dist")
+    assert sorted(gap.argmin(1).tolist()) == list(range(6))
+    assert float(gap.min(1).values.max()) < 1e-6
+    assert "phantoms" in {entry["start"] for entry in found.log}
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
@@ -268,6 +272,14 @@ def test_twins_are_told_apart_where_it_is_asked_for() -> None:
     assert apart(one, off, one[:0], 9, near=0.01).tolist() == [1, 0]
     assert apart(one, off, one[:1], 9).tolist() == []
     assert apart(one, off, one[:1], 9, near=0.01).tolist() == [1]
+
+
+def test_a_start_without_guesses_is_passed_over() -> None:
+    p = Problem("relu", n=4, m=100)
+    empty = lambda left, rng: torch.zeros(0, left.n, dtype=torch.float64)  # noqa: E731
+    found = unmix(p.mixture, [("empty", empty), ("random", random)], torch.Generator().manual_seed(0))
+    assert len(found.z) == 4
+    assert [entry["found"] for entry in found.log if entry["start"] == "empty"] == [0]
 
 
 def test_two_pictures_that_are_nearly_one_are_both_found() -> None:

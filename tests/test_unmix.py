@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.attack import NotApplicable
-from unbatch.attacks.unmix import Counted, Unmix, _form, _layer, _mixture, _span
+from unbatch.attacks.unmix import Counted, Unmix, _form, _layer, _mixture, _span, _starts
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.loss import loss_named
+from unbatch.numerics.pattern import CLASSES
 from unbatch.observation import Knowledge, Reconstruction
 from unbatch.protocol import Protocol
 
@@ -55,6 +56,34 @@ def test_any_activation(activation: str, dtype: torch.dtype) -> None:
     assert torch.equal(found.labels, y[errors(found, x).argmin(1)])
 
 
+def with_activation(activation: nn.Module, gain: float, dtype=torch.float64, batch: int = 6):
+    """A client of that activation whose first layer is `gain` times the usual one."""
+    model, loss, x, y = client(f"photos:batch={batch},size=16,width=200,activation=relu", dtype)
+    flatten, first, _, head = model
+    for p in first.parameters():
+        p.data *= gain
+    return nn.Sequential(flatten, first, activation, head).to(dtype), loss, x, y
+
+
+@pytest.mark.parametrize(("activation", "gain"), [(nn.PReLU(), 1.0), (nn.Hardtanh(), 3.0)], ids=["prelu", "hardtanh"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_kinked_activations_that_torch_has_besides(activation: nn.Module, gain: float, dtype: torch.dtype) -> None:
+    model, loss, x, y = with_activation(activation, gain, dtype)
+    found = Unmix()(exchange(model, loss, x, y))
+    holds(found, x)
+    assert torch.equal(found.labels, y[errors(found, x).argmin(1)])
+    assert "words" not in found.trace
+
+
+def test_a_hardtanh_that_hardly_saturates_is_said_to_be_linear() -> None:
+    model, loss, x, y = with_activation(nn.Hardtanh(), 1.0, batch=4)
+    assert float((model[:2](x).abs() > 1).double().mean()) < 0.01
+    found = Unmix(attempts=1)(exchange(model, loss, x, y))
+    assert not len(found)
+    assert "0 of 4 examples were found" in found.trace["words"]
+    assert "all but linear on these inputs" in found.trace["words"]
+
+
 @pytest.mark.parametrize(
     "spelling",
     ["depth=2,width=120,activation=gelu", "depth=3,width=120,activation=tanh", "depth=3,width=300,activation=relu"],
@@ -84,6 +113,41 @@ def test_a_real_target_is_found_with_its_input() -> None:
 def test_without_a_bias(activation: str) -> None:
     model, loss, x, y = client(f"photos:batch=6,size=16,width=200,activation={activation},bias=false")
     holds(Unmix()(exchange(model, loss, x, y)), x)
+
+
+def test_relu_above_the_classes_that_patterns_take() -> None:
+    """Every label of every guess would be too many programs: such networks go by the signs alone."""
+    k = CLASSES + 22
+    model, loss, x, _ = client("photos:batch=6,size=16,width=300,activation=relu")
+    rng = torch.Generator().manual_seed(1)
+    head = nn.Linear(300, k).double()
+    for p in head.parameters():
+        p.data = (2 * torch.rand(p.shape, generator=rng, dtype=torch.float64) - 1) / 300**0.5
+    y = torch.randint(k, (6,), generator=rng)
+    found = Unmix()(exchange(nn.Sequential(*list(model)[:-1], head), loss, x, y))
+    holds(found, x)
+    assert torch.equal(found.labels, y[errors(found, x).argmin(1)])
+
+
+class Standardised(nn.Module):
+    """Pictures less a mean and over a deviation for each channel, as data loaders leave them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.49, 0.48, 0.45])[:, None, None])
+        self.register_buffer("deviation", torch.tensor([0.25, 0.24, 0.26])[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.deviation
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_a_network_that_standardises_first_gives_the_pictures_as_they_were(activation: str) -> None:
+    model, loss, x, y = client(f"photos:batch=6,size=16,width=200,activation={activation}")
+    found = Unmix()(exchange(nn.Sequential(Standardised(), *model).double(), loss, x, y))
+    assert found.layer == ""
+    assert found.inputs.shape == x.shape
+    holds(found, x)
 
 
 def test_one_class_and_repeated_labels() -> None:
@@ -123,6 +187,18 @@ def test_a_descent_alone_finds_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {entry["start"] for entry in found.trace["log"]} == {"descent"}
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_draws_of_the_prior_alone_find_a_batch(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "unbatch.attacks.unmix._starts", lambda *args: (start for start in _starts(*args) if start[0] == "prior")
+    )
+    monkeypatch.setattr("unbatch.attacks.unmix.Descent", lambda labels: lambda left, rng: left.U.new_zeros(0, left.n))
+    model, loss, x, y = client(f"photos:batch=8,size=16,width=200,activation={activation}")
+    found = Unmix()(exchange(model, loss, x, y))
+    holds(found, x)
+    assert {entry["start"] for entry in found.trace["log"] if entry["found"]} <= {"prior", "settle"}
+
+
 def test_a_table() -> None:
     model, loss, x, y = client("tables:batch=8,width=200,activation=gelu")
     holds(Unmix()(exchange(model, loss, x, y)), x)
@@ -139,7 +215,45 @@ def test_near_duplicates_are_told_apart() -> None:
     model, loss, x, y = client("photos:batch=6,size=16,width=200,activation=gelu")
     x[1] = x[0] + 1e-3 * torch.randn(x[0].shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     y[1] = y[0]
-    holds(Unmix()(exchange(model, loss, x, y)), x, share=4 / 6)
+    holds(Unmix()(exchange(model, loss, x, y)), x)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_constant_images(activation: str) -> None:
+    """Two differ from each other; with a third they depend linearly, and the rank falls below the batch size."""
+    model, loss, x, y = client(f"photos:batch=6,size=16,width=200,activation={activation}")
+    x[0], x[1] = 0.3, 0.8
+    holds(Unmix()(exchange(model, loss, x, y)), x)
+    x[2] = 0.5
+    found = Unmix(attempts=1)(exchange(model, loss, x, y, batch_size=6))
+    assert set(errors(found, x).argmin(1).tolist()) <= {3, 4, 5}
+    holds(found, x, share=0.5 if activation == "gelu" else 0.0)  # piecewise linear networks give all or none
+    assert f"{len(found)} of 5 examples were found. The batch has 6" in found.trace["words"]
+    assert "linear on these inputs" not in found.trace["words"]
+
+
+def narrow(n: int, d: int, m: int, activation: type[nn.Module] = nn.GELU, *, bias: bool = True):
+    rng = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(d, m, bias=bias), activation(), nn.Linear(m, 9)).double()
+    for p in model.parameters():
+        p.data = (2 * torch.rand(p.shape, generator=rng, dtype=torch.float64) - 1) / d**0.5
+    return model, nn.CrossEntropyLoss(), torch.rand(n, d, generator=rng).double(), torch.randint(9, (n,), generator=rng)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU])
+def test_as_many_examples_as_inputs_are_the_most(activation: type[nn.Module]) -> None:
+    """With a bias the span has d + 1 directions, and n of them must be fewer."""
+    model, loss, x, y = narrow(12, 12, 100, activation)
+    holds(Unmix()(exchange(model, loss, x, y)), x)
+    for n in (13, 14, 20):
+        refused(*narrow(n, 12, 100, activation), "full rank 13: the batch has at least as many")
+    refused(*narrow(12, 12, 100, activation, bias=False), "full rank 12: the batch has at least as many")
+    holds(Unmix()(exchange(*narrow(11, 12, 100, activation, bias=False))), narrow(11, 12, 100, bias=False)[2])
+
+
+def test_as_many_examples_as_neurons_and_more_are_refused() -> None:
+    for n in (10, 12):
+        refused(*narrow(n, 60, 10), "full rank 10: the batch has at least as many")
 
 
 def test_partial_guesses_carry_no_claim() -> None:

@@ -22,7 +22,7 @@ from unbatch.numerics.label_counts import apportion, label_counts
 from unbatch.numerics.mixture import Mixture
 from unbatch.numerics.moment_start import weight_moments
 from unbatch.numerics.span import Span, leading_span, rounding_noise
-from unbatch.numerics.unmix import Start, unmix
+from unbatch.numerics.unmix import Separation, Start, unmix
 from unbatch.observation import PROTOCOL_FIELDS, Knowledge, Observation, Reconstruction, certified
 from unbatch.progress import tick
 from unbatch.restoration import restored, sharpened, unseen
@@ -30,6 +30,7 @@ from unbatch.tail import Rounding, Tail
 
 DUPLICATES = 2  # copies beyond the rank that are looked for, where nothing fits without
 ARITHMETIC = 8 * torch.finfo(torch.float64).eps  # what reading A adds to its error
+BENT = 0.05  # share of the deltas' span below which too few kinks are met: measured .03 finds none, .08 all
 ROUNDINGS = 4  # relative error of a delta, in units of rounding: measured ones are 1 to 3
 
 
@@ -156,6 +157,8 @@ class Unmix(Attack):
             "log": found.log,
             "singular values": span.values.tolist(),
         }
+        if len(found.z) < rank:
+            trace["words"] = _shortfall(mixture, found, rank, obs.knowledge.get("batch_size"))
         if self.partial and found.guesses is not None:
             z = torch.cat([z, found.guesses])
             reach = torch.cat([reach, torch.full((len(found.guesses),), torch.inf).to(reach)])
@@ -205,11 +208,10 @@ def _span(obs: Observation, layer: Dense, rng: torch.Generator) -> Span:
 
 def _mixture(obs: Observation, layer: Dense, form: LossForm, span: Span, size: int) -> Mixture:
     parameters = {name: p.detach().double() for name, p in obs.model.named_parameters(remove_duplicate=False)}
-    W, dW = parameters[layer.weight], obs.update[layer.weight].double()
+    W = parameters[layer.weight]
     sent = layer.bias is not None and layer.bias in obs.update
-    A, offset = dW, None
+    offset = None
     if layer.bias is not None and sent:
-        A = torch.cat([dW, obs.update[layer.bias].double()[:, None]], 1)
         W = torch.cat([W, parameters[layer.bias][:, None]], 1)
     elif layer.bias is not None:
         offset = parameters[layer.bias]
@@ -219,7 +221,7 @@ def _mixture(obs: Observation, layer: Dense, form: LossForm, span: Span, size: i
     eps = torch.finfo(next(obs.model.parameters()).dtype).eps
     once = torch.finfo(obs.dtype).eps > 1e-4  # the tolerance for sums rounded term by term is then far too wide
     return Mixture(
-        U=A @ P.T / span.values,
+        U=span.columns,
         S=span.values,
         W=P @ W.T,
         offset=offset,
@@ -230,8 +232,43 @@ def _mixture(obs: Observation, layer: Dense, form: LossForm, span: Span, size: i
         noise=min(span.noise, 2 * span.beyond) if once else span.noise,
         rounding=ROUNDINGS * max(eps, torch.finfo(torch.float64).eps),
         basis=torch.eye(len(P)).to(P),
-        outside=span.beyond + ARITHMETIC * float(span.values[0]),
+        outside=span.beyond + span.arithmetic + ARITHMETIC * float(span.values[0]),
     )
+
+
+def _shortfall(mixture: Mixture, found: Separation, rank: int, n: int | None) -> str:
+    """Why fewer examples were found than the gradient has rank, as far as the gradient tells."""
+    words, bent = f"{len(found.z)} of {rank} examples were found.", _bend(mixture)
+    lost = BENT if found.joint else float(mixture.noise / mixture.S[-1]) ** 2  # a smooth bend is seen down to the noise
+    if n is not None and n > rank:
+        words += (
+            f" The batch has {n}, so examples depend linearly on each other (duplicates, three constant images), and the "
+            "span does not isolate those that do."
+        )
+    if bent < lost:
+        words += (
+            f" All but {bent:.1e} of the deltas' span is that of a linear network: everything above the layer is all but "
+            "linear on these inputs, and the gradient of a linear network leaks the span of the inputs and nothing more."
+        )
+    return words
+
+
+def _bend(mixture: Mixture) -> float:
+    """Share of the deltas' span outside the range of J^T, J the derivative of the outputs at a typical input of the span.
+
+    0 where all deltas are J^T r_i, as in a linear network; 1 is what unrelated directions would have.
+    """
+    assert isinstance(mixture.deltas, Tail)
+    m, n = mixture.U.shape
+    z = mixture.U.new_zeros(1, n) if mixture.ones is None else mixture.scaled(mixture.ones[None])
+    if mixture.deltas.targets >= m:
+        return 1.0
+    before = mixture.before(z).detach().requires_grad_()
+    outputs = mixture.deltas.outputs(before).flatten()
+    J = torch.cat([torch.autograd.grad(output, before, retain_graph=True)[0] for output in outputs])  # [k, m]
+    _, S, Vh = torch.linalg.svd(J, full_matrices=False)
+    Q = Vh[S > 1e-9 * S[0]]
+    return float((1 - (Q @ mixture.U).square().sum() / n) / (1 - len(Q) / m))
 
 
 class Counted:

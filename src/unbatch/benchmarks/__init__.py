@@ -13,7 +13,7 @@ import os
 import pkgutil
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from unbatch import __version__
 from unbatch.files import write_atomically
 from unbatch.metric import Metric
 from unbatch.progress import Watch
@@ -80,7 +81,7 @@ def psnr(found: Tensor, true: Tensor) -> float:
 
 
 def store(name: str, rows: Sequence[Any], out: Path, **how: Any) -> None:
-    """Write out/NAME.json: how it was measured, on what, and the rows so far."""
+    """Write out/NAME.json: how it was measured, on what, and the rows so far. Raises ValueError as `stored` does."""
     where = {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -88,19 +89,35 @@ def store(name: str, rows: Sequence[Any], out: Path, **how: Any) -> None:
         "seconds are": "CPU" if _alone() else "wall",
         "processor": platform.machine(),
     }
+    _held(name, out, how)
     out.mkdir(parents=True, exist_ok=True)
-    record = {"benchmark": name, **how, "environment": where, "rows": list(rows)}
+    record = {"benchmark": name, "version": __version__, **how, "environment": where, "rows": list(rows)}
     write_atomically(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
 
 def stored(name: str, out: Path | None, **how: Any) -> list[Any]:
-    """The rows of a run that was cut short, if out/NAME.json holds one measured in the same way; else none."""
+    """The rows of a run that was cut short, if out/NAME.json holds one measured in the same way by this version; else none.
+
+    Raises ValueError: the file was measured on other data, so that this run would replace what it cannot compare with.
+    """
+    record = {} if out is None else _held(name, out, how)
+    same = all(record.get(key) == value for key, value in {**how, "version": __version__}.items())
+    return list(record["rows"]) if same and record.get("complete") is False else []
+
+
+def _held(name: str, out: Path, how: Mapping[str, Any]) -> dict[str, Any]:
+    """What out/NAME.json holds; nothing where it cannot be read."""
+    path = out / f"{name}.json"
     try:
-        record = json.loads((out / f"{name}.json").read_text()) if out is not None else {}
+        record: dict[str, Any] = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
-        return []
-    same = all(record.get(key) == value for key, value in how.items())
-    return list(record["rows"]) if record and same and record.get("complete") is False else []
+        return {}
+    if "data" in how and record.get("data", how["data"]) != how["data"]:
+        raise ValueError(
+            f"{path} was measured with data: {json.dumps(record['data'])}, and this run has data: "
+            f"{json.dumps(how['data'])}, which would replace it; give another folder (--out), or move the file away."
+        )
+    return record
 
 
 def _alone() -> bool:

@@ -2,7 +2,8 @@
 
 Default initialisation, one hidden layer of width 1000 and ten classes unless the problem says otherwise; labels are not
 known to unmix. An example counts once, as recovered if its best match has a relative error below 1e-4. The median over
-the seeds is quoted; a seed draws the pictures, the model and the attack's own randomness anew.
+the seeds is quoted beside their number; a seed draws the pictures, the model and the attack's own randomness anew. Memory
+is the high-water mark of the process, which measures one problem after another.
 
 Peers run on the first seed's gradient: gradient matching by dlg (L-BFGS) and inverting-gradients (cosine, Adam), labels
 known, for `seconds` or as long as unmix took where that is more; and FastICA on the span alone, as in the cocktail party
@@ -44,6 +45,7 @@ from unbatch.progress import watching
 from unbatch.truth import Truth
 
 Row = dict[str, Any]
+TRAINED = 0.9  # share of the training examples that a trained network classifies rightly, at least
 EXACT = 1e-4  # relative l2 error up to which an example counts as recovered
 FILES = {
     "cifar10": "cifar10_test600.npz",
@@ -160,51 +162,65 @@ def run(
             points = [(size, here(p)) for size, p in points]
             if all(p in done for _, p in points):
                 spent = [done[p]["seconds"] for _, p in points]
-                slope = float(np.polyfit(np.log([size for size, _ in points]), np.log(spent), 1)[0])
-                sizes = [size for size, _ in points]
-                found.append({"problem": f"time against {letter}", "exponent": slope, "sizes": sizes, "seconds": spent})
+                found.append({"problem": f"time against {letter}", **exponents([size for size, _ in points], spent)})
         return found
 
     measure = partial(_measure, data=data, seed=seed, device=device, seconds=seconds)
     kept = {json.dumps(row["settings"]): row for row in stored("unmix", out, **how) if "settings" in row}
-    for problem in todo:
-        row = kept.get(json.dumps(asdict(problem)))
-        if row is not None:
-            done[problem] = row
+    done |= {problem: kept[key] for problem in todo if (key := json.dumps(asdict(problem))) in kept}
     for problem, row in measured([problem for problem in todo if problem not in done], measure, device):
         keep(problem, row)
     return rows()
 
 
+def exponents(sizes: Sequence[int], seconds: Sequence[float]) -> Row:
+    """The exponent fitted to all sizes, and that of the last step alone, which small sizes do not flatter."""
+    x, y = np.log(sizes), np.log(seconds)
+    last = float((y[-1] - y[-2]) / (x[-1] - x[-2]))
+    return {"exponent": float(np.polyfit(x, y, 1)[0]), "last exponent": last, "sizes": sizes, "seconds": seconds}
+
+
 def table(rows: list[Row]) -> Table:
     """Share recovered, share certified, the bound over the error, seconds and memory; peers below their problem."""
     shown = Table(title="unmix: share of the batch recovered (relative error < 1e-4), median over seeds")
-    for column in ("problem", "attack", "recovered", "certified", "bound / error", "seconds", "peak GB so far"):
+    for column in (
+        "problem",
+        "attack",
+        "seeds",
+        "recovered",
+        "certified",
+        "bound / error",
+        "seconds",
+        "worker's peak GB",
+    ):
         shown.add_column(column, justify="left" if column in ("problem", "attack") else "right")
     for row in rows:
         if "exponent" in row:
-            shown.add_row(row["problem"], "unmix", "", "", "", f"exponent {row['exponent']:.2f}", "")
+            grown = f"exponent {row['exponent']:.2f}, from {row['sizes'][-2]:,} on {row['last exponent']:.2f}"
+            shown.add_row(row["problem"], "unmix", "1", "", "", "", grown, "")
             continue
         ratio = row.get("bound over error")
         shown.add_row(
             row["problem"],
             row["attack"],
+            str(len(row["shares"])),
             f"{row['recovered']:.3f}",
             "" if row.get("certified") is None else f"{row['certified']:.3f}",
             "" if ratio is None else f"{ratio:.0f}",
             f"{row['seconds']:.1f}",
-            f"{row['memory']:.2f}",
+            f"{row['peak GB of the worker so far']:.2f}",
         )
         for peer in row["peers"]:
-            shown.add_row("", peer["attack"], f"{peer['recovered']:.3f}", "", "", f"{peer['seconds']:.1f}", "")
+            shown.add_row("", peer["attack"], "1", f"{peer['recovered']:.3f}", "", "", f"{peer['seconds']:.1f}", "")
     return shown
 
 
 def _measure(problem: Problem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
     examples = pool(problem.data, data)
-    shares, certified, spent, ratios, logs, first = [], [], [], [], [], None
+    shares, certified, spent, ratios, logs, accuracies, first = [], [], [], [], [], [], None
     for trial in range(seed, seed + problem.seeds):
-        obs, truth, domain = _exchange(problem, examples, trial, device)
+        obs, truth, domain, accuracy = _exchange(problem, examples, trial, device)
+        accuracies.append(accuracy)
         begun = clock()
         with watching(allowance(LIMIT)):
             found = Attack.parse("unmix")(obs, seed=trial)
@@ -225,7 +241,8 @@ def _measure(problem: Problem, data: Path | None, seed: int, device: str, second
         "bound over error": statistics.median(ratios) if ratios else None,
         "least bound over error": min(ratios) if ratios else None,
         "seconds": statistics.median(spent),
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "training accuracy": min(accuracies) if problem.trained else None,
+        "peak GB of the worker so far": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "shares": shares,
         "log": logs[0],
         "settings": asdict(problem),
@@ -247,7 +264,6 @@ def _peers(obs: Observation, truth: Truth, domain: Domain, *, seconds: float, se
     known = obs.knowledge | Knowledge(labels=truth.labels, batch_size=len(truth), input_range=_range(truth.inputs))
     for preset in ("dlg", "inverting-gradients"):
         begun = clock()
-
         attack = Attack.parse(f"gradient-matching:preset={preset},restarts=1000000")
         with watching(allowance(seconds)):
             found = attack(replace(obs, knowledge=known), seed=seed)
@@ -274,31 +290,21 @@ def _peer(name: str, found: Reconstruction, truth: Truth, domain: Domain, second
 
 def _exchange(
     problem: Problem, pool: tuple[Tensor, Tensor], seed: int, device: str
-) -> tuple[Observation, Truth, Domain]:
+) -> tuple[Observation, Truth, Domain, float]:
+    """The gradient, the truth, the domain, and the share of the pool that the network classifies rightly (trained only)."""
     pictures, labels = pool
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[: problem.n]
     x = pictures[..., :: problem.thinning, :: problem.thinning].double() if problem.thinning > 1 else pictures.double()
     if problem.inputs == "standardised" or problem.data == "breast-cancer":
         x = (x - x.mean(0 if x.ndim == 2 else None)) / x.std(0 if x.ndim == 2 else None)
     rng = torch.Generator().manual_seed(seed + 1)
-    y = (
-        labels % problem.classes
-        if problem.classes <= 10
-        else torch.randint(problem.classes, labels.shape, generator=rng)
-    )
-    model = models.build(
-        "mlp",
-        tuple(x.shape[1:]),
-        problem.classes,
-        depth=problem.depth,
-        width=problem.width,
-        activation=problem.activation,
-        rng=rng,
-    )
-    if problem.trained:
-        _train(model, x.float(), y)
+    many = problem.classes > 10
+    y = torch.randint(problem.classes, labels.shape, generator=rng) if many else labels % problem.classes
+    shape, (m, depth), s = tuple(x.shape[1:]), (problem.width, problem.depth), problem.activation
+    model = models.build("mlp", shape, problem.classes, depth=depth, width=m, activation=s, rng=rng)
+    accuracy = _train(model, x.float(), y) if problem.trained else math.nan
     dtype = torch.float64 if problem.precision == "float64" else torch.float32
-    domain: Domain = Rows(shape=tuple(x.shape[1:])) if x.ndim == 2 else Images(shape=tuple(x.shape[1:]))
+    domain: Domain = Rows(shape=shape) if x.ndim == 2 else Images(shape=shape)
     obs, truth = observe(
         model.to(device, dtype),
         loss_named("cross-entropy"),
@@ -306,19 +312,27 @@ def _exchange(
         y[order].to(device),
         knowledge=Knowledge(domain="table" if x.ndim == 2 else "images"),
     )
-    return obs, truth, domain
+    return obs, truth, domain, accuracy
 
 
-def _train(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Adam until nine in ten training examples are classified rightly."""
+def _train(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 500) -> float:
+    """Adam until more than nine in ten training examples are classified rightly: their share.
+
+    Raises ValueError: they are not after `steps`, and figures of a trained network would be those of an untrained one.
+    """
     adam = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(500):
+    for _ in range(steps):
         outputs = model(x)
-        if float((outputs.argmax(1) == y).double().mean()) > 0.9:
-            return
+        share = float((outputs.argmax(1) == y).double().mean())
+        if share > TRAINED:
+            return share
         adam.zero_grad()
         torch.nn.functional.cross_entropy(outputs, y).backward()  # type: ignore[no-untyped-call]
         adam.step()
+    raise ValueError(
+        f"after {steps} steps the network classifies {share:.0%} of its training examples rightly, and a trained one is to "
+        f"classify more than {TRAINED:.0%}; take a wider network or other data."
+    )
 
 
 @cache
@@ -373,13 +387,8 @@ def _plot(rows: list[Row], path: Path) -> None:
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for row in rows:
         s = row.get("settings")
-        if (
-            s
-            and s["data"] in ("cifar10", "photos")
-            and s["inputs"] == "unit"
-            and s["precision"] == "float64"
-            and s["depth"] == 1
-        ):
+        usual = {"inputs": "unit", "precision": "float64", "depth": 1}
+        if s and s["data"] in ("cifar10", "photos") and usual.items() <= s.items():
             lines.setdefault(s["activation"], []).append((s["n"], row["recovered"], row["seconds"]))
     for name, points in lines.items():
         n, share, seconds = zip(*sorted(points), strict=True)

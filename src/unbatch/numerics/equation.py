@@ -209,7 +209,7 @@ def polish(
     return *equation.at(x, torch.arange(len(z), device=z.device)), costs
 
 
-def accept(mixture: Mixture, z: Tensor, y: Tensor, *, slack: float = 30.0, known: Tensor | None = None) -> Tensor:
+def accept(mixture: Mixture, z: Tensor, y: Tensor, *, slack: float = 30.0) -> Tensor:
     """Numbers [f] of the candidates that are examples of this mixture, best first, no example twice.
 
     Accepted are those whose subtraction lowers the rank of A by one to within `slack` times its noise, with |out| and

@@ -119,14 +119,6 @@ def third_along(g: Tensor, U: Tensor, a: Tensor) -> Tensor:
     return (U.T * (g * (U @ a))) @ U - (w @ a) * _eye(U) - torch.outer(w, a) - torch.outer(a, w)
 
 
-def fourth_along(g: Tensor, U: Tensor, a: Tensor) -> Tensor:
-    """sum_j g_j H_4(u_j)(I, I, I, a) [n, n, n]; U is usually already projected on few directions."""
-    eye, along = _eye(U), U @ a
-    cube = torch.einsum("ji,jk,jl->ikl", U * (g * along)[:, None], U, U)
-    cube -= _three(eye, U.T @ (g * along))
-    return cube - _three((U.T * g) @ U - g.sum() * eye, a)
-
-
 def _three(M: Tensor, a: Tensor) -> Tensor:
     """M_ij a_k + M_ik a_j + M_jk a_i for symmetric M [n, n] and a [n]."""
     out = torch.einsum("ij,k->ijk", M, a)

@@ -101,25 +101,3 @@ def _downhill(cost: _Cost, W: Tensor, E: Tensor, least: float) -> tuple[Tensor, 
         if value < least:
             return tried, value, s, size
     return None
-
-
-def one_unit(white: Tensor, start: Tensor, *, steps: int = 40, smoothing: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Unit rows w [q, n], each at a local minimum of mean_p |(w s)_p| on its own, and these means [q].
-
-    Fixed-point steps w <- E s psi(w s) - E h w (FastICA's) from start [q, n]; finds the sparsest sources first, often
-    several times over.
-    """
-    g, p = white.shape[1:]
-    flat = white.flatten(1)
-    w = torch.nn.functional.normalize(start.to(flat), dim=1)
-    for _ in range(steps):
-        s = (w @ flat).view(-1, g, p)
-        square = s.square().sum(1)
-        size = (square + smoothing**2).sqrt()
-        slope = ((g - square / size.square()) / size).mean(1, keepdim=True)
-        new = torch.nn.functional.normalize((s / size[:, None]).flatten(1) @ flat.T / p - slope * w, dim=1)
-        still = float((1 - (new * w).sum(1).abs()).max()) < 1e-4
-        w = new
-        if still:
-            break
-    return w, ((w @ flat).view(-1, g, p).square().sum(1) + smoothing**2).sqrt().mean(1)

@@ -88,6 +88,8 @@ def relax(mixture: Mixture, two: Switches, z: Tensor, y: Tensor, *, chunk: int =
 
     The distance is between the delta and the pattern's own, relative; small where the cube's corner is an example.
     """
+    if not len(z):  # a start may have no guess
+        return z.new_zeros(0, len(mixture.U), dtype=torch.bool), z.new_zeros(0, len(mixture.U)), z.new_zeros(0)
     parts = [_relax(mixture, two, z[i], y[i]) for i in torch.split(torch.arange(len(z), device=z.device), chunk)]
     patterns, deltas, off = (torch.cat(found) for found in zip(*parts, strict=True))
     return patterns, deltas, off

@@ -41,6 +41,13 @@ def layered(mixture: Mixture, rng: torch.Generator) -> bool:
     return float((same & both).sum()) < 0.5 * float(both.sum())
 
 
+def zeroed(mixture: Mixture, rng: torch.Generator) -> bool:
+    """Whether a good part of a delta's entries is exactly zero, as behind relu and hardtanh."""
+    z = torch.randn(4, mixture.n, generator=rng, dtype=torch.float64).to(mixture.U)
+    F = mixture.F(mixture.scaled(z), torch.zeros(4, dtype=torch.long, device=z.device))
+    return float((F == 0).double().mean()) > 0.1
+
+
 def fan(mixture: Mixture, z: Tensor, y: Tensor | None) -> Tensor:
     """Columns [g, m, k] whose combinations the delta of z is: one a class, or one an entry of a real target."""
     if mixture.classes and (mixture.classes <= COLUMNS or y is None):

@@ -28,22 +28,16 @@ def numerical_rank(A: Tensor, *, eps: float | None = None) -> int:
     return int((S > rank_tolerance(A, eps)).sum())
 
 
-def row_space(A: Tensor, *, eps: float | None = None) -> Tensor:
-    """An orthonormal basis [r, q] of the row space of A [p, q], r its numerical rank."""
-    eps = torch.finfo(A.dtype).eps if eps is None else eps
-    _, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
-    rows: Tensor = Vh[S > rank_tolerance(A, eps)]
-    return rows
-
-
 @dataclass(frozen=True)
 class Span:
-    """The leading part of a matrix A [p, q]: its row space, its singular values, and the size of what lies outside."""
+    """The leading part of a matrix A [p, q], columns diag(values) rows, and the size of what lies outside."""
 
+    columns: Tensor  # [p, r] orthonormal
     rows: Tensor  # [r, q] orthonormal
     values: Tensor  # [r] singular values, descending
     noise: float  # spectral norm that is left unexplained: rounding, or the next singular value where that is larger
     beyond: float = 0.0  # the next singular value
+    arithmetic: float = 0.0  # |A rows^T - columns values|: what the decomposition itself adds
 
 
 def leading_span(
@@ -59,7 +53,8 @@ def leading_span(
 
     With `rank` its leading rows, else as many as the numerical rank, which is looked for among `guess` directions, then
     twice as many, and so on; `eps` as for `numerical_rank`, `noise` the standard deviation of each entry's error. Two
-    power iterations separate the leading directions from a noise floor.
+    power iterations separate the leading directions from a noise floor. Columns A rows^T / values of such rows would be
+    orthonormal to eps (values_1 / values_r)^2 only, so the leading part is decomposed once more.
     Source: Halko, Martinsson, Tropp, SIAM Review 2011.
     """
     eps = torch.finfo(A.dtype).eps if eps is None else eps
@@ -78,7 +73,10 @@ def leading_span(
         most = min(size, 2 * most)
     beyond = float(S[r]) if r < len(S) else 0.0
     least = float(S[r - 1]) if r else torch.inf
-    return Span(Vh[:r], S[:r], max(tolerance if least > tolerance else 0.0, beyond), beyond)
+    columns, values, turn = torch.linalg.svd(A @ Vh[:r].T, full_matrices=False)
+    rows = turn @ Vh[:r]
+    arithmetic = float((A @ rows.T - columns * values).norm())
+    return Span(columns, rows, values, max(tolerance if least > tolerance else 0.0, beyond), beyond, arithmetic)
 
 
 def rounding_noise(dtype: torch.dtype) -> float:

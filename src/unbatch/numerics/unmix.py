@@ -19,7 +19,7 @@ from unbatch.numerics.equation import accept, choose_labels, choose_targets, exp
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, label_misfits
 from unbatch.numerics.pattern import NEAR, Switches, apart, finish, relax, switches
-from unbatch.numerics.sign_certain import COLUMNS, isolate, kinked, layered
+from unbatch.numerics.sign_certain import COLUMNS, isolate, kinked, layered, zeroed
 from unbatch.numerics.softening import Softened
 
 Start = Callable[[Mixture, torch.Generator], Tensor]  # what is left, of r examples -> guesses [g, r]
@@ -159,7 +159,10 @@ def by_signs(
     Examples not found yet are orthogonal to the dual vectors that are, which makes the next guesses easier.
     """
     n = whole.n
-    need, zeros = _needed(whole), layered(whole, rng)
+    many = whole.classes > COLUMNS and zeroed(
+        whole, rng
+    )  # residuals of so many unknowns fit anything but rows of zeros
+    need, zeros = _needed(whole, 0 if many else COLUMNS), many or layered(whole, rng)
     need += max((0.5 if zeros else 1.0) - need, 0.0) / 4  # towards an example's share: mixtures lie just above chance
     Q, Z = whole.U.new_zeros(0, n), whole.U.new_zeros(0, n)  # dual vectors found, and the guesses that led to them
     log: list[dict[str, object]] = []
@@ -294,10 +297,10 @@ def _no_labels(mixture: Mixture, classes: Tensor) -> Tensor:
     return classes[:0] if mixture.classes else mixture.U.new_zeros(0, mixture.targets)
 
 
-def _needed(mixture: Mixture) -> float:
+def _needed(mixture: Mixture, columns: int = COLUMNS) -> float:
     """Share of rows that must fit a dual vector exactly to be more than its unknowns can reach."""
     m, n = mixture.U.shape
-    return (n + min(mixture.targets, COLUMNS) + 20) / m
+    return (n + min(mixture.targets, columns) + 20) / m
 
 
 def _fitting(share: Tensor, need: float) -> Tensor:
