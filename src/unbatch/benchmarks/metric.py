@@ -114,7 +114,10 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for seed in dict.fromkeys(row["seed"] for row in rows):
         own = [row for row in rows if row["seed"] == seed]
-        found[f"seed {seed}"] = {"all": _spearman(own), "uncertified": _spearman([r for r in own if not r["certified"]])}
+        found[f"seed {seed}"] = {
+            "all": _spearman(own),
+            "uncertified": _spearman([r for r in own if not r["certified"]]),
+        }
     return {"correlation": found}
 
 
