@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unbatch.chain import Link
-from unbatch.numerics.annealing import annealed
+from unbatch.numerics.annealing import BLUNT, annealed
 from unbatch.numerics.linsys import ENTRIES
 from unbatch.numerics.prior import GaussianPrior
 from unbatch.numerics.softening import Softened
@@ -19,6 +19,7 @@ from unbatch.reading import Known, Reading, Unreadable
 
 SPREAD = 0.25  # of a random point around the middle
 DRAWN = 4  # starts of the prior
+KINKED, SMOOTH = 30, 12  # levels of annealing, with kinks and without
 FITS = 10.0  # times what nearly the same updates change in a residual: no more than rounding
 NEAR = 1e-8  # where there are none
 Box = tuple[float, float]
@@ -143,4 +144,6 @@ def _likeliest(pullback: Pullback, z: Tensor, box: Box) -> Tensor:
         with soft:
             return prior.pull(pullback.system(x).matrix())
 
-    return prior.middle + prior.push(annealed(residual, jacobian, z, tick=tick))
+    at(z, BLUNT)
+    levels = KINKED if soft.rounds else SMOOTH
+    return prior.middle + prior.push(annealed(residual, jacobian, z, levels=levels, tick=tick))

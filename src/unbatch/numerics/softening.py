@@ -41,6 +41,11 @@ class Softened(TorchFunctionMode):
         self._spreads: list[Tensor] = []
         self._call, self._fixed = 0, False
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the first block met a kink."""
+        return bool(self._spreads)
+
     def __enter__(self) -> Softened:
         self._call, self._fixed = 0, bool(self._spreads)
         super().__enter__()  # type: ignore[no-untyped-call]
