@@ -32,14 +32,21 @@ fmt: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# make bench DATA=folder: what the stored results were measured on; without it the bundled photographs are used.
+BENCH := $(BIN)/unbatch bench
+TO := $(if $(DATA),,--out bench)
+ON := $(if $(DATA),--data $(DATA),$(TO))
+
+bench: export OMP_NUM_THREADS := 1
 bench: $(READY)
-	$(BIN)/unbatch bench matching
-	$(BIN)/unbatch bench tensor
-	$(BIN)/unbatch bench unmix --seconds 300
-	$(BIN)/unbatch bench layers
-	$(BIN)/unbatch bench bounds
-	$(BIN)/unbatch bench adaptive
-	$(BIN)/unbatch bench defences
+	$(BENCH) matching $(ON)
+	$(BENCH) tensor $(ON)
+	$(BENCH) unmix --seconds 300 $(ON)
+	$(BENCH) layers $(ON)
+	$(BENCH) metric $(ON)
+	$(BENCH) bounds $(TO)
+	$(BENCH) adaptive $(TO)
+	$(BENCH) defences $(TO)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

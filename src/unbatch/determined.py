@@ -22,6 +22,7 @@ from unbatch.observation import Observation
 ROUNDINGS = 4  # of a tensor's root mean square: the error of its entries
 ROWS = 2  # of the Jacobian, for each unknown and tensor, into which longer gradients are summed with random signs
 ENTRIES = 2**23  # of the Jacobian: where it has more, all tensors share its rows, `ROWS` for each unknown at least
+SCATTERED = 60.0  # operations in the time that a scattered sum takes for an entry
 COLUMNS = 64  # of the Jacobian that are computed at once
 
 
@@ -54,12 +55,13 @@ def share(obs: Observation, x: Tensor, y: Tensor, model: nn.Module | None = None
 
 
 def work(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> float:
-    """Floating-point operations that `determined` takes, about: two gradients for each unknown, and the factors."""
+    """Floating-point operations that `determined` takes, about: two gradients for each unknown, their sums, and the factors."""
     model = copy.deepcopy(model).double().eval().requires_grad_()
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         loss(model(x.double()), y.double() if y.is_floating_point() else y).backward()  # type: ignore[no-untyped-call]
     entries, d = sum(p.numel() for p in model.parameters()), x.numel()
-    return 2.0 * d * float(counter.get_total_flops()) + 2.0 * d**2 * (min(entries, max(ROWS * d, ENTRIES // d)) + d)
+    rows = min(entries, max(ROWS * d, ENTRIES // d))
+    return 2.0 * d * float(counter.get_total_flops()) + SCATTERED * d * entries + 2.0 * d**2 * (rows + d)
 
 
 def determined(
