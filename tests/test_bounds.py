@@ -241,8 +241,11 @@ def test_words_where_there_is_no_bound(name: str) -> None:
         Analysis.parse(name).run(seen(tanh((1, 4, 4), 20, nn.ReLU), LOSS, x, y, 0.1))
     defences = ["noise:sigma=1e-4", "quantise:bits=4"]
     coarse = observe(tanh((1, 4, 4), 20), LOSS, x, y, defences=defences, knowledge=RANGE)[0]
+    with pytest.raises(ValueError, match="changed by quantise:bits=4"):
+        Analysis.parse(name).run(coarse)
+    untold = coarse.only(*(set(coarse.knowledge) - {"altered"}))
     with pytest.raises(ValueError, match="another defence changed it"):
-        Analysis.parse(name).run(coarse, at=(x, y))
+        Analysis.parse(name).run(untold, at=(x, y))
     clipped = observe(tanh((1, 4, 4), 20), LOSS, x, y, defences=["noise:sigma=1e-4", "clip:norm=0.1"], knowledge=RANGE)[
         0
     ]
