@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from unbatch import Knowledge, Protocol, observe
 from unbatch.analysis import Analysis
-from unbatch.information import doubled, obstacle, sent
+from unbatch.information import doubled, sent
 from unbatch.loss import Loss, loss_named
 from unbatch.observation import Observation
 
@@ -85,7 +85,7 @@ def flat(obs: Observation) -> Tensor:
 
 def keeps(stack: list[str], loss: Loss, how: str) -> None:
     noisy, bare = update_of(stack, loss, how, 0.01), flat(update_of(stack, loss, how, 0.0))
-    assert obstacle(noisy) is None
+    assert Analysis.parse("van-trees").obstacle(noisy) is None
     torch.testing.assert_close(sent(doubled(noisy), *batch()).detach(), bare, rtol=0, atol=1e-6 * float(bare.norm()))
     off = torch.stack([flat(update_of(stack, loss, how, 0.01, seed)) - bare for seed in range(12)])
     assert noisy.knowledge.noise == pytest.approx(float(off.square().mean().sqrt()), rel=0.05)
@@ -104,7 +104,7 @@ def test_a_loss_of_no_known_form(stack: list[str]) -> None:
 
 @pytest.mark.parametrize("stack", REFUSED, ids=", ".join)
 def test_what_is_not_simulated_is_refused(stack: list[str]) -> None:
-    assert obstacle(update_of(stack, LOSSES["mean"], "mean", 0.01)) is not None
+    assert Analysis.parse("van-trees").obstacle(update_of(stack, LOSSES["mean"], "mean", 0.01)) is not None
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.6, 30.0])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from unbatch.analysis import BoundAnalysis
 from unbatch.loss import draw_labels, reduction
 from unbatch.network import forward, in_mode
 from unbatch.numerics.prior import GaussianPrior
@@ -96,22 +97,32 @@ def deviation(obs: Observation) -> float:
     return float(obs.knowledge.get("noise", 0.0))
 
 
-def obstacle(obs: Observation) -> str | None:
-    """Why nothing is known of the inputs' Fisher information, in words."""
-    if not deviation(obs) > 0:
-        return "the update carries no Gaussian noise of known size, and without noise nothing bounds an attacker."
-    known, protocol = obs.knowledge, obs.protocol
-    missing = [name for name in ("input_shape", "batch_size") if name not in known]
-    if missing:
-        return f"{' and '.join(missing)} must be known, to simulate the client."
-    if "mixup" in known:
-        return "the client trains on blends of its examples (mixup), which are drawn and not simulated."
-    if "altered" in known:
-        return f"the update was changed by {known.altered}, and the bound is one for noise alone."
-    steps = max(protocol.steps(size) for size in shares(known.batch_size, known.get("clients", 1)))
-    if "privacy" in known and steps and (steps > 1 or protocol.optimiser != "sgd" or protocol.weight_decay):
-        return "private training of more than one plain step mixes its noise into the steps that follow."
-    return None
+class NoiseAnalysis(BoundAnalysis):
+    """An analysis of what Gaussian noise of known size leaves; it refuses what `sent` does not simulate."""
+
+    def obstacle(self, obs: Observation) -> str | None:
+        if not deviation(obs) > 0:
+            return "the update carries no Gaussian noise of known size, and without noise nothing bounds an attacker."
+        known, protocol = obs.knowledge, obs.protocol
+        missing = [name for name in ("input_shape", "batch_size") if name not in known]
+        if missing:
+            return f"{' and '.join(missing)} must be known, to simulate the client."
+        if "mixup" in known:
+            return "the client trains on blends of its examples (mixup), which are drawn and not simulated."
+        if "altered" in known:
+            return f"the update was changed by {known.altered}, and the bound is one for noise alone."
+        steps = max(protocol.steps(size) for size in shares(known.batch_size, known.get("clients", 1)))
+        if "privacy" in known and steps and (steps > 1 or protocol.optimiser != "sgd" or protocol.weight_decay):
+            return "private training of more than one plain step mixes its noise into the steps that follow."
+        return None
+
+    @staticmethod
+    def premise(obs: Observation) -> str:
+        """What every such bound assumes, in words."""
+        return (
+            f"Gaussian noise of standard deviation {deviation(obs):.3g} in every entry sent, nothing but noise between the "
+            "batch and the update; labels and protocol known to the attacker"
+        )
 
 
 def fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
@@ -134,21 +145,43 @@ def fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
         )
 
 
-def imagined(
-    obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator, draws: int
-) -> tuple[GaussianPrior, list[Tensor], Tensor]:
-    """A Gaussian prior, batches [n, *shape] drawn from it, and their labels: the truth's or the known ones, else drawn.
+@dataclass(frozen=True)
+class Imagined:
+    """A Gaussian prior, and batches drawn from it with their labels."""
 
-    Raises ValueError: as `fitted`, of the truth `at`.
-    """
-    known = obs.knowledge
-    prior = GaussianPrior(known.input_shape, known.get("input_range", (0.0, 1.0)))
-    if at is not None:
-        fitted(obs, at[0].to(obs.device), at[1].to(obs.device))
-    inputs = [prior.draw(known.batch_size, rng).to(obs.device) for _ in range(draws)]
-    y = known.get("labels") if at is None else at[1]
-    y = draw_labels(obs.loss, forward(obs.model, inputs[0]), rng) if y is None else y
-    return prior, inputs, y.to(obs.device)
+    prior: GaussianPrior
+    batches: list[tuple[Tensor, Tensor]]  # inputs [n, *shape], labels [n]
+    words: str  # what the average over them is of
+
+    @classmethod
+    def of(
+        cls,
+        obs: Observation,
+        at: tuple[Tensor, Tensor] | None,
+        rng: torch.Generator,
+        draws: int,
+        *,
+        alike: int = 1,
+    ) -> Imagined:
+        """Labels are the truth's or the known ones, else drawn anew for every `alike` batches.
+
+        Raises ValueError: as `fitted`, of the truth `at`.
+        """
+        known = obs.knowledge
+        prior = GaussianPrior(known.input_shape, known.get("input_range", (0.0, 1.0)))
+        if at is not None:
+            fitted(obs, at[0].to(obs.device), at[1].to(obs.device))
+        told = known.get("labels") if at is None else at[1]
+        batches = list[tuple[Tensor, Tensor]]()
+        for k in range(draws):
+            x = prior.draw(known.batch_size, rng).to(obs.device)
+            if told is not None:
+                y = told.to(obs.device)
+            elif k % alike == 0:
+                y = draw_labels(obs.loss, forward(obs.model, x), rng).to(obs.device)
+            batches.append((x, y))
+        over = "over labels drawn at random" if told is None else "for these labels"
+        return cls(prior, batches, f"on average over {prior}, {over}, from {draws} prior draws without the truth")
 
 
 def jumps(obs: Observation, x: Tensor, y: Tensor, rng: torch.Generator) -> str | None:

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unbatch.analysis import Analysis, Bound
+from unbatch.analysis import Bound
 from unbatch.domain import Images
-from unbatch.information import Information, deviation, fitted, jumps, obstacle
+from unbatch.information import Information, NoiseAnalysis, deviation, fitted, jumps
 from unbatch.numerics.inverse_trace import dense_inverse_trace, inverse_trace, kronecker
 from unbatch.numerics.least_squares import example_gram
 from unbatch.observation import Observation
@@ -20,7 +20,7 @@ from unbatch.probe import probe
 
 
 @final
-class CramerRao(Analysis):
+class CramerRao(NoiseAnalysis):
     """Covariance of every unbiased attacker's answer >= sigma^2 (J^T J)^-1, J the Jacobian of the update as sent.
 
     J is with respect to all entries of all inputs of the batch; labels count as known, which only helps the attacker. The
@@ -35,15 +35,7 @@ class CramerRao(Analysis):
     probes: Annotated[int, Field(ge=2, description="random probes of a larger one")] = 4
     steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 40
 
-    def obstacle(self, obs: Observation) -> str | None:
-        return obstacle(obs)
-
-    def run(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
-    ) -> Sequence[Bound]:
-        if why := self.obstacle(obs):
-            raise ValueError(why)
-        rng = rng or torch.Generator().manual_seed(0)
+    def find_bounds(self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
         x, y, whose = probe(obs, at, rng, whole=True)
         if at is not None:
             fitted(obs, x, y)
@@ -52,17 +44,13 @@ class CramerRao(Analysis):
         variance, how = self._variance(Information(obs, x, y), deviation(obs), rng)
         low, high = obs.knowledge.get("input_range", (0.0, 1.0))
         value = math.sqrt(float(variance.mean())) / (high - low)
-        bound = Bound(name="Cramer-Rao", value=value, scope="unbiased", assumptions="", source=self.paper)
         each = (-10 * (variance.mean(1) / (high - low) ** 2).log10()).sort().values
-        words = (
-            f"Gaussian noise of standard deviation {deviation(obs):.3g} in every entry sent, nothing but noise between the "
-            f"batch and the update; labels and protocol known to the attacker. At {whose}, {how}. In units of the input's "
-            f"range; PSNR of an unbiased attacker's mean squared error at most {bound.psnr:.1f} dB"
-        )
+        words = f"{self.premise(obs)}. At {whose}, {how}."
         if len(each) > 1 and bool(each.isfinite().all()):
-            words += f" (example by example {each[0]:.1f} to {each[-1]:.1f} dB)"
+            words += f" Example by example {each[0]:.1f} to {each[-1]:.1f} dB."
         shown = "" if how != "exact" else _map(variance, tuple(x.shape[1:]))
-        return [bound.model_copy(update={"assumptions": f"{words}.", "picture": shown})]
+        bound = Bound.of("Cramer-Rao", value, "unbiased", words, self.paper)
+        return [bound.model_copy(update={"picture": shown})]
 
     def _variance(self, at: Information, sigma: float, rng: torch.Generator) -> tuple[Tensor, str]:
         """The least variance [n, d] of every entry, and how it was computed."""
