@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbatch import Knowledge, Protocol, observe
-from unbatch.analysis import Analysis
+from unbatch.analysis import Analysis, Verdict
 from unbatch.information import doubled, sent
 from unbatch.loss import Loss, loss_named
 from unbatch.observation import Observation
@@ -117,3 +119,22 @@ def test_noise_of_another_size_than_is_told_is_refused_where_the_batch_is_known(
     assert Analysis.parse(name).run(obs, at=batch())
     with pytest.raises(ValueError, match="not of the size that is told"):
         Analysis.parse(name).run(told, at=batch())
+
+
+@pytest.mark.parametrize("name", ["cramer-rao", "van-trees", "noise-information", "dp-reconstruction"])
+def test_statistics_that_are_sent_without_noise_are_no_constants(name: str) -> None:
+    told = Knowledge(buffers={"1.running_mean": torch.zeros(24)})
+    obs = update_of([PRIVATE], LOSSES["mean"], "mean", 0.01)
+    assert Analysis.parse(name).run(obs)
+    with pytest.raises(ValueError, match="statistics are sent without noise"):
+        Analysis.parse(name).run(replace(obs, knowledge=obs.knowledge | told))
+
+
+def test_statistics_are_counted() -> None:
+    obs = update_of(["prune:share=0.99"], LOSSES["mean"], "mean", 0.0)
+    told = Knowledge(buffers={"1.running_mean": torch.rand(64), "1.num_batches_tracked": torch.tensor(1)})
+    verdict = Analysis.parse("counting").run(obs)[-1]
+    more = Analysis.parse("counting").run(replace(obs, knowledge=obs.knowledge | told))[-1]
+    assert isinstance(verdict, Verdict)
+    assert isinstance(more, Verdict)
+    assert more.value == pytest.approx(verdict.value + 64 / 80)

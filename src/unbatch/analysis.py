@@ -59,6 +59,8 @@ class Bound(_Finding):
     covers: Literal["update", "training"] = (
         "update"  # this update, its examples known to be in it; or all of the training
     )
+    client: int = 0  # whose update it is on; the audit says so
+    analysis: str = ""  # that found it; the audit says so
     picture: str = ""  # the bound entry by entry, as a PNG data URI: white where the error must be largest
 
     @classmethod

@@ -107,6 +107,8 @@ class NoiseAnalysis(BoundAnalysis):
         missing = [name for name in ("input_shape", "batch_size") if name not in known]
         if missing:
             return f"{' and '.join(missing)} must be known, to simulate the client."
+        if known.get("buffers"):
+            return "batch norm statistics are sent without noise, and nothing bounds what they tell."
         if "mixup" in known:
             return "the client trains on blends of its examples (mixup), which are drawn and not simulated."
         if "altered" in known:

@@ -64,7 +64,12 @@ def _unknowns(obs: Observation) -> int:
 
 
 def _numbers(obs: Observation) -> int:
-    return sum(int(tensor.count_nonzero()) for tensor in obs.update.values())
+    return sum(int(tensor.count_nonzero()) for tensor in _sent(obs))
+
+
+def _sent(obs: Observation) -> list[Tensor]:
+    """Every tensor of the message: the update's, and batch norm statistics."""
+    return [*obs.update.values(), *(b for b in obs.knowledge.get("buffers", {}).values() if b.is_floating_point())]
 
 
 def _error(obs: Observation, bits: float) -> float:
@@ -77,7 +82,7 @@ def _error(obs: Observation, bits: float) -> float:
 def _bits(obs: Observation) -> float:
     """Length of a code for the update, in bits."""
     whole = 0.0
-    for tensor in obs.update.values():
+    for tensor in _sent(obs):
         values = tensor.detach().flatten()
         width = torch.finfo(tensor.dtype).bits
         plain = float(width * len(values))

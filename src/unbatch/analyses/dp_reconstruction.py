@@ -54,6 +54,8 @@ class DpReconstruction(BoundAnalysis):
         missing = [name for name in ("input_shape", "batch_size") if name not in known]
         if missing:
             return f"{' and '.join(missing)} must be known, for the prior and the answers to be matched."
+        if known.get("buffers"):
+            return "batch norm statistics are sent without noise, and nothing bounds what they tell."
         if "mixup" in known:
             return "mixup puts every example into two gradients, each clipped by itself: the noise covers one of them."
         return None
