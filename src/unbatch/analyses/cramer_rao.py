@@ -13,7 +13,7 @@ from torch import Tensor
 from unbatch.analysis import Bound
 from unbatch.domain import Images
 from unbatch.information import Information, NoiseAnalysis, deviation, fitted, jumps
-from unbatch.numerics.inverse_trace import dense_inverse_trace, inverse_trace, kronecker
+from unbatch.numerics.inverse_trace import inverse_trace, kronecker
 from unbatch.numerics.least_squares import example_gram
 from unbatch.observation import Observation
 from unbatch.probe import probe
@@ -59,9 +59,11 @@ class CramerRao(NoiseAnalysis):
             few = f"{len(at.sent):,} entries are sent for {like.numel():,} unknowns, and no unbiased attacker exists"
             return torch.full_like(like, math.inf), few
         if like.numel() <= self.exact:
-            F = at.matrix()
-            *_, inverse = dense_inverse_trace([[F]], torch.ones(len(F)).to(F))
-            return sigma**2 * inverse.diagonal().view_as(like), "exact"
+            inverse, lost = _diagonal(at)
+            if lost:
+                how = f"the update does not determine {lost} of the {like.numel():,} unknowns: no unbiased attacker exists"
+                return sigma**2 * inverse.view_as(like), how
+            return sigma**2 * inverse.view_as(like), "exact"
         gram = example_gram(at.push, like, len(at.sent), rng)
         solve = kronecker(gram, torch.ones(like.shape[1]).to(like), 0.0)
         found = inverse_trace([[at.fisher]], like, rng, probes=self.probes, precondition=solve, steps=self.steps)
@@ -69,6 +71,24 @@ class CramerRao(NoiseAnalysis):
         each = shares / shares.sum() * found.value / like.shape[1]
         how = f"from {self.probes} random probes (standard error of the variance {found.error / found.value:.1%})"
         return sigma**2 * each[:, None].expand_as(like), how
+
+
+def _diagonal(at: Information) -> tuple[Tensor, int]:
+    """Of (J^T J)^-1 [n d], infinite at entries that move in J's null space, and the dimension of that.
+
+    Eigenvectors of J^T J below its own rounding are told apart by J itself, whose rounding is that of a square root.
+    """
+    F = at.matrix()
+    values, V = torch.linalg.eigh(F)
+    size = len(F) * torch.finfo(F.dtype).eps
+    weak = values <= size * values[-1]
+    if weak.any():
+        _, s, W = torch.linalg.svd(torch.stack([at.push(v) for v in V[:, weak].T], 1), full_matrices=False)
+        values[weak], V[:, weak] = s.square(), V[:, weak] @ W.T
+    lost = values <= (10 * size) ** 2 * values.max()
+    inverse = (V[:, ~lost].square() / values[~lost]).sum(1)
+    moved = V[:, lost].square().sum(1) > torch.finfo(F.dtype).eps
+    return torch.where(moved, torch.inf, inverse), int(lost.sum())
 
 
 def _map(variance: Tensor, shape: tuple[int, ...]) -> str:
