@@ -202,3 +202,10 @@ def test_an_audit_reports_both() -> None:
     assert ["log_prob" in run.knowledge for run in record.runs] == [False, True, False]
     again = audit(setting, attacks=["unmix", "bias-ratio"], defences=["clip:norm=0.01"], analyses=(), resume=record)
     assert [run.seconds for run in again.runs] == [run.seconds for run in record.runs]
+
+
+def test_a_tensor_of_which_nothing_is_seen_is_completed_by_zeros() -> None:
+    A = torch.zeros(4, 3).double()
+    found, misfit = complete(A, torch.zeros(4, 3, dtype=torch.bool), 2)
+    assert not found.any()
+    assert misfit == 0.0

@@ -54,7 +54,7 @@ LEVELS = [
     },
     {"attacks", "analyses", "defences", "metrics", "cases"},
     {"client"},
-    {"checks", "judge", "audit", "gate", "target", "catalogue", "testing", "scene", "harden", "guard"},
+    {"checks", "findings", "judge", "audit", "gate", "target", "catalogue", "testing", "scene", "harden", "guard"},
     {"chart", "frontier", "report"},
     {"console", "demo", "benchmarks"},
     {"cli"},

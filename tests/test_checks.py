@@ -4,6 +4,7 @@ import pytest
 
 import unbatch
 from unbatch import Case
+from unbatch.analysis import Bound
 from unbatch.checks import CHECKS, flags
 from unbatch.results import Audit, Example, Run
 
@@ -25,6 +26,9 @@ def spoilt(clean: Audit, name: str) -> Audit:
         run.examples[0].error = 0.5
     elif name == "bound-violated":
         run.guarantee, run.examples[0].error = "bounded", 0.5
+    elif name == "lower-bound-beaten":
+        audit.bounds = [Bound(name="B", value=0.1, scope="any", assumptions="", source="")]
+        run.examples[0].scores["psnr"] = 20.5
     elif name == "heuristic-beats-exact":
         run.examples[0].error, run.examples[0].bound = 0.3, None
         audit.runs.append(heuristic(examples=[Example(index=0, error=1e-6)]))
@@ -63,6 +67,34 @@ def test_a_flag_is_raised_by_what_it_says(clean: Audit, name: str) -> None:
     assert raised[name].words
     assert raised[name].means
     assert raised[name].do
+
+
+@pytest.mark.parametrize(
+    "spared",
+    [
+        {"value": 0.09},
+        {"scope": "unbiased"},
+        {"covers": "training"},
+        {"client": 1},
+        {"guesses": 3},
+        {"up_to": ["permutation", "scale"]},
+        {"unmatched": None},
+    ],
+    ids=lambda spared: next(iter(spared)),
+)
+def test_a_lower_bound_is_held_against_whole_batches_on_its_own_update(clean: Audit, spared: dict) -> None:
+    audit = clean.model_copy(deep=True)
+    facts = {"name": "B", "value": 0.1, "scope": "any", "assumptions": "", "source": ""}
+    examples = [Example(index=i, scores={"psnr": score}) for i, score in enumerate((16.0, 40.0))]
+    audit.runs = [heuristic(examples=examples, guesses=2)]  # 0.112 over both; one of them alone is no evidence
+    audit.bounds = [Bound.model_validate(facts | {"value": 0.12})]
+    assert "lower-bound-beaten" in {flag.name for flag in flags(audit)}
+    run, known = audit.runs[0], {k: v for k, v in spared.items() if k in Bound.model_fields}
+    audit.bounds = [Bound.model_validate(facts | {"value": 0.12} | known)]
+    run.guesses, run.up_to = spared.get("guesses", 2), spared.get("up_to", [])
+    if "unmatched" in spared:
+        run.examples[0].scores["psnr"] = None
+    assert "lower-bound-beaten" not in {flag.name for flag in flags(audit)}
 
 
 def test_real_audits_raise_the_flags_that_fit() -> None:

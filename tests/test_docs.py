@@ -49,14 +49,14 @@ def test_the_figures_of_the_page_on_safety_are_what_its_commands_print(
     assert len(scores) == 4
     assert min(scores) > 100
     private = said("dp-reconstruction")
-    for figure in ("epsilon = 5.497", "at most 12.1 dB", "reconstruction success = 0.032"):
+    for figure in ("epsilon = 5.497", "at most 12.9 dB", "at most 14.0 dB", "reconstruction success = 0.032"):
         assert figure in private
-    for figure in ("epsilon = 5.497", "at most 12.1 dB", "at most 0.032"):
+    for figure in ("epsilon = 5.497", "at most 12.9 dB", "at most 14.0 dB", "at most 0.032"):
         assert figure in " ".join(text.split())
-    bound = re.search(r"at most ([\d.]+) dB, of the prior alone ([\d.]+) dB", said("van-trees"))
+    bound = re.search(r"prior alone gives ([\d.]+) dB.* at most ([\d.]+) dB", said("van-trees"))
     assert bound
-    assert f"more than {bound[1]} dB" in text
-    assert f"gets {bound[2]} dB by the prior alone" in text
+    assert f"more than {bound[2]} dB" in text
+    assert f"gets {bound[1]} dB by the prior alone" in text
 
 
 def test_the_attack_of_the_guide_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:

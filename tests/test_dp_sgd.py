@@ -135,7 +135,12 @@ def test_what_is_known_of_its_noise_follows_the_stack() -> None:
     assert noise("secure-aggregation:clients=2", quick) is None
     assert noise("clip:norm=1", quick) is None
     assert noise(quick, protocol=Protocol(local_steps=1, learning_rate=0.1)) == pytest.approx(0.6 / N)
-    assert noise(quick, protocol=Protocol(local_steps=2, learning_rate=0.1)) is None  # the second step sees the first's
+    two = Protocol(local_steps=2, learning_rate=0.1)
+    assert noise(f"{quick},steps=2", protocol=two) is None  # the second step sees the first's
+    with pytest.raises(
+        ValueError, match=r"accounts for 1 private step, and this update takes 2; declare dp-sgd:steps=2"
+    ):
+        noise(quick, protocol=two)
 
 
 @pytest.mark.parametrize(("sigma", "steps", "delta"), [(1.0, 1, 1e-5), (4.0, 1, 1e-5), (5.0, 10, 1e-6), (0.5, 3, 1e-5)])

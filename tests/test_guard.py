@@ -48,6 +48,15 @@ def test_a_protected_update_passes_and_the_audit_does_not_call_it_safe(setting: 
     assert "no proof" in (guard.__doc__ or "")
 
 
+def test_attacks_know_the_defence_and_hold_back_what_only_then_leaks() -> None:
+    s = Case.parse("photos:batch=2,size=8,activation=gelu,width=60").setting()
+    defence = "prune:share=0.3"
+    with pytest.raises(Leak) as held:
+        guard(sent(s, defence).update, defences=[defence], attacks=["unmix"], seconds=40, **told(s))
+    assert held.value.examples == [0, 1]
+    assert [run.adaptive for run in held.value.audit.runs] == [False, True]
+
+
 def test_local_training_is_guarded_under_its_own_protocol(setting: Setting) -> None:
     protocol = Protocol(local_steps=2, learning_rate=0.1)
     with pytest.raises(Leak):

@@ -35,7 +35,9 @@ class KnownNoise(Analysis):
         value = min(float(obs.knowledge.noise) / 0.1, 0.25)
         name = "zCDP information" if "privacy" in obs.knowledge else "known noise"
         unbiased = Bound(name="unbiased", value=10.0, scope="unbiased", assumptions="none", source="none")
-        return [Bound(name=name, value=value, scope="any", assumptions="none", source="none"), unbiased]
+        held = Bound(name=name, value=value, scope="any", assumptions="none", source="none")
+        whole = [held.model_copy(update={"covers": "training"})] if "privacy" in obs.knowledge else []
+        return [held, *whole, unbiased]
 
 
 def search(**how) -> Hardening:

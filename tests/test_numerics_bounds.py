@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unbatch.numerics.inverse_trace import dense_inverse_trace, inverse_trace, kronecker
 from unbatch.numerics.prior import GaussianPrior
-from unbatch.numerics.rate_distortion import distortion, guessing_radius
+from unbatch.numerics.rate_distortion import distortion, guessing_radius, level
 from unbatch.numerics.subsampled_gaussian import Robustness, information, replacement_divergence
 
 
@@ -87,6 +87,17 @@ def test_rate_distortion() -> None:
         distortion(v, -1.0)
 
 
+def test_what_matching_leaves_of_variances() -> None:
+    v = torch.tensor([4.0, 1.0, 0.25, 0.01]).double()
+    for nats in (0.01, 0.3, 1.0, 2.0):
+        t = level(v, nats)
+        found = float((v * t / (v + t)).sum()) - t * nats / 2
+        assert 0.5 * distortion(v, nats) < found < distortion(v, nats)
+        for other in (0.5 * t, 2 * t):
+            assert float((v * other / (v + other)).sum()) - other * nats / 2 < found
+    assert level(v, 0.0) == math.inf
+
+
 @pytest.mark.parametrize("chance", [0.5, 0.05, 1e-3])
 def test_no_guess_comes_closer_than_the_radius_with_more_than_the_chance(chance: float) -> None:
     v = torch.tensor([4.0, 1.0, 0.25, 0.25, 0.25])
@@ -140,6 +151,10 @@ def test_success_by_monte_carlo_meets_one_step_s_closed_form(z: float, q: float,
     assert true - 4 * error < found < 1.1 * true + 4 * error
     several = [Robustness(z, q, steps).success(math.log(chance))[0] for steps in (1, 4, 16)]
     assert several == sorted(several)
+    rare = norm.isf(2e-3, 0, z)
+    least = q * norm.sf(rare, 1, z) + (1 - q) * norm.sf(rare, 0, z)
+    draws = [Robustness(z, q, 1, torch.Generator().manual_seed(seed)).success(math.log(2e-3))[0] for seed in range(12)]
+    assert min(draws) > least  # the threshold is on the safe side, and not on the right side on average
     assert Robustness(z, q).success(math.log(1e-9))[0] > 0  # of a chance that draws can tell: larger, hence safe
 
 

@@ -66,20 +66,44 @@ def test_the_gate(record: Audit) -> None:
 
 
 def test_the_gate_on_bounds(record: Audit) -> None:
-    def bounded(value: float, scope: str) -> Audit:
-        bound = Bound.model_validate({"name": "B", "value": value, "scope": scope, "assumptions": "", "source": ""})
-        return record.model_copy(update={"bounds": [*record.bounds, bound]})
+    alone = record.model_copy(update={"clients": record.clients[:1]})
+
+    def bounded(value: float, scope: str, **more: object) -> Audit:
+        known = {"name": "B", "value": value, "scope": scope, "assumptions": "", "source": ""} | more
+        return alone.model_copy(update={"bounds": [*alone.bounds, Bound.model_validate(known)]})
 
     def said(audit: Audit) -> list[str]:
         return breaches(audit, max_recovered=2, require_bound_psnr=20)
 
-    assert said(record) == ["no lower bound holds for any attacker; a bound of at most 20 dB is required."]
-    assert said(bounded(0.2, "unbiased")) == said(record)
+    assert said(alone) == ["no lower bound holds for any attacker; a bound of at most 20 dB is required."]
+    assert said(bounded(0.2, "unbiased")) == said(alone)
+    assert said(bounded(0.2, "any", covers="training")) == said(alone)  # who is in this update for sure is not covered
     assert "B, allows 26.0 dB" in said(bounded(0.05, "any"))[0]
     assert "B, allows inf dB" in said(bounded(0.0, "any"))[0]
-    assert said(bounded(math.nan, "any")) == said(record)
+    assert said(bounded(math.nan, "any")) == said(alone)
     assert said(bounded(0.2, "any")) == said(bounded(math.inf, "any")) == []
     assert len(breaches(bounded(0.2, "any"), max_recovered=0, require_bound_psnr=20)) == 1
+    one = bounded(0.2, "any").bounds
+    both = record.model_copy(update={"bounds": one})
+    assert said(both) == ["no lower bound holds for any attacker of client 1; a bound of at most 20 dB is required."]
+    weak = one[0].model_copy(update={"client": 1, "value": 0.05})
+    assert "of client 1, B, allows 26.0 dB" in said(record.model_copy(update={"bounds": [*one, weak]}))[0]
+    strong = weak.model_copy(update={"value": 0.3})
+    assert said(record.model_copy(update={"bounds": [*one, weak, strong]})) == []
+
+
+def test_every_client_has_bounds_of_its_own_and_old_records_are_those_of_the_first() -> None:
+    settings = [Case.parse(f"digits:batch={n},width=16,activation=tanh").setting() for n in (8, 1)]
+    made = unbatch.audit(
+        settings, attacks=["label-count"], defences=["noise:sigma=0.003"], analyses=["van-trees", "gradient-rank"]
+    )
+    assert [bound.client for bound in made.bounds] == [0, 1]
+    assert made.bounds[1].psnr > made.bounds[0].psnr + 5  # one alone is told more of
+    assert len(made.risks) == 2
+    between = (made.bounds[0].psnr + made.bounds[1].psnr) / 2
+    assert ["client 1" in words for words in breaches(made, max_recovered=9, require_bound_psnr=between)] == [True]
+    old = {"name": "B", "value": 0.2, "scope": "any", "assumptions": "", "source": ""}
+    assert (Bound.model_validate(old).client, Bound.model_validate(old).covers) == (0, "update")
 
 
 def test_an_audit_that_proves_nothing_does_not_pass(record: Audit) -> None:

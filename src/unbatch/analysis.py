@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, final
 
 from pydantic import BaseModel, ConfigDict
 
@@ -56,7 +56,20 @@ class Bound(_Finding):
     scope: Literal["any", "unbiased"]
     assumptions: str
     source: str
+    covers: Literal["update", "training"] = (
+        "update"  # this update, its examples known to be in it; or all of the training
+    )
+    client: int = 0  # whose update it is on; the audit says so
+    analysis: str = ""  # that found it; the audit says so
     picture: str = ""  # the bound entry by entry, as a PNG data URI: white where the error must be largest
+
+    @classmethod
+    def of(cls, name: str, value: float, scope: Literal["any", "unbiased"], words: str, source: str) -> Self:
+        """With assumptions that end in the unit, and in whose PSNR it limits."""
+        found = cls(name=name, value=value, scope=scope, assumptions="", source=source)
+        whose = "any attacker's" if scope == "any" else "an unbiased attacker's"
+        last = f"In units of the input's range; PSNR of {whose} mean squared error at most {found.psnr:.1f} dB."
+        return found.model_copy(update={"assumptions": f"{words} {last}"})
 
     @property
     def psnr(self) -> float:
@@ -96,3 +109,23 @@ class Analysis(Plugin, ABC):
 
         Raises ValueError: it has nothing to say, and why.
         """
+
+
+class BoundAnalysis(Analysis):
+    """An analysis that finds bounds, and refuses where it has an obstacle."""
+
+    @final
+    def run(
+        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
+    ) -> Sequence[Bound | Verdict]:
+        import torch
+
+        if why := self.obstacle(obs):
+            raise ValueError(why)
+        return self.find_bounds(obs, at, torch.Generator().manual_seed(0) if rng is None else rng)
+
+    @abstractmethod
+    def find_bounds(
+        self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator
+    ) -> Sequence[Bound | Verdict]:
+        """As `run`, of an update that bears no obstacle."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import unbatch
-from unbatch.analysis import Analysis, Bound, LayerRisk, Verdict
+from unbatch.analysis import Analysis
 from unbatch.attack import ActiveAttack, Attack, NotApplicable
 from unbatch.case import Case, Setting
 from unbatch.certify import certify
@@ -25,6 +25,7 @@ from unbatch.client import observe
 from unbatch.defence import Defence
 from unbatch.diagnosis import diagnose
 from unbatch.domain import Domain, domain_told
+from unbatch.findings import analyse
 from unbatch.judge import Judge
 from unbatch.loss import identify
 from unbatch.metric import Metric
@@ -72,8 +73,7 @@ def audit(
     watch = watch or Watch()
     for index, (obs, truth) in enumerate(plan.exchanges):
         record.clients.append(plan.client(index))
-        if index == 0:
-            _analyse(plan, obs, truth, record)
+        analyse(plan.analyses, obs, truth, record, client=index, named=plan.named)
     for index in range(len(plan.exchanges)):
         for attack in plan.attacks:
             for seed, adaptive in itertools.product(seeds, plan.ways(index, attack)):
@@ -323,22 +323,6 @@ def _public(setting: Setting) -> Knowledge:
     if (setting.domain.low, setting.domain.high) == (0.0, 1.0):
         told["input_range"] = (0.0, 1.0)
     return Knowledge(**told)
-
-
-def _analyse(plan: _Plan, obs: Observation, truth: Truth | None, record: Audit) -> None:
-    at = (truth.inputs, truth.labels) if truth is not None else None
-    for analysis in plan.analyses:
-        if not plan.named and analysis.obstacle(obs):
-            continue
-        try:
-            findings = analysis.run(obs, at=at, rng=torch.Generator().manual_seed(0))
-        except ValueError as error:
-            record.notes.append(f"{analysis.name}: {error}")
-            continue
-        by = {"analysis": analysis.name}
-        record.risks += [f.model_copy(update=by) for f in findings if isinstance(f, LayerRisk)]
-        record.bounds += [f for f in findings if isinstance(f, Bound)]
-        record.verdicts += [f.model_copy(update=by) for f in findings if isinstance(f, Verdict)]
 
 
 def _remedy(

@@ -48,6 +48,24 @@ def _bound_violated(audit: Audit) -> Iterable[str]:
             yield f"{run.title}, example {e.index} of client {run.client}: error {e.error:.1e} above bound {e.bound:.1e}."
 
 
+def _lower_bound_beaten(audit: Audit) -> Iterable[str]:
+    if "psnr" not in audit.metrics:
+        return
+    held = [b for b in audit.bounds if b.scope == "any" and b.covers == "update"]
+    for run in audit.runs:
+        scores = [e.scores.get("psnr") for e in run.examples]
+        squares = [10 ** (-score / 10) for score in scores if score is not None]
+        if len(squares) < len(scores) or not scores or run.guesses > len(scores) or {"sign", "scale"} & set(run.up_to):
+            continue
+        error = (sum(squares) / len(squares)) ** 0.5
+        for b in held:
+            if b.client == run.client and error < b.value:
+                yield (
+                    f"{run.title} on client {run.client}: root mean squared error {error:.2e} over the batch, where "
+                    f"{b.name} allows none below {b.value:.2e}."
+                )
+
+
 def _heuristic_beats_exact(audit: Audit) -> Iterable[str]:
     best: dict[tuple[int, int], dict[str, float]] = {}
     for run, e in _pairs(audit):
@@ -156,6 +174,14 @@ CHECKS: tuple[Check, ...] = (
         "The assumption behind the bound does not hold, or the bound is wrong.",
         "Look at what changed the update (a defence, half precision), and do not quote the bound.",
         _bound_violated,
+    ),
+    Check(
+        "lower-bound-beaten",
+        "an attack's mean squared error over the whole batch, one answer an example matched to the truth, is below a lower "
+        "bound for any attacker on that update",
+        "Bounds are averages over noise and a prior: this batch is luckier or plainer than those, or the bound is wrong.",
+        "Repeat with other seeds and batches. If it stays, quote no bound here, and report the case.",
+        _lower_bound_beaten,
     ),
     Check(
         "heuristic-beats-exact",

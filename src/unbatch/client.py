@@ -46,19 +46,21 @@ def observe(
     before = copy.deepcopy(model)
     rng = torch.Generator().manual_seed(seed)
     update = step(Round(model=model, loss=loss, inputs=inputs, labels=labels, protocol=protocol, rng=rng))
-    public = Knowledge(input_shape=tuple(x.shape[1:]), batch_size=len(x)) | published(protocol)
-    for defence in reversed(wrapped):
-        public = defence.public(public)
     seen = {name: tensor.detach().clone() for name, tensor in update.items()}
-    law: Likelihood | None = None
-    for defence in reversed(wrapped):
-        law = defence.likelihood(law, seen)
-    public = public if law is None else public | Knowledge(log_prob=law)
+    public = told(wrapped, Knowledge(input_shape=tuple(x.shape[1:]), batch_size=len(x)) | published(protocol), seen)
     declared = loss
     for defence in wrapped:
         declared = defence.loss(declared)
     observation = Observation(model=before, loss=declared, update=seen, knowledge=public | (knowledge or Knowledge()))
     return observation, Truth(inputs=inputs.detach().clone(), labels=labels.clone())
+
+
+def told(defences: Sequence[Defence], known: Knowledge, seen: Update) -> Knowledge:
+    """What the server knows of an update that it has seen, with the defences' own likelihood, given the bare round."""
+    law: Likelihood | None = None
+    for defence in reversed(defences):
+        known, law = defence.public(known), defence.likelihood(law, seen)
+    return known if law is None else known | Knowledge(log_prob=law)
 
 
 def honest_step(round_: Round) -> Update:

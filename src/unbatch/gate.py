@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from unbatch.results import Audit
 
@@ -16,7 +17,8 @@ def breaches(
 ) -> list[str]:
     """The limits that the audit breaches, in words. An audit that proves nothing breaches every gate.
 
-    `require_bound_psnr`: some lower bound that holds for any attacker allows no PSNR (of the mean squared error) above it.
+    `require_bound_psnr`: for every client some lower bound that holds for any attacker, on the update that was audited,
+    allows no PSNR (of the mean squared error) above it.
     Raises ValueError: no limit is given, or one that this audit cannot answer.
     """
     if max_recovered is None and max_psnr is None and require_bound_psnr is None:
@@ -32,13 +34,7 @@ def breaches(
     if max_recovered is not None and len(audit.recovered()) > max_recovered:
         found.append(f"{len(audit.recovered())} examples recovered exactly, at most {max_recovered} allowed.")
     if require_bound_psnr is not None:
-        for_any = [bound for bound in audit.bounds if bound.scope == "any" and not math.isnan(bound.value)]
-        best = min(for_any, key=lambda bound: bound.psnr, default=None)
-        wanted = f"a bound of at most {require_bound_psnr:g} dB is required."
-        if best is None:
-            found.append(f"no lower bound holds for any attacker; {wanted}")
-        elif best.psnr > require_bound_psnr:
-            found.append(f"the best bound for any attacker, {best.name}, allows {best.psnr:.1f} dB; {wanted}")
+        found += _unbounded(audit, require_bound_psnr)
     if max_psnr is not None:
         if "psnr" not in audit.metrics:
             raise ValueError("this audit has no psnr (a captured update has no truth to compare with); gate on others.")
@@ -46,3 +42,19 @@ def breaches(
         for (client, index), score in scores.items():
             found.append(f"example {index} of client {client} at {score:.1f} dB, at most {max_psnr:g} dB allowed.")
     return found
+
+
+def _unbounded(audit: Audit, most: float) -> Iterator[str]:
+    """The clients whose best bound for any attacker allows more; bounds on the whole training do not count."""
+    held = [b for b in audit.bounds if b.scope == "any" and b.covers == "update" and not math.isnan(b.value)]
+    clients = [client.index for client in audit.clients] or [0]
+    for client in clients:
+        best = min((b for b in held if b.client == client), key=lambda b: b.psnr, default=None)
+        of = f" of client {client}" if len(clients) > 1 else ""
+        if best is None:
+            yield f"no lower bound holds for any attacker{of}; a bound of at most {most:g} dB is required."
+        elif best.psnr > most:
+            yield (
+                f"the best bound for any attacker{of}, {best.name}, allows {best.psnr:.1f} dB; a bound of at most "
+                f"{most:g} dB is required."
+            )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unbatch.attack import Attack
 from unbatch.audit import audit
 from unbatch.checks import NEAR_CHANCE
-from unbatch.client import published
+from unbatch.client import published, told
 from unbatch.defence import Defence
 from unbatch.domain import domain_of
 from unbatch.loss import Loss
@@ -64,8 +64,9 @@ def guard(
     known |= published(protocol)
     if (domain.low, domain.high) == (0.0, 1.0):
         known |= Knowledge(input_range=(0.0, 1.0))
-    for defence in reversed(stack):
-        known, loss = defence.public(known), defence.loss(loss)
+    known = told(stack, known, update)
+    for defence in stack:
+        loss = defence.loss(loss)
     record = audit(
         Observation(model=model, loss=loss, update=update, knowledge=known | (knowledge or Knowledge())),
         truth=Truth(inputs=inputs, labels=labels),

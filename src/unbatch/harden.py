@@ -3,7 +3,8 @@
 Each family of defences is a ladder of strengths, from weak to strong. It is climbed until bounds exclude the target for
 one update and for the whole training, and no attack contradicts them; bisection then looks for weaker ones. Utility is
 the test accuracy of the same model trained with the defence. Only a bound that holds for any attacker makes a setting
-safe; failed attacks do not.
+safe; failed attacks do not. A bound on one update takes its examples to be in it for sure; one on the whole training takes
+each step's examples to be a secret Poisson sample, where utility is measured with batches of a fixed size.
 """
 
 from __future__ import annotations
@@ -32,10 +33,6 @@ BOUNDS = (  # those that are installed are asked
     "dp-reconstruction",
     "counting",
 )
-OF_TRAINING = (
-    "zCDP information",
-    "reconstruction robustness",
-)  # bounds that count every step, and not one update alone
 DELTA = 1e-5
 REFINE = 3  # bisections of each family, for one update and for the whole training
 
@@ -309,10 +306,9 @@ def measure(
         tried.attack = run.title
         tried.chance = next(e.chance.get("psnr") for e in run.examples if e.index == index)
     tried.recovered = len(record.recovered())
-    ceilings = [(b.psnr, b.name) for b in record.bounds if b.scope == "any"]
-    if ceilings:
-        tried.bound, tried.by = min(ceilings)
-    tried.training = min((value for value, name in ceilings if name in OF_TRAINING), default=None)
+    ceilings = [b for b in record.bounds if b.scope == "any"]
+    tried.bound, tried.by = min(((b.psnr, b.name) for b in ceilings if b.covers == "update"), default=(None, ""))
+    tried.training = min((b.psnr for b in ceilings if b.covers == "training"), default=None)
     tried.epsilon = record.privacy.epsilon if record.privacy else None
     tried.seconds = time.monotonic() - began
     return tried, record

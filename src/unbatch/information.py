@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from unbatch.loss import draw_labels, identify
+from unbatch.analysis import BoundAnalysis
+from unbatch.loss import draw_labels, reduction
 from unbatch.network import forward, in_mode
 from unbatch.numerics.prior import GaussianPrior
 from unbatch.numerics.softening import kinked
-from unbatch.observation import Observation
+from unbatch.observation import Observation, shares
 
 SIGMAS = 6.0  # of the noise's length, by which an update may be off
+ROOM = 1e-6  # that Opacus adds to the norm of a gradient that it clips
 ENTRIES = 2**22  # of a batch of products
 REACH, FALL = 0.1, 5.0  # of a line on which jumps are looked for; what a bend's second difference falls by, at least
 JUMPING = re.compile(
@@ -69,15 +70,26 @@ class Information:
 
 
 def sent(obs: Observation, x: Tensor, y: Tensor, *, create_graph: bool = False) -> Tensor:
-    """The update [e] without its noise; each example's gradient clipped first, where the protocol is private."""
-    privacy = obs.knowledge.get("privacy")
-    if privacy is None or obs.protocol.steps(len(x)):
-        return _flat(obs, x, y, create_graph)
-    outputs = forward(obs.model, x.detach())
-    form = identify(obs.loss, tuple(outputs.shape), device=outputs.device)
-    each = [_flat(obs, x[i : i + 1], y[i : i + 1], create_graph) for i in range(len(x))]
-    whole = torch.stack([g * (privacy.clip / g.norm()).clamp(max=1.0) for g in each]).sum(0)
-    return whole if form is not None and form.reduction == "sum" else whole / len(x)
+    """The update [e] without its noise, in one gradient or step of private clients each example's gradient clipped."""
+    known, protocol = obs.knowledge, obs.protocol
+    if "privacy" not in known:
+        found = _flat(obs, x, y, create_graph)
+        return _shortened(found, known.clip) if "clip" in known else found
+    form = reduction(obs.loss, forward(obs.model, x.detach()), y)
+    if form is None:
+        raise ValueError(
+            "the loss is neither a mean nor a sum of one term an example, so no gradient is one example's."
+        )
+    one = replace(obs, knowledge=known.only(*(set(known) - {"local_steps", "epochs", "local_batch_size", "clients"})))
+    whole = list[Tensor]()
+    for size in shares(len(x), known.get("clients", 1)):
+        own, labels, x, y = x[:size], y[:size], x[size:], y[size:]
+        taken = min(protocol.local_batch_size or size, size) if protocol.steps(size) else size
+        each = [_flat(one, own[i : i + 1], labels[i : i + 1], create_graph) for i in range(taken)]
+        clipped = torch.stack([_shortened(g, known.privacy.clip, ROOM) for g in each]).sum(0)
+        step = -protocol.learning_rate if protocol.steps(size) else 1.0
+        whole.append(step * clipped / (1 if form == "sum" else taken))
+    return torch.stack(whole).sum(0)
 
 
 def deviation(obs: Observation) -> float:
@@ -85,54 +97,93 @@ def deviation(obs: Observation) -> float:
     return float(obs.knowledge.get("noise", 0.0))
 
 
-def obstacle(obs: Observation) -> str | None:
-    """Why nothing is known of the inputs' Fisher information, in words."""
-    if not deviation(obs) > 0:
-        return "the update carries no Gaussian noise of known size, and without noise nothing bounds an attacker."
-    missing = [name for name in ("input_shape", "batch_size") if name not in obs.knowledge]
-    if missing:
-        return f"{' and '.join(missing)} must be known, to simulate the client."
-    return None
+class NoiseAnalysis(BoundAnalysis):
+    """An analysis of what Gaussian noise of known size leaves; it refuses what `sent` does not simulate."""
+
+    def obstacle(self, obs: Observation) -> str | None:
+        if not deviation(obs) > 0:
+            return "the update carries no Gaussian noise of known size, and without noise nothing bounds an attacker."
+        known, protocol = obs.knowledge, obs.protocol
+        missing = [name for name in ("input_shape", "batch_size") if name not in known]
+        if missing:
+            return f"{' and '.join(missing)} must be known, to simulate the client."
+        if known.get("buffers"):
+            return "batch norm statistics are sent without noise, and nothing bounds what they tell."
+        if "mixup" in known:
+            return "the client trains on blends of its examples (mixup), which are drawn and not simulated."
+        if "altered" in known:
+            return f"the update was changed by {known.altered}, and the bound is one for noise alone."
+        steps = max(protocol.steps(size) for size in shares(known.batch_size, known.get("clients", 1)))
+        if "privacy" in known and steps and (steps > 1 or protocol.optimiser != "sgd" or protocol.weight_decay):
+            return "private training of more than one plain step mixes its noise into the steps that follow."
+        return None
+
+    @staticmethod
+    def premise(obs: Observation) -> str:
+        """What every such bound assumes, in words."""
+        return (
+            f"Gaussian noise of standard deviation {deviation(obs):.3g} in every entry sent, nothing but noise between the "
+            "batch and the update; labels and protocol known to the attacker"
+        )
 
 
 def fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
-    """Raises ValueError: the inputs do not explain the update but for its noise and a factor of at most 1 (clipping).
+    """Raises ValueError: the inputs do not explain the update but for noise of the size that is told, no more and no less.
 
-    What else changes an update may tell more of the inputs than its Fisher information knows. Clipping as a whole tells
-    less: the bound without it holds.
+    What else changes an update may tell more of the inputs than its Fisher information knows.
     """
     seen = torch.cat([obs.update[k].detach().double().flatten() for k in obs.update])
     double = doubled(obs)
     clean = sent(double, x.double(), y.double() if y.is_floating_point() else y).detach()
-    sigma, size = deviation(obs), float(clean.norm())
-    factor = float(seen @ clean) / size**2 if size else 0.0
-    slack = SIGMAS * sigma / size if size else math.inf
-    factor = 1.0 if abs(factor - 1) < slack else factor
+    sigma, e = deviation(obs), len(seen)
     rounding = 4 * torch.finfo(obs.dtype).eps * float(seen.norm())
-    most = sigma * (len(seen) + SIGMAS * (2 * len(seen)) ** 0.5) ** 0.5 + rounding
-    off = float((seen - factor * clean).norm())
-    if factor > 1 or off > most:
+    spread = SIGMAS * (2 * e) ** 0.5  # of |noise|^2 / sigma^2, whose mean is e
+    least, most = sigma * max(e - x.numel() - spread, 0.0) ** 0.5 - rounding, sigma * (e + spread) ** 0.5 + rounding
+    off = float((seen - clean).norm())
+    if not least <= off <= most:
         raise ValueError(
-            f"the batch explains the update to {off:.2g}, and its noise to {most:.2g}: another defence changed it, and "
-            "the bound is one for noise alone."
+            f"the batch explains the update to {off:.2g}, and its noise to between {max(least, 0.0):.2g} and {most:.2g}: "
+            "another defence changed it, or the noise is not of the size that is told. The bound is one for noise alone."
         )
 
 
-def imagined(
-    obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator, draws: int
-) -> tuple[GaussianPrior, list[Tensor], Tensor]:
-    """A Gaussian prior, batches [n, *shape] drawn from it, and their labels: the truth's or the known ones, else drawn.
+@dataclass(frozen=True)
+class Imagined:
+    """A Gaussian prior, and batches drawn from it with their labels."""
 
-    Raises ValueError: as `fitted`, of the truth `at`.
-    """
-    known = obs.knowledge
-    prior = GaussianPrior(known.input_shape, known.get("input_range", (0.0, 1.0)))
-    if at is not None:
-        fitted(obs, at[0].to(obs.device), at[1].to(obs.device))
-    inputs = [prior.draw(known.batch_size, rng).to(obs.device) for _ in range(draws)]
-    y = known.get("labels") if at is None else at[1]
-    y = draw_labels(obs.loss, forward(obs.model, inputs[0]), rng) if y is None else y
-    return prior, inputs, y.to(obs.device)
+    prior: GaussianPrior
+    batches: list[tuple[Tensor, Tensor]]  # inputs [n, *shape], labels [n]
+    words: str  # what the average over them is of
+
+    @classmethod
+    def of(
+        cls,
+        obs: Observation,
+        at: tuple[Tensor, Tensor] | None,
+        rng: torch.Generator,
+        draws: int,
+        *,
+        alike: int = 1,
+    ) -> Imagined:
+        """Labels are the truth's or the known ones, else drawn anew for every `alike` batches.
+
+        Raises ValueError: as `fitted`, of the truth `at`.
+        """
+        known = obs.knowledge
+        prior = GaussianPrior(known.input_shape, known.get("input_range", (0.0, 1.0)))
+        if at is not None:
+            fitted(obs, at[0].to(obs.device), at[1].to(obs.device))
+        told = known.get("labels") if at is None else at[1]
+        batches = list[tuple[Tensor, Tensor]]()
+        for k in range(draws):
+            x = prior.draw(known.batch_size, rng).to(obs.device)
+            if told is not None:
+                y = told.to(obs.device)
+            elif k % alike == 0:
+                y = draw_labels(obs.loss, forward(obs.model, x), rng).to(obs.device)
+            batches.append((x, y))
+        over = "over labels drawn at random" if told is None else "for these labels"
+        return cls(prior, batches, f"on average over {prior}, {over}, from {draws} prior draws without the truth")
 
 
 def jumps(obs: Observation, x: Tensor, y: Tensor, rng: torch.Generator) -> str | None:
@@ -189,3 +240,8 @@ def doubled(obs: Observation) -> Observation:
 def _flat(obs: Observation, x: Tensor, y: Tensor, create_graph: bool) -> Tensor:
     found = obs.simulate(x, y, create_graph=create_graph)
     return torch.cat([found[name].flatten() for name in obs.update])
+
+
+def _shortened(flat: Tensor, norm: float, room: float = 0.0) -> Tensor:
+    factor: Tensor = (norm / (flat.norm() + room).clamp_min(torch.finfo(flat.dtype).tiny)).clamp(max=1.0)
+    return factor * flat

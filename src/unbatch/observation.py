@@ -66,6 +66,9 @@ class Knowledge:
     weight_decay: float
     mode: str  # "train" or "eval": batch norm and dropout during the client's step
     clients: int  # whose updates are summed, under secure aggregation
+    clip: float  # l2 norm that the whole update is shortened to before its noise
+    altered: str  # the defences that change the update in ways that no simulation of it follows
+    mixup: float  # alpha of the Beta law by which the client blends its examples
     buffers: Mapping[str, Tensor]  # batch norm statistics, where the protocol sends them: in train mode after the step
     noise: float  # standard deviation of each entry of the update as sent
     privacy: Privacy
@@ -110,6 +113,11 @@ class Knowledge:
     def only(self, *names: str) -> Knowledge:
         """The part of this knowledge that `names` names."""
         return Knowledge(**{name: value for name, value in vars(self).items() if name in names})
+
+    def after(self, defence: str) -> Knowledge:
+        """The same once `defence` has changed the update in a way that `Observation.simulate` does not follow."""
+        told = ", ".join([*([self.altered] if "altered" in self else []), defence])
+        return self.only(*(set(self) - {"clip"})) | Knowledge(altered=told)
 
     def __or__(self, more: Knowledge) -> Knowledge:
         """Both; where both know a field, the right one's."""

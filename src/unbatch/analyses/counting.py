@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from unbatch.analysis import Analysis, Bound, Verdict
+from unbatch.analysis import Bound, BoundAnalysis, Verdict
 from unbatch.numerics.prior import GaussianPrior
 from unbatch.numerics.rate_distortion import distortion
 from unbatch.observation import Observation
@@ -19,13 +19,13 @@ SAMPLE = 4096  # entries by which a tensor of few distinct values is told
 
 
 @final
-class Counting(Analysis):
+class Counting(BoundAnalysis):
     """The bits that an update is written in, and its numbers that are not zero, against the inputs of the batch.
 
     A message of B bits tells at most B bits: any attacker's mean squared error, on average over a Gaussian prior, is at
-    least the prior's distortion at B / n bits an example (its rate-distortion function). A tensor of few distinct values
-    (pruned, quantised) is counted at their empirical entropy and a table of them. To first order, e numbers determine at
-    most e unknowns.
+    least the prior's distortion at (B + log2 n!) / n bits an example (its rate-distortion function; log2 n! for matching n
+    answers to the truth). A tensor of few distinct values (pruned, quantised) is counted at their empirical entropy and a
+    table of them. To first order, e numbers determine at most e unknowns.
     """
 
     paper: ClassVar[str] = "Shannon, 1959 (rate distortion)"
@@ -38,21 +38,18 @@ class Counting(Analysis):
             return "the update has numbers and bits enough to hold its inputs to 8 bits an entry."
         return None
 
-    def run(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
+    def find_bounds(
+        self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator
     ) -> Sequence[Bound | Verdict]:
-        if why := self.obstacle(obs):
-            raise ValueError(why)
         found = list[Bound | Verdict]()
-        bits, numbers, unknowns = _bits(obs), _numbers(obs), _unknowns(obs)
+        bits, numbers, unknowns, n = _bits(obs), _numbers(obs), _unknowns(obs), obs.knowledge.batch_size
         if (value := _error(obs, bits)) >= FINEST:
-            bound = Bound(name="counting", value=value, scope="any", assumptions="", source=self.paper)
             words = (
                 f"{bits:,.0f} bits for {unknowns:,} unknowns: this update's entries at their entropy, others like it no "
-                "longer; on average over inputs of a Gaussian prior, without the truth. In units of the input's range; "
-                f"PSNR of any attacker's mean squared error at most {bound.psnr:.1f} dB."
+                f"longer; on average over inputs of a Gaussian prior, without the truth; {n} answers, matched to the truth "
+                "afterwards."
             )
-            found.append(bound.model_copy(update={"assumptions": words}))
+            found.append(Bound.of("counting", value, "any", words, self.paper))
         if numbers < unknowns:
             words = (
                 f"{numbers:,} numbers that are not zero were sent for {unknowns:,} unknowns: to first order at least "
@@ -67,19 +64,25 @@ def _unknowns(obs: Observation) -> int:
 
 
 def _numbers(obs: Observation) -> int:
-    return sum(int(tensor.count_nonzero()) for tensor in obs.update.values())
+    return sum(int(tensor.count_nonzero()) for tensor in _sent(obs))
+
+
+def _sent(obs: Observation) -> list[Tensor]:
+    """Every tensor of the message: the update's, and batch norm statistics."""
+    return [*obs.update.values(), *(b for b in obs.knowledge.get("buffers", {}).values() if b.is_floating_point())]
 
 
 def _error(obs: Observation, bits: float) -> float:
     """Root mean squared error an entry, of the range."""
     prior = GaussianPrior(obs.knowledge.input_shape)
-    return math.sqrt(distortion(prior.variances, bits * math.log(2) / obs.knowledge.batch_size) / prior.d)
+    n = int(obs.knowledge.batch_size)
+    return math.sqrt(distortion(prior.variances, (bits * math.log(2) + math.lgamma(n + 1)) / n) / prior.d)
 
 
 def _bits(obs: Observation) -> float:
     """Length of a code for the update, in bits."""
     whole = 0.0
-    for tensor in obs.update.values():
+    for tensor in _sent(obs):
         values = tensor.detach().flatten()
         width = torch.finfo(tensor.dtype).bits
         plain = float(width * len(values))

@@ -10,17 +10,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unbatch.analysis import Analysis, Bound
+from unbatch.analysis import Bound
 from unbatch.domain import Images
-from unbatch.information import Information, deviation, fitted, jumps, obstacle
-from unbatch.numerics.inverse_trace import dense_inverse_trace, inverse_trace, kronecker
+from unbatch.information import Information, NoiseAnalysis, deviation, fitted, jumps
+from unbatch.numerics.inverse_trace import inverse_trace, kronecker
 from unbatch.numerics.least_squares import example_gram
 from unbatch.observation import Observation
 from unbatch.probe import probe
 
 
 @final
-class CramerRao(Analysis):
+class CramerRao(NoiseAnalysis):
     """Covariance of every unbiased attacker's answer >= sigma^2 (J^T J)^-1, J the Jacobian of the update as sent.
 
     J is with respect to all entries of all inputs of the batch; labels count as known, which only helps the attacker. The
@@ -35,15 +35,7 @@ class CramerRao(Analysis):
     probes: Annotated[int, Field(ge=2, description="random probes of a larger one")] = 4
     steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 40
 
-    def obstacle(self, obs: Observation) -> str | None:
-        return obstacle(obs)
-
-    def run(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
-    ) -> Sequence[Bound]:
-        if why := self.obstacle(obs):
-            raise ValueError(why)
-        rng = rng or torch.Generator().manual_seed(0)
+    def find_bounds(self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
         x, y, whose = probe(obs, at, rng, whole=True)
         if at is not None:
             fitted(obs, x, y)
@@ -52,17 +44,13 @@ class CramerRao(Analysis):
         variance, how = self._variance(Information(obs, x, y), deviation(obs), rng)
         low, high = obs.knowledge.get("input_range", (0.0, 1.0))
         value = math.sqrt(float(variance.mean())) / (high - low)
-        bound = Bound(name="Cramer-Rao", value=value, scope="unbiased", assumptions="", source=self.paper)
         each = (-10 * (variance.mean(1) / (high - low) ** 2).log10()).sort().values
-        words = (
-            f"Gaussian noise of standard deviation {deviation(obs):.3g} in every entry sent, nothing but noise between the "
-            f"batch and the update; labels and protocol known to the attacker. At {whose}, {how}. In units of the input's "
-            f"range; PSNR of an unbiased attacker's mean squared error at most {bound.psnr:.1f} dB"
-        )
+        words = f"{self.premise(obs)}. At {whose}, {how}."
         if len(each) > 1 and bool(each.isfinite().all()):
-            words += f" (example by example {each[0]:.1f} to {each[-1]:.1f} dB)"
+            words += f" Example by example {each[0]:.1f} to {each[-1]:.1f} dB."
         shown = "" if how != "exact" else _map(variance, tuple(x.shape[1:]))
-        return [bound.model_copy(update={"assumptions": f"{words}.", "picture": shown})]
+        bound = Bound.of("Cramer-Rao", value, "unbiased", words, self.paper)
+        return [bound.model_copy(update={"picture": shown})]
 
     def _variance(self, at: Information, sigma: float, rng: torch.Generator) -> tuple[Tensor, str]:
         """The least variance [n, d] of every entry, and how it was computed."""
@@ -71,9 +59,11 @@ class CramerRao(Analysis):
             few = f"{len(at.sent):,} entries are sent for {like.numel():,} unknowns, and no unbiased attacker exists"
             return torch.full_like(like, math.inf), few
         if like.numel() <= self.exact:
-            F = at.matrix()
-            *_, inverse = dense_inverse_trace([[F]], torch.ones(len(F)).to(F))
-            return sigma**2 * inverse.diagonal().view_as(like), "exact"
+            inverse, lost = _diagonal(at)
+            if lost:
+                how = f"the update does not determine {lost} of the {like.numel():,} unknowns: no unbiased attacker exists"
+                return sigma**2 * inverse.view_as(like), how
+            return sigma**2 * inverse.view_as(like), "exact"
         gram = example_gram(at.push, like, len(at.sent), rng)
         solve = kronecker(gram, torch.ones(like.shape[1]).to(like), 0.0)
         found = inverse_trace([[at.fisher]], like, rng, probes=self.probes, precondition=solve, steps=self.steps)
@@ -81,6 +71,24 @@ class CramerRao(Analysis):
         each = shares / shares.sum() * found.value / like.shape[1]
         how = f"from {self.probes} random probes (standard error of the variance {found.error / found.value:.1%})"
         return sigma**2 * each[:, None].expand_as(like), how
+
+
+def _diagonal(at: Information) -> tuple[Tensor, int]:
+    """Of (J^T J)^-1 [n d], infinite at entries that move in J's null space, and the dimension of that.
+
+    Eigenvectors of J^T J below its own rounding are told apart by J itself, whose rounding is that of a square root.
+    """
+    F = at.matrix()
+    values, V = torch.linalg.eigh(F)
+    size = len(F) * torch.finfo(F.dtype).eps
+    weak = values <= size * values[-1]
+    if weak.any():
+        _, s, W = torch.linalg.svd(torch.stack([at.push(v) for v in V[:, weak].T], 1), full_matrices=False)
+        values[weak], V[:, weak] = s.square(), V[:, weak] @ W.T
+    lost = values <= (10 * size) ** 2 * values.max()
+    inverse = (V[:, ~lost].square() / values[~lost]).sum(1)
+    moved = V[:, lost].square().sum(1) > torch.finfo(F.dtype).eps
+    return torch.where(moved, torch.inf, inverse), int(lost.sum())
 
 
 def _map(variance: Tensor, shape: tuple[int, ...]) -> str:

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar, final
 
 import torch
 from pydantic import Field
+from scipy.stats import t as student
 from torch import Tensor
 
-from unbatch.analysis import Analysis, Bound
-from unbatch.information import Information, deviation, imagined, jumps, obstacle
+from unbatch.analysis import Bound
+from unbatch.information import Imagined, Information, NoiseAnalysis, deviation, jumps
 from unbatch.numerics.inverse_trace import Apply, dense_inverse_trace, inverse_trace, kronecker
 from unbatch.numerics.least_squares import example_gram
 from unbatch.numerics.prior import GaussianPrior
+from unbatch.numerics.rate_distortion import level
 from unbatch.observation import Observation
+
+SURE = 0.975  # with which the sampling error that is taken off suffices
+LEAST = 4  # draws: their spread has three degrees of freedom
+
+Trace = Callable[[float], tuple[float, float]]  # of (V^-1 + shift I)^-1, and its standard error
 
 
 @final
-class VanTrees(Analysis):
-    """E |x^ - x|^2 >= tr (E[J^T J] / sigma^2 + C^-1)^-1 for any attacker, on average over a Gaussian prior of covariance C.
+class VanTrees(NoiseAnalysis):
+    """E |x^ - x|^2 >= tr V, V = (E[J^T J] / sigma^2 + C^-1)^-1, for any attacker, over a Gaussian prior of covariance C.
 
-    J is the Jacobian of the update as sent with respect to all inputs of the batch, whose labels count as known. The
-    expectation of J^T J is over the prior, estimated from `draws` batches: three quarters of them choose a test, the others
-    are put to it, in turn, so that few draws lower the bound and do not raise it; two standard errors are taken off.
+    J is the Jacobian of the update as sent with respect to all inputs of the batch, whose labels count as known. Where the
+    answers are matched to the truth afterwards, that tells up to log n! nats more: E |x^ - x|^2 >= tr (V^-1 + I / t)^-1 -
+    t log(n!) / 2 for every t (Efroimovich). The expectation is over the prior, estimated from `draws` batches: three
+    quarters of them choose a test, the others are put to it, in turn, so that few draws lower the bound and do not raise
+    it; of the sampling error that is left the 97.5 % quantile is taken off.
 
     It says nothing where the update jumps as inputs move (relu), and its prior, amplitudes that fall as 1 / frequency, is
     wider than real pictures: an attacker who knows more about the private ones than that may do better.
     """
 
     paper: ClassVar[str] = (
-        "van Trees, Detection, Estimation and Modulation Theory I, 1968; Gill and Levit, Bernoulli 1995"
+        "van Trees, Detection, Estimation and Modulation Theory I, 1968; Efroimovich, Problems Inform. Transm. 1980; Gill "
+        "and Levit, Bernoulli 1995"
     )
 
     draws: Annotated[int, Field(ge=8, description="batches drawn from the prior, a quarter of them beyond `exact`")] = (
@@ -41,35 +51,66 @@ class VanTrees(Analysis):
     probes: Annotated[int, Field(ge=2, description="random probes of a larger one")] = 4
     steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 20
 
-    def obstacle(self, obs: Observation) -> str | None:
-        return obstacle(obs)
-
-    def run(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
-    ) -> Sequence[Bound]:
-        if why := self.obstacle(obs):
-            raise ValueError(why)
-        rng, sigma = rng or torch.Generator().manual_seed(0), deviation(obs)
+    def find_bounds(self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
         n, unknowns = obs.knowledge.batch_size, obs.knowledge.batch_size * math.prod(obs.knowledge.input_shape)
         small = unknowns <= self.exact
-        draws = self.draws if small else self.draws // 4
-        prior, inputs, y = imagined(obs, at, rng, draws)
-        if why := jumps(obs, inputs[0], y, rng):
+        draws = self.draws if small else max(LEAST, self.draws // 4)
+        drawn = Imagined.of(obs, at, rng, draws)
+        if why := jumps(obs, *drawn.batches[0], rng):
             raise ValueError(why)
-        variances = prior.variances.to(obs.device)
+        whole = [Information(obs, x, y) for x, y in drawn.batches]
+        spectrum, trace = self._formed(obs, whole, drawn.prior) if small else self._probed(obs, whole, drawn.prior, rng)
+        matched = math.lgamma(n + 1)
+        t = level(spectrum, matched)
+        total, error = trace(1 / t)
+        off = float(student.ppf(SURE, (draws if small else min(draws, self.probes)) - 1)) * error
+        least = total - off - (t * matched / 2 if matched else 0.0)
+        if not least > 0:
+            raise ValueError(
+                f"{draws} prior draws differ too much to bound anything, or {n} answers matched to the truth fit it by "
+                f"themselves; raise draws={self.draws}."
+            )
+        unit = drawn.prior.unit
+        chance = -10 * math.log10(
+            float(drawn.prior.variances.mean()) / unit**2
+        )  # of an answer that is the prior's mean
+        how = "" if small else f" and {self.probes} random probes"
+        words = (
+            f"{self.premise(obs)}; {drawn.words}{how} (standard error of the variance {error / total:.1%}, taken off "
+            f"{off / max(error, 1e-300):.1f} times); {n} answers, matched to the truth afterwards. The prior alone gives "
+            f"{chance:.1f} dB."
+        )
+        return [Bound.of("van Trees", math.sqrt(least / unknowns) / unit, "any", words, self.paper)]
+
+    def _formed(self, obs: Observation, whole: list[Information], prior: GaussianPrior) -> tuple[Tensor, Trace]:
+        """Eigenvalues about V's, and the trace by matrices."""
+        n, sigma = obs.knowledge.batch_size, deviation(obs)
+        weights = prior.variances.to(obs.device).repeat(n)
+        dense = [_whitened(each.matrix() / sigma**2, prior, n) for each in whole]
+        half = weights.sqrt()
+        spectrum = 1 / torch.linalg.eigvalsh(torch.stack(dense).mean(0) / torch.outer(half, half))
+
+        def trace(shift: float) -> tuple[float, float]:
+            moved = [A + shift * weights.diag() for A in dense]
+            return dense_inverse_trace([moved[i::4] for i in range(4)], weights)[:2]
+
+        return spectrum, trace
+
+    def _probed(
+        self, obs: Observation, whole: list[Information], prior: GaussianPrior, rng: torch.Generator
+    ) -> tuple[Tensor, Trace]:
+        """The same by products."""
+        n, sigma = obs.knowledge.batch_size, deviation(obs)
         like = torch.zeros(n, prior.d, dtype=torch.float64, device=obs.device)
-        whole = [Information(obs, x, y) for x in inputs]
+        variances = prior.variances.to(obs.device)
+        grams = [example_gram(each.push, like, len(each.sent), rng) for each in whole]
+        gram = torch.stack(grams).mean(0) / sigma**2
+        spectrum = variances / (1 + torch.linalg.eigvalsh(gram).clamp_min(0)[:, None] * variances)
 
-        def told(each: Information) -> Apply:
-            return lambda z: z + prior.pull(each.fisher(prior.push(z))) / sigma**2
+        def trace(shift: float) -> tuple[float, float]:
+            def told(each: Information) -> Apply:
+                return lambda z: z + shift * variances * z + prior.pull(each.fisher(prior.push(z))) / sigma**2
 
-        if small:
-            dense = [_whitened(each.matrix() / sigma**2, prior, n) for each in whole]
-            total, error, _ = dense_inverse_trace([dense[i::4] for i in range(4)], variances.repeat(n))
-            how = ""
-        else:
-            grams = [example_gram(each.push, like, len(each.sent), rng) for each in whole]
-            solve = kronecker(torch.stack(grams).mean(0) / sigma**2, variances, 1.0)
             found = inverse_trace(
                 [[told(each) for each in whole[i::2]] for i in range(2)],
                 like,
@@ -77,25 +118,12 @@ class VanTrees(Analysis):
                 probes=self.probes,
                 push=prior.push,
                 pull=prior.pull,
-                precondition=solve,
+                precondition=kronecker(gram + shift * torch.eye(n).to(gram), variances, 1.0),
                 steps=self.steps,
             )
-            total, error, how = found.value, found.error, f" and {self.probes} random probes"
-        least = total - 2 * error
-        if not least > 0:
-            raise ValueError(f"{draws} prior draws differ too much to bound anything; raise draws={self.draws}.")
-        value = math.sqrt(least / like.numel()) / prior.unit
-        chance = -10 * math.log10(float(variances.mean()) / prior.unit**2)  # of an answer that is the prior's mean
-        bound = Bound(name="van Trees", value=value, scope="any", assumptions="", source=self.paper)
-        words = (
-            f"Gaussian noise of standard deviation {sigma:.3g} in every entry sent, nothing but noise between the batch "
-            f"and the update; labels and protocol known to the attacker; on average over {prior}, "
-            f"whatever the labels. From {draws} prior draws{how}, without "
-            f"the truth (standard error of the variance {error / total:.1%}, taken off twice). In units of the input's "
-            f"range; PSNR of any attacker's mean squared error at most {bound.psnr:.1f} dB, of the prior alone "
-            f"{chance:.1f} dB."
-        )
-        return [bound.model_copy(update={"assumptions": words})]
+            return found.value, found.error
+
+        return spectrum.flatten(), trace
 
 
 def _whitened(F: Tensor, prior: GaussianPrior, n: int) -> Tensor:

@@ -39,8 +39,12 @@ class Clip(Defence):
         return clipped
 
     def public(self, known: Knowledge) -> Knowledge:
-        """Noise within is shortened with the update, by a factor that the server does not see."""
-        return known if self.norm is None else known.only(*(set(known) - {"noise"}))
+        """The norm. Noise within is shortened with the update, by a factor that the server does not see."""
+        if self.norm is None:
+            return known
+        if {"noise", "privacy", "altered"} & set(known):
+            return known.only(*(set(known) - {"noise"})).after(str(self))
+        return known | Knowledge(clip=min(self.norm, known.get("clip", self.norm)))
 
     def expected(self, clean: Update) -> Update:
         if self.norm is None:

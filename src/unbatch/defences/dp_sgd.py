@@ -22,7 +22,8 @@ class DpSgd(Defence):
     It works in the training itself, wherever it stands among other defences. The private batch is the one that was drawn
     for this update; (epsilon, delta) is accounted for over `steps` such draws at `sampling_rate`, for neighbours that
     differ by one example added or removed. At sampling_rate=1 every step takes all data, the worst case.
-    Raises ValueError: a module that Opacus cannot treat (batch norm), a loss that is no mean (or sum) over examples.
+    Raises ValueError: a module that Opacus cannot treat (batch norm), a loss that is no mean (or sum) over examples, more
+    local steps than are accounted for.
     """
 
     paper: ClassVar[str] = (
@@ -52,6 +53,12 @@ class DpSgd(Defence):
         def private(round_: Round) -> Update:
             if self.clip is None:
                 return step(round_)
+            taken = max(1, round_.protocol.steps(len(round_.inputs)))
+            if self.noise_multiplier and taken > self.steps:
+                raise ValueError(
+                    f"{self} accounts for {self.steps} private step{'s' * (self.steps > 1)}, and this update takes "
+                    f"{taken}; declare dp-sgd:steps={taken} or more."
+                )
             if round_.train is not plain_update:
                 raise ValueError(f"{self} stands among the defences twice; keep one.")
             return step(replace(round_, train=self._train))
@@ -63,6 +70,8 @@ class DpSgd(Defence):
         if self.clip is None:
             return known
         told = Knowledge(privacy=self.privacy())
+        if "clip" in known:  # its noise is in the training, and shortened with the update
+            known = known.after(f"clip:norm={known.clip:g}")
         n, local = known.get("batch_size"), known.get("local_steps", 0) or known.get("epochs") or 0
         one = known.get("local_steps", 0) == 1 and known.get("optimiser", "sgd") == "sgd"
         if n is None or not self.noise_multiplier or (local and not one):

@@ -48,12 +48,16 @@ class LocalSteps(Defence):
         return trained
 
     def public(self, known: Knowledge) -> Knowledge:
-        """The numbers of local training; weight decay and mode as they were known."""
+        """The numbers of local training; weight decay and mode as they were known.
+
+        Noise that private training within has told is that of one gradient, and does not hold for these steps.
+        """
         if not (self.steps or self.epochs):
             return known
         numbers = self._protocol(Protocol())
         told = {k: v for k, v in numbers if v is not None and k not in ("weight_decay", "mode")}
-        return known.only(*(set(known) - PROTOCOL_FIELDS), "weight_decay", "mode") | Knowledge(**told)
+        stale = PROTOCOL_FIELDS | ({"noise"} if "privacy" in known else set())
+        return known.only(*(set(known) - stale), "weight_decay", "mode") | Knowledge(**told)
 
     def _protocol(self, protocol: Protocol) -> Protocol:
         if not (self.steps or self.epochs):

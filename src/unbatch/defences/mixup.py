@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.defence import Defence, Round, Step
+from unbatch.observation import Knowledge
 from unbatch.protocol import Update
 
 
@@ -28,6 +29,9 @@ class Mixup(Defence):
     identity: ClassVar[str] = "mixup:alpha=0"
 
     alpha: Annotated[float, Field(ge=0, allow_inf_nan=False, description="of the Beta law of the blend")] = 1.0
+
+    def public(self, known: Knowledge) -> Knowledge:
+        return known | Knowledge(mixup=self.alpha) if self.alpha else known
 
     def wrap(self, step: Step) -> Step:
         def mixed(round_: Round) -> Update:

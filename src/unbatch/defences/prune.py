@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.defence import Defence, Step
+from unbatch.observation import Knowledge
 from unbatch.protocol import Update
 
 
@@ -23,6 +24,9 @@ class Prune(Defence):
 
     def wrap(self, step: Step) -> Step:
         return lambda round_: self.expected(step(round_))
+
+    def public(self, known: Knowledge) -> Knowledge:
+        return known.after(str(self)) if self.share else known
 
     def expected(self, clean: Update) -> Update:
         sizes = torch.cat([u.detach().abs().flatten() for u in clean.values()])

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from unbatch.defence import Defence, Round, Step
+from unbatch.observation import Knowledge
 from unbatch.protocol import Update
 
 BLUR = (
@@ -42,6 +43,9 @@ class Quantise(Defence):
             return {name: self._rounded(u, self.bits, round_.rng) for name, u in update.items()}
 
         return quantised
+
+    def public(self, known: Knowledge) -> Knowledge:
+        return known if self.bits is None else known.after(str(self))
 
     def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
         """log P(clean + e is rounded to seen), entry by entry, with e logistic and of scale s / BLUR.

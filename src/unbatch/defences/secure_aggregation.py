@@ -46,6 +46,8 @@ class SecureAggregation(Defence):
         return summed
 
     def public(self, known: Knowledge) -> Knowledge:
+        if "clip" in known and self.clients > 1:  # of each client's own update
+            known = known.after(f"clip:norm={known.clip:g}")
         summed = known | Knowledge(clients=self.clients)
         if "noise" not in known:
             return summed

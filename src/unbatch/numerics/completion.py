@@ -28,6 +28,8 @@ def complete(
     M = seen.to(A.dtype)
     held = A * M
     size = float(held.norm())
+    if not size:
+        return torch.zeros_like(A), 0.0
     S, Vh = torch.linalg.svd(held, full_matrices=False)[1:]
     R = S[:rank].sqrt()[:, None] * Vh[:rank]
     before, reach, misfit = R, 0.0, torch.inf

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,21 @@ def distortion(variances: Tensor, nats: float) -> float:
     r = int((logs >= levels).nonzero()[-1])
     level = levels[r].exp()
     return float((r + 1) * level + logs[r + 1 :].exp().sum())
+
+
+def level(variances: Tensor, nats: float) -> float:
+    """The t at which sum_i v_i t / (v_i + t) - t nats / 2, which is below `distortion` for every t, is largest.
+
+    By duality distortion = max_s sum_i f(v_i) - 2 s nats, f(v) = v up to s and s (1 + log(v / s)) beyond; f is concave, and
+    above 4 s v / (v + 4 s). t = 4 s. Unlike f, the trace of (V^-1 + I / t)^-1 is told from products with V^-1. Infinite
+    at 0 nats.
+    """
+    if nats <= 0:
+        return math.inf
+    v = variances.double()
+    ts = torch.logspace(-9, 6, 1501, dtype=torch.float64, device=v.device) * v.max()
+    found = (v * ts[:, None] / (v + ts[:, None])).sum(1) - ts * nats / 2
+    return float(ts[found.argmax()])
 
 
 def guessing_radius(variances: Tensor, log_chance: float) -> float:

@@ -1,0 +1,140 @@
+"""Information: what is simulated is what is sent, whatever stands between the batch and the update."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unbatch import Knowledge, Protocol, observe
+from unbatch.analysis import Analysis, Verdict
+from unbatch.information import doubled, sent
+from unbatch.loss import Loss, loss_named
+from unbatch.observation import Observation
+
+RANGE = Knowledge(input_range=(0.0, 1.0))
+N = 5
+
+
+def huber(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.huber_loss(outputs, F.one_hot(labels, 6).to(outputs), reduction="sum")
+
+
+LOSSES: dict[str, Loss] = {"mean": loss_named("cross-entropy"), "sum": loss_named("cross-entropy", "sum")}
+PRIVATE = "dp-sgd:clip=0.5,noise_multiplier={z},accountant=rdp,reduction={how}"
+NOISE, SUM, CLIP = "noise:sigma={z}", "secure-aggregation:clients=3", "clip:norm=0.1"
+ONCE, OFTEN = "local-steps:steps=1,learning_rate=.1", "local-steps:steps=3,learning_rate=.1"
+SIMULATED = [
+    [NOISE],
+    [PRIVATE],
+    [PRIVATE, SUM],
+    [PRIVATE, ONCE],
+    [PRIVATE, SUM, ONCE],
+    [PRIVATE, "local-steps:steps=1,batch=2,learning_rate=.1"],
+    [NOISE, PRIVATE],
+    [PRIVATE, NOISE],
+    [NOISE, OFTEN],
+    [OFTEN, NOISE],
+    [SUM, NOISE],
+    [NOISE, SUM],
+    [SUM, NOISE, OFTEN],
+    [NOISE, CLIP],
+    [NOISE, CLIP, "clip:norm=0.05"],
+    [NOISE, CLIP, SUM],
+    [NOISE, CLIP, OFTEN],
+    [NOISE, "label-smoothing"],
+]
+REFUSED = [
+    [ONCE, PRIVATE],
+    [OFTEN, PRIVATE],
+    [SUM, PRIVATE],
+    [PRIVATE, OFTEN],
+    [NOISE, PRIVATE, OFTEN],
+    [NOISE, OFTEN, PRIVATE],
+    [PRIVATE, "local-steps:steps=1,optimiser=adam"],
+    [CLIP, NOISE],
+    [NOISE, CLIP, NOISE],
+    [NOISE, CLIP, PRIVATE],
+    [PRIVATE, NOISE, CLIP],
+    [NOISE, SUM, CLIP],
+    ["mixup", NOISE],
+    [NOISE, "mixup"],
+    [NOISE, "quantise:bits=4"],
+    [NOISE, "prune:share=0.5", NOISE],
+    [NOISE, "noise:relative=true,sigma=0.1"],
+]
+
+
+def update_of(stack: list[str], loss: Loss, how: str, z: float, seed: int = 0) -> Observation:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 6)).double()
+    steps = any("steps=3" in spec for spec in stack)
+    spelt = [spec.replace("{z}", str(z)).replace("{how}", how) for spec in stack]
+    spelt = [f"{spec},steps=3" if steps and spec.startswith("dp-sgd") else spec for spec in spelt]
+    return observe(model, loss, *batch(), defences=spelt, knowledge=RANGE, protocol=Protocol(mode="eval"), seed=seed)[0]
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.rand(N, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(N)
+
+
+def flat(obs: Observation) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in obs.update.values()])
+
+
+def keeps(stack: list[str], loss: Loss, how: str) -> None:
+    noisy, bare = update_of(stack, loss, how, 0.01), flat(update_of(stack, loss, how, 0.0))
+    assert Analysis.parse("van-trees").obstacle(noisy) is None
+    torch.testing.assert_close(sent(doubled(noisy), *batch()).detach(), bare, rtol=0, atol=1e-6 * float(bare.norm()))
+    off = torch.stack([flat(update_of(stack, loss, how, 0.01, seed)) - bare for seed in range(12)])
+    assert noisy.knowledge.noise == pytest.approx(float(off.square().mean().sqrt()), rel=0.05)
+
+
+@pytest.mark.parametrize("how", LOSSES)
+@pytest.mark.parametrize("stack", SIMULATED, ids=", ".join)
+def test_what_is_simulated_is_what_is_sent_but_for_noise_of_the_size_that_is_told(stack: list[str], how: str) -> None:
+    keeps(stack, LOSSES[how], how)
+
+
+@pytest.mark.parametrize("stack", [[PRIVATE], [NOISE, SUM]], ids=", ".join)
+def test_a_loss_of_no_known_form(stack: list[str]) -> None:
+    keeps(stack, huber, "sum")
+
+
+@pytest.mark.parametrize("stack", REFUSED, ids=", ".join)
+def test_what_is_not_simulated_is_refused(stack: list[str]) -> None:
+    assert Analysis.parse("van-trees").obstacle(update_of(stack, LOSSES["mean"], "mean", 0.01)) is not None
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.6, 30.0])
+@pytest.mark.parametrize("name", ["cramer-rao", "van-trees", "noise-information"])
+def test_noise_of_another_size_than_is_told_is_refused_where_the_batch_is_known(name: str, factor: float) -> None:
+    obs = update_of([NOISE], LOSSES["mean"], "mean", 0.01)
+    told = Observation(
+        model=obs.model, loss=obs.loss, update=obs.update, knowledge=obs.knowledge | Knowledge(noise=0.01 * factor)
+    )
+    assert Analysis.parse(name).run(obs, at=batch())
+    with pytest.raises(ValueError, match="not of the size that is told"):
+        Analysis.parse(name).run(told, at=batch())
+
+
+@pytest.mark.parametrize("name", ["cramer-rao", "van-trees", "noise-information", "dp-reconstruction"])
+def test_statistics_that_are_sent_without_noise_are_no_constants(name: str) -> None:
+    told = Knowledge(buffers={"1.running_mean": torch.zeros(24)})
+    obs = update_of([PRIVATE], LOSSES["mean"], "mean", 0.01)
+    assert Analysis.parse(name).run(obs)
+    with pytest.raises(ValueError, match="statistics are sent without noise"):
+        Analysis.parse(name).run(replace(obs, knowledge=obs.knowledge | told))
+
+
+def test_statistics_are_counted() -> None:
+    obs = update_of(["prune:share=0.99"], LOSSES["mean"], "mean", 0.0)
+    told = Knowledge(buffers={"1.running_mean": torch.rand(64), "1.num_batches_tracked": torch.tensor(1)})
+    verdict = Analysis.parse("counting").run(obs)[-1]
+    more = Analysis.parse("counting").run(replace(obs, knowledge=obs.knowledge | told))[-1]
+    assert isinstance(verdict, Verdict)
+    assert isinstance(more, Verdict)
+    assert more.value == pytest.approx(verdict.value + 64 / 80)
