@@ -55,7 +55,7 @@ def share(obs: Observation, x: Tensor, y: Tensor, model: nn.Module | None = None
 
 
 def work(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> float:
-    """Floating-point operations that `determined` takes, about: two gradients and their sums an unknown, and the factors."""
+    """Floating-point operations that `determined` takes, about: two gradients an unknown, summed, and the factors."""
     model = copy.deepcopy(model).double().eval().requires_grad_()
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         loss(model(x.double()), y.double() if y.is_floating_point() else y).backward()  # type: ignore[no-untyped-call]
