@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor
 
-from unbatch.numerics.inverse_trace import dense_inverse_trace, inverse_trace, kronecker
+from unbatch.numerics.inverse_trace import dense_inverse_trace, dense_water_trace, inverse_trace, kronecker
 from unbatch.numerics.prior import GaussianPrior
 from unbatch.numerics.rate_distortion import distortion, guessing_radius, level
 from unbatch.numerics.subsampled_gaussian import Robustness, information, replacement_divergence
@@ -64,6 +64,21 @@ def test_an_early_end_and_few_draws_only_lower_the_trace() -> None:
     for values in (few, short):
         assert np.mean(values) < true + 3 * np.std(values) / 50**0.5
     assert np.mean(few) > 0.5 * true
+
+
+def test_few_draws_only_lower_what_water_leaves() -> None:
+    p = 15
+    draws = [J.T @ J + torch.eye(p) for J in normal(2000, 10, p, seed=1)]
+    v = torch.linalg.eigvalsh(torch.linalg.inv(torch.stack(draws).mean(0)))
+    for water in (0.5 * float(v.mean()), 2 * float(v.mean()), math.inf):
+        true = float(torch.where(v > water, water * (1 + (v / water).log()), v).sum())
+        few = []
+        for k in range(100):
+            held = draws[8 * k : 8 * k + 8]
+            few.append(dense_water_trace([held[i::4] for i in range(4)], water)[0])
+        assert 0.3 * true < np.mean(few) < true + 3 * np.std(few) / 100**0.5
+        whole = dense_water_trace([draws[i::4] for i in range(4)], water)
+        assert whole[0] == pytest.approx(true, abs=4 * whole[1] + 0.01 * true)
 
 
 def test_the_preconditioner_inverts_what_it_says() -> None:

@@ -357,7 +357,10 @@ def _risks(record: Audit) -> None:
             table.add_row(Text(change), *cells, Text(next(iter(values.values())).words))
         out.print(table)
     for b in record.bounds:
-        out.print(f"{b.name} >= {b.value:.4g} for {b.scope} attackers; {b.assumptions} ({b.source})", markup=False)
+        whose = f", client {b.client}" if len(record.clients) > 1 else ""
+        out.print(
+            f"{b.name}{whose} >= {b.value:.4g} for {b.scope} attackers; {b.assumptions} ({b.source})", markup=False
+        )
     for v in record.numbers():
         out.print(f"{v.name} = {v.value:.4g}: {v.words}", markup=False)
     for note in record.notes:

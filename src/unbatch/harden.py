@@ -28,7 +28,7 @@ from unbatch.scene import Scene, scene_of
 
 ATTACKS = ("bias-ratio", "unmix", "gradient-matching")
 BOUNDS = (  # those that are installed are asked
-    "van-trees:draws=8,exact=0",
+    "van-trees:draws=8",
     "noise-information",
     "dp-reconstruction",
     "counting",

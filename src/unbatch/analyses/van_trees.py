@@ -13,16 +13,18 @@ from torch import Tensor
 
 from unbatch.analysis import Bound
 from unbatch.information import Imagined, Information, NoiseAnalysis, deviation, jumps
-from unbatch.numerics.inverse_trace import Apply, dense_inverse_trace, inverse_trace, kronecker
+from unbatch.numerics.inverse_trace import Apply, dense_water_trace, inverse_trace, kronecker
 from unbatch.numerics.least_squares import example_gram
 from unbatch.numerics.prior import GaussianPrior
-from unbatch.numerics.rate_distortion import level
+from unbatch.numerics.rate_distortion import level, water_level
 from unbatch.observation import Observation
 
 SURE = 0.975  # with which the sampling error that is taken off suffices
 LEAST = 4  # draws: their spread has three degrees of freedom
 
-Trace = Callable[[float], tuple[float, float]]  # of (V^-1 + shift I)^-1, and its standard error
+Trace = Callable[
+    [float], tuple[float, float]
+]  # by t, below tr f(V), f(v) = v up to t / 4 and about a log beyond; its error
 
 
 @final
@@ -30,10 +32,10 @@ class VanTrees(NoiseAnalysis):
     """E |x^ - x|^2 >= tr V, V = (E[J^T J] / sigma^2 + C^-1)^-1, for any attacker, over a Gaussian prior of covariance C.
 
     J is the Jacobian of the update as sent with respect to all inputs of the batch, whose labels count as known. Where the
-    answers are matched to the truth afterwards, that tells up to log n! nats more: E |x^ - x|^2 >= tr (V^-1 + I / t)^-1 -
-    t log(n!) / 2 for every t (Efroimovich). The expectation is over the prior, estimated from `draws` batches: three
-    quarters of them choose a test, the others are put to it, in turn, so that few draws lower the bound and do not raise
-    it; of the sampling error that is left the 97.5 % quantile is taken off.
+    answers are matched to the truth afterwards, that tells up to log n! nats more: E |x^ - x|^2 >= the rate-distortion
+    function of V's eigenvalues there (Efroimovich), beyond `exact` a trace below it. The expectation is over the prior,
+    estimated from `draws` batches: three quarters of them choose a test, the others are put to it, in turn, so that few
+    draws lower the bound and do not raise it; of the sampling error that is left the 97.5 % quantile is taken off.
 
     It says nothing where the update jumps as inputs move (relu), and its prior, amplitudes that fall as 1 / frequency, is
     wider than real pictures: an attacker who knows more about the private ones than that may do better.
@@ -59,10 +61,13 @@ class VanTrees(NoiseAnalysis):
         if why := jumps(obs, *drawn.batches[0], rng):
             raise ValueError(why)
         whole = [Information(obs, x, y) for x, y in drawn.batches]
-        spectrum, trace = self._formed(obs, whole, drawn.prior) if small else self._probed(obs, whole, drawn.prior, rng)
         matched = math.lgamma(n + 1)
-        t = level(spectrum, matched)
-        total, error = trace(1 / t)
+        t, trace = (
+            self._formed(obs, whole, drawn.prior, matched)
+            if small
+            else self._probed(obs, whole, drawn.prior, matched, rng)
+        )
+        total, error = trace(t)
         off = float(student.ppf(SURE, (draws if small else min(draws, self.probes)) - 1)) * error
         least = total - off - (t * matched / 2 if matched else 0.0)
         if not least > 0:
@@ -82,24 +87,26 @@ class VanTrees(NoiseAnalysis):
         )
         return [Bound.of("van Trees", math.sqrt(least / unknowns) / unit, "any", words, self.paper)]
 
-    def _formed(self, obs: Observation, whole: list[Information], prior: GaussianPrior) -> tuple[Tensor, Trace]:
-        """Eigenvalues about V's, and the trace by matrices."""
+    def _formed(
+        self, obs: Observation, whole: list[Information], prior: GaussianPrior, matched: float
+    ) -> tuple[float, Trace]:
+        """t, and the trace by matrices: f(v) = v up to t / 4, t / 4 (1 + log(4 v / t)) beyond."""
         n, sigma = obs.knowledge.batch_size, deviation(obs)
-        weights = prior.variances.to(obs.device).repeat(n)
-        dense = [_whitened(each.matrix() / sigma**2, prior, n) for each in whole]
-        half = weights.sqrt()
-        spectrum = 1 / torch.linalg.eigvalsh(torch.stack(dense).mean(0) / torch.outer(half, half))
-
-        def trace(shift: float) -> tuple[float, float]:
-            moved = [A + shift * weights.diag() for A in dense]
-            return dense_inverse_trace([moved[i::4] for i in range(4)], weights)[:2]
-
-        return spectrum, trace
+        half = prior.variances.to(obs.device).repeat(n).sqrt()
+        dense = [_whitened(each.matrix() / sigma**2, prior, n) / torch.outer(half, half) for each in whole]  # V^-1
+        spectrum = 1 / torch.linalg.eigvalsh(torch.stack(dense).mean(0))
+        t = 4 * water_level(spectrum, matched) if matched else math.inf
+        return t, lambda t: dense_water_trace([dense[i::4] for i in range(4)], t / 4)
 
     def _probed(
-        self, obs: Observation, whole: list[Information], prior: GaussianPrior, rng: torch.Generator
-    ) -> tuple[Tensor, Trace]:
-        """The same by products."""
+        self,
+        obs: Observation,
+        whole: list[Information],
+        prior: GaussianPrior,
+        matched: float,
+        rng: torch.Generator,
+    ) -> tuple[float, Trace]:
+        """The same by products: f(v) = v t / (v + t), the inverse of V^-1 + I / t."""
         n, sigma = obs.knowledge.batch_size, deviation(obs)
         like = torch.zeros(n, prior.d, dtype=torch.float64, device=obs.device)
         variances = prior.variances.to(obs.device)
@@ -107,9 +114,9 @@ class VanTrees(NoiseAnalysis):
         gram = torch.stack(grams).mean(0) / sigma**2
         spectrum = variances / (1 + torch.linalg.eigvalsh(gram).clamp_min(0)[:, None] * variances)
 
-        def trace(shift: float) -> tuple[float, float]:
+        def trace(t: float) -> tuple[float, float]:
             def told(each: Information) -> Apply:
-                return lambda z: z + shift * variances * z + prior.pull(each.fisher(prior.push(z))) / sigma**2
+                return lambda z: z + variances * z / t + prior.pull(each.fisher(prior.push(z))) / sigma**2
 
             found = inverse_trace(
                 [[told(each) for each in whole[i::2]] for i in range(2)],
@@ -118,12 +125,12 @@ class VanTrees(NoiseAnalysis):
                 probes=self.probes,
                 push=prior.push,
                 pull=prior.pull,
-                precondition=kronecker(gram + shift * torch.eye(n).to(gram), variances, 1.0),
+                precondition=kronecker(gram + torch.eye(n).to(gram) / t, variances, 1.0),
                 steps=self.steps,
             )
             return found.value, found.error
 
-        return spectrum.flatten(), trace
+        return level(spectrum.flatten(), matched), trace
 
 
 def _whitened(F: Tensor, prior: GaussianPrior, n: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,24 @@ def dense_inverse_trace(folds: Sequence[Sequence[Tensor]], weights: Tensor) -> t
         inverses.append(W)
     found = torch.stack(values)
     return float(found.mean()), _error(found), torch.stack(inverses).mean(0)
+
+
+def dense_water_trace(folds: Sequence[Sequence[Tensor]], level: float) -> tuple[float, float]:
+    """tr f((E M)^-1) from below for draws M [p, p] in `folds`, f(v) = v up to `level`, level (1 + log(v / level)) beyond;
+    and its standard error.
+
+    g(m) = f(1 / m) is convex, so tr g(E M) >= tr g(W) + tr g'(W) (E M - W) for any W (Klein): the mean of the other folds.
+    """
+    values = list[Tensor]()
+    for held, others in _split(folds):
+        m, V = torch.linalg.eigh(torch.stack([*others]).mean(0))
+        m = m.clamp_min(float(len(m) * torch.finfo(m.dtype).eps * m[-1].clamp_min(1e-300)))
+        high = m * level < 1
+        g = torch.where(high, level * (1 - (m * level).log()), 1 / m) if level < math.inf else 1 / m
+        slope = torch.where(high, -level / m, -1 / m.square()) if level < math.inf else -1 / m.square()
+        values += [g.sum() + (slope * ((V * (M @ V)).sum(0) - m)).sum() for M in held]
+    found = torch.stack(values)
+    return float(found.mean()), _error(found)
 
 
 def kronecker(gram: Tensor, variances: Tensor, shift: float) -> Apply:

@@ -16,14 +16,18 @@ def distortion(variances: Tensor, nats: float) -> float:
 
     Source: Cover and Thomas, Elements of Information Theory, 2006, theorem 10.3.3. Raises ValueError: nats below 0.
     """
+    level = water_level(variances, nats)
+    return float(variances.double().clamp(max=level).sum())
+
+
+def water_level(variances: Tensor, nats: float) -> float:
+    """The t of reverse water-filling, sum_i log(v_i / t)+ / 2 = nats. Raises ValueError: nats below 0."""
     if not nats >= 0:
         raise ValueError(f"nats is {nats}; information is at least 0.")
     logs = variances.double().clamp_min(1e-300).log().sort(descending=True).values
     count = torch.arange(1, len(logs) + 1, dtype=torch.float64, device=logs.device)
     levels = (logs.cumsum(0) - 2 * nats) / count  # of the first r components alone
-    r = int((logs >= levels).nonzero()[-1])
-    level = levels[r].exp()
-    return float((r + 1) * level + logs[r + 1 :].exp().sum())
+    return float(levels[int((logs >= levels).nonzero()[-1])].exp())
 
 
 def level(variances: Tensor, nats: float) -> float:
