@@ -80,13 +80,16 @@ def psnr(found: Tensor, true: Tensor) -> float:
     return float(metric.score(found.detach().double().cpu().clamp(0, 1), true.double().cpu())[0])
 
 
-def store(name: str, rows: Sequence[Any], out: Path, **how: Any) -> None:
-    """Write out/NAME.json: how it was measured, on what, and the rows so far. Raises ValueError as `stored` does."""
+def store(name: str, rows: Sequence[Any], out: Path, *, wall: bool = False, **how: Any) -> None:
+    """Write out/NAME.json: how it was measured, on what, and the rows so far; `wall`: their seconds are not of `clock`.
+
+    Raises ValueError as `stored` does.
+    """
     where = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "seconds are": "CPU" if _alone() else "wall",
+        "seconds are": "CPU" if _alone() and not wall else "wall",
         "processor": platform.machine(),
     }
     _held(name, out, how)

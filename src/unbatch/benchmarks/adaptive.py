@@ -12,7 +12,7 @@ from rich.table import Table
 
 from unbatch.attack import Attack
 from unbatch.audit import audit
-from unbatch.benchmarks import store
+from unbatch.benchmarks import store, stored
 from unbatch.case import Case
 from unbatch.observation import Knowledge
 from unbatch.results import Audit, Run
@@ -49,15 +49,18 @@ def run(
 ) -> list[Row]:
     """One row an attack and defence: both ways on `batches` batches and models, each run within `seconds`.
 
-    `data` is not read: the batches are bundled ones.
+    `data` is not read: the batches are bundled ones. Seconds are wall seconds. A run that was cut short goes on.
     """
-    rows: list[Row] = []
+    how = {"seconds": seconds, "seed": seed, "device": device, "batches": batches}
+    rows: list[Row] = stored("adaptive", out, **how)
+    done = {(row["case"], *row["defence"]) for row in rows}
     for attack, case in problems.items():
         for defence in defences:
+            if (case, *defence) in done:
+                continue
             rows.append(compare(attack, case, defence, seed, batches, seconds, device))
             if out is not None:
-                complete = len(rows) == len(problems) * len(defences)
-                store("adaptive", rows, out, seconds=seconds, seed=seed, batches=batches, complete=complete)
+                store("adaptive", rows, out, wall=True, **how, complete=len(rows) == len(problems) * len(defences))
     return rows
 
 

@@ -62,7 +62,13 @@ def run(
 
     `data` is not read: the digits are bundled.
     """
-    how = {"seconds": seconds, "seed": seed, "device": device, "rounds": rounds, "attacks": list(ATTACKS)}
+    how: dict[str, Any] = {
+        "seconds": seconds,
+        "seed": seed,
+        "device": device,
+        "rounds": rounds,
+        "attacks": list(ATTACKS),
+    }
     how |= {"networks": {n: NETWORKS[n] for n in networks}, "strengths": {d: list(DEFENCES[d]) for d in defences}}
     rows: list[Row] = stored("defences", out, **how)
     held = {(row["network"], row["defence"]) for row in rows}

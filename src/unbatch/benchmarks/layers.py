@@ -120,7 +120,7 @@ def run(
     def keep(problem: Problem, rows: list[Row]) -> None:
         done[problem] = rows
         if out is not None:
-            how = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
+            how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
             store("layers", ordered(), out, **how, complete=wanted is None and len(done) == len(todo))
             _plot(ordered(), out / "layers.png")
 

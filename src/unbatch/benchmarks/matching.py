@@ -84,7 +84,7 @@ def run(
             rows.append({"problem": problem.name, "preset": preset, **_measure(obs, truth, preset, seconds, seed)})
             rows[-1]["seconds per step over plain autograd"] = ratio
             if out is not None:
-                how = {"seconds": seconds, "seed": seed, "device": device, "data": source}
+                how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "data": source}
                 store("matching", rows, out, **how, problems=[asdict(p) for p in problems])
     if out is not None:
         _plot(rows, out / "matching.png")

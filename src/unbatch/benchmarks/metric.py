@@ -97,7 +97,8 @@ def run(
     def keep(at: tuple[int, int], row: Row) -> None:
         done[at] = row
         if out is not None:
-            rows, how = [done[each] for each in todo if each in done], {"seconds": seconds, "device": device}
+            rows = [done[each] for each in todo if each in done]
+            how: dict[str, Any] = {"seconds": seconds, "device": device}
             store("metric", rows, out, **how, data=data is not None, complete=len(done) == len(todo), **summary(rows))
             _plot(rows, out / "metric.png")
 

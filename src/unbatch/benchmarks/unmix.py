@@ -147,7 +147,7 @@ def run(
     for name in {problem.data for problem in todo}:
         pool(name, data)  # what is missing is said before anything runs
     done: dict[Problem, Row] = {}
-    how = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
+    how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
 
     def keep(problem: Problem, row: Row) -> None:
         done[problem] = row
