@@ -1,5 +1,8 @@
 """Attacks that know a defence's likelihood: never worse for it, and honest in what they certify."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +11,7 @@ from torch.nn import functional as F
 from unbatch import models
 from unbatch.attack import Attack
 from unbatch.audit import audit
+from unbatch.benchmarks import find
 from unbatch.benchmarks.adaptive import compare
 from unbatch.case import Case
 from unbatch.client import observe
@@ -209,3 +213,21 @@ def test_a_tensor_of_which_nothing_is_seen_is_completed_by_zeros() -> None:
     found, misfit = complete(A, torch.zeros(4, 3, dtype=torch.bool), 2)
     assert not found.any()
     assert misfit == 0.0
+
+
+def test_a_benchmark_that_was_cut_short_goes_on(tmp_path: Path) -> None:
+    some = {
+        "problems": {"gradient-matching": "digits:batch=1,width=20"},
+        "defences": [("clip:norm=0.1",), ("prune:share=0.5",)],
+    }
+    measured = find("adaptive").run(out=tmp_path, **some)
+    path = tmp_path / "adaptive.json"
+    record = json.loads(path.read_text())
+    assert (record["complete"], record["environment"]["seconds are"]) == (True, "wall")
+    assert record["rows"] == json.loads(json.dumps(measured))
+    first = measured[0] | {"kept": True}
+    path.write_text(json.dumps(record | {"complete": False, "rows": [first]}))
+    again = find("adaptive").run(out=tmp_path, **some)
+    assert again[0] == json.loads(json.dumps(first))
+    assert [row["defence"] for row in again] == [["clip:norm=0.1"], ["prune:share=0.5"]]
+    assert json.loads(path.read_text())["complete"]
