@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -214,6 +215,26 @@ def test_labels_that_nobody_knows_are_drawn_anew() -> None:
         assert unknown.value**2 > 0.3 * float(squares.mean())
         assert "over labels drawn at random" in unknown.assumptions
         assert "for these labels" in told[0].assumptions
+
+
+def test_each_example_s_share_is_in_units_of_the_range() -> None:
+    y, x = torch.tensor([0, 1]), torch.rand(2, 1, 3, 4).double()
+    told = []
+    for unit in (1.0, 10.0):
+        model = tanh((1, 3, 4), 30)
+        with torch.no_grad():
+            model[1].weight /= unit
+        known = Knowledge(input_range=(0.0, unit))
+        stack = ["noise:sigma=1e-3"]
+        obs = observe(model, LOSS, unit * x, y, defences=stack, knowledge=known, protocol=EVAL)[0]
+        bound = one("cramer-rao", obs, (unit * x, y))
+        each = re.search(r"Example by example ([\d.-]+) to ([\d.-]+) dB", bound.assumptions)
+        assert each
+        low, high = map(float, each.groups())
+        mean = -10 * math.log10((10 ** (-low / 10) + 10 ** (-high / 10)) / 2)
+        assert mean == pytest.approx(bound.psnr, abs=0.1)
+        told.append(bound.psnr)
+    assert told[0] != told[1]
 
 
 def test_the_value_is_in_units_of_the_range() -> None:
