@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import norm
 from scipy.stats import t as student
 from torch import Tensor, nn
 
 import unbatch
 from unbatch import Attack, Case, Knowledge, Protocol, observe
+from unbatch.analyses.dp_reconstruction import CHANCES
 from unbatch.analysis import Analysis, Bound, Verdict
 from unbatch.attack import ActiveAttack, NotApplicable
 from unbatch.benchmarks import bounds as noisy_gradients
@@ -22,7 +26,8 @@ from unbatch.information import Imagined, jumps
 from unbatch.loss import loss_named
 from unbatch.models import ACTIVATIONS
 from unbatch.numerics.prior import GaussianPrior
-from unbatch.numerics.rate_distortion import distortion, level
+from unbatch.numerics.rate_distortion import distortion, guessing_radius, level
+from unbatch.numerics.subsampled_gaussian import Robustness
 from unbatch.observation import Observation, Privacy
 from unbatch.progress import Watch, watching
 
@@ -210,6 +215,26 @@ def test_labels_that_nobody_knows_are_drawn_anew() -> None:
         assert unknown.value**2 > 0.3 * float(squares.mean())
         assert "over labels drawn at random" in unknown.assumptions
         assert "for these labels" in told[0].assumptions
+
+
+def test_each_example_s_share_is_in_units_of_the_range() -> None:
+    y, x = torch.tensor([0, 1]), torch.rand(2, 1, 3, 4).double()
+    told = []
+    for unit in (1.0, 10.0):
+        model = tanh((1, 3, 4), 30)
+        with torch.no_grad():
+            model[1].weight /= unit
+        known = Knowledge(input_range=(0.0, unit))
+        stack = ["noise:sigma=1e-3"]
+        obs = observe(model, LOSS, unit * x, y, defences=stack, knowledge=known, protocol=EVAL)[0]
+        bound = one("cramer-rao", obs, (unit * x, y))
+        each = re.search(r"Example by example ([\d.-]+) to ([\d.-]+) dB", bound.assumptions)
+        assert each
+        low, high = map(float, each.groups())
+        mean = -10 * math.log10((10 ** (-low / 10) + 10 ** (-high / 10)) / 2)
+        assert mean == pytest.approx(bound.psnr, abs=0.1)
+        told.append(bound.psnr)
+    assert told[0] != told[1]
 
 
 def test_the_value_is_in_units_of_the_range() -> None:
@@ -525,6 +550,28 @@ def test_nats_of_one_update_and_of_the_training(z: float) -> None:
     matched = Analysis.parse("dp-reconstruction").run(four)[0]
     assert isinstance(matched, Bound)
     assert matched.value**2 * 16 == pytest.approx(distortion(v, 1 / (2 * z**2) + math.log(24) / 4))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_radius_that_none_of_n_answers_reaches(n: int) -> None:
+    """Union over answers; where the chance of reaching it is drawn, three standard errors on the safe side."""
+    v, obs = GaussianPrior((1, 4, 4)).variances, private(1.0, q=0.2, steps=3)
+    told = replace(obs, knowledge=obs.knowledge | Knowledge(batch_size=n))
+    found = {b.name: b.value for b in Analysis.parse("dp-reconstruction").run(told)}
+
+    def best(reached: Callable[[float], float]) -> float:
+        at = [(1 - reached(min(1.0, n * k)), guessing_radius(v, math.log(k))) for k in CHANCES]
+        return max(math.sqrt(max(left, 0.0) / 16) * radius for left, radius in at)
+
+    sampled = Robustness(1.0, 0.2, 3, torch.Generator().manual_seed(0))
+
+    def safe(chance: float) -> float:
+        reached, spread = sampled.success(math.log(chance))
+        assert spread > 0 or reached == 1
+        return reached + 3 * spread
+
+    assert found["reconstruction robustness, this update"] == pytest.approx(best(lambda k: norm.cdf(norm.ppf(k) + 1)))
+    assert found["reconstruction robustness"] == pytest.approx(best(safe), rel=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -173,6 +173,11 @@ def test_success_by_monte_carlo_meets_one_step_s_closed_form(z: float, q: float,
     assert Robustness(z, q).success(math.log(1e-9))[0] > 0  # of a chance that draws can tell: larger, hence safe
 
 
+def test_success_after_several_steps_that_all_take_the_example() -> None:
+    found, error = Robustness(2.0, 1 - 1e-9, 4).success(math.log(0.1))
+    assert found == pytest.approx(norm.cdf(norm.ppf(0.1) + 1.0), abs=4 * error + 0.01)
+
+
 def test_no_decoder_tells_candidates_apart_more_often() -> None:
     """The maximum-likelihood decoder among orthogonal gradients of the clipping norm."""
     count, N = 10, 40000
