@@ -26,7 +26,7 @@ app = typer.Typer(
     help="What a shared gradient gives away: recover the batch behind it and prove it, or prove how badly any attacker "
     "must do. Use it on gradients that you are entitled to inspect.",
 )
-out = Console()
+out, WIDE = Console(), 200  # columns of a table in a file or a pipe
 err = Console(stderr=True)
 
 Specs = Annotated[list[str] | None, typer.Option(metavar="NAME[:OPTION=VALUE,...]")]
@@ -306,8 +306,8 @@ def bench(
     from unbatch import benchmarks
 
     module = benchmarks.find(name)
-    own = {} if seconds is None else {"seconds": seconds}
-    out.print(module.table(module.run(data=data, seed=seed, device=device, out=to, **own)))
+    rows = module.run(data=data, seed=seed, device=device, out=to, **({} if seconds is None else {"seconds": seconds}))
+    (out if out.is_terminal else Console(width=WIDE)).print(module.table(rows))
 
 
 def _summary(record: Audit, folder: Path, quiet: bool) -> None:
