@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -325,3 +327,16 @@ def test_a_stopped_audit_keeps_what_was_found_and_resumes(here: Path, number: si
 def test_cases_and_models_are_what_the_list_says() -> None:
     for name, case in Case.find().items():
         assert str(case()) == name
+
+
+def test_a_benchmark_s_table_is_whole_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = Table(*[f"a long column {i}" for i in range(8)])
+    wide.add_row(*[f"entry number {i}" for i in range(8)])
+    module = SimpleNamespace(run=lambda **kw: [], table=lambda rows: wide)
+    monkeypatch.setattr("unbatch.benchmarks.find", lambda name: module)
+    assert call("bench", "wide") == 0
+    said = capsys.readouterr().out
+    assert "a long column 7" in said
+    assert "entry number 7" in said
