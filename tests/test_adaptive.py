@@ -217,7 +217,9 @@ def test_a_tensor_of_which_nothing_is_seen_is_completed_by_zeros() -> None:
 
 def test_a_benchmark_that_was_cut_short_goes_on(tmp_path: Path) -> None:
     some = {
-        "problems": {"gradient-matching": "digits:batch=1,width=20"},
+        "batches": 1,
+        "seconds": 0.5,
+        "problems": {"unmix": "digits:batch=2,activation=gelu,width=60"},
         "defences": [("clip:norm=0.1",), ("prune:share=0.5",)],
     }
     measured = find("adaptive").run(out=tmp_path, **some)

@@ -6,8 +6,8 @@ finds nothing is scored as if it had answered mid-grey, and the row says so.
 
 The two methods that search, hybrid and gradient matching, get `seconds` more than auto took on the same picture, and
 their published number of steps or as many as fit, so that their step sizes have fallen when the time is spent. The
-others are stopped after LIMIT seconds. Where auto is dear there are fewer pictures than 20: the whole is to take no
-more than a quarter of an hour on two cores.
+others are stopped after LIMIT seconds. Where auto is dear there are fewer pictures than 20: the whole takes some
+2,600 CPU seconds.
 """
 
 from __future__ import annotations
