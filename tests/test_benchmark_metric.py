@@ -32,6 +32,8 @@ def test_the_correlation_is_of_ranks_and_by_seed() -> None:
     noise = zip(told, rng.normal(size=40), strict=True)
     rows += [{"seed": 1, "certified": True, "predicted psnr": x, "psnr": y} for x, y in noise]
     rows += [{"seed": 2, "certified": True, "predicted psnr": 1.0, "psnr": 2.0}] * 3  # too few to say
+    rows += [{"seed": 3, "certified": False, "predicted psnr": 90.0, "psnr": y} for y in (20.0, 61.0)]
+    assert summary(rows)["reached"] == [1, 2]
     found = summary(rows)["correlation"]
     assert found["seed 0"]["all"] == pytest.approx({"spearman": 1.0, "low": 1.0, "high": 1.0, "rows": 40})
     assert found["seed 0"]["uncertified"]["rows"] == 35

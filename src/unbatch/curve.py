@@ -19,7 +19,7 @@ from unbatch.reading import Known, Reading, Unreadable
 
 SPREAD = 0.25  # of a random point around the middle
 DRAWN = 4  # starts of the prior
-KINKED, SMOOTH = 30, 12  # levels of annealing, with kinks and without
+LEVELS = {True: 30, False: 12}  # of annealing, with kinks and without
 FITS = 10.0  # times what nearly the same updates change in a residual: no more than rounding
 NEAR = 1e-8  # where there are none
 Box = tuple[float, float]
@@ -145,5 +145,4 @@ def _likeliest(pullback: Pullback, z: Tensor, box: Box) -> Tensor:
             return prior.pull(pullback.system(x).matrix())
 
     at(z, BLUNT)
-    levels = KINKED if soft.rounds else SMOOTH
-    return prior.middle + prior.push(annealed(residual, jacobian, z, levels=levels, tick=tick))
+    return prior.middle + prior.push(annealed(residual, jacobian, z, levels=LEVELS[soft.rounds], tick=tick))
