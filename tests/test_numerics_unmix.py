@@ -17,7 +17,14 @@ from unbatch.numerics.pattern import NEAR, apart, finish, relax, switches
 from unbatch.numerics.sign_certain import isolate, kinked
 from unbatch.numerics.unmix import softened, unmix
 
-ACTIVATIONS = {"gelu": F.gelu, "tanh": torch.tanh, "relu": torch.relu, "leaky": F.leaky_relu, "softplus": F.softplus}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "leaky": F.leaky_relu,
+    "softplus": F.softplus,
+    "elu": F.elu,
+}
 SWITCHES = {"relu": torch.relu, "leaky": F.leaky_relu, "hardtanh": F.hardtanh}
 
 

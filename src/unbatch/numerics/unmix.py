@@ -16,6 +16,7 @@ from torch import Tensor
 from unbatch.numerics.certificate import radius
 from unbatch.numerics.descent import Descent
 from unbatch.numerics.equation import accept, choose_labels, choose_targets, explained, placed, polish
+from unbatch.numerics.gate import Gate, approach, gate
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, label_misfits
 from unbatch.numerics.pattern import NEAR, Switches, apart, finish, relax, switches
@@ -29,6 +30,8 @@ SHARPNESS = (8.0, 16.0)  # of a rounded kink, in its layer's spreads
 SOFTEST = 1.0  # the same in a descent, in the spreads near the origin, a tenth of the later ones
 LOOSE = 0.02  # relative radius above which an example that fits is not subtracted: its error would stay in the rest
 GUESSES = 64  # polished in a round, or a quarter as many as examples are left: more would often end at the same ones
+FEW = 64  # examples left up to which all guesses are polished as they are
+SAME = 0.995  # cosine above which two guesses are one
 QUIET = 1e-5  # noise over the least singular value that needs no refinement of the found ones before the next round
 SETTLING = 8  # rounds over all dual vectors at once
 SURE = 0.9  # share of rows that fit a dual vector of which the pattern is known: an example's are .98 and more
@@ -101,6 +104,7 @@ def by_polish(
     rest, z, y = whole, whole.U.new_zeros(0, whole.n), None
     log: list[dict[str, object]] = []
     guesses, misses, times, once = z, 0, 1, classes
+    gates: dict[str, Gate | None] = {}
     while rest.n and tick(1 - rest.n / whole.n):
         if misses == attempts * len(starts):
             if times == copies or not whole.classes:
@@ -113,8 +117,13 @@ def by_polish(
             tried = rest.scaled(start(rest, left, rng, partial(tick, 1 - rest.n / whole.n)))
             spare = tried[:0]
         else:
-            tried, spare = rest.scaled(start(rest, rng)).tensor_split([max(GUESSES, rest.n // 4)])
+            tried = rest.scaled(start(rest, rng))
             tried = placed(rest, tried, classes) if rest.ones is None else tried
+            if name not in gates:
+                gates[name] = gate(rest, tried, rng)
+            if (found := gates[name]) is not None and rest.n > FEW:
+                tried = nearest(rest, approach(rest, found, tried, choose_labels(rest, tried, classes)), classes)
+            tried, spare = tried.tensor_split([max(GUESSES, rest.n // 4)])
         labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
         tried, labels, _ = polish(rest, tried, labels, steps=40, gain=0.002)
         chosen = accept(rest, tried, labels, slack=slack)
@@ -142,6 +151,19 @@ def by_polish(
             z, y = finest, last
         guesses = guesses[:0]
     return Separation(z, y, log, guesses)
+
+
+def nearest(mixture: Mixture, z: Tensor, classes: Tensor) -> Tensor:
+    """Guesses z [g, n], those that some label fits best first; of two that are nearly parallel the better one."""
+    z = z[z.isfinite().all(1)]
+    order = label_misfits(mixture, z, classes).amin(1).argsort()
+    unit, gone = torch.nn.functional.normalize(z, dim=1), torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    kept = []
+    for i in order.tolist():
+        if not gone[i]:
+            kept.append(i)
+            gone |= (unit @ unit[i]).abs() > SAME
+    return z[kept]
 
 
 def by_signs(

@@ -1,0 +1,129 @@
+"""Gate: guesses brought near examples where a delta is, neuron by neuron, the activation's slope times a residual's share.
+
+With one hidden layer delta_j = g(p_j) (on_j . a), p the preactivations, g the activation's derivative and a the residual.
+Two linear spaces are known: the delta lies in the range of U, the preactivations in that of W^T. What ties them together is
+the graph of g alone, entry by entry. Alternating between the spaces and the graph costs O(m n) a step and guess, where a
+step of Gauss and Newton costs O(m n^2), and kinks of g do not stop it.
+
+Source: this library; alternation with a damped dual: Luke, Relaxed averaged alternating reflections for diffraction
+imaging, Inverse Problems 2005; Boyd et al., Distributed optimization and statistical learning via ADMM, FnT ML 2011.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unbatch.numerics.mixture import Mixture
+
+CLASSES = 128  # beyond which residuals have too many unknowns
+POINTS = 4097  # of the tabulated slope; 0, where kinks are, is one
+REACH = 4.0  # times the largest preactivation of the middle guess, up to which it is tabulated
+ALIKE = 1e-9  # relative difference of neurons' slopes that is rounding
+JUMP = 0.02  # of the slope's range, from one point to the next, above which it jumps: patterns are the way then
+STEPS = 200
+DAMPING = 0.95  # of the dual: without it guesses wander off, and below .9 they stay where they are
+RENEWED = 5  # steps between two looks at the residual
+PULL = 2.0  # weight of preactivations against deltas
+NEWTON = 2  # steps of an entry towards the graph
+
+
+@dataclass(frozen=True)
+class Gate:
+    """delta_j = g(p_j) (on_j . a), g tabulated between -reach and reach and constant beyond."""
+
+    on: Tensor  # [m, k - 1]
+    slope: Tensor  # [POINTS]: g
+    reach: float
+
+    def __call__(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """g(p) and g'(p), of the shape of p."""
+        unit, table = (POINTS - 1) / (2 * self.reach), self.slope.to(p)
+        at = ((p + self.reach) * unit).nan_to_num().clamp(0, POINTS - 1.001)
+        left = at.floor()
+        rise = table.diff().take(left.long())
+        return table.take(left.long()) + (at - left) * rise, rise * unit
+
+    def drive(self, mixture: Mixture, p: Tensor, y: Tensor) -> Tensor:
+        """on a [g, m], a the residual that the model has at preactivations p [g, m] under the labels y; of size 1, rms."""
+        g, F, k = self(p)[0], mixture.deltas(p, y).detach(), self.on.shape[1]
+        pairs = (self.on[:, :, None] * self.on[:, None]).flatten(1)
+        H = (g.square() @ pairs).view(len(p), k, k)
+        H = H + 1e-9 * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(k).to(H)
+        a = torch.linalg.solve_ex(H, ((g * F) @ self.on)[:, :, None])[0][..., 0]
+        found: Tensor = a.nan_to_num() @ self.on.T
+        found /= found.square().mean(1, keepdim=True).sqrt() + 1e-300
+        return found
+
+
+def gate(mixture: Mixture, z: Tensor, rng: torch.Generator) -> Gate | None:
+    """The gate for guesses about as large as z [g, n]; None where deltas are no such product, or g jumps.
+
+    The difference of two labels' deltas then is one function of each neuron's preactivation alone, up to a factor.
+    """
+    if not 2 <= mixture.classes <= CLASSES or not len(z):
+        return None
+    m = mixture.U.shape[0]
+    reach = REACH * float(mixture.before(z).abs().amax(1).median())
+    grid = torch.linspace(-reach, reach, POINTS, dtype=torch.float64).to(z)
+    rows = torch.nn.functional.pad(grid, (0, -POINTS % m)).view(-1, m)
+    level = torch.linspace(-reach, reach, 9, dtype=torch.float64)[:, None].expand(-1, m)
+    mixed = reach / REACH * torch.randn(8, m, generator=rng, dtype=torch.float64)
+    before = torch.cat([level.to(z), mixed.to(z), rows])
+    seen = torch.stack([_deltas(mixture, before, c) for c in range(1, mixture.classes)], 2)
+    seen = seen - _deltas(mixture, before, 0)[:, :, None]  # [p, m, k - 1]
+    on = seen[int(seen[: len(level)].square().sum((1, 2)).argmax())]
+    power = on.square().sum(1)
+    ratio = (seen * on).sum(2) / power  # [p, m]: g, if it is a gate
+    slope = ratio[-len(rows) :].flatten()[:POINTS]
+    found, size = Gate(on, slope, reach), float(slope.abs().max())
+    alone = bool(((seen - ratio[:, :, None] * on).norm(dim=2) <= ALIKE * power.sqrt() * max(size, 1.0)).all())
+    if not alone or float(slope.diff().abs().max()) > JUMP * float(slope.max() - slope.min()):
+        return None  # false for NaN too: a neuron that no residual reaches
+    alike = (ratio - found(before)[0]).abs().max() <= JUMP * size
+    return found if bool(alike) else None
+
+
+def approach(mixture: Mixture, gate: Gate, z: Tensor, y: Tensor, *, steps: int = STEPS) -> Tensor:
+    """z [g, n] moved towards examples with the labels y [g]: within a few per cent of one, or astray. In float32."""
+    if not len(z):  # a start may have no guess
+        return z
+    offset = torch.zeros_like(mixture.W[0]) if mixture.offset is None else mixture.offset
+    U, Q, back = mixture.U.float(), torch.linalg.qr(mixture.W.T).Q, torch.linalg.pinv(mixture.W)  # [m, n] each
+    ruler = None if mixture.ones is None else (Q @ (Q.T @ (back @ mixture.ones))).float()  # [m]: z . ones by z W
+    Q, shift, p = Q.float(), offset.float(), mixture.before(z)
+    drive, p = gate.drive(mixture, p, y).float(), p.float()
+    slope = gate(p)[0]
+    weight = PULL * slope.std(1, keepdim=True) / (p.std(1, keepdim=True) + 1e-30)  # an error of p against one of g(p)
+    gu, gp, du, dp = drive * slope, p, torch.zeros_like(p), torch.zeros_like(p)
+    for step in range(steps):
+        u, p = ((gu - du) @ U) @ U.T, ((gp - dp - shift) @ Q) @ Q.T
+        if ruler is not None:
+            p = p + (1 - p @ ruler)[:, None] * ruler / (ruler @ ruler)
+        p = p + shift
+        if step % RENEWED == 0 and step:
+            drive = gate.drive(mixture, p.double(), y).float()
+        gu, gp = _graph(gate, drive, u + du, p + dp, weight)
+        du, dp = DAMPING * (du + u - gu), DAMPING * (dp + p - gp)
+    return mixture.scaled((gp.double() - offset) @ back)
+
+
+def _graph(gate: Gate, drive: Tensor, u: Tensor, p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest (drive g(t), t) to (u, p), entry by entry: min (drive g(t) - u)^2 + weight^2 (t - p)^2 over t."""
+    t = p
+    best, least = p, torch.full_like(p, torch.inf)
+    for step in range(NEWTON + 1):
+        g, bend = gate(t)
+        off, far, rate = drive * g - u, weight.square() * (t - p), drive * bend
+        cost = off.square() + far * (t - p)
+        best, least = torch.where(cost < least, t, best), torch.minimum(cost, least)
+        if step < NEWTON:
+            t = t - (rate * off + far) / (rate.square() + weight.square())
+    return drive * gate(best)[0], best
+
+
+def _deltas(mixture: Mixture, before: Tensor, label: int) -> Tensor:
+    y = torch.full((len(before),), label, dtype=torch.long, device=before.device)
+    return mixture.deltas(before, y).detach()

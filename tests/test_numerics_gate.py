@@ -1,0 +1,108 @@
+"""Gates: deltas that are the activation's slope times the residual's share, and guesses brought near examples by them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_numerics_unmix import Problem
+from torch import Tensor
+from torch.nn import functional as F
+
+from unbatch.numerics.equation import choose_labels
+from unbatch.numerics.gate import Gate, approach, gate
+from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.unmix import nearest
+
+SMOOTH = {"gelu": F.gelu, "tanh": torch.tanh, "softplus": F.softplus, "elu": F.elu}
+
+
+def found_gate(p: Problem) -> Gate:
+    found = gate(p.mixture, p.z, p.rng)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_the_table_is_the_slope_of_the_activation_up_to_a_factor(activation: str) -> None:
+    p = Problem(activation)
+    found = found_gate(p)
+    t = torch.linspace(-1, 1, 201, dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(SMOOTH[activation](t).sum(), t)[0]
+    told, rise = found(t.detach())
+    factor = float(slope @ told / (told @ told))
+    torch.testing.assert_close(factor * told, slope, atol=1e-4, rtol=0)
+    steep = ((found(t + 1e-2)[0] - found(t - 1e-2)[0]) / 2e-2).detach()
+    smooth = t.detach().abs() > 0.02  # elu's kink
+    torch.testing.assert_close(rise[smooth], steep[smooth], atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_deltas_are_the_slope_times_the_drive_up_to_a_factor(activation: str) -> None:
+    p = Problem(activation)
+    found, before = found_gate(p), p.mixture.before(p.z)
+    drive = found.drive(p.mixture, before, p.y)
+    torch.testing.assert_close(drive.square().mean(1), torch.ones(6, dtype=torch.float64))
+    told, delta = (F.normalize(t, dim=1) for t in (found(before)[0] * drive, p.mixture.F(p.z, p.y)))
+    torch.testing.assert_close(told, delta, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky", "hardtanh"])
+def test_a_slope_that_jumps_is_no_gate(activation: str) -> None:
+    p = Problem(activation)
+    assert gate(p.mixture, p.z, p.rng) is None
+
+
+def test_other_deltas_are_no_gates() -> None:
+    p = Problem("tanh")
+    assert gate(Problem("tanh", real=True).mixture, p.z, p.rng) is None
+    V, A = (torch.randn(r, c, generator=p.rng, dtype=torch.float64) / c**0.5 for r, c in ((30, 80), (4, 30)))
+
+    def deep(before: Tensor, y: Tensor) -> Tensor:
+        live = before.detach().requires_grad_()
+        with torch.enable_grad():
+            value = F.cross_entropy(torch.tanh(torch.tanh(live) @ V.T) @ A.T, y, reduction="sum")
+            return torch.autograd.grad(value, live)[0]
+
+    assert gate(replace(p.mixture, deltas=deep), p.z, p.rng) is None  # neurons above hold it to all preactivations
+
+    def half(before: Tensor, y: Tensor) -> Tensor:
+        live = before.detach().requires_grad_()
+        with torch.enable_grad():
+            hidden = torch.cat([torch.tanh(live[:, :40]), F.gelu(live[:, 40:])], 1)
+            return torch.autograd.grad(F.cross_entropy(hidden @ V[:4].T, y, reduction="sum"), live)[0]
+
+    assert gate(replace(p.mixture, deltas=half), p.z, p.rng) is None  # two activations in one layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["tanh", "elu"])
+def test_guesses_far_off_come_near(activation: str, bias: bool) -> None:
+    p = Problem(activation, n=40, d=60, m=300, bias=bias)
+    guesses = p.near(0.45)
+    moved = approach(p.mixture, found_gate(p), guesses, p.y)
+    before, after = ((z - p.z).norm(dim=1) / p.z.norm(dim=1) for z in (guesses, moved))
+    assert float(before.min()) > 0.3
+    assert float((after < 0.05).double().mean()) > 0.5
+
+
+def test_nothing_moves_where_nothing_is_guessed() -> None:
+    p = Problem("tanh")
+    assert approach(p.mixture, found_gate(p), p.z[:0], p.y[:0]).shape == (0, 6)
+    assert gate(p.mixture, p.z[:0], p.rng) is None
+
+
+def test_the_nearest_come_first_and_parallel_ones_once() -> None:
+    p = Problem("gelu")
+    classes = torch.arange(4)
+    near, far = p.near(0.001), p.near(0.3)
+    kept = nearest(p.mixture, torch.cat([far, near, near * 1.001, torch.full((1, 6), torch.nan).double()]), classes)
+    assert all(any(torch.equal(z, one) for one in torch.cat([near, near * 1.001])) for z in kept[:6])
+    unit = F.normalize(kept, dim=1)
+    assert float((unit @ unit.T - torch.eye(len(unit)).double()).abs().max()) < 0.995
+
+
+def test_labels_of_guesses_are_the_ones_that_fit() -> None:
+    p: Problem = Problem("elu", n=40, d=60, m=300)
+    mixture: Mixture = p.mixture
+    moved = approach(mixture, found_gate(p), p.near(0.3), p.y)
+    assert float((choose_labels(mixture, moved, torch.arange(4)) == p.y).double().mean()) > 0.8
