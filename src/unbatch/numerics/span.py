@@ -37,7 +37,7 @@ class Span:
     values: Tensor  # [r] singular values, descending
     noise: float  # spectral norm that is left unexplained: rounding, or the next singular value where that is larger
     beyond: float = 0.0  # the next singular value
-    arithmetic: float = 0.0  # |A rows^T - columns values|: what the decomposition itself adds
+    arithmetic: float = 0.0  # |A rows^T - columns values|, spectral: what the decomposition itself adds
 
 
 def leading_span(
@@ -75,7 +75,7 @@ def leading_span(
     least = float(S[r - 1]) if r else torch.inf
     columns, values, turn = torch.linalg.svd(A @ Vh[:r].T, full_matrices=False)
     rows = turn @ Vh[:r]
-    arithmetic = float((A @ rows.T - columns * values).norm())
+    arithmetic = float(torch.linalg.matrix_norm(A @ rows.T - columns * values, 2)) if r else 0.0
     return Span(columns, rows, values, max(tolerance if least > tolerance else 0.0, beyond), beyond, arithmetic)
 
 
