@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
+import json
 import math
 import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import norm
 from scipy.stats import t as student
@@ -22,7 +28,8 @@ from unbatch.analyses.dp_reconstruction import CHANCES
 from unbatch.analysis import Analysis, Bound, Verdict
 from unbatch.attack import ActiveAttack, NotApplicable
 from unbatch.benchmarks import bounds as noisy_gradients
-from unbatch.information import Imagined, jumps
+from unbatch.case import Setting
+from unbatch.information import Imagined, Information, jumps
 from unbatch.loss import loss_named
 from unbatch.models import ACTIVATIONS
 from unbatch.numerics.prior import GaussianPrior
@@ -30,6 +37,7 @@ from unbatch.numerics.rate_distortion import distortion, guessing_radius, level
 from unbatch.numerics.subsampled_gaussian import Robustness
 from unbatch.observation import Observation, Privacy
 from unbatch.progress import Watch, watching
+from unbatch.report import write
 
 LOSS = loss_named("cross-entropy")
 EVAL = Protocol(mode="eval")
@@ -264,8 +272,80 @@ def test_random_probes_agree_with_the_whole_matrix(n: int) -> None:
     assert probed.value == pytest.approx(whole.value, rel=0.1)
     assert "standard error" in probed.assumptions
     assert "exact" in whole.assumptions
-    assert whole.picture.startswith("data:image/png")
-    assert not probed.picture
+    assert whole.error == 0 < probed.error < 0.1 * probed.value
+    assert abs(probed.value - whole.value) < 5 * probed.error
+    true, about = pixels(whole), pixels(one("cramer-rao:exact=0,probes=400", obs, (x, y)))
+    assert true.shape == about.shape == (5, 5 * n)
+    assert float((true - about).abs().max()) < 0.15
+    assert float(true.max()) == 1.0
+    blurred = pixels(probed)
+    assert float(torch.corrcoef(torch.stack([true.flatten(), blurred.flatten()]))[0, 1]) > 0.7
+
+
+def pixels(bound: Bound) -> Tensor:
+    """What is drawn, in [0, 1]."""
+    header, _, data = bound.picture.partition(",")
+    assert header == "data:image/png;base64"
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(data))))).double() / 255
+
+
+def covered(shape: tuple[int, ...], hidden: Tensor, m: int = 300) -> nn.Sequential:
+    """A network whose first layer never sees the pixels `hidden`, and whose own gradient is not sent."""
+    model = tanh(shape, m)
+    with torch.no_grad():
+        model[1].weight[:, hidden.flatten()] = 0.0
+    model[1].weight.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("spec", ["cramer-rao", "cramer-rao:exact=0,probes=64,steps=200"])
+def test_the_picture_is_white_where_nothing_determines_a_pixel(spec: str) -> None:
+    hidden = torch.zeros(1, 6, 6, dtype=torch.bool)
+    hidden[0, 2, 1:4] = True
+    x, y = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1])
+    obs = seen(covered((1, 6, 6), hidden), LOSS, x, y, 1e-3)
+    found = one(spec, obs, (x, y))
+    white = torch.cat([hidden[0], hidden[0]], 1)
+    drawn = pixels(found)
+    assert torch.equal(drawn == 1.0, white)
+    assert float(drawn[~white].max()) == pytest.approx(0.75, abs=0.01)
+    assert float(drawn[~white].min()) > 0
+    assert found.value == math.inf
+    assert found.error == 0
+    assert "no unbiased attacker exists" in found.assumptions
+    rest = re.search(r"The 66 entries that it does determine: ([\d.-]+) dB", found.assumptions)
+    assert rest
+    J = Information(obs, x, y).matrix()[~white_first(hidden)][:, ~white_first(hidden)]
+    least = 1e-6 * float(torch.linalg.inv(J).diagonal().mean())
+    assert float(rest[1]) == pytest.approx(-10 * math.log10(least), abs=0.1 if spec == "cramer-rao" else 2)
+
+
+def white_first(hidden: Tensor) -> Tensor:
+    return hidden.flatten().repeat(2)
+
+
+@pytest.mark.parametrize(("shape", "n", "m", "how"), [((1, 24, 24), 1, 30, "exact"), ((3, 24, 24), 2, 40, "8 random")])
+def test_a_large_model_has_its_picture_in_the_page_and_in_the_json(
+    shape: tuple[int, ...], n: int, m: int, how: str, tmp_path: Path
+) -> None:
+    """576 unknowns are few enough for the matrix of so small an update, 3,456 are not."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.rand(n, *shape, generator=rng), torch.arange(n)
+    setting = Setting(model=tanh(shape, m).float(), loss=LOSS, inputs=x, labels=y, protocol=EVAL)
+    record = unbatch.audit(setting, attacks=[], defences=["noise:sigma=1e-4"], analyses=["cramer-rao"])
+    (bound,) = record.bounds
+    assert how in bound.assumptions
+    assert (bound.error > 0) == (how != "exact")
+    drawn = pixels(bound)
+    assert tuple(drawn.shape) == ((24, 24 * n) if shape[0] == 1 else (24, 24 * n, 3))
+    assert float(drawn.max()) == 1.0 > float(drawn.min()) > 0.3
+    write(record, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert f'<img src="{bound.picture}"' in page
+    assert bool(bound.spread) == (how != "exact")
+    assert f"{bound.spread}</td><td>unbiased" in page
+    held = json.loads(record.model_dump_json())["bounds"][0]
+    assert (held["picture"], held["error"]) == (bound.picture, bound.error)
 
 
 # ------------------------------------------------------------------------------------------------- who is bounded

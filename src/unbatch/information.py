@@ -18,7 +18,7 @@ from unbatch.observation import Observation, shares
 
 SIGMAS = 6.0  # of the noise's length, by which an update may be off
 ROOM = 1e-6  # that Opacus adds to the norm of a gradient that it clips
-ENTRIES = 2**22  # of a batch of products
+ENTRIES, SMALL = 2**22, 2**16  # of a batch of products; of an update whose products are quicker all at once
 REACH, FALL = 0.1, 5.0  # of a line on which jumps are looked for; what a bend's second difference falls by, at least
 JUMPING = re.compile(
     r"Relu|Hardtanh|MaxPool|Threshold|Clamp|Abs|shrink|L1Loss|Hardsigmoid|Hardswish|^(Max|Min|Amax|Amin|Prelu|Sgn)"
@@ -61,8 +61,11 @@ class Information:
         p, e = self.x.numel(), len(self.sent)
         if not self.back.requires_grad:
             return torch.zeros(p, p).to(self.sent)
-        rows = []
-        for part in torch.split(torch.eye(p).to(self.sent), max(1, ENTRIES // e)):
+        rows, eye = list[Tensor](), torch.eye(p).to(self.sent)
+        for part in torch.split(eye, max(1, ENTRIES // e) if e <= SMALL else 1):
+            if len(part) == 1:
+                rows.append(self.fisher(part[0]).view(1, -1))
+                continue
             u = _batched(self.back, self.free, part.view(-1, *self.x.shape))
             rows.append(_batched(self.sent, self.x, u).flatten(1))
         F = torch.cat(rows)
