@@ -77,7 +77,8 @@ def sent(obs: Observation, x: Tensor, y: Tensor, *, create_graph: bool = False) 
     known, protocol = obs.knowledge, obs.protocol
     if "privacy" not in known:
         found = _flat(obs, x, y, create_graph)
-        return _shortened(found, known.clip) if "clip" in known else found
+        clip = known.get("clip", known.get("clip_within"))
+        return found if clip is None else _shortened(found, clip)
     form = reduction(obs.loss, forward(obs.model, x.detach()), y)
     if form is None:
         raise ValueError(
@@ -96,12 +97,15 @@ def sent(obs: Observation, x: Tensor, y: Tensor, *, create_graph: bool = False) 
 
 
 def deviation(obs: Observation) -> float:
-    """Standard deviation of the noise in every entry of the update; 0: none that is known."""
-    return float(obs.knowledge.get("noise", 0.0))
+    """Standard deviation of the noise in every entry of the update, before what changed the noisy update; 0: none known."""
+    return float(obs.knowledge.get("noise_within", obs.knowledge.get("noise", 0.0)))
 
 
 class NoiseAnalysis(BoundAnalysis):
-    """An analysis of what Gaussian noise of known size leaves; it refuses what `sent` does not simulate."""
+    """An analysis of what Gaussian noise of known size leaves; it refuses what `sent` does not simulate.
+
+    What was made of a noisy update without another look at the batch is bounded as that update (data processing).
+    """
 
     def obstacle(self, obs: Observation) -> str | None:
         if not deviation(obs) > 0:
@@ -114,7 +118,7 @@ class NoiseAnalysis(BoundAnalysis):
             return "batch norm statistics are sent without noise, and nothing bounds what they tell."
         if "mixup" in known:
             return "the client trains on blends of its examples (mixup), which are drawn and not simulated."
-        if "altered" in known:
+        if "altered" in known and "noise_within" not in known:
             return f"the update was changed by {known.altered}, and the bound is one for noise alone."
         steps = max(protocol.steps(size) for size in shares(known.batch_size, known.get("clients", 1)))
         if "privacy" in known and steps and (steps > 1 or protocol.optimiser != "sgd" or protocol.weight_decay):
@@ -124,17 +128,24 @@ class NoiseAnalysis(BoundAnalysis):
     @staticmethod
     def premise(obs: Observation) -> str:
         """What every such bound assumes, in words."""
-        return (
-            f"Gaussian noise of standard deviation {deviation(obs):.3g} in every entry sent, nothing but noise between the "
-            "batch and the update; labels and protocol known to the attacker"
-        )
+        where = "sent, nothing but noise between the batch and the update"
+        if "noise_within" in obs.knowledge:
+            where = (
+                f"of the update before {obs.knowledge.altered} made of it what was sent, without another look at the "
+                "batch, and nothing but noise between the batch and that update"
+            )
+        size = f"Gaussian noise of standard deviation {deviation(obs):.3g} in every entry"
+        return f"{size} {where}; labels and protocol known to the attacker"
 
 
 def fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
     """Raises ValueError: the inputs do not explain the update but for noise of the size that is told, no more and no less.
 
-    What else changes an update may tell more of the inputs than its Fisher information knows.
+    What else changes an update may tell more of the inputs than its Fisher information knows. A noisy update that was
+    changed afterwards is not seen, so there is nothing to compare.
     """
+    if "noise_within" in obs.knowledge:
+        return
     seen = torch.cat([obs.update[k].detach().double().flatten() for k in obs.update])
     double = doubled(obs)
     clean = sent(double, x.double(), y.double() if y.is_floating_point() else y).detach()

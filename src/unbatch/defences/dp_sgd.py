@@ -72,6 +72,8 @@ class DpSgd(Defence):
         told = Knowledge(privacy=self.privacy())
         if "clip" in known:  # its noise is in the training, and shortened with the update
             known = known.after(f"clip:norm={known.clip:g}")
+        if "clip_within" in known:  # the same, under noise that something around it changed
+            known = known.without("noise_within", "clip_within")
         n, local = known.get("batch_size"), known.get("local_steps", 0) or known.get("epochs") or 0
         one = known.get("local_steps", 0) == 1 and known.get("optimiser", "sgd") == "sgd"
         if n is None or not self.noise_multiplier or (local and not one):
