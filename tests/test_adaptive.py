@@ -176,7 +176,7 @@ def test_the_noise_of_a_sum_of_clients_has_the_root_of_their_number_times_one_s(
     law, sigma = Likelihood.of(obs.knowledge), 1e-3 * clients**0.5
     assert obs.knowledge.log_prob is law
     assert law is not None
-    clean = {k: t.detach() for k, t in obs.simulate(x, y).items()}
+    clean = {k: t.detach() for k, t in obs.simulate(x.float(), y).items()}
     off = torch.cat([(obs.update[k] - t).flatten() for k, t in clean.items()])
     assert float(off.square().mean().sqrt()) == pytest.approx(sigma, rel=0.1)
     assert float(law(obs.update, clean)) == pytest.approx(-float(off.square().sum()) / (2 * sigma**2))
