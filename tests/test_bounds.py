@@ -714,6 +714,35 @@ def test_counting_bits_and_numbers() -> None:
     assert Analysis.parse("counting").run(harder)[0].value > bound.value
 
 
+@pytest.mark.parametrize(("levels", "error"), [(2, 0.3634), (4, 0.1175)])
+def test_the_best_scalar_quantiser_comes_near_the_count_of_its_bits(levels: int, error: float) -> None:
+    """The update is the input, each entry at the nearest of Lloyd and Max's levels, whose errors they give."""
+    d, ends = 4096, {2: [0.7979], 4: [0.4528, 1.510]}[levels]
+    codes = 0.25 * torch.tensor([*(-e for e in reversed(ends)), *ends]).double()
+    x = GaussianPrior((d,)).draw(1, torch.Generator().manual_seed(0)) - 0.5
+    nearest_code = codes[(x[0, :, None] - codes).abs().argmin(1)]
+    assert float((nearest_code - x[0]).square().mean()) / 0.25**2 == pytest.approx(error, rel=0.05)
+    model = nn.Linear(d, 1, bias=False).double()
+    known = Knowledge(input_shape=(d,), batch_size=1)
+    obs = Observation(model=model, loss=total, update={"weight": nearest_code[None]}, knowledge=known)
+    (bound,) = [b for b in Analysis.parse("counting").run(obs) if isinstance(b, Bound)]
+    assert 0.45 * error < bound.value**2 / 0.25**2 < error
+
+
+@pytest.mark.parametrize("name", ["cramer-rao", "van-trees", "noise-information", "dp-reconstruction", "counting"])
+def test_every_analysis_works_without_the_truth_and_says_so(name: str) -> None:
+    x, y = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    how = {"counting": "prune:share=0.996", "dp-reconstruction": "dp-sgd:accountant=rdp"}.get(name, "noise:sigma=0.01")
+    obs = observe(tanh((1, 4, 4), 20).float(), LOSS, x, y, defences=[how], knowledge=RANGE, protocol=EVAL)[0]
+    found = [b for b in Analysis.parse(name).run(obs) if isinstance(b, Bound) and b.name != "Renyi"]
+    assert found
+    for bound in found:
+        assert "drawn from the prior" in bound.assumptions or "without the truth" in bound.assumptions
+        assert bound.assumptions.endswith("dB.")
+        assert bound.source
+        assert bound.scope == ("unbiased" if name == "cramer-rao" else "any")
+
+
 @pytest.mark.slow
 def test_under_noise_no_mixture_is_certified() -> None:
     """At 1e-4 the dense layer's gradient of four photographs accepts a mixture, which the whole update refuses."""
