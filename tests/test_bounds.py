@@ -515,6 +515,8 @@ def test_words_where_there_is_no_bound(name: str) -> None:
     x, y = torch.rand(2, 1, 4, 4).double(), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="no Gaussian noise of known size"):
         Analysis.parse(name).run(observe(tanh((1, 4, 4), 20), LOSS, x, y)[0])
+    with pytest.raises(ValueError, match="lost in rounding"):
+        Analysis.parse(name).run(seen(tanh((1, 4, 4), 20), LOSS, x, y, 1e-300))
     with pytest.raises(ValueError, match="jumps where inputs cross a kink"):
         Analysis.parse(name).run(seen(tanh((1, 4, 4), 20, nn.ReLU), LOSS, x, y, 0.1))
     defences = ["noise:sigma=1e-4", "quantise:bits=4"]

@@ -16,6 +16,7 @@ from unbatch.numerics.prior import GaussianPrior
 from unbatch.numerics.softening import kinked
 from unbatch.observation import Observation, shares
 
+LEAST = 1e-100  # noise whose square is a number
 SIGMAS = 6.0  # of the noise's length, by which an update may be off
 ROOM = 1e-6  # that Opacus adds to the norm of a gradient that it clips
 ENTRIES, SMALL = 2**22, 2**16  # of a batch of products; of an update whose products are quicker all at once
@@ -110,6 +111,8 @@ class NoiseAnalysis(BoundAnalysis):
     def obstacle(self, obs: Observation) -> str | None:
         if not deviation(obs) > 0:
             return "the update carries no Gaussian noise of known size, and without noise nothing bounds an attacker."
+        if deviation(obs) < LEAST:
+            return f"noise of standard deviation {deviation(obs):.3g} is lost in rounding, and bounds nobody."
         known, protocol = obs.knowledge, obs.protocol
         missing = [name for name in ("input_shape", "batch_size") if name not in known]
         if missing:

@@ -32,7 +32,10 @@ class DpSgd(Defence):
     random: ClassVar[bool] = True
     identity: ClassVar[str] = "dp-sgd:clip=none,noise_multiplier=0"
 
-    clip: Annotated[float | None, Field(gt=0, description="largest l2 norm of one example's gradient; none: off")] = 1.0
+    clip: Annotated[
+        float | None,
+        Field(gt=0, allow_inf_nan=False, description="largest l2 norm of one example's gradient; none: off"),
+    ] = 1.0
     noise_multiplier: Annotated[
         float,
         Field(ge=0, allow_inf_nan=False, description="standard deviation of the summed gradient's noise over clip"),
