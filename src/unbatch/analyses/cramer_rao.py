@@ -43,7 +43,7 @@ class CramerRao(NoiseAnalysis):
         Field(ge=0, description="unknowns up to which the matrix is formed; none: 512, or 4,096 for a small update"),
     ] = None
     probes: Annotated[int, Field(ge=2, description="random probes of a larger one")] = 8
-    steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 100
+    steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 60
 
     def find_bounds(self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
         x, y, whose = probe(obs, at, rng, whole=True)

@@ -90,8 +90,9 @@ def inverse_diagonal(
 
     g = torch.randn(like.shape, generator=rng, dtype=torch.float64).to(like)
     image = apply(g)
-    left = g - solve(image, TIGHT, 4 * steps)
-    left = left - solve(apply(left), TIGHT, steps)  # once more, for the digits that the first solution rounds off
+    left = g - solve(image, TIGHT, 2 * steps)
+    if float(left.norm()) > MOVED * float(g.norm()):
+        left = left - solve(apply(left), TIGHT, steps)  # once more, for the digits that the first solution rounds off
     mean, size = float((g * image).sum() / g.square().sum()), float(left.norm() / g.norm())
     unseen = float((left * apply(left)).sum()) <= FLAT * mean * float(left.square().sum())
     moved = (left.abs() > MOVED) & unseen
