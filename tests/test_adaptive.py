@@ -161,11 +161,26 @@ def test_noise_round_a_clipped_update_is_read_through_the_clip() -> None:
 def test_no_law_where_it_is_not_tractable() -> None:
     for defences in (
         ("clip:norm=0.05", "noise"),
-        ("secure-aggregation:clients=2", "noise"),
+        ("secure-aggregation:clients=2", "quantise"),
+        ("secure-aggregation:clients=2", "noise", "clip:norm=0.05"),
+        ("secure-aggregation:clients=2", "prune", "noise"),
         ("mixup",),
         ("noise:sigma=0",),
     ):
         assert "log_prob" not in exchange(*defences)[0].knowledge
+
+
+@pytest.mark.parametrize("clients", [2, 3])
+def test_the_noise_of_a_sum_of_clients_has_the_root_of_their_number_times_one_s(clients: int) -> None:
+    obs, x, y = exchange(f"secure-aggregation:clients={clients}", "noise:sigma=1e-3")
+    law, sigma = Likelihood.of(obs.knowledge), 1e-3 * clients**0.5
+    assert obs.knowledge.log_prob is law
+    assert law is not None
+    clean = {k: t.detach() for k, t in obs.simulate(x.float(), y).items()}
+    off = torch.cat([(obs.update[k] - t).flatten() for k, t in clean.items()])
+    assert float(off.square().mean().sqrt()) == pytest.approx(sigma, rel=0.1)
+    assert float(law(obs.update, clean)) == pytest.approx(-float(off.square().sum()) / (2 * sigma**2))
+    assert law.spread(obs.update) == pytest.approx(dict.fromkeys(obs.update, sigma))
 
 
 def test_noise_of_known_size_is_the_same_law_without_the_defence() -> None:

@@ -104,6 +104,17 @@ def test_real_audits_raise_the_flags_that_fit() -> None:
         Case.parse("digits:batch=2,width=16"), attacks=["label-count"], defences=["secure-aggregation:clients=2"]
     )
     assert "leak-of-the-union" not in [f.name for f in summed.flags]  # labels alone identify nobody's picture
+    near = unbatch.audit(
+        Case.parse("digits:batch=2,width=32,activation=tanh"),
+        attacks=["gradient-matching:iterations=150"],
+        defences=["secure-aggregation:clients=2", "noise:sigma=0.01"],
+        analyses=[],
+    )
+    assert not near.recovered()
+    told = {f.name: f.words for f in near.flags}
+    assert "nearer than chance; which client holds which is not told by the sum" in told["leak-of-the-union"]
+    assert "defence-unknown-to-attacks" not in told  # the sum's noise is the law that the second run was told
+    assert [run.adaptive for run in near.runs] == [False, True]
 
 
 ABOUT_DEFENCES = {"defence-unknown-to-attacks", "clip-without-noise", "noise-without-accounting"}

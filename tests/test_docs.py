@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from unbatch import Case, audit
+from unbatch.frontier import rows
+from unbatch.harden import SCOPES, Hardening
+from unbatch.scene import scene_of
+
+COVERS = "update", "training"
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
@@ -57,6 +64,34 @@ def test_the_figures_of_the_page_on_safety_are_what_its_commands_print(
     assert bound
     assert f"more than {bound[2]} dB" in text
     assert f"gets {bound[1]} dB by the prior alone" in text
+
+
+def test_the_search_on_the_page_on_safety_is_the_stored_one_and_its_bounds_are_what_the_analyses_say() -> None:
+    text = " ".join((DOCS / "how-safe-is-safe-enough.md").read_text().replace("\n> ", "\n").split())
+    held = Hardening.model_validate_json((ROOT / "benchmarks" / "results" / "harden.json").read_text())
+    assert held.complete
+    assert f"unbatch harden {held.case} --target-psnr {held.target:g}" in text
+    screen = Console(width=250, record=True)
+    screen.print(rows(held))
+    printed = [" ".join(line.split()) for line in screen.export_text().splitlines()]
+    shown = [line for line in printed if line and line in text]
+    assert len(shown) >= 16
+    assert {line.split()[0].rstrip(",") for line in shown} >= {"dp-sgd", "noise", "prune", "quantise", "clip", "local"}
+    for scope in SCOPES:
+        best, answer = held.cheapest(scope), held.answer(scope)
+        assert best is not None
+        start, _, end = answer.partition(best.defences[0])
+        short = f"dp-sgd with noise multiplier {best.strength:.4g}"
+        assert start + short + end in text
+    scene = scene_of(Case.parse(held.case), 4, held.rounds, 0)
+    for family, strength in (("dp-sgd", 0.224), ("noise", 2.37)):
+        (told,) = [t for t in held.tried if t.family == family and abs(t.strength / strength - 1) < 0.01]
+        record = audit(scene.client(told.batch), attacks=[], defences=told.defences, analyses=held.analyses)
+        best = {
+            c: min((b.psnr for b in record.bounds if b.scope == "any" and b.covers == c), default=None) for c in COVERS
+        }
+        assert best["update"] == pytest.approx(told.bound, abs=0.05)
+        assert best["training"] == (None if told.training is None else pytest.approx(told.training, abs=0.05))
 
 
 def test_the_attack_of_the_guide_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:

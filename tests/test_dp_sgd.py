@@ -207,6 +207,8 @@ def test_other_models_and_losses() -> None:
 def test_options_that_contradict_are_refused() -> None:
     with pytest.raises(ValueError, match="noise_multiplier=0 where clip=none"):
         unbatch.Defence.parse("dp-sgd:clip=none,noise_multiplier=1")
+    with pytest.raises(ValueError, match="clip=inf: Input should be a finite number"):
+        unbatch.Defence.parse("dp-sgd:clip=inf")
 
 
 def test_without_opacus_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,34 @@ def test_what_does_not_fit_is_an_error_and_no_leak(setting: Setting) -> None:
         guard(update, **{**told(setting), "labels": torch.zeros(3, dtype=torch.long)})
 
 
+def test_numbers_that_would_let_everything_pass_are_refused(setting: Setting) -> None:
+    update = sent(setting).update
+    for wrong in ({"max_psnr": float("nan")}, {"seconds": float("nan")}, {"seconds": -1.0}, {"seconds": 0.0}):
+        with pytest.raises(ValueError, match="give a number of dB, and a time above 0"):
+            guard(update, **wrong, **told(setting))
+    with pytest.raises(ValueError, match="inputs and labels are tensors, not list and Tensor"):
+        guard(update, **{**told(setting), "inputs": [1.0]})
+
+
+def test_a_batch_or_a_protocol_that_is_not_behind_the_update_is_an_error_and_lets_nothing_pass(
+    setting: Setting,
+) -> None:
+    s = Case.parse("digits:batch=2,width=16,activation=tanh").setting()
+    update, quick = sent(s).update, {"attacks": ["label-count"], "seconds": 2.0}
+    assert guard(update, **quick, **told(s)).complete
+    with pytest.raises(ValueError, match="not behind this update"):
+        guard(update, **quick, **{**told(s), "inputs": 1 - s.inputs})
+    with pytest.raises(ValueError, match="its protocol, and the defences"):
+        guard(update, **quick, protocol=Protocol(local_steps=2, learning_rate=0.1), **told(s))
+    with pytest.raises(ValueError, match="not behind this update"):
+        guard(sent(s, "noise:sigma=1").update, **quick, **told(s))
+    assert guard(sent(s, "noise:sigma=1").update, **quick, defences=["noise:sigma=1"], **told(s)).complete
+    dropping = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 10))
+    drawn = {**told(s), "model": dropping}  # no two steps are alike, and none can be compared
+    gone = observe(dropping, s.loss, s.inputs, s.labels)[0].update
+    assert guard(gone, **quick, **drawn).complete
+
+
 def test_an_audit_of_a_captured_update_takes_the_truth_if_it_is_known(setting: Setting) -> None:
     obs = sent(setting, "noise:sigma=0.001", knowledge=Knowledge(domain="images", input_range=(0.0, 1.0)))
     truth = unbatch.Truth(inputs=setting.inputs, labels=setting.labels)

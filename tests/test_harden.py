@@ -157,6 +157,15 @@ def test_what_it_cannot_search(rng: torch.Generator) -> None:
     few = Setting(model=model, loss=loss_named("binary-cross-entropy"), inputs=x[:8], labels=torch.arange(8) % 2)
     with pytest.raises(ValueError, match="too few"):
         harden(few, psnr=15)
+    for wrong in (
+        {"psnr": float("nan")},
+        {"psnr": float("inf")},
+        {"seconds": float("nan")},
+        {"rounds": 0},
+        {"batch": 0},
+    ):
+        with pytest.raises(ValueError, match="make no search"):
+            search(**wrong)
     with pytest.raises(ValueError, match="no family is called sigma; known: batch, clip, dp-sgd"):
         search(only=["sigma"])
     with pytest.raises(ValueError, match="unknown analysis 'faith'"):

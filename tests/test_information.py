@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbatch import Knowledge, Protocol, observe
-from unbatch.analysis import Analysis, Verdict
+from unbatch.analysis import Analysis, Bound, Verdict
 from unbatch.information import doubled, sent
 from unbatch.loss import Loss, loss_named
 from unbatch.observation import Observation
@@ -26,6 +26,7 @@ def huber(outputs: Tensor, labels: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"mean": loss_named("cross-entropy"), "sum": loss_named("cross-entropy", "sum")}
 PRIVATE = "dp-sgd:clip=0.5,noise_multiplier={z},accountant=rdp,reduction={how}"
 NOISE, SUM, CLIP = "noise:sigma={z}", "secure-aggregation:clients=3", "clip:norm=0.1"
+PRUNE, ROUND, MORE = "prune:share=0.5", "quantise:bits=4", "noise:relative=true,sigma=0.1"
 ONCE, OFTEN = "local-steps:steps=1,learning_rate=.1", "local-steps:steps=3,learning_rate=.1"
 SIMULATED = [
     [NOISE],
@@ -55,16 +56,32 @@ REFUSED = [
     [NOISE, PRIVATE, OFTEN],
     [NOISE, OFTEN, PRIVATE],
     [PRIVATE, "local-steps:steps=1,optimiser=adam"],
-    [CLIP, NOISE],
-    [NOISE, CLIP, NOISE],
-    [NOISE, CLIP, PRIVATE],
     [PRIVATE, NOISE, CLIP],
+    [PRIVATE, PRUNE, NOISE, CLIP],
+    [SUM, CLIP, NOISE],
+    [SUM, PRUNE, NOISE],
+    [OFTEN, PRUNE, PRIVATE],
+    [ONCE, PRUNE, PRIVATE],
+    [PRUNE, SUM, NOISE, CLIP],
+    [PRUNE, NOISE, PRUNE],
     [NOISE, SUM, CLIP],
     ["mixup", NOISE],
     [NOISE, "mixup"],
     [NOISE, "quantise:bits=4"],
-    [NOISE, "prune:share=0.5", NOISE],
     [NOISE, "noise:relative=true,sigma=0.1"],
+]
+# What stands around a noisy update, and the stack within whose noise is counted.
+CHANGED = [
+    ([PRUNE], [NOISE]),
+    ([ROUND], [NOISE]),
+    ([MORE], [NOISE]),
+    (["clip:norm=0.05"], [NOISE]),
+    (["clip:norm=0.05"], [NOISE, CLIP]),
+    (["noise:sigma=1", ROUND, PRUNE], [NOISE, CLIP]),
+    ([PRUNE], [PRIVATE]),
+    ([PRUNE, "clip:norm=0.05"], [PRIVATE, SUM]),
+    ([ROUND], [SUM, NOISE]),
+    ([PRUNE], [NOISE, OFTEN]),
 ]
 
 
@@ -107,6 +124,36 @@ def test_a_loss_of_no_known_form(stack: list[str]) -> None:
 @pytest.mark.parametrize("stack", REFUSED, ids=", ".join)
 def test_what_is_not_simulated_is_refused(stack: list[str]) -> None:
     assert Analysis.parse("van-trees").obstacle(update_of(stack, LOSSES["mean"], "mean", 0.01)) is not None
+
+
+@pytest.mark.parametrize("how", LOSSES)
+@pytest.mark.parametrize(("around", "within"), CHANGED, ids=lambda stack: ", ".join(stack))
+def test_what_is_made_of_a_noisy_update_is_bounded_as_that_update(
+    around: list[str], within: list[str], how: str
+) -> None:
+    changed, noisy = (update_of(stack, LOSSES[how], how, 0.01) for stack in (around + within, within))
+    assert not torch.allclose(flat(changed), flat(noisy))
+    assert changed.knowledge.noise_within == noisy.knowledge.noise
+    torch.testing.assert_close(sent(doubled(changed), *batch()), sent(doubled(noisy), *batch()))
+    for name in ("cramer-rao", "van-trees", "noise-information"):
+        for at in (None, batch()):
+            (bound,), (plain,) = (Analysis.parse(name).run(obs, at=at) for obs in (changed, noisy))
+            assert isinstance(bound, Bound)
+            assert isinstance(plain, Bound)
+            assert bound.value == plain.value
+            assert f"before {changed.knowledge.altered} made of it what was sent" in bound.assumptions
+            assert "made of it" not in plain.assumptions
+
+
+def test_local_steps_around_a_changed_update_are_those_of_the_noisy_one() -> None:
+    inside, outside = (
+        update_of(stack, LOSSES["mean"], "mean", 0.01) for stack in ([PRUNE, NOISE, OFTEN], [OFTEN, PRUNE, NOISE])
+    )
+    assert torch.equal(flat(inside), flat(outside))
+    first, second = (Analysis.parse("van-trees").run(obs)[0] for obs in (inside, outside))
+    assert isinstance(first, Bound)
+    assert isinstance(second, Bound)
+    assert first.value == second.value
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.6, 30.0])

@@ -11,6 +11,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor
 
+from unbatch.numerics.inverse_diagonal import InverseDiagonal, dense_inverse_diagonal, inverse_diagonal
 from unbatch.numerics.inverse_trace import dense_inverse_trace, dense_water_trace, inverse_trace, kronecker
 from unbatch.numerics.prior import GaussianPrior
 from unbatch.numerics.rate_distortion import distortion, guessing_radius, level
@@ -46,6 +47,91 @@ def test_probes_agree_with_the_dense_trace_within_their_error() -> None:
         assert float(found.diagonal.sum()) == pytest.approx(found.value, rel=1e-4)
     assert np.sqrt(np.mean(np.square(off))) < 2
     assert abs(np.mean(off)) < 0.8
+
+
+def ways(J: Tensor, n: int, seed: int = 0, **how: int) -> tuple[InverseDiagonal, InverseDiagonal]:
+    """diag (J^T J)^-1 from the matrix, and from products with J."""
+    A, like = J.T @ J, torch.zeros(n, J.shape[1] // n).double()
+    rng = torch.Generator().manual_seed(seed)
+    probed = inverse_diagonal(lambda v: (A @ v.flatten()).view_as(v), like, rng, **({"probes": 8} | how))
+    return dense_inverse_diagonal(A, J.__matmul__), probed
+
+
+def test_the_inverse_s_diagonal_by_products_is_the_dense_one_within_its_error() -> None:
+    n, d = 3, 20
+    J = normal(200, n * d) * torch.linspace(0.3, 3, n * d)
+    true = torch.linalg.inv(J.T @ J).diagonal()
+    off, whole = [], []
+    for seed in range(20):
+        dense, probed = ways(J, n, seed)
+        assert torch.allclose(dense.diagonal, true)
+        assert float(dense.error.abs().max()) == dense.spread == dense.lost == probed.lost == 0
+        off.append((probed.diagonal.flatten() - true) / probed.error.flatten())
+        whole.append((probed.total - float(true.sum())) / probed.spread)
+        assert probed.total == pytest.approx(float(probed.diagonal.sum()))
+    scores = torch.stack(off)
+    assert 0.7 < float(scores.square().mean().sqrt()) < 1.5  # Student's t at 7 degrees of freedom: 1.18
+    assert float(scores.mean(0).abs().max()) < 1.2
+    assert np.sqrt(np.mean(np.square(whole))) < 2
+    fine = ways(J, n, probes=2000)[1]
+    assert bool(((fine.diagonal.flatten() - true).abs() < 5 * fine.error.flatten()).all())
+    assert float((fine.error.flatten() / true).median()) < 0.05
+
+
+def test_what_a_neighbour_with_a_known_diagonal_saves() -> None:
+    n, d = 4, 15
+    mix = normal(n, n) + 2 * torch.ones(n, n)
+    J = torch.kron(mix, torch.eye(d).double()) + 0.004 * normal(n * d, n * d, seed=1)
+    A, like, rng = J.T @ J, torch.zeros(n, d).double(), torch.Generator()
+    solve = kronecker(mix.T @ mix, torch.ones(1).double(), 0.0)
+    start = solve(torch.eye(n).double()).diagonal()[:, None].expand(n, d)
+    told = [
+        inverse_diagonal(
+            lambda v: (A @ v.flatten()).view_as(v), like, rng.manual_seed(0), probes=8, precondition=solve, start=each
+        )
+        for each in (None, start)
+    ]
+    true = torch.linalg.inv(A).diagonal().view(n, d)
+    errors = [float((each.diagonal - true).norm()) for each in told]
+    assert errors[1] < 0.4 * errors[0]
+    assert told[1].spread < 0.4 * told[0].spread
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_entries_in_the_null_space_are_infinite_and_the_others_are_not(scale: float) -> None:
+    n, d = 2, 12
+    J = scale * normal(60, n * d)
+    J[:, [0, 5]] = 0.0  # never seen
+    J[:, 7] = J[:, 8]  # their sum alone
+    seen = torch.ones(n * d, dtype=torch.bool)
+    seen[[0, 5, 7, 8]] = False
+    columns = [i for i in range(n * d) if i not in (0, 5, 8)]  # 7 stands for the sum of 7 and 8
+    alone = J[:, columns]
+    true = torch.linalg.inv(alone.T @ alone).diagonal()
+    kept = [i for i, j in enumerate(columns) if j != 7]
+    for found in ways(J, n, probes=400):
+        flat = found.diagonal.flatten()
+        assert torch.equal(flat.isfinite(), seen)
+        assert torch.allclose(flat[seen], true[kept], rtol=0.3)
+    assert ways(J, n)[0].lost == 3
+    assert 1 <= ways(J, n)[1].lost <= 8
+    everything = ways(torch.zeros(5, n * d).double(), n)
+    assert all(bool(found.diagonal.isinf().all()) for found in everything)
+
+
+def test_what_is_hardly_determined_is_finite_and_what_conjugate_gradients_leave_is_told() -> None:
+    J = normal(60, 24) @ torch.diag(torch.logspace(0, -4, 24).double()) @ torch.linalg.qr(normal(24, 24, seed=1))[0]
+    dense, probed = ways(J, 2, steps=400)
+    assert probed.lost == dense.lost == 0
+    assert bool(probed.diagonal.isfinite().all())
+    assert float(dense.diagonal.max()) > 1e5
+    short = ways(J, 2, steps=4)[1]
+    assert short.open > 0.1
+    assert short.lost == 0
+    assert short.total < 0.5 * dense.total
+    J[:, 1] = J[:, 0] + 1e-7 * J[:, 1]  # nearly alike, and told apart
+    assert ways(J, 2)[0].lost == 0
+    assert bool(ways(J, 2)[0].diagonal.isfinite().all())
 
 
 def test_an_early_end_and_few_draws_only_lower_the_trace() -> None:

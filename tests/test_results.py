@@ -63,6 +63,9 @@ def test_the_gate(record: Audit) -> None:
     assert "dB" in breaches(record, max_psnr=20)[0]
     with pytest.raises(ValueError, match="needs a limit"):
         breaches(record)
+    for limit in ("max_psnr", "require_bound_psnr"):
+        with pytest.raises(ValueError, match="is nan, which every audit would pass"):
+            breaches(record, **{limit: math.nan})
 
 
 def test_the_gate_on_bounds(record: Audit) -> None:

@@ -59,9 +59,12 @@ class Bound(_Finding):
     covers: Literal["update", "training"] = (
         "update"  # this update, its examples known to be in it; or all of the training
     )
+    error: float = 0.0  # standard error of the value, where it is drawn and not yet taken off
     client: int = 0  # whose update it is on; the audit says so
     analysis: str = ""  # that found it; the audit says so
-    picture: str = ""  # the bound entry by entry, as a PNG data URI: white where the error must be largest
+    picture: str = (
+        ""  # the bound entry by entry, as a PNG data URI: white where the error must be largest, or has no limit
+    )
 
     @classmethod
     def of(cls, name: str, value: float, scope: Literal["any", "unbiased"], words: str, source: str) -> Self:
@@ -70,6 +73,11 @@ class Bound(_Finding):
         whose = "any attacker's" if scope == "any" else "an unbiased attacker's"
         last = f"In units of the input's range; PSNR of {whose} mean squared error at most {found.psnr:.1f} dB."
         return found.model_copy(update={"assumptions": f"{words} {last}"})
+
+    @property
+    def spread(self) -> str:
+        """The standard error, for after the value; empty where there is none."""
+        return f" +- {self.error:.1g}" if self.error else ""
 
     @property
     def psnr(self) -> float:

@@ -123,8 +123,19 @@ def _want_of_labels(audit: Audit) -> Iterable[str]:
 
 
 def _union(audit: Audit) -> Iterable[str]:
-    if any(spec.partition(":")[0] == "secure-aggregation" for spec in audit.defences) and audit.recovered():
-        yield f"{len(audit.recovered())} examples leak from the sum; which client holds which is not told by it."
+    if not any(spec.partition(":")[0] == "secure-aggregation" for spec in audit.defences):
+        return
+    if exact := len(audit.recovered()):
+        yield f"{exact} examples leak from the sum; which client holds which is not told by it."
+    gains = {
+        (run.client, e.index)
+        for run, e in _pairs(audit)
+        if (score := e.scores.get("psnr")) is not None
+        and (chance := e.chance.get("psnr")) is not None
+        and score > chance + NEAR_CHANCE
+    } - audit.recovered()
+    if gains:
+        yield f"{len(gains)} come out nearer than chance; which client holds which is not told by the sum."
 
 
 def _options(spec: str) -> tuple[str, dict[str, str]]:
@@ -234,7 +245,8 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "leak-of-the-union",
-        "examples were recovered from an update that secure aggregation had summed over clients",
+        "examples were recovered, or came out more than 3 dB nearer than chance, from an update that secure aggregation "
+        "had summed over clients",
         "The server learns the examples but not whose they are; secure aggregation hides the owner, not the data.",
         "State the leak as one of the union of the clients.",
         _union,

@@ -358,9 +358,8 @@ def _risks(record: Audit) -> None:
         out.print(table)
     for b in record.bounds:
         whose = f", client {b.client}" if len(record.clients) > 1 else ""
-        out.print(
-            f"{b.name}{whose} >= {b.value:.4g} for {b.scope} attackers; {b.assumptions} ({b.source})", markup=False
-        )
+        least = f"{b.name}{whose} >= {b.value:.4g}{b.spread} for {b.scope} attackers"
+        out.print(f"{least}; {b.assumptions} ({b.source})", markup=False)
     for v in record.numbers():
         out.print(f"{v.name} = {v.value:.4g}: {v.words}", markup=False)
     for note in record.notes:

@@ -60,6 +60,9 @@ def told(defences: Sequence[Defence], known: Knowledge, seen: Update) -> Knowled
     law: Likelihood | None = None
     for defence in reversed(defences):
         known, law = defence.public(known), defence.likelihood(law, seen)
+    hidden = {"altered", "privacy", "mixup", "clip"} & set(known)
+    if law is None and known.get("clients", 1) > 1 and known.get("noise") and not hidden:
+        law = Likelihood.gaussian(known.noise)  # of a sum whose clients noised their own updates
     return known if law is None else known | Knowledge(log_prob=law)
 
 

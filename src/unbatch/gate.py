@@ -23,6 +23,9 @@ def breaches(
     """
     if max_recovered is None and max_psnr is None and require_bound_psnr is None:
         raise ValueError("a gate needs a limit: --max-recovered N, --max-psnr DB, --require-bound-psnr DB, or several.")
+    for name, limit in (("--max-psnr", max_psnr), ("--require-bound-psnr", require_bound_psnr)):
+        if limit is not None and math.isnan(limit):
+            raise ValueError(f"{name} is nan, which every audit would pass; give a number of dB.")
     found = []
     if not any(run.status in ("done", "cut short") for run in audit.runs):
         found.append("no attack could run, so nothing is known; a gate does not pass on that.")

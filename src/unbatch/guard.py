@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from unbatch.suites import suite
 from unbatch.truth import Truth
 
 ATTACKS = (*suite(), "unmix")
+UNEXPLAINED = 0.01  # of an undefended update, beyond which another batch or protocol is behind it
 
 
 class Leak(RuntimeError):  # noqa: N818 (what happened, named for it)
@@ -50,12 +52,17 @@ def guard(
     `model` is the global model before the client's step, `inputs` [n, ...] and `labels` the private batch behind the
     update. `protocol`, `defences` and `knowledge` say what the server knows; the defences are in the update already. An
     example leaks if an attack recovers it exactly, or to more than `max_psnr` dB and 3 dB above what prior draws score.
-    `attacks` default to the latest suite and unmix, and share `seconds`.
+    `attacks` default to the latest suite and unmix, and share `seconds`. Where no defence changed the update, the batch
+    must explain it: attacks are judged by it, and one that is not behind the update would let every leak pass.
 
     Returns the audit where nothing leaks. That these attacks failed within these seconds is no proof that others do:
     only a bound for any attacker or a privacy accountant is (analyses, dp-sgd).
     Raises ValueError: what is given does not fit together. Leak: also where no attack could run, or one failed.
     """
+    if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
+        raise ValueError(f"inputs and labels are tensors, not {type(inputs).__name__} and {type(labels).__name__}.")
+    if math.isnan(max_psnr) or not 0 < seconds < math.inf:
+        raise ValueError(f"max_psnr is {max_psnr} and seconds {seconds}; give a number of dB, and a time above 0.")
     protocol = protocol or Protocol()
     tools = list(ATTACKS if attacks is None else attacks)
     stack = [Defence.parse(d) if isinstance(d, str) else d for d in defences]
@@ -75,6 +82,12 @@ def guard(
         seeds=(seed,),
         budget=seconds / max(len(tools), 1),
     )
+    residual = record.clients[0].residual
+    if not stack and residual is not None and residual > UNEXPLAINED and not _random(model, protocol):
+        raise ValueError(
+            f"this batch is not behind this update: it would send one that is {residual:.0%} off. Give the inputs, labels "
+            "and model of this step, its protocol, and the defences that changed the update."
+        )
     words, examples = _leaks(record, max_psnr)
     failed = sorted({run.attack for run in record.runs if run.status == "failed"})
     if failed:
@@ -84,6 +97,13 @@ def guard(
     if words:
         raise Leak(words, examples, record)
     return record
+
+
+def _random(model: nn.Module, protocol: Protocol) -> bool:
+    """Whether two runs of the same step differ."""
+    return protocol.mode == "train" and any(
+        isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in model.modules()
+    )
 
 
 def _leaks(record: Audit, max_psnr: float) -> tuple[list[str], list[int]]:

@@ -16,9 +16,10 @@ from unbatch.numerics.prior import GaussianPrior
 from unbatch.numerics.softening import kinked
 from unbatch.observation import Observation, shares
 
+LEAST = 1e-100  # noise whose square is a number
 SIGMAS = 6.0  # of the noise's length, by which an update may be off
 ROOM = 1e-6  # that Opacus adds to the norm of a gradient that it clips
-ENTRIES = 2**22  # of a batch of products
+ENTRIES, SMALL = 2**22, 2**16  # of a batch of products; of an update whose products are quicker all at once
 REACH, FALL = 0.1, 5.0  # of a line on which jumps are looked for; what a bend's second difference falls by, at least
 JUMPING = re.compile(
     r"Relu|Hardtanh|MaxPool|Threshold|Clamp|Abs|shrink|L1Loss|Hardsigmoid|Hardswish|^(Max|Min|Amax|Amin|Prelu|Sgn)"
@@ -61,8 +62,11 @@ class Information:
         p, e = self.x.numel(), len(self.sent)
         if not self.back.requires_grad:
             return torch.zeros(p, p).to(self.sent)
-        rows = []
-        for part in torch.split(torch.eye(p).to(self.sent), max(1, ENTRIES // e)):
+        rows, eye = list[Tensor](), torch.eye(p).to(self.sent)
+        for part in torch.split(eye, max(1, ENTRIES // e) if e <= SMALL else 1):
+            if len(part) == 1:
+                rows.append(self.fisher(part[0]).view(1, -1))
+                continue
             u = _batched(self.back, self.free, part.view(-1, *self.x.shape))
             rows.append(_batched(self.sent, self.x, u).flatten(1))
         F = torch.cat(rows)
@@ -74,7 +78,8 @@ def sent(obs: Observation, x: Tensor, y: Tensor, *, create_graph: bool = False) 
     known, protocol = obs.knowledge, obs.protocol
     if "privacy" not in known:
         found = _flat(obs, x, y, create_graph)
-        return _shortened(found, known.clip) if "clip" in known else found
+        clip = known.get("clip", known.get("clip_within"))
+        return found if clip is None else _shortened(found, clip)
     form = reduction(obs.loss, forward(obs.model, x.detach()), y)
     if form is None:
         raise ValueError(
@@ -93,16 +98,21 @@ def sent(obs: Observation, x: Tensor, y: Tensor, *, create_graph: bool = False) 
 
 
 def deviation(obs: Observation) -> float:
-    """Standard deviation of the noise in every entry of the update; 0: none that is known."""
-    return float(obs.knowledge.get("noise", 0.0))
+    """Standard deviation of the noise in every entry of the update, before what changed the noisy update; 0: none known."""
+    return float(obs.knowledge.get("noise_within", obs.knowledge.get("noise", 0.0)))
 
 
 class NoiseAnalysis(BoundAnalysis):
-    """An analysis of what Gaussian noise of known size leaves; it refuses what `sent` does not simulate."""
+    """An analysis of what Gaussian noise of known size leaves; it refuses what `sent` does not simulate.
+
+    What was made of a noisy update without another look at the batch is bounded as that update (data processing).
+    """
 
     def obstacle(self, obs: Observation) -> str | None:
         if not deviation(obs) > 0:
             return "the update carries no Gaussian noise of known size, and without noise nothing bounds an attacker."
+        if deviation(obs) < LEAST:
+            return f"noise of standard deviation {deviation(obs):.3g} is lost in rounding, and bounds nobody."
         known, protocol = obs.knowledge, obs.protocol
         missing = [name for name in ("input_shape", "batch_size") if name not in known]
         if missing:
@@ -111,7 +121,7 @@ class NoiseAnalysis(BoundAnalysis):
             return "batch norm statistics are sent without noise, and nothing bounds what they tell."
         if "mixup" in known:
             return "the client trains on blends of its examples (mixup), which are drawn and not simulated."
-        if "altered" in known:
+        if "altered" in known and "noise_within" not in known:
             return f"the update was changed by {known.altered}, and the bound is one for noise alone."
         steps = max(protocol.steps(size) for size in shares(known.batch_size, known.get("clients", 1)))
         if "privacy" in known and steps and (steps > 1 or protocol.optimiser != "sgd" or protocol.weight_decay):
@@ -121,17 +131,24 @@ class NoiseAnalysis(BoundAnalysis):
     @staticmethod
     def premise(obs: Observation) -> str:
         """What every such bound assumes, in words."""
-        return (
-            f"Gaussian noise of standard deviation {deviation(obs):.3g} in every entry sent, nothing but noise between the "
-            "batch and the update; labels and protocol known to the attacker"
-        )
+        where = "sent, nothing but noise between the batch and the update"
+        if "noise_within" in obs.knowledge:
+            where = (
+                f"of the update before {obs.knowledge.altered} made of it what was sent, without another look at the "
+                "batch, and nothing but noise between the batch and that update"
+            )
+        size = f"Gaussian noise of standard deviation {deviation(obs):.3g} in every entry"
+        return f"{size} {where}; labels and protocol known to the attacker"
 
 
 def fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
     """Raises ValueError: the inputs do not explain the update but for noise of the size that is told, no more and no less.
 
-    What else changes an update may tell more of the inputs than its Fisher information knows.
+    What else changes an update may tell more of the inputs than its Fisher information knows. A noisy update that was
+    changed afterwards is not seen, so there is nothing to compare.
     """
+    if "noise_within" in obs.knowledge:
+        return
     seen = torch.cat([obs.update[k].detach().double().flatten() for k in obs.update])
     double = doubled(obs)
     clean = sent(double, x.double(), y.double() if y.is_floating_point() else y).detach()

@@ -68,6 +68,8 @@ class Knowledge:
     clients: int  # whose updates are summed, under secure aggregation
     clip: float  # l2 norm that the whole update is shortened to before its noise
     altered: str  # the defences that change the update in ways that no simulation of it follows
+    noise_within: float  # standard deviation of every entry of the update before those changed it, looking at it alone
+    clip_within: float  # l2 norm that the whole update was shortened to before that noise
     mixup: float  # alpha of the Beta law by which the client blends its examples
     buffers: Mapping[str, Tensor]  # batch norm statistics, where the protocol sends them: in train mode after the step
     noise: float  # standard deviation of each entry of the update as sent
@@ -114,10 +116,20 @@ class Knowledge:
         """The part of this knowledge that `names` names."""
         return Knowledge(**{name: value for name, value in vars(self).items() if name in names})
 
-    def after(self, defence: str) -> Knowledge:
-        """The same once `defence` has changed the update in a way that `Observation.simulate` does not follow."""
+    def after(self, defence: str, *, alone: bool = False) -> Knowledge:
+        """The same once `defence` has changed the update in a way that `Observation.simulate` does not follow.
+
+        `alone`: it looked at nothing but the update (and drew its own random numbers). What it makes of a noisy update
+        tells no more of the batch than that one, whose noise and clip therefore stay known.
+        """
         told = ", ".join([*([self.altered] if "altered" in self else []), defence])
-        return self.only(*(set(self) - {"clip"})) | Knowledge(altered=told)
+        within = ("noise", "clip") if alone and self.get("noise") and "altered" not in self else ()
+        kept = {f"{name}_within": self.get(name) for name in within if name in self}
+        return self.only(*(set(self) - {"clip"})) | Knowledge(altered=told, **kept)
+
+    def without(self, *names: str) -> Knowledge:
+        """All but what `names` name."""
+        return self.only(*(set(self) - set(names)))
 
     def __or__(self, more: Knowledge) -> Knowledge:
         """Both; where both know a field, the right one's."""

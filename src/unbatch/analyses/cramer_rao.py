@@ -13,10 +13,15 @@ from torch import Tensor
 from unbatch.analysis import Bound
 from unbatch.domain import Images
 from unbatch.information import Information, NoiseAnalysis, deviation, fitted, jumps
-from unbatch.numerics.inverse_trace import inverse_trace, kronecker
+from unbatch.numerics.inverse_diagonal import InverseDiagonal, dense_inverse_diagonal, inverse_diagonal
+from unbatch.numerics.inverse_trace import kronecker
 from unbatch.numerics.least_squares import example_gram
 from unbatch.observation import Observation
 from unbatch.probe import probe
+
+ALWAYS, LARGE = 512, 4096  # unknowns up to which the matrix is formed, the latter within
+WORK = 2**26  # unknowns times entries: about ten seconds of one core
+GREY = 0.75  # of white, the largest standard deviation in a picture where some entries have none
 
 
 @final
@@ -24,16 +29,21 @@ class CramerRao(NoiseAnalysis):
     """Covariance of every unbiased attacker's answer >= sigma^2 (J^T J)^-1, J the Jacobian of the update as sent.
 
     J is with respect to all entries of all inputs of the batch; labels count as known, which only helps the attacker. The
-    value is the root mean square over all entries. Up to `exact` unknowns J^T J is formed; beyond, its inverse's trace is
-    estimated from random probes and conjugate gradients, which too few steps only lower. It does not hold for attackers
-    who know what inputs look like (see `van-trees`), and not where the update jumps as inputs move (relu).
+    value is the root mean square over all entries, infinite where the update does not determine them all; for pictures the
+    standard deviation of every pixel comes as a picture, white where nothing determines it. Up to `exact` unknowns J^T J is
+    formed; beyond, the diagonal of its inverse is estimated from random probes and conjugate gradients, with the standard
+    error of the value and of an entry; too few steps only lower it. It does not hold for attackers who know what inputs
+    look like (see `van-trees`), and not where the update jumps as inputs move (relu).
     """
 
     paper: ClassVar[str] = "Rao, 1945; Cramer, 1946"
 
-    exact: Annotated[int, Field(ge=0, description="unknowns up to which the information matrix is formed")] = 512
-    probes: Annotated[int, Field(ge=2, description="random probes of a larger one")] = 4
-    steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 40
+    exact: Annotated[
+        int | None,
+        Field(ge=0, description="unknowns up to which the matrix is formed; none: 512, or 4,096 for a small update"),
+    ] = None
+    probes: Annotated[int, Field(ge=2, description="random probes of a larger one")] = 8
+    steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 60
 
     def find_bounds(self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
         x, y, whose = probe(obs, at, rng, whole=True)
@@ -41,59 +51,64 @@ class CramerRao(NoiseAnalysis):
             fitted(obs, x, y)
         if why := jumps(obs, x, y, rng):
             raise ValueError(why)
-        variance, how = self._variance(Information(obs, x, y), deviation(obs), rng)
+        info, sigma = Information(obs, x, y), deviation(obs)
         low, high = obs.knowledge.get("input_range", (0.0, 1.0))
-        value = math.sqrt(float(variance.mean())) / (high - low)
-        each = (-10 * (variance.mean(1) / (high - low) ** 2).log10()).sort().values
+        unknowns, entries = x.numel(), len(info.sent)
+        found, how = self._inverse(info, rng)
+        variance = (sigma / (high - low)) ** 2 * found.diagonal.view(len(x), -1)
+        mean = (sigma / (high - low)) ** 2 * found.total / unknowns
         words = f"{self.premise(obs)}. At {whose}, {how}."
-        if len(each) > 1 and bool(each.isfinite().all()):
+        if entries < unknowns or found.lost:
+            mean, determined = math.inf, variance[variance.isfinite()]
+            if len(determined):
+                rest = -10 * math.log10(max(float(determined.mean()), 1e-300))
+                words += f" The {len(determined):,} entries that it does determine: {rest:.1f} dB."
+        elif len(x) > 1:
+            each = (-10 * variance.mean(1).clamp_min(1e-300).log10()).sort().values
             words += f" Example by example {each[0]:.1f} to {each[-1]:.1f} dB."
-        shown = "" if how != "exact" else _map(variance, tuple(x.shape[1:]))
-        bound = Bound.of("Cramer-Rao", value, "unbiased", words, self.paper)
-        return [bound.model_copy(update={"picture": shown})]
+        bound = Bound.of("Cramer-Rao", math.sqrt(max(mean, 0.0)), "unbiased", words, self.paper)
+        error = found.spread / (2 * found.total) * bound.value if math.isfinite(mean) and found.total > 0 else 0.0
+        return [bound.model_copy(update={"picture": _map(variance, tuple(x.shape[1:])), "error": error})]
 
-    def _variance(self, at: Information, sigma: float, rng: torch.Generator) -> tuple[Tensor, str]:
-        """The least variance [n, d] of every entry, and how it was computed."""
-        like = at.x.detach().flatten(1)
-        if len(at.sent) < like.numel():
-            few = f"{len(at.sent):,} entries are sent for {like.numel():,} unknowns, and no unbiased attacker exists"
-            return torch.full_like(like, math.inf), few
-        if like.numel() <= self.exact:
-            inverse, lost = _diagonal(at)
-            if lost:
-                how = f"the update does not determine {lost} of the {like.numel():,} unknowns: no unbiased attacker exists"
-                return sigma**2 * inverse.view_as(like), how
-            return sigma**2 * inverse.view_as(like), "exact"
-        gram = example_gram(at.push, like, len(at.sent), rng)
-        solve = kronecker(gram, torch.ones(like.shape[1]).to(like), 0.0)
-        found = inverse_trace([[at.fisher]], like, rng, probes=self.probes, precondition=solve, steps=self.steps)
-        shares = found.diagonal.sum(1).clamp_min(1e-300)  # example by example, scaled to the trace
-        each = shares / shares.sum() * found.value / like.shape[1]
-        how = f"from {self.probes} random probes (standard error of the variance {found.error / found.value:.1%})"
-        return sigma**2 * each[:, None].expand_as(like), how
-
-
-def _diagonal(at: Information) -> tuple[Tensor, int]:
-    """Of (J^T J)^-1 [n d], infinite at entries that move in J's null space, and the dimension of that.
-
-    Eigenvectors of J^T J below its own rounding are told apart by J itself, whose rounding is that of a square root.
-    """
-    F = at.matrix()
-    values, V = torch.linalg.eigh(F)
-    size = len(F) * torch.finfo(F.dtype).eps
-    weak = values <= size * values[-1]
-    if weak.any():
-        _, s, W = torch.linalg.svd(torch.stack([at.push(v) for v in V[:, weak].T], 1), full_matrices=False)
-        values[weak], V[:, weak] = s.square(), V[:, weak] @ W.T
-    lost = values <= (10 * size) ** 2 * values.max()
-    inverse = (V[:, ~lost].square() / values[~lost]).sum(1)
-    moved = V[:, lost].square().sum(1) > torch.finfo(F.dtype).eps
-    return torch.where(moved, torch.inf, inverse), int(lost.sum())
+    def _inverse(self, at: Information, rng: torch.Generator) -> tuple[InverseDiagonal, str]:
+        """diag (J^T J)^-1 [n, d], and how it was computed, in words."""
+        like, entries = at.x.detach().flatten(1), len(at.sent)
+        unknowns = like.numel()
+        most = LARGE if unknowns * entries <= WORK else ALWAYS
+        none = "no unbiased attacker exists"
+        few = f"{entries:,} entries are sent for {unknowns:,} unknowns, and {none}" if entries < unknowns else ""
+        if unknowns <= (most if self.exact is None else self.exact):
+            found = dense_inverse_diagonal(at.matrix(), at.push)
+            lost = f"the update does not determine {found.lost} of the {unknowns:,} unknowns: {none}"
+            return found, few or (lost if found.lost else "exact")
+        solve = kronecker(example_gram(at.push, like, entries, rng), torch.ones(1).to(like), 0.0)
+        start = solve(torch.eye(len(like)).to(like)).diagonal()[:, None].expand_as(like)
+        found = inverse_diagonal(
+            at.fisher, like, rng, probes=self.probes, precondition=solve, start=start, steps=self.steps
+        )
+        if found.lost:
+            moved = int(found.diagonal.isinf().sum())
+            lost = f"the update leaves {moved:,} of the {unknowns:,} unknowns open (about {found.lost:,} directions)"
+            return found, few or f"{lost}: {none}"
+        one = float((found.error / found.diagonal.abs().clamp_min(1e-300)).median())
+        how = f"from {self.probes} random probes (standard error of the variance {found.spread / found.total:.1%}, of "
+        how += f"one entry's {one:.0%} in the median)"
+        if found.open:
+            how += (
+                f"; {self.steps} conjugate-gradient steps leave {found.open:.2%} of a random direction open, and what "
+                "hides there makes the least variance larger"
+            )
+        return found, few or how
 
 
 def _map(variance: Tensor, shape: tuple[int, ...]) -> str:
-    """The least standard deviation of every pixel, examples side by side."""
+    """The least standard deviation of every pixel, examples side by side; white where nothing determines it."""
     if len(shape) != 3 or shape[0] not in (1, 3):
         return ""
-    pixels = torch.cat(list(variance.sqrt().view(-1, *shape)[:8]), 2)
-    return Images(shape=tuple(pixels.shape), low=0.0, high=float(pixels.max())).render(pixels)
+    pixels = torch.cat(list(variance.clamp_min(0).sqrt().view(-1, *shape)[:8]), 2)
+    finite = pixels[pixels.isfinite()]
+    top = float(finite.max()) if len(finite) else 0.0
+    high = top if len(finite) == pixels.numel() else top / GREY
+    return Images(shape=tuple(pixels.shape), low=0.0, high=high or 1.0).render(
+        pixels.nan_to_num(posinf=2 * high or 1.0)
+    )

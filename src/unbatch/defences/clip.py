@@ -43,7 +43,7 @@ class Clip(Defence):
         if self.norm is None:
             return known
         if {"noise", "privacy", "altered"} & set(known):
-            return known.only(*(set(known) - {"noise"})).after(str(self))
+            return known.after(str(self), alone=True).without("noise")
         return known | Knowledge(clip=min(self.norm, known.get("clip", self.norm)))
 
     def expected(self, clean: Update) -> Update:

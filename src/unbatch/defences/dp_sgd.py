@@ -32,7 +32,10 @@ class DpSgd(Defence):
     random: ClassVar[bool] = True
     identity: ClassVar[str] = "dp-sgd:clip=none,noise_multiplier=0"
 
-    clip: Annotated[float | None, Field(gt=0, description="largest l2 norm of one example's gradient; none: off")] = 1.0
+    clip: Annotated[
+        float | None,
+        Field(gt=0, allow_inf_nan=False, description="largest l2 norm of one example's gradient; none: off"),
+    ] = 1.0
     noise_multiplier: Annotated[
         float,
         Field(ge=0, allow_inf_nan=False, description="standard deviation of the summed gradient's noise over clip"),
@@ -72,6 +75,8 @@ class DpSgd(Defence):
         told = Knowledge(privacy=self.privacy())
         if "clip" in known:  # its noise is in the training, and shortened with the update
             known = known.after(f"clip:norm={known.clip:g}")
+        if "clip_within" in known:  # the same, under noise that something around it changed
+            known = known.without("noise_within", "clip_within")
         n, local = known.get("batch_size"), known.get("local_steps", 0) or known.get("epochs") or 0
         one = known.get("local_steps", 0) == 1 and known.get("optimiser", "sgd") == "sgd"
         if n is None or not self.noise_multiplier or (local and not one):

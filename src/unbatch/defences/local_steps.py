@@ -56,7 +56,7 @@ class LocalSteps(Defence):
             return known
         numbers = self._protocol(Protocol())
         told = {k: v for k, v in numbers if v is not None and k not in ("weight_decay", "mode")}
-        stale = PROTOCOL_FIELDS | ({"noise"} if "privacy" in known else set())
+        stale = PROTOCOL_FIELDS | ({"noise", "noise_within"} if "privacy" in known else set())
         return known.only(*(set(known) - stale), "weight_decay", "mode") | Knowledge(**told)
 
     def _protocol(self, protocol: Protocol) -> Protocol:

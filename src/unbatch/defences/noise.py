@@ -46,7 +46,7 @@ class Noise(Defence):
         if not self.sigma:
             return known
         if self.relative:  # the server does not know the update's size, so not the whole noise either
-            return known.only(*(set(known) - {"noise"})).after(str(self))
+            return known.after(str(self), alone=True).without("noise")
         return known | Knowledge(noise=math.hypot(known.get("noise", 0.0), self.sigma))
 
     def log_prob(self, seen: Update, clean: Update) -> Tensor | None:

@@ -26,7 +26,7 @@ class Prune(Defence):
         return lambda round_: self.expected(step(round_))
 
     def public(self, known: Knowledge) -> Knowledge:
-        return known.after(str(self)) if self.share else known
+        return known.after(str(self), alone=True) if self.share else known
 
     def expected(self, clean: Update) -> Update:
         sizes = torch.cat([u.detach().abs().flatten() for u in clean.values()])

@@ -45,7 +45,7 @@ class Quantise(Defence):
         return quantised
 
     def public(self, known: Knowledge) -> Knowledge:
-        return known if self.bits is None else known.after(str(self))
+        return known if self.bits is None else known.after(str(self), alone=True)
 
     def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
         """log P(clean + e is rounded to seen), entry by entry, with e logistic and of scale s / BLUR.

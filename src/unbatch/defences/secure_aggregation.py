@@ -48,11 +48,13 @@ class SecureAggregation(Defence):
     def public(self, known: Knowledge) -> Knowledge:
         if "clip" in known and self.clients > 1:  # of each client's own update
             known = known.after(f"clip:norm={known.clip:g}")
+        if self.clients > 1:  # what changed each client's update does not act on the sum
+            known = known.without("noise_within", "clip_within")
         summed = known | Knowledge(clients=self.clients)
         if "noise" not in known:
             return summed
         if "privacy" in known and self.clients > 1:  # dp-sgd within divides by each share's size; around, it is told
-            return summed.only(*(set(summed) - {"noise"}))
+            return summed.without("noise")
         return summed | Knowledge(noise=known.noise * math.sqrt(self.clients))  # every client added its own
 
     def likelihood(self, inner: Likelihood | None, seen: Update) -> Likelihood | None:
