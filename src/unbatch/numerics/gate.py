@@ -81,7 +81,7 @@ def gate(mixture: Mixture, z: Tensor, rng: torch.Generator) -> Gate | None:
     found, size = Gate(on, slope, reach), float(slope.abs().max())
     alone = bool(((seen - ratio[:, :, None] * on).norm(dim=2) <= ALIKE * power.sqrt() * max(size, 1.0)).all())
     if not alone or float(slope.diff().abs().max()) > JUMP * float(slope.max() - slope.min()):
-        return None  # false for NaN too: a neuron that no residual reaches
+        return None  # as is a layer with a neuron that no residual reaches, whose ratio is NaN
     alike = (ratio - found(before)[0]).abs().max() <= JUMP * size
     return found if bool(alike) else None
 

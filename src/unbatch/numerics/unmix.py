@@ -16,7 +16,7 @@ from torch import Tensor
 from unbatch.numerics.certificate import radius
 from unbatch.numerics.descent import Descent
 from unbatch.numerics.equation import accept, choose_labels, choose_targets, explained, placed, polish
-from unbatch.numerics.gate import Gate, approach, gate
+from unbatch.numerics.gate import approach, gate
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, label_misfits
 from unbatch.numerics.pattern import NEAR, Switches, apart, finish, relax, switches
@@ -104,7 +104,6 @@ def by_polish(
     rest, z, y = whole, whole.U.new_zeros(0, whole.n), None
     log: list[dict[str, object]] = []
     guesses, misses, times, once = z, 0, 1, classes
-    gates: dict[str, Gate | None] = {}
     while rest.n and tick(1 - rest.n / whole.n):
         if misses == attempts * len(starts):
             if times == copies or not whole.classes:
@@ -119,10 +118,8 @@ def by_polish(
         else:
             tried = rest.scaled(start(rest, rng))
             tried = placed(rest, tried, classes) if rest.ones is None else tried
-            if name not in gates:
-                gates[name] = gate(rest, tried, rng)
-            if (found := gates[name]) is not None and rest.n > FEW:
-                tried = nearest(rest, approach(rest, found, tried, choose_labels(rest, tried, classes)), classes)
+            if rest.n > FEW and (ties := gate(rest, tried, rng)) is not None:
+                tried = nearest(rest, approach(rest, ties, tried, choose_labels(rest, tried, classes)), classes)
             tried, spare = tried.tensor_split([max(GUESSES, rest.n // 4)])
         labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
         tried, labels, _ = polish(rest, tried, labels, steps=40, gain=0.002)
