@@ -153,7 +153,7 @@ def test_random_rounding_is_as_likely_as_it_is_frequent() -> None:
 def test_noise_round_a_clipped_update_is_read_through_the_clip() -> None:
     obs, x, y = exchange("noise:sigma=1e-9", "clip:norm=0.05")
     search = Search(obs, y)
-    off = search.flat(search.seen) - search(x.flatten(1)).detach()
+    off = search.seen - search(x.flatten(1)).detach()
     assert float(off.abs().max()) < 1e-7
     assert search.law.rescales(obs.update)
 

@@ -16,12 +16,46 @@ from unbatch.progress import tick
 RANKS = 16  # looked through where the batch size is not known
 
 
+def averaged(obs: Observation) -> Observation:
+    """One exchange of the mean over all rounds, where they are at the same parameters; `obs` as it is otherwise.
+
+    An entry's mean is over the rounds that show it. The draws' spread s, of which v^2 / s^2 is seen to vary from round to
+    round, becomes s sqrt(1 - v^2 / s^2 + v^2 / (T s^2)): rounding that errs in the same way every time stays.
+    """
+    rounds, law, sigma = obs.exchanges, Likelihood.of(obs.knowledge), float(obs.knowledge.get("noise", 0.0))
+    T = len(rounds)
+    if T == 1 or any(one.model is not obs.model for one in rounds):
+        return obs
+    weighed = law or (Likelihood.gaussian(sigma) if sigma else None)
+    update, varied, declared = dict[str, Tensor](), 0.0, 0.0
+    weights = [weighed.weights(one.update) if weighed else {} for one in rounds]
+    for name, last in obs.update.items():
+        seen = torch.stack([one.update[name].double() for one in rounds])
+        w = torch.stack([each[name].double() for each in weights]) if weighed else torch.ones_like(seen)
+        mean = (w * seen).sum(0) / w.sum(0).clamp_min(1e-300)
+        update[name] = mean.to(last)
+        whole = (w > 0).all(0)
+        varied += float(((seen - mean).square().sum(0) / (T - 1))[whole].sum())
+        declared += weighed.spread(obs.update)[name] ** 2 * int(whole.sum()) if weighed else 0.0
+    part = min(varied / declared, 1.0) if declared else 0.0
+    shrunk = (1 - part + part / T) ** 0.5
+    known = obs.knowledge.only(*(set(obs.knowledge) - {"earlier"}))
+    known |= Knowledge(noise=shrunk * sigma) if sigma else Knowledge()
+    if law is not None:
+        spread = law.spread
+        known |= Knowledge(log_prob=replace(law, spread=lambda u: {k: shrunk * s for k, s in spread(u).items()}))
+    return replace(obs, update=update, knowledge=known)
+
+
 def restored(obs: Observation, *, lowest: bool = False) -> Observation:
-    """`obs` with the first dense layer's unseen entries filled, and what is drawn told as noise; itself without a law.
+    """`obs`, `averaged`, with the first dense layer's unseen entries filled, and what is drawn told as noise.
+
+    Without a law nothing is known of either.
 
     [dL/dW, dL/db] has the rank of the batch size n: n (m + d) numbers, fewer than are seen where n is small. With `lowest`
     entries that carry noise, too, become those of the nearest matrix of that rank.
     """
+    obs = averaged(obs)
     law = Likelihood.of(obs.knowledge)
     if law is None:
         return obs
@@ -32,7 +66,8 @@ def restored(obs: Observation, *, lowest: bool = False) -> Observation:
 
 
 def unseen(obs: Observation) -> dict[str, Tensor]:
-    """Which entries of the update say nothing, under the law that is known; none without one."""
+    """Which entries of the update, `averaged`, say nothing, under the law that is known; none without one."""
+    obs = averaged(obs)
     law = Likelihood.of(obs.knowledge)
     if law is None:
         return {name: torch.zeros_like(t, dtype=torch.bool) for name, t in obs.update.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unbatch.analysis import Bound
 from unbatch.domain import Images
-from unbatch.information import Information, NoiseAnalysis, deviation, fitted, jumps
+from unbatch.information import Information, NoiseAnalysis, deviation, fitted, joined, jumps
 from unbatch.numerics.inverse_trace import inverse_trace, kronecker
 from unbatch.numerics.least_squares import example_gram
 from unbatch.observation import Observation
@@ -26,10 +26,13 @@ class CramerRao(NoiseAnalysis):
     J is with respect to all entries of all inputs of the batch; labels count as known, which only helps the attacker. The
     value is the root mean square over all entries. Up to `exact` unknowns J^T J is formed; beyond, its inverse's trace is
     estimated from random probes and conjugate gradients, which too few steps only lower. It does not hold for attackers
-    who know what inputs look like (see `van-trees`), and not where the update jumps as inputs move (relu).
+    who know what inputs look like (see `van-trees`), and not where the update jumps as inputs move (relu). The information
+    of several rounds adds up, at the parameters that each had: T rounds at the same ones divide the variance by T.
     """
 
     paper: ClassVar[str] = "Rao, 1945; Cramer, 1946"
+
+    follows: ClassVar[bool] = True
 
     exact: Annotated[int, Field(ge=0, description="unknowns up to which the information matrix is formed")] = 512
     probes: Annotated[int, Field(ge=2, description="random probes of a larger one")] = 4
@@ -41,7 +44,8 @@ class CramerRao(NoiseAnalysis):
             fitted(obs, x, y)
         if why := jumps(obs, x, y, rng):
             raise ValueError(why)
-        variance, how = self._variance(Information(obs, x, y), deviation(obs), rng)
+        told = joined(obs)
+        variance, how = self._variance(Information(told, x, y), deviation(told), rng)
         low, high = obs.knowledge.get("input_range", (0.0, 1.0))
         value = math.sqrt(float(variance.mean())) / (high - low)
         each = (-10 * (variance.mean(1) / (high - low) ** 2).log10()).sort().values
