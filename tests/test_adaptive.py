@@ -220,7 +220,8 @@ def test_a_benchmark_that_was_cut_short_goes_on(tmp_path: Path) -> None:
         "batches": 1,
         "seconds": 0.5,
         "problems": {"unmix": "digits:batch=2,activation=gelu,width=60"},
-        "defences": [("clip:norm=0.1",), ("prune:share=0.5",)],
+        "defences": [("clip:norm=0.1",)],
+        "again": [(("noise:sigma=1e-4",), {"rounds": 3})],
     }
     measured = find("adaptive").run(out=tmp_path, **some)
     path = tmp_path / "adaptive.json"
@@ -231,5 +232,6 @@ def test_a_benchmark_that_was_cut_short_goes_on(tmp_path: Path) -> None:
     path.write_text(json.dumps(record | {"complete": False, "rows": [first]}))
     again = find("adaptive").run(out=tmp_path, **some)
     assert again[0] == json.loads(json.dumps(first))
-    assert [row["defence"] for row in again] == [["clip:norm=0.1"], ["prune:share=0.5"]]
+    assert [row["defence"] for row in again] == [["clip:norm=0.1"], ["noise:sigma=1e-4"]]
+    assert [row["rounds"] for row in again] == [{}, {"rounds": 3}]
     assert json.loads(path.read_text())["complete"]

@@ -11,7 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from unbatch.numerics.least_squares import System, conjugate_gradients, example_gram, levenberg_marquardt
+from unbatch.numerics.least_squares import (
+    Cost,
+    Residual,
+    System,
+    conjugate_gradients,
+    example_gram,
+    levenberg_marquardt,
+    squares,
+)
 from unbatch.observation import Knowledge, Observation
 from unbatch.progress import tick
 from unbatch.protocol import Update
@@ -125,8 +133,9 @@ class Search:
             errors.append(filled({k: math.hypot(spread[k], eps * rms[k]) for k in seen}))
             allowed.append(filled({k: math.hypot(EXPLAINED * spread[k], ROUNDED * eps * rms[k]) for k in seen}))
         self.seen, self.errors, self.allowed = self.flat(self.updates), self.flat(errors), self.flat(allowed)
-        bends = self.flat([law.slope(seen, seen)[2] for seen in self.updates])
-        self.weights = bends / bends.max() if bool(bends.any()) else torch.ones_like(bends)
+        self.bend = self.cost(self.seen)[2]
+        self.weights = self.bend / self.bend.max() if bool(self.bend.any()) else torch.ones_like(self.bend)
+        self.told = (self.weights > 0) & (self.errors > 0)
 
     def __call__(self, point: Tensor, /, *, create_graph: bool = False) -> Tensor:
         """What is expected of the updates of inputs [n, d], flat [N]; computed once for rounds at the same parameters."""
@@ -137,6 +146,15 @@ class Search:
                 clean = one.simulate(inputs, self.labels, create_graph=create_graph)
                 made[one.model] = self.law.expected(clean)
         return self.flat([made[one.model] for one in self.rounds])
+
+    def off(self, point: Tensor, /, *, create_graph: bool = False) -> Tensor:
+        """How far that is from what was seen, in units of an entry's spread; 0 where nothing was seen."""
+        off = (self(point, create_graph=create_graph) - self.seen) / self.errors.clamp_min(1e-300)
+        return torch.where(self.told, off, 0.0)
+
+    def even(self, point: Tensor) -> bool:
+        """Whether the likelihood is as curved at inputs [n, d] as at what was seen: it is that of Gaussian noise."""
+        return torch.allclose(self.cost(self(point).detach())[2], self.bend, rtol=1e-3)
 
     def flat(self, updates: Sequence[Update]) -> Tensor:
         found: Tensor = torch.cat([update[name].flatten() for update in updates for name in self.updates[0]])
@@ -160,9 +178,8 @@ class Search:
         are not taken to be negative, and are made a covariance by leaving out negative eigenvalues, which only adds to it.
         """
         T = len(self.rounds)
-        told = (self.weights > 0) & (self.errors > 0)
-        z = torch.where(told, off / self.errors.clamp_min(1e-300), 0.0).view(T, -1)
-        power = float(z.square().sum()) / max(int(told.sum()) - unknowns, 1)
+        z = torch.where(self.told, off / self.errors.clamp_min(1e-300), 0.0).view(T, -1)
+        power = float(z.square().sum()) / max(int(self.told.sum()) - unknowns, 1)
         gram = z @ z.T + power * unknowns / T
         size = gram.diagonal().clamp_min(1e-300).sqrt()
         values, V = torch.linalg.eigh((gram / torch.outer(size, size)).clamp(0.0, 1.0))
@@ -171,18 +188,22 @@ class Search:
 
 
 def refine(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generator, *, steps: int = 20) -> Tensor:
-    """`inputs` [n, *shape], all of the batch, moved to where the update is likeliest; as they are, if they are already.
+    """`inputs` [n, *shape], all of the batch, moved to where the updates are likeliest; as they are, if they are already.
 
-    Levenberg-Marquardt with the likelihood's own curvature. Under small Gaussian noise it meets the Cramer-Rao bound.
+    Levenberg-Marquardt with the likelihood's own curvature; where that is not the same everywhere, as under rounding, whose
+    law is flat within and steep beyond a level, after least squares in units of the spread. Under small Gaussian noise it
+    meets the Cramer-Rao bound.
     """
-    search, start = Search(obs, labels), inputs.to(obs.device).double().flatten(1)
-    found = levenberg_marquardt(
-        search, start, rng, steps=steps, inner=60, damping=1e-3, tolerance=1e-3, gain=1e-6, cost_of=search.cost
-    )
-    best = start
-    for _, best in found:  # noqa: B007
-        if not tick(0.0):
-            break
+    search, best = Search(obs, labels), inputs.to(obs.device).double().flatten(1)
+    stages: list[tuple[Residual, Cost]] = [(search, search.cost)]
+    for residual, cost_of in stages if search.even(best) else [(search.off, squares), *stages]:
+        found = levenberg_marquardt(
+            residual, best, rng, steps=steps, inner=60, damping=1e-3, tolerance=1e-3, gain=1e-6, cost_of=cost_of
+        )
+        for _, point in found:
+            best = point
+            if not tick(0.0):
+                return best.reshape(inputs.shape)
     return best.reshape(inputs.shape)
 
 
