@@ -19,7 +19,7 @@ from unbatch.information import Information, joined
 from unbatch.likelihood import radius, refine
 from unbatch.numerics.subsampled_gaussian import information
 from unbatch.observation import Earlier, Privacy
-from unbatch.restoration import averaged
+from unbatch.restoration import averaged, clearest
 from unbatch.unknowns import Unknowns
 
 RANGE = Knowledge(input_range=(0.0, 1.0))
@@ -217,6 +217,16 @@ def test_rounds_at_other_parameters_are_fitted_jointly() -> None:
     assert sum(last) / 4 > 2
 
 
+def test_pruned_rounds_are_searched_within_the_span_of_what_completes_them() -> None:
+    obs, x, _ = exchange("prune:share=0.2", rounds=3, rate=0.3, dtype=torch.float64)
+    small = Unknowns.of(obs, "default").reduced(rng())
+    assert small is not None
+    assert small.span is not None
+    assert len(small.seen) == len(small.roots) == 3 * len(obs.update)
+    outside = x - x @ small.span.rows.T @ small.span.rows
+    assert float(outside.norm() / x.norm()) < 1e-3
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_a_search_looks_at_all_rounds_within_the_span_of_all_of_them(rate: float) -> None:
     obs, x, y = exchange("noise:sigma=1e-6", rounds=4, rate=rate, dtype=torch.float64)
@@ -244,6 +254,22 @@ def test_what_is_read_directly_is_the_mean_with_the_spread_that_is_left(law: str
     assert "earlier" not in mean.knowledge
     moved, _, _ = exchange(law, rounds=4, rate=0.1)
     assert averaged(moved) is moved
+
+
+@pytest.mark.parametrize("rate", [2.0, -2.0])
+def test_of_rounds_at_other_parameters_the_one_with_the_largest_update_is_read(rate: float) -> None:
+    """A server that goes on shrinks the gradient, round by round; the other way round it grows."""
+    obs, _, _ = exchange(NOISE, rounds=4, rate=abs(rate))
+    if rate < 0:  # the same rounds, told in the opposite order
+        first, *others = obs.exchanges
+        past = [Earlier(state=one.model.state_dict(), update=one.update) for one in reversed(others)]
+        obs = replace(first, knowledge=first.knowledge | Knowledge(earlier=past))
+    read = clearest(obs)
+    sizes = [sum(float(u.square().sum()) for u in one.update.values()) for one in obs.exchanges]
+    best = obs.exchanges[sizes.index(max(sizes))]
+    assert all(torch.equal(read.update[k], best.update[k]) for k in best.update)
+    assert all(torch.equal(a, b) for a, b in zip(read.model.parameters(), best.model.parameters(), strict=True))
+    assert sizes.index(max(sizes)) == (0 if rate > 0 else 3)
 
 
 def test_an_attacker_who_does_not_know_earlier_rounds_sees_the_last_one() -> None:

@@ -18,7 +18,7 @@ from unbatch.numerics.label_counts import impulse, label_counts
 from unbatch.numerics.matching import norm_squared
 from unbatch.observation import Knowledge, Observation
 from unbatch.reduction import Reduction, reduce
-from unbatch.restoration import averaged, restored
+from unbatch.restoration import averaged, each_restored
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Unknowns:
 
     def reduced(self, rng: torch.Generator) -> Unknowns | None:
         """The same problem for inputs in the span of the first layer's update; starts keep their size and their middle."""
-        span = reduce(restored(self.obs), rng)
+        span = reduce(each_restored(self.obs), rng)
         if span is None:
             return None
         small = [t for one in span.obs.exchanges for t in one.update.values()]
