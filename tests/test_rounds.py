@@ -256,7 +256,7 @@ def test_what_is_read_directly_is_the_mean_with_the_spread_that_is_left(law: str
     assert averaged(moved) is moved
 
 
-@pytest.mark.parametrize("rate", [2.0, -2.0])
+@pytest.mark.parametrize("rate", [0.1, -0.1])
 def test_of_rounds_at_other_parameters_the_one_with_the_largest_update_is_read(rate: float) -> None:
     """A server that goes on shrinks the gradient, round by round; the other way round it grows."""
     obs, _, _ = exchange(NOISE, rounds=4, rate=abs(rate))

@@ -37,7 +37,7 @@ DEFENCES = (
 AGAIN: tuple[tuple[tuple[str], Rules], ...] = (
     tuple(  # a defence, and what the protocol says of rounds of the same batch
         ((defence,), rules)
-        for defence in ("noise:sigma=1e-3", "quantise:bits=8")
+        for defence in ("noise:sigma=1e-4", "quantise:bits=8")
         for rules in ({"rounds": 4}, {"rounds": 16}, {"rounds": 4, "server_rate": 0.1})
     )
 )
