@@ -153,7 +153,7 @@ def test_random_rounding_is_as_likely_as_it_is_frequent() -> None:
 def test_noise_round_a_clipped_update_is_read_through_the_clip() -> None:
     obs, x, y = exchange("noise:sigma=1e-9", "clip:norm=0.05")
     search = Search(obs, y)
-    off = search.flat(search.seen) - search(x.flatten(1)).detach()
+    off = search.seen - search(x.flatten(1)).detach()
     assert float(off.abs().max()) < 1e-7
     assert search.law.rescales(obs.update)
 
@@ -235,7 +235,8 @@ def test_a_benchmark_that_was_cut_short_goes_on(tmp_path: Path) -> None:
         "batches": 1,
         "seconds": 0.5,
         "problems": {"unmix": "digits:batch=2,activation=gelu,width=60"},
-        "defences": [("clip:norm=0.1",), ("prune:share=0.5",)],
+        "defences": [("clip:norm=0.1",)],
+        "again": [(("noise:sigma=1e-4",), {"rounds": 3})],
     }
     measured = find("adaptive").run(out=tmp_path, **some)
     path = tmp_path / "adaptive.json"
@@ -246,5 +247,6 @@ def test_a_benchmark_that_was_cut_short_goes_on(tmp_path: Path) -> None:
     path.write_text(json.dumps(record | {"complete": False, "rows": [first]}))
     again = find("adaptive").run(out=tmp_path, **some)
     assert again[0] == json.loads(json.dumps(first))
-    assert [row["defence"] for row in again] == [["clip:norm=0.1"], ["prune:share=0.5"]]
+    assert [row["defence"] for row in again] == [["clip:norm=0.1"], ["noise:sigma=1e-4"]]
+    assert [row["rounds"] for row in again] == [{}, {"rounds": 3}]
     assert json.loads(path.read_text())["complete"]

@@ -22,6 +22,7 @@ _HOME = {
     "Case": "case",
     "Defence": "defence",
     "Domain": "domain",
+    "Earlier": "observation",
     "Guarantee": "attack",
     "Images": "domain",
     "Knowledge": "observation",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from unbatch.harden import harden as harden
     from unbatch.layer import LayerRule as LayerRule
     from unbatch.metric import Metric as Metric
+    from unbatch.observation import Earlier as Earlier
     from unbatch.observation import Knowledge as Knowledge
     from unbatch.observation import Observation as Observation
     from unbatch.observation import Reconstruction as Reconstruction

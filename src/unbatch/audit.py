@@ -30,13 +30,15 @@ from unbatch.judge import Judge
 from unbatch.loss import identify
 from unbatch.metric import Metric
 from unbatch.network import forward
-from unbatch.observation import Knowledge, Observation, Reconstruction
+from unbatch.observation import Earlier, Knowledge, Observation, Reconstruction
 from unbatch.progress import Watch, watching
 from unbatch.results import Audit, Budget, Client, MetricInfo, Remedy, Run
 from unbatch.suites import suite
 from unbatch.truth import Truth
 
 Sink = Callable[[Audit], None]
+ADAPTIVE = {"log_prob", "earlier"}  # knowledge without which an attack is run as well
+
 Target = Setting | Case | Observation | Sequence[Setting]
 
 
@@ -63,8 +65,8 @@ def audit(
     default to the latest suite, `metrics` and `analyses` to all that apply. Each of `remedies` is tried in a second
     audit with that defence outermost, and summed up beside the first. `budget` is seconds for each run of an
     attack. `sink` is called with the audit after each finished run; `resume` is an earlier audit of the same setting
-    whose finished runs are kept. An attack that takes a defence's likelihood runs twice where one is known, without it
-    and with it. `watch` hears the progress of each run and can stop it; `announce` hears its name.
+    whose finished runs are kept. An attack that takes a defence's likelihood, or earlier rounds, runs twice where they are
+    known, without and with. `watch` hears the progress of each run and can stop it; `announce` hears its name.
     Raises ValueError: unknown plugin or option, or `resume` is of something else.
     """
     plan = _Plan(setting, truth, attacks, defences, metrics, analyses, device)
@@ -206,6 +208,8 @@ class _Plan:
         digest = hashlib.sha256()
         for obs, truth in self.exchanges:
             held = [*obs.update.values(), *obs.model.state_dict().values()]
+            for past in obs.knowledge.get("earlier", ()):
+                held += [*past.update.values(), *past.state.values()]
             held += [truth.inputs, truth.labels] if truth is not None else []
             for tensor in held:
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -233,14 +237,14 @@ class _Plan:
         )
 
     def ways(self, index: int, attack: Attack) -> tuple[bool, ...]:
-        """Without the defence's likelihood, and with it, where there is one that the attack takes."""
+        """Without the defence's likelihood and earlier rounds, and with them, where the attack takes what there is."""
         known = self.exchanges[index][0].knowledge
-        return (False, True) if "log_prob" in known and "log_prob" in attack.needs | attack.uses else (False,)
+        return (False, True) if ADAPTIVE & set(known) & (attack.needs | attack.uses) else (False,)
 
     def blank(self, index: int, attack: Attack, seed: int, adaptive: bool) -> Run:
         """A run to be filled."""
         known, taken = set(self.exchanges[index][0].knowledge), attack.needs | attack.uses
-        known -= set() if adaptive else {"log_prob"}
+        known -= set() if adaptive else ADAPTIVE
         return Run(
             client=index,
             attack=str(attack),
@@ -265,7 +269,7 @@ class _Plan:
                 obs, truth = self._planted(index, attack, seed)
             with watching(watch):
                 watch.cut_short = False
-                obs = obs if run.adaptive else obs.only(*(set(obs.knowledge) - {"log_prob"}))
+                obs = obs if run.adaptive else obs.only(*(set(obs.knowledge) - ADAPTIVE))
                 found = certify(obs, attack(obs, seed=seed))
             if found.inputs is not None and found.labels is not None and not found.layer and _certain(found):
                 self.explained = found.inputs, found.labels
@@ -381,4 +385,6 @@ def _words(value: object) -> str:
         return f"{value.tolist()}" if value.numel() <= 64 else f"{tuple(value.shape)} numbers"
     if callable(value):
         return "a function"
+    if isinstance(value, tuple) and value and isinstance(value[0], Earlier):
+        return f"{len(value)} earlier round{'s' * (len(value) > 1)}"
     return str(value) if not isinstance(value, dict) else f"{len(value)} tensors"

@@ -1,4 +1,7 @@
-"""Bundle: one captured exchange in one safetensors file (docs/bundle-format.md). Never pickle; nothing in it is run."""
+"""Bundle: one captured exchange, and earlier rounds of its batch, in one safetensors file (docs/bundle-format.md).
+
+Never pickle; nothing in it is run.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from unbatch.files import write_atomically
 from unbatch.loss import Loss
-from unbatch.observation import FIELDS, Knowledge, Observation, Privacy
+from unbatch.observation import FIELDS, Earlier, Knowledge, Observation, Privacy
 
 FORMAT, SCHEMA = "unbatch-observation", "1"
 _CALLABLES = {"log_prob"}
@@ -29,6 +32,10 @@ def write(obs: Observation, path: Path) -> None:
         value = obs.knowledge.get(name)
         if name == "buffers":
             tensors |= {f"buffers/{key}": tensor for key, tensor in value.items()}
+        elif name == "earlier":
+            for number, past in enumerate(value):
+                tensors |= {f"earlier/{number}/update/{key}": tensor for key, tensor in past.update.items()}
+                tensors |= {f"earlier/{number}/state/{key}": tensor for key, tensor in past.state.items()}
         elif isinstance(value, Tensor):
             tensors[f"knowledge/{name}"] = value
         elif name not in _CALLABLES:
@@ -70,12 +77,14 @@ def read(path: Path, *, model: nn.Module, loss: Loss) -> Observation:
     wrong = sorted((set(facts) | set(known)) - set(FIELDS))
     if wrong:
         raise ValueError(f"{path} claims knowledge of {', '.join(wrong)}; fields are {', '.join(FIELDS)}.")
-    buffers = _part(tensors, "buffers/")
+    buffers, earlier = _part(tensors, "buffers/"), _earlier(_part(tensors, "earlier/"), path)
     return Observation(
         model=private,
         loss=loss,
         update={name: tensor.to(first.device) for name, tensor in update.items()},
-        knowledge=Knowledge(**facts, **known, **({"buffers": buffers} if buffers else {})),
+        knowledge=Knowledge(
+            **facts, **known, **({"buffers": buffers} if buffers else {}), **({"earlier": earlier} if earlier else {})
+        ),
     )
 
 
@@ -107,6 +116,16 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} has {got}; this version reads {FORMAT!r}, schema {SCHEMA!r}. See docs/bundle-format.md."
         )
     return tensors, metadata
+
+
+def _earlier(tensors: dict[str, Tensor], path: Path) -> list[Earlier]:
+    """Rounds 0, 1 ... of names N/update/NAME and N/state/NAME. Raises ValueError: the numbers are no such."""
+    numbers = {name.partition("/")[0] for name in tensors}
+    wanted = [str(k) for k in range(len(numbers))]
+    if numbers != set(wanted):
+        raise ValueError(f"{path} numbers its earlier rounds {', '.join(sorted(numbers))}; number them 0, 1, 2 ...")
+    parts = [_part(tensors, f"{k}/") for k in wanted]
+    return [Earlier(update=_part(part, "update/"), state=_part(part, "state/")) for part in parts]
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -105,7 +105,8 @@ def _not_reproducible(audit: Audit) -> Iterable[str]:
 
 
 def _not_averaged(audit: Audit) -> Iterable[str]:
-    if audit.random_defences and not any(run.trace.get("averages") for run in audit.runs):
+    ran = [run for run in audit.runs if run.status != "not applicable"]
+    if audit.random_defences and not any("earlier" in run.knowledge for run in ran):
         yield f"{', '.join(audit.random_defences)} is random, and no attack here averages over it."
 
 
@@ -224,9 +225,9 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "random-defence-not-averaged",
-        "a defence draws random numbers and no attack in the audit averages over its draws",
+        "a defence draws random numbers and no attack in the audit was handed earlier rounds, to average over its draws",
         "An attacker who sees several rounds of the same batch could average the noise away; this audit did not try.",
-        "Treat the result as valid for a single round. Account for the noise (epsilon, delta) over all rounds.",
+        "Treat the result as valid for a single round, or audit several (--protocol rounds=16). Account for all of them.",
         _not_averaged,
     ),
     Check(

@@ -37,3 +37,5 @@ def analyse(
         if not client:
             record.risks += [f.model_copy(update=by) for f in findings if isinstance(f, LayerRisk)]
             record.verdicts += [f.model_copy(update=by) for f in findings if isinstance(f, Verdict)]
+    if not client and record.risks and "earlier" in obs.knowledge:
+        record.notes.append("what each layer gives away, and what it leaves open, is told of the last round alone.")

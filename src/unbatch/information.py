@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from unbatch.loss import draw_labels, reduction
 from unbatch.network import forward, in_mode
 from unbatch.numerics.prior import GaussianPrior
 from unbatch.numerics.softening import kinked
-from unbatch.observation import Observation, shares
+from unbatch.observation import Knowledge, Observation, shares
 
 LEAST = 1e-100  # noise whose square is a number
 SIGMAS = 6.0  # of the noise's length, by which an update may be off
@@ -27,17 +28,17 @@ JUMPING = re.compile(
 
 
 class Information:
-    """J, the Jacobian [e, n d] of the update as sent (without its noise) with respect to all inputs of a batch.
+    """J, the Jacobian [e, n d] of the updates as sent (without their noise) with respect to all inputs of a batch.
 
-    F = J^T J / sigma^2 is the Fisher information of inputs [n, d] whose labels are known. In float64; J is known by its
-    products, two backward passes each way.
+    Of all rounds that are known, one after the other. F = J^T J / sigma^2 is the Fisher information of inputs [n, d] whose
+    labels are known. In float64; J is known by its products, two backward passes each way.
     """
 
     def __init__(self, obs: Observation, x: Tensor, y: Tensor) -> None:
         self.obs = doubled(obs)
         y = y.double() if y.is_floating_point() else y
         self.x = x.detach().double().requires_grad_()
-        self.sent = sent(self.obs, self.x, y, create_graph=True)  # [e]
+        self.sent = torch.cat([sent(one, self.x, y, create_graph=True) for one in self.obs.exchanges])  # [e]
         self.free = torch.zeros_like(self.sent).requires_grad_()
         (self.back,) = torch.autograd.grad(self.sent, self.x, self.free, create_graph=True, materialize_grads=True)
 
@@ -102,13 +103,51 @@ def deviation(obs: Observation) -> float:
     return float(obs.knowledge.get("noise_within", obs.knowledge.get("noise", 0.0)))
 
 
+def still(obs: Observation) -> bool:
+    """Whether all rounds that are known are at the same parameters."""
+    return all(one.model is obs.model for one in obs.exchanges)
+
+
+def joined(obs: Observation) -> Observation:
+    """What tells as much as T rounds at the same parameters under Gaussian noise: their mean, with noise / sqrt(T).
+
+    `obs` as it is where the parameters moved.
+    """
+    rounds = obs.exchanges
+    if len(rounds) == 1 or not still(obs):
+        return obs
+    mean = {k: torch.stack([one.update[k].double() for one in rounds]).mean(0).to(u) for k, u in obs.update.items()}
+    known = obs.knowledge.only(*(set(obs.knowledge) - {"earlier"}))
+    told = "noise_within" if "noise_within" in known else "noise"
+    return replace(obs, update=mean, knowledge=known | Knowledge(**{told: deviation(obs) / len(rounds) ** 0.5}))
+
+
+def statistics(obs: Observation) -> list[Tensor]:
+    """Buffers, such as batch norm statistics, that differ from round to round: what moved them tells of the batch."""
+    states = [dict(one.model.named_buffers()) for one in obs.exchanges]
+    moved = [(b, states[0][name]) for one in states[1:] for name, b in one.items() if b.is_floating_point()]
+    return [b for b, first in moved if not torch.equal(b, first)]
+
+
+def uncounted(obs: Observation) -> str | None:
+    """Rounds of the same batch that are not here, and without which no bound counts what was told; in words."""
+    held, rounds = 1 + len(obs.knowledge.get("earlier", ())), obs.knowledge.get("rounds", 1)
+    if held < rounds:
+        return f"the batch was sent in {rounds} rounds, and the updates of {rounds - held} are not here to be counted."
+    return None
+
+
 class NoiseAnalysis(BoundAnalysis):
     """An analysis of what Gaussian noise of known size leaves; it refuses what `sent` does not simulate.
 
     What was made of a noisy update without another look at the batch is bounded as that update (data processing).
     """
 
+    follows: ClassVar[bool] = False  # rounds at parameters that moved, taken as given
+
     def obstacle(self, obs: Observation) -> str | None:
+        if why := uncounted(obs):
+            return why
         if not deviation(obs) > 0:
             return "the update carries no Gaussian noise of known size, and without noise nothing bounds an attacker."
         if deviation(obs) < LEAST:
@@ -117,8 +156,13 @@ class NoiseAnalysis(BoundAnalysis):
         missing = [name for name in ("input_shape", "batch_size") if name not in known]
         if missing:
             return f"{' and '.join(missing)} must be known, to simulate the client."
-        if known.get("buffers"):
+        if known.get("buffers") or statistics(obs):
             return "batch norm statistics are sent without noise, and nothing bounds what they tell."
+        if not self.follows and not still(obs):
+            return (
+                "the parameters moved between the rounds by what was sent in them: with other batches of the prior they "
+                "would have moved elsewhere, and nothing simulates the server."
+            )
         if "mixup" in known:
             return "the client trains on blends of its examples (mixup), which are drawn and not simulated."
         if "altered" in known and "noise_within" not in known:
@@ -131,24 +175,32 @@ class NoiseAnalysis(BoundAnalysis):
     @staticmethod
     def premise(obs: Observation) -> str:
         """What every such bound assumes, in words."""
-        where = "sent, nothing but noise between the batch and the update"
+        rounds = len(obs.exchanges)
+        where = "sent"
+        between = "nothing but noise between the batch and the update" + "s" * (rounds > 1)
         if "noise_within" in obs.knowledge:
-            where = (
-                f"of the update before {obs.knowledge.altered} made of it what was sent, without another look at the "
-                "batch, and nothing but noise between the batch and that update"
-            )
+            made = f"before {obs.knowledge.altered} made of it what was sent, without another look at the batch"
+            where = f"of the update {made}"
+            between = "nothing but noise between the batch and that update"
+        moved = "the same parameters" if still(obs) else "the parameters that they had, taken as given"
+        again = f", drawn anew in each of {rounds} rounds at {moved}" if rounds > 1 else ""
         size = f"Gaussian noise of standard deviation {deviation(obs):.3g} in every entry"
-        return f"{size} {where}; labels and protocol known to the attacker"
+        return f"{size} {where}{again}, {between}; labels and protocol known to the attacker"
 
 
 def fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
     """Raises ValueError: the inputs do not explain the update but for noise of the size that is told, no more and no less.
 
-    What else changes an update may tell more of the inputs than its Fisher information knows. A noisy update that was
-    changed afterwards is not seen, so there is nothing to compare.
+    What else changes an update may tell more of the inputs than its Fisher information knows. So in each round. A noisy
+    update that was changed afterwards is not seen, so there is nothing to compare.
     """
     if "noise_within" in obs.knowledge:
         return
+    for one in obs.exchanges:
+        _fitted(one, x, y)
+
+
+def _fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
     seen = torch.cat([obs.update[k].detach().double().flatten() for k in obs.update])
     double = doubled(obs)
     clean = sent(double, x.double(), y.double() if y.is_floating_point() else y).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +50,17 @@ def shares(n: int, clients: int) -> list[int]:
     return [n // clients + (i < n % clients) for i in range(clients)]
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Earlier:
+    """An earlier round in which the client sent an update of the same batch."""
+
+    state: Mapping[str, Tensor]  # the global model's state_dict before it: parameters, and the buffers of the step
+    update: Update
+
+    def __repr__(self) -> str:
+        return f"<an update of {len(self.update)} tensors>"
+
+
 class Knowledge:
     """What the attacker knows besides the update: any subset, by keyword. Reading anything else raises Unknown."""
 
@@ -65,6 +77,9 @@ class Knowledge:
     momentum: float
     weight_decay: float
     mode: str  # "train" or "eval": batch norm and dropout during the client's step
+    rounds: int  # in which the client sends an update of the same batch
+    server_rate: float  # by which the server moves the model along each of them
+    earlier: tuple[Earlier, ...]  # those of the rounds before this one that the server kept, first to last
     clients: int  # whose updates are summed, under secure aggregation
     clip: float  # l2 norm that the whole update is shortened to before its noise
     altered: str  # the defences that change the update in ways that no simulation of it follows
@@ -90,6 +105,16 @@ class Knowledge:
             low, high = known["input_range"] = tuple(float(end) for end in known["input_range"])
             if not low < high:
                 raise ValueError(f"input_range ({low}, {high}) must be (low, high) with low < high.")
+        if "earlier" in known:
+            known["earlier"] = held = tuple(known["earlier"])
+            if not held or not all(isinstance(past, Earlier) for past in held):
+                raise ValueError(
+                    f"earlier holds {len(held)} rounds; give one or more, as Earlier(state=..., update=...), or none of it."
+                )
+            if 1 + len(held) > known.get("rounds", math.inf):
+                raise ValueError(f"rounds is {known['rounds']}, and with this one there are {1 + len(held)} of them.")
+        if known.get("rounds", 1) < 1:
+            raise ValueError(f"rounds is {known['rounds']}; it is at least 1.")
         if known.get("batch_size", 1) < 1:
             raise ValueError(f"batch_size is {known['batch_size']}; it is at least 1.")
         if "labels" in known:
@@ -149,7 +174,8 @@ class Observation:
 
     `model` is the global model before the client's step. `update` is keyed as `named_parameters()` and may hold any
     subset of them (frozen layers send nothing): the gradient, or after local steps the difference of parameters.
-    Raises ValueError where the update does not belong to the model.
+    Earlier rounds of the same batch are knowledge (`earlier`), and each an exchange of its own in `exchanges`.
+    Raises ValueError where an update does not belong to the model.
     """
 
     model: nn.Module
@@ -159,6 +185,11 @@ class Observation:
 
     def __post_init__(self) -> None:
         check_update(self.model, self.update)
+        for number, past in enumerate(self.knowledge.get("earlier", ()), 1):
+            try:
+                check_round(self.model, self.update, past)
+            except ValueError as error:
+                raise ValueError(f"earlier round {number}: {error}") from None
 
     @property
     def protocol(self) -> Protocol:
@@ -174,6 +205,23 @@ class Observation:
     def dtype(self) -> torch.dtype:
         """The least precise floating type in the update."""
         return max((t.dtype for t in self.update.values()), key=lambda dtype: torch.finfo(dtype).eps)
+
+    @property
+    def exchanges(self) -> tuple[Observation, ...]:
+        """Every round of this batch that is known, as an exchange by itself, this one last.
+
+        Rounds at one state share a model. Buffers that are known besides the model's are those of this round's step.
+        """
+        known = set(self.knowledge) - {"earlier"}
+        found, last = list[Observation](), self.only(*known)
+        for past in self.knowledge.get("earlier", ()):
+            like = [o for o in (last, *found[-1:]) if _at(o.model, past.state) and "buffers" not in o.knowledge]
+            model = like[0].model if like else copy.deepcopy(self.model)
+            if not like:
+                model.load_state_dict(dict(past.state))
+            update = {name: past.update[name].to(self.device) for name in self.update}
+            found.append(replace(last, model=model, update=update, knowledge=self.knowledge.only(*known - {"buffers"})))
+        return (*found, last)
 
     def only(self, *names: str) -> Observation:
         """The same exchange for an attacker who knows only the named fields."""
@@ -283,6 +331,28 @@ def check_update(model: nn.Module, update: Update) -> None:
                 f"the update's {name!r} holds {bad} NaN or infinite entries of {tensor.numel()}; "
                 "look for a diverged step or a half-precision overflow in the capture."
             )
+
+
+def check_round(model: nn.Module, update: Update, past: Earlier) -> None:
+    """Raise ValueError, saying what is off, unless the round's state is one of `model`, and its update like `update`."""
+    check_update(model, past.update)
+    if set(past.update) != set(update):
+        raise ValueError(f"it holds the tensors {_some(list(past.update))}, this round {_some(list(update))}.")
+    own = model.state_dict()
+    if set(past.state) != set(own):
+        odd = sorted(set(past.state) ^ set(own))
+        raise ValueError(f"its state and the model's differ in {_some(odd)}; give the model's whole state_dict().")
+    for name, tensor in past.state.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"its state's {name!r} has shape {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}."
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"its state's {name!r} holds NaN or infinite entries.")
+
+
+def _at(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, state[name].to(tensor)) for name, tensor in model.state_dict().items())
 
 
 def _some(names: list[str], most: int = 4) -> str:

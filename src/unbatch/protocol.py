@@ -1,4 +1,4 @@
-"""Protocol: what one round of training asks of a client, and the update that an honest client then sends.
+"""Protocol: what a round of training asks of a client, and the update that an honest client then sends.
 
 The client runs it on private data; an attacker, who knows the protocol, runs the same function on guesses. There is one
 implementation, differentiable through every local step.
@@ -21,10 +21,11 @@ Update = Mapping[str, Tensor]  # parameter name -> tensor of that parameter's sh
 
 
 class Protocol(BaseModel):
-    """One round, as data.
+    """The rounds, as data.
 
     With no local steps the client sends the gradient of the loss at the global model. With K local steps it sends the
-    difference of parameters, after minus before.
+    difference of parameters, after minus before. It may send an update u of the same batch in several rounds, between which
+    the server moves the model: w -> w - server_rate u after a gradient, w + server_rate u after local steps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +40,12 @@ class Protocol(BaseModel):
     momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD")] = 0.0
     weight_decay: Annotated[float, Field(ge=0, description="added to the gradient, as in torch.optim")] = 0.0
     mode: Annotated[Literal["train", "eval"], Field(description="batch norm and dropout")] = "train"
+    rounds: Annotated[int | None, Field(ge=1, description="of the same batch, all seen by the server; none is one")] = (
+        None
+    )
+    server_rate: Annotated[
+        float | None, Field(ge=0, allow_inf_nan=False, description="of the server between rounds; none is 0")
+    ] = None
 
     @model_validator(mode="after")
     def _one_count_of_steps(self) -> Self:
@@ -52,14 +59,17 @@ class Protocol(BaseModel):
         return self.epochs * per_epoch if self.epochs else self.local_steps
 
     def __str__(self) -> str:
+        again = f"; the same batch in {self.rounds} rounds" if (self.rounds or 1) > 1 else ""
+        if again:
+            again += f", server rate {self.server_rate:g}" if self.server_rate else " at the same parameters"
         if not (self.local_steps or self.epochs):
-            return f"one gradient, model in {self.mode} mode"
+            return f"one gradient, model in {self.mode} mode{again}"
         length = f"{self.epochs} local epochs" if self.epochs else f"{self.local_steps} local steps"
         batch = f" on batches of {self.local_batch_size}" if self.local_batch_size else ""
         extra = "".join(f", {k} {v:g}" for k in ("momentum", "weight_decay") if (v := getattr(self, k)))
         return (
             f"{length}{batch} of {self.optimiser}, learning rate {self.learning_rate:g}{extra}, "
-            f"model in {self.mode} mode; the difference of parameters is sent"
+            f"model in {self.mode} mode; the difference of parameters is sent{again}"
         )
 
 

@@ -9,6 +9,7 @@ place of W, fed with z, trains on z as the network trains on x: its update is th
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from unbatch.network import dense_layers, forward
 from unbatch.numerics.span import leading_span, rank_tolerance
-from unbatch.observation import Knowledge, Observation
+from unbatch.observation import Earlier, Knowledge, Observation
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def reduce(obs: Observation, rng: torch.Generator) -> Reduction | None:
     first = layers[0] if layers else None
     if first is None or first.feeds is None or first.weight not in obs.update:
         return None
-    W = obs.update[first.weight]
+    W = torch.cat([one.update[first.weight] for one in obs.exchanges])  # each round's rows span the same inputs
     if len(W.T) <= n or not bool(W.any()):
         return None
     span = leading_span(W, rng, rank=n, guess=n + 8)
@@ -64,8 +65,13 @@ def reduce(obs: Observation, rng: torch.Generator) -> Reduction | None:
     made = forward(obs.model, (z @ P).reshape(-1, *known.input_shape))
     if not torch.allclose(again, made, rtol=1e-3, atol=1e-3 * float(made.abs().max())):
         return None
-    update = {k: (t.double() @ P.T).to(t) if k == first.weight else t for k, t in obs.update.items()}
+
+    def cut(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: (t.double() @ P.T).to(t) if k == first.weight else t for k, t in tensors.items()}
+
     shape = known.input_shape
-    moved = replace(obs, model=model, update=update, knowledge=known | Knowledge(input_shape=(len(P),)))
+    past = [Earlier(state=cut(one.state), update=cut(one.update)) for one in known.get("earlier", ())]
+    told = Knowledge(input_shape=(len(P),), **({"earlier": past} if past else {}))
+    moved = replace(obs, model=model, update=cut(obs.update), knowledge=known | told)
     exact = span.noise <= 2 * rank_tolerance(W, torch.finfo(W.dtype).eps)
     return Reduction(moved, P, tuple(shape), exact)

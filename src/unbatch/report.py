@@ -31,6 +31,8 @@ PROTOCOL = (
     "momentum",
     "weight_decay",
     "mode",
+    "rounds",
+    "server_rate",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -10,18 +11,89 @@ from torch import Tensor
 from unbatch.likelihood import Likelihood, radius, refine
 from unbatch.network import dense_layers
 from unbatch.numerics.completion import complete
-from unbatch.observation import Knowledge, Observation, Reconstruction
+from unbatch.observation import Earlier, Knowledge, Observation, Reconstruction
 from unbatch.progress import tick
+from unbatch.protocol import Update
 
 RANKS = 16  # looked through where the batch size is not known
 
 
+def averaged(obs: Observation) -> Observation:
+    """One exchange of the mean over all rounds, where they are at the same parameters; `obs` as it is otherwise.
+
+    An entry's mean is over the rounds that show it, and Gaussian about what is expected. The draws' spread s, of which a
+    variance v is seen to differ from round to round, becomes sqrt(s^2 - v + v / T): rounding that errs in the same way
+    every time stays, and updates that are all the same tell what one does.
+    """
+    rounds, law, known = obs.exchanges, Likelihood.of(obs.knowledge), obs.knowledge
+    T, last = len(rounds), rounds[-1]
+    if T == 1 or any(one.model is not obs.model for one in rounds):
+        return obs
+    if all(torch.equal(one.update[name], u) for one in rounds for name, u in last.update.items()):
+        return last
+    sigma = float(known.get("noise", 0.0))
+    weights = [(law or Likelihood.gaussian(1.0)).weights(one.update) for one in rounds]
+    mean, shown, varied, count = dict[str, Tensor](), dict[str, Tensor](), dict[str, float](), dict[str, int]()
+    for name in last.update:
+        seen = torch.stack([one.update[name] for one in rounds]).double()  # [T, *shape]
+        w = torch.stack([each[name] for each in weights]).double()
+        mean[name], shown[name] = (w * seen).sum(0) / w.sum(0).clamp_min(1e-300), (w > 0).double().mean(0)
+        always = shown[name] == 1
+        varied[name] = float((seen - mean[name]).square().sum(0)[always].sum()) / (T - 1)
+        count[name] = int(always.sum())
+    declared = law.spread(last.update) if law else dict.fromkeys(mean, sigma)
+    total = sum(declared[name] ** 2 * entries for name, entries in count.items())
+    part = min(sum(varied.values()) / total, 1.0) if total else 1.0
+    shrunk = (1 - part + part / T) ** 0.5
+    told = last.knowledge | (Knowledge(noise=shrunk * sigma) if sigma else Knowledge())
+    if law is not None and total:
+        told |= Knowledge(log_prob=_about(shown, {k: shrunk * s for k, s in declared.items()}, law))
+    update = {name: m.to(last.update[name]) for name, m in mean.items()}
+    return replace(last, update=update, knowledge=told)
+
+
+def _about(shown: Update, spread: Mapping[str, float], law: Likelihood) -> Likelihood:
+    """Gaussian of a variance spread^2 / shown about what `law` expects, shown [entries] the share of rounds with an entry.
+
+    The one spread of a tensor is its entries' as they weigh: spread^2 sum(shown) / sum(shown^2).
+    """
+    most = max(spread.values())
+
+    def log_prob(seen: Update, clean: Update) -> Tensor:
+        off = [
+            (shown[name] * (seen[name] - u).double().square()).sum() / (spread[name] or most) ** 2  # or it has no draws
+            for name, u in clean.items()
+        ]
+        return -torch.stack(off).sum() / 2
+
+    single = {
+        name: s * float((shown[name].sum() / shown[name].square().sum().clamp_min(1e-300)).sqrt())
+        for name, s in spread.items()
+    }
+    return Likelihood(log_prob, law.expected, lambda seen: single)
+
+
+def clearest(obs: Observation) -> Observation:
+    """One exchange to read: the rounds `averaged`; where parameters moved, that of the largest update for its spread."""
+    law = Likelihood.of(obs.knowledge)
+
+    def above(one: Observation) -> float:
+        spread = law.spread(one.update) if law else {}
+        noise = sum(s**2 * one.update[name].numel() for name, s in spread.items())
+        return sum(float(u.double().square().sum()) for u in one.update.values()) / (noise or 1.0)
+
+    return max(reversed(averaged(obs).exchanges), key=above)
+
+
 def restored(obs: Observation, *, lowest: bool = False) -> Observation:
-    """`obs` with the first dense layer's unseen entries filled, and what is drawn told as noise; itself without a law.
+    """The `clearest` of `obs` with the first dense layer's unseen entries filled, and what is drawn told as noise.
+
+    Without a law nothing is known of either.
 
     [dL/dW, dL/db] has the rank of the batch size n: n (m + d) numbers, fewer than are seen where n is small. With `lowest`
     entries that carry noise, too, become those of the nearest matrix of that rank.
     """
+    obs = clearest(obs)
     law = Likelihood.of(obs.knowledge)
     if law is None:
         return obs
@@ -31,8 +103,16 @@ def restored(obs: Observation, *, lowest: bool = False) -> Observation:
     return replace(obs, update=_filled(obs, law, lowest), knowledge=known)
 
 
+def each_restored(obs: Observation) -> Observation:
+    """All rounds, each `restored`."""
+    *past, last = [restored(one) for one in obs.exchanges]
+    earlier = [Earlier(state=one.model.state_dict(), update=one.update) for one in past]
+    return replace(last, knowledge=last.knowledge | Knowledge(earlier=earlier)) if earlier else last
+
+
 def unseen(obs: Observation) -> dict[str, Tensor]:
-    """Which entries of the update say nothing, under the law that is known; none without one."""
+    """Which entries of the `clearest` update say nothing, under the law that is known; none without one."""
+    obs = clearest(obs)
     law = Likelihood.of(obs.knowledge)
     if law is None:
         return {name: torch.zeros_like(t, dtype=torch.bool) for name, t in obs.update.items()}
@@ -71,8 +151,9 @@ def sharpened(obs: Observation, found: Reconstruction, rng: torch.Generator) -> 
         return found  # real targets that were solved for are unknowns as well
     if not tick(0.0):
         return found
-    moved = refine(obs, x, y, rng)
-    reach = radius(obs, moved, y, rng)
+    joint = averaged(obs)
+    moved = refine(joint, x, y, rng)
+    reach = radius(joint, moved, y, rng)
     held = found.bound.double() if found.bound is not None else torch.full_like(reach, torch.inf)
     stay = held.isfinite() & ~reach.isfinite()
     inputs = torch.where(stay.to(x.device).view(-1, *[1] * (x.ndim - 1)), x.double(), moved)

@@ -57,14 +57,20 @@ class Run(_Record):
     up_to: list[str] = []
     knowledge: list[str] = []  # the fields that the attack was handed
     missing: list[str] = []  # the fields it needed and did not have
-    adaptive: bool = False  # it was handed the defence's likelihood; the same attack without it is another run
+    adaptive: bool = (
+        False  # it was handed the defence's likelihood or earlier rounds; the same attack without is another run
+    )
     examples: list[Example] = []
     trace: dict[str, Any] = {}
 
     @property
     def title(self) -> str:
-        """The attack as people read it: one that knows the defence says so."""
-        return f"{self.attack}, knowing the defence" if self.adaptive else self.attack
+        """The attack as people read it: one that knows the defence, or earlier rounds, says so."""
+        if not self.adaptive:
+            return self.attack
+        known = {"log_prob": "the defence", "earlier": "earlier rounds"}
+        told = [words for field, words in known.items() if field in self.knowledge] or ["the defence"]
+        return f"{self.attack}, knowing {' and '.join(told)}"
 
     @property
     def key(self) -> tuple[int, str, int]:

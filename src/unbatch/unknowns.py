@@ -18,7 +18,7 @@ from unbatch.numerics.label_counts import impulse, label_counts
 from unbatch.numerics.matching import norm_squared
 from unbatch.observation import Knowledge, Observation
 from unbatch.reduction import Reduction, reduce
-from unbatch.restoration import restored
+from unbatch.restoration import averaged, each_restored
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,11 @@ class Unknowns:
 
     @classmethod
     def of(cls, obs: Observation, preset: str, dtype: torch.dtype | None = None) -> Unknowns:
-        """Raises ValueError: the model or the loss does not take such inputs or soft labels."""
+        """All rounds that are known are to be explained; those at the same parameters by their mean.
+
+        Raises ValueError: the model or the loss does not take such inputs or soft labels.
+        """
+        obs = averaged(obs)
         known, first = obs.knowledge, next(obs.model.parameters())
         dtype = dtype or first.dtype
         low, high = known.get("input_range", (-2.0, 2.0))
@@ -82,25 +86,27 @@ class Unknowns:
         update = {name: tensor.to(dtype) for name, tensor in obs.update.items()}
         moved = replace(obs, model=model, update=update, knowledge=known)
         box = None if unit or "input_range" not in known else 2.0
-        law, seen = Likelihood.of(known), [*update.values()]
-        roots = [w.sqrt().to(dtype) for w in law.weights(update).values()] if law else []
+        law = Likelihood.of(known)
+        updates = [{name: t.to(dtype) for name, t in one.update.items()} for one in moved.exchanges]
+        seen = [t for one in updates for t in one.values()]
+        roots = [w.sqrt().to(dtype) for one in updates for w in law.weights(one).values()] if law else []
         seen = [t * w for t, w in zip(seen, roots, strict=True)] if law else seen
         fixed = like(labels.to(obs.device), dtype)
         return cls(moved, middle, scale, box, fixed, source, squash, seen, law=law, roots=roots)
 
     def reduced(self, rng: torch.Generator) -> Unknowns | None:
         """The same problem for inputs in the span of the first layer's update; starts keep their size and their middle."""
-        span = reduce(restored(self.obs), rng)
+        span = reduce(each_restored(self.obs), rng)
         if span is None:
             return None
+        small = [t for one in span.obs.exchanges for t in one.update.values()]
         own = [  # a tensor that was reduced keeps one weight for all
-            w if w.shape == t.shape else w.square().mean().sqrt()
-            for w, t in zip(self.roots, span.obs.update.values(), strict=False)
+            w if w.shape == t.shape else w.square().mean().sqrt() for w, t in zip(self.roots, small, strict=False)
         ]
         d, r = math.prod(span.shape), len(span.rows)
         middle = torch.full((d,), float(self.middle)).to(span.rows) @ span.rows.T
-        scale, seen = self.scale * (d / r) ** 0.5, [*span.obs.update.values()]
-        seen = [t * w for t, w in zip(seen, own, strict=True)] if own else seen
+        scale = self.scale * (d / r) ** 0.5
+        seen = [t * w for t, w in zip(small, own, strict=True)] if own else small
         return replace(
             self, obs=span.obs, middle=middle, scale=scale, box=None, seen=seen, span=span, whole=self, roots=own
         )
@@ -117,6 +123,10 @@ class Unknowns:
         return domain == "images" or (domain is None and len(known.input_shape) == 3)
 
     @cached_property
+    def exchanges(self) -> tuple[Observation, ...]:
+        return self.obs.exchanges
+
+    @cached_property
     def size(self) -> Tensor:
         """|update|^2."""
         return norm_squared(self.seen)
@@ -126,8 +136,8 @@ class Unknowns:
         """The share of |update|^2 that the defence's draws make, as far as its law is known."""
         if self.law is None:
             return 0.0
-        spread = self.law.spread((self.whole or self).obs.update)
-        pairs = zip(self.seen, self.roots, spread.values(), strict=True)
+        spread = [s for one in (self.whole or self).obs.exchanges for s in self.law.spread(one.update).values()]
+        pairs = zip(self.seen, self.roots, spread, strict=True)
         return sum(float((w.square().expand_as(t)).sum()) * s**2 for t, w, s in pairs) / float(self.size)
 
     def start(self, rng: torch.Generator, spread: float) -> Tensor:
@@ -159,10 +169,12 @@ class Unknowns:
 
     def update(self, point: Tensor, *, create_graph: bool = True) -> list[Tensor]:
         """In the units of `seen`, and as the defence is expected to leave it."""
-        found = self.obs.simulate(self.inputs(point), self.targets(point), create_graph=create_graph)
-        if self.law is None:
-            return list(found.values())
-        return [t * w for t, w in zip(self.law.expected(found).values(), self.roots, strict=True)]
+        x, y, law = self.inputs(point), self.targets(point), self.law
+        made = [one.simulate(x, y, create_graph=create_graph) for one in self.exchanges]
+        if law is None:
+            return [t for one in made for t in one.values()]
+        found = [t for one in made for t in law.expected(one).values()]
+        return [t * w for t, w in zip(found, self.roots, strict=True)]
 
     def clean(self, point: Tensor) -> list[Tensor]:
         return self.update(point, create_graph=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis import Bound, BoundAnalysis, Verdict
+from unbatch.information import statistics, uncounted
 from unbatch.numerics.prior import GaussianPrior
 from unbatch.numerics.rate_distortion import distortion
 from unbatch.observation import Observation
@@ -22,6 +23,8 @@ SAMPLE = 4096  # entries by which a tensor of few distinct values is told
 class Counting(BoundAnalysis):
     """The bits that an update is written in, and its numbers that are not zero, against the inputs of the batch.
 
+    All updates of several rounds are one message.
+
     A message of B bits tells at most B bits: any attacker's mean squared error, on average over a Gaussian prior, is at
     least the prior's distortion at (B + log2 n!) / n bits an example (its rate-distortion function; log2 n! for matching n
     answers to the truth). A tensor of few distinct values (pruned, quantised) is counted at their empirical entropy and a
@@ -31,6 +34,8 @@ class Counting(BoundAnalysis):
     paper: ClassVar[str] = "Shannon, 1959 (rate distortion)"
 
     def obstacle(self, obs: Observation) -> str | None:
+        if why := uncounted(obs):
+            return why
         missing = [name for name in ("input_shape", "batch_size") if name not in obs.knowledge]
         if missing:
             return f"{' and '.join(missing)} must be known, to count unknowns."
@@ -68,8 +73,10 @@ def _numbers(obs: Observation) -> int:
 
 
 def _sent(obs: Observation) -> list[Tensor]:
-    """Every tensor of the message: the update's, and batch norm statistics."""
-    return [*obs.update.values(), *(b for b in obs.knowledge.get("buffers", {}).values() if b.is_floating_point())]
+    """Every tensor of the message: the updates' of all rounds, and batch norm statistics."""
+    updates = [tensor for one in obs.exchanges for tensor in one.update.values()]
+    held = [*obs.knowledge.get("buffers", {}).values(), *statistics(obs)]
+    return [*updates, *(b for b in held if b.is_floating_point())]
 
 
 def _error(obs: Observation, bits: float) -> float:

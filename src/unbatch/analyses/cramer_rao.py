@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unbatch.analysis import Bound
 from unbatch.domain import Images
-from unbatch.information import Information, NoiseAnalysis, deviation, fitted, jumps
+from unbatch.information import Information, NoiseAnalysis, deviation, fitted, joined, jumps
 from unbatch.numerics.inverse_diagonal import InverseDiagonal, dense_inverse_diagonal, inverse_diagonal
 from unbatch.numerics.inverse_trace import kronecker
 from unbatch.numerics.least_squares import example_gram
@@ -33,10 +33,13 @@ class CramerRao(NoiseAnalysis):
     standard deviation of every pixel comes as a picture, white where nothing determines it. Up to `exact` unknowns J^T J is
     formed; beyond, the diagonal of its inverse is estimated from random probes and conjugate gradients, with the standard
     error of the value and of an entry; too few steps only lower it. It does not hold for attackers who know what inputs
-    look like (see `van-trees`), and not where the update jumps as inputs move (relu).
+    look like (see `van-trees`), and not where the update jumps as inputs move (relu). The information of several rounds
+    adds up, at the parameters that each had: T rounds at the same ones divide the variance by T.
     """
 
     paper: ClassVar[str] = "Rao, 1945; Cramer, 1946"
+
+    follows: ClassVar[bool] = True
 
     exact: Annotated[
         int | None,
@@ -51,7 +54,8 @@ class CramerRao(NoiseAnalysis):
             fitted(obs, x, y)
         if why := jumps(obs, x, y, rng):
             raise ValueError(why)
-        info, sigma = Information(obs, x, y), deviation(obs)
+        told = joined(obs)
+        info, sigma = Information(told, x, y), deviation(told)
         low, high = obs.knowledge.get("input_range", (0.0, 1.0))
         unknowns, entries = x.numel(), len(info.sent)
         found, how = self._inverse(info, rng)

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Bound, BoundAnalysis, Verdict
+from unbatch.information import statistics, uncounted
 from unbatch.numerics.prior import GaussianPrior
 from unbatch.numerics.rate_distortion import distortion, guessing_radius
 from unbatch.numerics.subsampled_gaussian import Robustness, information, replacement_divergence
@@ -31,9 +32,9 @@ class DpReconstruction(BoundAnalysis):
     - Renyi (unbiased attackers): mean squared error >= range^2 / (4 (exp(eps) - 1)), eps the divergence of order 2 between
       releases with one example and with another.
 
-    Each is told twice: of this update, whose examples are in it for sure (q = 1, its own steps), and of the whole training,
-    where nobody knows which steps drew the example. All hold even where all other examples are known, and assume that the
-    client does what `privacy` says.
+    Each is told twice: of this update, or these of several rounds, whose examples are in it for sure (q = 1, its own
+    steps), and of the whole training, where nobody knows which steps drew the example. All hold even where all other
+    examples are known, and assume that the client does what `privacy` says.
     """
 
     paper: ClassVar[str] = (
@@ -54,7 +55,9 @@ class DpReconstruction(BoundAnalysis):
         missing = [name for name in ("input_shape", "batch_size") if name not in known]
         if missing:
             return f"{' and '.join(missing)} must be known, for the prior and the answers to be matched."
-        if known.get("buffers"):
+        if why := uncounted(obs):
+            return why
+        if known.get("buffers") or statistics(obs):
             return "batch norm statistics are sent without noise, and nothing bounds what they tell."
         if "mixup" in known:
             return "mixup puts every example into two gradients, each clipped by itself: the noise covers one of them."
@@ -65,13 +68,15 @@ class DpReconstruction(BoundAnalysis):
     ) -> Sequence[Bound | Verdict]:
         known, privacy = obs.knowledge, obs.knowledge.privacy
         z, q, steps = privacy.noise_multiplier, privacy.sampling_rate, privacy.steps
-        own = max(1, *(obs.protocol.steps(size) for size in shares(known.batch_size, known.get("clients", 1))))
+        rounds = len(obs.exchanges)
+        own = rounds * max(1, *(obs.protocol.steps(size) for size in shares(known.batch_size, known.get("clients", 1))))
+        these = "this update" if rounds == 1 else f"these {rounds} updates"
         if own > steps:
             raise ValueError(
-                f"this update takes {own} private steps, and {steps} are declared: nothing accounts for it."
+                f"{these} take{'s' * (rounds == 1)} {own} private steps, and {steps} are declared: nothing accounts for it."
             )
         told = f"noise multiplier {z:g}; all other examples known"
-        once = f"this update of {own} private step{'s' * (own > 1)}, known to hold the example; {told}"
+        once = f"{these} of {own} private step{'s' * (own > 1)}, known to hold the example; {told}"
         sampled = f", each step's examples a secret Poisson sample at rate {q:g}" if q < 1 else ""
         always = f"the whole training of {steps} steps as declared{sampled}; {told}"
         robustness = Robustness(z, q, steps, rng)

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from unbatch.analysis import Bound
-from unbatch.information import Imagined, NoiseAnalysis, deviation, doubled, sent
+from unbatch.information import Imagined, NoiseAnalysis, deviation, doubled, joined, sent
 from unbatch.numerics.rate_distortion import distortion
 from unbatch.observation import Observation
 
@@ -36,6 +36,7 @@ class NoiseInformation(NoiseAnalysis):
 
     def find_bounds(self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
         n, drawn = obs.knowledge.batch_size, Imagined.of(obs, at, rng, self.draws, alike=2)
+        premise, obs = self.premise(obs), joined(obs)
         told = at is not None or "labels" in obs.knowledge
         groups = [drawn.batches] if told else [drawn.batches[k : k + 2] for k in range(0, self.draws - 1, 2)]
         variance, count = self._variance(obs, groups)
@@ -43,7 +44,7 @@ class NoiseInformation(NoiseAnalysis):
         prior = drawn.prior
         value = math.sqrt(distortion(prior.variances, (nats + math.lgamma(n + 1)) / n) / prior.d) / prior.unit
         words = (
-            f"At most {nats:.4g} nats behind {self.premise(obs)}; {drawn.words} (of the variance's sampling error the "
+            f"At most {nats:.4g} nats behind {premise}; {drawn.words} (of the variance's sampling error the "
             f"97.5 % quantile added); {n} answers, matched to the truth afterwards."
         )
         return [Bound.of("noise information", value, "any", words, self.paper)]

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from unbatch.analysis import Bound
-from unbatch.information import Imagined, Information, NoiseAnalysis, deviation, jumps
+from unbatch.information import Imagined, Information, NoiseAnalysis, deviation, joined, jumps
 from unbatch.numerics.inverse_trace import Apply, dense_water_trace, inverse_trace, kronecker
 from unbatch.numerics.least_squares import example_gram
 from unbatch.numerics.prior import GaussianPrior
@@ -57,7 +57,8 @@ class VanTrees(NoiseAnalysis):
         n, unknowns = obs.knowledge.batch_size, obs.knowledge.batch_size * math.prod(obs.knowledge.input_shape)
         small = unknowns <= self.exact
         draws = self.draws if small else max(LEAST, self.draws // 4)
-        drawn = Imagined.of(obs, at, rng, draws)
+        drawn, premise = Imagined.of(obs, at, rng, draws), self.premise(obs)
+        obs = joined(obs)
         if why := jumps(obs, *drawn.batches[0], rng):
             raise ValueError(why)
         whole = [Information(obs, x, y) for x, y in drawn.batches]
@@ -81,7 +82,7 @@ class VanTrees(NoiseAnalysis):
         )  # of an answer that is the prior's mean
         how = "" if small else f" and {self.probes} random probes"
         words = (
-            f"{self.premise(obs)}; {drawn.words}{how} (standard error of the variance {error / total:.1%}, taken off "
+            f"{premise}; {drawn.words}{how} (standard error of the variance {error / total:.1%}, taken off "
             f"{off / max(error, 1e-300):.1f} times); {n} answers, matched to the truth afterwards. The prior alone gives "
             f"{chance:.1f} dB."
         )

@@ -48,7 +48,7 @@ class GradientMatching(Attack):
     paper: ClassVar[str] = "Zhu, Liu, Han, NeurIPS 2019 (dlg); Geiping et al., NeurIPS 2020 (inverting-gradients)"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "batch_size"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"labels", "input_range", "domain", "buffers", "clients", "log_prob"}) | PROTOCOL_FIELDS
+        frozenset({"labels", "input_range", "domain", "buffers", "clients", "log_prob", "earlier"}) | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="digits:batch=2,activation=gelu,width=100", floors={"psnr": 60.0}, knows=("labels",)

@@ -58,7 +58,8 @@ class LayerByLayer(Attack):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"batch_size", "labels", "noise", "input_range", "domain", "buffers", "log_prob"}) | PROTOCOL_FIELDS
+        frozenset({"batch_size", "labels", "noise", "input_range", "domain", "buffers", "log_prob", "earlier"})
+        | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="photos:size=16,model=cnn2-c1,double=true", floors={"l2-error": 1e-9, "psnr": 200.0}

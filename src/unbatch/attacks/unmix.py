@@ -57,7 +57,8 @@ class Unmix(Attack):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"batch_size", "labels", "noise", "input_range", "domain", "log_prob", "buffers"}) | PROTOCOL_FIELDS
+        frozenset({"batch_size", "labels", "noise", "input_range", "domain", "log_prob", "earlier", "buffers"})
+        | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="photos:batch=8,activation=gelu,width=200", floors={"l2-error": 1e-4, "label-accuracy": 1.0}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from unbatch.case import Case
 from unbatch.observation import Knowledge
 from unbatch.results import Audit, Run
 
+Rules = Mapping[str, float]  # of the protocol, by name
 PROBLEMS = {
     "gradient-matching": "digits:batch=2,activation=gelu,width=100",
     "unmix": "photos:batch=4,size=16,activation=gelu,width=200",
@@ -33,6 +34,13 @@ DEFENCES = (
     ("quantise:bits=8,stochastic=false",),
     ("noise:sigma=1e-4", "clip:norm=0.1"),
 )
+AGAIN: tuple[tuple[tuple[str], Rules], ...] = (
+    tuple(  # a defence, and what the protocol says of rounds of the same batch
+        ((defence,), rules)
+        for defence in ("noise:sigma=1e-4", "quantise:bits=8")
+        for rules in ({"rounds": 4}, {"rounds": 16}, {"rounds": 4, "server_rate": 0.1})
+    )
+)
 Row = dict[str, Any]
 
 
@@ -45,22 +53,25 @@ def run(
     *,
     problems: dict[str, str] = PROBLEMS,
     defences: Sequence[Sequence[str]] = DEFENCES,
+    again: Sequence[tuple[Sequence[str], Rules]] = AGAIN,
     batches: int = 3,
 ) -> list[Row]:
     """One row an attack and defence: both ways on `batches` batches and models, each run within `seconds`.
 
+    Then the rows of `again`, whose naive attack sees the last of several rounds of the same batch and the adaptive one all.
     `data` is not read: the batches are bundled ones. Seconds are wall seconds. A run that was cut short goes on.
     """
     how = {"seconds": seconds, "seed": seed, "device": device, "batches": batches}
     rows: list[Row] = stored("adaptive", out, **how)
-    done = {(row["case"], *row["defence"]) for row in rows}
+    done = {(row["case"], str(row.get("rounds", {})), *row["defence"]) for row in rows}
+    ways: list[tuple[Sequence[str], Rules]] = [*((defence, {}) for defence in defences), *again]
     for attack, case in problems.items():
-        for defence in defences:
-            if (case, *defence) in done:
+        for defence, rules in ways:
+            if (case, str(rules), *defence) in done:
                 continue
-            rows.append(compare(attack, case, defence, seed, batches, seconds, device))
+            rows.append(compare(attack, case, defence, seed, batches, seconds, device, rules))
             if out is not None:
-                store("adaptive", rows, out, wall=True, **how, complete=len(rows) == len(problems) * len(defences))
+                store("adaptive", rows, out, wall=True, **how, complete=len(rows) == len(problems) * len(ways))
     return rows
 
 
@@ -72,13 +83,21 @@ def compare(
     batches: int = 3,
     seconds: float | None = None,
     device: str | None = None,
+    rules: Rules | None = None,
 ) -> Row:
-    """What the attack makes of the same updates without and with the defence's likelihood; labels as in its demo."""
+    """What the attack makes of the same updates without and with the defence's likelihood, and rounds before the last that
+    the `rules` of the protocol ask for; labels as in its demo."""
     held: dict[bool, list[Run]] = {False: [], True: []}
     for batch in range(seed, seed + batches):
-        for found in _audited(attack, case, defence, batch, seconds, device).runs:
+        for found in _audited(attack, case, defence, batch, seconds, device, rules or {}).runs:
             held[found.adaptive].append(found)
-    row: Row = {"attack": attack, "case": case, "defence": list(defence), "batches": batches}
+    row: Row = {
+        "attack": attack,
+        "case": case,
+        "defence": list(defence),
+        "rounds": dict(rules or {}),
+        "batches": batches,
+    }
     for word, runs in (("naive", held[False]), ("adaptive", held[True])):
         examples = [example for one in runs for example in one.examples]
         scores = [example.scores.get("psnr") or 0.0 for example in examples]
@@ -97,9 +116,10 @@ def compare(
 
 
 def _audited(
-    attack: str, case: str, defence: Sequence[str], batch: int, seconds: float | None, device: str | None
+    attack: str, case: str, defence: Sequence[str], batch: int, seconds: float | None, device: str | None, rules: Rules
 ) -> Audit:
     setting = Case.parse(f"{case},seed={batch}").setting()
+    setting = replace(setting, protocol=setting.protocol.model_copy(update=dict(rules)))
     if "labels" in Attack.parse(attack).demo.knows:
         setting = replace(setting, knowledge=setting.knowledge | Knowledge(labels=setting.labels))
     return audit(setting, attacks=[attack], defences=defence, analyses=(), seeds=[batch], budget=seconds, device=device)
@@ -115,7 +135,7 @@ def table(rows: Sequence[Row]) -> Table:
         least = adaptive["least bound over error"]
         shown.add_row(
             row["attack"],
-            ", ".join(row["defence"]),
+            ", ".join([*row["defence"], *(f"{name} {value:g}" for name, value in row.get("rounds", {}).items())]),
             f"{naive['psnr']:.1f}",
             f"{adaptive['psnr']:.1f}",
             f"{len(naive['certified'])} of {naive['of']}",

@@ -56,11 +56,13 @@ class DpSgd(Defence):
         def private(round_: Round) -> Update:
             if self.clip is None:
                 return step(round_)
-            taken = max(1, round_.protocol.steps(len(round_.inputs)))
+            rounds = round_.protocol.rounds or 1
+            taken = max(1, round_.protocol.steps(len(round_.inputs))) * rounds
+            what = "this update takes" if rounds == 1 else f"{rounds} updates of this batch take"
             if self.noise_multiplier and taken > self.steps:
                 raise ValueError(
-                    f"{self} accounts for {self.steps} private step{'s' * (self.steps > 1)}, and this update takes "
-                    f"{taken}; declare dp-sgd:steps={taken} or more."
+                    f"{self} accounts for {self.steps} private step{'s' * (self.steps > 1)}, and {what} {taken}; declare "
+                    f"dp-sgd:steps={taken} or more."
                 )
             if round_.train is not plain_update:
                 raise ValueError(f"{self} stands among the defences twice; keep one.")

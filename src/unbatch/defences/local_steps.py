@@ -11,13 +11,16 @@ from unbatch.defence import Defence, Round, Step
 from unbatch.observation import PROTOCOL_FIELDS, Knowledge
 from unbatch.protocol import Protocol, Update
 
+KEPT = ("weight_decay", "mode", "rounds", "server_rate")  # of the protocol
+
 
 @final
 class LocalSteps(Defence):
     """u = w_K - w_0 after K local steps (federated averaging) in place of one gradient; the numbers are public.
 
     Nothing is drawn, so it has no likelihood: attacks that know the numbers unroll the steps.
-    Replaces what the round says of local training; weight decay and the mode of batch norm stay the round's.
+    Replaces what the round says of local training; weight decay, the mode of batch norm and the rounds of the same batch
+    stay the round's.
     """
 
     paper: ClassVar[str] = "McMahan et al., AISTATS 2017"
@@ -48,16 +51,16 @@ class LocalSteps(Defence):
         return trained
 
     def public(self, known: Knowledge) -> Knowledge:
-        """The numbers of local training; weight decay and mode as they were known.
+        """The numbers of local training; the others as they were known.
 
         Noise that private training within has told is that of one gradient, and does not hold for these steps.
         """
         if not (self.steps or self.epochs):
             return known
         numbers = self._protocol(Protocol())
-        told = {k: v for k, v in numbers if v is not None and k not in ("weight_decay", "mode")}
+        told = {k: v for k, v in numbers if v is not None and k not in KEPT}
         stale = PROTOCOL_FIELDS | ({"noise", "noise_within"} if "privacy" in known else set())
-        return known.only(*(set(known) - stale), "weight_decay", "mode") | Knowledge(**told)
+        return known.only(*(set(known) - stale), *KEPT) | Knowledge(**told)
 
     def _protocol(self, protocol: Protocol) -> Protocol:
         if not (self.steps or self.epochs):
@@ -69,6 +72,5 @@ class LocalSteps(Defence):
             optimiser=self.optimiser,
             learning_rate=self.learning_rate,
             momentum=self.momentum,
-            weight_decay=protocol.weight_decay,
-            mode=protocol.mode,
+            **{name: getattr(protocol, name) for name in KEPT},
         )
