@@ -181,6 +181,7 @@ def test_its_equations_are_counted() -> None:
     found = {each.link.name: each for each in constraints(links, x, torch.tensor([2]), loss)}
     block = found["block"]
     assert isinstance(block, Constraints)
+    assert type(block.link.module).__name__ == "Block"
     assert block.deficit == 0
     assert block.unknowns == 8 * 6 * 6
     assert block.gradients.equations == 8 * 8 * 9 + 8  # the convolution's, and the norm's

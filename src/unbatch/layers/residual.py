@@ -106,7 +106,7 @@ class Block:
             (bent,) = last.args
             last.args = (bent.args[0],)
             graph.erase_node(bent)
-        return fx.GraphModule(self.graph, graph).train(self.graph.training)
+        return fx.GraphModule(self.graph, graph, type(self.graph).__name__).train(self.graph.training)
 
 
 def parsed(module: nn.Module) -> Block | None:
@@ -116,7 +116,7 @@ def parsed(module: nn.Module) -> Block | None:
     if any(parametrize.is_parametrized(each) for each in module.modules()):
         return None
     try:
-        graph = fx.GraphModule(module, fx.Tracer().trace(module))
+        graph = fx.GraphModule(module, fx.Tracer().trace(module), type(module).__name__)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, NameError):  # by what it computes
         return None
     (node,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
