@@ -26,6 +26,9 @@ def test_one_picture_is_exact_where_c_is_zero_and_a_guess_where_not(
     assert open_["auto"]["bounds"] == [None]
     assert all(open_[method]["seconds"] >= 0.5 for method in ("hybrid", "matching"))
     assert json.loads((tmp_path / "layers.json").read_text())["rows"] == json.loads(json.dumps(rows))
+    monkeypatch.setattr(layers, "_measure", lambda *args, **kwargs: pytest.fail("it was measured already"))
+    again = layers.run(seconds=0.5, out=tmp_path, wanted=wanted)  # goes on where it was cut short
+    assert json.dumps(again) == json.dumps(rows)
     screen = Console(width=160, record=True)
     screen.print(layers.table(rows))
     shown = screen.export_text()

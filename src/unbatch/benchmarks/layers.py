@@ -13,6 +13,7 @@ seconds, a quarter of an hour of two processors.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from unbatch import models, published
 from unbatch.attack import Attack, NotApplicable
 from unbatch.attacks.gradient_matching import EVALUATIONS
 from unbatch.attacks.layer_by_layer import HYBRID
-from unbatch.benchmarks import allowance, clock, measured, psnr, store
+from unbatch.benchmarks import allowance, clock, measured, psnr, store, stored
 from unbatch.benchmarks.unmix import pool
 from unbatch.client import observe
 from unbatch.constraints import c_of
@@ -111,7 +112,7 @@ def run(
     out: Path | None = None,
     wanted: Sequence[Problem] | None = None,
 ) -> list[Row]:
-    """One row a network and method, saved in `out` as they come, with a chart.
+    """One row a network and method, saved in `out` as they come, with a chart; a run that was cut short goes on there.
 
     `data` is a folder with cifar10_test600.npz (images uint8 [n, h, w, c], labels); without it the bundled photographs
     are used. With one thread a process (OMP_NUM_THREADS=1) as many networks run side by side as there are processors,
@@ -123,19 +124,24 @@ def run(
     for name in {problem.data for problem in todo}:
         pool(name, data)  # what is missing is said before anything runs
     done: dict[Problem, list[Row]] = {}
+    how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
+    for row in stored("layers", out, **how):
+        same = [problem for problem in todo if json.dumps(asdict(problem)) == json.dumps(row.get("settings"))]
+        for problem in same:
+            done.setdefault(problem, []).append(row)
 
     def keep(problem: Problem, rows: list[Row]) -> None:
         done[problem] = rows
         if out is not None:
-            how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
             store("layers", ordered(), out, **how, complete=wanted is None and len(done) == len(todo))
             _plot(ordered(), out / "layers.png")
 
     def ordered() -> list[Row]:
         return [row for problem in todo for row in done.get(problem, [])]
 
+    left = [problem for problem in todo if problem not in done]
     for problem, rows in measured(
-        todo, partial(_measure, data=data, seed=seed, device=device, seconds=seconds), device
+        left, partial(_measure, data=data, seed=seed, device=device, seconds=seconds), device
     ):
         keep(problem, rows)
     return ordered()
