@@ -26,9 +26,16 @@ def test_one_picture_is_exact_where_c_is_zero_and_a_guess_where_not(
     assert open_["auto"]["bounds"] == [None]
     assert all(open_[method]["seconds"] >= 0.5 for method in ("hybrid", "matching"))
     assert json.loads((tmp_path / "layers.json").read_text())["rows"] == json.loads(json.dumps(rows))
+    monkeypatch.setattr(layers, "_measure", lambda *args, **kwargs: pytest.fail("it was measured already"))
+    again = layers.run(seconds=0.5, out=tmp_path, wanted=wanted)  # goes on where it was cut short
+    assert json.dumps(again) == json.dumps(rows)
     screen = Console(width=160, record=True)
     screen.print(layers.table(rows))
-    assert "cnn2-c2, pixels / 4" in screen.export_text()
+    shown = screen.export_text()
+    assert "cnn2-c2, pixels / 4" in shown
+    costs = {row["network"]: row["seconds of all methods"] for row in rows}
+    assert all(costs[name] >= sum(r["seconds"] for r in rows if r["network"] == name) for name in costs)
+    assert f"{sum(costs.values()):,.0f} s in all" in shown
     pytest.importorskip("matplotlib")
     assert (tmp_path / "layers.png").stat().st_size > 10_000
 
@@ -57,3 +64,6 @@ def test_the_problems_are_the_published_networks() -> None:
         "cnn6-wide",
     }
     assert all(p.methods[0] == "auto" for p in found)
+    determined = {"cnn2-c1", "cnn3-c3", "lenet", "cnn6", "cnn6-wide", "cnn6-narrow"}
+    many = {p.network for p in found if p.pictures == 20 and {"auto", "r-gap", "hybrid", "matching"} <= {*p.methods}}
+    assert many == {p.network for p in found} - determined

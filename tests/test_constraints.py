@@ -244,9 +244,8 @@ def test_a_residual_block_has_the_rank_of_the_equations_that_the_attack_solves()
     assert "To first order at the batch's first example: '2' (Residual) has no rule" in rows["2"].words
     large = Analysis.parse("layer-equations:condition=70").run(obs)[1]
     assert large.level == "unknown"
-    assert (
-        "'2' (Residual) has no rule to read it backward by, and 75 unknowns are more than condition=70" in large.words
-    )
+    assert "'2' (Residual) has no rule to read it backward by: its branch is not affine in x at 'act1'" in large.words
+    assert "and 75 unknowns are more than condition=70" in large.words
 
 
 def test_few_equations_on_many_unknowns_are_measured() -> None:

@@ -100,7 +100,9 @@ CONVOLUTION = {
 @given(**CONVOLUTION)
 def test_convolutions(seed, channels, groups, kernel, stride, padding, dilation, bias, mode, sides) -> None:
     before, after = (groups * c for c in channels)
-    for kind, shape in ((nn.Conv2d, (before, *sides)), (nn.Conv1d, (before, sides[0]))):
+    solid = (nn.Conv3d, (before, 5, 5, 5 if mode == "zeros" else 6))
+    kinds = [(nn.Conv2d, (before, *sides)), (nn.Conv1d, (before, sides[0]))]
+    for kind, shape in (*kinds, *([solid] if seed % 5 == 0 else [])):
         layer = kind(
             before,
             after,
@@ -128,6 +130,14 @@ def test_convolutions(seed, channels, groups, kernel, stride, padding, dilation,
         (nn.Upsample(scale_factor=2), (2, 3, 3)),
         (nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False), (2, 4, 3)),
         (nn.Upsample(scale_factor=2, mode="bicubic"), (1, 4, 4)),
+        (nn.Upsample(scale_factor=2, mode="trilinear"), (1, 2, 3, 2)),
+        (nn.UpsamplingNearest2d(scale_factor=2), (2, 3, 3)),
+        (nn.UpsamplingBilinear2d(scale_factor=2), (2, 3, 3)),
+        (nn.Conv3d(2, 4, (2, 3, 2), (1, 2, 1), (1, 0, 1), (1, 1, 2), groups=2), (2, 4, 5, 5)),
+        (nn.AvgPool3d(2), (2, 4, 4, 4)),
+        (nn.BatchNorm3d(2).eval(), (2, 3, 3, 2)),
+        (nn.ConvTranspose3d(2, 1, 2, stride=2), (2, 2, 3, 2)),
+        (nn.Dropout3d(0.5).eval(), (2, 2, 2, 2)),
         (nn.ConvTranspose2d(2, 3, 3, stride=2), (2, 4, 4)),
         (nn.Flatten(), (2, 3, 3)),
         (nn.Dropout(0.5).eval(), (7,)),
@@ -191,6 +201,8 @@ def test_activations_that_fall_are_refused() -> None:
         (nn.GroupNorm(2, 4), (4, 3, 3), 2),
         (nn.InstanceNorm2d(3, affine=True), (3, 4, 4), 3),
         (nn.BatchNorm2d(3), (3, 4, 4), 3),
+        (nn.BatchNorm3d(2), (2, 3, 2, 3), 2),
+        (nn.InstanceNorm3d(2), (2, 3, 2, 3), 2),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -320,7 +332,7 @@ def test_rules_tell_batch_norm_by_its_mode_and_know_no_lstm() -> None:
 
 
 def test_every_rule_is_found() -> None:
-    assert set(LayerRule.find()) == {"activation", "affine", "batch-norm", "max-pool", "norm"}
+    assert set(LayerRule.find()) == {"activation", "affine", "batch-norm", "max-pool", "norm", "residual"}
 
 
 def test_equations_in_float32_are_solved_in_float64() -> None:

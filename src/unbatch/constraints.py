@@ -14,6 +14,7 @@ from unbatch.chain import Link
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
 from unbatch.layers.affine import Affine
+from unbatch.layers.residual import bend, split
 from unbatch.loss import Loss
 from unbatch.numerics.linsys import LinearSystem
 from unbatch.numerics.rank_law import ConvRanks, conv_ranks
@@ -91,7 +92,7 @@ def constraints(
     residual block. What follows the activation is held to be known, and so is the input of a dense layer, whose gradient
     dL/dz x^T gives it whatever W is where dL/dz is known, as behind a bias.
     """
-    inputs: list[Tensor] = []
+    inputs, links = list[Tensor](), split(links)
     with torch.enable_grad():
         z = x.double().requires_grad_()
         for link in links:
@@ -156,7 +157,10 @@ class _After:
             return Constraints(link, W, _gradients(link, Affine(), grad), ConvRanks(n, min(n, W.equations), n, n)), self
         why, follow = self.hidden, not self.hidden or bool(self.curve)
         if not why and rule is None:
-            why = f"{link.name!r} ({type(link.module).__name__}) has no rule to read it backward by"
+            bent = bend(link.module).rstrip(".")
+            why = (
+                f"{link.name!r} ({type(link.module).__name__}) has no rule to read it backward by{bent and ': ' + bent}"
+            )
         if rule is not None:
             try:
                 rule.grad_input(link.module, link.before, output, grad)
@@ -217,10 +221,12 @@ def _none(link: Link, like: Tensor) -> LinearSystem:
 
 
 def _gradients(link: Link, rule: LayerRule, grad: Tensor) -> LinearSystem:
-    weight = getattr(link.module, "weight", None)
-    if not isinstance(weight, Tensor):
+    parts = dict(link.module.named_parameters())
+    weights = [parts[name] for name in rule.weights(link.module)]
+    if not weights:
         return _none(link, grad)
-    return rule.gradient_equations(link.module, link.before, grad, torch.zeros_like(weight))
+    only = weights[0] if "weight" in parts else torch.cat([w.flatten() for w in weights])
+    return rule.gradient_equations(link.module, link.before, grad, torch.zeros_like(only))
 
 
 def _dense(link: Link) -> bool:

@@ -20,9 +20,20 @@ from unbatch.reading import Known, Reading, Unreadable
 SPREAD = 0.25  # of a random point around the middle
 DRAWN = 4  # starts of the prior
 LEVELS = {True: 30, False: 12}  # of annealing, with kinks and without
+OPEN = 6, 1e-3, 1  # levels, least deviation and steps of it without kinks, where a whole set of roots is left open
 FITS = 10.0  # times what nearly the same updates change in a residual: no more than rounding
 NEAR = 1e-8  # where there are none
 Box = tuple[float, float]
+
+
+def flat_roots(reading: Reading) -> bool:
+    """Whether all roots near this one are one flat set, as where pixels reach no layer: then a search adds nothing."""
+    if reading.pullback is None or not reading.fits or not reading.deficit:
+        return False
+    x = reading.x.flatten()
+    draw = torch.rand(1, x.numel(), generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x) - 0.5
+    moved = x + reading.solution.free(draw)[0]
+    return float(reading.pullback(moved).norm()) <= FITS * max(float(reading.system.b.norm()), FLOOR)
 
 
 class Curve:
@@ -75,14 +86,15 @@ class Curve:
         if output.unknowns == output.equations == flat.numel():
             near.insert(0, partial(_near, start=output.pull(output.b[None]).view(shape)))
         likely: list[Callable[[Pullback], Tensor]] = []
+        open_ = self.equations() < flat.numel()  # whatever the root: then only the likeliest counts, and it comes first
         if box is not None:
             rng = torch.Generator().manual_seed(0)
             drawn = SPREAD * torch.randn(DRAWN, flat.numel(), generator=rng, dtype=torch.float64).to(flat)
-            likely = [partial(_likeliest, z=z, box=box) for z in (torch.zeros_like(drawn[0]), *drawn)]
+            likely = [partial(_likeliest, z=z, box=box, open_=open_) for z in (torch.zeros_like(drawn[0]), *drawn)]
         found = list[Reading]()
-        for start in (*near, *likely):
+        for start in (*likely, *near) if open_ else (*near, *likely):
             found.append(self._reading(pullbacks[0].solve(start(pullbacks[0]).view(shape), tick), pullbacks))
-            enough = found[-1].deficit == 0 or start in likely or not likely  # of many roots the likeliest
+            enough = found[-1].deficit == 0 or start in likely or not likely or flat_roots(found[-1])
             if (found[-1].fits and enough) or not tick(0.0):
                 break
         fits = [each for each in found if each.fits]
@@ -120,7 +132,7 @@ def _near(pullback: Pullback, start: Tensor) -> Tensor:
     return pullback.without_gradients().solve(start, tick).x
 
 
-def _likeliest(pullback: Pullback, z: Tensor, box: Box) -> Tensor:
+def _likeliest(pullback: Pullback, z: Tensor, box: Box, open_: bool) -> Tensor:
     """By annealing from the prior's z [d]."""
     prior = GaussianPrior(pullback.links[0].before, box)
     soft = Softened()
@@ -145,4 +157,8 @@ def _likeliest(pullback: Pullback, z: Tensor, box: Box) -> Tensor:
             return prior.pull(pullback.system(x).matrix())
 
     at(z, BLUNT)
-    return prior.middle + prior.push(annealed(residual, jacobian, z, levels=LEVELS[soft.rounds], tick=tick))
+    search = partial(annealed, residual, jacobian, z, tick=tick)
+    levels, tight, steps = OPEN
+    if open_ and not soft.rounds:
+        return prior.middle + prior.push(search(levels=levels, tight=tight, steps=steps))
+    return prior.middle + prior.push(search(levels=LEVELS[soft.rounds]))

@@ -15,6 +15,7 @@ from unbatch.attack import Attack
 from unbatch.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.chain import chain, follow
 from unbatch.label import labels, nearest
+from unbatch.layers.residual import split
 from unbatch.loss import identify
 from unbatch.network import dense_layers
 from unbatch.observation import Observation
@@ -40,7 +41,7 @@ class FirstDense:
         for name, buffer in model.named_buffers():
             if name in sent:
                 buffer.copy_(sent[name])
-        self.links = chain(model, obs.knowledge.input_shape, obs.protocol.mode)
+        self.links = split(chain(model, obs.knowledge.input_shape, obs.protocol.mode))
         if obs.protocol.mode == "train":
             self.links = known_batch_norms(self.links, dict(obs.model.named_buffers()), sent, self.n)
         dense = [d for d in dense_layers(model, obs.knowledge.input_shape) if d.weight in obs.update]

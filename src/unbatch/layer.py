@@ -44,6 +44,10 @@ class LayerRule(Plugin, ABC):
     def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
         """dL/dx [*shape], given the output and the gradient with respect to it. Raises ValueError: they do not tell it."""
 
+    def weights(self, layer: nn.Module) -> tuple[str, ...]:
+        """Names of the parameters whose gradients, flat and one after the other, are the `grad_weight` of its equations."""
+        return ("weight",) if isinstance(getattr(layer, "weight", None), Tensor) else ()
+
     def accepts(self, layer: nn.Module) -> bool:
         """Whether the rule is for this layer, as it is configured: of one of the kinds themselves, weights its own."""
         return type(layer) in self.kinds and not parametrize.is_parametrized(layer)

@@ -17,6 +17,7 @@ Tick = Callable[[float], bool]  # share done -> whether to go on
 STEPS = 30  # of Gauss and Newton
 THIN = 4  # entries of a gradient for each unknown: more say nothing new
 HALVINGS = 12  # of one step
+HELD = 2**24  # entries of a Jacobian that is formed once, not multiplied again and again
 CHORD = 0.3  # of |r| left: a step along the last one's factors that does as well or better is taken
 FLOOR = 64 * torch.finfo(torch.float64).eps  # |r|, relative to the data, that is rounding
 
@@ -108,7 +109,8 @@ class Pullback:
             moved: Tensor = vmap(lambda e: back(e)[0], chunk_size=chunk)(u) if len(u) else u.new_zeros(0, len(x))
             return moved.detach()
 
-        return LinearSystem(push, pull, -r.detach(), len(x))
+        found = LinearSystem(push, pull, -r.detach(), len(x))
+        return LinearSystem.of(found.matrix(), found.b) if len(x) * len(r) <= HELD else found
 
     def without_gradients(self) -> Pullback:
         """The first block alone, which is continuous in x."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,10 +12,12 @@ from unbatch.chain import Link
 from unbatch.curve import Box, Curve
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
+from unbatch.layers.residual import bend
 from unbatch.numerics.linsys import LinearSystem, Solution
 from unbatch.reading import Known, Reading, Start, Unreadable
 
-RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)  # the last in eval mode
+DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d  # in eval mode
+RESHAPES = nn.Flatten, nn.Unflatten, nn.Identity, *DROPOUTS
 
 
 def read(
@@ -84,7 +86,7 @@ def read(
                 state.raw = link, torch.where((x - state.x).abs() > 2 * error, x, state.x), state.grad
         try:
             if rule is None:
-                raise ValueError("it has no rule to read it backward by.")
+                raise ValueError(bend(link.module) or "it has no rule to read it backward by.")
             for state in states:
                 if isinstance(rule, Activation):
                     state.invert(rule, link)
@@ -158,7 +160,7 @@ class _State:
         grad = self._back(rule, link, self._whole() if rule.reads_output else self.grad)
         self.known = [system.through(held(rule, link, system)) for system in self.known]
         self.extra = [system.through(held(rule, link, system, self.n)) for system in self.extra]
-        weight = self.update.get(f"{link.name}.weight" if link.name else "weight")
+        weight = _sent(rule, link, self.update)
         if weight is not None:
             own = [rule.gradient_equations(link.module, link.before, part, weight) for part in self.grad]
             if own[0].equations:
@@ -186,6 +188,19 @@ class _State:
     def _back(self, rule: LayerRule, link: Link, output: Tensor) -> Tensor:
         pairs = zip(*(t.reshape(self.n, *link.after) for t in (output, self.grad)), strict=True)
         return torch.stack([rule.grad_input(link.module, link.before, z, dz) for z, dz in pairs])
+
+
+def _sent(rule: LayerRule, link: Link, update: Mapping[str, Tensor]) -> Tensor | None:
+    """The gradients of a layer's weights: of one as it is, of several flat, in a row; NaN for what was not sent."""
+    own = rule.weights(link.module)
+    found = {name: update.get(f"{link.name}.{name}" if link.name else name) for name in own}
+    if all(tensor is None for tensor in found.values()):
+        return None
+    if len(own) == 1 and own[0] == "weight":
+        return found["weight"]
+    parts = dict(link.module.named_parameters())
+    flat = [torch.full_like(parts[k], torch.nan) if t is None else t for k, t in found.items()]
+    return torch.cat([tensor.flatten().double() for tensor in flat])
 
 
 def _solved(run: Sequence[Link], states: Sequence[_State]) -> Reading:
@@ -224,4 +239,4 @@ def _apart(systems: Sequence[LinearSystem]) -> Solution | None:
         return torch.cat([each.inverse(part) for each, part in zip(found, parts, strict=True)])
 
     ranks = sum(system.unknowns for system in systems)
-    return Solution(torch.cat([each.x for each in found]), ranks, None, None, inverse)
+    return Solution(torch.cat([each.x for each in found]), ranks, inverse)

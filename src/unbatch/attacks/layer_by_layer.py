@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.chain import follow
+from unbatch.curve import flat_roots
 from unbatch.first_dense import FirstDense
 from unbatch.likelihood import Likelihood
 from unbatch.numerics.matching import cosine_distance, signed_adam, total_variation
@@ -165,7 +166,7 @@ class LayerByLayer(Attack):
         if self.method != "auto" or len(shape) != 3 or len(last.x) > 1 or not last.fits:
             return last.x
         x, pullback = last.x.flatten(), last.pullback
-        if pullback is None:
+        if pullback is None or flat_roots(last):
             x = smoothest(x, last.solution.free, shape, box, tick=tick)
         elif min(shape[1:]) >= SMOOTH:
             x = smoothest_root(pullback, x, shape, box, tick=tick)

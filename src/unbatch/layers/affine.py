@@ -9,6 +9,8 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from unbatch.layer import LayerRule, shaped
 from unbatch.numerics.linsys import CHUNK, LinearSystem, affine
@@ -27,40 +29,57 @@ class Affine(LayerRule):
         nn.Linear,
         nn.Conv1d,
         nn.Conv2d,
+        nn.Conv3d,
         nn.ConvTranspose1d,
         nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
         nn.AvgPool1d,
         nn.AvgPool2d,
+        nn.AvgPool3d,
         nn.AdaptiveAvgPool1d,
         nn.AdaptiveAvgPool2d,
+        nn.AdaptiveAvgPool3d,
         nn.BatchNorm1d,
         nn.BatchNorm2d,
+        nn.BatchNorm3d,
         nn.InstanceNorm1d,
         nn.InstanceNorm2d,
+        nn.InstanceNorm3d,
         nn.Upsample,
+        nn.UpsamplingNearest2d,
+        nn.UpsamplingBilinear2d,
         nn.Flatten,
         nn.Unflatten,
         nn.Identity,
         nn.Dropout,
         nn.Dropout1d,
         nn.Dropout2d,
+        nn.Dropout3d,
         nn.ConstantPad1d,
         nn.ConstantPad2d,
+        nn.ConstantPad3d,
         nn.ReflectionPad1d,
         nn.ReflectionPad2d,
+        nn.ReflectionPad3d,
         nn.ReplicationPad1d,
         nn.ReplicationPad2d,
+        nn.ReplicationPad3d,
         nn.ZeroPad1d,
         nn.ZeroPad2d,
+        nn.ZeroPad3d,
         nn.PixelShuffle,
     )
 
     def accepts(self, layer: nn.Module) -> bool:
         """Batch and instance norm in eval mode and with statistics of their own; dropout in eval mode."""
-        norms = nn.BatchNorm1d | nn.BatchNorm2d | nn.InstanceNorm1d | nn.InstanceNorm2d
+        norms = _BatchNorm | _InstanceNorm
         if isinstance(layer, norms) and (layer.training or layer.running_mean is None):
             return False
-        if isinstance(layer, nn.Dropout | nn.Dropout1d | nn.Dropout2d) and layer.training and layer.p > 0:
+        if (
+            isinstance(layer, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)
+            and layer.training
+            and layer.p > 0
+        ):
             return False
         return super().accepts(layer)
 
@@ -96,7 +115,9 @@ class Affine(LayerRule):
             found: Tensor = vmap(by_input, in_dims=(None, 0), chunk_size=chunk)(f.zero[0], u.view(-1, *W.shape)) - base
             return found.flatten(1)
 
-        one = isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1  # each channel has its own part of dL/dW
+        one = (
+            isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups == 1
+        )  # each channel its part of dL/dW
         return LinearSystem(push, pull, (dW - offset).flatten(), f.zero.numel(), shape[0] if one else 1)
 
     def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:

@@ -21,8 +21,10 @@ class MaxPool(LayerRule):
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (
         nn.MaxPool1d,
         nn.MaxPool2d,
+        nn.MaxPool3d,
         nn.AdaptiveMaxPool1d,
         nn.AdaptiveMaxPool2d,
+        nn.AdaptiveMaxPool3d,
     )
 
     def accepts(self, layer: nn.Module) -> bool:

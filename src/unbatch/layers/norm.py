@@ -26,8 +26,10 @@ class Norm(LayerRule):
         nn.GroupNorm,
         nn.InstanceNorm1d,
         nn.InstanceNorm2d,
+        nn.InstanceNorm3d,
         nn.BatchNorm1d,
         nn.BatchNorm2d,
+        nn.BatchNorm3d,
     )
 
     def accepts(self, layer: nn.Module) -> bool:

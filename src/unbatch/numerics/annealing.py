@@ -20,9 +20,16 @@ DAMPING, RISE, FALL = (
 
 
 def annealed(
-    residual: Apply, jacobian: Apply, start: Tensor, *, levels: int = 30, tick: Tick = lambda share: True
+    residual: Apply,
+    jacobian: Apply,
+    start: Tensor,
+    *,
+    levels: int = 30,
+    tight: float = TIGHT,
+    steps: int = STEPS,
+    tick: Tick = lambda share: True,
 ) -> Tensor:
-    """argmin over z [d] of |r(z)|^2 / s^2 + |z - start|^2 as s falls from 1 to 1e-6, each level from the last one's.
+    """argmin over z [d] of |r(z)|^2 / s^2 + |z - start|^2 as s falls from 1 to `tight`, each level from the last one's.
 
     With x = middle + R z, from start = 0, that is the posterior's mode at noise s under the prior N(middle, R R^T); from a
     draw of z it is the root that lies nearest to what was drawn. While s is large only what the prior holds likely moves,
@@ -35,9 +42,9 @@ def annealed(
         share = level / max(levels - 1, 1)
         if not tick(share):
             break
-        s, b = LOOSE * (TIGHT / LOOSE) ** share, BLUNT * (SHARP / BLUNT) ** share
+        s, b = LOOSE * (tight / LOOSE) ** share, BLUNT * (SHARP / BLUNT) ** share
         r = residual(z, b) / s
-        for _ in range(STEPS):
+        for _ in range(steps):
             step = _Step(jacobian(z, b) / s, r, z - start)
             before = float(r.square().sum() + (z - start).square().sum())
             for _ in range(TRIES):
@@ -56,19 +63,22 @@ def annealed(
 
 
 class _Step:
-    """-(J^T J + I + c m I)^-1 (J^T r + p) [d] for any damping c, m the mean diagonal, by one decomposition.
+    """-(J^T J + I + c m I)^-1 (J^T r + p) [d] for any damping c, m the mean diagonal, by one Gram matrix for all.
 
     J [e, d], r [e], p [d]; of the smaller of J J^T and J^T J, as (J^T J + c)^-1 = (1 - J^T (J J^T + c)^-1 J) / c.
     """
 
     def __init__(self, J: Tensor, r: Tensor, p: Tensor) -> None:
         self.wide = J if len(J) < J.shape[1] else None
-        powers, self.vectors = torch.linalg.eigh(J.T @ J if self.wide is None else J @ J.T)
-        self.powers, self.down = powers.clamp_min(0.0), J.T @ r + p
-        self.scale = 1 + float(self.powers.sum()) / J.shape[1]
-        self.along = self.vectors.T @ (self.down if self.wide is None else J @ self.down)
+        self.gram = J.T @ J if self.wide is None else J @ J.T
+        self.down = J.T @ r + p
+        self.scale = 1 + float(self.gram.trace()) / J.shape[1]
+        self.along = self.down if self.wide is None else J @ self.down
 
     def __call__(self, damping: float) -> Tensor:
         c = 1 + damping * self.scale
-        inverse: Tensor = self.vectors @ (self.along / (self.powers + c))
+        shifted = self.gram.clone()
+        shifted.diagonal().add_(c)
+        root = torch.linalg.cholesky_ex(shifted).L
+        inverse = torch.cholesky_solve(self.along[:, None], root)[:, 0]
         return -inverse if self.wide is None else (self.wide.T @ inverse - self.down) / c

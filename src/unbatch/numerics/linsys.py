@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from unbatch.numerics.factored import Bases, Factored, above, broad, regular, tall, whole, wide
+
 Apply = Callable[[Tensor], Tensor]
 
 ENTRIES = 2**26  # of a matrix that is held at all: 512 MiB
 CHUNK = 2**22  # entries of the columns that are computed at once
-SMALL = 2**19  # entries of a matrix whose singular values are computed without squaring them
+SMALL = 2**19  # entries of a matrix whose singular values are computed without squaring them where they tell the rank
+TINY = 2**13  # of one that costs nothing
 ROUNDS = 10  # of refinement: each solves for what the last one left
 
 
@@ -24,19 +28,36 @@ class Solution:
 
     x: Tensor  # [unknowns] least squares, of least norm
     rank: int | None  # of A; None where it was solved by iteration alone
-    rows: (
-        Tensor | None
-    )  # [rank, unknowns] orthonormal basis of A's rows, where A is deficient and `null` is not the smaller
-    null: Tensor | None  # [unknowns - rank, unknowns] of its null space
     inverse: Apply  # r [equations] -> the x of least norm with the least |A x - r|
+    bases: Callable[[], Bases] = whole  # the smaller of the two where A is deficient, computed when it is asked for
+
+    @property
+    def rows(self) -> Tensor | None:
+        """[rank, unknowns] orthonormal basis of A's rows, where A is deficient and `null` is not the smaller."""
+        return self._bases[0]
+
+    @property
+    def null(self) -> Tensor | None:
+        """[unknowns - rank, unknowns] of its null space, where that is the smaller."""
+        return self._bases[1]
+
+    @cached_property
+    def _bases(self) -> Bases:
+        return self.bases()
+
+    @cached_property
+    def _single(self) -> Bases:
+        rows, null = (None if basis is None else basis.float() for basis in self._bases)
+        return rows, null
 
     def free(self, v: Tensor) -> Tensor:
-        """The part of v [k, unknowns] that A does not see. Raises ValueError: A's rank is not known."""
+        """The part of v [k, unknowns] that A does not see, in v's precision. Raises ValueError: A's rank is not known."""
         if self.rank is None:
             raise ValueError("the system was solved by iteration, so its null space is not known.")
-        if self.null is not None:
-            return (v @ self.null.T) @ self.null
-        return torch.zeros_like(v) if self.rows is None else v - (v @ self.rows.T) @ self.rows
+        rows, null = self._bases if v.dtype == self.x.dtype else self._single
+        if null is not None:
+            return (v @ null.T) @ null
+        return torch.zeros_like(v) if rows is None else v - (v @ rows.T) @ rows
 
     def seen(self, v: Tensor) -> Tensor:
         """What A sees of v [k, unknowns], as coordinates [k, ...] of the same length. Raises ValueError: as `free`."""
@@ -65,7 +86,7 @@ class LinearSystem:
         if A.ndim != 2 or b.shape != A.shape[:1]:
             raise ValueError(f"A {tuple(A.shape)} and b {tuple(b.shape)} are no linear system.")
         A, b = A.double(), b.double()
-        return cls(lambda v: v @ A.T, lambda u: u @ A, b, A.shape[1])
+        return _Dense(lambda v: v @ A.T, lambda u: u @ A, b, A.shape[1], own=A)
 
     @classmethod
     def some(cls, which: Tensor, b: Tensor, unknowns: int) -> LinearSystem:
@@ -161,14 +182,17 @@ class LinearSystem:
 
     def matrix(self) -> Tensor:
         """A [equations, unknowns]. Raises ValueError: it would be too large."""
-        if self.equations * self.unknowns > ENTRIES:
-            raise ValueError(f"a matrix of {self.equations} x {self.unknowns} is not held; use the products.")
+        self._check()
         few = min(self.equations, self.unknowns)
         eye = torch.eye(few, dtype=self.b.dtype, device=self.b.device)
         parts = torch.split(eye, max(1, CHUNK // max(self.equations, self.unknowns, 1)))
         if self.unknowns <= self.equations:
             return torch.cat([self.push(part) for part in parts] or [eye.new_zeros(0, self.equations)]).T
         return torch.cat([self.pull(part) for part in parts] or [eye.new_zeros(0, self.unknowns)])
+
+    def _check(self) -> None:
+        if self.equations * self.unknowns > ENTRIES:
+            raise ValueError(f"a matrix of {self.equations} x {self.unknowns} is not held; use the products.")
 
     def gram(self) -> Tensor:
         """A^T A [unknowns, unknowns], by products alone. Raises ValueError: it would be too large."""
@@ -190,7 +214,7 @@ class LinearSystem:
     def rank(self) -> int:
         """The numerical rank of A. Raises ValueError: A is too large to be held."""
         large = 0 < self.unknowns <= self.equations and self.equations * self.unknowns > SMALL and self.alike == 1
-        return self.unknowns if large and _above(self.gram()) else len(self.singular_values())
+        return self.unknowns if large and above(self.gram()) else len(self.singular_values())
 
     def singular_values(self) -> Tensor:
         """Those of A above rounding [rank], largest first; by the eigenvalues of a Gram matrix where A is large.
@@ -222,7 +246,7 @@ class LinearSystem:
         """
         if not bool(self.b.isfinite().all()):
             raise ValueError("the right side of the equations is not finite.")
-        inverse, rank, rows, null = self._factored() if self._held() else (self._lsmr, None, None, None)
+        inverse, rank, bases = self._factored() if self._held() else (self._lsmr, None, whole)
         x, least = self.b.new_zeros(self.unknowns), float(self.pull(self.b[None]).norm())
         for _ in range(ROUNDS):
             tried = x + inverse(self.residual(x))
@@ -232,45 +256,28 @@ class LinearSystem:
             if not left < least / 2:
                 break
             least = left
-        return Solution(x, rank, rows, null, inverse)
+        return Solution(x, rank, inverse, bases)
 
     def _held(self) -> bool:
         return min(self.equations, self.unknowns) ** 2 <= ENTRIES
 
-    def _factored(self) -> tuple[Apply, int, Tensor | None, Tensor | None]:
+    def _factored(self) -> Factored:
         """The pseudo-inverse b [equations] -> x, the rank, and where that is deficient a basis of rows or null space."""
         p, q = self.equations, self.unknowns
-        eps = torch.finfo(self.b.dtype).eps
         if not p * q:
-            return lambda b: b.new_zeros(q), 0, self.b.new_zeros(0, q), None
+            return lambda b: b.new_zeros(q), 0, lambda: (self.b.new_zeros(0, q), None)
         if p * q <= SMALL:
             A = self.matrix()
+            if p * q > TINY and (found := regular(A)) is not None:
+                return found
             with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # many equal singular values can keep LAPACK from an end
                 U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-                kept = S > S[0] * max(p, q) * eps
+                kept = S > S[0] * max(p, q) * torch.finfo(S.dtype).eps
                 U, S, V = U[:, kept], S[kept], Vh[kept].T
-                return lambda b: V @ ((U.T @ b) / S), len(S), None if len(S) == q else V.T, None
-        gram = self.gram() if q <= p else self.transposed.gram()
-        if q <= p and _above(gram):
-            root = torch.linalg.cholesky(gram)
-            return lambda b: torch.cholesky_solve(self.pull(b[None]).T, root)[:, 0], q, None, None
-        values, vectors = torch.linalg.eigh(gram)
-        kept = values > 2 * len(gram) * eps * values[-1]
-        values, others, vectors = values[kept], vectors[:, ~kept], vectors[:, kept]
-        V = vectors if q <= p else self.pull(vectors.T).T / values.sqrt()
-
-        def inverse(b: Tensor) -> Tensor:
-            found: Tensor = V @ ((self.pull(b[None])[0] @ V) / values)
-            return found
-
-        if q <= p and others.shape[1] < len(values):
-            if not others.shape[1]:
-                return inverse, q, None, None
-            seen = (
-                self.pull(self.push(others.T)) @ V
-            )  # eigenvectors are as exact as A^T A: one step to A's own null space
-            return inverse, len(values), None, torch.linalg.qr(others - V @ (seen / values).T).Q.T
-        return inverse, len(values), None if len(values) == q else torch.linalg.qr(V).Q.T, None
+                return lambda b: V @ ((U.T @ b) / S), len(S), lambda: (None if len(S) == q else V.T, None)
+        if q <= p:
+            return tall(self.gram(), self.push, self.pull)
+        return wide(self.matrix()) if p * q <= ENTRIES else broad(self.transposed.gram(), self.pull)
 
     @property
     def transposed(self) -> LinearSystem:
@@ -289,13 +296,18 @@ class LinearSystem:
         return torch.as_tensor(found).to(b)
 
 
-def _above(gram: Tensor) -> bool:
-    """Whether every eigenvalue of A^T A [s, s] lies above rounding, 2 s eps of the largest."""
-    v = torch.nn.functional.normalize(gram @ gram.sum(1), dim=0)
-    for _ in range(20):  # the largest, from below to within a hundredth or so
-        v = torch.nn.functional.normalize(gram @ v, dim=0)
-    shift = 2 * len(gram) * torch.finfo(gram.dtype).eps * (v @ gram @ v)
-    return bool(torch.linalg.cholesky_ex(gram - shift * torch.eye(len(gram)).to(gram)).info == 0)
+@dataclass(frozen=True)
+class _Dense(LinearSystem):
+    """Of a matrix that is held."""
+
+    own: Tensor = field(kw_only=True)
+
+    def matrix(self) -> Tensor:
+        self._check()
+        return self.own
+
+    def gram(self) -> Tensor:
+        return self.own.T @ self.own
 
 
 @dataclass(frozen=True)

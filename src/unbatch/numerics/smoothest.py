@@ -17,7 +17,7 @@ Box = tuple[float, float]
 COLOURS = (1.0, 4.0, 6.0)  # weights of light, red - blue and red - 2 green + blue
 SLOPE = 0.6  # weight of first differences beside second ones
 PENALTY, LOOSE, TIGHT = 1000.0, 10.0, 300.0  # on copies: of the differences; of the picture, at first and at last
-OVER, STAGES, CHUNK = 1.6, 20, 128  # over-relaxation; rounds between two penalties; equations differentiated at once
+OVER, STAGES, CHUNK = 1.6, 20, 512  # over-relaxation; rounds between two penalties; equations differentiated at once
 FLOORS = 0.1, 2e-6  # of the singular values that count, relative: at first and at last
 NEAR, SHORTEST, STILL = 1e-3, 0.05, 1e-3  # least level, of |f| at mid-grey; share of a step; last step, of the box
 
@@ -70,14 +70,16 @@ def smoothest(
 ) -> Tensor:
     """argmin V over x + null space of A within the box: [d], a solution of A x = b as exact as x [d] is.
 
-    `free` takes v [k, d] to its part in the null space (`Solution.free`). The box holds to about 1e-3 of its width after
+    `free` takes v [k, d] to its part in the null space (`Solution.free`), also of float32, in which the rounds are, since
+    they end far from its rounding; the last of them is float64's. The box holds to about 1e-3 of its width after
     160 rounds. By alternating directions (Boyd et al., Foundations and Trends in Machine Learning 3, 2011) on copies of
     D x, of x in the box and of x on the equations. Raises ValueError: x does not fit the shape, or no such box.
     """
-    variation, low, unit = Variation(shape, x), box[0], box[1] - box[0]
+    low, unit = box[0], box[1] - box[0]
     if x.shape != (math.prod(shape),) or not bool(x.isfinite().all()) or not 0 < unit < math.inf:
         raise ValueError(f"x {tuple(x.shape)}, shape {shape}, box {box}: give c * h * w finite numbers and low < high.")
-    known = (x - low) / unit
+    exact = (x - low) / unit
+    known, variation = exact.float(), Variation(shape, exact.float())
     copies = known.expand(2, -1)  # [2, d]: one for the box, one for the equations
     u = variation.push(copies[1])
     missed, left, rest = torch.zeros_like(u), torch.zeros_like(copies), LOOSE
@@ -91,7 +93,7 @@ def smoothest(
         missed, left = missed + OVER * variation.push(y) + (1 - OVER) * u, left + OVER * y + (1 - OVER) * copies
         u, copies = variation.shrink(missed), torch.cat([left[:1].clamp(0, 1), known + free(left[1:] - known)])
         missed, left = missed - u, left - copies
-    return low + unit * copies[1]
+    return x + unit * free((copies[1:] - known).to(x))[0]
 
 
 def smoothest_root(
@@ -134,8 +136,14 @@ def _least(f: Apply, x: Tensor, floor: float) -> tuple[Tensor, Apply]:
     values, vectors = torch.linalg.eigh(J @ J.T if wide else J.T @ J)
     kept = (values > floor**2 * values[-1:]) & (values > 0)
     V = J.T @ vectors[:, kept] / values[kept].sqrt() if wide else vectors[:, kept]
-    Q = torch.linalg.qr(V).Q  # [d, rank]
-    return -V @ ((V.T @ (J.T @ r)) / values[kept]), lambda v: v - (v @ Q) @ Q.T
+    rows = {x.dtype: torch.linalg.qr(V).Q.T}  # [rank, d]
+
+    def free(v: Tensor) -> Tensor:
+        Q = rows.setdefault(v.dtype, rows[x.dtype].to(v.dtype))
+        part: Tensor = v - (v @ Q.T) @ Q
+        return part
+
+    return -V @ ((V.T @ (J.T @ r)) / values[kept]), free
 
 
 def _lengths(u: Tensor) -> Tensor:
