@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from unbatch.numerics.alternation import approach, slopes
 from unbatch.numerics.certificate import radius
 from unbatch.numerics.descent import Descent
 from unbatch.numerics.equation import accept, choose_labels, choose_targets, explained, placed, polish
-from unbatch.numerics.gate import approach, gate
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, label_misfits
 from unbatch.numerics.pattern import NEAR, Switches, apart, finish, relax, switches
@@ -118,7 +118,7 @@ def by_polish(
         else:
             tried = rest.scaled(start(rest, rng))
             tried = placed(rest, tried, classes) if rest.ones is None else tried
-            if rest.n > FEW and (ties := gate(rest, tried, rng)) is not None:
+            if rest.n > FEW and (ties := slopes(rest, tried, rng)) is not None:
                 tried = nearest(rest, approach(rest, ties, tried, choose_labels(rest, tried, classes)), classes)
             tried, spare = tried.tensor_split([max(GUESSES, rest.n // 4)])
         labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)

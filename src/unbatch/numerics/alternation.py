@@ -1,4 +1,4 @@
-"""Gate: guesses brought near examples where a delta is, neuron by neuron, the activation's slope times a residual's share.
+"""Alternation: guesses brought near examples by what is known of their deltas and of their preactivations, in turn.
 
 With one hidden layer delta_j = g(p_j) (on_j . a), p the preactivations, g the activation's derivative and a the residual.
 Two linear spaces are known: the delta lies in the range of U, the preactivations in that of W^T. What ties them together is
@@ -31,7 +31,7 @@ NEWTON = 2  # steps of an entry towards the graph
 
 
 @dataclass(frozen=True)
-class Gate:
+class Slopes:
     """delta_j = g(p_j) (on_j . a), g tabulated between -reach and reach and constant beyond."""
 
     on: Tensor  # [m, k - 1]
@@ -58,8 +58,8 @@ class Gate:
         return found
 
 
-def gate(mixture: Mixture, z: Tensor, rng: torch.Generator) -> Gate | None:
-    """The gate for guesses about as large as z [g, n]; None where deltas are no such product, or g jumps.
+def slopes(mixture: Mixture, z: Tensor, rng: torch.Generator) -> Slopes | None:
+    """The slopes for guesses about as large as z [g, n]; None where deltas are no such product, or g jumps.
 
     The difference of two labels' deltas then is one function of each neuron's preactivation alone, up to a factor.
     """
@@ -76,9 +76,9 @@ def gate(mixture: Mixture, z: Tensor, rng: torch.Generator) -> Gate | None:
     seen = seen - _deltas(mixture, before, 0)[:, :, None]  # [p, m, k - 1]
     on = seen[int(seen[: len(level)].square().sum((1, 2)).argmax())]
     power = on.square().sum(1)
-    ratio = (seen * on).sum(2) / power  # [p, m]: g, if it is a gate
+    ratio = (seen * on).sum(2) / power  # [p, m]: g, if they are
     slope = ratio[-len(rows) :].flatten()[:POINTS]
-    found, size = Gate(on, slope, reach), float(slope.abs().max())
+    found, size = Slopes(on, slope, reach), float(slope.abs().max())
     alone = bool(((seen - ratio[:, :, None] * on).norm(dim=2) <= ALIKE * power.sqrt() * max(size, 1.0)).all())
     if not alone or float(slope.diff().abs().max()) > JUMP * float(slope.max() - slope.min()):
         return None  # as is a layer with a neuron that no residual reaches, whose ratio is NaN
@@ -86,7 +86,7 @@ def gate(mixture: Mixture, z: Tensor, rng: torch.Generator) -> Gate | None:
     return found if bool(alike) else None
 
 
-def approach(mixture: Mixture, gate: Gate, z: Tensor, y: Tensor, *, steps: int = STEPS) -> Tensor:
+def approach(mixture: Mixture, slopes: Slopes, z: Tensor, y: Tensor, *, steps: int = STEPS) -> Tensor:
     """z [g, n] moved towards examples with the labels y [g]: within a few per cent of one, or astray. In float32."""
     if not len(z):  # a start may have no guess
         return z
@@ -94,8 +94,8 @@ def approach(mixture: Mixture, gate: Gate, z: Tensor, y: Tensor, *, steps: int =
     U, Q, back = mixture.U.float(), torch.linalg.qr(mixture.W.T).Q, torch.linalg.pinv(mixture.W)  # [m, n] each
     ruler = None if mixture.ones is None else (Q @ (Q.T @ (back @ mixture.ones))).float()  # [m]: z . ones by z W
     Q, shift, p = Q.float(), offset.float(), mixture.before(z)
-    drive, p = gate.drive(mixture, p, y).float(), p.float()
-    slope = gate(p)[0]
+    drive, p = slopes.drive(mixture, p, y).float(), p.float()
+    slope = slopes(p)[0]
     weight = PULL * slope.std(1, keepdim=True) / (p.std(1, keepdim=True) + 1e-30)  # an error of p against one of g(p)
     gu, gp, du, dp = drive * slope, p, torch.zeros_like(p), torch.zeros_like(p)
     for step in range(steps):
@@ -104,24 +104,24 @@ def approach(mixture: Mixture, gate: Gate, z: Tensor, y: Tensor, *, steps: int =
             p = p + (1 - p @ ruler)[:, None] * ruler / (ruler @ ruler)
         p = p + shift
         if step % RENEWED == 0 and step:
-            drive = gate.drive(mixture, p.double(), y).float()
-        gu, gp = _graph(gate, drive, u + du, p + dp, weight)
+            drive = slopes.drive(mixture, p.double(), y).float()
+        gu, gp = _graph(slopes, drive, u + du, p + dp, weight)
         du, dp = DAMPING * (du + u - gu), DAMPING * (dp + p - gp)
     return mixture.scaled((gp.double() - offset) @ back)
 
 
-def _graph(gate: Gate, drive: Tensor, u: Tensor, p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _graph(slopes: Slopes, drive: Tensor, u: Tensor, p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest (drive g(t), t) to (u, p), entry by entry: min (drive g(t) - u)^2 + weight^2 (t - p)^2 over t."""
     t = p
     best, least = p, torch.full_like(p, torch.inf)
     for step in range(NEWTON + 1):
-        g, bend = gate(t)
+        g, bend = slopes(t)
         off, far, rate = drive * g - u, weight.square() * (t - p), drive * bend
         cost = off.square() + far * (t - p)
         best, least = torch.where(cost < least, t, best), torch.minimum(cost, least)
         if step < NEWTON:
             t = t - (rate * off + far) / (rate.square() + weight.square())
-    return drive * gate(best)[0], best
+    return drive * slopes(best)[0], best
 
 
 def _deltas(mixture: Mixture, before: Tensor, label: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gates: deltas that are the activation's slope times the residual's share, and guesses brought near examples by them."""
+"""Slopes: deltas that are the activation's slope times the residual's share, and guesses brought near examples by them."""
 
 from dataclasses import replace
 
@@ -8,16 +8,16 @@ from test_numerics_unmix import Problem
 from torch import Tensor
 from torch.nn import functional as F
 
+from unbatch.numerics.alternation import Slopes, approach, slopes
 from unbatch.numerics.equation import choose_labels
-from unbatch.numerics.gate import Gate, approach, gate
 from unbatch.numerics.mixture import Mixture
 from unbatch.numerics.unmix import nearest
 
 SMOOTH = {"gelu": F.gelu, "tanh": torch.tanh, "softplus": F.softplus, "elu": F.elu}
 
 
-def found_gate(p: Problem) -> Gate:
-    found = gate(p.mixture, p.z, p.rng)
+def told_by(p: Problem) -> Slopes:
+    found = slopes(p.mixture, p.z, p.rng)
     assert found is not None
     return found
 
@@ -25,7 +25,7 @@ def found_gate(p: Problem) -> Gate:
 @pytest.mark.parametrize("activation", SMOOTH)
 def test_the_table_is_the_slope_of_the_activation_up_to_a_factor(activation: str) -> None:
     p = Problem(activation)
-    found = found_gate(p)
+    found = told_by(p)
     t = torch.linspace(-1, 1, 201, dtype=torch.float64, requires_grad=True)
     slope = torch.autograd.grad(SMOOTH[activation](t).sum(), t)[0]
     told, rise = found(t.detach())
@@ -39,7 +39,7 @@ def test_the_table_is_the_slope_of_the_activation_up_to_a_factor(activation: str
 @pytest.mark.parametrize("activation", SMOOTH)
 def test_deltas_are_the_slope_times_the_drive_up_to_a_factor(activation: str) -> None:
     p = Problem(activation)
-    found, before = found_gate(p), p.mixture.before(p.z)
+    found, before = told_by(p), p.mixture.before(p.z)
     drive = found.drive(p.mixture, before, p.y)
     torch.testing.assert_close(drive.square().mean(1), torch.ones(6, dtype=torch.float64))
     told, delta = (F.normalize(t, dim=1) for t in (found(before)[0] * drive, p.mixture.F(p.z, p.y)))
@@ -47,14 +47,14 @@ def test_deltas_are_the_slope_times_the_drive_up_to_a_factor(activation: str) ->
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky", "hardtanh"])
-def test_a_slope_that_jumps_is_no_gate(activation: str) -> None:
+def test_a_slope_that_jumps_has_no_table(activation: str) -> None:
     p = Problem(activation)
-    assert gate(p.mixture, p.z, p.rng) is None
+    assert slopes(p.mixture, p.z, p.rng) is None
 
 
-def test_other_deltas_are_no_gates() -> None:
+def test_other_deltas_have_no_slopes() -> None:
     p = Problem("tanh")
-    assert gate(Problem("tanh", real=True).mixture, p.z, p.rng) is None
+    assert slopes(Problem("tanh", real=True).mixture, p.z, p.rng) is None
     V, A = (torch.randn(r, c, generator=p.rng, dtype=torch.float64) / c**0.5 for r, c in ((30, 80), (4, 30)))
 
     def deep(before: Tensor, y: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def test_other_deltas_are_no_gates() -> None:
             value = F.cross_entropy(torch.tanh(torch.tanh(live) @ V.T) @ A.T, y, reduction="sum")
             return torch.autograd.grad(value, live)[0]
 
-    assert gate(replace(p.mixture, deltas=deep), p.z, p.rng) is None  # neurons above hold it to all preactivations
+    assert slopes(replace(p.mixture, deltas=deep), p.z, p.rng) is None  # neurons above hold it to all preactivations
 
     def half(before: Tensor, y: Tensor) -> Tensor:
         live = before.detach().requires_grad_()
@@ -71,7 +71,7 @@ def test_other_deltas_are_no_gates() -> None:
             hidden = torch.cat([torch.tanh(live[:, :40]), F.gelu(live[:, 40:])], 1)
             return torch.autograd.grad(F.cross_entropy(hidden @ V[:4].T, y, reduction="sum"), live)[0]
 
-    assert gate(replace(p.mixture, deltas=half), p.z, p.rng) is None  # two activations in one layer
+    assert slopes(replace(p.mixture, deltas=half), p.z, p.rng) is None  # two activations in one layer
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -79,7 +79,7 @@ def test_other_deltas_are_no_gates() -> None:
 def test_guesses_far_off_come_near(activation: str, bias: bool) -> None:
     p = Problem(activation, n=40, d=60, m=300, bias=bias)
     guesses = p.near(0.45)
-    moved = approach(p.mixture, found_gate(p), guesses, p.y)
+    moved = approach(p.mixture, told_by(p), guesses, p.y)
     before, after = ((z - p.z).norm(dim=1) / p.z.norm(dim=1) for z in (guesses, moved))
     assert float(before.min()) > 0.3
     assert float((after < 0.05).double().mean()) > 0.5
@@ -87,8 +87,8 @@ def test_guesses_far_off_come_near(activation: str, bias: bool) -> None:
 
 def test_nothing_moves_where_nothing_is_guessed() -> None:
     p = Problem("tanh")
-    assert approach(p.mixture, found_gate(p), p.z[:0], p.y[:0]).shape == (0, 6)
-    assert gate(p.mixture, p.z[:0], p.rng) is None
+    assert approach(p.mixture, told_by(p), p.z[:0], p.y[:0]).shape == (0, 6)
+    assert slopes(p.mixture, p.z[:0], p.rng) is None
 
 
 def test_the_nearest_come_first_and_parallel_ones_once() -> None:
@@ -104,5 +104,5 @@ def test_the_nearest_come_first_and_parallel_ones_once() -> None:
 def test_labels_of_guesses_are_the_ones_that_fit() -> None:
     p: Problem = Problem("elu", n=40, d=60, m=300)
     mixture: Mixture = p.mixture
-    moved = approach(mixture, found_gate(p), p.near(0.3), p.y)
+    moved = approach(mixture, told_by(p), p.near(0.3), p.y)
     assert float((choose_labels(mixture, moved, torch.arange(4)) == p.y).double().mean()) > 0.8
