@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 def run(
     data: Path | None = None,
-    seconds: float = 30.0,
+    seconds: float = 10.0,
     seed: int = 0,
     device: str = "cpu",
     out: Path | None = None,
