@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from unbatch.numerics.alternation import Slopes, approach, slopes
 from unbatch.numerics.equation import choose_labels
 from unbatch.numerics.mixture import Mixture
-from unbatch.numerics.unmix import nearest
+from unbatch.numerics.unmix import nearest, unmix
 
 SMOOTH = {"gelu": F.gelu, "tanh": torch.tanh, "softplus": F.softplus, "elu": F.elu}
 
@@ -106,3 +106,29 @@ def test_labels_of_guesses_are_the_ones_that_fit() -> None:
     mixture: Mixture = p.mixture
     moved = approach(mixture, told_by(p), p.near(0.3), p.y)
     assert float((choose_labels(mixture, moved, torch.arange(4)) == p.y).double().mean()) > 0.8
+
+
+def test_what_goes_astray_stays_as_it_was() -> None:
+    p = Problem("elu", n=80, d=100, m=300)
+    guesses = p.near(0.5)  # most of elu's, whose slope is flat beyond 0
+    moved = approach(p.mixture, told_by(p), guesses, p.y)
+    kept, off = (moved == guesses).all(1), (moved - p.z).norm(dim=1) / p.z.norm(dim=1)
+    assert float(kept.double().mean()) > 0.5
+    assert float(off[~kept].median()) < 0.05
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu"])
+def test_more_of_a_large_batch_are_found_at_once(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for few in (64, 1000):  # with and without
+        monkeypatch.setattr("unbatch.numerics.unmix.FEW", few)
+        p = Problem(activation, n=80, d=100, m=300)
+        guesses = p.near(0.5)
+
+        def start(left: Mixture, rng: torch.Generator, guesses: Tensor = guesses) -> Tensor:
+            return guesses @ left.basis.T
+
+        separation = unmix(p.mixture, [("near", start)], p.rng, tick=lambda share: share < 1e-9)  # one round
+        found[few] = separation.log[0]["found"]
+        assert float(torch.cdist(separation.z, p.z).amin(1).max()) < 1e-6
+    assert found[64] > found[1000] + 8

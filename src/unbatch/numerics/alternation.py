@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.mixture import Mixture, misfits
 
 CLASSES = 128  # beyond which residuals have too many unknowns
 POINTS = 4097  # of the tabulated slope; 0, where kinks are, is one
@@ -27,6 +27,7 @@ STEPS = 200
 DAMPING = 0.95  # of the dual: without it guesses wander off, and below .9 they stay where they are
 RENEWED = 5  # steps between two looks at the residual
 PULL = 2.0  # weight of preactivations against deltas
+NEARER = 1 / 3  # of a guess's misfit, to which an example's falls far below, and one's that went astray hardly
 NEWTON = 2  # steps of an entry towards the graph
 
 
@@ -87,7 +88,10 @@ def slopes(mixture: Mixture, z: Tensor, rng: torch.Generator) -> Slopes | None:
 
 
 def approach(mixture: Mixture, slopes: Slopes, z: Tensor, y: Tensor, *, steps: int = STEPS) -> Tensor:
-    """z [g, n] moved towards examples with the labels y [g]: within a few per cent of one, or astray. In float32."""
+    """z [g, n] moved towards examples with the labels y [g], often to within a few per cent of one; in float32.
+
+    Some go astray: what does not come to fit its equation several times better stays as it was.
+    """
     if not len(z):  # a start may have no guess
         return z
     offset = torch.zeros_like(mixture.W[0]) if mixture.offset is None else mixture.offset
@@ -107,7 +111,9 @@ def approach(mixture: Mixture, slopes: Slopes, z: Tensor, y: Tensor, *, steps: i
             drive = slopes.drive(mixture, p.double(), y).float()
         gu, gp = _graph(slopes, drive, u + du, p + dp, weight)
         du, dp = DAMPING * (du + u - gu), DAMPING * (dp + p - gp)
-    return mixture.scaled((gp.double() - offset) @ back)
+    moved = mixture.scaled((gp.double() - offset) @ back)
+    nearer = misfits(mixture, moved, y)[0] < NEARER * misfits(mixture, z, y)[0]
+    return torch.where(nearer[:, None], moved, z)
 
 
 def _graph(slopes: Slopes, drive: Tensor, u: Tensor, p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
