@@ -158,3 +158,11 @@ def test_what_was_measured_on_other_data_is_not_replaced(tmp_path: Path) -> None
     assert (tmp_path / "unmix.json").read_text() == before
     store("unmix", [], tmp_path, seed=1, data=True)
     assert json.loads((tmp_path / "unmix.json").read_text())["rows"] == []
+
+
+def test_the_stored_rows_are_printed() -> None:
+    record = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "unmix.json").read_text())
+    assert unmix.table(record["rows"]).row_count == len(record["rows"]) + sum(
+        len(row.get("peers", ())) for row in record["rows"]
+    )
+    assert all("measured" in row for row in record["rows"] if "shares" in row)
