@@ -162,6 +162,35 @@ def test_bounds_hold_at_the_last_digit(seed: int, kind: str) -> None:
     assert float(found.error.max()) < 1e-13
 
 
+@pytest.mark.parametrize(("seed", "counts"), [(1, False), (2, True)])  # float32, bfloat16
+def test_a_kink_crossed_by_rounding_counts_where_the_fit_would_not_show_it(seed: int, counts: bool) -> None:
+    """One draw makes an eighth of an entry of one delta wrong: in float32 such an update would have been refused."""
+    obs, x, y = exchange(seed, crowded=False)
+    layer, form = _layer(obs), _form(obs)
+    assert isinstance(layer, Dense)
+    assert form is not None
+    span = _span(obs, layer, torch.Generator().manual_seed(0))
+    mixture = _mixture(obs, layer, form, span, len(x))
+    z = mixture.scaled(torch.cat([x, torch.ones(len(x), 1).double()], 1) @ span.rows.T)
+    z = refine(mixture, z, y)[0]
+    delta = mixture.F(z, y)
+
+    def bound(wrong: float) -> Tensor:
+        draws = iter([wrong, *[0.0] * 5])
+
+        def rounding(z: Tensor, y: Tensor) -> Tensor:
+            flaw, worst = torch.zeros_like(delta), int(delta[0].abs().argmax())
+            flaw[0, worst] = next(draws) * delta[0, worst]
+            return flaw
+
+        return radius(mixture, z, y, torch.Generator().manual_seed(0), rounding=rounding, jointly=True)
+
+    without, crossed = bound(0.0), bound(0.125)
+    assert bool(without.isfinite().all())
+    assert bool((crossed > without).all()) == counts
+    assert torch.equal(crossed, without) != counts
+
+
 def test_a_solution_of_nothing_has_no_bound() -> None:
     """Where F bends by more than a twentieth within the bound, first order is not relied on."""
     obs, x, y = exchange(2, crowded=False)  # bfloat16

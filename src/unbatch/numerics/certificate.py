@@ -28,6 +28,7 @@ SIGMAS = 6.0  # of an error with many degrees of freedom, of which DRAWS x n coo
 BESIDE = 1e-4  # relative distance at which rounding is another draw of the same law
 LARGEST = 0.05  # relative radius beyond which nothing is claimed: first order is then no proof of anything
 NONLINEAR = 0.05  # relative change of F over the radius above which first order is not relied on
+REFUSED = 30.0  # error of one entry of a delta, in those of the whole delta, with which `accept` would have refused it
 
 
 def radius(
@@ -103,12 +104,18 @@ def _spread(mixture: Mixture) -> float:
 def _wrong(
     mixture: Mixture, z: Tensor, y: Tensor, F: Tensor, rng: torch.Generator, rounding: Rounding | None
 ) -> Tensor:
-    """A draw of the errors of the deltas F [f, m]."""
+    """A draw of the errors of the deltas F [f, m].
+
+    Precision can put a preactivation on the other side of a kink. Where that is rare it makes one entry wrong by all it
+    is, which the fit would have shown, so it is no part of the law; where precision is coarse it is rounding like any other.
+    """
     wrong: Tensor = mixture.rounding * F * (_normal(F, rng) + _normal(F[:, :1], rng))
     if rounding is None:
         return wrong
     beside = mixture.scaled(z + BESIDE * z.square().mean(1, keepdim=True).sqrt() * _normal(z, rng))
-    return wrong + rounding(beside, y)
+    flaws, size = rounding(beside, y), F.norm(dim=1, keepdim=True)
+    most = REFUSED * (mixture.noise * mixture.dual(F).norm(dim=1, keepdim=True) + mixture.rounding * size)
+    return wrong + flaws.masked_fill(flaws.abs() > most, 0.0)
 
 
 def _normal(like: Tensor, rng: torch.Generator) -> Tensor:
