@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unbatch.numerics import pattern as patterns
 from unbatch.numerics.certificate import radius
 from unbatch.numerics.descent import Descent, beginning, descend
 from unbatch.numerics.equation import Equation, accept, choose_labels, choose_targets, complement, placed, polish
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, misfits
 from unbatch.numerics.moment_start import weight_moments
-from unbatch.numerics.pattern import NEAR, apart, finish, relax, switches
+from unbatch.numerics.pattern import NEAR, apart, finish, relax, sharpen, switches
 from unbatch.numerics.sign_certain import isolate, kinked
 from unbatch.numerics.unmix import softened, unmix
 
@@ -260,6 +261,24 @@ def test_the_program_ends_at_patterns_from_guesses_with_many_wrong_signs(activat
     assert float(exact.double().mean()) > 0.8
     assert torch.equal(last[exact], truth[which[exact]])
     assert torch.equal(share > 0.9, exact)
+
+
+def test_longer_programs_and_another_beginning_reach_nine_twentieths_of_the_width(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p = Problem("relu", n=90, d=180, m=200, seed=1)
+    rough, truth, two = p.near(0.45), p.mixture.before(p.z) > 0, switches(p.mixture, p.rng)
+    assert two is not None
+    short, delta, _ = relax(p.mixture, two, rough, p.y)
+    longer, finer, _ = sharpen(p.mixture, two, short, delta)
+    off = [(a[:, None] != truth).double().mean(2).amin(1).mean() for a in (short, longer)]
+    assert float(off[1]) < 0.85 * float(off[0])
+    both = int((finish(p.mixture, two, longer, finer)[2] > patterns.SURE).sum())
+    again = int((finish(p.mixture, two, short, delta)[2] > patterns.SURE).sum())
+    monkeypatch.setattr(patterns, "AGAIN", 0)
+    once = int((finish(p.mixture, two, short, delta)[2] > patterns.SURE).sum())
+    assert both > 0.95 * len(truth)
+    assert again > once + 5
 
 
 def test_the_truth_stays_and_what_ends_at_nothing_is_dropped() -> None:

@@ -107,7 +107,7 @@ def _wrong(
     """A draw of the errors of the deltas F [f, m].
 
     Precision can put a preactivation on the other side of a kink. Where that is rare it makes one entry wrong by all it
-    is, which the fit would have shown, so it is no part of the law; where precision is coarse it is rounding like any other.
+    is, which the fit would have shown, so it is no part of the law; where precision is coarse it is as common as rounding.
     """
     wrong: Tensor = mixture.rounding * F * (_normal(F, rng) + _normal(F[:, :1], rng))
     if rounding is None:

@@ -26,8 +26,13 @@ from unbatch.numerics.sign_certain import deviations, exact_rows
 CLASSES = 128  # beyond which residuals have too many unknowns
 SPREAD = 0.5  # error of a guess's preactivations, in their own standard deviation
 PENALTY = 10.0
-ROUNDS = 6  # of linear programs: each has the last one's answer for its guess, and the residual that fits it
-STEPS = 15
+SHORT = (
+    6,
+    15,
+)  # linear programs and steps: each has the last one's answer for its guess, and the residual that fits it
+LONG = (12, 50)  # the same for the few that are to be finished
+AGAIN = 3  # times that least absolute deviations begin anew from the pattern that they led to
+SURE = 0.9  # share of rows that fit a dual vector of which the pattern is known: an example's are .98 and more
 FINAL = 3  # of roundings of what least absolute deviations leave
 PART = 64  # patterns finished at a time
 NEAR = 0.06  # share of rows up to which two patterns are mostly of one example
@@ -90,37 +95,50 @@ def relax(mixture: Mixture, two: Switches, z: Tensor, y: Tensor, *, chunk: int =
     """
     if not len(z):  # a start may have no guess
         return z.new_zeros(0, len(mixture.U), dtype=torch.bool), z.new_zeros(0, len(mixture.U)), z.new_zeros(0)
-    parts = [_relax(mixture, two, z[i], y[i]) for i in torch.split(torch.arange(len(z), device=z.device), chunk)]
+    parts = []
+    for i in torch.split(torch.arange(len(z), device=z.device), chunk):
+        before = mixture.before(z[i])
+        a = two.residual(_on(mixture, two, before), mixture.F(z[i], y[i]))
+        parts.append(_programs(mixture, two, a, _odds(mixture, two, before).float(), *SHORT))
     patterns, deltas, off = (torch.cat(found) for found in zip(*parts, strict=True))
     return patterns, deltas, off
 
 
-def _relax(mixture: Mixture, two: Switches, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    before = mixture.before(z)
-    a = two.residual(_on(mixture, two, before), mixture.F(z, y))
-    odds, U = _odds(mixture, two, before).float(), mixture.U.float()
+def sharpen(mixture: Mixture, two: Switches, pattern: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from patterns and deltas [g, m] that `relax` ended at, by longer programs."""
+    a = two.residual(pattern, delta)
+    off, on = two.ends(a)
+    odds = 8 * (((delta - off) / (on - off)).nan_to_num().clamp(-0.1, 1.1) - 0.5)
+    return _programs(mixture, two, a, odds.float(), *LONG)
+
+
+def _programs(
+    mixture: Mixture, two: Switches, a: Tensor, odds: Tensor, rounds: int, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    U = mixture.U.float()
     v: Tensor | None = None
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         off, on = two.ends(a)
         size = (on - off).square().mean(1, keepdim=True).sqrt() + 1e-300
         a, off, on = a / size, (off / size).float(), (on / size).float()
         gap = on - off
         gap = torch.where(gap < 0, gap.clamp_max(-0.05), gap.clamp_min(0.05))
-        u, v = _program(U, odds / gap / PENALTY, off, on, off + odds.sigmoid() * (on - off) if v is None else v)
+        start = off + odds.sigmoid() * (on - off) if v is None else v
+        u, v = _program(U, odds / gap / PENALTY, off, on, start, steps)
         s = (u - off) / gap
         pattern, odds = s > 0.5, 8 * (s.clamp(-0.1, 1.1) - 0.5)
         length = u.norm(dim=1)
         far = (u - torch.where(pattern, on, off)).norm(dim=1) / length
         far = torch.where(length > NOTHING * gap.norm(dim=1), far, torch.inf)
         a = two.residual(pattern, u.to(a), a)
-    return pattern, u.to(z), far.to(z)
+    return pattern, u.to(a), far.to(a)
 
 
-def _program(U: Tensor, slope: Tensor, off: Tensor, on: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _program(U: Tensor, slope: Tensor, off: Tensor, on: Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """u [g, m] in the range of U and v between off and on, one at last, that maximise slope . u: ADMM, penalty 1."""
     least, most = torch.minimum(off, on), torch.maximum(off, on)
     dual = torch.zeros_like(v)
-    for _ in range(STEPS):
+    for _ in range(steps):
         u = ((v - dual) @ U) @ U.T
         w = u + dual
         v = torch.minimum(torch.maximum(w + slope, least), most)
@@ -153,14 +171,29 @@ def finish(mixture: Mixture, two: Switches, pattern: Tensor, delta: Tensor) -> t
     Least absolute deviations mend most of the wrong rows. Then the pattern is what U S q rounds to, and its residual
     the one with which its delta lies in the range of U: the least singular vector of (I - U U^T) columns(pattern).
     """
-    c, _ = deviations(mixture, partial(two.columns, pattern), delta @ mixture.U)
-    parts = torch.split(torch.arange(len(c), device=c.device), PART)
-    found = [_finish(mixture, two, pattern[i], c[i]) for i in parts]
-    c, pattern, share = (torch.cat(each) for each in zip(*found, strict=True))
+    c, pattern, share = _finish(mixture, two, pattern, delta @ mixture.U)
+    for _ in range(AGAIN):
+        left = (share < SURE).nonzero()[:, 0]
+        new = _finish(mixture, two, pattern[left], c[left])
+        better = new[2] > share[left]
+        left = left[better]
+        c[left], pattern[left], share[left] = (each[better] for each in new)
+        if not len(left):
+            break
     return c / mixture.S, pattern, share
 
 
 def _finish(mixture: Mixture, two: Switches, pattern: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    c, _ = deviations(mixture, partial(two.columns, pattern), c)
+    parts = torch.split(torch.arange(len(c), device=c.device), PART)
+    if not len(c):
+        return c, pattern, c.new_zeros(0)
+    found = [_rounded(mixture, two, pattern[i], c[i]) for i in parts]
+    c, pattern, share = (torch.cat(each) for each in zip(*found, strict=True))
+    return c, pattern, share
+
+
+def _rounded(mixture: Mixture, two: Switches, pattern: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     U, every = mixture.U, torch.arange(len(pattern), device=pattern.device)
     a, error = two.residual(pattern, c @ U.T), c @ U.T
     for _ in range(FINAL):

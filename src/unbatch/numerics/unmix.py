@@ -19,7 +19,7 @@ from unbatch.numerics.descent import Descent
 from unbatch.numerics.equation import accept, choose_labels, choose_targets, explained, placed, polish
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, label_misfits
-from unbatch.numerics.pattern import NEAR, Switches, apart, finish, relax, switches
+from unbatch.numerics.pattern import NEAR, SURE, Switches, apart, finish, relax, sharpen, switches
 from unbatch.numerics.sign_certain import COLUMNS, isolate, kinked, layered, zeroed
 from unbatch.numerics.softening import Softened
 
@@ -34,7 +34,6 @@ FEW = 64  # examples left up to which all guesses are polished as they are
 SAME = 0.995  # cosine above which two guesses are one
 QUIET = 1e-5  # noise over the least singular value that needs no refinement of the found ones before the next round
 SETTLING = 8  # rounds over all dual vectors at once
-SURE = 0.9  # share of rows that fit a dual vector of which the pattern is known: an example's are .98 and more
 LABELS = 10  # tried with every guess, those that fit it best
 
 
@@ -271,6 +270,8 @@ def by_patterns(
         guesses, labels = tried.repeat_interleave(best.shape[1], 0), classes[best].flatten()
         pattern, delta, off = relax(whole, two, guesses, labels)
         near = apart(pattern, off, known, n - len(Q), near=NEAR / 4**misses)  # at last even of twins
+        pattern, delta, off = sharpen(whole, two, pattern[near], delta[near])
+        near = apart(pattern, off, known, n - len(Q), near=NEAR / 4**misses)  # since many end at one example
         q, pattern, share = finish(whole, two, pattern[near], delta[near])
         chosen = distinct(Q * whole.S, q * whole.S, _fitting(share, max(SURE, _needed(whole))))[: n - len(Q)]
         log.append(
