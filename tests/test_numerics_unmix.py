@@ -14,7 +14,7 @@ from unbatch.numerics.equation import Equation, accept, choose_labels, choose_ta
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, misfits
 from unbatch.numerics.moment_start import weight_moments
-from unbatch.numerics.pattern import NEAR, apart, finish, relax, sharpen, switches
+from unbatch.numerics.pattern import NEAR, Corners, apart, finish, relax, switches, turned
 from unbatch.numerics.sign_certain import isolate, kinked
 from unbatch.numerics.unmix import softened, unmix
 
@@ -247,13 +247,13 @@ def test_the_program_ends_at_patterns_from_guesses_with_many_wrong_signs(activat
     before = (on(rough) != truth).double().mean(1)
     assert float(before.median()) > 0.1
     two = switches(p.mixture, p.rng)
-    pattern, delta, off = relax(p.mixture, two, rough, p.y)
-    after = (pattern != truth).double().mean(1)
+    corners = relax(p.mixture, p.mixture, two, rough, p.y)
+    after = (corners.pattern != truth).double().mean(1)
     assert float(after.median()) < 0.2 * float(before.median())
-    near = apart(pattern, off, truth[:3], 20)
-    assert len(near) >= 12
-    assert not set(near.tolist()) & {0, 1, 2}
-    q, last, share = finish(p.mixture, two, pattern[near], delta[near])
+    near = apart(corners, truth[:3], 20)
+    assert len(near.x) >= 12
+    assert float((near.pattern[:, None] != truth[:3]).double().mean(2).min()) >= NEAR
+    q, last, share = finish(p.mixture, two, near.pattern, near.delta)
     true = p.mixture.dual(p.mixture.F(p.z, p.y))
     cosine = F.normalize(q * p.mixture.S, dim=1) @ F.normalize(true * p.mixture.S, dim=1).T
     best, which = cosine.max(1)  # a guess may end at another example than the one it was nearest to
@@ -263,41 +263,92 @@ def test_the_program_ends_at_patterns_from_guesses_with_many_wrong_signs(activat
     assert torch.equal(share > 0.9, exact)
 
 
-def test_longer_programs_and_another_beginning_reach_nine_twentieths_of_the_width(
+def test_programs_and_preactivations_by_turns_reach_nine_twentieths_of_the_width(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     p = Problem("relu", n=90, d=180, m=200, seed=1)
     rough, truth, two = p.near(0.45), p.mixture.before(p.z) > 0, switches(p.mixture, p.rng)
     assert two is not None
-    short, delta, _ = relax(p.mixture, two, rough, p.y)
-    longer, finer, _ = sharpen(p.mixture, two, short, delta)
-    off = [(a[:, None] != truth).double().mean(2).amin(1).mean() for a in (short, longer)]
-    assert float(off[1]) < 0.85 * float(off[0])
-    both = int((finish(p.mixture, two, longer, finer)[2] > patterns.SURE).sum())
-    again = int((finish(p.mixture, two, short, delta)[2] > patterns.SURE).sum())
+    wrong = lambda c: float((c.pattern[:, None] != truth).double().mean(2).amin(1).mean())  # noqa: E731
+    sure = lambda c: int((finish(p.mixture, two, c.pattern, c.delta)[2] > patterns.SURE).sum())  # noqa: E731
+    first = relax(p.mixture, p.mixture, two, rough, p.y)
+    later = turned(p.mixture, p.mixture, two, first, patterns.SHORT)
+    assert wrong(later) < 0.75 * wrong(first)
+    again = sure(first)
+    assert again > 0.9 * len(truth)
     monkeypatch.setattr(patterns, "AGAIN", 0)
-    once = int((finish(p.mixture, two, short, delta)[2] > patterns.SURE).sum())
-    assert both > 0.95 * len(truth)
-    assert again > once + 5
+    assert again > sure(first) + 5
+
+
+def test_turns_leave_the_examples_that_are_found() -> None:
+    """Guesses half way between one that is found and one that is not: programs know the deltas' space alone."""
+    p = Problem("relu", n=100, d=200, m=240, seed=1)
+    truth, two = p.mixture.before(p.z) > 0, switches(p.mixture, p.rng)
+    assert two is not None
+    rest = p.mixture.isolated(torch.linalg.inv(p.z).T[:50])
+    assert float((p.z[50:] - p.z[50:] @ rest.basis.T @ rest.basis).norm()) < 1e-8  # what is left is orthogonal to them
+
+    def found(corners: Corners) -> tuple[int, int]:
+        wrong, which = (corners.pattern[:, None] != truth).double().mean(2).min(1)
+        return int((which < 50).sum()), len(set(which[(which >= 50) & (wrong < 0.04)].tolist()))
+
+    first = relax(p.mixture, rest, two, (p.z[50:] + p.z[:50]) / 2, p.y[50:])
+    later = turned(p.mixture, rest, two, first, patterns.SHORT)
+    assert found(later)[0] < found(first)[0]
+    assert found(later)[1] > found(first)[1] + 10
+
+
+@pytest.mark.parametrize(
+    ("activation", "low", "high"), [("relu", 0, torch.inf), ("leaky", 0, torch.inf), ("hardtanh", -1, 1)]
+)
+def test_the_edges_of_a_switch_are_found(activation: str, low: float, high: float) -> None:
+    p = Problem(activation, n=5, m=60)
+    two = switches(p.mixture, p.rng)
+    assert two is not None
+    torch.testing.assert_close(two.low, torch.full((60,), low).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(two.high, torch.full((60,), high).double(), atol=1e-12, rtol=0)
+    at = torch.tensor([[-1.5], [-0.5], [0.5], [1.5]]).double().expand(-1, 60)
+    inside, slope = two.chance(at, torch.ones(4, 1).double())
+    draws = at[..., None] + torch.randn(200_000, generator=p.rng).double()
+    on = (draws > low) & (draws < high)
+    torch.testing.assert_close(inside, on.double().mean(2), atol=5e-3, rtol=0)
+    torch.testing.assert_close(slope, ((draws - at[..., None]) * on).mean(2), atol=5e-3, rtol=0)
+
+
+def test_a_neuron_that_is_off_between_two_edges_is_no_switch() -> None:
+    p = Problem("relu", n=5, m=60)
+    V = torch.randn(4, 60, generator=p.rng, dtype=torch.float64)
+
+    def deltas(before: Tensor, y: Tensor) -> Tensor:
+        return (before.abs() > 1) * (F.one_hot(y, 4).double() @ V)
+
+    assert switches(replace(p.mixture, deltas=deltas), p.rng) is None
+    one = lambda before, y: (before > 1) * (F.one_hot(y, 4).double() @ V)  # noqa: E731
+    assert switches(replace(p.mixture, deltas=one), p.rng) is not None
 
 
 def test_the_truth_stays_and_what_ends_at_nothing_is_dropped() -> None:
     p = Problem("relu", n=20, d=40, m=400, seed=1)
-    pattern, _, off = relax(p.mixture, switches(p.mixture, p.rng), p.z, p.y)
-    assert float((pattern != (p.mixture.before(p.z) > 0)).double().mean(1).max()) < NEAR
-    assert float(off.max()) < 1e-2
-    nothing = torch.tensor([torch.inf, torch.nan, 0.5])
-    assert not len(apart(pattern[:3], nothing, pattern[:0], 9))
+    two = switches(p.mixture, p.rng)
+    assert two is not None
+    corners = relax(p.mixture, p.mixture, two, p.z, p.y)
+    truth = p.mixture.before(p.z) > 0
+    for ends in (corners, turned(p.mixture, p.mixture, two, corners, patterns.LONG)):
+        assert float((ends.pattern != truth).double().mean(1).max()) < NEAR
+        assert float(ends.off.max()) < 1e-2
+    nothing = replace(corners[torch.arange(3)], off=torch.tensor([torch.inf, torch.nan, 0.5]))
+    assert not len(apart(nothing, truth[:0], 9).x)
 
 
 def test_twins_are_told_apart_where_it_is_asked_for() -> None:
     one = torch.zeros(2, 100, dtype=torch.bool)
     one[1, :4] = True
-    off = torch.tensor([0.02, 0.01])
-    assert apart(one, off, one[:0], 9).tolist() == [1]
-    assert apart(one, off, one[:0], 9, near=0.01).tolist() == [1, 0]
-    assert apart(one, off, one[:1], 9).tolist() == []
-    assert apart(one, off, one[:1], 9, near=0.01).tolist() == [1]
+    twins = Corners(one, one.double(), torch.tensor([0.02, 0.01]), torch.arange(2)[:, None])
+    which = lambda known, **near: apart(twins, known, 9, **near).x[:, 0].tolist()  # noqa: E731
+    assert which(one[:0]) == [1]
+    assert which(one[:0], near=0.01) == [1, 0]
+    assert which(one[:1]) == []
+    assert which(one[:1], near=0.01) == [1]
 
 
 def test_a_start_without_guesses_is_passed_over() -> None:

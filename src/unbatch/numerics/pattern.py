@@ -14,6 +14,8 @@ Distributed optimization and statistical learning via ADMM, FnT ML 2011.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,11 +28,14 @@ from unbatch.numerics.sign_certain import deviations, exact_rows
 CLASSES = 128  # beyond which residuals have too many unknowns
 SPREAD = 0.5  # error of a guess's preactivations, in their own standard deviation
 PENALTY = 10.0
-SHORT = (
-    6,
-    15,
-)  # linear programs and steps: each has the last one's answer for its guess, and the residual that fits it
-LONG = (12, 50)  # the same for the few that are to be finished
+BISECTIONS = 60
+FAR = 6.0  # deviations of an error beyond which it makes no difference
+TURNS = 4  # of programs; between them guesses are brought to agree with their patterns
+AGREED = 3  # steps of that
+AGREEING = 0.3  # error of a guess's preactivations in it
+FIRST = (6, 15)  # linear programs and steps: each has the last one's answer for its guess, and the residual to it
+SHORT = (3, 15)  # of a turn, for all guesses
+LONG = (6, 50)  # of a turn, for the few that are to be finished
 AGAIN = 3  # times that least absolute deviations begin anew from the pattern that they led to
 SURE = 0.9  # share of rows that fit a dual vector of which the pattern is known: an example's are .98 and more
 FINAL = 3  # of roundings of what least absolute deviations leave
@@ -46,6 +51,19 @@ class Switches:
 
     off: Tensor  # [m, k]
     on: Tensor  # [m, k]
+    low: Tensor  # [m]: a neuron is on where its preactivation lies between
+    high: Tensor  # [m]
+
+    def at(self, before: Tensor) -> Tensor:
+        """Whether the neurons [g, m] are on."""
+        return (before > self.low) & (before < self.high)
+
+    def chance(self, before: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+        """P that neurons with preactivations N(before, spread^2) [g, m] are on, and E[x; on] of the x = N(0, 1) in it."""
+        low, high = (((edge - before) / spread).clamp(-FAR, FAR) for edge in (self.low, self.high))
+        inside = 0.5 * (torch.erfc(low / 2**0.5) - torch.erfc(high / 2**0.5))
+        slope = ((-0.5 * low.square()).exp() - (-0.5 * high.square()).exp()) / (2 * math.pi) ** 0.5
+        return inside, slope
 
     def columns(self, pattern: Tensor, which: Tensor) -> Tensor:
         """[q, m, k] of the patterns [g, m] numbered [q]: what `a` combines to their deltas."""
@@ -75,47 +93,121 @@ def switches(mixture: Mixture, rng: torch.Generator) -> Switches | None:
         return None
     m = mixture.U.shape[0]
     level = 10.0 ** torch.arange(-3, 4, dtype=torch.float64)
-    probes = torch.cat([level, -level])[:, None].expand(-1, m)
-    mixed = torch.randn(8, m, generator=rng, dtype=torch.float64) * level[:, None].repeat(2, 1)[:8]
-    before = torch.cat([probes, mixed]).to(mixture.U)
-    first = mixture.deltas(before, torch.zeros(len(before), dtype=torch.long, device=before.device)).detach()
+    level = torch.cat([-level.flip(0), level])  # ascending
+    mixed = level[torch.randint(len(level), (8, m), generator=rng)]
+    before = torch.cat([level[:, None].expand(-1, m), mixed]).to(mixture.U)
+    first = _deltas(mixture, before, 0)
     seen = torch.stack([_deltas(mixture, before, c) - first for c in range(1, mixture.classes)], 2)  # [p, m, k - 1]
     size = seen.norm(dim=2)
     rows = torch.arange(m, device=size.device)
     on, off = seen[size.argmax(0), rows], seen[size.argmin(0), rows]
-    far = torch.minimum((seen - on).norm(dim=2), (seen - off).norm(dim=2))
-    two = bool((far <= 1e-9 * (on.norm(dim=1) + 1e-300)).all()) and float((on - off).norm()) > 1e-3 * float(on.norm())
-    return Switches(off, on) if two else None
+    to_on, to_off = (seen - on).norm(dim=2), (seen - off).norm(dim=2)
+    scale = on.norm(dim=1) + 1e-300
+    two = bool((torch.minimum(to_on, to_off) <= 1e-9 * scale).all()) and float((on - off).norm()) > 1e-3 * float(
+        on.norm()
+    )
+    lit = (to_on < to_off)[: len(level)]  # [p, m]
+    crossed = lit[1:] != lit[:-1]
+    if not two or bool((crossed.sum(0) > 2 - (lit[0] | lit[-1]).int()).any()):
+        return None
+
+    def edge(rising: bool) -> Tensor:
+        here = crossed & (lit[1:] == rising)
+        low, high = (level.to(mixture.U)[here.int().argmax(0) + k] for k in (0, 1))
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            value = (_deltas(mixture, middle[None], 1) - _deltas(mixture, middle[None], 0))[0]
+            beyond = ((value - on[:, 0]).abs() < (value - off[:, 0]).abs()) == rising
+            low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+        return torch.where(here.any(0), high, -torch.inf if rising else torch.inf)
+
+    return Switches(off, on, edge(True), edge(False))
 
 
-def relax(mixture: Mixture, two: Switches, z: Tensor, y: Tensor, *, chunk: int = 512) -> tuple[Tensor, Tensor, Tensor]:
-    """Patterns [g, m] near those of guesses z [g, n] with labels y, the programs' deltas [g, m], how far these are off [g].
+@dataclass(frozen=True)
+class Corners:
+    """Corners of the cube that programs ended near, one a guess."""
 
-    The distance is between the delta and the pattern's own, relative; small where the cube's corner is an example.
-    """
+    pattern: Tensor  # [g, m]
+    delta: Tensor  # [g, m] what the programs ended at
+    off: Tensor  # [g] distance between that and the pattern's own delta, relative: small where the corner is an example
+    x: Tensor  # [g, r] the guesses
+
+    def __getitem__(self, which: Tensor) -> Corners:
+        return Corners(self.pattern[which], self.delta[which], self.off[which], self.x[which])
+
+
+def relax(mixture: Mixture, rest: Mixture, two: Switches, z: Tensor, y: Tensor) -> Corners:
+    """Corners near the patterns of guesses z [g, n] with labels y; `rest` is the mixture less the examples found."""
     if not len(z):  # a start may have no guess
-        return z.new_zeros(0, len(mixture.U), dtype=torch.bool), z.new_zeros(0, len(mixture.U)), z.new_zeros(0)
-    parts = []
-    for i in torch.split(torch.arange(len(z), device=z.device), chunk):
+        none = z.new_zeros(0, len(mixture.U))
+        return Corners(none.bool(), none, none.sum(1), z @ rest.basis.T)
+
+    def ends(i: Tensor) -> Corners:
         before = mixture.before(z[i])
-        a = two.residual(_on(mixture, two, before), mixture.F(z[i], y[i]))
-        parts.append(_programs(mixture, two, a, _odds(mixture, two, before).float(), *SHORT))
-    patterns, deltas, off = (torch.cat(found) for found in zip(*parts, strict=True))
-    return patterns, deltas, off
+        a = two.residual(two.at(before), mixture.F(z[i], y[i]))
+        pattern, delta, off, _ = _programs(mixture, two, a, before, *FIRST)
+        return Corners(pattern, delta, off, z[i] @ rest.basis.T)
+
+    return _in_parts(ends, len(z))
 
 
-def sharpen(mixture: Mixture, two: Switches, pattern: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from patterns and deltas [g, m] that `relax` ended at, by longer programs."""
-    a = two.residual(pattern, delta)
-    off, on = two.ends(a)
-    odds = 8 * (((delta - off) / (on - off)).nan_to_num().clamp(-0.1, 1.1) - 0.5)
-    return _programs(mixture, two, a, odds.float(), *LONG)
+def turned(mixture: Mixture, rest: Mixture, two: Switches, corners: Corners, programs: tuple[int, int]) -> Corners:
+    """Corners that the same guesses lead to by TURNS more of `programs`, rounds and steps.
+
+    Programs know the deltas' space alone, and end at examples that are found, too. In between the guesses are brought to
+    agree with their patterns in the space of the others' preactivations.
+    """
+    if not len(corners.x):
+        return corners
+
+    def ends(i: Tensor) -> Corners:
+        pattern, delta, off, x = (part[i] for part in (corners.pattern, corners.delta, corners.off, corners.x))
+        a = two.residual(pattern, delta)
+        for _ in range(TURNS):
+            x, before = agreeing(rest, two, pattern, x)
+            pattern, delta, off, a = _programs(mixture, two, a, before, *programs)
+        return Corners(pattern, delta, off, x)
+
+    return _in_parts(ends, len(corners.x))
+
+
+def _in_parts(ends: Callable[[Tensor], Corners], g: int, chunk: int = 512) -> Corners:
+    parts = [ends(i) for i in torch.split(torch.arange(g), chunk)]
+    return Corners(
+        torch.cat([part.pattern for part in parts]),
+        torch.cat([part.delta for part in parts]),
+        torch.cat([part.off for part in parts]),
+        torch.cat([part.x for part in parts]),
+    )
+
+
+def agreeing(rest: Mixture, two: Switches, pattern: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [g, r] in the rest, and its preactivations [g, m], moved towards those that have the pattern [g, m].
+
+    Expectation and maximisation of a probit model: preactivations are x W with a normal error of AGREEING deviations, and
+    what is known of them is the pattern, right or wrong. One product with the same matrix a step for all.
+    """
+    G = rest.W @ rest.W.T
+    G.diagonal().mul_(1 + 1e-9)
+    onto = torch.linalg.solve(G, rest.W).T  # [m, r]
+    along = None if rest.ones is None else torch.linalg.solve(G, rest.ones)
+    for _ in range(AGREED):
+        before = rest.before(x)
+        spread = AGREEING * before.std(1, keepdim=True)
+        inside, slope = two.chance(before, spread)
+        pull = torch.where(pattern, slope / inside.clamp_min(1e-12), -slope / (1 - inside).clamp_min(1e-12))
+        x = x + (spread * pull) @ onto
+        if along is not None and rest.ones is not None:
+            x = x + ((1 - x @ rest.ones) / (along @ rest.ones))[:, None] * along
+    return x, rest.before(x)
 
 
 def _programs(
-    mixture: Mixture, two: Switches, a: Tensor, odds: Tensor, rounds: int, steps: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    U = mixture.U.float()
+    mixture: Mixture, two: Switches, a: Tensor, before: Tensor, rounds: int, steps: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pattern, delta, how far it is off, and residual that programs end at from a residual and preactivations."""
+    U, odds = mixture.U.float(), _odds(two, before).float()
     v: Tensor | None = None
     for _ in range(rounds):
         off, on = two.ends(a)
@@ -131,7 +223,7 @@ def _programs(
         far = (u - torch.where(pattern, on, off)).norm(dim=1) / length
         far = torch.where(length > NOTHING * gap.norm(dim=1), far, torch.inf)
         a = two.residual(pattern, u.to(a), a)
-    return pattern, u.to(a), far.to(a)
+    return pattern, u.to(a), far.to(a), a
 
 
 def _program(U: Tensor, slope: Tensor, off: Tensor, on: Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -151,17 +243,9 @@ def _deltas(mixture: Mixture, before: Tensor, label: int) -> Tensor:
     return mixture.deltas(before, y).detach()
 
 
-def _on(mixture: Mixture, two: Switches, before: Tensor) -> Tensor:
-    """Whether the neurons [g, m] are on, by the difference of two labels."""
-    seen = _deltas(mixture, before, 1) - _deltas(mixture, before, 0)
-    return (seen - two.on[:, 0]).abs() < (seen - two.off[:, 0]).abs()
-
-
-def _odds(mixture: Mixture, two: Switches, before: Tensor, draws: int = 16) -> Tensor:
+def _odds(two: Switches, before: Tensor) -> Tensor:
     """Log odds [g, m] that the neurons are on, under an error of the preactivations."""
-    step = SPREAD * before.std(1, keepdim=True)
-    normal = torch.special.ndtri((torch.arange(draws).to(before) + 0.5) / draws)
-    share = torch.stack([_on(mixture, two, before + float(e) * step).to(before) for e in normal]).mean(0)
+    share = two.chance(before, SPREAD * before.std(1, keepdim=True))[0]
     return ((share + 0.01) / (1.01 - share)).log()
 
 
@@ -209,9 +293,9 @@ def _rounded(mixture: Mixture, two: Switches, pattern: Tensor, c: Tensor) -> tup
     return c, pattern, exact_rows(mixture, c, error)
 
 
-def apart(pattern: Tensor, off: Tensor, known: Tensor, most: int, *, near: float = NEAR) -> Tensor:
-    """Numbers of up to `most` patterns [g, m], the least far off first, near neither a known one nor each other."""
-    rows = pattern.float()
+def apart(corners: Corners, known: Tensor, most: int, *, near: float = NEAR) -> Corners:
+    """Up to `most` corners, the least far off first, near neither a known pattern [f, m] nor each other."""
+    rows, off = corners.pattern.float(), corners.off
     kept: list[int] = []
     gone = ~(off <= ROUGH)
     for row in known.float():
@@ -222,4 +306,4 @@ def apart(pattern: Tensor, off: Tensor, known: Tensor, most: int, *, near: float
         if not gone[i]:
             kept.append(i)
             gone |= (rows - rows[i]).abs().mean(1) < near
-    return torch.tensor(kept, dtype=torch.long, device=pattern.device)
+    return corners[torch.tensor(kept, dtype=torch.long, device=off.device)]

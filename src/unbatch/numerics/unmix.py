@@ -19,7 +19,7 @@ from unbatch.numerics.descent import Descent
 from unbatch.numerics.equation import accept, choose_labels, choose_targets, explained, placed, polish
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, label_misfits
-from unbatch.numerics.pattern import NEAR, SURE, Switches, apart, finish, relax, sharpen, switches
+from unbatch.numerics.pattern import LONG, NEAR, SHORT, SURE, Switches, apart, finish, relax, switches, turned
 from unbatch.numerics.sign_certain import COLUMNS, isolate, kinked, layered, zeroed
 from unbatch.numerics.softening import Softened
 
@@ -34,6 +34,7 @@ FEW = 64  # examples left up to which all guesses are polished as they are
 SAME = 0.995  # cosine above which two guesses are one
 QUIET = 1e-5  # noise over the least singular value that needs no refinement of the found ones before the next round
 SETTLING = 8  # rounds over all dual vectors at once
+DEEPER = 2  # times that all guesses take more turns, while they lead to less than half of the examples left
 LABELS = 10  # tried with every guess, those that fit it best
 
 
@@ -268,14 +269,18 @@ def by_patterns(
         tried = torch.cat([tried, -tried]) if whole.ones is None else placed(whole, tried, classes, within=rest.basis)
         best = label_misfits(whole, tried, classes).topk(min(LABELS, len(classes)), largest=False).indices
         guesses, labels = tried.repeat_interleave(best.shape[1], 0), classes[best].flatten()
-        pattern, delta, off = relax(whole, two, guesses, labels)
-        near = apart(pattern, off, known, n - len(Q), near=NEAR / 4**misses)  # at last even of twins
-        pattern, delta, off = sharpen(whole, two, pattern[near], delta[near])
-        near = apart(pattern, off, known, n - len(Q), near=NEAR / 4**misses)  # since many end at one example
-        q, pattern, share = finish(whole, two, pattern[near], delta[near])
+        corners = relax(whole, rest, two, guesses, labels)
+        for deeper in range(DEEPER + 1):
+            if deeper:
+                corners = turned(whole, rest, two, corners, SHORT)
+            near = apart(corners, known, rest.n, near=NEAR / 4**misses)  # at last even of twins
+            near = apart(turned(whole, rest, two, near, LONG), known, rest.n, near=NEAR / 4**misses)
+            if len(near.x) > rest.n / 2:
+                break
+        q, pattern, share = finish(whole, two, near.pattern, near.delta)
         chosen = distinct(Q * whole.S, q * whole.S, _fitting(share, max(SURE, _needed(whole))))[: n - len(Q)]
         log.append(
-            {"start": name, "left": n - len(Q), "guesses": len(guesses), "near": len(near), "found": len(chosen)}
+            {"start": name, "left": n - len(Q), "guesses": len(guesses), "near": len(near.x), "found": len(chosen)}
         )
         misses = 0 if len(chosen) else misses + 1
         Q, known = torch.cat([Q, q[chosen]]), torch.cat([known, pattern[chosen]])
