@@ -102,10 +102,8 @@ def switches(mixture: Mixture, rng: torch.Generator) -> Switches | None:
     rows = torch.arange(m, device=size.device)
     on, off = seen[size.argmax(0), rows], seen[size.argmin(0), rows]
     to_on, to_off = (seen - on).norm(dim=2), (seen - off).norm(dim=2)
-    scale = on.norm(dim=1) + 1e-300
-    two = bool((torch.minimum(to_on, to_off) <= 1e-9 * scale).all()) and float((on - off).norm()) > 1e-3 * float(
-        on.norm()
-    )
+    two = bool((torch.minimum(to_on, to_off) <= 1e-9 * (on.norm(dim=1) + 1e-300)).all())
+    two = two and float((on - off).norm()) > 1e-3 * float(on.norm())
     lit = (to_on < to_off)[: len(level)]  # [p, m]
     crossed = lit[1:] != lit[:-1]
     if not two or bool((crossed.sum(0) > 2 - (lit[0] | lit[-1]).int()).any()):
