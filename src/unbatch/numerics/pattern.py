@@ -4,12 +4,14 @@ Behind one layer of switches (relu, leaky relu, hardtanh) every row of a delta i
 with a the residual: off a + s (on - off) a with s in {0, 1}^m. It lies in the range of U, which has n of m dimensions;
 a generic subspace of n < m / 2 dimensions would hold of the cube but its corner 0, so what it does hold, the examples'
 patterns span. Hence maximise sum_j l_j s_j over the cube, l the log odds that a guess gives the neurons: a linear program,
-whose maximum is about an example's pattern even where one sign in six of the guess is wrong. Least absolute deviations and
-rounding make it exact.
+whose maximum is about an example's pattern even where one sign in six of the guess is wrong. The pattern is also that of
+preactivations, which lie in n of m dimensions as well: by turns the program is run and the guess brought to agree with what
+it ended at. Least absolute deviations and rounding make the pattern exact.
 
 Source: this library; a subspace and an orthant: Wendel, A problem in geometric probability, 1962; cubes: Donoho,
 Tanner, Counting the faces of randomly-projected hypercubes and orthants, DCG 2010; the program's solution: Boyd et al.,
-Distributed optimization and statistical learning via ADMM, FnT ML 2011.
+Distributed optimization and statistical learning via ADMM, FnT ML 2011; the probit model: Dempster, Laird,
+Rubin, Maximum likelihood from incomplete data via the EM algorithm, JRSS B 1977.
 """
 
 from __future__ import annotations
