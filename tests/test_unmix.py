@@ -11,6 +11,7 @@ from unbatch.attacks.unmix import Counted, Unmix, _form, _layer, _mixture, _span
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.loss import loss_named
+from unbatch.numerics import unmix as solver
 from unbatch.numerics.pattern import CLASSES
 from unbatch.observation import Knowledge, Reconstruction
 from unbatch.protocol import Protocol
@@ -73,6 +74,19 @@ def test_kinked_activations_that_torch_has_besides(activation: nn.Module, gain: 
     holds(found, x)
     assert torch.equal(found.labels, y[errors(found, x).argmin(1)])
     assert "words" not in found.trace
+
+
+def test_the_last_of_a_large_relu_batch_are_found_by_the_patterns_of_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """42 of 100 neurons. Programs end at the 40 that are found; with as few left as guesses have unknowns, these are better."""
+    model, loss, x, y = client("photos:batch=42,size=16,width=100,activation=relu")
+    obs = exchange(model, loss, x, y)
+    found = Unmix(attempts=1)(obs)
+    holds(found, x)
+    assert "settle" not in {entry["start"] for entry in found.trace["log"]}
+    monkeypatch.setattr(solver, "FREE", 0.0)
+    monkeypatch.setattr(solver, "LAST", 0)
+    without = Unmix(attempts=1)(obs).trace["log"]
+    assert sum(entry["left"] == 42 for entry in without) > 1  # had to begin again, by signs alone
 
 
 def test_a_hardtanh_that_hardly_saturates_is_said_to_be_linear() -> None:

@@ -172,6 +172,13 @@ def turned(mixture: Mixture, rest: Mixture, two: Switches, corners: Corners, pro
     return _in_parts(ends, len(corners.x))
 
 
+def own(two: Switches, before: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Patterns of preactivations [g, m] and the deltas [g, m] with them that are nearest to given ones."""
+    pattern = two.at(before)
+    off, on = two.ends(two.residual(pattern, delta))
+    return pattern, torch.where(pattern, on, off)
+
+
 def _in_parts(ends: Callable[[Tensor], Corners], g: int, chunk: int = 512) -> Corners:
     parts = [ends(i) for i in torch.split(torch.arange(g), chunk)]
     return Corners(
@@ -189,7 +196,7 @@ def agreeing(rest: Mixture, two: Switches, pattern: Tensor, x: Tensor) -> tuple[
     what is known of them is the pattern, right or wrong. One product with the same matrix a step for all.
     """
     G = rest.W @ rest.W.T
-    G.diagonal().mul_(1 + 1e-9)
+    G.diagonal().add_(1e-9 * G.diagonal().mean() + 1e-300)
     onto = torch.linalg.solve(G, rest.W).T  # [m, r]
     along = None if rest.ones is None else torch.linalg.solve(G, rest.ones)
     for _ in range(AGREED):
@@ -253,7 +260,8 @@ def finish(mixture: Mixture, two: Switches, pattern: Tensor, delta: Tensor) -> t
     """Dual vectors q [g, n] beside rough patterns and deltas [g, m], their own patterns, and the share [g] of exact rows.
 
     Least absolute deviations mend most of the wrong rows. Then the pattern is what U S q rounds to, and its residual
-    the one with which its delta lies in the range of U: the least singular vector of (I - U U^T) columns(pattern).
+    the one with which its delta lies in the range of U: the least singular vector of (I - U U^T) columns(pattern). Where
+    not SURE of the rows are exact then, deviations begin anew from that pattern.
     """
     c, pattern, share = _finish(mixture, two, pattern, delta @ mixture.U)
     for _ in range(AGAIN):

@@ -19,7 +19,7 @@ from unbatch.numerics.descent import Descent
 from unbatch.numerics.equation import accept, choose_labels, choose_targets, explained, placed, polish
 from unbatch.numerics.joint import refine
 from unbatch.numerics.mixture import Mixture, label_misfits
-from unbatch.numerics.pattern import LONG, NEAR, SHORT, SURE, Switches, apart, finish, relax, switches, turned
+from unbatch.numerics.pattern import LONG, NEAR, SHORT, SURE, Switches, apart, finish, own, relax, switches, turned
 from unbatch.numerics.sign_certain import COLUMNS, isolate, kinked, layered, zeroed
 from unbatch.numerics.softening import Softened
 
@@ -34,6 +34,8 @@ FEW = 64  # examples left up to which all guesses are polished as they are
 SAME = 0.995  # cosine above which two guesses are one
 QUIET = 1e-5  # noise over the least singular value that needs no refinement of the found ones before the next round
 SETTLING = 8  # rounds over all dual vectors at once
+FREE = 0.1  # examples left over neurons up to which the patterns of the guesses themselves are finished, too
+LAST = 8  # examples left up to which this goes for guesses that no program has moved
 DEEPER = 2  # times that all guesses take more turns, while they lead to less than half of the examples left
 LABELS = 10  # tried with every guess, those that fit it best
 
@@ -277,11 +279,15 @@ def by_patterns(
             near = apart(turned(whole, rest, two, near, LONG), known, rest.n, near=NEAR / 4**misses)
             if len(near.x) > rest.n / 2:
                 break
-        q, pattern, share = finish(whole, two, near.pattern, near.delta)
+        ends = [(near.pattern, near.delta)]
+        if rest.n <= len(whole.U) * FREE:  # few unknowns for as many signs: then guesses are better than programs
+            ends.append(own(two, rest.before(near.x), near.delta))
+        if rest.n <= LAST:
+            ends.append(own(two, whole.before(guesses), whole.F(guesses, labels)))
+        q, pattern, share = finish(whole, two, *(torch.cat(each) for each in zip(*ends, strict=True)))
         chosen = distinct(Q * whole.S, q * whole.S, _fitting(share, max(SURE, _needed(whole))))[: n - len(Q)]
-        log.append(
-            {"start": name, "left": n - len(Q), "guesses": len(guesses), "near": len(near.x), "found": len(chosen)}
-        )
+        count = sum(len(each) for each, _ in ends)
+        log.append({"start": name, "left": rest.n, "guesses": len(guesses), "near": count, "found": len(chosen)})
         misses = 0 if len(chosen) else misses + 1
         Q, known = torch.cat([Q, q[chosen]]), torch.cat([known, pattern[chosen]])
     if len(Q) < n:
