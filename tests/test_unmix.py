@@ -77,7 +77,7 @@ def test_kinked_activations_that_torch_has_besides(activation: nn.Module, gain: 
 
 
 def test_the_last_of_a_large_relu_batch_are_found_by_the_patterns_of_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """42 of 100 neurons. Programs end at the 40 that are found; with as few left as guesses have unknowns, these are better."""
+    """42 examples, 100 neurons: programs end at those that are found, and with few left guesses have few unknowns."""
     model, loss, x, y = client("photos:batch=42,size=16,width=100,activation=relu")
     obs = exchange(model, loss, x, y)
     found = Unmix(attempts=1)(obs)
