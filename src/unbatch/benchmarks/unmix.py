@@ -94,7 +94,7 @@ def problems() -> list[Problem]:
     found += [Problem(activation=a, n=SIZES[-1], inputs="standardised") for a in ("relu", "gelu")]
     found += [Problem(n=n, width=200) for n in (80, 90, 96)]  # towards half the width
     found += [Problem(activation="relu", n=n, width=200) for n in (80, 90)]
-    found += [Problem(activation=a, n=n, seeds=1) for n in (384, 448) for a in ("relu", "gelu")]
+    found += [Problem(n=n, seeds=1) for n in (384, 448)] + [Problem(n=384, seeds=1, activation="relu")]
     found += [Problem(activation=a, n=n, precision="float32") for n in SIZES for a in ("relu", "gelu", "tanh")]
     found += [Problem(data=d, activation=a, n=n) for d in ("mnist", "fashion") for n in (32, 64, 128) for a in every]
     found += [Problem(n=n, depth=depth, inputs="standardised") for depth in (3, 5) for n in (16, 32)]
