@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unbatch.numerics.equation import Equation
+from unbatch.numerics.equation import SLACK, Equation
 from unbatch.numerics.linearisation import Linearisation
 from unbatch.numerics.mixture import Mixture
 
@@ -28,7 +28,6 @@ SIGMAS = 6.0  # of an error with many degrees of freedom, of which DRAWS x n coo
 BESIDE = 1e-4  # relative distance at which rounding is another draw of the same law
 LARGEST = 0.05  # relative radius beyond which nothing is claimed: first order is then no proof of anything
 NONLINEAR = 0.05  # relative change of F over the radius above which first order is not relied on
-REFUSED = 30.0  # error of one entry of a delta, in those of the whole delta, with which `accept` would have refused it
 
 
 def radius(
@@ -107,14 +106,14 @@ def _wrong(
     """A draw of the errors of the deltas F [f, m].
 
     Precision can put a preactivation on the other side of a kink. Where that is rare it makes one entry wrong by all it
-    is, which the fit would have shown, so it is no part of the law; where precision is coarse it is as common as rounding.
+    is, more than `accept` allows, so it is no part of the law; where precision is coarse it is as common as rounding.
     """
     wrong: Tensor = mixture.rounding * F * (_normal(F, rng) + _normal(F[:, :1], rng))
     if rounding is None:
         return wrong
     beside = mixture.scaled(z + BESIDE * z.square().mean(1, keepdim=True).sqrt() * _normal(z, rng))
     flaws, size = rounding(beside, y), F.norm(dim=1, keepdim=True)
-    most = REFUSED * (mixture.noise * mixture.dual(F).norm(dim=1, keepdim=True) + mixture.rounding * size)
+    most = SLACK * (mixture.noise * mixture.dual(F).norm(dim=1, keepdim=True) + mixture.rounding * size)
     return wrong + flaws.masked_fill(flaws.abs() > most, 0.0)
 
 

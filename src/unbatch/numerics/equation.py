@@ -9,6 +9,7 @@ from unbatch.numerics.gauss_newton import levenberg_marquardt
 from unbatch.numerics.mixture import Mixture, label_misfits, misfits
 
 MANY = 64  # classes above which every scale under every label takes too long
+SLACK = 30.0  # times the noise up to which what is left counts as noise
 ENTRIES = 2**25  # of a Jacobian held at once: 256 MiB
 
 
@@ -209,14 +210,14 @@ def polish(
     return *equation.at(x, torch.arange(len(z), device=z.device)), costs
 
 
-def accept(mixture: Mixture, z: Tensor, y: Tensor, *, slack: float = 30.0) -> Tensor:
+def accept(mixture: Mixture, z: Tensor, y: Tensor) -> Tensor:
     """Numbers [f] of the candidates that are examples of this mixture, best first, no example twice.
 
-    Accepted are those whose subtraction lowers the rank of A by one to within `slack` times its noise, with |out| and
+    Accepted are those whose subtraction lowers the rank of A by one to within SLACK times its noise, with |out| and
     |q . z - 1| small in themselves, so that noise cannot hide a phantom; two with q_i . z_j away from 0 are one.
     """
     outside, excess, drop = misfits(mixture, z, y)
-    good = (outside < 0.05) & (excess.abs() < 0.05) & (drop < slack) & z.isfinite().all(1)
+    good = (outside < 0.05) & (excess.abs() < 0.05) & (drop < SLACK) & z.isfinite().all(1)
     order = drop.argsort()
     q = mixture.dual(mixture.F(z, y))
     cross = (q @ z.T).abs()
@@ -227,12 +228,12 @@ def accept(mixture: Mixture, z: Tensor, y: Tensor, *, slack: float = 30.0) -> Te
     return torch.tensor(kept, dtype=torch.long, device=z.device)
 
 
-def explained(mixture: Mixture, z: Tensor, y: Tensor, *, slack: float = 30.0) -> bool:
-    """Whether all n examples together leave of A what noise leaves, to within `slack`: |A - F^T Z| against the noise's."""
+def explained(mixture: Mixture, z: Tensor, y: Tensor) -> bool:
+    """Whether all n examples together leave of A what noise leaves, to within SLACK: |A - F^T Z| against the noise's."""
     F = mixture.F(z, y)
     left = float((mixture.U * mixture.S - F.T @ z).norm())
     rounding = mixture.rounding * float((F.norm(dim=1) * z.norm(dim=1)).square().sum().sqrt())
-    return len(z) == mixture.n and left < slack * (mixture.noise * mixture.n**0.5 + rounding)
+    return len(z) == mixture.n and left < SLACK * (mixture.noise * mixture.n**0.5 + rounding)
 
 
 def complement(Q: Tensor, n: int) -> Tensor:

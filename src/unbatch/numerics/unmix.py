@@ -58,7 +58,6 @@ def unmix(
     *,
     classes: Tensor | None = None,
     attempts: int = 3,
-    slack: float = 30.0,
     copies: int = 1,
     tick: Tick = lambda share: True,
 ) -> Separation:
@@ -70,20 +69,20 @@ def unmix(
     if classes is None:
         classes = torch.arange(mixture.classes, device=mixture.U.device)
     if not kinked(mixture, rng):
-        return by_polish(mixture, starts, rng, classes, attempts, slack, copies, tick)
+        return by_polish(mixture, starts, rng, classes, attempts, copies, tick)
     if _needed(mixture) > 0.9:  # too few rows to tell the exact ones by, and so few kinks that polishing gets past them
-        found = by_polish(mixture, starts, rng, classes, attempts, slack, copies, tick)
+        found = by_polish(mixture, starts, rng, classes, attempts, copies, tick)
         return replace(found, joint=True)
     log: list[dict[str, object]] = []
     best: Separation | None = None
     two = switches(mixture, rng) if mixture.n > 1 else None
     if two is not None:
-        best = by_patterns(mixture, two, starts, rng, classes, attempts, slack, copies, tick)
+        best = by_patterns(mixture, two, starts, rng, classes, attempts, copies, tick)
         log += best.log
         if len(best.z) == mixture.n:
             return best
     for _ in range(attempts):  # from other rotations: dual vectors that do not stand together seldom come again
-        found = by_signs(mixture, starts, rng, classes, attempts, slack, copies, tick)
+        found = by_signs(mixture, starts, rng, classes, attempts, copies, tick)
         log += found.log
         best = found if best is None or len(found.z) > len(best.z) else best
         if len(best.z) == mixture.n or not tick(0.0):
@@ -98,7 +97,6 @@ def by_polish(
     rng: torch.Generator,
     classes: Tensor,
     attempts: int,
-    slack: float,
     copies: int,
     tick: Tick,
 ) -> Separation:
@@ -125,7 +123,7 @@ def by_polish(
             tried, spare = tried.tensor_split([max(GUESSES, rest.n // 4)])
         labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
         tried, labels, _ = polish(rest, tried, labels, steps=40, gain=0.002)
-        chosen = accept(rest, tried, labels, slack=slack)
+        chosen = accept(rest, tried, labels)
         if len(chosen):  # to the last digit, since what they are off by stays in the rest
             best = polish(rest, tried[chosen], labels[chosen], steps=8, damping=1e-9, target=0.0, gain=0.5)
             tried[chosen], labels[chosen] = best[:2]
@@ -146,7 +144,7 @@ def by_polish(
         return Separation(z, _no_labels(whole, classes), log, guesses)
     if not rest.n:
         finest, last, _ = refine(whole, z, y)
-        if explained(whole, finest, last, slack=slack) or len(accept(whole, finest, last, slack=slack)) == len(z):
+        if explained(whole, finest, last) or len(accept(whole, finest, last)) == len(z):
             z, y = finest, last
         guesses = guesses[:0]
     return Separation(z, y, log, guesses)
@@ -171,7 +169,6 @@ def by_signs(
     rng: torch.Generator,
     classes: Tensor,
     attempts: int,
-    slack: float,
     copies: int,
     tick: Tick,
 ) -> Separation:
@@ -226,12 +223,10 @@ def by_signs(
         Q, Z = torch.cat([Q, q[chosen]]), torch.cat([Z, tried[chosen]])
     if len(Q) < n:
         return Separation(Q[:0], _no_labels(whole, classes), log, torch.cat([Z, guesses]), joint=True)
-    return _whole(whole, Z, classes, slack, copies, log)
+    return _whole(whole, Z, classes, copies, log)
 
 
-def _whole(
-    whole: Mixture, z: Tensor, classes: Tensor, slack: float, copies: int, log: list[dict[str, object]]
-) -> Separation:
+def _whole(whole: Mixture, z: Tensor, classes: Tensor, copies: int, log: list[dict[str, object]]) -> Separation:
     """All examples z [n, n] at once: their labels and copies, refined, and held against the whole gradient."""
     z = z if whole.ones is not None else placed(whole, z, classes, finer=8)
     y = choose_labels(whole, z, classes) if whole.classes else choose_targets(whole, z)
@@ -239,9 +234,9 @@ def _whole(
         times = 1 / (whole.dual(whole.F(z, y)) * z).sum(1)  # q . z = 1 for the delta of all copies together
         y = y + whole.classes * (times.nan_to_num().round().clamp(1, copies).long() - 1)
     z, y, _ = refine(whole, z, y, steps=20)
-    if explained(whole, z, y, slack=slack):
+    if explained(whole, z, y):
         return Separation(z, y, log, z[:0], joint=True)
-    kept = accept(whole, z, y, slack=slack)
+    kept = accept(whole, z, y)
     return Separation(z[kept], y[kept], log, z[:0], joint=True)
 
 
@@ -252,7 +247,6 @@ def by_patterns(
     rng: torch.Generator,
     classes: Tensor,
     attempts: int,
-    slack: float,
     copies: int,
     tick: Tick,
 ) -> Separation:
@@ -292,7 +286,7 @@ def by_patterns(
         Q, known = torch.cat([Q, q[chosen]]), torch.cat([known, pattern[chosen]])
     if len(Q) < n:
         return Separation(Q[:0], _no_labels(whole, classes), log, joint=True)
-    return _whole(whole, whole.scaled(torch.linalg.pinv(Q, rtol=1e-13).T), classes, slack, copies, log)
+    return _whole(whole, whole.scaled(torch.linalg.pinv(Q, rtol=1e-13).T), classes, copies, log)
 
 
 def soften(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> Tensor:
