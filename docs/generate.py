@@ -18,7 +18,7 @@ from unbatch.checks import CHECKS
 from unbatch.client import observe
 from unbatch.loss import loss_named
 from unbatch.models import ACTIVATIONS
-from unbatch.numerics.hermite import coefficients
+from unbatch.numerics.moments.hermite import coefficients
 from unbatch.plugin import Plugin
 from unbatch.suites import SUITES
 

@@ -17,7 +17,7 @@ from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.defence import Defence
 from unbatch.likelihood import Likelihood, Search, radius, refine
-from unbatch.numerics.completion import complete
+from unbatch.numerics.linear.completion import complete
 from unbatch.observation import Knowledge, Observation, Privacy
 from unbatch.protocol import Update
 

@@ -32,9 +32,9 @@ from unbatch.case import Setting
 from unbatch.information import Imagined, Information, jumps
 from unbatch.loss import loss_named
 from unbatch.models import ACTIVATIONS
-from unbatch.numerics.prior import GaussianPrior
-from unbatch.numerics.rate_distortion import distortion, guessing_radius, level
-from unbatch.numerics.subsampled_gaussian import Robustness
+from unbatch.numerics.bounds.prior import GaussianPrior
+from unbatch.numerics.bounds.rate_distortion import distortion, guessing_radius, level
+from unbatch.numerics.bounds.subsampled_gaussian import Robustness
 from unbatch.observation import Observation, Privacy
 from unbatch.progress import Watch, watching
 from unbatch.report import write

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from unbatch import Observation, observe
 from unbatch.attacks.unmix import Rounding, _form, _layer, _mixture, _span
 from unbatch.network import Dense
-from unbatch.numerics.certificate import radius
-from unbatch.numerics.equation import accept, polish
-from unbatch.numerics.joint import refine
-from unbatch.numerics.mixture import Mixture
-from unbatch.numerics.sign_certain import kinked
+from unbatch.numerics.unmix.certificate import radius
+from unbatch.numerics.unmix.equation import accept, polish
+from unbatch.numerics.unmix.joint import refine
+from unbatch.numerics.unmix.mixture import Mixture
+from unbatch.numerics.unmix.sign_certain import kinked
 
 ACTIVATIONS = (nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.ReLU, nn.Softplus, nn.ELU)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

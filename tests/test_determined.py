@@ -14,7 +14,7 @@ from unbatch.client import observe
 from unbatch.determined import ROUNDINGS, determined, work
 from unbatch.loss import loss_named
 from unbatch.models import build
-from unbatch.numerics.prior import CONTRAST
+from unbatch.numerics.bounds.prior import CONTRAST
 from unbatch.protocol import Protocol
 
 Y = torch.tensor([1])

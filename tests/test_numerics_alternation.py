@@ -8,10 +8,10 @@ from test_numerics_unmix import Problem
 from torch import Tensor
 from torch.nn import functional as F
 
-from unbatch.numerics.alternation import Slopes, approach, slopes
-from unbatch.numerics.equation import choose_labels
-from unbatch.numerics.mixture import Mixture
-from unbatch.numerics.unmix import nearest, unmix
+from unbatch.numerics.unmix.alternation import Slopes, approach, slopes
+from unbatch.numerics.unmix.equation import choose_labels
+from unbatch.numerics.unmix.mixture import Mixture
+from unbatch.numerics.unmix.solver import nearest, unmix
 
 SMOOTH = {"gelu": F.gelu, "tanh": torch.tanh, "softplus": F.softplus, "elu": F.elu}
 
@@ -121,7 +121,7 @@ def test_what_goes_astray_stays_as_it_was() -> None:
 def test_more_of_a_large_batch_are_found_at_once(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for few in (64, 1000):  # with and without
-        monkeypatch.setattr("unbatch.numerics.unmix.FEW", few)
+        monkeypatch.setattr("unbatch.numerics.unmix.solver.FEW", few)
         p = Problem(activation, n=80, d=100, m=300)
         guesses = p.near(0.5)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbatch.numerics.annealing import annealed
+from unbatch.numerics.search.annealing import annealed
 
 
 def linear(m: int, d: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,11 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor
 
-from unbatch.numerics.inverse_diagonal import InverseDiagonal, dense_inverse_diagonal, inverse_diagonal
-from unbatch.numerics.inverse_trace import dense_inverse_trace, dense_water_trace, inverse_trace, kronecker
-from unbatch.numerics.prior import GaussianPrior
-from unbatch.numerics.rate_distortion import distortion, guessing_radius, level
-from unbatch.numerics.subsampled_gaussian import Robustness, information, replacement_divergence
+from unbatch.numerics.bounds.prior import GaussianPrior
+from unbatch.numerics.bounds.rate_distortion import distortion, guessing_radius, level
+from unbatch.numerics.bounds.subsampled_gaussian import Robustness, information, replacement_divergence
+from unbatch.numerics.linear.inverse_diagonal import InverseDiagonal, dense_inverse_diagonal, inverse_diagonal
+from unbatch.numerics.linear.inverse_trace import dense_inverse_trace, dense_water_trace, inverse_trace, kronecker
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from unbatch.numerics.cp import compress, diagonalise, misfit, refine, response, tangent_misfit
+from unbatch.numerics.moments.cp import compress, diagonalise, misfit, refine, response, tangent_misfit
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:

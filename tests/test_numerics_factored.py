@@ -7,8 +7,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unbatch.numerics.factored import regular, rounding, tall, wide
-from unbatch.numerics.pivoted import orthonormal, pivoted
+from unbatch.numerics.linear.factored import regular, rounding, tall, wide
+from unbatch.numerics.linear.pivoted import orthonormal, pivoted
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

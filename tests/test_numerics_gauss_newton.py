@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unbatch.numerics.gauss_newton import levenberg_marquardt
+from unbatch.numerics.search.gauss_newton import levenberg_marquardt
 
 
 def rosenbrock(x, which):

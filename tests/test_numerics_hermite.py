@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from unbatch.numerics import hermite
+from unbatch.numerics.moments import hermite
 
 PARITY = {  # activation -> E s^(p)(Z), p = 1 ... 4
     "relu": (torch.relu, [0.5, 0.399, 0, -0.399]),

@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import normalize
 
 from unbatch.case import Case
-from unbatch.numerics.ica import edges, fast_ica, group_ica, whiten
+from unbatch.numerics.unmix.ica import edges, fast_ica, group_ica, whiten
 
 
 def photos(n: int) -> torch.Tensor:

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unbatch.numerics import linsys
-from unbatch.numerics.linsys import LinearSystem
+from unbatch.numerics.linear import linsys
+from unbatch.numerics.linear.linsys import LinearSystem
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unbatch.numerics.least_squares import conjugate_gradients, levenberg_marquardt, resized
-from unbatch.numerics.matching import cosine_distance, lbfgs, signed_adam, squared_difference, total_variation
-from unbatch.numerics.softening import Softened, kinked
+from unbatch.numerics.search.least_squares import conjugate_gradients, levenberg_marquardt, resized
+from unbatch.numerics.search.matching import cosine_distance, lbfgs, signed_adam, squared_difference, total_variation
+from unbatch.numerics.search.softening import Softened, kinked
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from unbatch.numerics.hermite import coefficients, hermite
-from unbatch.numerics.moments import (
+from unbatch.numerics.moments.hermite import coefficients, hermite
+from unbatch.numerics.moments.moments import (
     GROUPS,
     first_moments,
     fitted_degree,

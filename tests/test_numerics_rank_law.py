@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from unbatch.layers.affine import Affine
-from unbatch.numerics.linsys import LinearSystem
-from unbatch.numerics.rank_law import conv_ranks
+from unbatch.numerics.linear.linsys import LinearSystem
+from unbatch.numerics.linear.rank_law import conv_ranks
 
 SMALL = st.integers(1, 3)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unbatch.numerics.linsys import LinearSystem, Solution
-from unbatch.numerics.smoothest import Variation, smoothest, smoothest_root
+from unbatch.numerics.linear.linsys import LinearSystem, Solution
+from unbatch.numerics.search.smoothest import Variation, smoothest, smoothest_root
 
 SHAPE = (3, 10, 12)
 D = math.prod(SHAPE)

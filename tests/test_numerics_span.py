@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unbatch.numerics.span import leading_span, numerical_rank, rank_tolerance, rounding_noise
+from unbatch.numerics.linear.span import leading_span, numerical_rank, rank_tolerance, rounding_noise
 
 
 @settings(max_examples=40, deadline=None)

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unbatch.numerics import pattern as patterns
-from unbatch.numerics.certificate import radius
-from unbatch.numerics.descent import Descent, beginning, descend
-from unbatch.numerics.equation import Equation, accept, choose_labels, choose_targets, complement, placed, polish
-from unbatch.numerics.joint import refine
-from unbatch.numerics.mixture import Mixture, misfits
-from unbatch.numerics.moment_start import weight_moments
-from unbatch.numerics.pattern import NEAR, Corners, apart, finish, relax, switches, turned
-from unbatch.numerics.sign_certain import isolate, kinked
-from unbatch.numerics.unmix import softened, unmix
+from unbatch.numerics.unmix import pattern as patterns
+from unbatch.numerics.unmix.certificate import radius
+from unbatch.numerics.unmix.descent import Descent, beginning, descend
+from unbatch.numerics.unmix.equation import Equation, accept, choose_labels, choose_targets, complement, placed, polish
+from unbatch.numerics.unmix.joint import refine
+from unbatch.numerics.unmix.mixture import Mixture, misfits
+from unbatch.numerics.unmix.moment_start import weight_moments
+from unbatch.numerics.unmix.pattern import NEAR, Corners, apart, finish, relax, switches, turned
+from unbatch.numerics.unmix.sign_certain import isolate, kinked
+from unbatch.numerics.unmix.solver import softened, unmix
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -496,7 +496,7 @@ def test_what_is_looser_than_allowed_is_not_subtracted(monkeypatch: pytest.Monke
     starts = [("truth", lambda left, rng: p.z @ left.basis.T)]
     reach = radius(p.mixture, p.z, p.y, torch.Generator().manual_seed(0)) / p.z.norm(dim=1)
     assert len(unmix(p.mixture, starts, p.rng, attempts=1).z) == 4
-    monkeypatch.setattr("unbatch.numerics.unmix.LOOSE", float(reach.min()) / 100)
+    monkeypatch.setattr("unbatch.numerics.unmix.solver.LOOSE", float(reach.min()) / 100)
     assert not len(unmix(p.mixture, starts, p.rng, attempts=1).z)
 
 
@@ -508,7 +508,7 @@ def test_two_classes_whose_deltas_are_parallel_are_told_apart(activation: str) -
 
 
 def test_guesses_beyond_those_polished_are_kept_where_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unbatch.numerics.equation.SLACK", 0.0)  # so nothing is
+    monkeypatch.setattr("unbatch.numerics.unmix.solver.equation.SLACK", 0.0)  # so nothing is
     p = Problem()
     many = lambda mixture, rng: torch.randn(100, mixture.n, generator=rng, dtype=torch.float64)  # noqa: E731
     found = unmix(p.mixture, [("random", many)], torch.Generator().manual_seed(0), attempts=1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.chain import chain
-from unbatch.numerics.linsys import LinearSystem
+from unbatch.numerics.linear.linsys import LinearSystem
 from unbatch.pullback import Pullback
 
 SHAPE = (2, 6, 6)

@@ -17,7 +17,7 @@ from unbatch.audit import audit
 from unbatch.benchmarks.adaptive import compare
 from unbatch.information import Information, joined
 from unbatch.likelihood import radius, refine
-from unbatch.numerics.subsampled_gaussian import information
+from unbatch.numerics.bounds.subsampled_gaussian import information
 from unbatch.observation import Privacy
 from unbatch.restoration import averaged, clearest
 from unbatch.unknowns import Unknowns

@@ -10,7 +10,7 @@ from unbatch.case import Case
 from unbatch.domain import Table
 from unbatch.loss import loss_named
 from unbatch.metric import match
-from unbatch.numerics.hermite import coefficients
+from unbatch.numerics.moments.hermite import coefficients
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,

@@ -11,8 +11,8 @@ from unbatch.attacks.unmix import Counted, Unmix, _form, _layer, _mixture, _span
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.loss import loss_named
-from unbatch.numerics import unmix as solver
-from unbatch.numerics.pattern import CLASSES
+from unbatch.numerics.unmix import solver as solver
+from unbatch.numerics.unmix.pattern import CLASSES
 from unbatch.observation import Knowledge, Reconstruction
 from unbatch.protocol import Protocol
 

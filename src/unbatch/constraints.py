@@ -16,8 +16,8 @@ from unbatch.layers.activation import Activation
 from unbatch.layers.affine import Affine
 from unbatch.layers.residual import bend, split
 from unbatch.loss import Loss
-from unbatch.numerics.linsys import LinearSystem
-from unbatch.numerics.rank_law import ConvRanks, conv_ranks
+from unbatch.numerics.linear.linsys import LinearSystem
+from unbatch.numerics.linear.rank_law import ConvRanks, conv_ranks
 from unbatch.pullback import Pullback
 from unbatch.trunk import RESHAPES, everything, held
 

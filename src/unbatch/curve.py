@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from unbatch.chain import Link
-from unbatch.numerics.annealing import BLUNT, annealed
-from unbatch.numerics.linsys import ENTRIES
-from unbatch.numerics.prior import GaussianPrior
-from unbatch.numerics.softening import Softened
+from unbatch.numerics.bounds.prior import GaussianPrior
+from unbatch.numerics.linear.linsys import ENTRIES
+from unbatch.numerics.search.annealing import BLUNT, annealed
+from unbatch.numerics.search.softening import Softened
 from unbatch.progress import tick
 from unbatch.pullback import FLOOR, Fit, Pullback
 from unbatch.reading import Known, Reading, Unreadable

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unbatch.chain import Chained
 from unbatch.loss import Loss
-from unbatch.numerics.prior import GaussianPrior
+from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.observation import Observation
 
 ROUNDINGS = 4  # of a tensor's root mean square: the error of its entries

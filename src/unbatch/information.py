@@ -13,8 +13,8 @@ from torch import Tensor
 from unbatch.analysis import BoundAnalysis
 from unbatch.loss import draw_labels, reduction
 from unbatch.network import forward, in_mode
-from unbatch.numerics.prior import GaussianPrior
-from unbatch.numerics.softening import kinked
+from unbatch.numerics.bounds.prior import GaussianPrior
+from unbatch.numerics.search.softening import kinked
 from unbatch.observation import Knowledge, Observation, shares
 
 LEAST = 1e-100  # noise whose square is a number

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from unbatch.numerics.linsys import LinearSystem
+from unbatch.numerics.linear.linsys import LinearSystem
 from unbatch.plugin import Plugin
 
 

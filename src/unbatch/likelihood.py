@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from unbatch.numerics.least_squares import (
+from unbatch.numerics.search.least_squares import (
     Cost,
     Residual,
     System,

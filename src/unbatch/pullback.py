@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from unbatch.chain import Link
-from unbatch.numerics.linsys import CHUNK, LinearSystem, Solution
+from unbatch.numerics.linear.linsys import CHUNK, LinearSystem, Solution
 
 Tick = Callable[[float], bool]  # share done -> whether to go on
 STEPS = 30  # of Gauss and Newton

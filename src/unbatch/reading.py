@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from unbatch.chain import Link
-from unbatch.numerics.linsys import LinearSystem, Solution
+from unbatch.numerics.linear.linsys import LinearSystem, Solution
 from unbatch.pullback import Pullback
 
 Known = tuple[LinearSystem, Tensor, Mapping[str, Tensor]]  # A t = b of a tensor t, dL/dt, and the update below it

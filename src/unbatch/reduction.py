@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.network import dense_layers, forward
-from unbatch.numerics.span import leading_span, rank_tolerance
+from unbatch.numerics.linear.span import leading_span, rank_tolerance
 from unbatch.observation import Earlier, Knowledge, Observation
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unbatch.likelihood import Likelihood, radius, refine
 from unbatch.network import dense_layers
-from unbatch.numerics.completion import complete
+from unbatch.numerics.linear.completion import complete
 from unbatch.observation import Earlier, Knowledge, Observation, Reconstruction
 from unbatch.progress import tick
 from unbatch.protocol import Update

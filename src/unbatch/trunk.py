@@ -13,7 +13,7 @@ from unbatch.curve import Box, Curve
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
 from unbatch.layers.residual import bend
-from unbatch.numerics.linsys import LinearSystem, Solution
+from unbatch.numerics.linear.linsys import LinearSystem, Solution
 from unbatch.reading import Known, Reading, Start, Unreadable
 
 DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d  # in eval mode

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from unbatch.network import Dense, dense_layers, forward, in_mode
-from unbatch.numerics.hermite import coefficients
+from unbatch.numerics.moments.hermite import coefficients
 from unbatch.observation import Observation
 
 ROWS = 4096  # of a matrix that is brought to float64 at a time

@@ -15,7 +15,7 @@ from unbatch.likelihood import Likelihood
 from unbatch.loss import draw_labels, identify
 from unbatch.network import dense_layers, forward
 from unbatch.numerics.label_counts import impulse, label_counts
-from unbatch.numerics.matching import norm_squared
+from unbatch.numerics.search.matching import norm_squared
 from unbatch.observation import Knowledge, Observation
 from unbatch.reduction import Reduction, reduce
 from unbatch.restoration import averaged, each_restored

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from unbatch.analysis import Bound, BoundAnalysis, Verdict
 from unbatch.information import statistics, uncounted
-from unbatch.numerics.prior import GaussianPrior
-from unbatch.numerics.rate_distortion import distortion
+from unbatch.numerics.bounds.prior import GaussianPrior
+from unbatch.numerics.bounds.rate_distortion import distortion
 from unbatch.observation import Observation
 
 FINEST = 1 / (255 * math.sqrt(12))  # of the range: the rounding of 8-bit inputs

@@ -13,9 +13,9 @@ from torch import Tensor
 from unbatch.analysis import Bound
 from unbatch.domain import Images
 from unbatch.information import Information, NoiseAnalysis, deviation, fitted, joined, jumps
-from unbatch.numerics.inverse_diagonal import InverseDiagonal, dense_inverse_diagonal, inverse_diagonal
-from unbatch.numerics.inverse_trace import kronecker
-from unbatch.numerics.least_squares import example_gram
+from unbatch.numerics.linear.inverse_diagonal import InverseDiagonal, dense_inverse_diagonal, inverse_diagonal
+from unbatch.numerics.linear.inverse_trace import kronecker
+from unbatch.numerics.search.least_squares import example_gram
 from unbatch.observation import Observation
 from unbatch.probe import probe
 

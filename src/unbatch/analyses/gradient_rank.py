@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, LayerRisk
 from unbatch.network import dense_layers, forward
-from unbatch.numerics.span import numerical_rank
+from unbatch.numerics.linear.span import numerical_rank
 from unbatch.observation import Observation
 
 Level = Literal["exact", "partial", "low", "unknown"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unbatch.analysis import Bound
 from unbatch.information import Imagined, NoiseAnalysis, deviation, doubled, joined, sent
-from unbatch.numerics.rate_distortion import distortion
+from unbatch.numerics.bounds.rate_distortion import distortion
 from unbatch.observation import Observation
 
 SURE = 0.975  # with which the sampling error that is added suffices

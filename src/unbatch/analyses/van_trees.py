@@ -13,10 +13,10 @@ from torch import Tensor
 
 from unbatch.analysis import Bound
 from unbatch.information import Imagined, Information, NoiseAnalysis, deviation, joined, jumps
-from unbatch.numerics.inverse_trace import Apply, dense_water_trace, inverse_trace, kronecker
-from unbatch.numerics.least_squares import example_gram
-from unbatch.numerics.prior import GaussianPrior
-from unbatch.numerics.rate_distortion import level, water_level
+from unbatch.numerics.bounds.prior import GaussianPrior
+from unbatch.numerics.bounds.rate_distortion import level, water_level
+from unbatch.numerics.linear.inverse_trace import Apply, dense_water_trace, inverse_trace, kronecker
+from unbatch.numerics.search.least_squares import example_gram
 from unbatch.observation import Observation
 
 SURE = 0.975  # with which the sampling error that is taken off suffices

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.network import Features, dense_layers
-from unbatch.numerics.matching import signed_adam, total_variation
+from unbatch.numerics.search.matching import signed_adam, total_variation
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
 

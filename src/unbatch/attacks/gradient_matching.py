@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
-from unbatch.numerics import matching
-from unbatch.numerics.least_squares import levenberg_marquardt, resized
-from unbatch.numerics.softening import Softened, kinked
+from unbatch.numerics.search import matching
+from unbatch.numerics.search.least_squares import levenberg_marquardt, resized
+from unbatch.numerics.search.softening import Softened, kinked
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
 from unbatch.restoration import sharpened

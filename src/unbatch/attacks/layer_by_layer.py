@@ -18,8 +18,8 @@ from unbatch.chain import follow
 from unbatch.curve import flat_roots
 from unbatch.first_dense import FirstDense
 from unbatch.likelihood import Likelihood
-from unbatch.numerics.matching import cosine_distance, signed_adam, total_variation
-from unbatch.numerics.smoothest import smoothest, smoothest_root
+from unbatch.numerics.search.matching import cosine_distance, signed_adam, total_variation
+from unbatch.numerics.search.smoothest import smoothest, smoothest_root
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
 from unbatch.reading import Reading, Start, Unreadable

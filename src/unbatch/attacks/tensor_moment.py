@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.loss import LossForm, identify
-from unbatch.numerics.cp import compress, diagonalise, misfit, response, tangent_misfit
-from unbatch.numerics.moments import (
+from unbatch.numerics.linear.span import Span, leading_span
+from unbatch.numerics.moments.cp import compress, diagonalise, misfit, response, tangent_misfit
+from unbatch.numerics.moments.moments import (
     GROUPS,
     Moment,
     first_moments,
@@ -21,7 +22,6 @@ from unbatch.numerics.moments import (
     non_gaussianity,
     whitened,
 )
-from unbatch.numerics.span import Span, leading_span
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.twolayer import Pair, find
 

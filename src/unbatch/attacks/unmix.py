@@ -15,14 +15,14 @@ from unbatch.domain import Images
 from unbatch.likelihood import Likelihood
 from unbatch.loss import LossForm, identify
 from unbatch.network import Dense, dense_layers, forward
-from unbatch.numerics.certificate import radius
-from unbatch.numerics.descent import Descent, beginning
-from unbatch.numerics.ica import edges, fast_ica, group_ica, whiten
 from unbatch.numerics.label_counts import apportion, label_counts
-from unbatch.numerics.mixture import Mixture
-from unbatch.numerics.moment_start import weight_moments
-from unbatch.numerics.span import Span, leading_span, rounding_noise
-from unbatch.numerics.unmix import Separation, Start, unmix
+from unbatch.numerics.linear.span import Span, leading_span, rounding_noise
+from unbatch.numerics.unmix.certificate import radius
+from unbatch.numerics.unmix.descent import Descent, beginning
+from unbatch.numerics.unmix.ica import edges, fast_ica, group_ica, whiten
+from unbatch.numerics.unmix.mixture import Mixture
+from unbatch.numerics.unmix.moment_start import weight_moments
+from unbatch.numerics.unmix.solver import Separation, Start, unmix
 from unbatch.observation import PROTOCOL_FIELDS, Knowledge, Observation, Reconstruction, certified
 from unbatch.progress import tick
 from unbatch.restoration import restored, sharpened, unseen

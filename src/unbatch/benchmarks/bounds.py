@@ -26,7 +26,7 @@ from unbatch.client import observe
 from unbatch.information import Information
 from unbatch.loss import loss_named
 from unbatch.models import ACTIVATIONS, initialise
-from unbatch.numerics.inverse_trace import dense_inverse_trace
+from unbatch.numerics.linear.inverse_trace import dense_inverse_trace
 from unbatch.observation import Knowledge, Observation
 from unbatch.progress import watching
 from unbatch.protocol import Protocol

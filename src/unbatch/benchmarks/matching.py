@@ -26,7 +26,7 @@ from unbatch.client import observe
 from unbatch.domain import Images
 from unbatch.loss import loss_named
 from unbatch.metric import Metric, match
-from unbatch.numerics.matching import cosine_distance, total_variation
+from unbatch.numerics.search.matching import cosine_distance, total_variation
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.protocol import Protocol
 from unbatch.truth import Truth

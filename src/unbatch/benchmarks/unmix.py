@@ -39,8 +39,8 @@ from unbatch.domain import Domain, Images
 from unbatch.domain import Table as Rows
 from unbatch.loss import loss_named
 from unbatch.metric import match
-from unbatch.numerics.ica import fast_ica
-from unbatch.numerics.span import leading_span
+from unbatch.numerics.linear.span import leading_span
+from unbatch.numerics.unmix.ica import fast_ica
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.progress import watching
 from unbatch.truth import Truth

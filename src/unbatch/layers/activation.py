@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.layer import LayerRule, shaped
-from unbatch.numerics.linsys import LinearSystem
+from unbatch.numerics.linear.linsys import LinearSystem
 
 FAR = 1e3  # an input beyond it is not looked for
 HALVINGS = 80  # of an interval of that length, to the last digit

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from unbatch.layer import LayerRule, shaped
-from unbatch.numerics.linsys import CHUNK, LinearSystem, affine
+from unbatch.numerics.linear.linsys import CHUNK, LinearSystem, affine
 
 
 @final

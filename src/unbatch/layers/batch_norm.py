@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unbatch.batch_norm import KnownBatchNorm
 from unbatch.layer import LayerRule, beside, shaped
-from unbatch.numerics.linsys import LinearSystem, affine
+from unbatch.numerics.linear.linsys import LinearSystem, affine
 
 
 @final

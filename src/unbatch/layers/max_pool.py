@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.layer import LayerRule, shaped
-from unbatch.numerics.linsys import LinearSystem
+from unbatch.numerics.linear.linsys import LinearSystem
 
 
 @final

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from unbatch.chain import Link
 from unbatch.layer import LayerRule, rule_for, shaped
-from unbatch.numerics.linsys import CHUNK, LinearSystem, affine
+from unbatch.numerics.linear.linsys import CHUNK, LinearSystem, affine
 
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 

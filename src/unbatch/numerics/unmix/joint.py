@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unbatch.numerics.linearisation import Linearisation
-from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.unmix.linearisation import Linearisation
+from unbatch.numerics.unmix.mixture import Mixture
 
 EXPLAINED = 1e-5  # of the power that noise can have: what is left then moves nothing
 

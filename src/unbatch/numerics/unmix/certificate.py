@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unbatch.numerics.equation import SLACK, Equation
-from unbatch.numerics.linearisation import Linearisation
-from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.unmix.equation import SLACK, Equation
+from unbatch.numerics.unmix.linearisation import Linearisation
+from unbatch.numerics.unmix.mixture import Mixture
 
 Rounding = Callable[[Tensor, Tensor], Tensor]  # z [f, n], y -> errors of their deltas [f, m]
 

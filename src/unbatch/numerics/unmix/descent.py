@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.numerics.least_squares import Residual, levenberg_marquardt
-from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.search.least_squares import Residual, levenberg_marquardt
+from unbatch.numerics.unmix.mixture import Mixture
 
 STEPS = 400  # linear solves
 INNER = 50  # products with J in each

@@ -22,7 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from unbatch.numerics.hermite import entries, second, third_along, unpack, variances
+from unbatch.numerics.moments.hermite import entries, second, third_along, unpack, variances
 
 GROUPS = 20  # of neurons, whose spread gives the error
 UNKNOWNS = 2000  # most of a least squares: it costs 3 m UNKNOWNS^2 operations

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unbatch.numerics.least_squares import conjugate_gradients
-from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.search.least_squares import conjugate_gradients
+from unbatch.numerics.unmix.mixture import Mixture
 
 PROBES = 4  # directions that a preconditioner is averaged over
 

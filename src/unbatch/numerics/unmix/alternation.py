@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.numerics.mixture import Mixture, misfits
+from unbatch.numerics.unmix.mixture import Mixture, misfits
 
 CLASSES = 128  # beyond which residuals have too many unknowns
 POINTS = 4097  # of the tabulated slope; 0, where kinks are, is one

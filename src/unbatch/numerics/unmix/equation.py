@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unbatch.numerics.gauss_newton import levenberg_marquardt
-from unbatch.numerics.mixture import Mixture, label_misfits, misfits
+from unbatch.numerics.search.gauss_newton import levenberg_marquardt
+from unbatch.numerics.unmix.mixture import Mixture, label_misfits, misfits
 
 MANY = 64  # classes above which every scale under every label takes too long
 SLACK = 30.0  # times the noise up to which what is left counts as noise

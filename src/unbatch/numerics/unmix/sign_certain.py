@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from unbatch.numerics.mixture import Mixture
+from unbatch.numerics.unmix.mixture import Mixture
 
 COLUMNS = 64  # classes up to which all of them span the residual
 EXACT = 4  # last of the reweighted steps that are taken in float64; those before only have to find the rows

@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unbatch.numerics.cp import compress, diagonalise
-from unbatch.numerics.mixture import Mixture
-from unbatch.numerics.sign_certain import fan
+from unbatch.numerics.moments.cp import compress, diagonalise
+from unbatch.numerics.unmix.mixture import Mixture
+from unbatch.numerics.unmix.sign_certain import fan
 
 LARGEST = 24  # components that are diagonalised: seconds there, and too few neurons for more
 

@@ -13,15 +13,27 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from unbatch.numerics.alternation import approach, slopes
-from unbatch.numerics.certificate import radius
-from unbatch.numerics.descent import Descent
-from unbatch.numerics.equation import accept, choose_labels, choose_targets, explained, placed, polish
-from unbatch.numerics.joint import refine
-from unbatch.numerics.mixture import Mixture, label_misfits
-from unbatch.numerics.pattern import LONG, NEAR, SHORT, SURE, Switches, apart, finish, own, relax, switches, turned
-from unbatch.numerics.sign_certain import COLUMNS, isolate, kinked, layered, zeroed
-from unbatch.numerics.softening import Softened
+from unbatch.numerics.search.softening import Softened
+from unbatch.numerics.unmix.alternation import approach, slopes
+from unbatch.numerics.unmix.certificate import radius
+from unbatch.numerics.unmix.descent import Descent
+from unbatch.numerics.unmix.equation import accept, choose_labels, choose_targets, explained, placed, polish
+from unbatch.numerics.unmix.joint import refine
+from unbatch.numerics.unmix.mixture import Mixture, label_misfits
+from unbatch.numerics.unmix.pattern import (
+    LONG,
+    NEAR,
+    SHORT,
+    SURE,
+    Switches,
+    apart,
+    finish,
+    own,
+    relax,
+    switches,
+    turned,
+)
+from unbatch.numerics.unmix.sign_certain import COLUMNS, isolate, kinked, layered, zeroed
 
 Start = Callable[[Mixture, torch.Generator], Tensor]  # what is left, of r examples -> guesses [g, r]
 Tick = Callable[[float], bool]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbatch.numerics.factored import Bases, Factored, above, broad, regular, tall, whole, wide
+from unbatch.numerics.linear.factored import Bases, Factored, above, broad, regular, tall, whole, wide
 
 Apply = Callable[[Tensor], Tensor]
 

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from unbatch.numerics.pivoted import Pivoted, orthonormal, pivoted
+from unbatch.numerics.linear.pivoted import Pivoted, orthonormal, pivoted
 
 Apply = Callable[[Tensor], Tensor]
 Bases = tuple[Tensor | None, Tensor | None]  # orthonormal, of A's rows and of its null space

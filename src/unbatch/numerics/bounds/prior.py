@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from unbatch.numerics.smoothest import cosines
+from unbatch.numerics.search.smoothest import cosines
 
 CONTRAST = 0.25  # standard deviation of an entry, of its range
 COLOURS = (0.9, 0.05, 0.05)  # shares of the variance: light, red - blue, red - 2 green + blue

@@ -24,8 +24,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from unbatch.numerics.mixture import Mixture
-from unbatch.numerics.sign_certain import deviations, exact_rows
+from unbatch.numerics.unmix.mixture import Mixture
+from unbatch.numerics.unmix.sign_certain import deviations, exact_rows
 
 CLASSES = 128  # beyond which residuals have too many unknowns
 SPREAD = 0.5  # error of a guess's preactivations, in their own standard deviation

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.numerics.least_squares import conjugate_gradients
+from unbatch.numerics.search.least_squares import conjugate_gradients
 
 Apply = Callable[[Tensor], Tensor]  # [n, d] -> [n, d], linear
 TIGHT = 1e-10  # relative residual, at which what A does not determine stands out

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.numerics.least_squares import conjugate_gradients
+from unbatch.numerics.search.least_squares import conjugate_gradients
 
 Apply = Callable[[Tensor], Tensor]  # [n, d] -> [n, d], linear
 

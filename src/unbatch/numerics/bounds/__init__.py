@@ -1,0 +1,1 @@
+"""Lower bounds on any attacker's error: priors, rate distortion, accounting."""

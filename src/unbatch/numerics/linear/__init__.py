@@ -1,0 +1,1 @@
+"""Linear algebra on tensors: spans, linear systems, factorisations, traces."""

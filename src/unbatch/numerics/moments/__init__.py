@@ -1,0 +1,1 @@
+"""Moment tensors of a gradient and their decomposition."""

@@ -1,0 +1,1 @@
+"""Searches: least squares, gradient matching, annealing, softened kinks."""

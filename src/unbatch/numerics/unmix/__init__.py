@@ -1,0 +1,1 @@
+"""Unmixing: the examples in the span of one dense layer's gradient."""
