@@ -11,8 +11,8 @@ from test_attack_layer_by_layer import SMALL, conv, errors, exact, exchange, lea
 from torch import Tensor, nn
 
 from unbatch.attacks.layer_by_layer import LayerByLayer
-from unbatch.batch_norm import KnownBatchNorm, known_batch_norms
-from unbatch.chain import Link, chain
+from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
+from unbatch.network.chain import Link, chain
 from unbatch.observation import Knowledge, Observation
 from unbatch.protocol import Protocol, local_update
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from unbatch import Observation, observe
 from unbatch.attacks.unmix import Rounding, _form, _layer, _mixture, _span
-from unbatch.network import Dense
+from unbatch.network.dense import Dense
 from unbatch.numerics.unmix.certificate import radius
 from unbatch.numerics.unmix.equation import accept, polish
 from unbatch.numerics.unmix.joint import refine

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unbatch import models
-from unbatch.chain import chain
+from unbatch.network.chain import chain
 
 
 def names(model: nn.Module, shape: tuple[int, ...], **kw) -> list[str]:

@@ -9,10 +9,10 @@ from torch import nn
 from unbatch.analysis import Analysis
 from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.case import Case
-from unbatch.chain import chain
 from unbatch.client import observe
 from unbatch.constraints import c_of, constraints
 from unbatch.models import Residual, build, initialise
+from unbatch.network.chain import chain
 from unbatch.observation import Knowledge, Observation
 from unbatch.protocol import Protocol
 

@@ -15,7 +15,7 @@ from unbatch.attacks.unmix import Unmix
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.models import initialise
-from unbatch.network import layer_inputs
+from unbatch.network.dense import layer_inputs
 from unbatch.observation import Knowledge, Observation
 from unbatch.progress import Watch, watching
 from unbatch.protocol import Protocol

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from unbatch.batch_norm import KnownBatchNorm, known_batch_norms
-from unbatch.chain import Link
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.affine import Affine
 from unbatch.models import initialise
+from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
+from unbatch.network.chain import Link
 from unbatch.testing import check_layer_rule
 
 quick = hypothesis_settings(deadline=None, max_examples=30)

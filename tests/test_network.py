@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch.network import Features, dense_layers, forward, layer_inputs
+from unbatch.network.dense import Features, dense_layers, forward, layer_inputs
 
 
 class Custom(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbatch.chain import chain
+from unbatch.network.chain import chain
 from unbatch.numerics.linear.linsys import LinearSystem
 from unbatch.pullback import Pullback
 

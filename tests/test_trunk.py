@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbatch.chain import Link, chain, follow
+from unbatch.network.chain import Link, chain, follow
 from unbatch.reading import Reading, Start, Unreadable
 from unbatch.trunk import read
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from unbatch.chain import Link, chain, follow
+from unbatch.network.chain import Link, chain, follow
 from unbatch.variants import Variant, first_dense, parameters, variants
 
 

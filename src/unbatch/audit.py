@@ -29,7 +29,7 @@ from unbatch.findings import analyse
 from unbatch.judge import Judge
 from unbatch.loss import identify
 from unbatch.metric import Metric
-from unbatch.network import forward
+from unbatch.network.dense import forward
 from unbatch.observation import Earlier, Knowledge, Observation, Reconstruction
 from unbatch.progress import Watch, watching
 from unbatch.results import Audit, Budget, Client, MetricInfo, Remedy, Run

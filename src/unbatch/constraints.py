@@ -10,12 +10,12 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor, nn
 
-from unbatch.chain import Link
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
 from unbatch.layers.affine import Affine
 from unbatch.layers.residual import bend, split
 from unbatch.loss import Loss
+from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import LinearSystem
 from unbatch.numerics.linear.rank_law import ConvRanks, conv_ranks
 from unbatch.pullback import Pullback

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from unbatch.chain import Link
+from unbatch.network.chain import Link
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.linear.linsys import ENTRIES
 from unbatch.numerics.search.annealing import BLUNT, annealed

@@ -14,8 +14,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from unbatch.chain import Chained
 from unbatch.loss import Loss
+from unbatch.network.chain import Chained
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.observation import Observation
 

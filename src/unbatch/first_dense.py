@@ -12,12 +12,12 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from unbatch.attack import Attack
-from unbatch.batch_norm import KnownBatchNorm, known_batch_norms
-from unbatch.chain import chain, follow
 from unbatch.label import labels, nearest
 from unbatch.layers.residual import split
 from unbatch.loss import identify
-from unbatch.network import dense_layers
+from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
+from unbatch.network.chain import chain, follow
+from unbatch.network.dense import dense_layers
 from unbatch.observation import Observation
 from unbatch.reading import Start, Unreadable
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unbatch.analysis import BoundAnalysis
 from unbatch.loss import draw_labels, reduction
-from unbatch.network import forward, in_mode
+from unbatch.network.dense import forward, in_mode
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.search.softening import kinked
 from unbatch.observation import Knowledge, Observation, shares

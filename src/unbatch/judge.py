@@ -12,7 +12,7 @@ from torch import Tensor
 from unbatch.case import Setting
 from unbatch.domain import Domain, Table
 from unbatch.metric import Matching, Metric, match
-from unbatch.network import layer_inputs
+from unbatch.network.dense import layer_inputs
 from unbatch.observation import Observation, Reconstruction
 from unbatch.results import Example, Run
 from unbatch.truth import Truth

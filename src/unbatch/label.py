@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unbatch.loss import Loss, identify
-from unbatch.network import forward
+from unbatch.network.dense import forward
 from unbatch.observation import Observation
 
 DIGITS = 4  # of a fit that count: two classes share a gradient up to sign, and then their fits differ by rounding

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unbatch.domain import Images
 from unbatch.loss import draw_labels
-from unbatch.network import forward
+from unbatch.network.dense import forward
 from unbatch.observation import Observation
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from unbatch.loss import Loss
-from unbatch.network import in_mode
+from unbatch.network.dense import in_mode
 
 Update = Mapping[str, Tensor]  # parameter name -> tensor of that parameter's shape
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
-from unbatch.chain import Link
+from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import CHUNK, LinearSystem, Solution
 
 Tick = Callable[[float], bool]  # share done -> whether to go on

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from unbatch.chain import Link
+from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import LinearSystem, Solution
 from unbatch.pullback import Pullback
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from unbatch.network import dense_layers, forward
+from unbatch.network.dense import dense_layers, forward
 from unbatch.numerics.linear.span import leading_span, rank_tolerance
 from unbatch.observation import Earlier, Knowledge, Observation
 

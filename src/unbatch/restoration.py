@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unbatch.likelihood import Likelihood, radius, refine
-from unbatch.network import dense_layers
+from unbatch.network.dense import dense_layers
 from unbatch.numerics.linear.completion import complete
 from unbatch.observation import Earlier, Knowledge, Observation, Reconstruction
 from unbatch.progress import tick

@@ -14,7 +14,7 @@ from unbatch.case import Case, Setting
 from unbatch.client import honest_step
 from unbatch.defence import Defence, Round, Step
 from unbatch.loss import reduction
-from unbatch.network import forward
+from unbatch.network.dense import forward
 from unbatch.protocol import flatten
 
 TEST = 0.3  # share of the data held out

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from unbatch.loss import LossForm
-from unbatch.network import Dense, in_mode
+from unbatch.network.dense import Dense, in_mode
 from unbatch.observation import Observation
 
 

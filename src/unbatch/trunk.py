@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from unbatch.chain import Link
 from unbatch.curve import Box, Curve
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
 from unbatch.layers.residual import bend
+from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import LinearSystem, Solution
 from unbatch.reading import Known, Reading, Start, Unreadable
 

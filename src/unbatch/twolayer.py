@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from unbatch.network import Dense, dense_layers, forward, in_mode
+from unbatch.network.dense import Dense, dense_layers, forward, in_mode
 from unbatch.numerics.moments.hermite import coefficients
 from unbatch.observation import Observation
 

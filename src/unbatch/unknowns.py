@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unbatch.likelihood import Likelihood
 from unbatch.loss import draw_labels, identify
-from unbatch.network import dense_layers, forward
+from unbatch.network.dense import dense_layers, forward
 from unbatch.numerics.label_counts import impulse, label_counts
 from unbatch.numerics.search.matching import norm_squared
 from unbatch.observation import Knowledge, Observation

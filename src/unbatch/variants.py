@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from unbatch.chain import Link
 from unbatch.models import initialise
+from unbatch.network.chain import Link
 
 Conv = nn.Conv1d | nn.Conv2d
 Shape = tuple[int, ...]

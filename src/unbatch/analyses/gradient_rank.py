@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, LayerRisk
-from unbatch.network import dense_layers, forward
+from unbatch.network.dense import dense_layers, forward
 from unbatch.numerics.linear.span import numerical_rank
 from unbatch.observation import Observation
 

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, LayerRisk
-from unbatch.chain import chain
 from unbatch.constraints import Constraints, Unread, constraints
+from unbatch.network.chain import chain
 from unbatch.observation import Observation
 from unbatch.probe import probe
 

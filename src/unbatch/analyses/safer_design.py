@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Verdict
-from unbatch.chain import Chained, Link, chain
 from unbatch.constraints import Constraints, Unread
 from unbatch.determined import share, work
+from unbatch.network.chain import Chained, Link, chain
 from unbatch.observation import Observation
 from unbatch.probe import probe
 from unbatch.solvability import Kind, solvability

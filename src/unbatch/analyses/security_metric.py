@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Verdict
-from unbatch.chain import chain
 from unbatch.determined import share, work
+from unbatch.network.chain import chain
 from unbatch.observation import Observation
 from unbatch.probe import probe
 from unbatch.solvability import solvability

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.label import labels, nearest
-from unbatch.network import Dense, dense_layers
+from unbatch.network.dense import Dense, dense_layers
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
-from unbatch.network import Features, dense_layers
+from unbatch.network.dense import Features, dense_layers
 from unbatch.numerics.search.matching import signed_adam, total_variation
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick

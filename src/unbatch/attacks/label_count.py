@@ -11,7 +11,7 @@ from torch import Tensor
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.domain import Images, Table
 from unbatch.loss import LossForm, identify
-from unbatch.network import Dense, dense_layers, forward, layer_inputs
+from unbatch.network.dense import Dense, dense_layers, forward, layer_inputs
 from unbatch.numerics import label_counts
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.protocol import Protocol

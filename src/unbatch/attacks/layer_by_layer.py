@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
-from unbatch.chain import follow
 from unbatch.curve import flat_roots
 from unbatch.first_dense import FirstDense
 from unbatch.likelihood import Likelihood
+from unbatch.network.chain import follow
 from unbatch.numerics.search.matching import cosine_distance, signed_adam, total_variation
 from unbatch.numerics.search.smoothest import smoothest, smoothest_root
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee, NotApplicable
-from unbatch.network import Dense, dense_layers
+from unbatch.network.dense import Dense, dense_layers
 from unbatch.observation import PROTOCOL_FIELDS, Knowledge, Observation, Reconstruction
 from unbatch.twolayer import Activation
 

@@ -14,7 +14,7 @@ from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.domain import Images
 from unbatch.likelihood import Likelihood
 from unbatch.loss import LossForm, identify
-from unbatch.network import Dense, dense_layers, forward
+from unbatch.network.dense import Dense, dense_layers, forward
 from unbatch.numerics.label_counts import apportion, label_counts
 from unbatch.numerics.linear.span import Span, leading_span, rounding_noise
 from unbatch.numerics.unmix.certificate import radius

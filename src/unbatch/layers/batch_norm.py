@@ -7,8 +7,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from unbatch.batch_norm import KnownBatchNorm
 from unbatch.layer import LayerRule, beside, shaped
+from unbatch.network.batch_norm import KnownBatchNorm
 from unbatch.numerics.linear.linsys import LinearSystem, affine
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrize
 
-from unbatch.chain import Link
 from unbatch.layer import LayerRule, rule_for, shaped
+from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import CHUNK, LinearSystem, affine
 
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unbatch.network import forward
+from unbatch.network.dense import forward
 
 
 @dataclass(frozen=True)

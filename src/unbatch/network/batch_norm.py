@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from unbatch.chain import Link
+from unbatch.network.chain import Link
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 

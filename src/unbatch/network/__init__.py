@@ -1,0 +1,1 @@
+"""How a model runs: its dense layers, the chain of its layers, batch norm; knows no observation."""
