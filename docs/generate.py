@@ -17,7 +17,7 @@ from unbatch.catalogue import KINDS, facts, summary
 from unbatch.checks import CHECKS
 from unbatch.client import observe
 from unbatch.loss import loss_named
-from unbatch.models import ACTIVATIONS
+from unbatch.models.small import ACTIVATIONS
 from unbatch.numerics.moments.hermite import coefficients
 from unbatch.plugin import Plugin
 from unbatch.suites import SUITES

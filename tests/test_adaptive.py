@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unbatch import models
 from unbatch.attack import Attack
 from unbatch.audit import audit
 from unbatch.benchmarks import find
@@ -17,6 +16,7 @@ from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.defence import Defence
 from unbatch.likelihood import Likelihood, Search, radius, refine
+from unbatch.models import small as models
 from unbatch.numerics.linear.completion import complete
 from unbatch.observation import Knowledge, Observation, Privacy
 from unbatch.protocol import Update

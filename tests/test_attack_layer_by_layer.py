@@ -13,12 +13,12 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbatch import models
 from unbatch.attack import NotApplicable
 from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.loss import Loss, loss_named
+from unbatch.models import small as models
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.protocol import Protocol
 

@@ -31,7 +31,7 @@ from unbatch.benchmarks import bounds as noisy_gradients
 from unbatch.case import Setting
 from unbatch.information import Imagined, Information, jumps
 from unbatch.loss import loss_named
-from unbatch.models import ACTIVATIONS
+from unbatch.models.small import ACTIVATIONS
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import distortion, guessing_radius, level
 from unbatch.numerics.bounds.subsampled_gaussian import Robustness

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from unbatch import models
 from unbatch.case import Case, Examples, Setting
 from unbatch.cases.photos import PHOTOS
 from unbatch.domain import Images, Table
 from unbatch.loss import identify
+from unbatch.models import small as models
+from unbatch.models.published import NETWORKS
 from unbatch.protocol import Protocol, local_update
-from unbatch.published import NETWORKS
 
 TABLES = ["breast-cancer", "diabetes", "wine", "iris"]
 PICTURES = ["photos", "digits", "faces"]

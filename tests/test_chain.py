@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch import models
+from unbatch.models import small as models
 from unbatch.network.chain import chain
 
 

@@ -11,7 +11,7 @@ from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.constraints import c_of, constraints
-from unbatch.models import Residual, build, initialise
+from unbatch.models.small import Residual, build, initialise
 from unbatch.network.chain import chain
 from unbatch.observation import Knowledge, Observation
 from unbatch.protocol import Protocol

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbatch import models
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.defence import Defence, Round, Step
 from unbatch.loss import Loss, identify, loss_named
+from unbatch.models import small as models
 from unbatch.observation import Knowledge
 from unbatch.protocol import Protocol, Update
 

@@ -13,7 +13,7 @@ from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.determined import ROUNDINGS, determined, work
 from unbatch.loss import loss_named
-from unbatch.models import build
+from unbatch.models.small import build
 from unbatch.numerics.bounds.prior import CONTRAST
 from unbatch.protocol import Protocol
 

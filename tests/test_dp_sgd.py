@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch
-from unbatch import Case, models, observe
+from unbatch import Case, observe
 from unbatch.adapters.opacus import epsilon
 from unbatch.loss import Loss, loss_named
+from unbatch.models import small as models
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol, Update
 

@@ -14,7 +14,7 @@ from unbatch.attacks.feature_inversion import Coarse, FeatureInversion
 from unbatch.attacks.unmix import Unmix
 from unbatch.case import Case
 from unbatch.client import observe
-from unbatch.models import initialise
+from unbatch.models.small import initialise
 from unbatch.network.dense import layer_inputs
 from unbatch.observation import Knowledge, Observation
 from unbatch.progress import Watch, watching

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbatch import models
 from unbatch.attack import NotApplicable
 from unbatch.attacks.gradient_matching import GradientMatching
 from unbatch.benchmarks import find
 from unbatch.client import observe
 from unbatch.loss import loss_named
+from unbatch.models import small as models
 from unbatch.observation import Knowledge, Observation
 from unbatch.progress import Watch, watching
 from unbatch.protocol import Protocol

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from unbatch import Case, Images, Setting, models
+from unbatch import Case, Images, Setting
 from unbatch.analysis import Analysis, Bound
 from unbatch.cli import main
 from unbatch.harden import Family, Hardening, Tried, families, harden
 from unbatch.loss import loss_named
+from unbatch.models import small as models
 from unbatch.observation import Observation
 from unbatch.scene import scene_of
 

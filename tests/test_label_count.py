@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbatch import models
 from unbatch.attack import Attack, NotApplicable
 from unbatch.client import observe
 from unbatch.loss import Loss, loss_named
+from unbatch.models import small as models
 from unbatch.numerics.label_counts import apportion, count_bounds, impulse, label_counts, present
 from unbatch.observation import Reconstruction
 from unbatch.protocol import Protocol

@@ -12,7 +12,7 @@ from torch.func import functional_call, jacrev
 
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.affine import Affine
-from unbatch.models import initialise
+from unbatch.models.small import initialise
 from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.network.chain import Link
 from unbatch.testing import check_layer_rule

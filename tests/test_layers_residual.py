@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from unbatch import models
 from unbatch.attack import Attack
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.constraints import Constraints, constraints
 from unbatch.layer import rule_for
 from unbatch.layers.residual import Residual, bend, parsed, split
+from unbatch.models import small as models
 from unbatch.network.chain import chain
 from unbatch.observation import Knowledge
 from unbatch.protocol import Protocol

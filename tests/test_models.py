@@ -12,9 +12,9 @@ from scipy.stats import ks_2samp, kstest
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from unbatch import models
-from unbatch.models import build
-from unbatch.published import NETWORKS, PublishedName
+from unbatch.models import small as models
+from unbatch.models.published import NETWORKS, PublishedName
+from unbatch.models.small import build
 
 NAMES = [name for name in get_args(models.Name) if name not in NETWORKS]
 ACTIVATIONS = get_args(models.ActivationName)

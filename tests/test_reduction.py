@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unbatch import Observation, Protocol, observe
-from unbatch.models import build
+from unbatch.models.small import build
 from unbatch.reduction import reduce
 
 PROTOCOLS = {

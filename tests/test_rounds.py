@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unbatch import Attack, Case, Earlier, Knowledge, Observation, Protocol, models, observe
+from unbatch import Attack, Case, Earlier, Knowledge, Observation, Protocol, observe
 from unbatch.analysis import Analysis, Bound, Verdict
 from unbatch.audit import audit
 from unbatch.benchmarks.adaptive import compare
 from unbatch.information import Information, joined
 from unbatch.likelihood import radius, refine
+from unbatch.models import small as models
 from unbatch.numerics.bounds.subsampled_gaussian import information
 from unbatch.observation import Privacy
 from unbatch.restoration import averaged, clearest

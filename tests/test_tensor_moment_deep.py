@@ -5,14 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch import Attack, NotApplicable, Observation, Truth, models, observe
+from unbatch import Attack, NotApplicable, Observation, Truth, observe
 from unbatch.attack import ActiveAttack
 from unbatch.audit import audit
 from unbatch.case import Setting
 from unbatch.domain import Table
 from unbatch.loss import loss_named
 from unbatch.metric import match
-from unbatch.models import ActivationName
+from unbatch.models import small as models
+from unbatch.models.small import ActivationName
 
 D, WIDTH = 12, 1200
 

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from unbatch import models
 from unbatch.domain import Domain, domain_of
 from unbatch.loss import Loss, loss_named
+from unbatch.models import small as models
 from unbatch.observation import Knowledge
 from unbatch.plugin import Plugin
 from unbatch.protocol import Protocol

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from unbatch.models import initialise
+from unbatch.models.small import initialise
 from unbatch.network.chain import Link
 
 Conv = nn.Conv1d | nn.Conv2d

@@ -25,7 +25,7 @@ from unbatch.benchmarks.unmix import pool
 from unbatch.client import observe
 from unbatch.information import Information
 from unbatch.loss import loss_named
-from unbatch.models import ACTIVATIONS, initialise
+from unbatch.models.small import ACTIVATIONS, initialise
 from unbatch.numerics.linear.inverse_trace import dense_inverse_trace
 from unbatch.observation import Knowledge, Observation
 from unbatch.progress import watching

@@ -26,7 +26,6 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from unbatch import models, published
 from unbatch.attack import Attack, NotApplicable
 from unbatch.attacks.gradient_matching import EVALUATIONS
 from unbatch.attacks.layer_by_layer import HYBRID
@@ -35,6 +34,8 @@ from unbatch.benchmarks.unmix import pool
 from unbatch.client import observe
 from unbatch.constraints import c_of
 from unbatch.loss import loss_named
+from unbatch.models import published
+from unbatch.models import small as models
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.progress import Watch, watching
 from unbatch.truth import Truth

@@ -18,7 +18,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from unbatch import models
 from unbatch.attacks.gradient_matching import EVALUATIONS, GradientMatching
 from unbatch.benchmarks import clock, store
 from unbatch.case import Case
@@ -26,6 +25,7 @@ from unbatch.client import observe
 from unbatch.domain import Images
 from unbatch.loss import loss_named
 from unbatch.metric import Metric, match
+from unbatch.models import small as models
 from unbatch.numerics.search.matching import cosine_distance, total_variation
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.protocol import Protocol

@@ -19,7 +19,6 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from unbatch import models
 from unbatch.attack import Attack, NotApplicable
 from unbatch.benchmarks import allowance, clock, measured, psnr, store
 from unbatch.benchmarks.unmix import pool
@@ -27,7 +26,8 @@ from unbatch.client import observe
 from unbatch.determined import determined
 from unbatch.domain import Images
 from unbatch.loss import loss_named
-from unbatch.models import Residual
+from unbatch.models import small as models
+from unbatch.models.small import Residual
 from unbatch.observation import Knowledge, Observation
 from unbatch.progress import watching
 from unbatch.protocol import Protocol

@@ -30,7 +30,7 @@ from unbatch.domain import Images
 from unbatch.domain import Table as Rows
 from unbatch.loss import loss_named
 from unbatch.metric import match
-from unbatch.models import initialise
+from unbatch.models.small import initialise
 from unbatch.numerics.moments.hermite import coefficients
 from unbatch.observation import Observation, Reconstruction
 from unbatch.truth import Truth

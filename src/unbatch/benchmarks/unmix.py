@@ -30,7 +30,6 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from unbatch import models
 from unbatch.attack import Attack
 from unbatch.benchmarks import allowance, clock, measured, store, stored
 from unbatch.case import Case
@@ -39,6 +38,7 @@ from unbatch.domain import Domain, Images
 from unbatch.domain import Table as Rows
 from unbatch.loss import loss_named
 from unbatch.metric import match
+from unbatch.models import small as models
 from unbatch.numerics.linear.span import leading_span
 from unbatch.numerics.unmix.ica import fast_ica
 from unbatch.observation import Knowledge, Observation, Reconstruction

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from unbatch import published
-from unbatch.published import PublishedName
+from unbatch.models import published
+from unbatch.models.published import PublishedName
 
 Name = Literal["mlp", "lenet", "convnet", "resnet-small", PublishedName]
 ActivationName = Literal["relu", "leaky-relu", "elu", "gelu", "silu", "softplus", "tanh", "sigmoid", "identity"]

@@ -1,0 +1,1 @@
+"""Networks: our own small ones, and the published ones."""
