@@ -29,7 +29,7 @@ from unbatch.analysis import Analysis, Bound, Verdict
 from unbatch.attack import ActiveAttack, NotApplicable
 from unbatch.benchmarks import bounds as noisy_gradients
 from unbatch.case import Setting
-from unbatch.information import Imagined, Information, jumps
+from unbatch.inversion.fisher import Imagined, Information, jumps
 from unbatch.loss import loss_named
 from unbatch.models.small import ACTIVATIONS
 from unbatch.numerics.bounds.prior import GaussianPrior

@@ -10,7 +10,7 @@ from unbatch.analysis import Analysis
 from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.case import Case
 from unbatch.client import observe
-from unbatch.constraints import c_of, constraints
+from unbatch.inversion.backward.rank_count import c_of, constraints
 from unbatch.models.small import Residual, build, initialise
 from unbatch.network.chain import chain
 from unbatch.observation import Knowledge, Observation

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unbatch.analysis import Analysis
 from unbatch.case import Case
 from unbatch.client import observe
-from unbatch.determined import ROUNDINGS, determined, work
+from unbatch.inversion.determined_share import ROUNDINGS, determined, work
 from unbatch.loss import loss_named
 from unbatch.models.small import build
 from unbatch.numerics.bounds.prior import CONTRAST
@@ -74,9 +74,9 @@ def test_a_sketch_of_the_entries_says_the_same(monkeypatch: pytest.MonkeyPatch) 
     x = torch.rand(1, 3, 6, 6)
     for channels in (1, 2, 6):
         model = network(nn.Conv2d(3, channels, 3, 2), nn.Tanh(), nn.Conv2d(channels, 24, 1), nn.Tanh())
-        monkeypatch.setattr("unbatch.determined.ROWS", 2)
+        monkeypatch.setattr("unbatch.inversion.determined_share.ROWS", 2)
         short = determined(model, LOSS, x, Y)
-        monkeypatch.setattr("unbatch.determined.ROWS", 1000)
+        monkeypatch.setattr("unbatch.inversion.determined_share.ROWS", 1000)
         whole = determined(model, LOSS, x, Y)
         assert short.share == pytest.approx(whole.share, abs=0.02)
         assert short.psnr == pytest.approx(whole.psnr, abs=3)
@@ -88,7 +88,7 @@ def test_rows_that_all_tensors_share_say_the_same(monkeypatch: pytest.MonkeyPatc
     for noise in (0.0, 1e-3):
         model = network(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), shape=(3, 12, 12))
         whole = determined(model, LOSS, x, Y, noise=noise)
-        monkeypatch.setattr("unbatch.determined.ENTRIES", 1)
+        monkeypatch.setattr("unbatch.inversion.determined_share.ENTRIES", 1)
         shared = determined(model, LOSS, x, Y, noise=noise)
         monkeypatch.undo()
         assert shared != whole

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from unbatch import Knowledge, Protocol, observe
 from unbatch.analysis import Analysis, Bound, Verdict
-from unbatch.information import doubled, sent
+from unbatch.inversion.fisher import doubled, sent
 from unbatch.loss import Loss, loss_named
 from unbatch.observation import Observation
 

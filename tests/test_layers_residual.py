@@ -13,7 +13,7 @@ from torch.func import functional_call, jacrev
 from unbatch.attack import Attack
 from unbatch.case import Case
 from unbatch.client import observe
-from unbatch.constraints import Constraints, constraints
+from unbatch.inversion.backward.rank_count import Constraints, constraints
 from unbatch.layer import rule_for
 from unbatch.layers.residual import Residual, bend, parsed, split
 from unbatch.models import small as models

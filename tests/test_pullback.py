@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from unbatch.inversion.backward.pullback import Pullback
 from unbatch.network.chain import chain
 from unbatch.numerics.linear.linsys import LinearSystem
-from unbatch.pullback import Pullback
 
 SHAPE = (2, 6, 6)
 D = 72

@@ -4,8 +4,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from unbatch import Observation, Protocol, observe
+from unbatch.inversion.input_span import reduce
 from unbatch.models.small import build
-from unbatch.reduction import reduce
 
 PROTOCOLS = {
     "gradient": Protocol(),

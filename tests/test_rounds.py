@@ -15,13 +15,13 @@ from unbatch import Attack, Case, Earlier, Knowledge, Observation, Protocol, obs
 from unbatch.analysis import Analysis, Bound, Verdict
 from unbatch.audit import audit
 from unbatch.benchmarks.adaptive import compare
-from unbatch.information import Information, joined
+from unbatch.inversion.fisher import Information, joined
+from unbatch.inversion.rounds import averaged, clearest
+from unbatch.inversion.search_point import Unknowns
 from unbatch.likelihood import radius, refine
 from unbatch.models import small as models
 from unbatch.numerics.bounds.subsampled_gaussian import information
 from unbatch.observation import Privacy
-from unbatch.restoration import averaged, clearest
-from unbatch.unknowns import Unknowns
 
 RANGE = Knowledge(input_range=(0.0, 1.0))
 NOISE = "noise:sigma=1e-4"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unbatch.inversion.backward.affine_runs import read
+from unbatch.inversion.backward.reading import Reading, Start, Unreadable
 from unbatch.network.chain import Link, chain, follow
-from unbatch.reading import Reading, Start, Unreadable
-from unbatch.trunk import read
 
 SHAPE = (2, 7, 7)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from unbatch.inversion.backward.variants import Variant, first_dense, parameters, variants
 from unbatch.network.chain import Link, chain, follow
-from unbatch.variants import Variant, first_dense, parameters, variants
 
 
 def rng() -> torch.Generator:

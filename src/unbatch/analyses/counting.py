@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis import Bound, BoundAnalysis, Verdict
-from unbatch.information import statistics, uncounted
+from unbatch.inversion.fisher import statistics, uncounted
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import distortion
 from unbatch.observation import Observation

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from unbatch.analysis import Bound
 from unbatch.domain import Images
-from unbatch.information import Information, NoiseAnalysis, deviation, fitted, joined, jumps
+from unbatch.inversion.fisher import Information, NoiseAnalysis, deviation, fitted, joined, jumps
+from unbatch.inversion.probe import probe
 from unbatch.numerics.linear.inverse_diagonal import InverseDiagonal, dense_inverse_diagonal, inverse_diagonal
 from unbatch.numerics.linear.inverse_trace import kronecker
 from unbatch.numerics.search.least_squares import example_gram
 from unbatch.observation import Observation
-from unbatch.probe import probe
 
 ALWAYS, LARGE = 512, 4096  # unknowns up to which the matrix is formed, the latter within
 WORK = 2**26  # unknowns times entries: about ten seconds of one core

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Bound, BoundAnalysis, Verdict
-from unbatch.information import statistics, uncounted
+from unbatch.inversion.fisher import statistics, uncounted
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import distortion, guessing_radius
 from unbatch.numerics.bounds.subsampled_gaussian import Robustness, information, replacement_divergence

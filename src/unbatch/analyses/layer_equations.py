@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, LayerRisk
-from unbatch.constraints import Constraints, Unread, constraints
+from unbatch.inversion.backward.rank_count import Constraints, Unread, constraints
+from unbatch.inversion.probe import probe
 from unbatch.network.chain import chain
 from unbatch.observation import Observation
-from unbatch.probe import probe
 
 
 @final

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from unbatch.analysis import Bound
-from unbatch.information import Imagined, NoiseAnalysis, deviation, doubled, joined, sent
+from unbatch.inversion.fisher import Imagined, NoiseAnalysis, deviation, doubled, joined, sent
 from unbatch.numerics.bounds.rate_distortion import distortion
 from unbatch.observation import Observation
 

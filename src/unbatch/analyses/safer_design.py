@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Verdict
-from unbatch.constraints import Constraints, Unread
-from unbatch.determined import share, work
+from unbatch.inversion.backward.c_metric import Kind, solvability
+from unbatch.inversion.backward.rank_count import Constraints, Unread
+from unbatch.inversion.backward.variants import Variant, first_dense, parameters, variants
+from unbatch.inversion.determined_share import share, work
+from unbatch.inversion.probe import probe
 from unbatch.network.chain import Chained, Link, chain
 from unbatch.observation import Observation
-from unbatch.probe import probe
-from unbatch.solvability import Kind, solvability
-from unbatch.variants import Variant, first_dense, parameters, variants
 
 
 @dataclass

@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Verdict
-from unbatch.determined import share, work
+from unbatch.inversion.backward.c_metric import solvability
+from unbatch.inversion.determined_share import share, work
+from unbatch.inversion.probe import probe
 from unbatch.network.chain import chain
 from unbatch.observation import Observation
-from unbatch.probe import probe
-from unbatch.solvability import solvability
 
 
 @final

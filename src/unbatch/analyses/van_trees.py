@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from unbatch.analysis import Bound
-from unbatch.information import Imagined, Information, NoiseAnalysis, deviation, joined, jumps
+from unbatch.inversion.fisher import Imagined, Information, NoiseAnalysis, deviation, joined, jumps
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import level, water_level
 from unbatch.numerics.linear.inverse_trace import Apply, dense_water_trace, inverse_trace, kronecker

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
-from unbatch.label import labels, nearest
+from unbatch.inversion.label_fit import labels, nearest
 from unbatch.network.dense import Dense, dense_layers
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 

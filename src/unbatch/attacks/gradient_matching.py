@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.inversion.rounds import sharpened
+from unbatch.inversion.search_point import Candidate, Unknowns, like
 from unbatch.numerics.search import matching
 from unbatch.numerics.search.least_squares import levenberg_marquardt, resized
 from unbatch.numerics.search.softening import Softened, kinked
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
-from unbatch.restoration import sharpened
-from unbatch.unknowns import Candidate, Unknowns, like
 
 EVALUATIONS = {"default": 4000, "dlg": 6000, "inverting-gradients": 4800}  # of a restart; the papers' own
 EXPLAINED = 1e-4  # share of |update|^2 left from which on the match alone decides between candidates

@@ -14,17 +14,17 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
-from unbatch.curve import flat_roots
-from unbatch.first_dense import FirstDense
+from unbatch.inversion.backward.affine_runs import read
+from unbatch.inversion.backward.first_dense import FirstDense
+from unbatch.inversion.backward.nonlinear_runs import flat_roots
+from unbatch.inversion.backward.reading import Reading, Start, Unreadable
+from unbatch.inversion.rounds import restored, sharpened, unseen
 from unbatch.likelihood import Likelihood
 from unbatch.network.chain import follow
 from unbatch.numerics.search.matching import cosine_distance, signed_adam, total_variation
 from unbatch.numerics.search.smoothest import smoothest, smoothest_root
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
 from unbatch.progress import tick
-from unbatch.reading import Reading, Start, Unreadable
-from unbatch.restoration import restored, sharpened, unseen
-from unbatch.trunk import read
 
 Method = Literal["auto", "copa", "hybrid", "r-gap", "r-conv"]
 MOST = 4  # examples of a batch

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.inversion.last_two_layers import Pair, find
 from unbatch.loss import LossForm, identify
 from unbatch.numerics.linear.span import Span, leading_span
 from unbatch.numerics.moments.cp import compress, diagonalise, misfit, response, tangent_misfit
@@ -23,7 +24,6 @@ from unbatch.numerics.moments.moments import (
     whitened,
 )
 from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
-from unbatch.twolayer import Pair, find
 
 SIGMAS = 3.5  # of the measured error; 20 groups measure it within a third, and errors of few dimensions have tails
 ZERO = 1e-8  # share of the activation below which a Hermite coefficient is rounding

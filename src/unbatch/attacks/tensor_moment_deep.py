@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee, NotApplicable
+from unbatch.inversion.last_two_layers import Activation
 from unbatch.network.dense import Dense, dense_layers
 from unbatch.observation import PROTOCOL_FIELDS, Knowledge, Observation, Reconstruction
-from unbatch.twolayer import Activation
 
 GAIN = (
     0.25  # of the first layer at an entry of typical size, where activations bend: nearly straight, far from rounding

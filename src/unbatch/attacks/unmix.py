@@ -12,6 +12,8 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.domain import Images
+from unbatch.inversion.above_layer import Rounding, Tail
+from unbatch.inversion.rounds import restored, sharpened, unseen
 from unbatch.likelihood import Likelihood
 from unbatch.loss import LossForm, identify
 from unbatch.network.dense import Dense, dense_layers, forward
@@ -25,8 +27,6 @@ from unbatch.numerics.unmix.moment_start import weight_moments
 from unbatch.numerics.unmix.solver import Separation, Start, unmix
 from unbatch.observation import PROTOCOL_FIELDS, Knowledge, Observation, Reconstruction, certified
 from unbatch.progress import tick
-from unbatch.restoration import restored, sharpened, unseen
-from unbatch.tail import Rounding, Tail
 
 DUPLICATES = 2  # copies beyond the rank that are looked for, where nothing fits without
 ARITHMETIC = 8 * torch.finfo(torch.float64).eps  # what reading A adds to its error

@@ -23,7 +23,7 @@ from unbatch.attack import Attack, NotApplicable
 from unbatch.benchmarks import allowance, clock, store
 from unbatch.benchmarks.unmix import pool
 from unbatch.client import observe
-from unbatch.information import Information
+from unbatch.inversion.fisher import Information
 from unbatch.loss import loss_named
 from unbatch.models.small import ACTIVATIONS, initialise
 from unbatch.numerics.linear.inverse_trace import dense_inverse_trace

@@ -32,7 +32,7 @@ from unbatch.attacks.layer_by_layer import HYBRID
 from unbatch.benchmarks import allowance, clock, measured, psnr, store, stored
 from unbatch.benchmarks.unmix import pool
 from unbatch.client import observe
-from unbatch.constraints import c_of
+from unbatch.inversion.backward.rank_count import c_of
 from unbatch.loss import loss_named
 from unbatch.models import published
 from unbatch.models import small as models

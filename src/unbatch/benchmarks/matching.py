@@ -23,6 +23,7 @@ from unbatch.benchmarks import clock, store
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.domain import Images
+from unbatch.inversion.search_point import Candidate
 from unbatch.loss import loss_named
 from unbatch.metric import Metric, match
 from unbatch.models import small as models
@@ -30,7 +31,6 @@ from unbatch.numerics.search.matching import cosine_distance, total_variation
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.protocol import Protocol
 from unbatch.truth import Truth
-from unbatch.unknowns import Candidate
 
 Row = dict[str, Any]
 PRESETS = ("default", "dlg", "inverting-gradients")

@@ -23,8 +23,8 @@ from unbatch.attack import Attack, NotApplicable
 from unbatch.benchmarks import allowance, clock, measured, psnr, store
 from unbatch.benchmarks.unmix import pool
 from unbatch.client import observe
-from unbatch.determined import determined
 from unbatch.domain import Images
+from unbatch.inversion.determined_share import determined
 from unbatch.loss import loss_named
 from unbatch.models import small as models
 from unbatch.models.small import Residual

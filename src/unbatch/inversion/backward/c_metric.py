@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from unbatch.constraints import Constraints, Unread, c_of, constraints, elementwise
+from unbatch.inversion.backward.rank_count import Constraints, Unread, c_of, constraints, elementwise
+from unbatch.inversion.backward.variants import first_dense
 from unbatch.layer import rule_for
 from unbatch.layers.activation import Activation
 from unbatch.loss import Loss
 from unbatch.network.chain import Link
-from unbatch.variants import first_dense
 
 Kind = tuple[tuple[int, ...], tuple[str, ...]]  # the shape of a layer's input, and the layers up to the next activation
 

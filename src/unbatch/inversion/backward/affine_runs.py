@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from unbatch.curve import Box, Curve
+from unbatch.inversion.backward.nonlinear_runs import Box, Curve
+from unbatch.inversion.backward.reading import Known, Reading, Start, Unreadable
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
 from unbatch.layers.residual import bend
 from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import LinearSystem, Solution
-from unbatch.reading import Known, Reading, Start, Unreadable
 
 DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d  # in eval mode
 RESHAPES = nn.Flatten, nn.Unflatten, nn.Identity, *DROPOUTS

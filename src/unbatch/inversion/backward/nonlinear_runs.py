@@ -8,14 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from unbatch.inversion.backward.pullback import FLOOR, Fit, Pullback
+from unbatch.inversion.backward.reading import Known, Reading, Unreadable
 from unbatch.network.chain import Link
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.linear.linsys import ENTRIES
 from unbatch.numerics.search.annealing import BLUNT, annealed
 from unbatch.numerics.search.softening import Softened
 from unbatch.progress import tick
-from unbatch.pullback import FLOOR, Fit, Pullback
-from unbatch.reading import Known, Reading, Unreadable
 
 SPREAD = 0.25  # of a random point around the middle
 DRAWN = 4  # starts of the prior

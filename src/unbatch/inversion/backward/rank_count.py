@@ -10,6 +10,8 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor, nn
 
+from unbatch.inversion.backward.affine_runs import RESHAPES, everything, held
+from unbatch.inversion.backward.pullback import Pullback
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
 from unbatch.layers.affine import Affine
@@ -18,8 +20,6 @@ from unbatch.loss import Loss
 from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import LinearSystem
 from unbatch.numerics.linear.rank_law import ConvRanks, conv_ranks
-from unbatch.pullback import Pullback
-from unbatch.trunk import RESHAPES, everything, held
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from unbatch.attack import Attack
-from unbatch.label import labels, nearest
+from unbatch.inversion.backward.reading import Start, Unreadable
+from unbatch.inversion.label_fit import labels, nearest
 from unbatch.layers.residual import split
 from unbatch.loss import identify
 from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.network.chain import chain, follow
 from unbatch.network.dense import dense_layers
 from unbatch.observation import Observation
-from unbatch.reading import Start, Unreadable
 
 SIZES = (1e-3, 1e4, 200)  # of the input of a layer without a bias: from, to, and how many are tried
 RANK_ONE = 64  # roundings of the update that may be left beside one outer product

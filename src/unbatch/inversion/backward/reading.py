@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from unbatch.inversion.backward.pullback import Pullback
 from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import LinearSystem, Solution
-from unbatch.pullback import Pullback
 
 Known = tuple[LinearSystem, Tensor, Mapping[str, Tensor]]  # A t = b of a tensor t, dL/dt, and the update below it
 

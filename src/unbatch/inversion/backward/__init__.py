@@ -1,0 +1,1 @@
+"""Layer by layer from the last layer to the input."""
