@@ -16,7 +16,7 @@ from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.defence import Defence
 from unbatch.likelihood import Likelihood, Search, radius, refine
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.numerics.linear.completion import complete
 from unbatch.observation import Knowledge, Observation, Privacy
 from unbatch.protocol import Update
@@ -81,7 +81,7 @@ def test_what_the_naive_attack_cannot_read_is_certified(defence: str) -> None:
 
 def exchange(*defences: str, seed: int = 0, n: int = 3) -> tuple[Observation, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    model = models.build("mlp", (8,), 4, width=40, activation="tanh", rng=rng)
+    model = small.build("mlp", (8,), 4, width=40, activation="tanh", rng=rng)
     x = torch.randn(n, 8, generator=rng).double()
     y = torch.randint(4, (n,), generator=rng)
     return observe(model, F.cross_entropy, x.float(), y, defences=defences, seed=seed)[0], x, y

@@ -18,7 +18,7 @@ from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.loss import Loss, loss_named
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.protocol import Protocol
 
@@ -576,7 +576,7 @@ def test_two_residual_blocks_with_kinks_are_annealed() -> None:
 
 
 def test_what_is_too_large_for_gauss_and_newton_is_said() -> None:
-    model = models.build("resnet-small", (1, 8, 8), 10, rng=torch.Generator().manual_seed(0))
+    model = small.build("resnet-small", (1, 8, 8), 10, rng=torch.Generator().manual_seed(0))
     refused(exchange(model, (1, 8, 8))[0], "too many for Gauss and Newton")
 
 

@@ -13,7 +13,7 @@ from unbatch.case import Case, Examples, Setting
 from unbatch.cases.photos import PHOTOS
 from unbatch.domain import Images, Table
 from unbatch.loss import identify
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.models.published import NETWORKS
 from unbatch.protocol import Protocol, local_update
 
@@ -144,7 +144,7 @@ def test_spelling_round_trip(spec: str) -> None:
         assert spelt.setting().name == str(spelt)
 
 
-SMALL = [name for name in get_args(models.Name) if not name.startswith("cnn4")]  # those take no pictures of 8 x 8
+SMALL = [name for name in get_args(small.Name) if not name.startswith("cnn4")]  # those take no pictures of 8 x 8
 
 
 @pytest.mark.parametrize(("spec", "name"), [*product(PICTURES, SMALL), *product(["photos"], NETWORKS)])

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.network.chain import chain
 
 
@@ -12,7 +12,7 @@ def names(model: nn.Module, shape: tuple[int, ...], **kw) -> list[str]:
 
 
 def test_layers_in_the_order_in_which_they_run_with_their_shapes() -> None:
-    model = models.build("lenet", (3, 16, 16), 10, rng=torch.Generator().manual_seed(0))
+    model = small.build("lenet", (3, 16, 16), 10, rng=torch.Generator().manual_seed(0))
     links = chain(model, (3, 16, 16))
     assert [link.name for link in links] == ["conv1", "relu1", "conv2", "relu2", "conv3", "relu3", "flatten1", "head"]
     assert (links[0].before, links[0].after, links[2].before) == ((3, 16, 16), (12, 8, 8), (12, 8, 8))
@@ -20,7 +20,7 @@ def test_layers_in_the_order_in_which_they_run_with_their_shapes() -> None:
 
 
 def test_a_residual_block_is_one_link() -> None:
-    model = models.build("resnet-small", (3, 8, 8), 5, width=2, rng=torch.Generator().manual_seed(0))
+    model = small.build("resnet-small", (3, 8, 8), 5, width=2, rng=torch.Generator().manual_seed(0))
     found = names(model, (3, 8, 8))
     assert found[:3] == ["conv1", "norm1", "relu1"]
     assert [name for name in found if "block" in name] == ["block1", "block2", "block3"]

@@ -12,7 +12,7 @@ from unbatch.case import Case
 from unbatch.client import observe
 from unbatch.defence import Defence, Round, Step
 from unbatch.loss import Loss, identify, loss_named
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.observation import Knowledge
 from unbatch.protocol import Protocol, Update
 
@@ -21,7 +21,7 @@ N, K = 6, 4
 
 def client(n: int = N, k: int = K) -> tuple[nn.Module, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
-    model = models.build("mlp", (5,), k, width=7, activation="tanh", rng=rng).double()
+    model = small.build("mlp", (5,), k, width=7, activation="tanh", rng=rng).double()
     x = torch.randn(n, 5, generator=rng, dtype=torch.float64)
     return model, x, torch.randint(max(k, 2), (n,), generator=rng)
 

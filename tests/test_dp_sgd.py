@@ -14,7 +14,7 @@ import unbatch
 from unbatch import Case, observe
 from unbatch.adapters.opacus import epsilon
 from unbatch.loss import Loss, loss_named
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol, Update
 
@@ -24,7 +24,7 @@ N = 5
 def client(name: str = "mlp", **more) -> tuple[nn.Module, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
     shape = (6,) if name == "mlp" else (1, 8, 8)
-    model = models.build(name, shape, 4, width=8, activation="tanh", rng=rng, **more).double()
+    model = small.build(name, shape, 4, width=8, activation="tanh", rng=rng, **more).double()
     return model, torch.randn(N, *shape, generator=rng, dtype=torch.float64), torch.randint(4, (N,), generator=rng)
 
 

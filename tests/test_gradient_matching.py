@@ -15,7 +15,7 @@ from unbatch.attacks.gradient_matching import GradientMatching
 from unbatch.benchmarks import find
 from unbatch.client import observe
 from unbatch.loss import loss_named
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.observation import Knowledge, Observation
 from unbatch.progress import Watch, watching
 from unbatch.protocol import Protocol
@@ -34,7 +34,7 @@ def exchange(
     **more: Any,
 ) -> tuple[Observation, Truth]:
     rng = torch.Generator().manual_seed(0)
-    model = models.build("mlp", shape, 5, width=80, activation=activation, rng=rng)
+    model = small.build("mlp", shape, 5, width=80, activation=activation, rng=rng)
     x, y = torch.rand(n, *shape, generator=rng), torch.arange(n) % 5 if labels is None else labels
     knowledge = Knowledge(input_range=(0, 1), **({"labels": y} if known else {}), **more)
     return observe(model, loss_named(loss), x, y, protocol=protocol, knowledge=knowledge)  # type: ignore[arg-type]
@@ -208,7 +208,7 @@ def test_obstacles_are_said_in_words() -> None:
 
 def test_batch_norm_is_matched_in_the_clients_mode() -> None:
     rng = torch.Generator().manual_seed(0)
-    model = models.build("resnet-small", (1, 8, 8), 4, width=4, activation="gelu", rng=rng)
+    model = small.build("resnet-small", (1, 8, 8), 4, width=4, activation="gelu", rng=rng)
     x, y = torch.rand(2, 1, 8, 8, generator=rng), torch.tensor([0, 3])
     obs, _ = observe(model, loss_named("cross-entropy"), x, y, knowledge=Knowledge(labels=y, input_range=(0, 1)))
     watch, begun = Watch(), []

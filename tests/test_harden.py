@@ -15,7 +15,7 @@ from unbatch.analysis import Analysis, Bound
 from unbatch.cli import main
 from unbatch.harden import Family, Hardening, Tried, families, harden
 from unbatch.loss import loss_named
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.observation import Observation
 from unbatch.scene import scene_of
 
@@ -150,7 +150,7 @@ def test_ladders_and_what_lies_between() -> None:
 
 def test_what_it_cannot_search(rng: torch.Generator) -> None:
     x = torch.rand(30, 1, 4, 4, generator=rng)
-    model = models.build("mlp", (1, 4, 4), 1, width=4, rng=rng)
+    model = small.build("mlp", (1, 4, 4), 1, width=4, rng=rng)
     images = Images(shape=(1, 4, 4))
     real = Setting(model=model, loss=loss_named("squared-error"), inputs=x, labels=x[:, 0, 0, 0], domain=images)
     with pytest.raises(ValueError, match="needs class labels"):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from unbatch.attack import Attack, NotApplicable
 from unbatch.client import observe
 from unbatch.loss import Loss, loss_named
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.numerics.label_counts import apportion, count_bounds, impulse, label_counts, present
 from unbatch.observation import Reconstruction
 from unbatch.protocol import Protocol
@@ -22,7 +22,7 @@ COUNT = Attack.parse("label-count:probes=64")
 
 def client(seed: int, n: int, k: int, *, scale: float = 1.0, **shape: object) -> tuple[nn.Module, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    model = models.build("mlp", (12,), k, rng=rng, **{"width": 24, **shape})  # type: ignore[arg-type]
+    model = small.build("mlp", (12,), k, rng=rng, **{"width": 24, **shape})  # type: ignore[arg-type]
     with torch.no_grad():
         model.head.weight.mul_(scale)
     return model, torch.randn(n, 12, generator=rng), torch.randint(max(k, 2), (n,), generator=rng)
@@ -290,7 +290,7 @@ class Cut(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = models.build("mlp", (12,), 10, width=8, rng=torch.Generator().manual_seed(0))
+        self.inner = small.build("mlp", (12,), 10, width=8, rng=torch.Generator().manual_seed(0))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x) / 2

@@ -12,12 +12,12 @@ from scipy.stats import ks_2samp, kstest
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.models.published import NETWORKS, PublishedName
 from unbatch.models.small import build
 
-NAMES = [name for name in get_args(models.Name) if name not in NETWORKS]
-ACTIVATIONS = get_args(models.ActivationName)
+NAMES = [name for name in get_args(small.Name) if name not in NETWORKS]
+ACTIVATIONS = get_args(small.ActivationName)
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -34,13 +34,13 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_every_name_has_a_model_and_every_activation_a_module() -> None:
-    assert set(NAMES) == set(models._MODELS)
-    assert set(ACTIVATIONS) == set(models.ACTIVATIONS)
+    assert set(NAMES) == set(small._MODELS)
+    assert set(ACTIVATIONS) == set(small.ACTIVATIONS)
 
 
 def test_every_published_network_has_a_name() -> None:
     assert set(get_args(PublishedName)) == set(NETWORKS)
-    assert set(NETWORKS) < set(get_args(models.Name))
+    assert set(NETWORKS) < set(get_args(small.Name))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_depth_and_width() -> None:
     assert [tuple(p.shape)[:2] for p in convnet.parameters() if p.ndim == 4] == [(4, 3), (4, 4), (8, 4), (8, 8)]
     assert convnet.get_submodule("dense1").weight.shape == (16, 8 * 4 * 4)
     resnet = build("resnet-small", (3, 16, 16), 2, depth=2, width=4, rng=rng())
-    blocks = [m for m in resnet.modules() if isinstance(m, models.Residual)]
+    blocks = [m for m in resnet.modules() if isinstance(m, small.Residual)]
     identity = [isinstance(block.shortcut, nn.Identity) for block in blocks]
     assert identity == [True, True, False, True, False, True]
 
@@ -211,4 +211,4 @@ def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="unknown activation 'swish'"):
         build("mlp", (1, 8, 8), 2, activation="swish", rng=rng())
     with pytest.raises(ValueError, match="no law to draw 0 \\(LayerNorm\\)"):
-        models.initialise(nn.Sequential(nn.LayerNorm(3)), rng())
+        small.initialise(nn.Sequential(nn.LayerNorm(3)), rng())

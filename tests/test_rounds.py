@@ -19,7 +19,7 @@ from unbatch.inversion.fisher import Information, joined
 from unbatch.inversion.rounds import averaged, clearest
 from unbatch.inversion.search_point import Unknowns
 from unbatch.likelihood import radius, refine
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.numerics.bounds.subsampled_gaussian import information
 from unbatch.observation import Privacy
 
@@ -29,7 +29,7 @@ NOISE = "noise:sigma=1e-4"
 
 def network(kind: str = "mlp", dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     rng = torch.Generator().manual_seed(seed)
-    return models.build(kind, (8,), 4, width=40, activation="tanh", rng=rng).to(dtype)
+    return small.build(kind, (8,), 4, width=40, activation="tanh", rng=rng).to(dtype)
 
 
 def exchange(

@@ -12,7 +12,7 @@ from unbatch.case import Setting
 from unbatch.domain import Table
 from unbatch.loss import loss_named
 from unbatch.metric import match
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.models.small import ActivationName
 
 D, WIDTH = 12, 1200
@@ -30,8 +30,8 @@ def network(activation: ActivationName, layers: int, *, k: int = 4, bias: bool =
     sizes = [D, *[2 * D + 3] * (layers - 2), width, k]
     parts: list[nn.Module] = []
     for a, b in pairwise(sizes):
-        parts += [nn.Linear(a, b, bias=bias), models.ACTIVATIONS[activation]()]
-    return models.initialise(nn.Sequential(*parts[:-1]), rng).double()
+        parts += [nn.Linear(a, b, bias=bias), small.ACTIVATIONS[activation]()]
+    return small.initialise(nn.Sequential(*parts[:-1]), rng).double()
 
 
 def batch(n: int = 3, k: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unbatch.domain import Domain, domain_of
 from unbatch.loss import Loss, loss_named
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.observation import Knowledge
 from unbatch.plugin import Plugin
 from unbatch.protocol import Protocol
@@ -105,13 +105,13 @@ class Case(Plugin, ABC):
     batch: Annotated[int, Field(gt=0, description="examples a client holds")] = 1
     clients: Annotated[int, Field(gt=0, description="clients, each with its own batch")] = 1
     seed: Annotated[int, Field(ge=0, description="of the draw of examples and parameters")] = 0
-    model: Annotated[models.Name, Field(description="global model")] = "mlp"
+    model: Annotated[small.Name, Field(description="global model")] = "mlp"
     depth: Annotated[
         int, Field(gt=0, description="hidden layers of an mlp, blocks of a convnet or of a resnet's stage")
     ] = 1
     width: Annotated[int, Field(gt=0, description="hidden units of an mlp, first channels of a convnet or resnet")] = 64
     activation: Annotated[
-        models.ActivationName | None,
+        small.ActivationName | None,
         Field(description="between layers; none takes the model's own, relu unless published"),
     ] = None
     bias: Annotated[bool, Field(description="layers with a bias")] = True
@@ -154,7 +154,7 @@ class Case(Plugin, ABC):
         inputs, labels = self._repeat(pool.inputs[mine], pool.labels[mine], pool.domain, client)
         dtype = torch.float64 if self.double else torch.float32
         k = len(pool.classes)
-        network = models.build(
+        network = small.build(
             self.model,
             tuple(inputs.shape[1:]),
             1 if self.loss == "binary-cross-entropy" and k == 2 else k,

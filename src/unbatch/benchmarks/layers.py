@@ -34,8 +34,7 @@ from unbatch.benchmarks.unmix import pool
 from unbatch.client import observe
 from unbatch.inversion.backward.rank_count import c_of
 from unbatch.loss import loss_named
-from unbatch.models import published
-from unbatch.models import small as models
+from unbatch.models import published, small
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.progress import Watch, watching
 from unbatch.truth import Truth
@@ -60,7 +59,7 @@ LIMIT = 150.0  # seconds of a method that does not search
 class Problem:
     """One network; its gradients differ by the picture and the weights' draw."""
 
-    network: models.Name
+    network: small.Name
     precision: Literal["float64", "float32"] = "float64"
     pictures: int = 20
     methods: tuple[str, ...] = tuple(METHODS)  # auto first
@@ -322,7 +321,7 @@ def _exchange(
     order = torch.randperm(len(pictures[0]), generator=torch.Generator().manual_seed(seed))[i : i + 1]
     x, y = pictures[0][order][..., :: problem.thinning, :: problem.thinning], pictures[1][order] % CLASSES
     dtype = torch.float64 if problem.precision == "float64" else torch.float32
-    model = models.build(
+    model = small.build(
         problem.network,
         tuple(x.shape[1:]),
         CLASSES,

@@ -26,7 +26,7 @@ from unbatch.domain import Images
 from unbatch.inversion.search_point import Candidate
 from unbatch.loss import loss_named
 from unbatch.metric import Metric, match
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.numerics.search.matching import cosine_distance, total_variation
 from unbatch.observation import Knowledge, Observation, Reconstruction
 from unbatch.protocol import Protocol
@@ -44,8 +44,8 @@ class Problem:
     """One gradient to invert."""
 
     name: str
-    model: models.Name
-    activation: models.ActivationName
+    model: small.Name
+    activation: small.ActivationName
     n: int
     width: int = 64
     depth: int = 1
@@ -214,7 +214,7 @@ def _exchange(
     problem: Problem, pictures: Tensor, labels: Tensor, k: int, seed: int, device: str
 ) -> tuple[Observation, Truth]:
     x, y = pictures[: problem.n].to(device), labels[: problem.n].to(device)
-    model = models.build(
+    model = small.build(
         problem.model,
         tuple(x.shape[1:]),
         k,

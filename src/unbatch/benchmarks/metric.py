@@ -26,7 +26,7 @@ from unbatch.client import observe
 from unbatch.domain import Images
 from unbatch.inversion.determined_share import determined
 from unbatch.loss import loss_named
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.models.small import Residual
 from unbatch.observation import Knowledge, Observation
 from unbatch.progress import watching
@@ -75,7 +75,7 @@ def architecture(shape: tuple[int, ...], rng: np.random.Generator) -> nn.Sequent
         except (RuntimeError, ValueError):  # smaller than a kernel
             continue
         model = nn.Sequential(*layers, nn.Linear(features, CLASSES))
-        models.initialise(model, torch.Generator().manual_seed(int(rng.integers(2**31))))
+        small.initialise(model, torch.Generator().manual_seed(int(rng.integers(2**31))))
         return model
 
 

@@ -38,7 +38,7 @@ from unbatch.domain import Domain, Images
 from unbatch.domain import Table as Rows
 from unbatch.loss import loss_named
 from unbatch.metric import match
-from unbatch.models import small as models
+from unbatch.models import small
 from unbatch.numerics.linear.span import leading_span
 from unbatch.numerics.unmix.ica import fast_ica
 from unbatch.observation import Knowledge, Observation, Reconstruction
@@ -65,7 +65,7 @@ class Problem:
 
     data: str = "cifar10"
     inputs: Literal["unit", "standardised"] = "unit"  # [0, 1], or zero mean and unit variance over the pool
-    activation: models.ActivationName = "gelu"
+    activation: small.ActivationName = "gelu"
     n: int = 32
     precision: Literal["float64", "float32"] = "float64"
     width: int = 1000
@@ -87,7 +87,7 @@ class Problem:
 
 def problems() -> list[Problem]:
     """The tables of the literature, then what else users bring. Small batches come first."""
-    smooth: tuple[models.ActivationName, ...] = ("gelu", "silu", "tanh", "elu", "sigmoid", "softplus")
+    smooth: tuple[small.ActivationName, ...] = ("gelu", "silu", "tanh", "elu", "sigmoid", "softplus")
     every = ("relu", *smooth)
     found = [Problem(activation=a, n=n) for n in SIZES for a in every]
     found += [Problem(activation=a, n=n, inputs="standardised") for n in SIZES[:-1] for a in every]
@@ -301,7 +301,7 @@ def _exchange(
     many = problem.classes > 10
     y = torch.randint(problem.classes, labels.shape, generator=rng) if many else labels % problem.classes
     shape, (m, depth), s = tuple(x.shape[1:]), (problem.width, problem.depth), problem.activation
-    model = models.build("mlp", shape, problem.classes, depth=depth, width=m, activation=s, rng=rng)
+    model = small.build("mlp", shape, problem.classes, depth=depth, width=m, activation=s, rng=rng)
     accuracy = _train(model, x.float(), y) if problem.trained else math.nan
     dtype = torch.float64 if problem.precision == "float64" else torch.float32
     domain: Domain = Rows(shape=shape) if x.ndim == 2 else Images(shape=shape)
