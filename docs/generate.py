@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.attack import Attack, NotApplicable
-from unbatch.catalogue import KINDS, facts, summary
-from unbatch.checks import CHECKS
-from unbatch.client import observe
+from unbatch.auditing.checks import CHECKS
+from unbatch.auditing.client import observe
+from unbatch.auditing.suites import SUITES
+from unbatch.command.catalogue import KINDS, facts, summary
 from unbatch.loss import loss_named
 from unbatch.models.small import ACTIVATIONS
 from unbatch.numerics.moments.hermite import coefficients
 from unbatch.plugin import Plugin
-from unbatch.suites import SUITES
 
 HERE = Path(__file__).parent
 

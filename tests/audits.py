@@ -8,7 +8,7 @@ import zlib
 from typing import Any
 
 from unbatch.analysis import Bound, LayerRisk, Verdict
-from unbatch.results import Audit, Client, Example, Flag, MetricInfo, Remedy, Run
+from unbatch.reporting.results import Audit, Client, Example, Flag, MetricInfo, Remedy, Run
 
 EVIL = "</script><script>alert(1)</script>&<!-- \" ' -->"
 PSNR = MetricInfo(unit="dB", higher_is_better=True, best=300.0)

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unbatch.attack import Attack
-from unbatch.audit import audit
+from unbatch.auditing.client import observe
+from unbatch.auditing.run import audit
 from unbatch.benchmarks import find
 from unbatch.benchmarks.adaptive import compare
 from unbatch.case import Case
-from unbatch.client import observe
 from unbatch.defence import Defence
 from unbatch.likelihood import Likelihood, Search, radius, refine
 from unbatch.models import small

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from unbatch.attack import NotApplicable
 from unbatch.attacks.layer_by_layer import LayerByLayer
+from unbatch.auditing.client import observe
 from unbatch.case import Case
-from unbatch.client import observe
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small
 from unbatch.observation import Knowledge, Observation, Reconstruction

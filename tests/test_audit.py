@@ -12,7 +12,7 @@ import unbatch
 from unbatch import Attack, Case, Knowledge, Observation, Protocol, Reconstruction, Setting, observe
 from unbatch.attack import ActiveAttack, Demo, Guarantee
 from unbatch.progress import Watch, tick
-from unbatch.results import Audit
+from unbatch.reporting.results import Audit
 
 CALLS: list[int] = []
 

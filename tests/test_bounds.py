@@ -37,7 +37,7 @@ from unbatch.numerics.bounds.rate_distortion import distortion, guessing_radius,
 from unbatch.numerics.bounds.subsampled_gaussian import Robustness
 from unbatch.observation import Observation, Privacy
 from unbatch.progress import Watch, watching
-from unbatch.report import write
+from unbatch.reporting.html import write
 
 LOSS = loss_named("cross-entropy")
 EVAL = Protocol(mode="eval")

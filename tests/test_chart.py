@@ -5,7 +5,7 @@ import math
 import pytest
 from audits import L2, LABELS, PSNR, example, run
 
-from unbatch.chart import Axis, exact, number
+from unbatch.reporting.chart import Axis, exact, number
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import pytest
 import unbatch
 from unbatch import Case
 from unbatch.analysis import Bound
-from unbatch.checks import CHECKS, flags
-from unbatch.results import Audit, Example, Run
+from unbatch.auditing.checks import CHECKS, flags
+from unbatch.reporting.results import Audit, Example, Run
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from unbatch import Attack, Case, Defence, Observation, observe
-from unbatch.cli import main
-from unbatch.results import Audit
+from unbatch.command.cli import main
+from unbatch.reporting.results import Audit
 
 FACTORY = """
 import torch
@@ -295,7 +295,7 @@ def test_a_full_disk_loses_no_finished_run(here: Path, capsys, monkeypatch: pyte
 
 
 def test_help_is_quick_to_import() -> None:
-    code = "import sys\nfrom unbatch.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys\nfrom unbatch.command.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 
@@ -304,7 +304,7 @@ def test_help_is_quick_to_import() -> None:
 def test_a_stopped_audit_keeps_what_was_found_and_resumes(here: Path, number: signal.Signals) -> None:
     endless = "gradient-matching:preset=inverting-gradients,iterations=10000000"
     words = ["audit", "digits:clients=2,batch=4,width=32", "--attack", "label-count", "--attack", endless]
-    command = [sys.executable, "-c", "from unbatch.cli import main; main()", *words, "--quiet"]
+    command = [sys.executable, "-c", "from unbatch.command.cli import main; main()", *words, "--quiet"]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for _ in range(600):
         time.sleep(0.1)

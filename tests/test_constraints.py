@@ -8,8 +8,8 @@ from torch import nn
 
 from unbatch.analysis import Analysis
 from unbatch.attacks.layer_by_layer import LayerByLayer
+from unbatch.auditing.client import observe
 from unbatch.case import Case
-from unbatch.client import observe
 from unbatch.inversion.backward.rank_count import c_of, constraints
 from unbatch.models.small import Residual, build, initialise
 from unbatch.network.chain import chain

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unbatch.auditing.client import observe
 from unbatch.case import Case
-from unbatch.client import observe
 from unbatch.defence import Defence, Round, Step
 from unbatch.loss import Loss, identify, loss_named
 from unbatch.models import small

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis
+from unbatch.auditing.client import observe
 from unbatch.case import Case
-from unbatch.client import observe
 from unbatch.inversion.determined_share import ROUNDINGS, determined, work
 from unbatch.loss import loss_named
 from unbatch.models.small import build

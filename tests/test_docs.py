@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from unbatch import Case, audit
-from unbatch.frontier import rows
-from unbatch.harden import SCOPES, Hardening
-from unbatch.scene import scene_of
+from unbatch.auditing.harden import SCOPES, Hardening
+from unbatch.auditing.utility import scene_of
+from unbatch.command.hardening_view import rows
 
 COVERS = "update", "training"
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def test_the_readme_s_example_runs(capsys) -> None:
 def test_the_figures_of_the_page_on_safety_are_what_its_commands_print(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from unbatch.cli import main
+    from unbatch.command.cli import main
 
     text = (DOCS / "how-safe-is-safe-enough.md").read_text()
     blocks = [block.replace("\\\n", " ") for block in re.findall(r"```\n(unbatch .*?)```", text, flags=re.S)]
@@ -111,7 +111,7 @@ def test_generated_pages_are_current() -> None:
 
 
 def test_every_flag_has_a_section() -> None:
-    from unbatch.checks import CHECKS
+    from unbatch.auditing.checks import CHECKS
 
     text = (DOCS / "flags.md").read_text()
     for check in CHECKS:

@@ -220,8 +220,8 @@ def test_without_opacus_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_report_json_and_console_show_the_budget(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unbatch.cli import main
-    from unbatch.results import Audit
+    from unbatch.command.cli import main
+    from unbatch.reporting.results import Audit
 
     monkeypatch.chdir(tmp_path)
     spec = "dp-sgd:noise_multiplier=4,sampling_rate=0.01,steps=10000"

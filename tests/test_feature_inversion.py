@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from unbatch.attack import NotApplicable
 from unbatch.attacks.feature_inversion import Coarse, FeatureInversion
 from unbatch.attacks.unmix import Unmix
+from unbatch.auditing.client import observe
 from unbatch.case import Case
-from unbatch.client import observe
 from unbatch.models.small import initialise
 from unbatch.network.dense import layer_inputs
 from unbatch.observation import Knowledge, Observation

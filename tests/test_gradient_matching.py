@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from unbatch.attack import NotApplicable
 from unbatch.attacks.gradient_matching import GradientMatching
+from unbatch.auditing.client import observe
 from unbatch.benchmarks import find
-from unbatch.client import observe
 from unbatch.loss import loss_named
 from unbatch.models import small
 from unbatch.observation import Knowledge, Observation

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from unbatch import Case, Images, Setting
 from unbatch.analysis import Analysis, Bound
-from unbatch.cli import main
-from unbatch.harden import Family, Hardening, Tried, families, harden
+from unbatch.auditing.harden import Family, Hardening, Tried, families, harden
+from unbatch.auditing.utility import scene_of
+from unbatch.command.cli import main
 from unbatch.loss import loss_named
 from unbatch.models import small
 from unbatch.observation import Observation
-from unbatch.scene import scene_of
 
 CASE = "digits:batch=2,width=16,activation=tanh"
 

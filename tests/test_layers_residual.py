@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from unbatch.attack import Attack
+from unbatch.auditing.client import observe
 from unbatch.case import Case
-from unbatch.client import observe
 from unbatch.inversion.backward.rank_count import Constraints, constraints
 from unbatch.layer import rule_for
 from unbatch.layers.residual import Residual, bend, parsed, split

@@ -31,8 +31,8 @@ from audits import (
 )
 from browser import CHROMIUM, probe
 
-from unbatch import report
-from unbatch.results import Audit, Example, Remedy
+from unbatch.reporting import html as report
+from unbatch.reporting.results import Audit, Example, Remedy
 
 AUDITS = [exact, not_recovered, nothing_ran, table, captured, hostile, features, designed]
 every = pytest.mark.parametrize("audit", [make() for make in AUDITS], ids=[make.__name__ for make in AUDITS])
@@ -321,7 +321,7 @@ def test_write_is_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, unbatch.report; print(sorted(m for m in ('torch', 'numpy', 'scipy') if m in sys.modules))"
+    code = "import sys, unbatch.reporting.html; print(sorted(m for m in ('torch', 'numpy', 'scipy') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

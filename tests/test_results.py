@@ -7,8 +7,8 @@ import unbatch
 from unbatch import Case
 from unbatch.analysis import Bound
 from unbatch.files import write_atomically
-from unbatch.gate import breaches
-from unbatch.results import Audit, Example
+from unbatch.reporting.gate import breaches
+from unbatch.reporting.results import Audit, Example
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from unbatch import Attack, Case, Earlier, Knowledge, Observation, Protocol, observe
 from unbatch.analysis import Analysis, Bound, Verdict
-from unbatch.audit import audit
+from unbatch.auditing.run import audit
 from unbatch.benchmarks.adaptive import compare
 from unbatch.inversion.fisher import Information, joined
 from unbatch.inversion.rounds import averaged, clearest

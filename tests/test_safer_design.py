@@ -11,8 +11,8 @@ from torch import nn
 
 from unbatch.analyses.safer_design import METRICS, SaferDesign
 from unbatch.analysis import Analysis, Verdict
+from unbatch.auditing.client import observe
 from unbatch.case import Case
-from unbatch.client import observe
 from unbatch.observation import Observation
 
 

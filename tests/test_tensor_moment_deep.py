@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from unbatch import Attack, NotApplicable, Observation, Truth, observe
 from unbatch.attack import ActiveAttack
-from unbatch.audit import audit
+from unbatch.auditing.run import audit
 from unbatch.case import Setting
 from unbatch.domain import Table
 from unbatch.loss import loss_named

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from unbatch.attack import NotApplicable
 from unbatch.attacks.unmix import Counted, Unmix, _form, _layer, _mixture, _span, _starts
+from unbatch.auditing.client import observe
 from unbatch.case import Case
-from unbatch.client import observe
 from unbatch.loss import loss_named
 from unbatch.numerics.unmix import solver as solver
 from unbatch.numerics.unmix.pattern import CLASSES

@@ -6,9 +6,7 @@ tool: use it on gradients that you are entitled to inspect.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -17,7 +15,7 @@ _HOME = {
     "ActiveAttack": "attack",
     "Analysis": "analysis",
     "Attack": "attack",
-    "Audit": "results",
+    "Audit": "reporting.results",
     "Bound": "analysis",
     "Case": "case",
     "Defence": "defence",
@@ -28,7 +26,7 @@ _HOME = {
     "Knowledge": "observation",
     "LayerRisk": "analysis",
     "LayerRule": "layer",
-    "Leak": "guard",
+    "Leak": "auditing.guard",
     "Metric": "metric",
     "NotApplicable": "attack",
     "Observation": "observation",
@@ -40,12 +38,12 @@ _HOME = {
     "Truth": "truth",
     "Unknown": "observation",
     "Verdict": "analysis",
-    "audit": "audit",
-    "certify": "certify",
-    "diagnose": "diagnosis",
-    "guard": "guard",
-    "harden": "harden",
-    "observe": "client",
+    "audit": "auditing.run",
+    "certify": "auditing.certify",
+    "diagnose": "auditing.diagnosis",
+    "guard": "auditing.guard",
+    "harden": "auditing.harden",
+    "observe": "auditing.client",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
@@ -59,20 +57,20 @@ if TYPE_CHECKING:
     from unbatch.attack import Attack as Attack
     from unbatch.attack import Guarantee as Guarantee
     from unbatch.attack import NotApplicable as NotApplicable
-    from unbatch.audit import audit as audit
+    from unbatch.auditing.certify import certify as certify
+    from unbatch.auditing.client import observe as observe
+    from unbatch.auditing.diagnosis import diagnose as diagnose
+    from unbatch.auditing.guard import Leak as Leak
+    from unbatch.auditing.guard import guard as guard
+    from unbatch.auditing.harden import harden as harden
+    from unbatch.auditing.run import audit as audit
     from unbatch.case import Case as Case
     from unbatch.case import Setting as Setting
-    from unbatch.certify import certify as certify
-    from unbatch.client import observe as observe
     from unbatch.defence import Defence as Defence
-    from unbatch.diagnosis import diagnose as diagnose
     from unbatch.domain import Domain as Domain
     from unbatch.domain import Images as Images
     from unbatch.domain import Table as Table
     from unbatch.domain import Tokens as Tokens
-    from unbatch.guard import Leak as Leak
-    from unbatch.guard import guard as guard
-    from unbatch.harden import harden as harden
     from unbatch.layer import LayerRule as LayerRule
     from unbatch.metric import Metric as Metric
     from unbatch.observation import Earlier as Earlier
@@ -81,7 +79,7 @@ if TYPE_CHECKING:
     from unbatch.observation import Reconstruction as Reconstruction
     from unbatch.observation import Unknown as Unknown
     from unbatch.protocol import Protocol as Protocol
-    from unbatch.results import Audit as Audit
+    from unbatch.reporting.results import Audit as Audit
     from unbatch.truth import Truth as Truth
 
 
@@ -97,13 +95,3 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted(__all__)
 
-
-class _Package(ModuleType):
-    """Keeps `unbatch.audit` and `unbatch.certify` the functions: importing the modules of that name would rebind them."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Bound, LayerRisk, Verdict
 from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee, NotApplicable, undeclared
-from unbatch.audit import audit
+from unbatch.auditing.client import observe
+from unbatch.auditing.run import audit
 from unbatch.case import Case, Setting
-from unbatch.client import observe
 from unbatch.defence import Defence
 from unbatch.domain import Images
 from unbatch.layer import LayerRule

@@ -11,11 +11,11 @@ from typing import Any
 from rich.table import Table
 
 from unbatch.attack import Attack
-from unbatch.audit import audit
+from unbatch.auditing.run import audit
 from unbatch.benchmarks import store, stored
 from unbatch.case import Case
 from unbatch.observation import Knowledge
-from unbatch.results import Audit, Run
+from unbatch.reporting.results import Audit, Run
 
 Rules = Mapping[str, float]  # of the protocol, by name
 PROBLEMS = {

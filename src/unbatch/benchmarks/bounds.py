@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Bound
 from unbatch.attack import Attack, NotApplicable
+from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, store
 from unbatch.benchmarks.unmix import pool
-from unbatch.client import observe
 from unbatch.inversion.fisher import Information
 from unbatch.loss import loss_named
 from unbatch.models.small import ACTIVATIONS, initialise

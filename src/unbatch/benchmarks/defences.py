@@ -18,13 +18,13 @@ from typing import Any
 
 from rich.table import Table
 
+from unbatch.auditing.harden import ATTACKS as USUAL
+from unbatch.auditing.harden import BOUNDS, families, measure
+from unbatch.auditing.utility import Scene, scene_of
 from unbatch.benchmarks import clock, store, stored
 from unbatch.case import Case
-from unbatch.harden import ATTACKS as USUAL
-from unbatch.harden import BOUNDS, families, measure
 from unbatch.observation import Knowledge
-from unbatch.results import Audit
-from unbatch.scene import Scene, scene_of
+from unbatch.reporting.results import Audit
 
 Row = dict[str, Any]
 NETWORKS = {

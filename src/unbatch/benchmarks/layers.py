@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from unbatch.attack import Attack, NotApplicable
 from unbatch.attacks.gradient_matching import EVALUATIONS
 from unbatch.attacks.layer_by_layer import HYBRID
+from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, psnr, store, stored
 from unbatch.benchmarks.unmix import pool
-from unbatch.client import observe
 from unbatch.inversion.backward.rank_count import c_of
 from unbatch.loss import loss_named
 from unbatch.models import published, small

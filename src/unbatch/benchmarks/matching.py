@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import Tensor
 
 from unbatch.attacks.gradient_matching import EVALUATIONS, GradientMatching
+from unbatch.auditing.client import observe
 from unbatch.benchmarks import clock, store
 from unbatch.case import Case
-from unbatch.client import observe
 from unbatch.domain import Images
 from unbatch.inversion.search_point import Candidate
 from unbatch.loss import loss_named

@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import nn
 
 from unbatch.attack import Attack, NotApplicable
+from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, psnr, store
 from unbatch.benchmarks.unmix import pool
-from unbatch.client import observe
 from unbatch.domain import Images
 from unbatch.inversion.determined_share import determined
 from unbatch.loss import loss_named

@@ -31,9 +31,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from unbatch.attack import Attack
+from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, store, stored
 from unbatch.case import Case
-from unbatch.client import observe
 from unbatch.domain import Domain, Images
 from unbatch.domain import Table as Rows
 from unbatch.loss import loss_named

@@ -14,7 +14,7 @@ from unbatch.domain import Domain, Table
 from unbatch.metric import Matching, Metric, match
 from unbatch.network.dense import layer_inputs
 from unbatch.observation import Observation, Reconstruction
-from unbatch.results import Example, Run
+from unbatch.reporting.results import Example, Run
 from unbatch.truth import Truth
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unbatch.harden import SCOPES, Hardening
+from unbatch.auditing.harden import SCOPES, Hardening
 
 COLOURS = {"leaks": "red", "no bound excludes it": "yellow", "excluded": "green", "not possible": "dim"}
 

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from unbatch.auditing.client import honest_step
 from unbatch.case import Case, Setting
-from unbatch.client import honest_step
 from unbatch.defence import Defence, Round, Step
 from unbatch.loss import reduction
 from unbatch.network.dense import forward

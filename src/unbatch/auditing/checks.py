@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from unbatch.results import EXACT, Audit, Example, Flag, Run
+from unbatch.reporting.results import EXACT, Audit, Example, Flag, Run
 
 NEAR_CHANCE = 3.0  # dB
 SMALL_RESIDUAL = 1e-3  # relative

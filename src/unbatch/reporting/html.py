@@ -16,9 +16,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from unbatch.chart import Chart, by_attack, exact, known, number, score, title
 from unbatch.files import write_atomically
-from unbatch.results import Audit, Client, Example, MetricInfo, Run
+from unbatch.reporting.chart import Chart, by_attack, exact, known, number, score, title
+from unbatch.reporting.results import Audit, Client, Example, MetricInfo, Run
 
 NEAR = 3.0  # dB: a score this close to the chance column is called near chance
 PNG = "data:image/png;base64,"
@@ -39,7 +39,7 @@ PROTOCOL = (
 def render(audit: Audit) -> str:
     """The page of an audit."""
     environment = Environment(
-        loader=PackageLoader("unbatch", ""),
+        loader=PackageLoader("unbatch.reporting", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -18,22 +18,22 @@ from torch import Tensor
 import unbatch
 from unbatch.analysis import Analysis
 from unbatch.attack import ActiveAttack, Attack, NotApplicable
+from unbatch.auditing.certify import certify
+from unbatch.auditing.checks import flags
+from unbatch.auditing.client import observe
+from unbatch.auditing.diagnosis import diagnose
+from unbatch.auditing.findings import analyse
+from unbatch.auditing.judge import Judge
+from unbatch.auditing.suites import suite
 from unbatch.case import Case, Setting
-from unbatch.certify import certify
-from unbatch.checks import flags
-from unbatch.client import observe
 from unbatch.defence import Defence
-from unbatch.diagnosis import diagnose
 from unbatch.domain import Domain, domain_told
-from unbatch.findings import analyse
-from unbatch.judge import Judge
 from unbatch.loss import identify
 from unbatch.metric import Metric
 from unbatch.network.dense import forward
 from unbatch.observation import Earlier, Knowledge, Observation, Reconstruction
 from unbatch.progress import Watch, watching
-from unbatch.results import Audit, Budget, Client, MetricInfo, Remedy, Run
-from unbatch.suites import suite
+from unbatch.reporting.results import Audit, Budget, Client, MetricInfo, Remedy, Run
 from unbatch.truth import Truth
 
 Sink = Callable[[Audit], None]

@@ -17,7 +17,7 @@ from rich.text import Text
 from unbatch import __version__
 
 if TYPE_CHECKING:
-    from unbatch.results import Audit
+    from unbatch.reporting.results import Audit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,8 +71,8 @@ def demo(
 ) -> None:
     """Audit one gradient of a batch of eight photographs; write a report."""
     from unbatch.case import Case
-    from unbatch.console import run_audit
-    from unbatch.demo import ATTACKS, BUDGET, CASE, REMEDIES
+    from unbatch.command.console import run_audit
+    from unbatch.command.demo import ATTACKS, BUDGET, CASE, REMEDIES
 
     record = run_audit(
         Case.parse(CASE),
@@ -123,9 +123,9 @@ def audit(
     quiet: Quiet = False,
 ) -> None:
     """Attack a client's update, judge the result, write a report."""
-    from unbatch.console import run_audit, save_pictures
-    from unbatch.suites import suite as attacks_of
-    from unbatch.target import target_of
+    from unbatch.auditing.suites import suite as attacks_of
+    from unbatch.command.console import run_audit, save_pictures
+    from unbatch.command.settings import target_of
 
     target = target_of(case, model, data, loss, reduction, size, batch, observation, protocol, knows or [])
     if attack and suite:
@@ -175,8 +175,8 @@ def risk(
     as_json: AsJson = False,
 ) -> None:
     """Say what each layer's gradient gives away, without attacking it."""
-    from unbatch.audit import audit as run
-    from unbatch.target import target_of
+    from unbatch.auditing.run import audit as run
+    from unbatch.command.settings import target_of
 
     target = target_of(case, model, data, loss, reduction, size, batch, observation, protocol, knows or [])
     record = run(target, attacks=(), defences=defence or (), metrics=(), analyses=analysis, device=device)
@@ -192,7 +192,7 @@ def list_(
 ) -> None:
     """Name every plugin that is installed. Off a terminal: one name a line."""
     from unbatch.attack import ActiveAttack
-    from unbatch.catalogue import KINDS, summary
+    from unbatch.command.catalogue import KINDS, summary
 
     if kind is not None and kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}.")
@@ -211,7 +211,7 @@ def list_(
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A plugin's name, as `unbatch list` prints it.")]) -> None:
     """Print what a plugin does, its options and its source."""
-    from unbatch.catalogue import page
+    from unbatch.command.catalogue import page
 
     typer.echo(page(name))
 
@@ -222,8 +222,8 @@ def report(
     to: Annotated[Path | None, typer.Option("--out", help="Default: report.html beside it.")] = None,
 ) -> None:
     """Write the HTML page of a finished audit."""
-    from unbatch.report import write
-    from unbatch.results import Audit
+    from unbatch.reporting.html import write
+    from unbatch.reporting.results import Audit
 
     target = to or path.with_name("report.html")
     write(Audit.load(path), target)
@@ -242,8 +242,8 @@ def gate(
     ] = None,
 ) -> None:
     """Exit with 1 where an audit breaches a limit: for continuous integration."""
-    from unbatch.gate import breaches
-    from unbatch.results import Audit
+    from unbatch.reporting.gate import breaches
+    from unbatch.reporting.results import Audit
 
     audit = Audit.load(path)
     found = breaches(audit, max_recovered=max_recovered, max_psnr=max_psnr, require_bound_psnr=require_bound_psnr)
@@ -272,9 +272,9 @@ def harden(
     folder: Annotated[Path, typer.Option("--out", help="Where harden.json and harden.png go.")] = Path("harden"),
 ) -> None:
     """Search for the cheapest defence under which neither attack nor bound allows more than a target PSNR."""
-    from unbatch.frontier import plot, show
-    from unbatch.harden import harden as run
-    from unbatch.target import case_or_data
+    from unbatch.auditing.harden import harden as run
+    from unbatch.command.hardening_view import plot, show
+    from unbatch.command.settings import case_or_data
 
     found = run(
         case_or_data(case, model, data, loss, reduction, size),

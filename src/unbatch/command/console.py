@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from unbatch.audit import Target, audit
+from unbatch.auditing.run import Target, audit
 from unbatch.files import write_atomically
 from unbatch.progress import Watch
-from unbatch.report import write as write_report
-from unbatch.results import Audit
+from unbatch.reporting.html import write as write_report
+from unbatch.reporting.results import Audit
 
 
 def run_audit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from unbatch.results import Audit
+from unbatch.reporting.results import Audit
 
 
 def breaches(

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from unbatch.attack import Attack
-from unbatch.audit import audit
-from unbatch.checks import NEAR_CHANCE
-from unbatch.client import published, told
+from unbatch.auditing.checks import NEAR_CHANCE
+from unbatch.auditing.client import published, told
+from unbatch.auditing.run import audit
+from unbatch.auditing.suites import suite
 from unbatch.defence import Defence
 from unbatch.domain import domain_of
 from unbatch.loss import Loss
 from unbatch.observation import Knowledge, Observation
 from unbatch.protocol import Protocol, Update
-from unbatch.results import Audit
-from unbatch.suites import suite
+from unbatch.reporting.results import Audit
 from unbatch.truth import Truth
 
 ATTACKS = (*suite(), "unmix")

@@ -8,7 +8,7 @@ import torch
 
 from unbatch.analysis import Analysis, Bound, LayerRisk, Verdict
 from unbatch.observation import Observation
-from unbatch.results import Audit
+from unbatch.reporting.results import Audit
 from unbatch.truth import Truth
 
 

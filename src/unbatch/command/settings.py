@@ -15,7 +15,7 @@ from torch import nn
 
 from unbatch.bundle import model_name
 from unbatch.case import Case, Setting
-from unbatch.data import read
+from unbatch.command.data import read
 from unbatch.loss import Loss, loss_named
 from unbatch.observation import Knowledge, Observation
 from unbatch.protocol import Protocol

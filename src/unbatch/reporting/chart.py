@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from unbatch.results import Audit, Example, MetricInfo, Run
+from unbatch.reporting.results import Audit, Example, MetricInfo, Run
 
 VISIBLE = 60.0  # dB: rounding to 8 bits costs 58.9 dB, so beyond this the eye sees no difference
 

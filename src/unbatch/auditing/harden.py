@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict
 
 from unbatch.analysis import Analysis
 from unbatch.attack import Attack
-from unbatch.audit import audit
+from unbatch.auditing.run import audit
+from unbatch.auditing.utility import Scene, scene_of
 from unbatch.case import Case, Setting
 from unbatch.files import write_atomically
-from unbatch.results import Audit
-from unbatch.scene import Scene, scene_of
+from unbatch.reporting.results import Audit
 
 ATTACKS = ("bias-ratio", "unmix", "gradient-matching")
 BOUNDS = (  # those that are installed are asked
