@@ -15,10 +15,11 @@ from unbatch.benchmarks import find
 from unbatch.benchmarks.adaptive import compare
 from unbatch.case import Case
 from unbatch.defence import Defence
+from unbatch.knowledge import Knowledge, Privacy
 from unbatch.likelihood import Likelihood, Search, radius, refine
 from unbatch.models import small
 from unbatch.numerics.linear.completion import complete
-from unbatch.observation import Knowledge, Observation, Privacy
+from unbatch.observation import Observation
 from unbatch.protocol import Update
 
 WORSE = 0.5  # dB

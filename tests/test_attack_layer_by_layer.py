@@ -17,10 +17,12 @@ from unbatch.attack import NotApplicable
 from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.auditing.client import observe
 from unbatch.case import Case
+from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small
-from unbatch.observation import Knowledge, Observation, Reconstruction
+from unbatch.observation import Observation
 from unbatch.protocol import Protocol
+from unbatch.reconstruction import Reconstruction
 
 SMALL = (3, 8, 8)
 EVAL = Protocol(mode="eval")

@@ -11,9 +11,10 @@ from test_attack_layer_by_layer import SMALL, conv, errors, exact, exchange, lea
 from torch import Tensor, nn
 
 from unbatch.attacks.layer_by_layer import LayerByLayer
+from unbatch.knowledge import Knowledge
 from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.network.chain import Link, chain
-from unbatch.observation import Knowledge, Observation
+from unbatch.observation import Observation
 from unbatch.protocol import Protocol, local_update
 
 TRAIN = Protocol(mode="train")

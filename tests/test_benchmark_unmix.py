@@ -11,7 +11,7 @@ from rich.console import Console
 
 from unbatch.benchmarks import store, unmix
 from unbatch.benchmarks.unmix import Problem, problems, scales
-from unbatch.observation import Reconstruction
+from unbatch.reconstruction import Reconstruction
 
 SMALL = Problem(n=4, width=100, precision="float32", seeds=2)
 

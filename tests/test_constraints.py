@@ -11,9 +11,10 @@ from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.auditing.client import observe
 from unbatch.case import Case
 from unbatch.inversion.backward.rank_count import c_of, constraints
+from unbatch.knowledge import Knowledge
 from unbatch.models.small import Residual, build, initialise
 from unbatch.network.chain import chain
-from unbatch.observation import Knowledge, Observation
+from unbatch.observation import Observation
 from unbatch.protocol import Protocol
 
 LOSS = nn.functional.cross_entropy

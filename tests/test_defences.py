@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from unbatch.auditing.client import observe
 from unbatch.case import Case
 from unbatch.defence import Defence, Round, Step
+from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss, identify, loss_named
 from unbatch.models import small
-from unbatch.observation import Knowledge
 from unbatch.protocol import Protocol, Update
 
 N, K = 6, 4

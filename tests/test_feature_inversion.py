@@ -14,9 +14,10 @@ from unbatch.attacks.feature_inversion import Coarse, FeatureInversion
 from unbatch.attacks.unmix import Unmix
 from unbatch.auditing.client import observe
 from unbatch.case import Case
+from unbatch.knowledge import Knowledge
 from unbatch.models.small import initialise
 from unbatch.network.dense import layer_inputs
-from unbatch.observation import Knowledge, Observation
+from unbatch.observation import Observation
 from unbatch.progress import Watch, watching
 from unbatch.protocol import Protocol
 

@@ -14,9 +14,10 @@ from unbatch.attack import NotApplicable
 from unbatch.attacks.gradient_matching import GradientMatching
 from unbatch.auditing.client import observe
 from unbatch.benchmarks import find
+from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.models import small
-from unbatch.observation import Knowledge, Observation
+from unbatch.observation import Observation
 from unbatch.progress import Watch, watching
 from unbatch.protocol import Protocol
 from unbatch.truth import Truth

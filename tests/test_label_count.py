@@ -14,8 +14,8 @@ from unbatch.auditing.client import observe
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small
 from unbatch.numerics.label_counts import apportion, count_bounds, impulse, label_counts, present
-from unbatch.observation import Reconstruction
 from unbatch.protocol import Protocol
+from unbatch.reconstruction import Reconstruction
 
 COUNT = Attack.parse("label-count:probes=64")
 

@@ -14,11 +14,11 @@ from unbatch.attack import Attack
 from unbatch.auditing.client import observe
 from unbatch.case import Case
 from unbatch.inversion.backward.rank_count import Constraints, constraints
+from unbatch.knowledge import Knowledge
 from unbatch.layer import rule_for
 from unbatch.layers.residual import Residual, bend, parsed, split
 from unbatch.models import small
 from unbatch.network.chain import chain
-from unbatch.observation import Knowledge
 from unbatch.protocol import Protocol
 from unbatch.testing import check_layer_rule
 

@@ -321,7 +321,9 @@ def test_write_is_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, unbatch.reporting.html; print(sorted(m for m in ('torch', 'numpy', 'scipy') if m in sys.modules))"
+    code = (
+        "import sys, unbatch.reporting.html; print(sorted(m for m in ('torch', 'numpy', 'scipy') if m in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -10,11 +10,12 @@ from unbatch.attack import NotApplicable
 from unbatch.attacks.unmix import Counted, Unmix, _form, _layer, _mixture, _span, _starts
 from unbatch.auditing.client import observe
 from unbatch.case import Case
+from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.numerics.unmix import solver as solver
 from unbatch.numerics.unmix.pattern import CLASSES
-from unbatch.observation import Knowledge, Reconstruction
 from unbatch.protocol import Protocol
+from unbatch.reconstruction import Reconstruction
 
 
 def exchange(model, loss, x, y, mode="train", **knowledge):

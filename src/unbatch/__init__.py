@@ -20,10 +20,10 @@ _HOME = {
     "Case": "case",
     "Defence": "defence",
     "Domain": "domain",
-    "Earlier": "observation",
+    "Earlier": "knowledge",
     "Guarantee": "attack",
     "Images": "domain",
-    "Knowledge": "observation",
+    "Knowledge": "knowledge",
     "LayerRisk": "analysis",
     "LayerRule": "layer",
     "Leak": "auditing.guard",
@@ -31,12 +31,12 @@ _HOME = {
     "NotApplicable": "attack",
     "Observation": "observation",
     "Protocol": "protocol",
-    "Reconstruction": "observation",
+    "Reconstruction": "reconstruction",
     "Setting": "case",
     "Table": "domain",
     "Tokens": "domain",
     "Truth": "truth",
-    "Unknown": "observation",
+    "Unknown": "knowledge",
     "Verdict": "analysis",
     "audit": "auditing.run",
     "certify": "auditing.certify",
@@ -71,14 +71,14 @@ if TYPE_CHECKING:
     from unbatch.domain import Images as Images
     from unbatch.domain import Table as Table
     from unbatch.domain import Tokens as Tokens
+    from unbatch.knowledge import Earlier as Earlier
+    from unbatch.knowledge import Knowledge as Knowledge
+    from unbatch.knowledge import Unknown as Unknown
     from unbatch.layer import LayerRule as LayerRule
     from unbatch.metric import Metric as Metric
-    from unbatch.observation import Earlier as Earlier
-    from unbatch.observation import Knowledge as Knowledge
     from unbatch.observation import Observation as Observation
-    from unbatch.observation import Reconstruction as Reconstruction
-    from unbatch.observation import Unknown as Unknown
     from unbatch.protocol import Protocol as Protocol
+    from unbatch.reconstruction import Reconstruction as Reconstruction
     from unbatch.reporting.results import Audit as Audit
     from unbatch.truth import Truth as Truth
 
@@ -94,4 +94,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-

@@ -10,8 +10,10 @@ from typing import ClassVar, final
 import torch
 from torch import nn
 
-from unbatch.observation import FIELDS, Observation, Reconstruction
+from unbatch.knowledge import FIELDS
+from unbatch.observation import Observation
 from unbatch.plugin import Plugin
+from unbatch.reconstruction import Reconstruction
 
 
 class NotApplicable(Exception):  # noqa: N818 (not an error of the user's: the attack cannot run here)

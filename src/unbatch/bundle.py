@@ -16,8 +16,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from unbatch.files import write_atomically
+from unbatch.knowledge import FIELDS, Earlier, Knowledge, Privacy
 from unbatch.loss import Loss
-from unbatch.observation import FIELDS, Earlier, Knowledge, Observation, Privacy
+from unbatch.observation import Observation
 
 FORMAT, SCHEMA = "unbatch-observation", "1"
 _CALLABLES = {"log_prob"}

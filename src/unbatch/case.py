@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unbatch.domain import Domain, domain_of
+from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small
-from unbatch.observation import Knowledge
 from unbatch.plugin import Plugin
 from unbatch.protocol import Protocol
 

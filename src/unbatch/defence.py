@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
 from unbatch.loss import Loss
-from unbatch.observation import Knowledge
 from unbatch.plugin import Plugin
 from unbatch.protocol import Protocol, Update, local_update
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unbatch.observation import Knowledge
+from unbatch.knowledge import Knowledge
 
 
 @dataclass(frozen=True, kw_only=True)

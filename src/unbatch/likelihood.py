@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from unbatch.knowledge import Knowledge
 from unbatch.numerics.search.least_squares import (
     Cost,
     Residual,
@@ -20,7 +21,7 @@ from unbatch.numerics.search.least_squares import (
     levenberg_marquardt,
     squares,
 )
-from unbatch.observation import Knowledge, Observation
+from unbatch.observation import Observation
 from unbatch.progress import tick
 from unbatch.protocol import Update
 

@@ -11,8 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from unbatch.domain import Domain
-from unbatch.observation import Reconstruction
 from unbatch.plugin import Plugin
+from unbatch.reconstruction import Reconstruction
 from unbatch.truth import Truth
 
 

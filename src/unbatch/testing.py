@@ -24,10 +24,12 @@ from unbatch.auditing.run import audit
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Images
+from unbatch.knowledge import Knowledge, Privacy
 from unbatch.layer import LayerRule
 from unbatch.metric import Metric
-from unbatch.observation import Knowledge, Observation, Privacy, Reconstruction
+from unbatch.observation import Observation
 from unbatch.plugin import Plugin
+from unbatch.reconstruction import Reconstruction
 from unbatch.truth import Truth
 
 

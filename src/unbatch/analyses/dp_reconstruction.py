@@ -12,10 +12,11 @@ from torch import Tensor
 
 from unbatch.analysis import Bound, BoundAnalysis, Verdict
 from unbatch.inversion.fisher import statistics, uncounted
+from unbatch.knowledge import Knowledge, shares
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import distortion, guessing_radius
 from unbatch.numerics.bounds.subsampled_gaussian import Robustness, information, replacement_divergence
-from unbatch.observation import Knowledge, Observation, shares
+from unbatch.observation import Observation
 
 CHANCES = (0.5, 0.1, 1e-2, 1e-4, 1e-8, 1e-16, 1e-32, 1e-64, 1e-128)
 

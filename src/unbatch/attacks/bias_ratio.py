@@ -10,8 +10,10 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.inversion.label_fit import labels, nearest
+from unbatch.knowledge import PROTOCOL_FIELDS
 from unbatch.network.dense import Dense, dense_layers
-from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
+from unbatch.observation import Observation
+from unbatch.reconstruction import Reconstruction
 
 
 @final

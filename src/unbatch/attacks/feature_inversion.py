@@ -13,10 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.knowledge import PROTOCOL_FIELDS
 from unbatch.network.dense import Features, dense_layers
 from unbatch.numerics.search.matching import signed_adam, total_variation
-from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
+from unbatch.observation import Observation
 from unbatch.progress import tick
+from unbatch.reconstruction import Reconstruction
 
 COARSE = 1.0  # weight of total variation at the start: pictures as flat as grey itself
 EXACT = 0.01  # largest bound of features that are inverted: a search leaves a misfit of about as much

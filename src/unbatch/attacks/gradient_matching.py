@@ -15,11 +15,13 @@ from torch import Tensor
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.inversion.rounds import sharpened
 from unbatch.inversion.search_point import Candidate, Unknowns, like
+from unbatch.knowledge import PROTOCOL_FIELDS
 from unbatch.numerics.search import matching
 from unbatch.numerics.search.least_squares import levenberg_marquardt, resized
 from unbatch.numerics.search.softening import Softened, kinked
-from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
+from unbatch.observation import Observation
 from unbatch.progress import tick
+from unbatch.reconstruction import Reconstruction
 
 EVALUATIONS = {"default": 4000, "dlg": 6000, "inverting-gradients": 4800}  # of a restart; the papers' own
 EXPLAINED = 1e-4  # share of |update|^2 left from which on the match alone decides between candidates

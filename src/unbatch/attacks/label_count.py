@@ -10,11 +10,13 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.domain import Images, Table
+from unbatch.knowledge import PROTOCOL_FIELDS
 from unbatch.loss import LossForm, identify
 from unbatch.network.dense import Dense, dense_layers, forward, layer_inputs
 from unbatch.numerics import label_counts
-from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
+from unbatch.observation import Observation
 from unbatch.protocol import Protocol
+from unbatch.reconstruction import Reconstruction
 
 CONFIDENT = 20.0
 SIGMAS = 7.0  # a Gaussian entry lies further out with probability 3e-12

@@ -19,12 +19,14 @@ from unbatch.inversion.backward.first_dense import FirstDense
 from unbatch.inversion.backward.nonlinear_runs import flat_roots
 from unbatch.inversion.backward.reading import Reading, Start, Unreadable
 from unbatch.inversion.rounds import restored, sharpened, unseen
+from unbatch.knowledge import PROTOCOL_FIELDS
 from unbatch.likelihood import Likelihood
 from unbatch.network.chain import follow
 from unbatch.numerics.search.matching import cosine_distance, signed_adam, total_variation
 from unbatch.numerics.search.smoothest import smoothest, smoothest_root
-from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
+from unbatch.observation import Observation
 from unbatch.progress import tick
+from unbatch.reconstruction import Reconstruction
 
 Method = Literal["auto", "copa", "hybrid", "r-gap", "r-conv"]
 MOST = 4  # examples of a batch

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.inversion.last_two_layers import Pair, find
+from unbatch.knowledge import PROTOCOL_FIELDS
 from unbatch.loss import LossForm, identify
 from unbatch.numerics.linear.span import Span, leading_span
 from unbatch.numerics.moments.cp import compress, diagonalise, misfit, response, tangent_misfit
@@ -23,7 +24,8 @@ from unbatch.numerics.moments.moments import (
     non_gaussianity,
     whitened,
 )
-from unbatch.observation import PROTOCOL_FIELDS, Observation, Reconstruction
+from unbatch.observation import Observation
+from unbatch.reconstruction import Reconstruction
 
 SIGMAS = 3.5  # of the measured error; 20 groups measure it within a third, and errors of few dimensions have tails
 ZERO = 1e-8  # share of the activation below which a Hermite coefficient is rounding

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee, NotApplicable
 from unbatch.inversion.last_two_layers import Activation
+from unbatch.knowledge import PROTOCOL_FIELDS, Knowledge
 from unbatch.network.dense import Dense, dense_layers
-from unbatch.observation import PROTOCOL_FIELDS, Knowledge, Observation, Reconstruction
+from unbatch.observation import Observation
+from unbatch.reconstruction import Reconstruction
 
 GAIN = (
     0.25  # of the first layer at an entry of typical size, where activations bend: nearly straight, far from rounding

@@ -14,6 +14,7 @@ from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.domain import Images
 from unbatch.inversion.above_layer import Rounding, Tail
 from unbatch.inversion.rounds import restored, sharpened, unseen
+from unbatch.knowledge import PROTOCOL_FIELDS, Knowledge
 from unbatch.likelihood import Likelihood
 from unbatch.loss import LossForm, identify
 from unbatch.network.dense import Dense, dense_layers, forward
@@ -25,8 +26,9 @@ from unbatch.numerics.unmix.ica import edges, fast_ica, group_ica, whiten
 from unbatch.numerics.unmix.mixture import Mixture
 from unbatch.numerics.unmix.moment_start import weight_moments
 from unbatch.numerics.unmix.solver import Separation, Start, unmix
-from unbatch.observation import PROTOCOL_FIELDS, Knowledge, Observation, Reconstruction, certified
+from unbatch.observation import Observation
 from unbatch.progress import tick
+from unbatch.reconstruction import Reconstruction, certified
 
 DUPLICATES = 2  # copies beyond the rank that are looked for, where nothing fits without
 ARITHMETIC = 8 * torch.finfo(torch.float64).eps  # what reading A adds to its error

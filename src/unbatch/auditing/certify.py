@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from unbatch.observation import Observation, Reconstruction
+from unbatch.observation import Observation
+from unbatch.reconstruction import Reconstruction
 
 
 def certify(obs: Observation, found: Reconstruction) -> Reconstruction:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from unbatch.case import Setting
 from unbatch.defence import Defence, Round, Step
+from unbatch.knowledge import Earlier, Knowledge
 from unbatch.likelihood import Likelihood
 from unbatch.loss import Loss
-from unbatch.observation import Earlier, Knowledge, Observation
+from unbatch.observation import Observation
 from unbatch.protocol import Protocol, Update
 from unbatch.truth import Truth
 

@@ -14,8 +14,9 @@ from unbatch.auditing.run import audit
 from unbatch.auditing.suites import suite
 from unbatch.defence import Defence
 from unbatch.domain import domain_of
+from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss
-from unbatch.observation import Knowledge, Observation
+from unbatch.observation import Observation
 from unbatch.protocol import Protocol, Update
 from unbatch.reporting.results import Audit
 from unbatch.truth import Truth

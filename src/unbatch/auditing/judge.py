@@ -13,7 +13,8 @@ from unbatch.case import Setting
 from unbatch.domain import Domain, Table
 from unbatch.metric import Matching, Metric, match
 from unbatch.network.dense import layer_inputs
-from unbatch.observation import Observation, Reconstruction
+from unbatch.observation import Observation
+from unbatch.reconstruction import Reconstruction
 from unbatch.reporting.results import Example, Run
 from unbatch.truth import Truth
 

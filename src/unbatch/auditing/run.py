@@ -28,11 +28,13 @@ from unbatch.auditing.suites import suite
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Domain, domain_told
+from unbatch.knowledge import Earlier, Knowledge
 from unbatch.loss import identify
 from unbatch.metric import Metric
 from unbatch.network.dense import forward
-from unbatch.observation import Earlier, Knowledge, Observation, Reconstruction
+from unbatch.observation import Observation
 from unbatch.progress import Watch, watching
+from unbatch.reconstruction import Reconstruction
 from unbatch.reporting.results import Audit, Budget, Client, MetricInfo, Remedy, Run
 from unbatch.truth import Truth
 

@@ -14,7 +14,7 @@ from unbatch.attack import Attack
 from unbatch.auditing.run import audit
 from unbatch.benchmarks import store, stored
 from unbatch.case import Case
-from unbatch.observation import Knowledge
+from unbatch.knowledge import Knowledge
 from unbatch.reporting.results import Audit, Run
 
 Rules = Mapping[str, float]  # of the protocol, by name

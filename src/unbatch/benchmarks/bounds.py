@@ -24,10 +24,11 @@ from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, store
 from unbatch.benchmarks.unmix import pool
 from unbatch.inversion.fisher import Information
+from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.models.small import ACTIVATIONS, initialise
 from unbatch.numerics.linear.inverse_trace import dense_inverse_trace
-from unbatch.observation import Knowledge, Observation
+from unbatch.observation import Observation
 from unbatch.progress import watching
 from unbatch.protocol import Protocol
 from unbatch.truth import Truth

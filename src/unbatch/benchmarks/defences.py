@@ -23,7 +23,7 @@ from unbatch.auditing.harden import BOUNDS, families, measure
 from unbatch.auditing.utility import Scene, scene_of
 from unbatch.benchmarks import clock, store, stored
 from unbatch.case import Case
-from unbatch.observation import Knowledge
+from unbatch.knowledge import Knowledge
 from unbatch.reporting.results import Audit
 
 Row = dict[str, Any]

@@ -33,10 +33,12 @@ from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, psnr, store, stored
 from unbatch.benchmarks.unmix import pool
 from unbatch.inversion.backward.rank_count import c_of
+from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.models import published, small
-from unbatch.observation import Knowledge, Observation, Reconstruction
+from unbatch.observation import Observation
 from unbatch.progress import Watch, watching
+from unbatch.reconstruction import Reconstruction
 from unbatch.truth import Truth
 
 Row = dict[str, Any]

@@ -24,12 +24,14 @@ from unbatch.benchmarks import clock, store
 from unbatch.case import Case
 from unbatch.domain import Images
 from unbatch.inversion.search_point import Candidate
+from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.metric import Metric, match
 from unbatch.models import small
 from unbatch.numerics.search.matching import cosine_distance, total_variation
-from unbatch.observation import Knowledge, Observation, Reconstruction
+from unbatch.observation import Observation
 from unbatch.protocol import Protocol
+from unbatch.reconstruction import Reconstruction
 from unbatch.truth import Truth
 
 Row = dict[str, Any]

@@ -25,10 +25,11 @@ from unbatch.benchmarks import allowance, clock, measured, psnr, store
 from unbatch.benchmarks.unmix import pool
 from unbatch.domain import Images
 from unbatch.inversion.determined_share import determined
+from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.models import small
 from unbatch.models.small import Residual
-from unbatch.observation import Knowledge, Observation
+from unbatch.observation import Observation
 from unbatch.progress import watching
 from unbatch.protocol import Protocol
 from unbatch.truth import Truth

@@ -32,7 +32,8 @@ from unbatch.loss import loss_named
 from unbatch.metric import match
 from unbatch.models.small import initialise
 from unbatch.numerics.moments.hermite import coefficients
-from unbatch.observation import Observation, Reconstruction
+from unbatch.observation import Observation
+from unbatch.reconstruction import Reconstruction
 from unbatch.truth import Truth
 
 Row = dict[str, Any]

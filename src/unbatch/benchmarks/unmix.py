@@ -36,13 +36,15 @@ from unbatch.benchmarks import allowance, clock, measured, store, stored
 from unbatch.case import Case
 from unbatch.domain import Domain, Images
 from unbatch.domain import Table as Rows
+from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.metric import match
 from unbatch.models import small
 from unbatch.numerics.linear.span import leading_span
 from unbatch.numerics.unmix.ica import fast_ica
-from unbatch.observation import Knowledge, Observation, Reconstruction
+from unbatch.observation import Observation
 from unbatch.progress import watching
+from unbatch.reconstruction import Reconstruction
 from unbatch.truth import Truth
 
 Row = dict[str, Any]

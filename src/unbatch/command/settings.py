@@ -16,8 +16,9 @@ from torch import nn
 from unbatch.bundle import model_name
 from unbatch.case import Case, Setting
 from unbatch.command.data import read
+from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss, loss_named
-from unbatch.observation import Knowledge, Observation
+from unbatch.observation import Observation
 from unbatch.protocol import Protocol
 
 

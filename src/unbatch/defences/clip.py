@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.defence import Defence, Round, Step
+from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
-from unbatch.observation import Knowledge
 from unbatch.protocol import Update
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from unbatch.adapters import opacus
 from unbatch.defence import Defence, Round, Step, plain_update
-from unbatch.observation import Knowledge, Privacy, shares
+from unbatch.knowledge import Knowledge, Privacy, shares
 from unbatch.protocol import Update
 
 

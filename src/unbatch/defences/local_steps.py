@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, final
 from pydantic import Field, model_validator
 
 from unbatch.defence import Defence, Round, Step
-from unbatch.observation import PROTOCOL_FIELDS, Knowledge
+from unbatch.knowledge import PROTOCOL_FIELDS, Knowledge
 from unbatch.protocol import Protocol, Update
 
 KEPT = ("weight_decay", "mode", "rounds", "server_rate")  # of the protocol

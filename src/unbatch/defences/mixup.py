@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.defence import Defence, Round, Step
-from unbatch.observation import Knowledge
+from unbatch.knowledge import Knowledge
 from unbatch.protocol import Update
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.defence import Defence, Step
-from unbatch.observation import Knowledge
+from unbatch.knowledge import Knowledge
 from unbatch.protocol import Update
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from unbatch.defence import Defence, Round, Step
-from unbatch.observation import Knowledge
+from unbatch.knowledge import Knowledge
 from unbatch.protocol import Update
 
 BLUR = (

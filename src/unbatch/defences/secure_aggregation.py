@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 
 from unbatch.defence import Defence, Round, Step
+from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
-from unbatch.observation import Knowledge
 from unbatch.protocol import Update
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis import BoundAnalysis
+from unbatch.knowledge import Knowledge, shares
 from unbatch.loss import draw_labels, reduction
 from unbatch.network.dense import forward, in_mode
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.search.softening import kinked
-from unbatch.observation import Knowledge, Observation, shares
+from unbatch.observation import Observation
 
 LEAST = 1e-100  # noise whose square is a number
 SIGMAS = 6.0  # of the noise's length, by which an update may be off

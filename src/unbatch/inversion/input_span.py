@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from unbatch.knowledge import Earlier, Knowledge
 from unbatch.network.dense import dense_layers, forward
 from unbatch.numerics.linear.span import leading_span, rank_tolerance
-from unbatch.observation import Earlier, Knowledge, Observation
+from unbatch.observation import Observation
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from unbatch.knowledge import Earlier, Knowledge
 from unbatch.likelihood import Likelihood, radius, refine
 from unbatch.network.dense import dense_layers
 from unbatch.numerics.linear.completion import complete
-from unbatch.observation import Earlier, Knowledge, Observation, Reconstruction
+from unbatch.observation import Observation
 from unbatch.progress import tick
 from unbatch.protocol import Update
+from unbatch.reconstruction import Reconstruction
 
 RANKS = 16  # looked through where the batch size is not known
 

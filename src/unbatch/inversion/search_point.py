@@ -13,12 +13,13 @@ from torch import Tensor
 
 from unbatch.inversion.input_span import Reduction, reduce
 from unbatch.inversion.rounds import averaged, each_restored
+from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
 from unbatch.loss import draw_labels, identify
 from unbatch.network.dense import dense_layers, forward
 from unbatch.numerics.label_counts import impulse, label_counts
 from unbatch.numerics.search.matching import norm_squared
-from unbatch.observation import Knowledge, Observation
+from unbatch.observation import Observation
 
 
 @dataclass(frozen=True)

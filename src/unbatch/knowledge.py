@@ -1,0 +1,169 @@
+"""Knowledge: what the attacker knows besides the update."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from unbatch.protocol import Protocol, Update
+
+
+class Unknown(AttributeError):  # noqa: N818 (a question that has no answer, named for it)
+    """Read something of Knowledge that the attacker does not know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy:
+    """The parameters of a client's differentially private step."""
+
+    clip: float
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    delta: float
+    epsilon: float | None = None  # None: nobody has accounted for it
+    accountant: str = ""
+
+    def __str__(self) -> str:
+        spent = "epsilon not accounted for" if self.epsilon is None else f"epsilon {self.epsilon:.4g}"
+        return (
+            f"{spent} at delta {self.delta:g}, clip {self.clip:g}, noise multiplier {self.noise_multiplier:g}, "
+            f"sampling rate {self.sampling_rate:g}, steps {self.steps}"
+        )
+
+    def deviation(self, sizes: Sequence[int]) -> float:
+        """Of every entry of a sum of gradients, each noised by itself and divided by its batch's size."""
+        return self.clip * self.noise_multiplier * math.sqrt(sum(1 / size**2 for size in sizes))
+
+
+def shares(n: int, clients: int) -> list[int]:
+    """Sizes of the shares that n examples are dealt in, as torch.tensor_split does."""
+    return [n // clients + (i < n % clients) for i in range(clients)]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Earlier:
+    """An earlier round in which the client sent an update of the same batch."""
+
+    state: Mapping[str, Tensor]  # the global model's state_dict before it: parameters, and the buffers of the step
+    update: Update
+
+    def __repr__(self) -> str:
+        return f"<an update of {len(self.update)} tensors>"
+
+
+class Knowledge:
+    """What the attacker knows besides the update: any subset, by keyword. Reading anything else raises Unknown."""
+
+    input_shape: tuple[int, ...]  # of one example
+    batch_size: int
+    labels: Tensor
+    input_range: tuple[float, float]
+    domain: str
+    local_steps: int
+    epochs: int
+    local_batch_size: int
+    optimiser: str
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    mode: str  # "train" or "eval": batch norm and dropout during the client's step
+    rounds: int  # in which the client sends an update of the same batch
+    server_rate: float  # by which the server moves the model along each of them
+    earlier: tuple[Earlier, ...]  # those of the rounds before this one that the server kept, first to last
+    clients: int  # whose updates are summed, under secure aggregation
+    clip: float  # l2 norm that the whole update is shortened to before its noise
+    altered: str  # the defences that change the update in ways that no simulation of it follows
+    noise_within: float  # standard deviation of every entry of the update before those changed it, looking at it alone
+    clip_within: float  # l2 norm that the whole update was shortened to before that noise
+    mixup: float  # alpha of the Beta law by which the client blends its examples
+    buffers: Mapping[str, Tensor]  # batch norm statistics, where the protocol sends them: in train mode after the step
+    noise: float  # standard deviation of each entry of the update as sent
+    privacy: Privacy
+    log_prob: Callable[[Update, Update], Tensor]  # the defence's likelihood (seen, clean)
+
+    def __init__(self, **known: Any) -> None:
+        for name in known:
+            if name not in FIELDS:
+                near = difflib.get_close_matches(name, FIELDS, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"Knowledge has no field {name!r}.{hint} Fields: {', '.join(FIELDS)}.")
+        if "input_shape" in known:
+            known["input_shape"] = tuple(int(side) for side in known["input_shape"])
+            if min(known["input_shape"], default=1) < 1:
+                raise ValueError(f"input_shape {known['input_shape']} has an empty side.")
+        if "input_range" in known:
+            low, high = known["input_range"] = tuple(float(end) for end in known["input_range"])
+            if not low < high:
+                raise ValueError(f"input_range ({low}, {high}) must be (low, high) with low < high.")
+        if "earlier" in known:
+            known["earlier"] = held = tuple(known["earlier"])
+            if not held or not all(isinstance(past, Earlier) for past in held):
+                raise ValueError(
+                    f"earlier holds {len(held)} rounds; give one or more, as Earlier(state=..., update=...), or none of it."
+                )
+            if 1 + len(held) > known.get("rounds", math.inf):
+                raise ValueError(f"rounds is {known['rounds']}, and with this one there are {1 + len(held)} of them.")
+        if known.get("rounds", 1) < 1:
+            raise ValueError(f"rounds is {known['rounds']}; it is at least 1.")
+        if known.get("batch_size", 1) < 1:
+            raise ValueError(f"batch_size is {known['batch_size']}; it is at least 1.")
+        if "labels" in known:
+            known["labels"] = torch.as_tensor(known["labels"])
+            if known["labels"].ndim == 0 or len(known["labels"]) != known.get("batch_size", len(known["labels"])):
+                shape = tuple(known["labels"].shape)
+                raise ValueError(f"labels of shape {shape} do not fit batch_size {known.get('batch_size')}.")
+        vars(self).update(known)
+
+    def __getattr__(self, name: str) -> Any:
+        raise Unknown(f"the attacker does not know {name!r}; known: {', '.join(self) or 'nothing'}.")
+
+    def __contains__(self, name: str) -> bool:
+        return name in vars(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a field, or `default` where it is not known."""
+        return vars(self).get(name, default)
+
+    def only(self, *names: str) -> Knowledge:
+        """The part of this knowledge that `names` names."""
+        return Knowledge(**{name: value for name, value in vars(self).items() if name in names})
+
+    def after(self, defence: str, *, alone: bool = False) -> Knowledge:
+        """The same once `defence` has changed the update in a way that `Observation.simulate` does not follow.
+
+        `alone`: it looked at nothing but the update (and drew its own random numbers). What it makes of a noisy update
+        tells no more of the batch than that one, whose noise and clip therefore stay known.
+        """
+        told = ", ".join([*([self.altered] if "altered" in self else []), defence])
+        within = ("noise", "clip") if alone and self.get("noise") and "altered" not in self else ()
+        kept = {f"{name}_within": self.get(name) for name in within if name in self}
+        return self.only(*(set(self) - {"clip"})) | Knowledge(altered=told, **kept)
+
+    def without(self, *names: str) -> Knowledge:
+        """All but what `names` name."""
+        return self.only(*(set(self) - set(names)))
+
+    def __or__(self, more: Knowledge) -> Knowledge:
+        """Both; where both know a field, the right one's."""
+        return Knowledge(**(vars(self) | vars(more)))
+
+    def __repr__(self) -> str:
+        return f"Knowledge({', '.join(f'{k}={_brief(v)}' for k, v in vars(self).items())})"
+
+
+FIELDS: tuple[str, ...] = tuple(get_type_hints(Knowledge))
+PROTOCOL_FIELDS: frozenset[str] = frozenset(Protocol.model_fields)
+
+
+def _brief(value: object) -> str:
+    return f"<{value.dtype} {tuple(value.shape)}>" if isinstance(value, Tensor) else repr(value)

@@ -1,0 +1,34 @@
+"""Reconstruction: what an attack returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """What an attack read out of an observation: k examples, which need not be as many as the batch has."""
+
+    inputs: Tensor | None  # [k, *shape]; None for an attack on labels alone
+    labels: Tensor | None = None  # [k]
+    layer: str = ""  # the module whose inputs these are; "" = the network's own
+    up_to: frozenset[str] = frozenset({"permutation"})  # also "sign", "scale": what cannot be known
+    bound: Tensor | None = None  # [k] largest |error| / |returned example|, l2; inf = a guess, no claim
+    trace: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        held = self.inputs if self.inputs is not None else self.labels
+        return 0 if held is None else len(held)
+
+
+def certified(found: Reconstruction) -> Reconstruction:
+    """The examples with a finite bound."""
+    if found.inputs is None or found.bound is None:
+        return found
+    sure = found.bound.isfinite()
+    labels = None if found.labels is None else found.labels[sure.to(found.labels.device)]
+    return replace(found, inputs=found.inputs[sure.to(found.inputs.device)], labels=labels, bound=found.bound[sure])
