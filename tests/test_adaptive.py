@@ -15,8 +15,9 @@ from unbatch.benchmarks import find
 from unbatch.benchmarks.adaptive import compare
 from unbatch.case import Case
 from unbatch.defence import Defence
+from unbatch.inversion.refine import Search, radius, refine
 from unbatch.knowledge import Knowledge, Privacy
-from unbatch.likelihood import Likelihood, Search, radius, refine
+from unbatch.likelihood import Likelihood
 from unbatch.models import small
 from unbatch.numerics.linear.completion import complete
 from unbatch.observation import Observation

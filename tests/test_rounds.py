@@ -16,10 +16,10 @@ from unbatch.analysis import Analysis, Bound, Verdict
 from unbatch.auditing.run import audit
 from unbatch.benchmarks.adaptive import compare
 from unbatch.inversion.fisher import Information, joined
+from unbatch.inversion.refine import radius, refine
 from unbatch.inversion.rounds import averaged, clearest
 from unbatch.inversion.search_point import Unknowns
 from unbatch.knowledge import Privacy
-from unbatch.likelihood import radius, refine
 from unbatch.models import small
 from unbatch.numerics.bounds.subsampled_gaussian import information
 

@@ -17,20 +17,19 @@ from torch import Tensor, nn
 
 from unbatch.files import write_atomically
 from unbatch.knowledge import FIELDS, Earlier, Knowledge, Privacy
-from unbatch.loss import Loss
-from unbatch.observation import Observation
+from unbatch.protocol import Update
 
 FORMAT, SCHEMA = "unbatch-observation", "1"
 _CALLABLES = {"log_prob"}
 
 
-def write(obs: Observation, path: Path) -> None:
+def write(path: Path, model: nn.Module, update: Update, knowledge: Knowledge) -> None:
     """Write update, model state and knowledge; callables are left out, since a file that holds code is not safe."""
-    tensors: dict[str, Tensor] = {f"update/{name}": tensor for name, tensor in obs.update.items()}
-    tensors |= {f"state/{name}": tensor for name, tensor in obs.model.state_dict().items()}
+    tensors: dict[str, Tensor] = {f"update/{name}": tensor for name, tensor in update.items()}
+    tensors |= {f"state/{name}": tensor for name, tensor in model.state_dict().items()}
     facts: dict[str, Any] = {}
-    for name in obs.knowledge:
-        value = obs.knowledge.get(name)
+    for name in knowledge:
+        value = knowledge.get(name)
         if name == "buffers":
             tensors |= {f"buffers/{key}": tensor for key, tensor in value.items()}
         elif name == "earlier":
@@ -41,15 +40,15 @@ def write(obs: Observation, path: Path) -> None:
             tensors[f"knowledge/{name}"] = value
         elif name not in _CALLABLES:
             facts[name] = vars(value) if isinstance(value, Privacy) else value
-    metadata = {"format": FORMAT, "schema": SCHEMA, "model": type(obs.model).__name__, "knowledge": json.dumps(facts)}
+    metadata = {"format": FORMAT, "schema": SCHEMA, "model": type(model).__name__, "knowledge": json.dumps(facts)}
     solid = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(path, save(solid, metadata))
 
 
-def read(path: Path, *, model: nn.Module, loss: Loss) -> Observation:
-    """The observation in the bundle, on a copy of `model` with the bundle's parameters and buffers in it.
+def read(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Knowledge]:
+    """A copy of `model` with the bundle's parameters and buffers in it, the update on its device, and what is known.
 
-    Raises ValueError: no bundle, a truncated one, a pickle, another schema, or an update that is not of `model`.
+    Raises ValueError: no bundle, a truncated one, a pickle, another schema, or a state that is not of `model`.
     """
     tensors, metadata = _open(path)
     update = _part(tensors, "update/")
@@ -79,14 +78,9 @@ def read(path: Path, *, model: nn.Module, loss: Loss) -> Observation:
     if wrong:
         raise ValueError(f"{path} claims knowledge of {', '.join(wrong)}; fields are {', '.join(FIELDS)}.")
     buffers, earlier = _part(tensors, "buffers/"), _earlier(_part(tensors, "earlier/"), path)
-    return Observation(
-        model=private,
-        loss=loss,
-        update={name: tensor.to(first.device) for name, tensor in update.items()},
-        knowledge=Knowledge(
-            **facts, **known, **({"buffers": buffers} if buffers else {}), **({"earlier": earlier} if earlier else {})
-        ),
-    )
+    held = ({"buffers": buffers} if buffers else {}) | ({"earlier": earlier} if earlier else {})
+    moved = {name: tensor.to(first.device) for name, tensor in update.items()}
+    return private, moved, Knowledge(**facts, **known, **held)
 
 
 def model_name(path: Path) -> str:

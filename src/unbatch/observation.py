@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from unbatch import bundle
 from unbatch.knowledge import PROTOCOL_FIELDS, Earlier, Knowledge
 from unbatch.loss import Loss
 from unbatch.protocol import Protocol, Update, fit, flatten, local_update
@@ -113,16 +114,13 @@ class Observation:
 
     def save(self, path: str | Path) -> None:
         """Write a bundle (docs/bundle-format.md). Callables, such as a likelihood, are not written."""
-        from unbatch.bundle import write
-
-        write(self, Path(path))
+        bundle.write(Path(path), self.model, self.update, self.knowledge)
 
     @classmethod
     def load(cls, path: str | Path, *, model: nn.Module, loss: Loss) -> Observation:
         """Read a bundle; the parameters and buffers in it are loaded into a copy of `model`."""
-        from unbatch.bundle import read
-
-        return read(Path(path), model=model, loss=loss)
+        held, update, known = bundle.read(Path(path), model)
+        return cls(model=held, loss=loss, update=update, knowledge=known)
 
 
 def check_update(model: nn.Module, update: Update) -> None:

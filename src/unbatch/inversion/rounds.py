@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from unbatch.inversion.refine import radius, refine
 from unbatch.knowledge import Earlier, Knowledge
-from unbatch.likelihood import Likelihood, radius, refine
+from unbatch.likelihood import Likelihood
 from unbatch.network.dense import dense_layers
 from unbatch.numerics.linear.completion import complete
 from unbatch.observation import Observation
