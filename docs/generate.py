@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unbatch.attack import Attack, NotApplicable
+from unbatch.attack import Attack
 from unbatch.auditing.checks import CHECKS
 from unbatch.auditing.client import observe
 from unbatch.auditing.suites import SUITES
 from unbatch.command.catalogue import KINDS, facts, summary
+from unbatch.errors import NotApplicable
 from unbatch.loss import loss_named
 from unbatch.models.small import ACTIVATIONS
 from unbatch.numerics.moments.hermite import coefficients

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "unbatch"
 ROOMS = [  # a module imports from its own row and from rows above it
-    {"numerics", "files", "progress", "loss", "plugin"},
+    {"numerics", "errors", "files", "progress", "loss", "plugin"},
     {"network", "models"},
     {"protocol", "knowledge", "likelihood", "bundle", "observation", "reconstruction", "domain", "truth"},
     {"analysis", "attack", "case", "defence", "layer", "metric"},

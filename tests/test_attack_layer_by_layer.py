@@ -13,10 +13,10 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbatch.attack import NotApplicable
 from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.auditing.client import observe
 from unbatch.case import Case
+from unbatch.errors import NotApplicable
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small

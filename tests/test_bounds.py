@@ -26,9 +26,10 @@ import unbatch
 from unbatch import Attack, Case, Knowledge, Protocol, observe
 from unbatch.analyses.dp_reconstruction import CHANCES
 from unbatch.analysis import Analysis, Bound, Verdict
-from unbatch.attack import ActiveAttack, NotApplicable
+from unbatch.attack import ActiveAttack
 from unbatch.benchmarks import bounds as noisy_gradients
 from unbatch.case import Setting
+from unbatch.errors import NotApplicable
 from unbatch.inversion.fisher import Imagined, Information, jumps
 from unbatch.knowledge import Privacy
 from unbatch.loss import loss_named

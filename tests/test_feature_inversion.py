@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbatch.attack import NotApplicable
 from unbatch.attacks.feature_inversion import Coarse, FeatureInversion
 from unbatch.attacks.unmix import Unmix
 from unbatch.auditing.client import observe
 from unbatch.case import Case
+from unbatch.errors import NotApplicable
 from unbatch.knowledge import Knowledge
 from unbatch.models.small import initialise
 from unbatch.network.dense import layer_inputs

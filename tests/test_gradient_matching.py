@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbatch.attack import NotApplicable
 from unbatch.attacks.gradient_matching import GradientMatching
 from unbatch.auditing.client import observe
 from unbatch.benchmarks import find
+from unbatch.errors import NotApplicable
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.models import small

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbatch.attack import Attack, NotApplicable
+from unbatch.attack import Attack
 from unbatch.auditing.client import observe
+from unbatch.errors import NotApplicable
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small
 from unbatch.numerics.label_counts import apportion, count_bounds, impulse, label_counts, present

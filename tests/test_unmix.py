@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbatch.attack import NotApplicable
 from unbatch.attacks.unmix import Counted, Unmix, _form, _layer, _mixture, _span, _starts
 from unbatch.auditing.client import observe
 from unbatch.case import Case
+from unbatch.errors import NotApplicable
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.numerics.unmix import solver as solver

@@ -28,7 +28,7 @@ _HOME = {
     "LayerRule": "layer",
     "Leak": "auditing.guard",
     "Metric": "metric",
-    "NotApplicable": "attack",
+    "NotApplicable": "errors",
     "Observation": "observation",
     "Protocol": "protocol",
     "Reconstruction": "reconstruction",
@@ -36,7 +36,8 @@ _HOME = {
     "Table": "domain",
     "Tokens": "domain",
     "Truth": "truth",
-    "Unknown": "knowledge",
+    "Unknown": "errors",
+    "UnbatchError": "errors",
     "Verdict": "analysis",
     "audit": "auditing.run",
     "certify": "auditing.certify",
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
     from unbatch.attack import ActiveAttack as ActiveAttack
     from unbatch.attack import Attack as Attack
     from unbatch.attack import Guarantee as Guarantee
-    from unbatch.attack import NotApplicable as NotApplicable
     from unbatch.auditing.certify import certify as certify
     from unbatch.auditing.client import observe as observe
     from unbatch.auditing.diagnosis import diagnose as diagnose
@@ -71,9 +71,11 @@ if TYPE_CHECKING:
     from unbatch.domain import Images as Images
     from unbatch.domain import Table as Table
     from unbatch.domain import Tokens as Tokens
+    from unbatch.errors import NotApplicable as NotApplicable
+    from unbatch.errors import UnbatchError as UnbatchError
+    from unbatch.errors import Unknown as Unknown
     from unbatch.knowledge import Earlier as Earlier
     from unbatch.knowledge import Knowledge as Knowledge
-    from unbatch.knowledge import Unknown as Unknown
     from unbatch.layer import LayerRule as LayerRule
     from unbatch.metric import Metric as Metric
     from unbatch.observation import Observation as Observation

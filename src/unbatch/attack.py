@@ -10,14 +10,11 @@ from typing import ClassVar, final
 import torch
 from torch import nn
 
+from unbatch.errors import NotApplicable
 from unbatch.knowledge import FIELDS
 from unbatch.observation import Observation
 from unbatch.plugin import Plugin
 from unbatch.reconstruction import Reconstruction
-
-
-class NotApplicable(Exception):  # noqa: N818 (not an error of the user's: the attack cannot run here)
-    """The attack cannot run on this observation; the message says why."""
 
 
 class Guarantee(StrEnum):

@@ -11,11 +11,8 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
+from unbatch.errors import Unknown
 from unbatch.protocol import Protocol, Update
-
-
-class Unknown(AttributeError):  # noqa: N818 (a question that has no answer, named for it)
-    """Read something of Knowledge that the attacker does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Self, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from unbatch.errors import UnbatchError
+
 
 @dataclass(frozen=True)
 class Option:
@@ -64,7 +66,7 @@ class Plugin(BaseModel):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown {cls.kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}.")
+            raise UnbatchError(f"unknown {cls.kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}.")
         return known[name]
 
     @classmethod
@@ -80,14 +82,14 @@ class Plugin(BaseModel):
         for item in filter(None, (part.strip() for part in tail.split(","))):
             key, equals, text = (part.strip() for part in item.partition("="))
             if not equals:
-                raise ValueError(f"{spec!r}: {item!r} is not option=value. {plugin._options_in_words()}")
+                raise UnbatchError(f"{spec!r}: {item!r} is not option=value. {plugin._options_in_words()}")
             if key in values:
-                raise ValueError(f"{spec!r}: option {key!r} is given twice; keep one.")
+                raise UnbatchError(f"{spec!r}: option {key!r} is given twice; keep one.")
             values[key] = plugin._value(spec, key, text)
         try:
             return plugin.model_validate(values)
         except ValidationError as error:
-            raise ValueError(f"{spec!r}: {_words(error)} {plugin._options_in_words()}") from None
+            raise UnbatchError(f"{spec!r}: {_words(error)} {plugin._options_in_words()}") from None
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:
@@ -102,7 +104,7 @@ class Plugin(BaseModel):
         field = cls.model_fields.get(key)
         if field is not None and field.annotation is bool:
             if text not in ("true", "false"):
-                raise ValueError(f"{spec!r}: {key} is true or false, not {text!r}.")
+                raise UnbatchError(f"{spec!r}: {key} is true or false, not {text!r}.")
             return text == "true"
         return None if text == "none" else text
 

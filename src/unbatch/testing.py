@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Bound, LayerRisk, Verdict
-from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee, NotApplicable, undeclared
+from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee, undeclared
 from unbatch.auditing.client import observe
 from unbatch.auditing.run import audit
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Images
+from unbatch.errors import NotApplicable
 from unbatch.knowledge import Knowledge, Privacy
 from unbatch.layer import LayerRule
 from unbatch.metric import Metric

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee, NotApplicable
+from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee
+from unbatch.errors import NotApplicable
 from unbatch.inversion.last_two_layers import Activation
 from unbatch.knowledge import PROTOCOL_FIELDS, Knowledge
 from unbatch.network.dense import Dense, dense_layers

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import unbatch
 from unbatch.analysis import Analysis
-from unbatch.attack import ActiveAttack, Attack, NotApplicable
+from unbatch.attack import ActiveAttack, Attack
 from unbatch.auditing.certify import certify
 from unbatch.auditing.checks import flags
 from unbatch.auditing.client import observe
@@ -28,6 +28,7 @@ from unbatch.auditing.suites import suite
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Domain, domain_told
+from unbatch.errors import NotApplicable
 from unbatch.knowledge import Earlier, Knowledge
 from unbatch.loss import identify
 from unbatch.metric import Metric

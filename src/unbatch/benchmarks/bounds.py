@@ -19,10 +19,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Bound
-from unbatch.attack import Attack, NotApplicable
+from unbatch.attack import Attack
 from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, store
 from unbatch.benchmarks.unmix import pool
+from unbatch.errors import NotApplicable
 from unbatch.inversion.fisher import Information
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named

@@ -19,11 +19,12 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from unbatch.attack import Attack, NotApplicable
+from unbatch.attack import Attack
 from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, psnr, store
 from unbatch.benchmarks.unmix import pool
 from unbatch.domain import Images
+from unbatch.errors import NotApplicable
 from unbatch.inversion.determined_share import determined
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
