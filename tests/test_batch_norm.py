@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_attack_layer_by_layer import SMALL, conv, errors, exact, exchange, leaky, network, psnr, refused, sound
+from test_layer_by_layer import SMALL, conv, errors, exact, exchange, leaky, network, psnr, refused, sound
 from torch import Tensor, nn
 
 from unbatch.attacks.layer_by_layer import LayerByLayer

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from test_constraints import LOSS, drawn, observed, own
+from test_rank_count import LOSS, drawn, observed, own
 from torch import nn
 
 from unbatch.analyses.safer_design import METRICS, SaferDesign
