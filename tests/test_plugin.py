@@ -1,13 +1,17 @@
 import importlib.metadata
-from typing import Annotated, Literal, final
+import subprocess
+import sys
+from typing import Annotated, Any, Literal, final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from unbatch import Attack, Case, Defence
+import unbatch
+from unbatch import Attack, Case, Defence, UnbatchError
 from unbatch import plugin as plugins
+from unbatch.command.catalogue import SETS
 from unbatch.defence import Step
 
 
@@ -109,9 +113,100 @@ def test_options_are_described() -> None:
     assert shape.type == "flat | pink"
 
 
+def test_one_or_several_spelt_or_built() -> None:
+    matching = Attack.parse("gradient-matching:iterations=3")
+    assert Attack.several("unmix") == [Attack.parse("unmix")]
+    assert Attack.several(matching) == [matching]
+    assert Attack.several(("unmix", matching)) == [Attack.parse("unmix"), matching]
+    assert Attack.several(spec for spec in ["unmix"]) == [Attack.parse("unmix")]
+    assert Attack.several(()) == []
+    assert [plugin.name for plugin in Attack.several(Attack.find())] == list(Attack.find())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("unmx", "Did you mean 'unmix'"),
+        (unbatch.attacks.Unmix, r"is a class; give Unmix\(\), or its spelling 'unmix'"),
+        ([unbatch.defences.Clip()], "the defence 'clip:norm=1.0' is no attack"),
+        (3, r"3 \(int\) is no attack; give an attack's spelling"),
+        ([None], "NoneType"),
+    ],
+    ids=str,
+)
+def test_what_is_no_plugin_of_the_set_is_refused(given: Any, words: str) -> None:
+    with pytest.raises(UnbatchError, match=words):
+        Attack.several(given)
+
+
+@pytest.mark.parametrize("folder", [kind.folder for kind in SETS])
+def test_plugins_go_by_the_names_of_their_classes(folder: str) -> None:
+    package = getattr(unbatch, folder)
+    (kind,) = [kind for kind in SETS if kind.folder == folder]
+    assert dir(package) == sorted(plugin.__name__ for plugin in kind.find().values())
+    for plugin in kind.find().values():
+        assert getattr(package, plugin.__name__) is plugin
+    assert folder in dir(unbatch)
+    with pytest.raises(AttributeError, match=f"module 'unbatch.{folder}' has no attribute 'Nothing'"):
+        _ = package.Nothing
+
+
+def test_a_class_of_a_third_party_stands_beside_ours(third_party: list[object]) -> None:
+    assert unbatch.defences.LoudNoise is LoudNoise
+    assert "LoudNoise" in dir(unbatch.defences)
+    with pytest.raises(AttributeError, match="Did you mean 'LoudNoise'"):
+        _ = unbatch.defences.LoudNoises
+
+
+def test_to_name_an_open_set_imports_none_of_its_files() -> None:
+    code = (
+        "import sys, unbatch; unbatch.attacks; from unbatch.attacks import bias_ratio\n"
+        "sys.exit('unbatch.attacks.unmix' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_reprs_show_how_a_plugin_is_built() -> None:
+    assert repr(Attack.parse("unmix")) == "Unmix()"
+    assert repr(unbatch.attacks.Unmix(partial=True)) == "Unmix(partial=True)"
+    assert repr(LoudNoise(level=1.0, shape="pink")) == "LoudNoise(shape='pink')"
+
+
+def test_options_out_of_range_are_an_error_of_ours() -> None:
+    with pytest.raises(
+        UnbatchError, match=r"option level=11: .* less than or equal to 10. Options of loud-noise: level"
+    ):
+        LoudNoise(level=11)
+    with pytest.raises(UnbatchError, match="unknown option 'volume'"):
+        LoudNoise(volume=1)  # type: ignore[call-arg]
+
+
 def test_sets_are_separate() -> None:
     with pytest.raises(ValueError, match="unknown defence 'bias-ratio'"):
         Defence.find("bias-ratio")
     with pytest.raises(TypeError, match="Attack, Defence"):
         plugins.Plugin.find()
     assert importlib.metadata.version("unbatch")
+
+
+def test_a_lone_name_stands_for_a_list_wherever_plugins_are_named() -> None:
+    case = Case.parse("digits:width=16")
+    made = unbatch.audit(
+        case, attacks="bias-ratio", defences="clip:norm=9", metrics="psnr", analyses="gradient-rank", remedies="prune"
+    )
+    assert (made.attacks, made.defences, list(made.metrics)) == (["bias-ratio"], ["clip:norm=9.0"], ["psnr"])
+    assert {risk.analysis for risk in made.risks} == {"gradient-rank"}
+    assert [remedy.defence for remedy in made.remedies] == ["prune:share=0.9"]
+    s = case.setting()
+    sums, _ = unbatch.observe(s.model, s.loss, s.inputs, s.labels, defences=unbatch.defences.Clip(norm=0.1))
+    assert sums.knowledge.clip == 0.1
+    with pytest.raises(unbatch.Leak):
+        unbatch.guard(
+            sums.update,
+            model=s.model,
+            loss=s.loss,
+            inputs=s.inputs,
+            labels=s.labels,
+            defences="clip:norm=0.1",
+            attacks=unbatch.attacks.BiasRatio(),
+        )

@@ -46,6 +46,7 @@ _HOME = {
     "harden": "auditing.harden",
     "observe": "auditing.client",
 }
+_OPEN_SETS = ("analyses", "attacks", "cases", "defences", "layers", "metrics")  # `unbatch.attacks.Unmix`
 
 __all__ = ["__version__", *sorted(_HOME)]
 
@@ -87,6 +88,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import unbatch` costs no torch."""
+    if name in _OPEN_SETS:
+        return import_module(f"unbatch.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'unbatch' has no attribute {name!r}")
     value = getattr(import_module(f"unbatch.{_HOME[name]}"), name)
@@ -95,4 +98,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_OPEN_SETS])

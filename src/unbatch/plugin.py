@@ -13,11 +13,12 @@ import inspect
 import pkgutil
 import re
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any, ClassVar, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, Union, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -26,7 +27,11 @@ from unbatch.errors import UnbatchError
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a plugin, as the reference pages and ``unbatch show`` print it."""
+    """One option of a plugin, as the reference pages and ``unbatch show`` print it.
+
+    >>> Option("tol", "float > 0", "0.1", "what counts as zero").name
+    'tol'
+    """
 
     name: str
     type: str
@@ -35,13 +40,29 @@ class Option:
 
 
 class Plugin(BaseModel):
-    """A named, configured, immutable member of an open set."""
+    """A named, configured, immutable member of an open set.
+
+    Its fields are its options, and `str` spells it as `parse` reads it:
+
+    >>> from unbatch.attacks import Unmix
+    >>> Unmix(partial=True), str(Unmix(partial=True)), str(Unmix())
+    (Unmix(partial=True), 'unmix:partial=true', 'unmix')
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ClassVar[str]
     kind: ClassVar[str] = "plugin"
     folder: ClassVar[str] = ""
+
+    if not TYPE_CHECKING:  # which reads the options off the fields
+
+        def __init__(self, /, **options: Any) -> None:
+            """Raises UnbatchError: unknown option, or a value out of range; the message lists what is allowed."""
+            try:
+                super().__init__(**options)
+            except ValidationError as error:
+                raise UnbatchError(f"{_words(error)} {self._options_in_words()}") from None
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -58,7 +79,11 @@ class Plugin(BaseModel):
     def find(cls, name: str | None = None) -> dict[str, type[Self]] | type[Self]:
         """All plugins of this set by name, or the one called `name`.
 
-        Raises ValueError: no plugin has that name; the message names the nearest.
+        >>> from unbatch import Defence
+        >>> Defence.find("clip").__name__
+        'Clip'
+
+        Raises UnbatchError: no plugin has that name; the message names the nearest.
         """
         known: dict[str, type[Self]] = {k: v for k, v in _discover(cls.folder).items() if issubclass(v, cls)}
         if name is None:
@@ -74,7 +99,12 @@ class Plugin(BaseModel):
         """The plugin that `spec` spells: ``name`` or ``name:option=value,option=value``.
 
         Booleans are ``true`` and ``false``, an absent value is ``none``.
-        Raises ValueError: unknown name, unknown option, or a value out of range; the message lists what is allowed.
+
+        >>> from unbatch import Defence
+        >>> Defence.parse("noise:sigma=0.1")
+        Noise(sigma=0.1)
+
+        Raises UnbatchError: unknown name, unknown option, or a value out of range; the message lists what is allowed.
         """
         name, _, tail = spec.strip().partition(":")
         plugin = cls.find(name.strip())
@@ -87,13 +117,42 @@ class Plugin(BaseModel):
                 raise UnbatchError(f"{spec!r}: option {key!r} is given twice; keep one.")
             values[key] = plugin._value(spec, key, text)
         try:
-            return plugin.model_validate(values)
-        except ValidationError as error:
-            raise UnbatchError(f"{spec!r}: {_words(error)} {plugin._options_in_words()}") from None
+            return plugin(**values)
+        except UnbatchError as error:
+            raise UnbatchError(f"{spec!r}: {error}") from None
+
+    @classmethod
+    def several(cls, given: OneOrMore[Self]) -> list[Self]:
+        """The plugins that `given` names: one or several, each spelt (`parse`) or built.
+
+        >>> from unbatch import Attack
+        >>> from unbatch.attacks import BiasRatio
+        >>> Attack.several("unmix"), Attack.several(["unmix", BiasRatio(tol=0.01)])
+        ([Unmix()], [Unmix(), BiasRatio(tol=0.01)])
+
+        Raises UnbatchError: a spelling is wrong (see `parse`), or something is no plugin of this set.
+        """
+        each = [given] if isinstance(given, (str, Plugin, type)) or not isinstance(given, Iterable) else given
+        return [cls.parse(one) if isinstance(one, str) else cls._built(one) for one in each]
+
+    @classmethod
+    def _built(cls, one: object) -> Self:
+        if isinstance(one, cls):
+            return one
+        article = "an" if cls.kind[0] in "aeiou" else "a"
+        if isinstance(one, type) and issubclass(one, cls):
+            raise UnbatchError(f"{one.__name__} is a class; give {one.__name__}(), or its spelling {one.name!r}.")
+        what = f"the {one.kind} {str(one)!r}" if isinstance(one, Plugin) else f"{one!r} ({type(one).__name__})"
+        raise UnbatchError(f"{what} is no {cls.kind}; give {article} {cls.kind}'s spelling, or one that is built.")
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:
-        """The options in order of declaration."""
+        """The options in order of declaration.
+
+        >>> from unbatch import Defence
+        >>> [(option.name, option.type, option.default) for option in Defence.find("prune").options()]
+        [('share', 'float >= 0 < 1', '0.9')]
+        """
         return tuple(
             Option(key, _type_words(field.annotation, field.metadata), _spell(field.default), field.description or "")
             for key, field in cls.model_fields.items()
@@ -115,10 +174,49 @@ class Plugin(BaseModel):
 
     def __str__(self) -> str:
         """The shortest spelling: options at their defaults are left out."""
-        return self._spelt({k: v for k, v in self if v != type(self).model_fields[k].default})
+        return self._spelt(self._chosen())
+
+    def __repr__(self) -> str:
+        """How it is built; options at their defaults are left out."""
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._chosen().items())})"
+
+    def _chosen(self) -> dict[str, Any]:
+        return {k: v for k, v in self if v != type(self).model_fields[k].default}
 
     def _spelt(self, options: dict[str, Any]) -> str:
         return self.name + (":" + ",".join(f"{k}={_spell(v)}" for k, v in options.items()) if options else "")
+
+
+P = TypeVar("P", bound=Plugin)
+OneOrMore = Union[str, P, Iterable[Union[str, P]]]  # noqa: UP007 (evaluated where P is still open)
+
+
+def by_class_name(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of an open set's package: its plugins by the names of their classes, imported on use.
+
+    Third parties' plugins are found as well; no list of names is kept.
+
+    >>> from unbatch.defences import Clip
+    >>> Clip(norm=2.0)
+    Clip(norm=2.0)
+    """
+    folder = package.rpartition(".")[2]
+
+    def found() -> dict[str, type[Any]]:
+        return {plugin.__name__: plugin for plugin in _discover(folder).values()}
+
+    def attribute(name: str) -> Any:
+        # A lower-case name is a module or none at all: to look for it must not import the whole folder.
+        if name[:1].isupper():
+            known = found()
+            if name in known:
+                return known[name]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise AttributeError(f"module {package!r} has no attribute {name!r}.{hint}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return attribute, lambda: sorted(found())
 
 
 def _spell(value: object) -> str:

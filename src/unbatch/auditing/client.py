@@ -14,6 +14,7 @@ from unbatch.knowledge import Earlier, Knowledge
 from unbatch.likelihood import Likelihood
 from unbatch.loss import Loss
 from unbatch.observation import Observation
+from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
 from unbatch.truth import Truth
 
@@ -26,7 +27,7 @@ def observe(
     *,
     knowledge: Knowledge | None = None,
     protocol: Protocol | None = None,
-    defences: Sequence[Defence | str] = (),
+    defences: OneOrMore[Defence] = (),
     seed: int = 0,
 ) -> tuple[Observation, Truth]:
     """Run one honest client's step on the private batch; return what the server sees, and the truth for the judge.
@@ -39,7 +40,7 @@ def observe(
     """
     Setting(model=model, loss=loss, inputs=x, labels=y)  # refuses what does not fit
     protocol = protocol or Protocol()
-    wrapped = [Defence.parse(defence) if isinstance(defence, str) else defence for defence in defences]
+    wrapped = Defence.several(defences)
     step: Step = honest_step
     for defence in reversed(wrapped):
         step = defence.wrap(step)

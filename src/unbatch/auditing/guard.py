@@ -17,6 +17,7 @@ from unbatch.domain import domain_of
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss
 from unbatch.observation import Observation
+from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
 from unbatch.reporting.results import Audit
 from unbatch.truth import Truth
@@ -41,10 +42,10 @@ def guard(
     inputs: Tensor,
     labels: Tensor,
     protocol: Protocol | None = None,
-    defences: Sequence[Defence | str] = (),
+    defences: OneOrMore[Defence] = (),
     knowledge: Knowledge | None = None,
     max_psnr: float = 20.0,
-    attacks: Sequence[Attack | str] | None = None,
+    attacks: OneOrMore[Attack] | None = None,
     seconds: float = 30.0,
     seed: int = 0,
 ) -> Audit:
@@ -65,8 +66,8 @@ def guard(
     if math.isnan(max_psnr) or not 0 < seconds < math.inf:
         raise ValueError(f"max_psnr is {max_psnr} and seconds {seconds}; give a number of dB, and a time above 0.")
     protocol = protocol or Protocol()
-    tools = list(ATTACKS if attacks is None else attacks)
-    stack = [Defence.parse(d) if isinstance(d, str) else d for d in defences]
+    tools = Attack.several(ATTACKS if attacks is None else attacks)
+    stack = Defence.several(defences)
     domain = domain_of(inputs)
     known = Knowledge(input_shape=tuple(inputs.shape[1:]), batch_size=len(inputs), domain=domain.name)
     known |= published(protocol)

@@ -24,6 +24,7 @@ from unbatch.auditing.run import audit
 from unbatch.auditing.utility import Scene, scene_of
 from unbatch.case import Case, Setting
 from unbatch.files import write_atomically
+from unbatch.plugin import OneOrMore
 from unbatch.reporting.results import Audit
 
 ATTACKS = ("bias-ratio", "unmix", "gradient-matching")
@@ -180,8 +181,8 @@ def harden(
     seconds: float = 180.0,
     rounds: int = 200,
     seed: int = 0,
-    attacks: Sequence[Attack | str] | None = None,
-    analyses: Sequence[Analysis | str] | None = None,
+    attacks: OneOrMore[Attack] | None = None,
+    analyses: OneOrMore[Analysis] | None = None,
     only: Sequence[str] = (),
     sink: Callable[[Hardening], None] | None = None,
 ) -> Hardening:
@@ -204,8 +205,8 @@ def harden(
     if wrong := sorted(set(only) - set(known)):
         raise ValueError(f"no family is called {', '.join(wrong)}; known: {', '.join(known)}.")
     given = [a for a in BOUNDS if a.partition(":")[0] in Analysis.find()] if analyses is None else analyses
-    tools = [Attack.parse(a) if isinstance(a, str) else a for a in (ATTACKS if attacks is None else attacks)]
-    asked = [Analysis.parse(a) if isinstance(a, str) else a for a in given]
+    tools = Attack.several(ATTACKS if attacks is None else attacks)
+    asked = Analysis.several(given)
     held = Hardening(
         case=scene.setting.name,
         target=psnr,

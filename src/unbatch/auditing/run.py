@@ -34,6 +34,7 @@ from unbatch.loss import identify
 from unbatch.metric import Metric
 from unbatch.network.dense import forward
 from unbatch.observation import Observation
+from unbatch.plugin import OneOrMore
 from unbatch.progress import Watch, watching
 from unbatch.reconstruction import Reconstruction
 from unbatch.reporting.results import Audit, Budget, Client, MetricInfo, Remedy, Run
@@ -49,11 +50,11 @@ def audit(
     setting: Target,
     *,
     truth: Truth | None = None,
-    attacks: Sequence[Attack | str] | None = None,
-    defences: Sequence[Defence | str] = (),
-    metrics: Sequence[Metric | str] | None = None,
-    analyses: Sequence[Analysis | str] | None = None,
-    remedies: Sequence[Defence | str] = (),
+    attacks: OneOrMore[Attack] | None = None,
+    defences: OneOrMore[Defence] = (),
+    metrics: OneOrMore[Metric] | None = None,
+    analyses: OneOrMore[Analysis] | None = None,
+    remedies: OneOrMore[Defence] = (),
     seeds: Sequence[int] = (0,),
     budget: float | None = None,
     sink: Sink | None = None,
@@ -72,7 +73,7 @@ def audit(
     known, without and with. `watch` hears the progress of each run and can stop it; `announce` hears its name.
     Raises ValueError: unknown plugin or option, or `resume` is of something else.
     """
-    plan = _Plan(setting, truth, attacks, defences, metrics, analyses, device)
+    plan = _Plan(setting, truth, attacks, defences, metrics, analyses, remedies, device)
     record = plan.record(list(seeds), budget)
     kept = _kept(record, resume)
     watch = watch or Watch()
@@ -95,7 +96,7 @@ def audit(
                     if sink:
                         sink(record)
     record.notes += plan.notes()
-    for remedy in remedies:
+    for remedy in plan.remedies:
         record.remedies += _remedy(setting, plan, remedy, seeds, budget, device, watch, announce)
     record.complete = not watch.stop
     record.flags = flags(record)
@@ -111,17 +112,18 @@ class _Plan:
         self,
         target: Target,
         truth: Truth | None,
-        attacks: Sequence[Attack | str] | None,
-        defences: Sequence[Defence | str],
-        metrics: Sequence[Metric | str] | None,
-        analyses: Sequence[Analysis | str] | None,
+        attacks: OneOrMore[Attack] | None,
+        defences: OneOrMore[Defence],
+        metrics: OneOrMore[Metric] | None,
+        analyses: OneOrMore[Analysis] | None,
+        remedies: OneOrMore[Defence],
         device: str | None,
     ) -> None:
-        self.attacks = [Attack.parse(a) if isinstance(a, str) else a for a in (suite() if attacks is None else attacks)]
-        self.defences = [Defence.parse(d) if isinstance(d, str) else d for d in defences]
-        every = Analysis.find() if analyses is None else analyses
+        self.attacks = Attack.several(suite() if attacks is None else attacks)
+        self.defences = Defence.several(defences)
+        self.remedies = Defence.several(remedies)
         self.named = analyses is not None
-        self.analyses = [Analysis.parse(a) if isinstance(a, str) else a for a in every]
+        self.analyses = Analysis.several(Analysis.find() if analyses is None else analyses)
         self.settings = _settings(target)
         self.name = str(target) if isinstance(target, Case) else self.settings[0].name if self.settings else "captured"
         self.exchanges: list[tuple[Observation, Truth | None]]
@@ -137,8 +139,7 @@ class _Plan:
         else:
             self.domain = self.settings[0].domain
             self.exchanges = [self._exchange(s, i, device) for i, s in enumerate(self.settings)]
-        known = Metric.find() if metrics is None else metrics
-        fitted = [(Metric.parse(m) if isinstance(m, str) else m).on(self.domain) for m in known]
+        fitted = [m.on(self.domain) for m in Metric.several(Metric.find() if metrics is None else metrics)]
         self.metrics = {m.name: m for m in fitted if m is not None}
         self.judge = Judge(self.domain, self.metrics)
 
@@ -335,7 +336,7 @@ def _public(setting: Setting) -> Knowledge:
 def _remedy(
     target: Target,
     plan: _Plan,
-    remedy: Defence | str,
+    remedy: Defence,
     seeds: Sequence[int],
     budget: float | None,
     device: str | None,
@@ -345,7 +346,7 @@ def _remedy(
     """The same attacks behind one more defence; nothing if the audit was stopped."""
     if watch.stop:
         return []
-    defences = [Defence.parse(remedy) if isinstance(remedy, str) else remedy, *plan.defences]
+    defences = [remedy, *plan.defences]
     again = audit(
         target,
         attacks=plan.attacks,

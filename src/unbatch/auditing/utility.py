@@ -63,7 +63,7 @@ class Scene:
         """
         s, rng = self.setting, torch.Generator().manual_seed(self.seed)
         model = copy.deepcopy(s.model)
-        made = [Defence.parse(spec) for spec in defences]
+        made = Defence.several(defences)
         parameters = dict(model.named_parameters())
         optimiser = torch.optim.Adam(parameters.values(), lr=0.01)
         for _ in range(self.rounds):
