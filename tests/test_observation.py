@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -5,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch import Knowledge, Observation, Unknown, observe
+from unbatch import Attack, Knowledge, Observation, Unknown, observe
+from unbatch.errors import UnbatchError
 
 
 def linear(d: int = 4, k: int = 3) -> nn.Module:
@@ -32,6 +34,38 @@ def test_knowledge_is_any_subset() -> None:
     assert set(known.only("batch_size", "labels")) == {"batch_size"}
     assert (known | Knowledge(batch_size=5)).batch_size == 5
     assert known.get("noise", 7) == 7
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda known: known.get("lables"),
+        lambda known: known.get("lables", 1),
+        lambda known: known.only("batch_size", "lables"),
+        lambda known: known.without("lables"),
+        lambda known: "lables" in known,
+        lambda known: known.lables,
+        lambda known: Knowledge(lables=1),
+    ],
+    ids=["get", "get with a default", "only", "without", "in", "attribute", "made"],
+)
+def test_a_name_that_is_no_field_is_an_error_at_every_door(ask) -> None:
+    with pytest.raises(UnbatchError, match=r"Knowledge has no field 'lables'\. Did you mean 'labels'"):
+        ask(Knowledge(batch_size=2))
+
+
+def test_knowledge_is_copied_and_asked_for_attributes_as_any_object() -> None:
+    known = copy.deepcopy(Knowledge(batch_size=2))
+    assert known.batch_size == 2
+    assert not hasattr(known, "_repr_html_")
+
+
+@pytest.mark.parametrize("declared", ["needs", "uses"])
+def test_an_attack_declares_fields_of_knowledge(declared: str) -> None:
+    with pytest.raises(
+        UnbatchError, match=r"'slip' declares what nobody can know: .* no field 'batch_sise'.* 'batch_size'"
+    ):
+        type("Slip", (Attack,), {declared: frozenset({"batch_sise"}), "__module__": __name__})
 
 
 @pytest.mark.parametrize(

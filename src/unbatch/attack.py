@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import nn
 
-from unbatch.errors import NotApplicable
-from unbatch.knowledge import FIELDS
+from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.knowledge import check_fields
 from unbatch.observation import Observation
 from unbatch.plugin import Plugin
 from unbatch.reconstruction import Reconstruction
@@ -52,6 +52,14 @@ class Attack(Plugin, ABC):
     uses: ClassVar[frozenset[str]] = frozenset()  # fields it takes if they are known; it is handed no others
     demo: ClassVar[Demo]
     threat_model: ClassVar[str] = "honest but curious server"
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        try:
+            check_fields(sorted(cls.needs | cls.uses))
+        except UnbatchError as error:
+            raise UnbatchError(f"the attack {cls.name!r} declares what nobody can know: {error}") from None
 
     @abstractmethod
     def obstacle(self, obs: Observation) -> str | None:
@@ -107,8 +115,3 @@ class ActiveAttack(Attack):
     @abstractmethod
     def plant(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
         """A copy of `model` with the parameters that the server sends out."""
-
-
-def undeclared(attack: type[Attack]) -> set[str]:
-    """Names in `needs` and `uses` that are no fields of Knowledge."""
-    return set(attack.needs | attack.uses) - set(FIELDS)

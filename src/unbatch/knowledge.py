@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from unbatch.errors import Unknown
+from unbatch.errors import UnbatchError, Unknown
 from unbatch.protocol import Protocol, Update
 
 
@@ -86,11 +86,7 @@ class Knowledge:
     log_prob: Callable[[Update, Update], Tensor]  # the defence's likelihood (seen, clean)
 
     def __init__(self, **known: Any) -> None:
-        for name in known:
-            if name not in FIELDS:
-                near = difflib.get_close_matches(name, FIELDS, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"Knowledge has no field {name!r}.{hint} Fields: {', '.join(FIELDS)}.")
+        check_fields(known)
         if "input_shape" in known:
             known["input_shape"] = tuple(int(side) for side in known["input_shape"])
             if min(known["input_shape"], default=1) < 1:
@@ -119,20 +115,33 @@ class Knowledge:
         vars(self).update(known)
 
     def __getattr__(self, name: str) -> Any:
-        raise Unknown(f"the attacker does not know {name!r}; known: {', '.join(self) or 'nothing'}.")
+        if name in FIELDS:
+            raise Unknown(f"the attacker does not know {name!r}; known: {', '.join(self) or 'nothing'}.")
+        raise Unknown(_no_field(name))
 
     def __contains__(self, name: str) -> bool:
+        check_fields([name])
         return name in vars(self)
 
     def __iter__(self) -> Iterator[str]:
         return iter(vars(self))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field, or `default` where it is not known."""
+        """The value of a field, or `default` where it is not known. Raises UnbatchError: there is no such field.
+
+        >>> Knowledge(batch_size=4).get("clients", 1)
+        1
+        """
+        check_fields([name])
         return vars(self).get(name, default)
 
     def only(self, *names: str) -> Knowledge:
-        """The part of this knowledge that `names` names."""
+        """The part of this knowledge that `names` names. Raises UnbatchError: one of them is no field.
+
+        >>> Knowledge(batch_size=4, mode="eval").only("mode", "labels")
+        Knowledge(mode='eval')
+        """
+        check_fields(names)
         return Knowledge(**{name: value for name, value in vars(self).items() if name in names})
 
     def after(self, defence: str, *, alone: bool = False) -> Knowledge:
@@ -147,7 +156,12 @@ class Knowledge:
         return self.only(*(set(self) - {"clip"})) | Knowledge(altered=told, **kept)
 
     def without(self, *names: str) -> Knowledge:
-        """All but what `names` name."""
+        """All but what `names` name. Raises UnbatchError: one of them is no field.
+
+        >>> Knowledge(batch_size=4, mode="eval").without("batch_size")
+        Knowledge(mode='eval')
+        """
+        check_fields(names)
         return self.only(*(set(self) - set(names)))
 
     def __or__(self, more: Knowledge) -> Knowledge:
@@ -160,6 +174,28 @@ class Knowledge:
 
 FIELDS: tuple[str, ...] = tuple(get_type_hints(Knowledge))
 PROTOCOL_FIELDS: frozenset[str] = frozenset(Protocol.model_fields)
+
+
+def check_fields(names: Iterable[str]) -> None:
+    """Hold names to be fields of Knowledge: what an attacker knows must not hang on a slip of the pen.
+
+    Raises UnbatchError: one of them is not; the message names the nearest field.
+
+    >>> try:
+    ...     check_fields(["labels", "lables"])
+    ... except UnbatchError as error:
+    ...     print(str(error).partition(" Fields")[0])
+    Knowledge has no field 'lables'. Did you mean 'labels'?
+    """
+    for name in names:
+        if name not in FIELDS:
+            raise UnbatchError(_no_field(name))
+
+
+def _no_field(name: str) -> str:
+    near = difflib.get_close_matches(name, FIELDS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Knowledge has no field {name!r}.{hint} Fields: {', '.join(FIELDS)}."
 
 
 def _brief(value: object) -> str:

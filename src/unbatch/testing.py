@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Bound, LayerRisk, Verdict
-from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee, undeclared
+from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee
 from unbatch.auditing.client import observe
 from unbatch.auditing.run import audit
 from unbatch.case import Case, Setting
@@ -54,7 +54,6 @@ def check_plugin(plugin: type[Plugin]) -> None:
 def check_attack(attack: type[Attack]) -> None:
     """The plugin contract, and on the attack's own demo: its floors, its guarantee, determinism, and no side effects."""
     check_plugin(attack)
-    _hold(not undeclared(attack), attack, f"declares knowledge that does not exist: {undeclared(attack)}")
     _hold(not attack.needs & attack.uses, attack, f"both needs and uses {sorted(attack.needs & attack.uses)}")
     _hold(isinstance(attack.guarantee, Guarantee), attack, "has no guarantee of type Guarantee")
     _hold(bool(attack.family and attack.paper), attack, "names no family or no paper")
