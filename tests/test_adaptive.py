@@ -16,11 +16,12 @@ from unbatch.benchmarks.adaptive import compare
 from unbatch.case import Case
 from unbatch.defence import Defence
 from unbatch.inversion.refine import Search, radius, refine
-from unbatch.knowledge import Knowledge, Privacy
+from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
 from unbatch.models import small
 from unbatch.numerics.linear.completion import complete
 from unbatch.observation import Observation
+from unbatch.privacy import Privacy
 from unbatch.protocol import Update
 
 WORSE = 0.5  # dB

@@ -31,13 +31,13 @@ from unbatch.benchmarks import bounds as noisy_gradients
 from unbatch.case import Setting
 from unbatch.errors import NotApplicable
 from unbatch.inversion.fisher import Imagined, Information, jumps
-from unbatch.knowledge import Privacy
 from unbatch.loss import loss_named
 from unbatch.models.small import ACTIVATIONS
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import distortion, guessing_radius, level
 from unbatch.numerics.bounds.subsampled_gaussian import Robustness
 from unbatch.observation import Observation
+from unbatch.privacy import Privacy
 from unbatch.progress import Watch, watching
 from unbatch.reporting.html import write
 

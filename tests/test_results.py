@@ -8,7 +8,7 @@ from unbatch import Case
 from unbatch.analysis import Bound
 from unbatch.files import write_atomically
 from unbatch.reporting.gate import breaches
-from unbatch.reporting.results import Audit, Example
+from unbatch.reporting.results import Audit, Example, Run, Status
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_an_audit_that_proves_nothing_does_not_pass(record: Audit) -> None:
     assert "no attack could run" in breaches(idle, max_recovered=5)[0]
     assert "stopped before its end" in breaches(record.model_copy(update={"complete": False}), max_recovered=5)[0]
     failed = record.model_copy(deep=True)
-    failed.runs[0].status = "failed"
+    failed.runs[0].status = Status.FAILED
     assert "failed" in breaches(failed, max_recovered=5)[0]
     unscored = record.model_copy(update={"metrics": {}})
     with pytest.raises(ValueError, match="no psnr"):
@@ -141,3 +141,33 @@ def test_among_exact_recoveries_a_certified_one_stands_for_the_example(record: A
 
     assert hit(near, sure) == hit(sure, near) == 150.0
     assert hit(near, far) == hit(far, near) == 190.0
+
+
+def test_the_privacy_of_a_client_is_one_class_and_old_records_of_it_are_read(record: Audit) -> None:
+    spent = unbatch.Privacy(clip=1.0, noise_multiplier=1.0, sampling_rate=1.0, steps=9, delta=1e-5, epsilon=math.inf)
+    told = record.model_copy(update={"privacy": spent}).model_dump_json()
+    assert Audit.model_validate_json(told).privacy == spent
+    stored = json.loads(told) | {
+        "privacy": {  # as written when the record had a class of its own
+            "epsilon": "Infinity",
+            "delta": 1e-5,
+            "noise_multiplier": 1.0,
+            "clip": 1.0,
+            "sampling_rate": 1.0,
+            "steps": 9,
+            "accountant": "",
+        }
+    }
+    assert Audit.model_validate_json(json.dumps(stored)).privacy == spent
+    stored["privacy"]["budget"] = 1
+    with pytest.raises(ValueError, match=r"privacy\.budget"):
+        Audit.model_validate_json(json.dumps(stored))
+
+
+def test_a_run_s_status_is_one_of_four(record: Audit) -> None:
+    stored = record.runs[0].model_dump(mode="json")
+    assert stored["status"] == "done"
+    assert [Run.model_validate(stored | {"status": s.value}).ran for s in Status] == [True, True, False, False]
+    assert [Run.model_validate(stored | {"status": s.value}).finished for s in Status] == [True, False, True, False]
+    with pytest.raises(ValueError, match="status"):
+        Run.model_validate(stored | {"status": "finished"})

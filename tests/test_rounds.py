@@ -19,9 +19,9 @@ from unbatch.inversion.fisher import Information, joined
 from unbatch.inversion.refine import radius, refine
 from unbatch.inversion.rounds import averaged, clearest
 from unbatch.inversion.search_point import Unknowns
-from unbatch.knowledge import Privacy
 from unbatch.models import small
 from unbatch.numerics.bounds.subsampled_gaussian import information
+from unbatch.privacy import Privacy
 
 RANGE = Knowledge(input_range=(0.0, 1.0))
 NOISE = "noise:sigma=1e-4"

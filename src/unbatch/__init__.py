@@ -30,6 +30,7 @@ _HOME = {
     "Metric": "metric",
     "NotApplicable": "errors",
     "Observation": "observation",
+    "Privacy": "privacy",
     "Protocol": "protocol",
     "Reconstruction": "reconstruction",
     "Setting": "case",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from unbatch.layer import LayerRule as LayerRule
     from unbatch.metric import Metric as Metric
     from unbatch.observation import Observation as Observation
+    from unbatch.privacy import Privacy as Privacy
     from unbatch.protocol import Protocol as Protocol
     from unbatch.reconstruction import Reconstruction as Reconstruction
     from unbatch.reporting.results import Audit as Audit

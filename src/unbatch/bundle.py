@@ -16,7 +16,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from unbatch.files import write_atomically
-from unbatch.knowledge import FIELDS, Earlier, Knowledge, Privacy
+from unbatch.knowledge import FIELDS, Earlier, Knowledge
+from unbatch.privacy import Privacy
 from unbatch.protocol import Update
 
 FORMAT, SCHEMA = "unbatch-observation", "1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -12,31 +12,8 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import UnbatchError, Unknown
+from unbatch.privacy import Privacy
 from unbatch.protocol import Protocol, Update
-
-
-@dataclass(frozen=True, kw_only=True)
-class Privacy:
-    """The parameters of a client's differentially private step."""
-
-    clip: float
-    noise_multiplier: float
-    sampling_rate: float
-    steps: int
-    delta: float
-    epsilon: float | None = None  # None: nobody has accounted for it
-    accountant: str = ""
-
-    def __str__(self) -> str:
-        spent = "epsilon not accounted for" if self.epsilon is None else f"epsilon {self.epsilon:.4g}"
-        return (
-            f"{spent} at delta {self.delta:g}, clip {self.clip:g}, noise multiplier {self.noise_multiplier:g}, "
-            f"sampling rate {self.sampling_rate:g}, steps {self.steps}"
-        )
-
-    def deviation(self, sizes: Sequence[int]) -> float:
-        """Of every entry of a sum of gradients, each noised by itself and divided by its batch's size."""
-        return self.clip * self.noise_multiplier * math.sqrt(sum(1 / size**2 for size in sizes))
 
 
 def shares(n: int, clients: int) -> list[int]:

@@ -25,12 +25,14 @@ from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Images
 from unbatch.errors import NotApplicable
-from unbatch.knowledge import Knowledge, Privacy
+from unbatch.knowledge import Knowledge
 from unbatch.layer import LayerRule
 from unbatch.metric import Metric
 from unbatch.observation import Observation
 from unbatch.plugin import Plugin
+from unbatch.privacy import Privacy
 from unbatch.reconstruction import Reconstruction
+from unbatch.reporting.results import Status
 from unbatch.truth import Truth
 
 
@@ -77,7 +79,7 @@ def check_attack(attack: type[Attack]) -> None:
     )
     record = audit(setting, attacks=[made], defences=demo.defences, analyses=())
     run = record.runs[0]
-    _hold(run.status == "done", attack, f"does not run on its own demo: {run.status}: {run.words}")
+    _hold(run.status == Status.DONE, attack, f"does not run on its own demo: {run.status}: {run.words}")
     raised = {flag.name for flag in record.flags} & {"exact-claim-fails", "bound-violated"}
     _hold(not raised, attack, f"raises {', '.join(raised)} on its own demo")
     if attack.guarantee is Guarantee.EXACT:

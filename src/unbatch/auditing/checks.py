@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from unbatch.reporting.results import EXACT, Audit, Example, Flag, Run
+from unbatch.reporting.results import EXACT, Audit, Example, Flag, Run, Status
 
 NEAR_CHANCE = 3.0  # dB
 SMALL_RESIDUAL = 1e-3  # relative
@@ -105,21 +105,21 @@ def _not_reproducible(audit: Audit) -> Iterable[str]:
 
 
 def _not_averaged(audit: Audit) -> Iterable[str]:
-    ran = [run for run in audit.runs if run.status != "not applicable"]
+    ran = [run for run in audit.runs if run.status != Status.NOT_APPLICABLE]
     if audit.random_defences and not any("earlier" in run.knowledge for run in ran):
         yield f"{', '.join(audit.random_defences)} is random, and no attack here averages over it."
 
 
 def _not_converged(audit: Audit) -> Iterable[str]:
     for run in audit.runs:
-        if run.status == "cut short" or run.trace.get("converged") is False:
-            why = "was cut short" if run.status == "cut short" else "had not converged"
+        if run.status == Status.CUT_SHORT or run.trace.get("converged") is False:
+            why = "was cut short" if run.status == Status.CUT_SHORT else "had not converged"
             yield f"{run.title} on client {run.client} {why}."
 
 
 def _want_of_labels(audit: Audit) -> Iterable[str]:
     for run in audit.runs:
-        if run.status == "not applicable" and run.missing == ["labels"]:
+        if run.status == Status.NOT_APPLICABLE and run.missing == ["labels"]:
             yield f"{run.title} was skipped only because the labels are not known."
 
 
@@ -152,7 +152,7 @@ def _noisy(audit: Audit) -> list[str]:
 
 
 def _unaware(audit: Audit) -> Iterable[str]:
-    handed = [set(run.knowledge) for run in audit.runs if run.status in ("done", "cut short")]
+    handed = [set(run.knowledge) for run in audit.runs if run.ran]
     for spec in audit.defences:
         telling = {*audit.published.get(spec, ()), "log_prob"}
         if handed and "loss" not in telling and not any(known & telling for known in handed):

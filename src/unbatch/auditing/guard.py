@@ -19,7 +19,7 @@ from unbatch.loss import Loss
 from unbatch.observation import Observation
 from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
-from unbatch.reporting.results import Audit
+from unbatch.reporting.results import Audit, Status
 from unbatch.truth import Truth
 
 ATTACKS = (*suite(), "unmix")
@@ -91,10 +91,10 @@ def guard(
             "and model of this step, its protocol, and the defences that changed the update."
         )
     words, examples = _leaks(record, max_psnr)
-    failed = sorted({run.attack for run in record.runs if run.status == "failed"})
+    failed = sorted({run.attack for run in record.runs if run.status == Status.FAILED})
     if failed:
         words.append(f"{', '.join(failed)} failed, so what it would have found is not known.")
-    if not any(run.status in ("done", "cut short") for run in record.runs):
+    if not any(run.ran for run in record.runs):
         words.append("No attack could run on it, so nothing is known.")
     if words:
         raise Leak(words, examples, record)

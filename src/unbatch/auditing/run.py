@@ -37,7 +37,7 @@ from unbatch.observation import Observation
 from unbatch.plugin import OneOrMore
 from unbatch.progress import Watch, watching
 from unbatch.reconstruction import Reconstruction
-from unbatch.reporting.results import Audit, Budget, Client, MetricInfo, Remedy, Run
+from unbatch.reporting.results import Audit, Client, MetricInfo, Remedy, Run, Status
 from unbatch.truth import Truth
 
 Sink = Callable[[Audit], None]
@@ -183,7 +183,7 @@ class _Plan:
             defences=[str(d) for d in self.defences],
             random_defences=[str(d) for d in self.defences if d.random],
             published={str(d): d.tells(obs.knowledge, obs.loss) for d in self.defences},
-            privacy=Budget(**vars(obs.knowledge.privacy)) if "privacy" in obs.knowledge else None,
+            privacy=obs.knowledge.get("privacy"),
             seeds=seeds,
             budget=budget,
             model=str(obs.model),
@@ -257,7 +257,7 @@ class _Plan:
             threat_model=attack.threat_model,
             paper=attack.paper,
             seed=seed,
-            status="done",
+            status=Status.DONE,
             knowledge=sorted(taken & known),
             missing=sorted(attack.needs - known),
             adaptive=adaptive,
@@ -277,12 +277,12 @@ class _Plan:
                 found = certify(obs, attack(obs, seed=seed))
             if found.inputs is not None and found.labels is not None and not found.layer and _certain(found):
                 self.explained = found.inputs, found.labels
-            run.status = "cut short" if watch.cut_short else "done"
+            run.status = Status.CUT_SHORT if watch.cut_short else Status.DONE
             self.judge.fill(run, found, obs, truth, self.settings[index] if self.settings else None)
         except NotApplicable as obstacle:
-            run.status, run.words = "not applicable", str(obstacle)
+            run.status, run.words = Status.NOT_APPLICABLE, str(obstacle)
         except Exception as error:  # one attack's defect must not cost the others their results
-            run.status, run.words = "failed", f"{type(error).__name__}: {error}"
+            run.status, run.words = Status.FAILED, f"{type(error).__name__}: {error}"
         run.seconds = time.monotonic() - start
         return run
 

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 
 from unbatch.adapters import opacus
 from unbatch.defence import Defence, Round, Step, plain_update
-from unbatch.knowledge import Knowledge, Privacy, shares
+from unbatch.knowledge import Knowledge, shares
+from unbatch.privacy import Privacy
 from unbatch.protocol import Update
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from unbatch.reporting.results import Audit
+from unbatch.reporting.results import Audit, Status
 
 
 def breaches(
@@ -27,11 +27,11 @@ def breaches(
         if limit is not None and math.isnan(limit):
             raise ValueError(f"{name} is nan, which every audit would pass; give a number of dB.")
     found = []
-    if not any(run.status in ("done", "cut short") for run in audit.runs):
+    if not any(run.ran for run in audit.runs):
         found.append("no attack could run, so nothing is known; a gate does not pass on that.")
     if not audit.complete:
         found.append("the audit was stopped before its end; resume it with --resume.")
-    failed = [run.title for run in audit.runs if run.status == "failed"]
+    failed = [run.title for run in audit.runs if run.status == Status.FAILED]
     if failed:
         found.append(f"{', '.join(sorted(set(failed)))} failed; what it would have found is not known.")
     if max_recovered is not None and len(audit.recovered()) > max_recovered:

@@ -89,7 +89,7 @@ def severity(audit: Audit) -> tuple[str, str]:
     """A style and the words that say the same: never colour alone."""
     if audit.recovered():
         return "found", "Recovered exactly"
-    if any(run.status in ("done", "cut short") for run in audit.runs):
+    if any(run.ran for run in audit.runs):
         return "open", "Not recovered exactly"
     return "untested", "Not tested"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,9 +10,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unbatch.analysis import Bound, LayerRisk, Verdict
 from unbatch.files import write_atomically
+from unbatch.privacy import Privacy
 
 SCHEMA = 1
 EXACT = 1e-4  # relative l2 error up to which an example counts as recovered exactly
+
+
+class Status(StrEnum):
+    """How a run ended.
+
+    >>> Status("cut short")
+    <Status.CUT_SHORT: 'cut short'>
+    """
+
+    DONE = "done"
+    CUT_SHORT = "cut short"  # by its budget or by Ctrl-C: what it had until then
+    NOT_APPLICABLE = "not applicable"  # it cannot run here
+    FAILED = "failed"  # a defect: what it would have found is not known
 
 
 class _Record(BaseModel):
@@ -48,7 +63,7 @@ class Run(_Record):
     threat_model: str
     paper: str
     seed: int
-    status: str  # "done", "cut short", "not applicable", "failed"
+    status: Status
     words: str = ""  # the obstacle, or what failed
     seconds: float = 0.0
     guesses: int = 0
@@ -79,7 +94,12 @@ class Run(_Record):
     @property
     def finished(self) -> bool:
         """Whether a resumed audit can keep it."""
-        return self.status in ("done", "not applicable")
+        return self.status in (Status.DONE, Status.NOT_APPLICABLE)
+
+    @property
+    def ran(self) -> bool:
+        """Whether it came to an answer, its own time or another's ending it."""
+        return self.status in (Status.DONE, Status.CUT_SHORT)
 
 
 class Client(_Record):
@@ -119,27 +139,6 @@ class Remedy(_Record):
     chance: float | None = None  # of that example
 
 
-class Budget(_Record):
-    """What a differentially private client spends over its whole training."""
-
-    epsilon: float | None = None  # None: nobody has accounted for it; inf: there is no noise
-    delta: float
-    noise_multiplier: float
-    clip: float
-    sampling_rate: float
-    steps: int
-    accountant: str = ""
-
-    def words(self) -> str:
-        """The budget in one sentence."""
-        spent = "epsilon is not accounted for" if self.epsilon is None else f"epsilon = {self.epsilon:.4g}"
-        by = f" ({self.accountant} accountant)" if self.accountant else ""
-        return (
-            f"{spent} at delta = {self.delta:g}{by}: noise multiplier {self.noise_multiplier:g}, clip {self.clip:g}, "
-            f"sampling rate {self.sampling_rate:g}, steps {self.steps:,}."
-        )
-
-
 class Audit(_Record):
     """Everything that a report shows."""
 
@@ -154,7 +153,7 @@ class Audit(_Record):
     defences: list[str] = []  # outermost first
     random_defences: list[str] = []  # those of them that draw random numbers
     published: dict[str, list[str]] = {}  # by defence, the fields of knowledge that it makes known
-    privacy: Budget | None = None  # where the client trains with differential privacy
+    privacy: Privacy | None = None  # where the client trains with differential privacy
     seeds: list[int] = [0]
     budget: float | None = None
     model: str  # printed
@@ -238,7 +237,7 @@ class Audit(_Record):
     def verdict(self) -> str:
         """The finding in one sentence."""
         hit, n = len(self.recovered()), self.size
-        ran = sum(run.status in ("done", "cut short") for run in self.runs)
+        ran = sum(run.ran for run in self.runs)
         things = f"{n} private {self._nouns(n)}" if self.truth else "the examples behind this update"
         has = "it" if hit == 1 else "them"
         if not ran:
