@@ -48,5 +48,8 @@ bench: $(READY)
 	$(BENCH) adaptive $(TO)
 	$(BENCH) defences $(TO)
 
+# Write the pages that come from the code, then build the site to site/ (open site/index.html).
+docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m mkdocs build --strict --quiet

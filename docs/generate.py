@@ -5,6 +5,7 @@ python docs/generate.py --check    exits with 1 where a page is out of date
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import unbatch
 from unbatch.attack import Attack
 from unbatch.auditing.checks import CHECKS
 from unbatch.auditing.client import observe
@@ -26,8 +28,14 @@ from unbatch.plugin import Plugin
 HERE = Path(__file__).parent
 
 
+def prose(thing: object) -> str:
+    """A docstring as Markdown: its examples, each up to the next empty line, in fences."""
+    text = inspect.getdoc(thing) or ""
+    return re.sub(r"(?m)^>>> .*(?:\n.+)*", lambda found: f"```pycon\n{found[0]}\n```", text)
+
+
 def plugin_section(plugin: type[Plugin]) -> str:
-    lines = [f"## {plugin.name}", "", inspect.getdoc(plugin) or "", ""]
+    lines = [f"## {plugin.name}", "", prose(plugin), ""]
     lines += [f"- {key}: {value}" for key, value in facts(plugin).items() if value]
     if plugin.options():
         lines += ["", "| option | type | default | |", "|---|---|---|---|"]
@@ -115,6 +123,54 @@ def parity() -> str:
         cells = [f"{c:.3f}" if abs(c) > 1e-9 else "0" for c in coefficients(s)[1:].tolist()]
         lines.append(f"| {name} | {' | '.join(cells)} | {leaks(s, 1)} | {leaks(s, 2)} |")
     return "\n".join(lines) + "\n"
+
+
+class Words(str):
+    """An annotation that prints as it is written in the source, without quotes."""
+
+    __repr__ = str.__str__
+
+
+def call(name: str, thing: Callable[..., object]) -> str:
+    """How `thing` is called, as its source spells it; one argument a line where that is long."""
+    if isinstance(thing, type) and issubclass(thing, Exception):
+        return name
+    found = inspect.signature(thing)
+
+    def bare(annotation: object) -> object:
+        return Words(annotation) if isinstance(annotation, str) else annotation
+
+    given = [p.replace(annotation=bare(p.annotation)) for key, p in found.parameters.items() if key != "self"]
+    spelt = name + str(found.replace(parameters=given, return_annotation=bare(found.return_annotation)))
+    if len(spelt) <= 100:
+        return spelt
+    lines = [str(p) for p in given]
+    keyword = [p.kind is inspect.Parameter.KEYWORD_ONLY for p in given]
+    if any(keyword):
+        lines.insert(keyword.index(True), "*")
+    return f"{name}(\n" + "".join(f"    {line},\n" for line in lines) + ")" + spelt.rpartition(")")[2]
+
+
+def public_section(name: str) -> str:
+    thing = getattr(unbatch, name)
+    lines = [f"## {name}", "", "```python", call(name, thing), "```", "", prose(thing)]
+    members = vars(thing).items() if inspect.isclass(thing) else ()
+    for key, member in members:
+        inner = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if key.startswith("_") or not inspect.isfunction(inner) or not inner.__doc__:
+            continue
+        spelt = f"{name}.{key}" if isinstance(member, property) else call(f"{name}.{key}", getattr(thing, key))
+        lines += ["", f"### {name}.{key}", "", "```python", spelt, "```", "", prose(inner)]
+    return "\n".join(lines)
+
+
+def api() -> str:
+    """The Python reference: every public name of `import unbatch`. Part of the site alone, never stored."""
+    names = [name for name in unbatch.__all__ if not name.startswith("_")]
+    order = sorted(names, key=lambda name: (name[0].isupper(), name.lower()))
+    contents = "\n".join(f"- [{n}](#{n.lower()}): {inspect.getdoc(getattr(unbatch, n)).splitlines()[0]}" for n in order)
+    head = f"# Python\n\nEvery public name of `import unbatch`: functions first.\n\n{contents}\n\n"
+    return head + "\n\n".join(map(public_section, order)) + "\n"
 
 
 def pages() -> dict[Path, str]:

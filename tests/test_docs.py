@@ -1,15 +1,29 @@
-"""Examples run, generated pages are current, links lead somewhere."""
+"""What the documentation says runs, generated pages are current, links lead somewhere, the site loads nothing."""
 
+import contextlib
+import doctest
+import io
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
+import typer
 from rich.console import Console
 
-from unbatch import Case, audit
+import unbatch
+from unbatch import Case, audit, benchmarks
 from unbatch.auditing.harden import SCOPES, Hardening
 from unbatch.auditing.utility import scene_of
 from unbatch.command.hardening_view import rows
@@ -17,12 +31,160 @@ from unbatch.command.hardening_view import rows
 COVERS = "update", "training"
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+FENCE = re.compile(r"^(?:<!-- first:\n(.*?)-->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
+QUICK = {  # what a command of a page is held to here; `make slow` runs those of the README as they stand
+    "audit": ["--budget", "1"],
+    "harden": ["--seconds", "3"],
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page, with the lines before it that readers do not see (an HTML comment, `first:`)."""
+
+    first: str
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(*(part or "" for part in found)) for found in FENCE.findall(page.read_text())]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command line of unbatch in the blocks of a page, without the program's name."""
+    lines = [
+        line.removeprefix("$ ")
+        for block in blocks(page)
+        if block.language in ("", "sh", "bash", "console")
+        for line in block.text.replace("\\\n", " ").splitlines()
+    ]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("unbatch ")]
+
+
+def mentions(page: Path) -> list[list[str]]:
+    """The same of commands in running text, where options may stand without their values: `unbatch gate --max-psnr`."""
+    text = FENCE.sub("", page.read_text())
+    return [shlex.split(found)[1:] for found in re.findall(r"`(unbatch [^`]+)`", " ".join(text.split()))]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+COMMANDS = [page for page in PAGES if commands(page)]
+PYTHON = [
+    page
+    for page in PAGES
+    if {b.language for b in blocks(page)} & {"python", "pycon"} and page.name != "README.md"  # has a test of its own
+]
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_examples_run(path: Path) -> None:
     assert runpy.run_path(str(path))["__doc__"]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the files that the pages call the reader's own: a model, pictures, a table, a captured update."""
+    from PIL import Image
+
+    (tmp_path / "mypackage").mkdir()
+    (tmp_path / "mypackage" / "nets.py").write_text(
+        "from torch import nn\n\n\ndef factory():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, 2))\n"
+    )
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.rand(8, 3, 32, 32, generator=rng), torch.arange(8) % 2
+    for i, picture in enumerate((x * 255).byte()):
+        file = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file)
+    np.savez(tmp_path / "data.npz", inputs=x.numpy(), labels=y.numpy())
+    model = runpy.run_path(str(tmp_path / "mypackage" / "nets.py"))["factory"]()
+    seen, _ = unbatch.observe(model, torch.nn.functional.cross_entropy, x[:1], y[:1])
+    seen.save(tmp_path / "captured.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for module in [m for m in sys.modules if m.partition(".")[0] == "mypackage"]:
+        del sys.modules[module]
+
+
+def run(words: list[str]) -> int:
+    from unbatch.command.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    return int(ended.value.code or 0)
+
+
+def held(words: list[str]) -> list[str]:
+    """A command made short. Analyses that it does not name are left to the tests of analyses."""
+    named = any(word in words for word in ("--analysis", "--resume"))
+    return [
+        *words,
+        *QUICK.get(words[0], []),
+        *([] if named or words[0] != "audit" else ["--analysis", "gradient-rank"]),
+    ]
+
+
+@pytest.mark.parametrize("page", COMMANDS, ids=name)
+def test_commands_of_a_page_run_one_after_the_other(page: Path, workplace: Path, capsys) -> None:
+    for words in commands(page):
+        if words[0] == "bench":
+            assert benchmarks.find(words[1])
+            continue
+        code = run(held(words))
+        assert code == 0 or (words[0], code) == ("gate", 1), f"unbatch {shlex.join(words)}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run_as_they_stand(workplace: Path, capsys) -> None:
+    for words in commands(ROOT / "README.md"):
+        if words[0] != "bench":
+            code = run(words)
+            assert code == 0 or (words[0], code) == ("gate", 1), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_in_running_text_have_these_words(page: Path) -> None:
+    from unbatch.command.cli import app
+
+    root = typer.main.get_command(app)
+    for words in (*commands(page), *mentions(page)):
+        command = root.commands.get(words[0])
+        assert command, words
+        known = {spelling for option in command.params for spelling in option.opts}
+        given = {word.partition("=")[0] for word in words if word.startswith("--")} - {"--help"}
+        assert given <= known, words
+        if words[0] == "bench" and len(words) > 1:
+            assert benchmarks.find(words[1])
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=name)
+def test_python_of_a_page_runs_in_one_namespace(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = ModuleType("guide")
+    monkeypatch.setitem(sys.modules, "guide", guide)
+    for number, block in enumerate(b for b in blocks(page) if b.language in ("python", "pycon")):
+        where = f"{name(page)}, block {number + 1}"
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(block.first, where, "exec", dont_inherit=True), vars(guide))
+        if block.language == "python":
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(block.text, where, "exec", dont_inherit=True), vars(guide))
+        else:
+            told = doctest.DocTestParser().get_doctest(block.text, vars(guide), where, name(page), 0)
+            assert told.examples, where
+            said = io.StringIO()
+            result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(told, out=said.write, clear_globs=False)
+            vars(guide).update(told.globs)
+            assert not result.failed, said.getvalue()
+    for key, value in list(vars(guide).items()):
+        if key.startswith("test_"):
+            value()
 
 
 def test_the_readme_s_example_runs(capsys) -> None:
@@ -94,17 +256,6 @@ def test_the_search_on_the_page_on_safety_is_the_stored_one_and_its_bounds_are_w
         assert best["training"] == (None if told.training is None else pytest.approx(told.training, abs=0.05))
 
 
-def test_the_attack_of_the_guide_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    from unbatch.testing import check_attack
-
-    text = (DOCS / "adding-an-attack.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", text, flags=re.S)[0]
-    scope: dict = {"__name__": "guide"}
-    monkeypatch.setitem(sys.modules, "guide", type(sys)("guide"))
-    exec(compile(code, "adding-an-attack.md", "exec", dont_inherit=True), scope)
-    check_attack(scope["PriorGuess"])
-
-
 def test_generated_pages_are_current() -> None:
     generate = runpy.run_path(str(DOCS / "generate.py"))
     assert [str(path) for path in generate["stale"]()] == []
@@ -120,8 +271,52 @@ def test_every_flag_has_a_section() -> None:
         assert check.do in text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not target.startswith(("http", "#")):
             assert (page.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_make_targets_and_extras_exist(page: Path) -> None:
+    text = page.read_text()
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.M)[1].split()
+    assert set(re.findall(r"(?:^|`)make (\w+)", text, flags=re.M)) <= set(targets)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {extra for found in re.findall(r"(?:unbatch|\.)\[([a-z, ]+)\]", text) for extra in re.split(", *", found)}
+    assert asked <= set(project["optional-dependencies"])
+
+
+class Loaded(HTMLParser):
+    """What a browser fetches by itself when it opens a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        fetches = tag != "a" and not (tag == "link" and given.get("rel") in ("canonical", "next", "prev"))
+        self.found += [given[key] or "" for key in ("src", "href", "srcset", "poster") if key in given and fetches]
+
+
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_the_network(tmp_path: Path) -> None:
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (built.returncode, built.stdout + built.stderr) == (0, "")
+    pages = sorted(tmp_path.rglob("*.html"))
+    assert len(pages) >= len([page for page in PAGES if page.parent != ROOT])
+    for page in pages:
+        loaded = Loaded()
+        loaded.feed(page.read_text())
+        assert loaded.found
+        assert not [url for url in loaded.found if url.startswith(("http:", "https:", "//"))], page
+    for style in tmp_path.rglob("*.css"):
+        assert not re.findall(r"url\(['\"]?(?:https?:)?//", style.read_text()), style
