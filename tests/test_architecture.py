@@ -19,7 +19,7 @@ ROOMS = [  # a module imports from its own row and from rows above it
     {"attacks", "analyses", "defences", "metrics", "cases"},
     {"reporting"},
     {"auditing"},
-    {"testing", "command", "benchmarks"},
+    {"testing", "command", "benchmarks", "__main__"},
 ]
 ROW = {name: number for number, names in enumerate(ROOMS) for name in names}
 OPEN_SETS = {"attacks", "analyses", "defences", "metrics", "cases", "layers"}
@@ -122,6 +122,35 @@ def test_house_rules(path: Path) -> None:
 def test_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+CLIENT = """
+import sys, torch
+own = set(sys.modules)  # torch may bring what it likes
+import unbatch
+from unbatch import guard, observe
+model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+x, y = torch.ones(2, 4), torch.tensor([0, 1])
+sent, _ = observe(model, torch.nn.functional.cross_entropy, x, y, defences=["clip", "noise:sigma=0.1"])
+sent.save(sys.argv[1])
+brought = {name.partition(".")[0] for name in set(sys.modules) - own}
+print(*sorted(name for name in brought - sys.stdlib_module_names if not name.startswith("_")))
+"""
+
+
+def test_a_client_that_observes_and_guards_imports_little(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, str(tmp_path / "sent")], capture_output=True, text=True, check=True
+    )
+    parts_of_pydantic = {"annotated_types", "pydantic_core", "typing_extensions", "typing_inspection"}
+    parts_of_torch = {"opt_einsum", "sympy", "mpmath", "torchgen"}
+    assert set(done.stdout.split()) - parts_of_pydantic - parts_of_torch <= {
+        "numpy",
+        "pydantic",
+        "safetensors",
+        "torch",
+        "unbatch",
+    }
 
 
 def test_public_names_survive_the_import_of_every_module() -> None:

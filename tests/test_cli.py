@@ -16,6 +16,7 @@ from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import unbatch
 from unbatch import Attack, Case, Defence, Observation, observe
 from unbatch.command.cli import main
 from unbatch.reporting.results import Audit
@@ -298,6 +299,70 @@ def test_help_is_quick_to_import() -> None:
     code = "import sys\nfrom unbatch.command.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_the_module_is_the_command_line(here: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "unbatch", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"unbatch {unbatch.__version__}\n"
+
+
+WITHOUT_EXTRAS = """
+import importlib.metadata as metadata, sys
+blocked = {"scikit-image": "skimage", "matplotlib": "matplotlib", "opacus": "opacus", "pandas": "pandas"}
+sys.modules |= dict.fromkeys(blocked.values())
+real = metadata.distribution
+def distribution(name):
+    if name in blocked:
+        raise metadata.PackageNotFoundError(name)
+    return real(name)
+metadata.distribution = distribution
+from unbatch.command.cli import main
+main(sys.argv[1:])
+"""
+
+
+def without_extras(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_an_own_model_is_audited_without_any_extra(here: Path) -> None:
+    words = ("--model", "nets:small", "--data", "data.npz", "--batch", "1", "--attack", "bias-ratio")
+    done = without_extras("audit", *words, "--remedy", "prune")
+    assert done.returncode == 0, done.stderr
+    record = Audit.load("audit/audit.json")
+    assert len(record.recovered()) == 1
+    assert record.risks
+    assert record.bounds or record.verdicts
+    assert not [note for note in record.notes if "pip install" in note]
+    assert Path("audit/report.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (["audit", "photos", "--attack", "bias-ratio"], "the case photos needs scikit-image, which is not installed: "
+         "pip install 'unbatch[cases]'"),
+        (["audit", "faces"], "pip install 'unbatch[cases]'"),
+        (["audit", "digits", "--defence", "dp-sgd"], "pip install 'unbatch[opacus]'"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_missing_extra_is_named(here: Path, words: list[str], extra: str) -> None:
+    done = without_extras(*words)
+    assert done.returncode == 2
+    assert extra in done.stderr
+    assert "defect of unbatch" not in done.stderr
+
+
+def test_a_picture_that_cannot_be_drawn_is_told(here: Path) -> None:
+    words = ("digits:batch=2,width=16", "--family", "clip", "--attack", "bias-ratio", "--rounds", "1", "--seconds", "0")
+    done = without_extras("harden", *words)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "No picture was drawn: it needs matplotlib, which is not installed: pip install 'unbatch[bench]'" in done.stderr
+    )
+    assert not Path("harden/harden.png").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])

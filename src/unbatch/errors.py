@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class UnbatchError(ValueError):
     """Something asked of unbatch cannot be done; the message says what, why and what to do. Root of all its errors.
@@ -21,3 +23,16 @@ class NotApplicable(UnbatchError):  # noqa: N818 (not an error of the user's: it
 
 class Unknown(UnbatchError, AttributeError):  # noqa: N818 (a question that has no answer, named for it)
     """Read something of Knowledge that the attacker does not know."""
+
+
+class MissingExtra(UnbatchError, ImportError):  # noqa: N818 (what is missing, named for it)
+    """A package is not installed that comes with an extra of unbatch; the message gives the command that installs it."""
+
+    @classmethod
+    def of(cls, what: str, package: str, extra: str) -> Self:
+        """`what` needs `package`, which `extra` brings.
+
+        >>> print(MissingExtra.of("the case photos", "scikit-image", "cases"))
+        the case photos needs scikit-image, which is not installed: pip install 'unbatch[cases]'
+        """
+        return cls(f"{what} needs {package}, which is not installed: pip install 'unbatch[{extra}]'")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from unbatch.domain import Domain
@@ -53,6 +52,8 @@ def match(found: Reconstruction, truth: Truth, domain: Domain) -> Matching:
     Where `found` holds a layer's features, `truth` must hold the true features, and `domain` be theirs.
     p = min(k, n): further private examples stay unmatched, further guesses count for nothing.
     """
+    from scipy.optimize import linear_sum_assignment  # on use: a client that only observes needs no scipy
+
     k, n = len(found), len(truth)
     if not k:
         cost, factor = torch.zeros(0, n).double(), torch.ones(0, n).double()

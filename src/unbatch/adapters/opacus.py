@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from unbatch.defence import Round
+from unbatch.errors import MissingExtra
 from unbatch.loss import Loss
 from unbatch.loss import reduction as reduction_of
 from unbatch.protocol import Update
 
 Accountant = Literal["rdp", "prv"]
-EXTRA = "this needs Opacus, which is not installed; install the extra: pip install 'unbatch[opacus]'."
 
 
 def private_update(round_: Round, *, clip: float, noise_multiplier: float, reduction: Literal["mean", "sum"]) -> Update:
@@ -106,7 +106,7 @@ def _opacus() -> Any:
     try:
         import opacus
     except ImportError as error:
-        raise ValueError(EXTRA) from error
+        raise MissingExtra.of("dp-sgd", "opacus", "opacus") from error
     return opacus
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import ClassVar, final
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from unbatch.case import Case, Examples
 from unbatch.domain import Images
+from unbatch.errors import MissingExtra
 
 
 @final
@@ -22,7 +23,10 @@ class Faces(Case):
     )
 
     def pool(self, rng: torch.Generator) -> Examples:
-        place = distribution("scikit-image").locate_file("skimage/data/lfw_subset.npy")
+        try:
+            place = distribution("scikit-image").locate_file("skimage/data/lfw_subset.npy")
+        except PackageNotFoundError:
+            raise MissingExtra.of("the case faces", "scikit-image", "cases") from None
         patches = torch.as_tensor(np.load(str(place)), dtype=torch.float32).unsqueeze(1)  # [200, 1, 25, 25]
         order = torch.randperm(len(patches), generator=rng)
         return Examples(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import Annotated, ClassVar, NamedTuple, final
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unbatch.case import Case, Examples
 from unbatch.domain import Images
+from unbatch.errors import MissingExtra
 
 VIEWS = 64  # of every photograph
 
@@ -101,5 +102,8 @@ def _view(photo: Photo, size: int, whole: bool, rng: torch.Generator) -> _Pixels
 
 @cache
 def _load(photo: Photo) -> Image.Image:
-    place = distribution(photo.shipper).locate_file(photo.path)  # importing the shipper would take a second
+    try:
+        place = distribution(photo.shipper).locate_file(photo.path)  # importing the shipper would take a second
+    except PackageNotFoundError:
+        raise MissingExtra.of("the case photos", photo.shipper, "cases") from None
     return Image.open(str(place)).convert("RGB")

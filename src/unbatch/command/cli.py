@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unbatch import __version__
+from unbatch.errors import MissingExtra
 
 if TYPE_CHECKING:
     from unbatch.reporting.results import Audit
@@ -288,6 +290,7 @@ def harden(
         sink=lambda held: held.save(folder / "harden.json"),
     )
     plot(found, folder / "harden.png")
+    _say_if_not_drawn()
     show(found, out)
 
 
@@ -308,6 +311,13 @@ def bench(
     module = benchmarks.find(name)
     rows = module.run(data=data, seed=seed, device=device, out=to, **({} if seconds is None else {"seconds": seconds}))
     (out if out.is_terminal else Console(width=WIDE)).print(module.table(rows))
+    if to is not None:
+        _say_if_not_drawn()
+
+
+def _say_if_not_drawn() -> None:
+    if find_spec("matplotlib") is None:
+        err.print(f"No picture was drawn: {MissingExtra.of('it', 'matplotlib', 'bench')}", soft_wrap=True, markup=False)
 
 
 def _summary(record: Audit, folder: Path, quiet: bool) -> None:
@@ -388,12 +398,8 @@ def main(arguments: list[str] | None = None) -> Any:
             traceback.print_exc()
         show_usage = getattr(error, "format_message", None)
         text = show_usage() if show_usage else str(error) or type(error).__name__
-        known = isinstance(error, (ValueError, OSError)) or show_usage is not None or _is_obstacle(error)
+        known = isinstance(error, (ValueError, OSError)) or show_usage is not None
         hint = "" if known else f" This is a defect of unbatch ({type(error).__name__}); --debug shows where."
         err.print(f"error: {text}{hint}", soft_wrap=True, markup=False, highlight=False)
         sys.exit(2)
     sys.exit(code or 0)
-
-
-def _is_obstacle(error: Exception) -> bool:
-    return type(error).__name__ == "NotApplicable"
