@@ -16,6 +16,7 @@ from unbatch.analysis import Analysis, Bound, Verdict
 from unbatch.auditing.run import audit
 from unbatch.benchmarks.adaptive import compare
 from unbatch.inversion.fisher import Information, joined
+from unbatch.inversion.mean_round import mean_round, still
 from unbatch.inversion.refine import radius, refine
 from unbatch.inversion.rounds import averaged, clearest
 from unbatch.inversion.search_point import Unknowns
@@ -249,6 +250,18 @@ def test_what_is_read_directly_is_the_mean_with_the_spread_that_is_left(law: str
     assert "earlier" not in mean.knowledge
     moved, _, _ = exchange(law, rounds=4, rate=0.1)
     assert averaged(moved) is moved
+
+
+def test_bounds_and_attacks_take_one_mean_of_rounds() -> None:
+    obs, _, _ = exchange("noise:sigma=1e-4", rounds=4)
+    mean, weights = mean_round(obs), [{k: torch.full_like(u, t) for k, u in obs.update.items()} for t in (0, 0, 1, 3)]
+    assert still(obs)
+    for name, u in averaged(obs).update.items():
+        assert torch.equal(u, joined(obs).update[name])
+        assert torch.equal(u, mean[name].to(u))
+        third, last = (one.update[name].double() for one in obs.exchanges[2:])
+        torch.testing.assert_close(mean_round(obs, weights)[name], (third + 3 * last) / 4, rtol=1e-14, atol=0)
+    assert not still(exchange("noise:sigma=1e-4", rounds=2, rate=0.1)[0])
 
 
 @pytest.mark.parametrize("rate", [0.1, -0.1])

@@ -143,6 +143,19 @@ def flatten(update: Update, names: Iterable[str]) -> Tensor:
     return torch.cat([update[name].detach().double().flatten() for name in names])
 
 
+def shortened(update: Update, norm: float, room: float = 0.0) -> dict[str, Tensor]:
+    """The update at most `norm` long, its direction kept: clipping, differentiable.
+
+    u min(1, norm / (|u| + room)), |u| the l2 norm over all entries of all tensors, summed in float64.
+
+    >>> shortened({"weight": torch.tensor([3.0, 4.0])}, 1.0)
+    {'weight': tensor([0.6000, 0.8000])}
+    """
+    size = _root(torch.stack([u.double().square().sum() for u in update.values()]).sum()) + room
+    factor = norm / size.clamp_min(max(norm, torch.finfo(size.dtype).tiny))
+    return {name: u * factor.to(u) for name, u in update.items()}
+
+
 def fit(seen: Tensor, again: Tensor) -> tuple[float, float]:
     """The factor c = <u, s> / <s, s> and the relative residual |u - c s| / |u| of two flat updates."""
     size, whole = again @ again, float(seen.norm())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Annotated, ClassVar, final
 
@@ -10,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unbatch.defence import Defence, Round, Step
+from unbatch.defence import Defence, Step
 from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
-from unbatch.protocol import Update
+from unbatch.protocol import Update, shortened
 
 
 @final
@@ -29,14 +28,7 @@ class Clip(Defence):
     norm: Annotated[float | None, Field(gt=0, description="largest l2 norm of the update; none does not clip")] = 1.0
 
     def wrap(self, step: Step) -> Step:
-        def clipped(round_: Round) -> Update:
-            update = step(round_)
-            size = math.sqrt(sum(float(u.double().square().sum()) for u in update.values()))
-            if self.norm is None or size <= self.norm:
-                return update
-            return {name: u * (self.norm / size) for name, u in update.items()}
-
-        return clipped
+        return lambda round_: self.expected(step(round_))
 
     def public(self, known: Knowledge) -> Knowledge:
         """The norm. Noise within is shortened with the update, by a factor that the server does not see."""
@@ -47,11 +39,7 @@ class Clip(Defence):
         return known | Knowledge(clip=min(self.norm, known.get("clip", self.norm)))
 
     def expected(self, clean: Update) -> Update:
-        if self.norm is None:
-            return clean
-        size = torch.stack([u.square().sum() for u in clean.values()]).sum().sqrt()
-        factor = torch.where(size > self.norm, self.norm / size.clamp_min(torch.finfo(size.dtype).tiny), 1.0)
-        return {name: u * factor for name, u in clean.items()}
+        return clean if self.norm is None else shortened(clean, self.norm)
 
     def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
         """-|seen - clipped clean|^2 / 2: the limit of small Gaussian noise, in its own unit. None without a norm."""

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis import BoundAnalysis
+from unbatch.inversion.mean_round import mean_round, still
 from unbatch.knowledge import Knowledge, shares
 from unbatch.loss import draw_labels, reduction
 from unbatch.network.dense import forward, in_mode
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.search.softening import kinked
 from unbatch.observation import Observation
+from unbatch.protocol import shortened
 
 LEAST = 1e-100  # noise whose square is a number
 SIGMAS = 6.0  # of the noise's length, by which an update may be off
@@ -79,9 +81,7 @@ def sent(obs: Observation, x: Tensor, y: Tensor, *, create_graph: bool = False) 
     """The update [e] without its noise, in one gradient or step of private clients each example's gradient clipped."""
     known, protocol = obs.knowledge, obs.protocol
     if "privacy" not in known:
-        found = _flat(obs, x, y, create_graph)
-        clip = known.get("clip", known.get("clip_within"))
-        return found if clip is None else _shortened(found, clip)
+        return _flat(obs, x, y, create_graph, known.get("clip", known.get("clip_within")))
     form = reduction(obs.loss, forward(obs.model, x.detach()), y)
     if form is None:
         raise ValueError(
@@ -92,8 +92,9 @@ def sent(obs: Observation, x: Tensor, y: Tensor, *, create_graph: bool = False) 
     for size in shares(len(x), known.get("clients", 1)):
         own, labels, x, y = x[:size], y[:size], x[size:], y[size:]
         taken = min(protocol.local_batch_size or size, size) if protocol.steps(size) else size
-        each = [_flat(one, own[i : i + 1], labels[i : i + 1], create_graph) for i in range(taken)]
-        clipped = torch.stack([_shortened(g, known.privacy.clip, ROOM) for g in each]).sum(0)
+        clip, rows = known.privacy.clip, range(taken)
+        each = [_flat(one, own[i : i + 1], labels[i : i + 1], create_graph, clip, ROOM) for i in rows]
+        clipped = torch.stack(each).sum(0)
         step = -protocol.learning_rate if protocol.steps(size) else 1.0
         whole.append(step * clipped / (1 if form == "sum" else taken))
     return torch.stack(whole).sum(0)
@@ -104,11 +105,6 @@ def deviation(obs: Observation) -> float:
     return float(obs.knowledge.get("noise_within", obs.knowledge.get("noise", 0.0)))
 
 
-def still(obs: Observation) -> bool:
-    """Whether all rounds that are known are at the same parameters."""
-    return all(one.model is obs.model for one in obs.exchanges)
-
-
 def joined(obs: Observation) -> Observation:
     """What tells as much as T rounds at the same parameters under Gaussian noise: their mean, with noise / sqrt(T).
 
@@ -117,7 +113,7 @@ def joined(obs: Observation) -> Observation:
     rounds = obs.exchanges
     if len(rounds) == 1 or not still(obs):
         return obs
-    mean = {k: torch.stack([one.update[k].double() for one in rounds]).mean(0).to(u) for k, u in obs.update.items()}
+    mean = {name: u.to(obs.update[name]) for name, u in mean_round(obs).items()}
     known = obs.knowledge.only(*(set(obs.knowledge) - {"earlier"}))
     told = "noise_within" if "noise_within" in known else "noise"
     return replace(obs, update=mean, knowledge=known | Knowledge(**{told: deviation(obs) / len(rounds) ** 0.5}))
@@ -307,11 +303,11 @@ def doubled(obs: Observation) -> Observation:
     return replace(obs, model=copy.deepcopy(obs.model).double(), update={k: u.double() for k, u in obs.update.items()})
 
 
-def _flat(obs: Observation, x: Tensor, y: Tensor, create_graph: bool) -> Tensor:
+def _flat(
+    obs: Observation, x: Tensor, y: Tensor, create_graph: bool, clip: float | None = None, room: float = 0.0
+) -> Tensor:
     found = obs.simulate(x, y, create_graph=create_graph)
-    return torch.cat([found[name].flatten() for name in obs.update])
-
-
-def _shortened(flat: Tensor, norm: float, room: float = 0.0) -> Tensor:
-    factor: Tensor = (norm / (flat.norm() + room).clamp_min(torch.finfo(flat.dtype).tiny)).clamp(max=1.0)
-    return factor * flat
+    sent = {name: found[name] for name in obs.update}
+    if clip is not None:
+        sent = shortened(sent, clip, room)
+    return torch.cat([tensor.flatten() for tensor in sent.values()])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from unbatch.inversion.mean_round import mean_round, still
 from unbatch.inversion.refine import radius, refine
 from unbatch.knowledge import Earlier, Knowledge
 from unbatch.likelihood import Likelihood
@@ -30,17 +31,17 @@ def averaged(obs: Observation) -> Observation:
     """
     rounds, law, known = obs.exchanges, Likelihood.of(obs.knowledge), obs.knowledge
     T, last = len(rounds), rounds[-1]
-    if T == 1 or any(one.model is not obs.model for one in rounds):
+    if T == 1 or not still(obs):
         return obs
     if all(torch.equal(one.update[name], u) for one in rounds for name, u in last.update.items()):
         return last
     sigma = float(known.get("noise", 0.0))
     weights = [(law or Likelihood.gaussian(1.0)).weights(one.update) for one in rounds]
-    mean, shown, varied, count = dict[str, Tensor](), dict[str, Tensor](), dict[str, float](), dict[str, int]()
+    mean = mean_round(obs, weights)
+    shown, varied, count = dict[str, Tensor](), dict[str, float](), dict[str, int]()
     for name in last.update:
         seen = torch.stack([one.update[name] for one in rounds]).double()  # [T, *shape]
-        w = torch.stack([each[name] for each in weights]).double()
-        mean[name], shown[name] = (w * seen).sum(0) / w.sum(0).clamp_min(1e-300), (w > 0).double().mean(0)
+        shown[name] = torch.stack([each[name] > 0 for each in weights]).double().mean(0)
         always = shown[name] == 1
         varied[name] = float((seen - mean[name]).square().sum(0)[always].sum()) / (T - 1)
         count[name] = int(always.sum())
