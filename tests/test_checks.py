@@ -1,11 +1,14 @@
 """Every flag can be raised, is raised by what it says, and stays silent otherwise."""
 
+from typing import ClassVar, final
+
 import pytest
 
 import unbatch
-from unbatch import Case
+from unbatch import Case, Defence, Knowledge
 from unbatch.analysis import Bound
 from unbatch.auditing.checks import CHECKS, flags
+from unbatch.defence import Step
 from unbatch.reporting.results import Audit, Example, Run
 
 
@@ -46,13 +49,13 @@ def spoilt(clean: Audit, name: str) -> Audit:
     elif name == "skipped-for-labels":
         audit.runs.append(heuristic(status="not applicable", missing=["labels"]))
     elif name == "leak-of-the-union":
-        audit.defences = ["secure-aggregation:clients=2"]
+        audit.defences, audit.effects = ["a third party's sum"], {"a third party's sum": ["sums_clients"]}
     elif name == "defence-unknown-to-attacks":
         audit.defences = ["mixup:alpha=1.0"]
     elif name == "clip-without-noise":
-        audit.defences = ["clip:norm=0.1"]
+        audit.defences, audit.effects = ["clip:norm=0.1"], {"clip:norm=0.1": ["clips"]}
     elif name == "noise-without-accounting":
-        audit.defences = ["noise:sigma=0.1,relative=true"]
+        audit.defences, audit.effects = ["a third party's noise"], {"a third party's noise": ["adds_noise"]}
     return audit
 
 
@@ -145,3 +148,69 @@ def test_flags_about_defences(defences: list[str], attack: str, raised: set[str]
     done = any(run.status == "done" for run in made.runs)
     expected = raised if done else raised - {"defence-unknown-to-attacks"}
     assert {f.name for f in made.flags} & ABOUT_DEFENCES == expected
+
+
+@final
+class Telling(Defence):
+    """A third party's, which makes known what it does, and declares nothing."""
+
+    paper: ClassVar[str] = "none"
+    does: str = "clip"
+
+    def wrap(self, step: Step) -> Step:
+        return step
+
+    def public(self, known: Knowledge) -> Knowledge:
+        return known | Knowledge(**{self.does: 2 if self.does == "clients" else 0.5})
+
+
+@final
+class Declaring(Defence):
+    """A third party's, which makes nothing known, and declares what it does."""
+
+    paper: ClassVar[str] = "none"
+    does: str = "clip"
+    adds_noise = property(lambda self: self.does == "noise")
+    clips = property(lambda self: self.does == "clip")
+    sums_clients = property(lambda self: self.does == "clients")
+
+    def wrap(self, step: Step) -> Step:
+        return step
+
+
+@pytest.mark.parametrize("kind", [Telling, Declaring])
+def test_a_third_partys_defence_counts_by_what_it_says_and_not_by_its_name(kind: type[Defence]) -> None:
+    def raised(*does: str) -> set[str]:
+        record = unbatch.audit(
+            Case.parse("digits:width=16"), attacks=["bias-ratio"], defences=[kind(does=d) for d in does], analyses=()
+        )
+        return {flag.name for flag in record.flags} - {"defence-unknown-to-attacks"}
+
+    assert raised("noise") == {"noise-without-accounting"}
+    assert raised("clip") == {"clip-without-noise"}
+    assert raised("clip", "noise") == {"noise-without-accounting"}
+    assert "leak-of-the-union" in raised("clients")  # the update is the plain one, so its example is recovered
+
+
+@pytest.mark.parametrize(
+    ("spec", "effects"),
+    [
+        ("clip", ["clips"]),
+        ("clip:norm=none", []),
+        ("noise", ["adds_noise"]),
+        ("noise:sigma=0.1,relative=true", ["adds_noise"]),
+        ("noise:sigma=0", []),
+        ("dp-sgd", ["adds_noise", "clips"]),
+        ("dp-sgd:noise_multiplier=0", ["clips"]),
+        ("dp-sgd:clip=none,noise_multiplier=0", []),
+        ("secure-aggregation:clients=2", ["sums_clients"]),
+        ("secure-aggregation:clients=1", []),
+        ("quantise", []),
+        ("prune", []),
+        ("mixup", []),
+        ("local-steps", []),
+        ("label-smoothing", []),
+    ],
+)
+def test_a_defence_says_what_it_does_at_its_strength(spec: str, effects: list[str]) -> None:
+    assert Defence.parse(spec).effects() == effects

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from unbatch.auditing.client import observe
 from unbatch.case import Case
-from unbatch.defence import Defence, Round, Step
+from unbatch.defence import Defence, Round, Stack, Step
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss, identify, loss_named
 from unbatch.models import small
@@ -119,6 +119,16 @@ def test_clip_shortens_the_whole_update() -> None:
     assert float(flat(short).norm()) == pytest.approx(size / 3)
     assert torch.allclose(flat(short) * 3, flat(clean), rtol=1e-12)
     assert bitwise(sent(f"clip:norm={2 * size}"), clean)
+
+
+def test_clip_expects_nothing_of_nothing_and_has_a_slope_there() -> None:
+    clean = {"a": torch.zeros(3, requires_grad=True), "b": torch.zeros(2, 2, requires_grad=True)}
+    law = Defence.parse("clip:norm=0.5").log_prob({"a": torch.ones(3), "b": torch.ones(2, 2)}, clean)
+    assert law is not None
+    found = torch.autograd.grad(law, list(clean.values()))
+    assert torch.equal(
+        flat(dict(zip(clean, found, strict=True))), torch.ones(7)
+    )  # as of an update that is short enough
 
 
 def test_noise_has_the_stated_deviation_and_likelihood() -> None:
@@ -402,3 +412,24 @@ def test_a_smoothed_loss_is_declared() -> None:
     form = identify(obs.loss, (1, 10))
     assert form is not None
     assert form.smoothing == pytest.approx(0.2)
+
+
+def test_a_stack_is_one_step_one_loss_and_one_knowledge() -> None:
+    model, x, y = client()
+    stack = Stack.of(["noise:sigma=0.1", "label-smoothing", "local-steps:steps=2"])
+    obs, _ = observe(model, F.cross_entropy, x, y, defences=stack.defences, seed=3)
+    rng = torch.Generator().manual_seed(3)
+    round_ = Round(model=model, loss=F.cross_entropy, inputs=x, labels=y, protocol=Protocol(), rng=rng)
+    assert bitwise(stack.step(round_), obs.update)
+    outputs = model(x)
+    assert torch.equal(obs.loss(outputs, y), stack.loss(F.cross_entropy)(outputs, y))
+    told = stack.told(Knowledge(batch_size=N, mode="train"), obs.update)
+    assert {name: told.get(name) for name in ("local_steps", "noise", "mode")} == {
+        "local_steps": 2,
+        "noise": 0.1,
+        "mode": "train",
+    }
+    assert set(told) == set(stack.public(Knowledge(batch_size=N, mode="train"))) | {"log_prob"}
+    assert set(told) <= set(obs.knowledge)
+    assert told.server_sign() == 1.0
+    assert Stack().public(Knowledge(batch_size=N)).server_sign() == -1.0

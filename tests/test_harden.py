@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, final
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from unbatch import Case, Images, Setting
+from unbatch import Case, Defence, Images, Knowledge, Protocol, Setting
 from unbatch.analysis import Analysis, Bound
 from unbatch.auditing.harden import Family, Hardening, Tried, families, harden
 from unbatch.auditing.utility import scene_of
 from unbatch.command.cli import main
+from unbatch.defence import Step
 from unbatch.loss import loss_named
 from unbatch.models import small
 from unbatch.observation import Observation
@@ -73,6 +75,31 @@ def test_bounds_for_unbiased_attackers_do_not_count() -> None:
     found = search(only=["noise"], psnr=5.0)  # the bound for any attacker ends at 12 dB, the unbiased one at -20
     assert not any(t.excluded for t in found.tried)
     assert [t.strength for t in found.tried] == [0.1, 1.0, 10.0, 100.0]
+
+
+@final
+class OwnTraining(Defence):
+    """A third party's local training, which says so by what it makes known."""
+
+    paper: ClassVar[str] = "none"
+    identity: ClassVar[str] = ""
+
+    def wrap(self, step: Step) -> Step:
+        trained = Protocol(epochs=2, learning_rate=0.1)
+        return lambda round_: step(replace(round_, protocol=trained))
+
+    def public(self, known: Knowledge) -> Knowledge:
+        return known.without("local_steps") | Knowledge(epochs=2, learning_rate=0.1)
+
+
+def test_the_server_goes_the_way_that_defences_make_known() -> None:
+    scene = scene_of(Case.parse("digits:batch=8,width=32,activation=tanh"), 8, 60, 0)
+    plain = scene.undefended(8)
+    assert plain > 0.7
+    assert scene.accuracy(8, ["local-steps:steps=0"]) == plain  # the declared identity
+    assert scene.accuracy(8, ["local-steps:steps=2,learning_rate=0.1"]) > 0.7
+    assert scene.accuracy(8, [OwnTraining()]) > 0.7
+    assert scene.accuracy(8, [OwnTraining(), "noise:sigma=0"]) == scene.accuracy(8, [OwnTraining()])
 
 
 @final

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
 from unbatch.loss import Loss
-from unbatch.plugin import Plugin
+from unbatch.plugin import OneOrMore, Plugin
 from unbatch.protocol import Protocol, Update, local_update
 
 
@@ -39,6 +39,14 @@ class Round:
 
 
 Step = Callable[[Round], Update]
+
+
+def honest_step(round_: Round) -> Update:
+    """What a client sends whose defences have nothing left to add."""
+    return round_.train(round_)
+
+
+EFFECTS = ("adds_noise", "clips", "sums_clients")  # properties of a defence by which an audit is flagged
 
 
 class Defence(Plugin, ABC):
@@ -66,6 +74,32 @@ class Defence(Plugin, ABC):
     def loss(self, loss: Loss) -> Loss:
         """The loss that the protocol declares with this defence in it, where it changes the loss for good."""
         return loss
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether it adds noise to what is sent, at its strength. Here: whether it makes noise known, of any kind."""
+        told = self.public(Knowledge(batch_size=1))
+        return bool(told.get("noise")) or ("privacy" in told and told.privacy.noise_multiplier > 0)
+
+    @property
+    def clips(self) -> bool:
+        """Whether it shortens the update, or each example's gradient, to a norm. Here: whether it makes one known."""
+        told = self.public(Knowledge(batch_size=1))
+        return "clip" in told or "privacy" in told
+
+    @property
+    def sums_clients(self) -> bool:
+        """Whether the server sees a sum of several clients' updates alone. Here: whether it makes their number known."""
+        return bool(self.public(Knowledge(batch_size=1)).get("clients", 1) > 1)
+
+    @final
+    def effects(self) -> list[str]:
+        """Which of EFFECTS it has: an audit records them, and its flags about noise, clips and sums ask for nothing else.
+
+        >>> Defence.parse("dp-sgd").effects(), Defence.parse("noise:sigma=0").effects()
+        (['adds_noise', 'clips'], [])
+        """
+        return [name for name in EFFECTS if getattr(self, name)]
 
     def tells(self, known: Knowledge, loss: Loss) -> list[str]:
         """The fields of knowledge that it makes known by itself; "loss" where the protocol declares another for it."""
@@ -99,6 +133,57 @@ class Defence(Plugin, ABC):
         if self.log_prob(seen, seen) is not None:
             return Likelihood(self.log_prob, within, _both(self.spread, inner.spread) if inner else self.spread)
         return replace(inner, expected=lambda clean: self.expected(within(clean))) if inner else None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The defences that a client has, as one: its whole step, and what that makes known. The first is the outermost.
+
+    >>> stack = Stack.of(["clip:norm=0.5", "local-steps:steps=3"])
+    >>> stack.public(Knowledge(batch_size=4)).only("clip", "local_steps")
+    Knowledge(local_steps=3, clip=0.5)
+    """
+
+    defences: tuple[Defence, ...] = ()
+
+    @classmethod
+    def of(cls, defences: OneOrMore[Defence]) -> Self:
+        """The stack of one or several defences, each spelt or built. Raises UnbatchError: a spelling is wrong."""
+        return cls(tuple(Defence.several(defences)))
+
+    @property
+    def step(self) -> Step:
+        """The client's step with every defence round it."""
+        step: Step = honest_step
+        for defence in reversed(self.defences):
+            step = defence.wrap(step)
+        return step
+
+    def loss(self, loss: Loss) -> Loss:
+        """The loss that the protocol declares, given the one that the client starts from."""
+        for defence in self.defences:
+            loss = defence.loss(loss)
+        return loss
+
+    def public(self, known: Knowledge) -> Knowledge:
+        """What the server knows of the update before it has seen it, given what the bare round makes known."""
+        for defence in reversed(self.defences):
+            known = defence.public(known)
+        return known
+
+    def told(self, known: Knowledge, seen: Update) -> Knowledge:
+        """What the server knows of the update that it has seen: `public`, and the defences' own likelihood."""
+        known, law = self.public(known), self._likelihood(seen)
+        hidden = {"altered", "privacy", "mixup", "clip"} & set(known)
+        if law is None and known.get("clients", 1) > 1 and known.get("noise") and not hidden:
+            law = Likelihood.gaussian(known.noise)  # of a sum whose clients noised their own updates
+        return known if law is None else known | Knowledge(log_prob=law)
+
+    def _likelihood(self, seen: Update) -> Likelihood | None:
+        law: Likelihood | None = None
+        for defence in reversed(self.defences):
+            law = defence.likelihood(law, seen)
+        return law
 
 
 def _both(

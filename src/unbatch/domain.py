@@ -33,6 +33,14 @@ class Domain(ABC):
     def render(self, example: Tensor) -> str:
         """One example [*shape] for people: a PNG as a data URI where it is a picture, else text."""
 
+    def public(self) -> Knowledge:
+        """What the server knows of the task itself: the kind, and the range where it is [0, 1].
+
+        Any other range was read off the private batch, or may have been, and is not told.
+        """
+        told = Knowledge(domain=self.name)
+        return told | Knowledge(input_range=(0.0, 1.0)) if (self.low, self.high) == (0.0, 1.0) else told
+
     def distance(self, found: Tensor, true: Tensor) -> Tensor:
         """Mean squared difference of every pair: [k, *shape], [n, *shape] -> [k, n]."""
         a = found.detach().double().cpu().reshape(len(found), -1)

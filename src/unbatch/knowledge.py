@@ -141,6 +141,16 @@ class Knowledge:
         check_fields(names)
         return self.only(*(set(self) - set(names)))
 
+    def server_sign(self) -> float:
+        """The sign with which the server moves its parameters along the update: +1 or -1.
+
+        It adds a difference of parameters, which local steps send, and subtracts a gradient.
+
+        >>> Knowledge(local_steps=4).server_sign(), Knowledge(local_steps=0).server_sign()
+        (1.0, -1.0)
+        """
+        return 1.0 if self.get("local_steps") or self.get("epochs") else -1.0
+
     def __or__(self, more: Knowledge) -> Knowledge:
         """Both; where both know a field, the right one's."""
         return Knowledge(**(vars(self) | vars(more)))

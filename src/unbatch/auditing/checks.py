@@ -124,7 +124,7 @@ def _want_of_labels(audit: Audit) -> Iterable[str]:
 
 
 def _union(audit: Audit) -> Iterable[str]:
-    if not any(spec.partition(":")[0] == "secure-aggregation" for spec in audit.defences):
+    if not _those_that("sums_clients", audit):
         return
     if exact := len(audit.recovered()):
         yield f"{exact} examples leak from the sum; which client holds which is not told by it."
@@ -139,16 +139,9 @@ def _union(audit: Audit) -> Iterable[str]:
         yield f"{len(gains)} come out nearer than chance; which client holds which is not told by the sum."
 
 
-def _options(spec: str) -> tuple[str, dict[str, str]]:
-    """A defence's name and options; an audit records it with all of them."""
-    name, _, tail = spec.partition(":")
-    return name, dict(part.split("=", 1) for part in tail.split(",") if "=" in part)
-
-
-def _noisy(audit: Audit) -> list[str]:
-    strength = {"noise": "sigma", "dp-sgd": "noise_multiplier"}
-    found = [(spec, *_options(spec)) for spec in audit.defences]
-    return [spec for spec, name, told in found if float(told.get(strength.get(name, ""), 0.0)) > 0]
+def _those_that(effect: str, audit: Audit) -> list[str]:
+    """The defences that say of themselves that they do this, whatever they are called."""
+    return [spec for spec in audit.defences if effect in audit.effects.get(spec, ())]
 
 
 def _unaware(audit: Audit) -> Iterable[str]:
@@ -160,16 +153,15 @@ def _unaware(audit: Audit) -> Iterable[str]:
 
 
 def _clip_without_noise(audit: Audit) -> Iterable[str]:
-    limit = {"clip": "norm", "dp-sgd": "clip"}
-    for spec in audit.defences:
-        name, told = _options(spec)
-        if name in limit and told.get(limit[name], "none") != "none" and not _noisy(audit):
+    if not _those_that("adds_noise", audit):
+        for spec in _those_that("clips", audit):
             yield f"{spec} stands without any noise."
 
 
 def _noise_without_accounting(audit: Audit) -> Iterable[str]:
-    if _noisy(audit) and (audit.privacy is None or audit.privacy.epsilon is None):
-        yield f"nobody accounts for {', '.join(_noisy(audit))}: there is no epsilon."
+    noisy = _those_that("adds_noise", audit)
+    if noisy and (audit.privacy is None or audit.privacy.epsilon is None):
+        yield f"nobody accounts for {', '.join(noisy)}: there is no epsilon."
 
 
 CHECKS: tuple[Check, ...] = (

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from unbatch.attack import Attack
 from unbatch.auditing.checks import NEAR_CHANCE
-from unbatch.auditing.client import published, told
+from unbatch.auditing.client import published
 from unbatch.auditing.run import audit
 from unbatch.auditing.suites import suite
-from unbatch.defence import Defence
+from unbatch.defence import Defence, Stack
 from unbatch.domain import domain_of
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss
@@ -67,17 +67,10 @@ def guard(
         raise ValueError(f"max_psnr is {max_psnr} and seconds {seconds}; give a number of dB, and a time above 0.")
     protocol = protocol or Protocol()
     tools = Attack.several(ATTACKS if attacks is None else attacks)
-    stack = Defence.several(defences)
-    domain = domain_of(inputs)
-    known = Knowledge(input_shape=tuple(inputs.shape[1:]), batch_size=len(inputs), domain=domain.name)
-    known |= published(protocol)
-    if (domain.low, domain.high) == (0.0, 1.0):
-        known |= Knowledge(input_range=(0.0, 1.0))
-    known = told(stack, known, update)
-    for defence in stack:
-        loss = defence.loss(loss)
+    stack = Stack.of(defences)
+    known = stack.told(published(inputs, protocol) | domain_of(inputs).public(), update) | (knowledge or Knowledge())
     record = audit(
-        Observation(model=model, loss=loss, update=update, knowledge=known | (knowledge or Knowledge())),
+        Observation(model=model, loss=stack.loss(loss), update=update, knowledge=known),
         truth=Truth(inputs=inputs, labels=labels),
         attacks=tools,
         analyses=(),
@@ -85,7 +78,7 @@ def guard(
         budget=seconds / max(len(tools), 1),
     )
     residual = record.clients[0].residual
-    if not stack and residual is not None and residual > UNEXPLAINED and not _random(model, protocol):
+    if not stack.defences and residual is not None and residual > UNEXPLAINED and not _random(model, protocol):
         raise ValueError(
             f"this batch is not behind this update: it would send one that is {residual:.0%} off. Give the inputs, labels "
             "and model of this step, its protocol, and the defences that changed the update."

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Domain, domain_told
 from unbatch.errors import NotApplicable
-from unbatch.knowledge import Earlier, Knowledge
+from unbatch.knowledge import Earlier
 from unbatch.loss import identify
 from unbatch.metric import Metric
 from unbatch.network.dense import forward
@@ -152,7 +151,7 @@ class _Plan:
                 setting.loss,
                 setting.inputs,
                 setting.labels,
-                knowledge=_public(setting) | setting.knowledge,
+                knowledge=setting.domain.public() | setting.knowledge,
                 protocol=setting.protocol,
                 defences=self.defences,
                 seed=index,
@@ -181,6 +180,7 @@ class _Plan:
             truth=truth is not None,
             attacks=[str(a) for a in self.attacks],
             defences=[str(d) for d in self.defences],
+            effects={str(d): d.effects() for d in self.defences},
             random_defences=[str(d) for d in self.defences if d.random],
             published={str(d): d.tells(obs.knowledge, obs.loss) for d in self.defences},
             privacy=obs.knowledge.get("privacy"),
@@ -291,7 +291,7 @@ class _Plan:
             raise NotApplicable("an active server chooses the model before the client's step; this update is captured.")
         s = self.settings[index]
         model = attack.plant(s.model, torch.Generator().manual_seed(seed))
-        knowledge = _public(s) | s.knowledge
+        knowledge = s.domain.public() | s.knowledge
         return observe(
             model,
             s.loss,
@@ -323,14 +323,6 @@ def _settings(target: Target) -> list[Setting]:
     if not settings:
         raise ValueError("there is no client to audit; give at least one Setting.")
     return settings
-
-
-def _public(setting: Setting) -> Knowledge:
-    """What the server knows of the task itself. A range that was read off the private batch is not told."""
-    told: dict[str, Any] = {"domain": setting.domain.name}
-    if (setting.domain.low, setting.domain.high) == (0.0, 1.0):
-        told["input_range"] = (0.0, 1.0)
-    return Knowledge(**told)
 
 
 def _remedy(

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from unbatch.auditing.client import honest_step
+from unbatch.auditing.client import published
 from unbatch.case import Case, Setting
-from unbatch.defence import Defence, Round, Step
+from unbatch.defence import Defence, Round, Stack
 from unbatch.loss import reduction
 from unbatch.network.dense import forward
-from unbatch.protocol import flatten
+from unbatch.plugin import OneOrMore
+from unbatch.protocol import Update, flatten
 
 TEST = 0.3  # share of the data held out
 
@@ -47,31 +47,31 @@ class Scene:
     @cached_property
     def size(self) -> float:
         """The median norm of one example's gradient at the first model."""
-        norms = [float(flatten(u, u).norm()) for i in range(8) for u in [self._step(slice(i, i + 1), [])]]
+        norms = [float(flatten(u, u).norm()) for i in range(8) for u in [self._update(slice(i, i + 1))]]
         return sorted(norms)[len(norms) // 2]
 
     @cached_property
     def rms(self) -> float:
         """Of an entry of the undefended update."""
-        update = self._step(slice(self.n), [])
+        update = self._update(slice(self.n))
         return float(flatten(update, update).square().mean().sqrt())
 
-    def accuracy(self, n: int, defences: Sequence[str]) -> float:
+    def accuracy(self, n: int, defences: OneOrMore[Defence]) -> float:
         """On the held-out data, after `rounds` updates of n training examples each, taken by Adam at the server.
 
-        Adam's steps do not depend on the updates' scale, so that clipping costs no more than what it hides.
+        Adam's steps do not depend on the updates' scale, so that clipping costs no more than what it hides. Which way the
+        server goes is what the protocol and the defences make known of the update: local steps send a difference.
         """
         s, rng = self.setting, torch.Generator().manual_seed(self.seed)
         model = copy.deepcopy(s.model)
-        made = Defence.several(defences)
+        stack = Stack.of(defences)
+        sign = stack.public(published(s.inputs[:n], s.protocol)).server_sign()
         parameters = dict(model.named_parameters())
         optimiser = torch.optim.Adam(parameters.values(), lr=0.01)
         for _ in range(self.rounds):
             part = torch.randperm(self.cut, generator=rng)[:n]
-            update = self._step(part, made, model, rng)
-            sign = -1.0 if any(d.name == "local-steps" for d in made) or s.protocol.steps(n) else 1.0
-            for name, u in update.items():
-                parameters[name].grad = sign * u.detach()
+            for name, u in self._update(part, stack, model, rng).items():
+                parameters[name].grad = -sign * u.detach()
             optimiser.step()
         outputs = forward(model, s.inputs[self.cut :])
         labels = s.labels[self.cut :].to(outputs.device)
@@ -84,28 +84,26 @@ class Scene:
             self._plain[n] = self.accuracy(n, [])
         return self._plain[n]
 
-    def _step(
+    def _update(
         self,
         part: slice | Tensor,
-        defences: Sequence[Defence],
+        stack: Stack = Stack(),  # noqa: B008 (it is frozen)
         model: nn.Module | None = None,
         rng: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Update:
         s = self.setting
-        step: Step = honest_step
-        for defence in reversed(defences):
-            step = defence.wrap(step)
         model = model or s.model
         first = next(model.parameters())
-        round_ = Round(
-            model=model,
-            loss=s.loss,
-            inputs=s.inputs[part].to(first),
-            labels=s.labels[part].to(first.device),
-            protocol=s.protocol,
-            rng=rng or torch.Generator().manual_seed(self.seed),
+        return stack.step(
+            Round(
+                model=model,
+                loss=s.loss,
+                inputs=s.inputs[part].to(first),
+                labels=s.labels[part].to(first.device),
+                protocol=s.protocol,
+                rng=rng or torch.Generator().manual_seed(self.seed),
+            )
         )
-        return dict(step(round_))
 
 
 def scene_of(target: Case | Setting, batch: int, rounds: int, seed: int) -> Scene:

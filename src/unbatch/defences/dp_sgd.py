@@ -53,6 +53,16 @@ class DpSgd(Defence):
             raise ValueError("noise is in units of clip, so noise_multiplier=0 where clip=none")
         return self
 
+    @property
+    def adds_noise(self) -> bool:
+        """In every gradient."""
+        return self.noise_multiplier > 0
+
+    @property
+    def clips(self) -> bool:
+        """Each example's gradient."""
+        return self.clip is not None
+
     def wrap(self, step: Step) -> Step:
         def private(round_: Round) -> Update:
             if self.clip is None:

@@ -29,6 +29,11 @@ class Noise(Defence):
     sigma: Annotated[float, Field(ge=0, allow_inf_nan=False, description="standard deviation of every entry")] = 0.01
     relative: Annotated[bool, Field(description="sigma in units of the update's root mean square")] = False
 
+    @property
+    def adds_noise(self) -> bool:
+        """Also where its size is relative, and not told."""
+        return self.sigma > 0
+
     def wrap(self, step: Step) -> Step:
         def noised(round_: Round) -> Update:
             update = step(round_)

@@ -151,6 +151,7 @@ class Audit(_Record):
     truth: bool = True  # False for a captured update
     attacks: list[str]
     defences: list[str] = []  # outermost first
+    effects: dict[str, list[str]] = {}  # by defence, what it says that it does: "adds_noise", "clips", "sums_clients"
     random_defences: list[str] = []  # those of them that draw random numbers
     published: dict[str, list[str]] = {}  # by defence, the fields of knowledge that it makes known
     privacy: Privacy | None = None  # where the client trains with differential privacy
