@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import unbatch
-from unbatch import Attack, Case, Knowledge, Observation, Protocol, Reconstruction, Setting, observe
+from unbatch import Attack, Case, Knowledge, NotApplicable, Observation, Protocol, Reconstruction, Setting, observe
 from unbatch.attack import ActiveAttack, Demo, Guarantee
+from unbatch.inversion.view import View
 from unbatch.progress import Watch, tick
 from unbatch.reporting.results import Audit
 
@@ -30,10 +31,9 @@ class Chosen(Attack):
 
     answer: Annotated[str, Field(description="which")] = "none"
 
-    def obstacle(self, obs: Observation) -> str | None:
-        return "it cannot." if self.answer == "obstacle" else None
-
-    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+    def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        if self.answer == "obstacle":
+            raise NotApplicable("it cannot.")
         CALLS.append(1)
         if self.answer == "fail":
             raise RuntimeError("bang")
@@ -185,11 +185,8 @@ def test_an_attack_is_handed_only_what_it_declares(setting: Setting) -> None:
         paper: ClassVar[str] = "none"
         demo: ClassVar[Demo] = Demo(case="digits")
 
-        def obstacle(self, obs: Observation) -> str | None:
-            return None
-
-        def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-            return Reconstruction(inputs=None, labels=obs.knowledge.labels)
+        def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+            return Reconstruction(inputs=None, labels=view.knowledge.labels)
 
     told = Setting(
         model=setting.model,
@@ -212,16 +209,13 @@ def test_an_active_attack_plants_its_model(setting: Setting) -> None:
         paper: ClassVar[str] = "none"
         demo: ClassVar[Demo] = Demo(case="digits")
 
-        def obstacle(self, obs: Observation) -> str | None:
-            return None
-
         def plant(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
             copy = Case.parse("digits:batch=3,width=16").setting().model
             copy.load_state_dict({k: torch.zeros_like(v) for k, v in model.state_dict().items()})
             return copy
 
-        def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-            assert not any(p.any() for p in obs.model.parameters())
+        def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+            assert not any(p.any() for p in view.model.parameters())
             return Reconstruction(inputs=None, labels=torch.tensor([0]))
 
     record = unbatch.audit(setting, attacks=[Planted()])

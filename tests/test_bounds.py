@@ -73,7 +73,7 @@ def flat(update: dict[str, Tensor]) -> Tensor:
 
 
 def one(spec: str, obs: Observation, at: tuple[Tensor, Tensor] | None = None) -> Bound:
-    (bound,) = Analysis.parse(spec).run(obs, at=at)
+    (bound,) = Analysis.parse(spec)(obs, at=at)
     assert isinstance(bound, Bound)
     return bound
 
@@ -140,7 +140,7 @@ def test_bounds_of_a_linear_network_in_closed_form(n: int, sigma: float) -> None
     t = level(torch.linalg.eigvalsh(V), matched)
     least = float(torch.linalg.inv(precision + torch.eye(n * d) / t).trace()) - (t * matched / 2 if matched else 0.0)
     several = [
-        Analysis.parse("van-trees:exact=0,probes=8,steps=60").run(obs, rng=torch.Generator().manual_seed(k))
+        Analysis.parse("van-trees:exact=0,probes=8,steps=60")(obs, rng=torch.Generator().manual_seed(k))
         for k in range(4)
     ]
     assert 0.2 * least < sum(bound.value**2 for (bound,) in several) / 4 * n * d < 1.05 * least
@@ -200,7 +200,7 @@ def test_guesses_that_never_saw_the_update_keep_to_every_bound_when_they_are_mat
     )
     private = replace(blind, knowledge=spent)
     none = replace(blind, update={k: torch.zeros_like(u) for k, u in blind.update.items()})
-    found = [*Analysis.parse("dp-reconstruction").run(private), *Analysis.parse("counting").run(none)]
+    found = [*Analysis.parse("dp-reconstruction")(private), *Analysis.parse("counting")(none)]
     found += [one("noise-information", blind), one("van-trees", blind), one("van-trees:exact=0", blind)]
     squares = {b.name: b.value**2 for b in found if isinstance(b, Bound) and b.scope == "any"}
     assert len(squares) == 7
@@ -397,7 +397,7 @@ def best_bound(obs: Observation) -> float:
     found = [0.0]
     for name in BOUNDS:
         try:
-            findings = Analysis.parse(name).run(obs)
+            findings = Analysis.parse(name)(obs)
         except ValueError:
             continue
         found += [b.value**2 for b in findings if isinstance(b, Bound) and (b.scope, b.covers) == ("any", "update")]
@@ -516,18 +516,18 @@ def test_networks_whose_update_jumps_are_told_from_smooth_ones() -> None:
 def test_words_where_there_is_no_bound(name: str) -> None:
     x, y = torch.rand(2, 1, 4, 4).double(), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="no Gaussian noise of known size"):
-        Analysis.parse(name).run(observe(tanh((1, 4, 4), 20), LOSS, x, y)[0])
+        Analysis.parse(name)(observe(tanh((1, 4, 4), 20), LOSS, x, y)[0])
     with pytest.raises(ValueError, match="lost in rounding"):
-        Analysis.parse(name).run(seen(tanh((1, 4, 4), 20), LOSS, x, y, 1e-300))
+        Analysis.parse(name)(seen(tanh((1, 4, 4), 20), LOSS, x, y, 1e-300))
     with pytest.raises(ValueError, match="jumps where inputs cross a kink"):
-        Analysis.parse(name).run(seen(tanh((1, 4, 4), 20, nn.ReLU), LOSS, x, y, 0.1))
+        Analysis.parse(name)(seen(tanh((1, 4, 4), 20, nn.ReLU), LOSS, x, y, 0.1))
     defences = ["noise:sigma=1e-4", "quantise:bits=4"]
     coarse = observe(tanh((1, 4, 4), 20), LOSS, x, y, defences=defences, knowledge=RANGE)[0]
     with pytest.raises(ValueError, match="changed by quantise:bits=4"):
-        Analysis.parse(name).run(coarse)
+        Analysis.parse(name)(coarse)
     untold = coarse.only(*(set(coarse.knowledge) - {"altered"}))
     with pytest.raises(ValueError, match="another defence changed it"):
-        Analysis.parse(name).run(untold, at=(x, y))
+        Analysis.parse(name)(untold, at=(x, y))
     clipped = observe(tanh((1, 4, 4), 20), LOSS, x, y, defences=["noise:sigma=1e-4", "clip:norm=0.1"], knowledge=RANGE)[
         0
     ]
@@ -586,7 +586,7 @@ def private(z: float, q: float = 1.0, steps: int = 1, shape: tuple[int, ...] = (
 
 def test_privacy_bounds_are_sharp_about_as_many_nats_as_unknowns() -> None:
     def psnr(z: float, **more: float) -> dict[str, float]:
-        found = Analysis.parse("dp-reconstruction").run(private(z, **more))
+        found = Analysis.parse("dp-reconstruction")(private(z, **more))
         return {f.name: f.psnr if isinstance(f, Bound) else f.value for f in found}
 
     strong, weak = psnr(10.0), psnr(0.05)
@@ -612,7 +612,7 @@ def test_the_best_linear_attack_on_the_gaussian_mechanism_keeps_to_the_bounds() 
         fit = torch.linalg.lstsq(u, x).solution
         error = float((u @ fit - x).square().mean())
         bounds = [
-            b for b in Analysis.parse("dp-reconstruction").run(private(z)) if isinstance(b, Bound) and b.scope == "any"
+            b for b in Analysis.parse("dp-reconstruction")(private(z)) if isinstance(b, Bound) and b.scope == "any"
         ]
         assert [b.covers for b in bounds] == ["update", "update", "training", "training"]
         assert all(b.value**2 < 1.01 * error for b in bounds)
@@ -623,7 +623,7 @@ def test_nats_of_one_update_and_of_the_training(z: float) -> None:
     v = GaussianPrior((1, 4, 4)).variances
     for steps in (1, 8):
         found = {
-            b.name: b for b in Analysis.parse("dp-reconstruction").run(private(z, steps=steps)) if isinstance(b, Bound)
+            b.name: b for b in Analysis.parse("dp-reconstruction")(private(z, steps=steps)) if isinstance(b, Bound)
         }
         whole, once = found["zCDP information"], found["zCDP information, this update"]
         assert whole.value**2 * 16 == pytest.approx(distortion(v, steps / (2 * z**2)))
@@ -632,11 +632,11 @@ def test_nats_of_one_update_and_of_the_training(z: float) -> None:
         assert robust[0].value <= robust[1].value if steps > 1 else robust[0].value == robust[1].value
         renyi = 4 * steps / z**2
         assert found["Renyi"].value == pytest.approx(0.5 / math.expm1(renyi) ** 0.5)
-    rare = [b for b in Analysis.parse("dp-reconstruction").run(private(z, q=0.01)) if isinstance(b, Bound)]
+    rare = [b for b in Analysis.parse("dp-reconstruction")(private(z, q=0.01)) if isinstance(b, Bound)]
     best = {c: min(b.psnr for b in rare if b.scope == "any" and b.covers == c) for c in ("update", "training")}
     assert best["update"] > best["training"]  # who is in it for sure has no sampling to hide behind
     four = replace(private(z), knowledge=private(z).knowledge | Knowledge(batch_size=4))
-    matched = Analysis.parse("dp-reconstruction").run(four)[0]
+    matched = Analysis.parse("dp-reconstruction")(four)[0]
     assert isinstance(matched, Bound)
     assert matched.value**2 * 16 == pytest.approx(distortion(v, 1 / (2 * z**2) + math.log(24) / 4))
 
@@ -646,7 +646,7 @@ def test_the_radius_that_none_of_n_answers_reaches(n: int) -> None:
     """Union over answers; where the chance of reaching it is drawn, three standard errors on the safe side."""
     v, obs = GaussianPrior((1, 4, 4)).variances, private(1.0, q=0.2, steps=3)
     told = replace(obs, knowledge=obs.knowledge | Knowledge(batch_size=n))
-    found = {b.name: b.value for b in Analysis.parse("dp-reconstruction").run(told)}
+    found = {b.name: b.value for b in Analysis.parse("dp-reconstruction")(told)}
 
     def best(reached: Callable[[float], float]) -> float:
         at = [(1 - reached(min(1.0, n * k)), guessing_radius(v, math.log(k))) for k in CHANCES]
@@ -669,7 +669,7 @@ def test_the_sign_of_one_number_released_comes_near_the_bound(steps: int) -> Non
     z, rng = 3.0, torch.Generator().manual_seed(0)
     total_ = steps + z * steps**0.5 * torch.randn(400_000, generator=rng, dtype=torch.float64)
     error = 1 - 2 / math.pi * float((total_ / z**2).tanh().square().mean())
-    found = Analysis.parse("dp-reconstruction").run(private(z, steps=steps, shape=(1,)))
+    found = Analysis.parse("dp-reconstruction")(private(z, steps=steps, shape=(1,)))
     (bound,) = [b for b in found if isinstance(b, Bound) and b.name == "zCDP information"]
     assert 0.75 * error < bound.value**2 / 0.25**2 < error
 
@@ -678,17 +678,17 @@ def test_mixup_and_undeclared_steps_have_no_privacy_to_speak_of() -> None:
     obs = private(1.0)
     mixed = replace(obs, knowledge=obs.knowledge | Knowledge(mixup=1.0))
     with pytest.raises(ValueError, match="two gradients"):
-        Analysis.parse("dp-reconstruction").run(mixed)
+        Analysis.parse("dp-reconstruction")(mixed)
     often = replace(obs, knowledge=obs.knowledge | Knowledge(local_steps=3))
     with pytest.raises(ValueError, match="takes 3 private steps, and 1 are declared"):
-        Analysis.parse("dp-reconstruction").run(often)
+        Analysis.parse("dp-reconstruction")(often)
 
 
 @pytest.mark.parametrize("z", [0.2, 0.5, 1.0, 4.0])
 def test_least_squares_on_the_gaussian_mechanism_keeps_to_the_renyi_bound(z: float) -> None:
     """u = (2 / sqrt d) (x - 1/2) + z normal, of norm at most 1 on the unit cube: an error of z sqrt(d) / 2 an entry."""
     for d in (1, 4, 64):
-        bounds = Analysis.parse("dp-reconstruction").run(private(z, shape=(1, 1, d)))
+        bounds = Analysis.parse("dp-reconstruction")(private(z, shape=(1, 1, d)))
         (renyi,) = [b for b in bounds if isinstance(b, Bound) and b.scope == "unbiased"]
         assert renyi.value < z * d**0.5 / 2
         assert renyi.value == pytest.approx(0.5 / math.expm1(4 / z**2) ** 0.5)
@@ -698,7 +698,7 @@ def test_counting_bits_and_numbers() -> None:
     x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
     model = tanh((1, 8, 8), 40).float()
     pruned = observe(model, LOSS, x, y, defences=["prune:share=0.998"])[0]
-    bound, verdict = Analysis.parse("counting").run(pruned)
+    bound, verdict = Analysis.parse("counting")(pruned)
     assert isinstance(bound, Bound)
     assert isinstance(verdict, Verdict)
     sent = sum(int(t.count_nonzero()) for t in pruned.update.values())
@@ -713,9 +713,9 @@ def test_counting_bits_and_numbers() -> None:
     nats = (bits * math.log(2) + math.log(2)) / 2  # n = 2
     assert bound.value == pytest.approx(math.sqrt(distortion(GaussianPrior((1, 8, 8)).variances, nats) / 64))
     with pytest.raises(ValueError, match="numbers and bits enough"):
-        Analysis.parse("counting").run(observe(model, LOSS, x, y)[0])
+        Analysis.parse("counting")(observe(model, LOSS, x, y)[0])
     harder = observe(model, LOSS, x, y, defences=["prune:share=0.9995"])[0]
-    assert Analysis.parse("counting").run(harder)[0].value > bound.value
+    assert Analysis.parse("counting")(harder)[0].value > bound.value
 
 
 @pytest.mark.parametrize(("levels", "error"), [(2, 0.3634), (4, 0.1175)])
@@ -729,7 +729,7 @@ def test_the_best_scalar_quantiser_comes_near_the_count_of_its_bits(levels: int,
     model = nn.Linear(d, 1, bias=False).double()
     known = Knowledge(input_shape=(d,), batch_size=1)
     obs = Observation(model=model, loss=total, update={"weight": nearest_code[None]}, knowledge=known)
-    (bound,) = [b for b in Analysis.parse("counting").run(obs) if isinstance(b, Bound)]
+    (bound,) = [b for b in Analysis.parse("counting")(obs) if isinstance(b, Bound)]
     assert 0.45 * error < bound.value**2 / 0.25**2 < error
 
 
@@ -738,7 +738,7 @@ def test_every_analysis_works_without_the_truth_and_says_so(name: str) -> None:
     x, y = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
     how = {"counting": "prune:share=0.996", "dp-reconstruction": "dp-sgd:accountant=rdp"}.get(name, "noise:sigma=0.01")
     obs = observe(tanh((1, 4, 4), 20).float(), LOSS, x, y, defences=[how], knowledge=RANGE, protocol=EVAL)[0]
-    found = [b for b in Analysis.parse(name).run(obs) if isinstance(b, Bound) and b.name != "Renyi"]
+    found = [b for b in Analysis.parse(name)(obs) if isinstance(b, Bound) and b.name != "Renyi"]
     assert found
     for bound in found:
         assert "drawn from the prior" in bound.assumptions or "without the truth" in bound.assumptions

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbatch import Observation, observe
-from unbatch.attacks.unmix import Rounding, _form, _layer, _mixture, _span
-from unbatch.network.dense import Dense
+from unbatch.inversion.above_layer import Rounding
+from unbatch.inversion.unmixing import Problem, layer_span
+from unbatch.inversion.view import View
 from unbatch.numerics.unmix.certificate import radius
 from unbatch.numerics.unmix.equation import accept, polish
 from unbatch.numerics.unmix.joint import refine
@@ -57,6 +58,14 @@ def exchange(seed: int, *, crowded: bool) -> tuple[Observation, Tensor, Tensor]:
     return replace(obs, update=sent), x.double(), y
 
 
+def posed(obs: Observation, rng: torch.Generator) -> Problem:
+    """The problem of an exchange, also where it is too large to be taken on."""
+    view = View.of(obs)
+    assert view.first is not None
+    assert view.form is not None
+    return Problem(view, view.first, view.form, layer_span(view, view.first, rng))
+
+
 def judge(seed: int, kind: str = "") -> Judged | None:
     """One random problem; its candidates are the best solution near the truth, or what its kind makes of that.
 
@@ -66,13 +75,11 @@ def judge(seed: int, kind: str = "") -> Judged | None:
     kind = kind or KINDS[seed // 3 % len(KINDS)]
     obs, x, y = exchange(seed, crowded=kind == "crowded")
     rng = torch.Generator().manual_seed(seed)
-    layer, form = _layer(obs), _form(obs)
-    assert isinstance(layer, Dense)
-    assert form is not None
-    span, n = _span(obs, layer, rng), len(x)
-    if len(span.values) != n:
+    problem, n = posed(obs, rng), len(x)
+    span = problem.span
+    if problem.rank != n:
         return None
-    mixture: Mixture = _mixture(obs, layer, form, span, n)
+    mixture: Mixture = problem.mixture(problem.tail(n))
     z, jointly = mixture.scaled(torch.cat([x, torch.ones(n, 1).double()], 1) @ span.rows.T), kinked(mixture, rng)
     if kind in POLISHED:
         if kind == "part":
@@ -91,7 +98,7 @@ def judge(seed: int, kind: str = "") -> Judged | None:
         z = mixture.scaled(z * (1 + size * torch.randn(z.shape, generator=rng, dtype=torch.float64)))
     kept = accept(mixture, z, y)
     kept = kept[: n // 2] if "part" in kind.split() else kept
-    rounding = Rounding(obs, layer, form, span.rows, n)
+    rounding = Rounding(obs, problem.layer, problem.form, span.rows, n)
     reach = radius(mixture, z[kept], y[kept], rng, rounding=rounding, jointly=jointly)
     sure = reach.isfinite()
     found = (z[kept] @ span.rows)[:, :-1][sure]
@@ -166,11 +173,8 @@ def test_bounds_hold_at_the_last_digit(seed: int, kind: str) -> None:
 def test_a_kink_crossed_by_rounding_counts_where_the_fit_would_not_show_it(seed: int, counts: bool) -> None:
     """One draw makes an eighth of an entry of one delta wrong: in float32 such an update would have been refused."""
     obs, x, y = exchange(seed, crowded=False)
-    layer, form = _layer(obs), _form(obs)
-    assert isinstance(layer, Dense)
-    assert form is not None
-    span = _span(obs, layer, torch.Generator().manual_seed(0))
-    mixture = _mixture(obs, layer, form, span, len(x))
+    problem = posed(obs, torch.Generator().manual_seed(0))
+    span, mixture = problem.span, problem.mixture(problem.tail(len(x)))
     z = mixture.scaled(torch.cat([x, torch.ones(len(x), 1).double()], 1) @ span.rows.T)
     z = refine(mixture, z, y)[0]
     delta = mixture.F(z, y)
@@ -195,11 +199,8 @@ def test_a_solution_of_nothing_has_no_bound() -> None:
     """Where F bends by more than a twentieth within the bound, first order is not relied on."""
     obs, x, y = exchange(2, crowded=False)  # bfloat16
     rng = torch.Generator().manual_seed(0)
-    layer, form = _layer(obs), _form(obs)
-    assert isinstance(layer, Dense)
-    assert form is not None
-    span = _span(obs, layer, rng)
-    mixture = _mixture(obs, layer, form, span, len(x))
+    problem = posed(obs, rng)
+    _span, mixture = problem.span, problem.mixture(problem.tail(len(x)))
     z = torch.randn(3, mixture.n, generator=rng, dtype=torch.float64)
     assert not bool(radius(mixture, mixture.scaled(z), y[:3], rng).isfinite().any())
     assert radius(mixture, z[:0], y[:0], rng).shape == (0,)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch.network.dense import Features, dense_layers, forward, layer_inputs
+from unbatch.network.dense import Features, anatomy, forward, layer_inputs
 
 
 class Custom(nn.Module):
@@ -28,7 +28,7 @@ class Custom(nn.Module):
 
 
 def test_dense_layers_are_found_by_running() -> None:
-    first, free, head = dense_layers(Custom(), (2, 2, 2))
+    first, free, head = anatomy(Custom(), (2, 2, 2)).layers
     assert (first.name, first.bias, first.head) == ("first", "first.bias", False)
     assert (free.name, free.bias, free.feeds) == ("W", None, None)
     assert head.name == "out"
@@ -41,12 +41,12 @@ def test_dense_layers_are_found_by_running() -> None:
 def test_a_nonlinear_or_mixing_path_is_not_taken_for_the_input() -> None:
     for before in (nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8)):
         model = nn.Sequential(before, nn.Linear(8, 3))
-        assert dense_layers(model, (8,))[-1].feeds is None
+        assert anatomy(model, (8,)).layers[-1].feeds is None
 
 
 def test_layers_on_sequences_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Flatten(), nn.Linear(15, 2))
-    assert [d.name for d in dense_layers(model, (3, 4))] == ["2"]
+    assert [d.name for d in anatomy(model, (3, 4)).layers] == ["2"]
 
 
 def test_modes_are_put_back_and_failures_said() -> None:

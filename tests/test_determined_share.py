@@ -101,7 +101,7 @@ def test_a_picture_of_cifar_size_within_the_default_work() -> None:
     setting = Case.parse("photos:model=lenet").setting()
     obs, truth = observe(setting.model, setting.loss, setting.inputs, setting.labels, knowledge=setting.knowledge)
     assert math.prod(obs.knowledge.input_shape) == 3072
-    verdicts = Analysis.parse("security-metric").run(obs, at=(truth.inputs, truth.labels))
+    verdicts = Analysis.parse("security-metric")(obs, at=(truth.inputs, truth.labels))
     (verdict,) = (v for v in verdicts if v.name == "determined share")
     assert 0.9 < verdict.value < 1
 
@@ -112,7 +112,7 @@ def test_what_costs_too_much_is_said_in_operations() -> None:
     assert 5e12 < work(model, LOSS, x, Y) < 2e13
     obs, _ = observe(model, LOSS, x, Y, protocol=Protocol(mode="eval"))
     with pytest.raises(ValueError, match=r"about .*e\+12 operations, more than work=3\.0e\+11.*3,072 unknowns"):
-        Analysis.parse("security-metric").run(obs)
+        Analysis.parse("security-metric")(obs)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -135,7 +135,7 @@ def test_the_analysis_answers_for_networks_that_are_no_chain() -> None:
             return out
 
     obs, _ = observe(Sum(), LOSS, torch.rand(1, 6), Y, protocol=Protocol(mode="eval"))
-    (verdict,) = Analysis.parse("security-metric").run(obs)
+    (verdict,) = Analysis.parse("security-metric")(obs)
     assert verdict.name == "determined share"
     assert verdict.value > 0.999
     assert "c(M) does not know this network" in verdict.words

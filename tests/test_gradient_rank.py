@@ -8,7 +8,7 @@ from unbatch import Analysis, Case, LayerRisk, observe
 def risks(case: str, **options) -> dict[str, LayerRisk]:
     setting = Case.parse(case).setting()
     obs, _ = observe(setting.model, setting.loss, setting.inputs, setting.labels, **options)
-    return {risk.layer: risk for risk in Analysis.parse("gradient-rank").run(obs)}
+    return {risk.layer: risk for risk in Analysis.parse("gradient-rank")(obs)}
 
 
 @pytest.mark.parametrize("double", ["true", "false"])
@@ -42,7 +42,7 @@ def test_convolutions_count_equations_and_frozen_layers_send_nothing() -> None:
     setting.model.head.weight.requires_grad_(False)
     setting.model.head.bias.requires_grad_(False)
     obs, _ = observe(setting.model, setting.loss, setting.inputs, setting.labels)
-    found = {r.layer: r for r in Analysis.parse("gradient-rank").run(obs)}
+    found = {r.layer: r for r in Analysis.parse("gradient-rank")(obs)}
     assert "head" not in found
     assert found["conv1"].rank == 12
     assert found["conv1"].equations == 12 * (12 + 76 - 12)
@@ -55,10 +55,10 @@ def test_without_a_bias_scale_is_open_and_zero_is_said() -> None:
         model[0].weight.fill_(-1.0)
     x, y = torch.rand(1, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0])
     obs, _ = observe(model, nn.functional.cross_entropy, x, y)
-    assert "gradient is zero" in Analysis.parse("gradient-rank").run(obs)[0].words
+    assert "gradient is zero" in Analysis.parse("gradient-rank")(obs)[0].words
     with torch.no_grad():
         model[0].weight.fill_(1.0)
     obs, _ = observe(model, nn.functional.cross_entropy, x, y)
-    assert "up to scale" in Analysis.parse("gradient-rank").run(obs)[0].words
+    assert "up to scale" in Analysis.parse("gradient-rank")(obs)[0].words
     with pytest.raises(ValueError, match="needs to know input_shape"):
-        Analysis.parse("gradient-rank").run(obs.only("batch_size"))
+        Analysis.parse("gradient-rank")(obs.only("batch_size"))

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from unbatch import Observation, Protocol, observe
 from unbatch.inversion.input_span import reduce
+from unbatch.inversion.view import View
 from unbatch.models.small import build
 
 PROTOCOLS = {
@@ -25,7 +26,7 @@ def exchange(protocol: Protocol, model: nn.Module | None = None) -> tuple[Observ
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 def test_the_reduced_network_trains_on_z_as_the_whole_one_on_x(protocol: Protocol) -> None:
     obs, x, y = exchange(protocol)
-    found = reduce(obs, torch.Generator().manual_seed(0))
+    found = reduce(View.of(obs), torch.Generator().manual_seed(0))
     assert found is not None
     assert found.exact
     assert found.rows.shape == (4, 192)
@@ -39,7 +40,7 @@ def test_a_noisy_update_is_reduced_and_said_to_be_inexact() -> None:
     obs, _, _ = exchange(Protocol())
     rng = torch.Generator().manual_seed(1)
     noisy = {k: t + 1e-4 * torch.randn(t.shape, generator=rng, dtype=t.dtype) for k, t in obs.update.items()}
-    found = reduce(Observation(model=obs.model, loss=obs.loss, update=noisy, knowledge=obs.knowledge), rng)
+    found = reduce(View.of(Observation(model=obs.model, loss=obs.loss, update=noisy, knowledge=obs.knowledge)), rng)
     assert found is not None
     assert not found.exact
 
@@ -51,7 +52,7 @@ def test_a_noisy_update_is_reduced_and_said_to_be_inexact() -> None:
 )
 def test_updates_with_other_rows_than_the_inputs_are_left_alone(protocol: Protocol) -> None:
     obs, _, _ = exchange(protocol)
-    assert reduce(obs, torch.Generator().manual_seed(0)) is None
+    assert reduce(View.of(obs), torch.Generator().manual_seed(0)) is None
 
 
 class Normalised(nn.Module):
@@ -71,4 +72,4 @@ def test_networks_that_do_more_than_flatten_are_left_alone(kind: str) -> None:
     rng = torch.Generator().manual_seed(0)
     model = build("convnet", (3, 8, 8), 5, rng=rng) if kind == "convolution" else Normalised()
     obs, _, _ = exchange(Protocol(), model)
-    assert reduce(obs, torch.Generator().manual_seed(0)) is None
+    assert reduce(View.of(obs), torch.Generator().manual_seed(0)) is None

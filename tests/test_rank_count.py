@@ -43,7 +43,7 @@ def drawn(*layers: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("name", "value"), [("cnn2-c2", -1470), ("cnn2-c4", -2146), ("cnn3-c4", -2146)])
 def test_the_published_metric_of_published_networks(name: str, value: int) -> None:
     obs, at = observed(f"photos:model={name},bias=false")
-    (verdict,) = Analysis.parse("security-metric:work=0").run(obs, at=at)
+    (verdict,) = Analysis.parse("security-metric:work=0")(obs, at=at)
     assert verdict.name == "c(M)"
     assert verdict.value == value
 
@@ -54,7 +54,7 @@ def test_the_published_metric_of_published_networks(name: str, value: int) -> No
 )
 def test_the_published_metric_where_ranks_are_measured(model: str, value: int) -> None:
     obs, at = observed(f"photos:model={model},bias=false")
-    assert Analysis.parse("security-metric:work=0").run(obs, at=at)[0].value == value
+    assert Analysis.parse("security-metric:work=0")(obs, at=at)[0].value == value
 
 
 def test_the_metric_weighs_layers_by_their_depth() -> None:
@@ -92,50 +92,50 @@ def test_the_condition_number_is_that_of_the_matrix() -> None:
 
 def test_the_words_say_what_an_attacker_must_guess() -> None:
     obs, at = observed("photos:size=16,model=cnn2-c2")
-    conv, head = Analysis.parse("layer-equations").run(obs, at=at)
+    conv, head = Analysis.parse("layer-equations")(obs, at=at)
     lost = conv.unknowns - conv.rank
     assert lost > 0
     assert f"conv1 loses {lost} of 768 unknowns: an attacker must guess them." in conv.words
     assert "Condition number" in conv.words
     assert conv.level == "partial"
     assert "head determines all" in head.words
-    assert "drawn from the prior" in Analysis.parse("layer-equations").run(obs)[0].words
+    assert "drawn from the prior" in Analysis.parse("layer-equations")(obs)[0].words
 
 
 def test_a_batch_is_no_single_example() -> None:
     obs, at = observed("photos:size=16,model=cnn2-c1,batch=3")
-    conv = Analysis.parse("layer-equations").run(obs, at=at)[0]
+    conv = Analysis.parse("layer-equations")(obs, at=at)[0]
     assert "the batch has 3" in conv.words
     assert conv.level == "partial"
 
 
 def test_what_is_too_large_to_measure_is_said() -> None:
     obs, at = observed("photos:size=16,model=cnn2-c1")
-    assert "more than largest=100" in Analysis.parse("layer-equations:largest=100").run(obs, at=at)[0].words
+    assert "more than largest=100" in Analysis.parse("layer-equations:largest=100")(obs, at=at)[0].words
     with pytest.raises(ValueError, match=r"the ranks of conv1 cannot be counted.*operations, more than work=1.0e\+06"):
-        Analysis.parse("security-metric:largest=100,work=1e6").run(obs, at=at)
-    (verdict,) = Analysis.parse("security-metric:largest=100").run(obs, at=at)
+        Analysis.parse("security-metric:largest=100,work=1e6")(obs, at=at)
+    (verdict,) = Analysis.parse("security-metric:largest=100")(obs, at=at)
     assert verdict.name == "determined share"
     assert "the ranks of conv1 cannot be counted" in verdict.words
-    (verdict,) = Analysis.parse("security-metric:work=1e6").run(obs, at=at)
+    (verdict,) = Analysis.parse("security-metric:work=1e6")(obs, at=at)
     assert verdict.name == "c(M)"
     assert "more than work=1.0e+06: a product with the Jacobian for each of 768 unknowns" in verdict.words
 
 
 def test_networks_without_convolutions_hide_nothing_from_the_published_metric() -> None:
     obs = own(drawn(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)), (12,))
-    verdict, share = Analysis.parse("security-metric").run(obs)
+    verdict, share = Analysis.parse("security-metric")(obs)
     assert verdict.value == 0
     assert share.name == "determined share"
     assert "no convolution lies before the first dense layer" in verdict.words
-    assert [risk.rank for risk in Analysis.parse("layer-equations").run(obs)] == [12, 5]
+    assert [risk.rank for risk in Analysis.parse("layer-equations")(obs)] == [12, 5]
 
 
 def test_layers_that_the_published_metric_does_not_know_are_named() -> None:
     obs = own(drawn(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)), (1, 8, 8))
-    verdict = Analysis.parse("security-metric").run(obs)[0]
+    verdict = Analysis.parse("security-metric")(obs)[0]
     assert verdict.words.startswith("every convolution is uniquely solvable; what 2 may hide is not counted")
-    conv, pool, _ = Analysis.parse("layer-equations").run(obs)
+    conv, pool, _ = Analysis.parse("layer-equations")(obs)
     assert (conv.level, pool.level) == ("partial", "unknown")
     assert "from its output, which 2 may leave open" in conv.words
     assert "'2' (MaxPool2d) has no linear way back: which entry of a window was the largest" in pool.words
@@ -169,8 +169,8 @@ def test_ranks_are_those_of_the_systems_that_the_attack_solves(name: str) -> Non
     obs, _ = observe(model, LOSS, x, torch.tensor([0]), protocol=Protocol(mode="eval"))
     attack = LayerByLayer(method="r-gap")
     known = obs.only(*(attack.needs | attack.uses))
-    readings = attack.run(known, torch.Generator().manual_seed(0)).trace["readings"]
-    rows = {risk.layer: risk for risk in Analysis.parse("layer-equations").run(obs, at=(x, torch.tensor([0])))}
+    readings = attack(known).trace["readings"]
+    rows = {risk.layer: risk for risk in Analysis.parse("layer-equations")(obs, at=(x, torch.tensor([0])))}
     assert readings
     for reading in readings:
         row = rows[reading["layers"].split(", ")[0]]
@@ -180,19 +180,19 @@ def test_ranks_are_those_of_the_systems_that_the_attack_solves(name: str) -> Non
 
 def test_what_pooling_hides_before_the_activation_is_counted() -> None:
     obs = own(drawn(*NETWORKS["average pooling"]).double(), (1, 8, 8))
-    conv, _ = Analysis.parse("layer-equations").run(obs)
+    conv, _ = Analysis.parse("layer-equations")(obs)
     assert (conv.rank, conv.unknowns, conv.level) == (49, 64, "partial")
-    verdict = Analysis.parse("security-metric").run(obs)[0]
+    verdict = Analysis.parse("security-metric")(obs)[0]
     assert verdict.value == -15
     assert "15 unknowns in all are left open" in verdict.words
 
 
 def test_max_pooling_before_the_activation_leaves_the_layer_unknown() -> None:
     obs = own(drawn(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)), (1, 8, 8))
-    conv, _ = Analysis.parse("layer-equations").run(obs)
+    conv, _ = Analysis.parse("layer-equations")(obs)
     assert conv.level == "unknown"
     assert "'1' (MaxPool2d) has no linear way back" in conv.words
-    (share,) = Analysis.parse("security-metric").run(obs)
+    (share,) = Analysis.parse("security-metric")(obs)
     assert share.name == "determined share"
     assert "c(M): what is known of the output of 0 cannot be counted: '1' (MaxPool2d)" in share.words
 
@@ -202,27 +202,27 @@ def test_the_published_metric_is_silent_of_residual_networks(mode: str) -> None:
     model = build("resnet-small", (1, 8, 8), 4, width=2, rng=torch.Generator().manual_seed(0))
     x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     obs, _ = observe(model, LOSS, x, torch.tensor([0]), protocol=Protocol(mode=mode))
-    (share,) = Analysis.parse("security-metric").run(obs)
+    (share,) = Analysis.parse("security-metric")(obs)
     assert share.name == "determined share"
     assert "'block1' (Residual), 'block2' (Residual), 'block3' (Residual)" in share.words
-    rows = {risk.layer: risk for risk in Analysis.parse("layer-equations").run(obs)}
+    rows = {risk.layer: risk for risk in Analysis.parse("layer-equations")(obs)}
     assert {"conv1", "norm1", "block1", "block2", "block3", "head"} < set(rows)
     assert not any("nothing is left" in risk.words for name, risk in rows.items() if name != "head")
 
 
 def test_a_dense_layer_on_many_vectors_is_measured() -> None:
     obs = own(drawn(nn.Linear(6, 2), nn.Tanh(), nn.Flatten(), nn.Linear(10, 3)), (5, 6))
-    tokens, _ = Analysis.parse("layer-equations").run(obs)
+    tokens, _ = Analysis.parse("layer-equations")(obs)
     assert (tokens.unknowns, tokens.rank) == (30, 10 + 12 - 4)
     assert "(measured)" in tokens.words
 
 
 def test_under_padding_the_rank_of_the_weights_is_measured() -> None:
     obs = own(drawn(nn.Conv2d(1, 3, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)).double(), (1, 7, 7))
-    conv = Analysis.parse("layer-equations").run(obs)[0]
+    conv = Analysis.parse("layer-equations")(obs)[0]
     assert "weights give 45 equations" in conv.words
     assert "(counted, the weights' measured)" in conv.words
-    large = Analysis.parse("layer-equations:condition=0").run(obs)[0]
+    large = Analysis.parse("layer-equations:condition=0")(obs)[0]
     assert "weights" not in large.words
     assert large.rank == conv.rank
 
@@ -237,13 +237,13 @@ def test_a_residual_block_has_the_rank_of_the_equations_that_the_attack_solves()
     x = torch.rand(1, 1, 7, 7, generator=rng).double()
     obs, _ = observe(model, LOSS, x, torch.tensor([0]), protocol=Protocol(mode="eval"))
     attack = LayerByLayer()
-    found = attack.run(obs.only(*(attack.needs | attack.uses)), torch.Generator().manual_seed(0))
+    found = attack(obs)
     readings = {reading["layers"].split(", ")[0]: reading for reading in found.trace["readings"]}
-    rows = {risk.layer: risk for risk in Analysis.parse("layer-equations").run(obs, at=(x, torch.tensor([0])))}
+    rows = {risk.layer: risk for risk in Analysis.parse("layer-equations")(obs, at=(x, torch.tensor([0])))}
     assert rows["2"].rank == readings["2"]["rank"]
     assert rows["2"].level != "exact"
     assert "To first order at the batch's first example: '2' (Residual) has no rule" in rows["2"].words
-    large = Analysis.parse("layer-equations:condition=70").run(obs)[1]
+    large = Analysis.parse("layer-equations:condition=70")(obs)[1]
     assert large.level == "unknown"
     assert "'2' (Residual) has no rule to read it backward by: its branch is not affine in x at 'act1'" in large.words
     assert "and 75 unknowns are more than condition=70" in large.words
@@ -253,5 +253,5 @@ def test_few_equations_on_many_unknowns_are_measured() -> None:
     obs = own(
         drawn(nn.Conv2d(1, 32, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)), (1, 16, 16)
     )
-    _, pool, _ = Analysis.parse("layer-equations").run(obs)
+    _, pool, _ = Analysis.parse("layer-equations")(obs)
     assert (pool.rank, pool.unknowns, pool.level) == (32, 6272, "low")

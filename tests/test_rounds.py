@@ -20,6 +20,7 @@ from unbatch.inversion.mean_round import mean_round, still
 from unbatch.inversion.refine import radius, refine
 from unbatch.inversion.rounds import averaged, clearest
 from unbatch.inversion.search_point import Unknowns
+from unbatch.inversion.view import View
 from unbatch.models import small
 from unbatch.numerics.bounds.subsampled_gaussian import information
 from unbatch.privacy import Privacy
@@ -53,7 +54,7 @@ def near(x: Tensor, seed: int = 0) -> Tensor:
 
 
 def bound(name: str, obs: Observation, at: tuple[Tensor, Tensor] | None = None, which: int = 0) -> Bound:
-    found = Analysis.parse(name).run(obs, at=at)[which]
+    found = Analysis.parse(name)(obs, at=at)[which]
     assert isinstance(found, Bound)
     return found
 
@@ -215,7 +216,7 @@ def test_rounds_at_other_parameters_are_fitted_jointly() -> None:
 
 def test_pruned_rounds_are_searched_within_the_span_of_what_completes_them() -> None:
     obs, x, _ = exchange("prune:share=0.2", rounds=3, rate=0.3, dtype=torch.float64)
-    small = Unknowns.of(obs, "default").reduced(rng())
+    small = Unknowns.of(View.of(obs), "default").reduced(rng())
     assert small is not None
     assert small.span is not None
     assert len(small.seen) == len(small.roots) == 3 * len(obs.update)
@@ -226,7 +227,7 @@ def test_pruned_rounds_are_searched_within_the_span_of_what_completes_them() -> 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_a_search_looks_at_all_rounds_within_the_span_of_all_of_them(rate: float) -> None:
     obs, x, y = exchange("noise:sigma=1e-6", rounds=4, rate=rate, dtype=torch.float64)
-    problem = Unknowns.of(replace(obs, knowledge=obs.knowledge | Knowledge(labels=y)), "default")
+    problem = Unknowns.of(View.of(replace(obs, knowledge=obs.knowledge | Knowledge(labels=y))), "default")
     count = len(obs.update)
     assert len(problem.seen) == (4 * count if rate else count)
     point = (x - problem.middle) / problem.scale
@@ -364,7 +365,7 @@ def test_bounds_for_any_attacker_see_the_noise_of_the_mean(name: str) -> None:
 @pytest.mark.parametrize("name", ["van-trees", "noise-information"])
 def test_averages_over_a_prior_are_refused_where_the_parameters_moved(name: str) -> None:
     with pytest.raises(ValueError, match="the parameters moved between the rounds"):
-        Analysis.parse(name).run(exchange("noise:sigma=0.01", rounds=3, rate=0.1)[0])
+        Analysis.parse(name)(exchange("noise:sigma=0.01", rounds=3, rate=0.1)[0])
 
 
 @pytest.mark.parametrize("name", ["cramer-rao", "van-trees", "noise-information", "dp-reconstruction", "counting"])
@@ -374,7 +375,7 @@ def test_rounds_that_nobody_kept_are_not_left_out_of_a_bound(name: str) -> None:
     obs = replace(obs, knowledge=obs.knowledge | private) if name == "dp-reconstruction" else obs
     lost = replace(obs, knowledge=obs.knowledge.only(*(set(obs.knowledge) - {"earlier"})))
     with pytest.raises(ValueError, match="sent in 3 rounds, and the updates of 2 are not here"):
-        Analysis.parse(name).run(lost)
+        Analysis.parse(name)(lost)
 
 
 def test_a_round_with_other_noise_than_is_told_is_refused() -> None:
@@ -401,7 +402,7 @@ def test_messages_add_up() -> None:
     spec = "prune:share=0.99"
     values = list[float]()
     for rounds in (1, 3):
-        verdict = Analysis.parse("counting").run(exchange(spec, rounds=rounds, rate=0.5)[0])[-1]
+        verdict = Analysis.parse("counting")(exchange(spec, rounds=rounds, rate=0.5)[0])[-1]
         assert isinstance(verdict, Verdict)
         values.append(verdict.value)
     assert values[1] == pytest.approx(3 * values[0])
@@ -417,10 +418,10 @@ def test_statistics_that_moved_between_rounds_are_no_constants(name: str) -> Non
     told = {"defences": ["noise:sigma=0.01"], "protocol": Protocol(rounds=2, mode="eval"), "knowledge": RANGE}
     obs = observe(model, F.cross_entropy, x, y, **told)[0]
     obs = replace(obs, knowledge=obs.knowledge | private) if name == "dp-reconstruction" else obs
-    assert Analysis.parse(name).run(obs)
+    assert Analysis.parse(name)(obs)
     moved = [replace(past, state=past.state | {"1.running_mean": torch.ones(12)}) for past in obs.knowledge.earlier]
     with pytest.raises(ValueError, match="statistics are sent without noise"):
-        Analysis.parse(name).run(replace(obs, knowledge=obs.knowledge | Knowledge(earlier=moved)))
+        Analysis.parse(name)(replace(obs, knowledge=obs.knowledge | Knowledge(earlier=moved)))
 
 
 def test_an_audit_runs_without_the_earlier_rounds_and_with_them() -> None:

@@ -17,7 +17,7 @@ from unbatch.observation import Observation
 
 
 def metric(obs: Observation) -> float:
-    return Analysis.parse("security-metric:work=0").run(obs)[0].value
+    return Analysis.parse("security-metric:work=0")(obs)[0].value
 
 
 def counted(found: Sequence[Verdict]) -> list[Verdict]:
@@ -27,7 +27,7 @@ def counted(found: Sequence[Verdict]) -> list[Verdict]:
 
 def proposed(spec: str) -> list[Verdict]:
     obs, at = observed(spec)
-    return counted(SaferDesign(work=0).run(obs, at=at))
+    return counted(SaferDesign(work=0)(obs, at=at))
 
 
 def test_changes_of_a_published_network_the_safest_first() -> None:
@@ -62,7 +62,7 @@ def test_the_change_of_a_network_that_gives_all_away() -> None:
 def test_values_are_those_of_the_security_metric(name: str) -> None:
     """Of the network built anew with that change: c(M) is generic in the weights."""
     obs, at = observed(f"photos:size=12,model={name}")
-    found = counted(SaferDesign(most=9).run(obs, at=at))
+    found = counted(SaferDesign(most=9)(obs, at=at))
     assert found
     assert min(v.value for v in found) < metric(obs)
     for verdict in found:
@@ -85,14 +85,14 @@ def test_values_are_those_of_the_security_metric(name: str) -> None:
 def test_nothing_that_does_not_help_is_proposed() -> None:
     obs = own(drawn(nn.Conv2d(1, 9, 3), nn.Tanh(), nn.Flatten(), nn.Linear(9 * 36, 3)), (1, 8, 8))
     assert metric(obs) == 0
-    share = Analysis.parse("security-metric").run(obs)[1].value
-    found = SaferDesign(most=9).run(obs)
+    share = Analysis.parse("security-metric")(obs)[1].value
+    found = SaferDesign(most=9)(obs)
     changes = {v.name.split(": ")[1] for v in found}
     values = {v.name: v.value for v in found}
     for change in changes:
         assert values.get(f"c(M): {change}", 0) < 0 or values[f"determined share: {change}"] < share - 0.01
     tiny = own(drawn(nn.Conv2d(1, 1, 8), nn.Tanh(), nn.Flatten(), nn.Linear(1, 2)), (1, 8, 8))
-    share, verdict = SaferDesign().run(tiny)
+    share, verdict = SaferDesign()(tiny)
     assert share.name == "determined share: no change"
     assert (verdict.name, verdict.value) == ("c(M): no change", metric(tiny))
     assert verdict.words.startswith("none of 1 changes to a convolution makes it safer.")
@@ -100,31 +100,31 @@ def test_nothing_that_does_not_help_is_proposed() -> None:
 
 def test_a_network_without_convolutions_is_told_so() -> None:
     obs = own(drawn(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)), (12,))
-    (verdict,) = SaferDesign().run(obs)
+    (verdict,) = SaferDesign()(obs)
     assert (verdict.name, verdict.value) == ("c(M): no change", 0)
     assert "no convolution lies before the first dense layer" in verdict.words
 
 
 def test_what_is_too_large_to_measure_is_said() -> None:
     obs, at = observed("photos:size=16,model=cnn2-c1,activation=relu")
-    found = SaferDesign(own=100).run(obs, at=at)
+    found = SaferDesign(own=100)(obs, at=at)
     assert {v.name.split(":")[0] for v in found} == {"determined share"}
     assert "c(M) of the network as it is: not counted" in found[-1].words
     with pytest.raises(ValueError, match=r"no change could be counted\..*4 networks take about 5.8e\+10 operations"):
-        SaferDesign(largest=100, work=1e9).run(obs, at=at)
+        SaferDesign(largest=100, work=1e9)(obs, at=at)
     with pytest.raises(ValueError, match="unknowns are more than own=100 to measure"):
-        SaferDesign(own=100, work=1e9).run(obs, at=at)
+        SaferDesign(own=100, work=1e9)(obs, at=at)
     with pytest.raises(ValueError, match="input_shape"):
-        SaferDesign().run(obs.only("batch_size"), at=at)
+        SaferDesign()(obs.only("batch_size"), at=at)
 
 
 def test_at_most_so_many_are_given_and_the_answer_is_the_same_again() -> None:
     obs, at = observed("photos:size=10,model=cnn3-c1")
-    every = SaferDesign(most=9).run(obs, at=at)
+    every = SaferDesign(most=9)(obs, at=at)
     assert len(every) > 1
     first = every[0].name.split(": ")[1]
-    assert {v.name.split(": ")[1] for v in SaferDesign(most=1).run(obs, at=at)} == {first}
-    assert list(every) == list(SaferDesign(most=9).run(obs, at=at))
+    assert {v.name.split(": ")[1] for v in SaferDesign(most=1)(obs, at=at)} == {first}
+    assert list(every) == list(SaferDesign(most=9)(obs, at=at))
     shares = [v.value for v in every if v.name.startswith("determined share")]
     assert shares == sorted(shares)
 
@@ -132,7 +132,7 @@ def test_at_most_so_many_are_given_and_the_answer_is_the_same_again() -> None:
 def test_another_metric_stands_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METRICS, "dense inputs", lambda links, at, largest: float(links[-1].unknowns))
     obs, at = observed("photos:model=cnn2-c2,size=16,bias=false")
-    found = SaferDesign().run(obs, at=at)
+    found = SaferDesign()(obs, at=at)
     assert {v.name for v in found if not v.name.startswith("determined share")} == {
         f"{name}: conv1 {change}"
         for name in ("c(M)", "dense inputs")
@@ -146,7 +146,7 @@ def test_the_network_and_its_buffers_are_left_alone() -> None:
     x, y = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
     obs = observe(model, LOSS, x, y)[0]
     before = {k: t.clone() for k, t in obs.model.state_dict().items()}
-    assert SaferDesign().run(obs)
+    assert SaferDesign()(obs)
     assert all(torch.equal(before[k], t) for k, t in obs.model.state_dict().items())
 
 
@@ -155,8 +155,8 @@ def test_the_share_as_it_is_is_that_of_the_security_metric() -> None:
     setting = Case.parse("photos:size=8,model=cnn2-c1").setting()
     at = setting.inputs, setting.labels
     obs, _ = observe(setting.model, setting.loss, *at, knowledge=setting.knowledge, defences=["noise:sigma=0.1"])
-    own = {v.name: v.value for v in Analysis.parse("security-metric").run(obs, at=at)}["determined share"]
+    own = {v.name: v.value for v in Analysis.parse("security-metric")(obs, at=at)}["determined share"]
     assert own < 0.9
-    found = SaferDesign().run(obs, at=at)
+    found = SaferDesign()(obs, at=at)
     words = next(v.words for v in found if v.name.startswith("determined share"))
     assert words.startswith(f"determined share is {own:,.6g} now.")

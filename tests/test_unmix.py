@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbatch.attacks.unmix import Counted, Unmix, _form, _layer, _mixture, _span, _starts
+from unbatch.attacks.unmix import Unmix
 from unbatch.auditing.client import observe
 from unbatch.case import Case
 from unbatch.errors import NotApplicable
+from unbatch.inversion.unmixing import Counted, Problem
+from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.numerics.unmix import solver as solver
@@ -177,10 +179,11 @@ def test_one_class_and_repeated_labels() -> None:
 def test_labels_of_the_rest_are_counted_for_a_descent(knowledge: str) -> None:
     model, loss, x, y = client("photos:batch=16,size=16,width=200,activation=gelu")
     obs = exchange(model, loss, x, y, **({"labels": y} if knowledge == "known" else {}))
-    layer, form = _layer(obs), _form(obs)
-    mixture = _mixture(obs, layer, form, span := _span(obs, layer, torch.Generator().manual_seed(0)), 16)
+    problem = Problem.of(View.of(obs), torch.Generator().manual_seed(0))
+    layer, span, tail = problem.layer, problem.span, problem.tail(16)
+    mixture = problem.mixture(tail)
     z = torch.cat([x.flatten(1) * layer.feeds.scale + layer.feeds.shift, torch.ones(16, 1)], 1).double() @ span.rows.T
-    counted = Counted(obs, form, mixture)
+    counted = Counted(problem.view, problem.form, mixture, tail)
     for found in (0, 6, 12):
         left = counted(z[:found], y[:found])
         wrong = (torch.bincount(left, minlength=9) - torch.bincount(y[found:], minlength=9)).abs().sum() / 2
@@ -195,7 +198,7 @@ def test_a_table_of_which_components_are_a_poor_guess_is_polished_to_the_truth()
 
 
 def test_a_descent_alone_finds_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unbatch.attacks.unmix._starts", lambda *args: iter(()))
+    monkeypatch.setattr(Problem, "starts", lambda self: iter(()))
     model, loss, x, y = client("tables:dataset=breast-cancer,batch=16,width=300,activation=softplus", torch.float32)
     found = Unmix()(exchange(model, loss, x, y))
     holds(found, x)
@@ -204,10 +207,11 @@ def test_a_descent_alone_finds_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_draws_of_the_prior_alone_find_a_batch(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Problem.starts
+    monkeypatch.setattr(Problem, "starts", lambda self: (start for start in whole(self) if start[0] == "prior"))
     monkeypatch.setattr(
-        "unbatch.attacks.unmix._starts", lambda *args: (start for start in _starts(*args) if start[0] == "prior")
+        "unbatch.inversion.unmixing.Descent", lambda labels: lambda left, rng: left.U.new_zeros(0, left.n)
     )
-    monkeypatch.setattr("unbatch.attacks.unmix.Descent", lambda labels: lambda left, rng: left.U.new_zeros(0, left.n))
     model, loss, x, y = client(f"photos:batch=8,size=16,width=200,activation={activation}")
     found = Unmix()(exchange(model, loss, x, y))
     holds(found, x)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from unbatch.inversion.view import View
     from unbatch.observation import Observation
 
 
@@ -105,35 +106,27 @@ class Analysis(Plugin, ABC):
 
     paper: ClassVar[str]
 
-    def obstacle(self, obs: Observation) -> str | None:
-        """Why it has nothing to say of this update, in words; an audit that does not name it then leaves it out."""
-        return None
-
     @abstractmethod
-    def run(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
-    ) -> Sequence[Finding]:
-        """The findings. `at` = (inputs, labels): the audit passes the truth; without it, prior draws, and it says so.
-
-        Raises ValueError: it has nothing to say, and why.
-        """
-
-
-class BoundAnalysis(Analysis):
-    """An analysis that finds bounds, and refuses where it has an obstacle."""
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Finding]:
+        """The findings. Raises NotApplicable: it has nothing to say of this exchange; the message says why."""
 
     @final
-    def run(
+    def __call__(
         self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
-    ) -> Sequence[Bound | Verdict]:
+    ) -> Sequence[Finding]:
+        """What it says of an exchange.
+
+        `at` = (inputs [n, ...], labels [n]): the audit passes the truth; without it prior draws stand in, and it says so.
+        Raises NotApplicable: it has nothing to say of this exchange; the message says why.
+
+        >>> import unbatch
+        >>> client = unbatch.Case.parse("digits:batch=4,width=16").setting()
+        >>> seen, _ = unbatch.observe(client.model, client.loss, client.inputs, client.labels)
+        >>> [(risk.layer, risk.rank) for risk in Analysis.parse("gradient-rank")(seen)]
+        [('1', 4), ('3', 4)]
+        """
         import torch
 
-        if why := self.obstacle(obs):
-            raise ValueError(why)
-        return self.find_bounds(obs, at, torch.Generator().manual_seed(0) if rng is None else rng)
+        from unbatch.inversion.view import View
 
-    @abstractmethod
-    def find_bounds(
-        self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator
-    ) -> Sequence[Bound | Verdict]:
-        """As `run`, of an update that bears no obstacle."""
+        return self.run(View.of(obs), at, torch.Generator().manual_seed(0) if rng is None else rng)

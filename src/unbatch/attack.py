@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.inversion.view import View
 from unbatch.knowledge import check_fields
 from unbatch.observation import Observation
 from unbatch.plugin import Plugin
@@ -39,7 +40,7 @@ class Demo:
 class Attack(Plugin, ABC):
     """Reads a batch out of one exchange. Final subclasses; their fields are their options.
 
-    A subclass gives the class attributes below, `obstacle` and `run`. It is handed only the knowledge that it declares.
+    A subclass gives the class attributes below and `run`. It is handed only the knowledge that it declares, as a `View`.
     """
 
     kind: ClassVar[str] = "attack"
@@ -62,29 +63,29 @@ class Attack(Plugin, ABC):
             raise UnbatchError(f"the attack {cls.name!r} declares what nobody can know: {error}") from None
 
     @abstractmethod
-    def obstacle(self, obs: Observation) -> str | None:
-        """Why it cannot run here, in words for the report; None if it can."""
-
-    @abstractmethod
-    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-        """What it reads out of `obs`. Called only where there is no obstacle."""
+    def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        """What it reads out of the exchange. Raises NotApplicable: it cannot run here; the message says why."""
 
     @final
     def __call__(self, obs: Observation, *, seed: int = 0) -> Reconstruction:
         """Run on what this attack may know, and hold its answer to its own contract.
 
-        Raises NotApplicable: it cannot run here; the message is the obstacle.
+        Raises NotApplicable: it cannot run here; the message says why.
+
+        >>> import unbatch
+        >>> client = unbatch.Case.parse("digits:width=16").setting()
+        >>> seen, truth = unbatch.observe(client.model, client.loss, client.inputs, client.labels)
+        >>> found = Attack.parse("bias-ratio")(seen)
+        >>> bool(torch.allclose(found.inputs.float(), truth.inputs, atol=1e-3)), bool(found.labels == truth.labels)
+        (True, True)
         """
         missing = sorted(self.needs - set(obs.knowledge))
         if missing:
             raise NotApplicable(f"{self.name} needs {', '.join(missing)}, which the attacker does not know here.")
-        seen = obs.only(*(self.needs | self.uses))
-        words = self.obstacle(seen)
-        if words is not None:
-            raise NotApplicable(words)
+        view = View.of(obs.only(*(self.needs | self.uses)))
         with torch.random.fork_rng(devices=[]):  # an attack that reads the global generator must not disturb the caller
-            found = self.run(seen, torch.Generator().manual_seed(seed))
-        self._judge(seen, found)
+            found = self.run(view, torch.Generator().manual_seed(seed))
+        self._judge(view.obs, found)
         return found
 
     @final

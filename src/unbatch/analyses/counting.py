@@ -9,8 +9,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from unbatch.analysis import Bound, BoundAnalysis, Verdict
+from unbatch.analysis import Analysis, Bound, Verdict
+from unbatch.errors import NotApplicable
 from unbatch.inversion.fisher import statistics, uncounted
+from unbatch.inversion.view import View
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import distortion
 from unbatch.observation import Observation
@@ -20,7 +22,7 @@ SAMPLE = 4096  # entries by which a tensor of few distinct values is told
 
 
 @final
-class Counting(BoundAnalysis):
+class Counting(Analysis):
     """The bits that an update is written in, and its numbers that are not zero, against the inputs of the batch.
 
     All updates of several rounds are one message.
@@ -33,22 +35,19 @@ class Counting(BoundAnalysis):
 
     paper: ClassVar[str] = "Shannon, 1959 (rate distortion)"
 
-    def obstacle(self, obs: Observation) -> str | None:
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound | Verdict]:
+        obs = view.obs
         if why := uncounted(obs):
-            return why
+            raise NotApplicable(why)
         missing = [name for name in ("input_shape", "batch_size") if name not in obs.knowledge]
         if missing:
-            return f"{' and '.join(missing)} must be known, to count unknowns."
-        if _error(obs, _bits(obs)) < FINEST and _numbers(obs) >= _unknowns(obs):
-            return "the update has numbers and bits enough to hold its inputs to 8 bits an entry."
-        return None
-
-    def find_bounds(
-        self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator
-    ) -> Sequence[Bound | Verdict]:
+            raise NotApplicable(f"{' and '.join(missing)} must be known, to count unknowns.")
         found = list[Bound | Verdict]()
         bits, numbers, unknowns, n = _bits(obs), _numbers(obs), _unknowns(obs), obs.knowledge.batch_size
-        if (value := _error(obs, bits)) >= FINEST:
+        value = _error(obs, bits)
+        if value < FINEST and numbers >= unknowns:
+            raise NotApplicable("the update has numbers and bits enough to hold its inputs to 8 bits an entry.")
+        if value >= FINEST:
             words = (
                 f"{bits:,.0f} bits for {unknowns:,} unknowns: this update's entries at their entropy, others like it no "
                 f"longer; on average over inputs of a Gaussian prior, without the truth; {n} answers, matched to the truth "

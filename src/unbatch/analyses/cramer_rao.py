@@ -10,14 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unbatch.analysis import Bound
+from unbatch.analysis import Analysis, Bound
 from unbatch.domain import Images
-from unbatch.inversion.fisher import Information, NoiseAnalysis, deviation, fitted, joined, jumps
+from unbatch.inversion.fisher import Information, check_noise, deviation, fitted, joined, jumps, premise
 from unbatch.inversion.probe import probe
+from unbatch.inversion.view import View
 from unbatch.numerics.linear.inverse_diagonal import InverseDiagonal, dense_inverse_diagonal, inverse_diagonal
 from unbatch.numerics.linear.inverse_trace import kronecker
 from unbatch.numerics.search.least_squares import example_gram
-from unbatch.observation import Observation
 
 ALWAYS, LARGE = 512, 4096  # unknowns up to which the matrix is formed, the latter within
 WORK = 2**26  # unknowns times entries: about ten seconds of one core
@@ -25,7 +25,7 @@ GREY = 0.75  # of white, the largest standard deviation in a picture where some 
 
 
 @final
-class CramerRao(NoiseAnalysis):
+class CramerRao(Analysis):
     """Covariance of every unbiased attacker's answer >= sigma^2 (J^T J)^-1, J the Jacobian of the update as sent.
 
     J is with respect to all entries of all inputs of the batch; labels count as known, which only helps the attacker. The
@@ -39,8 +39,6 @@ class CramerRao(NoiseAnalysis):
 
     paper: ClassVar[str] = "Rao, 1945; Cramer, 1946"
 
-    follows: ClassVar[bool] = True
-
     exact: Annotated[
         int | None,
         Field(ge=0, description="unknowns up to which the matrix is formed; none: 512, or 4,096 for a small update"),
@@ -48,7 +46,9 @@ class CramerRao(NoiseAnalysis):
     probes: Annotated[int, Field(ge=2, description="random probes of a larger one")] = 8
     steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 60
 
-    def find_bounds(self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
+        obs = view.obs
+        check_noise(obs, follows=True)
         x, y, whose = probe(obs, at, rng, whole=True)
         if at is not None:
             fitted(obs, x, y)
@@ -61,7 +61,7 @@ class CramerRao(NoiseAnalysis):
         found, how = self._inverse(info, rng)
         variance = (sigma / (high - low)) ** 2 * found.diagonal.view(len(x), -1)
         mean = (sigma / (high - low)) ** 2 * found.total / unknowns
-        words = f"{self.premise(obs)}. At {whose}, {how}."
+        words = f"{premise(obs)}. At {whose}, {how}."
         if entries < unknowns or found.lost:
             mean, determined = math.inf, variance[variance.isfinite()]
             if len(determined):

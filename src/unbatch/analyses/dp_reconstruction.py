@@ -10,8 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unbatch.analysis import Bound, BoundAnalysis, Verdict
+from unbatch.analysis import Analysis, Bound, Verdict
+from unbatch.errors import NotApplicable
 from unbatch.inversion.fisher import statistics, uncounted
+from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge, shares
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import distortion, guessing_radius
@@ -22,7 +24,7 @@ CHANCES = (0.5, 0.1, 1e-2, 1e-4, 1e-8, 1e-16, 1e-32, 1e-64, 1e-128)
 
 
 @final
-class DpReconstruction(BoundAnalysis):
+class DpReconstruction(Analysis):
     """Bounds on the reconstruction of examples from DP-SGD: noise z times the clipping norm, rate q, T steps.
 
     - information (any attacker): the releases tell at most T KL(q) nats of each example, T / (2 z^2) = rho at q = 1, and
@@ -47,27 +49,10 @@ class DpReconstruction(BoundAnalysis):
         int, Field(ge=2, description="examples, one of them private, among which success is told")
     ] = 100
 
-    def obstacle(self, obs: Observation) -> str | None:
-        known = obs.knowledge
-        if "privacy" not in known:
-            return "no differential privacy is known of this update: clipping, noise multiplier, rate and steps."
-        if not known.privacy.noise_multiplier > 0:
-            return "the noise multiplier is 0: clipping without noise is no differential privacy."
-        missing = [name for name in ("input_shape", "batch_size") if name not in known]
-        if missing:
-            return f"{' and '.join(missing)} must be known, for the prior and the answers to be matched."
-        if why := uncounted(obs):
-            return why
-        if known.get("buffers") or statistics(obs):
-            return "batch norm statistics are sent without noise, and nothing bounds what they tell."
-        if "mixup" in known:
-            return "mixup puts every example into two gradients, each clipped by itself: the noise covers one of them."
-        return None
-
-    def find_bounds(
-        self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator
-    ) -> Sequence[Bound | Verdict]:
-        known, privacy = obs.knowledge, obs.knowledge.privacy
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound | Verdict]:
+        obs, known = view.obs, view.knowledge
+        _check(obs)
+        privacy = known.privacy
         z, q, steps = privacy.noise_multiplier, privacy.sampling_rate, privacy.steps
         rounds = len(obs.exchanges)
         own = rounds * max(1, *(obs.protocol.steps(size) for size in shares(known.batch_size, known.get("clients", 1))))
@@ -122,3 +107,25 @@ class DpReconstruction(BoundAnalysis):
             words = f"At a chance of {where:g} an answer{drawn}; {average}."
             found.append(Bound.of(f"reconstruction robustness{which}", best, "any", words, "Hayes et al. 2023"))
         return found
+
+
+def _check(obs: Observation) -> None:
+    """Raise NotApplicable unless what the protocol declares is differential privacy of all that is sent."""
+    known = obs.knowledge
+    if "privacy" not in known:
+        raise NotApplicable(
+            "no differential privacy is known of this update: clipping, noise multiplier, rate and steps."
+        )
+    if not known.privacy.noise_multiplier > 0:
+        raise NotApplicable("the noise multiplier is 0: clipping without noise is no differential privacy.")
+    missing = [name for name in ("input_shape", "batch_size") if name not in known]
+    if missing:
+        raise NotApplicable(f"{' and '.join(missing)} must be known, for the prior and the answers to be matched.")
+    if why := uncounted(obs):
+        raise NotApplicable(why)
+    if known.get("buffers") or statistics(obs):
+        raise NotApplicable("batch norm statistics are sent without noise, and nothing bounds what they tell.")
+    if "mixup" in known:
+        raise NotApplicable(
+            "mixup puts every example into two gradients, each clipped by itself: the noise covers one of them."
+        )

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, LayerRisk
-from unbatch.network.dense import dense_layers, forward
+from unbatch.errors import NotApplicable
+from unbatch.inversion.view import View
+from unbatch.network.dense import forward
 from unbatch.numerics.linear.span import numerical_rank
 from unbatch.observation import Observation
 
@@ -26,15 +28,14 @@ class GradientRank(Analysis):
 
     paper: ClassVar[str] = "Wang, Lee, Lei, AISTATS 2023; Dimitrov et al. (SPEAR), NeurIPS 2024"
 
-    def run(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
-    ) -> Sequence[LayerRisk]:
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[LayerRisk]:
+        obs = view.obs
         if "input_shape" not in obs.knowledge:
-            raise ValueError(
+            raise NotApplicable(
                 "gradient-rank needs to know input_shape, to run the model once and see what feeds each layer."
             )
         sizes = _input_sizes(obs.model, obs.knowledge.input_shape)
-        fed = {d.name for d in dense_layers(obs.model, obs.knowledge.input_shape) if d.feeds is not None}
+        fed = {layer.name for layer in view.layers if layer.feeds is not None}
         eps = torch.finfo(obs.dtype).eps
         risks = []
         for name, module in obs.model.named_modules():

@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, LayerRisk
+from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.rank_count import Constraints, Unread, constraints
 from unbatch.inversion.probe import probe
+from unbatch.inversion.view import View
 from unbatch.network.chain import chain
-from unbatch.observation import Observation
 
 
 @final
@@ -40,11 +41,10 @@ class LayerEquations(Analysis):
         ),
     ] = 1024
 
-    def run(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
-    ) -> Sequence[LayerRisk]:
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[LayerRisk]:
+        obs = view.obs
         if "input_shape" not in obs.knowledge:
-            raise ValueError("layer-equations needs to know input_shape, to run the model once.")
+            raise NotApplicable("input_shape must be known, to run the model once.")
         links = chain(obs.model, obs.knowledge.input_shape, obs.protocol.mode)
         x, y, whose = probe(obs, at, rng)
         n = obs.knowledge.get("batch_size", 1)

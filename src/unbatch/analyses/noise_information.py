@@ -11,8 +11,9 @@ from pydantic import Field
 from scipy.stats import t as student
 from torch import Tensor
 
-from unbatch.analysis import Bound
-from unbatch.inversion.fisher import Imagined, NoiseAnalysis, deviation, doubled, joined, sent
+from unbatch.analysis import Analysis, Bound
+from unbatch.inversion.fisher import Imagined, check_noise, deviation, doubled, joined, premise, sent
+from unbatch.inversion.view import View
 from unbatch.numerics.bounds.rate_distortion import distortion
 from unbatch.observation import Observation
 
@@ -20,7 +21,7 @@ SURE = 0.975  # with which the sampling error that is added suffices
 
 
 @final
-class NoiseInformation(NoiseAnalysis):
+class NoiseInformation(Analysis):
     """A noisy update tells at most sum_t e_t log(1 + v_t / sigma^2) / 2 nats of the batch; from them a least error.
 
     v_t is the variance over the prior, labels given, of an entry of tensor t, of e_t entries, before its noise: a Gaussian
@@ -34,9 +35,11 @@ class NoiseInformation(NoiseAnalysis):
 
     draws: Annotated[int, Field(ge=4, description="batches drawn from the prior")] = 16
 
-    def find_bounds(self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
+        obs = view.obs
+        check_noise(obs)
         n, drawn = obs.knowledge.batch_size, Imagined.of(obs, at, rng, self.draws, alike=2)
-        premise, obs = self.premise(obs), joined(obs)
+        behind, obs = premise(obs), joined(obs)
         told = at is not None or "labels" in obs.knowledge
         groups = [drawn.batches] if told else [drawn.batches[k : k + 2] for k in range(0, self.draws - 1, 2)]
         variance, count = self._variance(obs, groups)
@@ -44,7 +47,7 @@ class NoiseInformation(NoiseAnalysis):
         prior = drawn.prior
         value = math.sqrt(distortion(prior.variances, (nats + math.lgamma(n + 1)) / n) / prior.d) / prior.unit
         words = (
-            f"At most {nats:.4g} nats behind {premise}; {drawn.words} (of the variance's sampling error the "
+            f"At most {nats:.4g} nats behind {behind}; {drawn.words} (of the variance's sampling error the "
             f"97.5 % quantile added); {n} answers, matched to the truth afterwards."
         )
         return [Bound.of("noise information", value, "any", words, self.paper)]

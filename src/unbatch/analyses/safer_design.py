@@ -11,11 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Verdict
+from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.c_metric import Kind, solvability
 from unbatch.inversion.backward.rank_count import Constraints, Unread
 from unbatch.inversion.backward.variants import Variant, first_dense, parameters, variants
 from unbatch.inversion.determined_share import share, work
 from unbatch.inversion.probe import probe
+from unbatch.inversion.view import View
 from unbatch.network.chain import Chained, Link, chain
 from unbatch.observation import Observation
 
@@ -79,13 +81,11 @@ class SaferDesign(Analysis):
         1e12
     )
 
-    def run(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
-    ) -> Sequence[Verdict]:
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Verdict]:
+        obs = view.obs
         if "input_shape" not in obs.knowledge:
-            raise ValueError("safer-design needs to know input_shape, to run the model once.")
+            raise NotApplicable("input_shape must be known, to run the model once.")
         links = chain(obs.model, obs.knowledge.input_shape, obs.protocol.mode)
-        rng = rng or torch.Generator().manual_seed(0)
         x, y, _ = probe(obs, at, rng)
         changes = list(variants(links, rng))
         place = _Place(obs, x, y, 1 + len(changes), self.work)

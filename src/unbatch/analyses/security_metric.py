@@ -10,9 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Verdict
+from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.c_metric import solvability
 from unbatch.inversion.determined_share import share, work
 from unbatch.inversion.probe import probe
+from unbatch.inversion.view import View
 from unbatch.network.chain import chain
 from unbatch.observation import Observation
 
@@ -38,11 +40,10 @@ class SecurityMetric(Analysis):
     )
     work: Annotated[float, Field(ge=0, description="operations up to which the share is computed")] = 3e11
 
-    def run(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
-    ) -> Sequence[Verdict]:
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Verdict]:
+        obs = view.obs
         if "input_shape" not in obs.knowledge:
-            raise ValueError("security-metric needs to know input_shape, to run the model once.")
+            raise NotApplicable("input_shape must be known, to run the model once.")
         x, y, whose = probe(obs, at, rng)
         found, refused = list[Verdict](), list[str]()
         for number in (self._published, self._share):

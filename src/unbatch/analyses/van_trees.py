@@ -11,8 +11,9 @@ from pydantic import Field
 from scipy.stats import t as student
 from torch import Tensor
 
-from unbatch.analysis import Bound
-from unbatch.inversion.fisher import Imagined, Information, NoiseAnalysis, deviation, joined, jumps
+from unbatch.analysis import Analysis, Bound
+from unbatch.inversion.fisher import Imagined, Information, check_noise, deviation, joined, jumps, premise
+from unbatch.inversion.view import View
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import level, water_level
 from unbatch.numerics.linear.inverse_trace import Apply, dense_water_trace, inverse_trace, kronecker
@@ -28,7 +29,7 @@ Trace = Callable[
 
 
 @final
-class VanTrees(NoiseAnalysis):
+class VanTrees(Analysis):
     """E |x^ - x|^2 >= tr V, V = (E[J^T J] / sigma^2 + C^-1)^-1, for any attacker, over a Gaussian prior of covariance C.
 
     J is the Jacobian of the update as sent with respect to all inputs of the batch, whose labels count as known. Where the
@@ -53,11 +54,13 @@ class VanTrees(NoiseAnalysis):
     probes: Annotated[int, Field(ge=2, description="random probes of a larger one")] = 4
     steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 20
 
-    def find_bounds(self, obs: Observation, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
+        obs = view.obs
+        check_noise(obs)
         n, unknowns = obs.knowledge.batch_size, obs.knowledge.batch_size * math.prod(obs.knowledge.input_shape)
         small = unknowns <= self.exact
         draws = self.draws if small else max(LEAST, self.draws // 4)
-        drawn, premise = Imagined.of(obs, at, rng, draws), self.premise(obs)
+        drawn, behind = Imagined.of(obs, at, rng, draws), premise(obs)
         obs = joined(obs)
         if why := jumps(obs, *drawn.batches[0], rng):
             raise ValueError(why)
@@ -82,7 +85,7 @@ class VanTrees(NoiseAnalysis):
         )  # of an answer that is the prior's mean
         how = "" if small else f" and {self.probes} random probes"
         words = (
-            f"{premise}; {drawn.words}{how} (standard error of the variance {error / total:.1%}, taken off "
+            f"{behind}; {drawn.words}{how} (standard error of the variance {error / total:.1%}, taken off "
             f"{off / max(error, 1e-300):.1f} times); {n} answers, matched to the truth afterwards. The prior alone gives "
             f"{chance:.1f} dB."
         )

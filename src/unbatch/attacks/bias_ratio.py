@@ -9,9 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.errors import NotApplicable
 from unbatch.inversion.label_fit import labels, nearest
+from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
-from unbatch.network.dense import Dense, dense_layers
+from unbatch.network.dense import Dense
 from unbatch.observation import Observation
 from unbatch.reconstruction import Reconstruction
 
@@ -39,52 +41,58 @@ class BiasRatio(Attack):
         float | None, Field(gt=0, description="relative rank-one residual accepted; none takes the update's rounding")
     ] = None
 
-    def obstacle(self, obs: Observation) -> str | None:
-        n = obs.knowledge.get("batch_size", 1)
-        if n > 1:
-            return f"the batch has {n} examples, and the ratio of weight and bias gradient is a mixture of them."
-        protocol = obs.protocol
-        if protocol.steps(1) and protocol.optimiser != "sgd":
-            return f"{protocol.optimiser} rescales every entry of the update by itself, so no ratio of entries is left."
-        if protocol.steps(1) and protocol.weight_decay:
-            return "weight decay adds the parameters themselves to the update, so it is no multiple of the input."
-        layer = _layer(obs)
-        if layer is None:
-            return "no dense layer with a bias sent its gradient, so there is nothing to divide by."
-        size = float(torch.linalg.vector_norm(obs.update[layer.bias or ""].double()))
-        if size == 0:
-            return f"the bias gradient of {layer.name!r} is zero: the example does not reach that layer."
-        rounding = self._rounding(obs, layer)
+    def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        layer = self._layer(view)
+        rounding = self._rounding(view.obs, layer)
         if rounding > 0.1:
-            return f"the parameters' own rounding ({rounding:.1e}, relative) drowns the update of {layer.name!r}."
-        residual, allowed = _fit(obs, layer)[1], self.tol if self.tol is not None else 16 * rounding
+            raise NotApplicable(
+                f"the parameters' own rounding ({rounding:.1e}, relative) drowns the update of {layer.name!r}."
+            )
+        z, residual = _fit(view.obs, layer)  # [1, d]
+        allowed = self.tol if self.tol is not None else 16 * rounding
         if residual > allowed:
-            return (
+            raise NotApplicable(
                 f"the gradient of {layer.name!r} is not of rank one (relative residual {residual:.1e}, tol "
                 f"{allowed:.1e}): more than one example, noise, pruning or weight decay."
             )
-        return None
-
-    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-        layer = _layer(obs)
-        assert layer is not None  # obstacle() has looked
-        z, residual = _fit(obs, layer)  # [1, d]
-        e = max(residual, self._rounding(obs, layer))
+        e = max(residual, rounding)
         bound = torch.tensor(
             [e * (1 + (1 + residual**2) ** 0.5) / (1 - e) if e < 1 else torch.inf], dtype=torch.float64
         )
-        trace = {"layer": layer.name, "rank-one residual": residual}
-        if layer.feeds is None:
-            return Reconstruction(inputs=z, layer=layer.name, bound=self._claim(obs, bound, None), trace=trace)
-        x = layer.feeds.invert(z)
-        spread = (z.norm() / x.norm() / layer.feeds.scale.abs().min()).item()  # a normalisation may stretch the error
-        inputs = x.reshape(1, *obs.knowledge.input_shape)
-        label = nearest(obs, inputs, labels(obs))
-        explained = obs.residual(inputs, label) if label is not None else None
-        trace["residual with the label found"] = explained
-        return Reconstruction(
-            inputs=inputs, labels=label, bound=self._claim(obs, bound * max(spread, 1.0), explained), trace=trace
-        )
+        inputs, bound, name = view.undo(layer, z, bound)
+        label, explained, trace = None, None, {"layer": layer.name, "rank-one residual": residual}
+        if not name:
+            label = nearest(view.obs, inputs, labels(view))
+            explained = view.obs.residual(inputs, label) if label is not None else None
+            trace["residual with the label found"] = explained
+        bound = self._claim(view.obs, bound, explained)
+        return Reconstruction(inputs=inputs, labels=label, layer=name, bound=bound, trace=trace)
+
+    def _layer(self, view: View) -> Dense:
+        """The first dense layer whose weight and bias were sent, one on the network's input before all others.
+
+        Raises NotApplicable: its bias gradient is none to divide by, or the update is no multiple of one gradient.
+        """
+        n, protocol = view.knowledge.get("batch_size", 1), view.protocol
+        if n > 1:
+            raise NotApplicable(
+                f"the batch has {n} examples, and the ratio of weight and bias gradient is a mixture of them."
+            )
+        if view.steps and protocol.optimiser != "sgd":
+            raise NotApplicable(
+                f"{protocol.optimiser} rescales every entry of the update by itself, so no ratio of entries is left."
+            )
+        if view.steps and protocol.weight_decay:
+            raise NotApplicable(
+                "weight decay adds the parameters themselves to the update, so it is no multiple of the input."
+            )
+        sent = [layer for layer in view.layers if layer.bias and {layer.weight, layer.bias} <= set(view.update)]
+        layer = next((layer for layer in sent if layer.feeds is not None), sent[0] if sent else None)
+        if layer is None:
+            raise NotApplicable("no dense layer with a bias sent its gradient, so there is nothing to divide by.")
+        if not bool(view.update[layer.bias or ""].any()):
+            raise NotApplicable(f"the bias gradient of {layer.name!r} is zero: the example does not reach that layer.")
+        return layer
 
     def _claim(self, obs: Observation, bound: Tensor, explained: float | None) -> Tensor:
         """Parallel deltas make a mixture look like one example; only n = 1 known, or the whole update, rules that out."""
@@ -100,16 +108,6 @@ class BiasRatio(Attack):
         sent = [name for name in (layer.weight, layer.bias) if name]
         ratios = [float(parameters[k].detach().double().norm() / obs.update[k].double().norm()) for k in sent]
         return 4 * eps * (1 + obs.protocol.steps(1) * max(ratios))
-
-
-def _layer(obs: Observation) -> Dense | None:
-    """The first dense layer whose weight and bias were sent, one on the network's input before all others."""
-    sent = [
-        d
-        for d in dense_layers(obs.model, obs.knowledge.input_shape)
-        if d.bias and {d.weight, d.bias} <= set(obs.update)
-    ]
-    return next((d for d in sent if d.feeds is not None), sent[0] if sent else None)
 
 
 def _fit(obs: Observation, layer: Dense) -> tuple[Tensor, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Annotated, ClassVar, final
 
 import torch
@@ -13,10 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.errors import NotApplicable
+from unbatch.inversion.unmixing import unmixed
+from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
-from unbatch.network.dense import Features, dense_layers
+from unbatch.network.dense import Features
 from unbatch.numerics.search.matching import signed_adam, total_variation
-from unbatch.observation import Observation
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
@@ -51,35 +52,24 @@ class FeatureInversion(Attack):
     iterations: Annotated[int, Field(gt=0, description="Adam steps")] = 1000
     tv: Annotated[float, Field(ge=0, description="weight of total variation at the end")] = 0.003
 
-    def obstacle(self, obs: Observation) -> str | None:
-        if len(obs.knowledge.input_shape) != 3:
-            return "the inputs are no pictures [c, h, w], and the prior is for pictures."
-        layers = dense_layers(obs.model, obs.knowledge.input_shape)
-        if any(layer.feeds is not None for layer in layers):
-            return "the first dense layer reads the inputs themselves, which unmix returns: nothing is left to invert."
-        unmix = Attack.parse("unmix")
-        words = unmix.obstacle(obs.only(*(unmix.needs | unmix.uses)))
-        if words is not None:
-            return words
-        name = next(layer.name for layer in layers if layer.weight in obs.update)
-        below, shape = Features(obs.model, name, obs.protocol.mode), (2, *obs.knowledge.input_shape)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            first, again = (below(torch.ones(shape, device=obs.device, dtype=obs.dtype)) for _ in range(2))
-        if not torch.equal(first, again):
-            return (
-                f"the layers before {name!r} are random in the client's mode (dropout): features have no one picture."
+    def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        if len(view.knowledge.input_shape) != 3:
+            raise NotApplicable("the inputs are no pictures [c, h, w], and the prior is for pictures.")
+        if any(layer.feeds is not None for layer in view.layers):
+            raise NotApplicable(
+                "the first dense layer reads the inputs themselves, which unmix returns: nothing is left to invert."
             )
-        return None
-
-    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-        found = _features(obs, rng)
-        assert found.inputs is not None
-        assert found.bound is not None
-        shape, n = obs.knowledge.input_shape, len(found)
-        low, high = obs.knowledge.get("input_range", (-2.0, 2.0))
+        below = self._below(view)
+        found = unmixed(view, rng)
+        inputs, bound = found.inputs, found.bound
+        if inputs is None or bound is None:
+            return found
+        sure = bound <= EXACT  # without features that their bounds leave open
+        features = inputs[sure.to(inputs.device)].to(view.obs.device, view.obs.dtype)
+        labels = None if found.labels is None else found.labels[sure.to(found.labels.device)]
+        shape, n = view.knowledge.input_shape, len(features)
+        low, high = view.knowledge.get("input_range", (-2.0, 2.0))
         middle, scale = (low + high) / 2, (high - low) / 4
-        features = found.inputs.to(obs.device, obs.dtype)
-        below = Features(copy.deepcopy(obs.model), found.layer, obs.protocol.mode)
 
         def pictures(point: Tensor) -> Tensor:
             entries: Tensor = middle + scale * point.view(n, *shape)
@@ -89,7 +79,7 @@ class FeatureInversion(Attack):
         point, best, misfit = start, math.inf, None
         if n:
             with torch.no_grad():  # what all pictures share in their features is most of |f_i| and tells nothing
-                size = (below(pictures(0 * start)) - features).norm(dim=1).clamp_min(torch.finfo(obs.dtype).tiny)
+                size = (below(pictures(0 * start)) - features).norm(dim=1).clamp_min(torch.finfo(features.dtype).tiny)
             search = Coarse(
                 lambda p: (below(pictures(p)) - features).norm(dim=1) / size, shape, self.tv, self.iterations
             )
@@ -100,14 +90,30 @@ class FeatureInversion(Attack):
                     break
         return Reconstruction(
             inputs=pictures(point),
-            labels=found.labels,
+            labels=labels,
             trace={
                 "layer": found.layer,
                 "features": len(features.T),
-                "bounds of the features": found.bound.tolist(),
+                "bounds of the features": bound[sure].tolist(),
                 "misfit": misfit,
             },
         )
+
+    @staticmethod
+    def _below(view: View) -> Features:
+        """The network below its first dense layer, as a function. Raises NotApplicable: none, or it draws at random."""
+        if view.first is None:
+            raise NotApplicable("no dense layer sent its gradient.")
+        name = view.first.name
+        below = Features(copy.deepcopy(view.model), name, view.protocol.mode)
+        shape = (2, *view.knowledge.input_shape)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            first, again = (below(torch.ones(shape, device=view.obs.device, dtype=view.obs.dtype)) for _ in range(2))
+        if not torch.equal(first, again):
+            raise NotApplicable(
+                f"the layers before {name!r} are random in the client's mode (dropout): features have no one picture."
+            )
+        return below
 
 
 class Coarse:
@@ -129,14 +135,3 @@ class Coarse:
         end = max(self.tv, 1e-3 * COARSE)  # tv may be zero, which no geometric fall reaches
         weight = end * (COARSE / end) ** to_go if to_go else self.tv
         return rest + weight * variation
-
-
-def _features(obs: Observation, rng: torch.Generator) -> Reconstruction:
-    """What `unmix` finds, asked by its name; without features that its bounds leave open."""
-    unmix = Attack.parse("unmix")
-    found = unmix.run(obs.only(*(unmix.needs | unmix.uses)), rng)
-    assert found.inputs is not None  # unmix returns inputs, if no examples
-    assert found.bound is not None
-    sure = found.bound <= EXACT
-    labels = None if found.labels is None else found.labels[sure.to(found.labels.device)]
-    return replace(found, inputs=found.inputs[sure.to(found.inputs.device)], labels=labels, bound=found.bound[sure])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, final
 
 import torch
@@ -9,10 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
-from unbatch.domain import Images, Table
+from unbatch.errors import NotApplicable
+from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
-from unbatch.loss import LossForm, identify
-from unbatch.network.dense import Dense, dense_layers, forward, layer_inputs
+from unbatch.loss import LossForm
+from unbatch.network.dense import Dense, forward, layer_inputs
 from unbatch.numerics import label_counts
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol
@@ -42,39 +44,10 @@ class LabelCount(Attack):
 
     probes: Annotated[int, Field(gt=0, description="stand-in inputs behind the estimate")] = 256
 
-    def obstacle(self, obs: Observation) -> str | None:
-        n, clients, protocol = obs.knowledge.batch_size, obs.knowledge.get("clients", 1), obs.protocol
-        try:
-            head = _head(obs)
-        except ValueError as error:
-            return f"its probe inputs are real numbers, and {error}"
-        if head is None:
-            return "the network's output is not that of a dense layer, whose gradient would count the labels."
-        if not {head.weight, head.bias} & set(obs.update):
-            return f"the head {head.name!r} sent no gradient; it is frozen, and only the head's gradient counts labels."
-        form = _form(obs)
-        if form is None or form.scale <= 0:
-            return "the loss is neither cross entropy, nor binary cross entropy, nor squared error (class weights?)."
-        outputs = len(obs.model.get_parameter(head.weight))
-        if not form.classes and not (form.name == "binary-cross-entropy" and outputs == 1):
-            return f"the labels of this {form.name} are vectors or real numbers, not classes: nothing to count."
-        if clients > n:
-            return f"{clients} clients cannot share a batch of {n}."
-        if protocol.steps(n) and protocol.optimiser == "adam":
-            if protocol.weight_decay or form.smoothing or form.name == "squared-error":
-                return (
-                    f"Adam keeps only signs, which under {form} and weight decay {protocol.weight_decay:g} say nothing."
-                )
-            return None
-        if bool((_impulse(protocol, protocol.steps(-(-n // clients)))[1] < 0).any()):
-            return "the local steps overshoot: learning rate times weight decay turns the sign of a gradient's share."
-        return None
-
-    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-        head, form, n = _head(obs), _form(obs), obs.knowledge.batch_size
-        assert head is not None  # obstacle() has looked
-        assert form is not None
-        inputs = _stand_ins(obs, self.probes, rng)
+    def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        head, form = _head(view), _form(view)
+        obs, n = view.obs, view.knowledge.batch_size
+        inputs = view.stand_in(self.probes, rng)
         expected = n * _mean_answer(form, forward(obs.model, inputs).double().cpu().reshape(len(inputs), -1))
         features = layer_inputs(obs.model, head.name, inputs).cpu()
         reach = torch.tensor([0.1, 1.0, 10.0]).repeat(len(inputs))[: len(inputs)]
@@ -181,14 +154,42 @@ def _impulse(protocol: Protocol, steps: int) -> tuple[float, Tensor]:
     return label_counts.impulse(steps, learning_rate=rate, momentum=momentum, weight_decay=decay)
 
 
-def _head(obs: Observation) -> Dense | None:
-    return next((layer for layer in dense_layers(obs.model, obs.knowledge.input_shape) if layer.head), None)
+def _head(view: View) -> Dense:
+    """The layer whose gradient counts the labels. Raises NotApplicable: there is none, or it was not sent."""
+    head = view.head
+    if head is None:
+        raise NotApplicable("the network's output is not that of a dense layer, whose gradient would count the labels.")
+    if not {head.weight, head.bias} & set(view.update):
+        raise NotApplicable(
+            f"the head {head.name!r} sent no gradient; it is frozen, and only the head's gradient counts labels."
+        )
+    return head
 
 
-def _form(obs: Observation) -> LossForm | None:
-    example = torch.zeros(2, *obs.knowledge.input_shape)
-    outputs = forward(obs.model, example)
-    return identify(obs.loss, tuple(outputs.shape), device=outputs.device)
+def _form(view: View) -> LossForm:
+    """The form of a loss on class labels. Raises NotApplicable: it is another, or the protocol leaves nothing to count."""
+    form, protocol, outputs = view.form, view.protocol, math.prod(view.outputs)
+    n, clients = view.knowledge.batch_size, view.knowledge.get("clients", 1)
+    if form is None or form.scale <= 0:
+        raise NotApplicable(
+            "the loss is neither cross entropy, nor binary cross entropy, nor squared error (class weights?)."
+        )
+    if not form.classes and not (form.name == "binary-cross-entropy" and outputs == 1):
+        raise NotApplicable(
+            f"the labels of this {form.name} are vectors or real numbers, not classes: nothing to count."
+        )
+    if clients > n:
+        raise NotApplicable(f"{clients} clients cannot share a batch of {n}.")
+    if view.steps and protocol.optimiser == "adam":
+        if protocol.weight_decay or form.smoothing or form.name == "squared-error":
+            raise NotApplicable(
+                f"Adam keeps only signs, which under {form} and weight decay {protocol.weight_decay:g} say nothing."
+            )
+    elif bool((_impulse(protocol, protocol.steps(-(-n // clients)))[1] < 0).any()):
+        raise NotApplicable(
+            "the local steps overshoot: learning rate times weight decay turns the sign of a gradient's share."
+        )
+    return form
 
 
 def _mean_answer(form: LossForm, outputs: Tensor) -> Tensor:
@@ -208,16 +209,3 @@ def _mean_answer(form: LossForm, outputs: Tensor) -> Tensor:
         confidence = (2 * p - 1).square().mean()
     trust = (1 - CONFIDENT * confidence).clamp_min(0)
     return trust * p.mean(0) + (1 - trust) / max(k, 2)
-
-
-def _stand_ins(obs: Observation, count: int, rng: torch.Generator) -> Tensor:
-    """Inputs [count, *input_shape] that know nothing of the private ones: the domain's prior, else uniform or normal."""
-    shape, domain = obs.knowledge.input_shape, obs.knowledge.get("domain")
-    if domain == "images" or (domain is None and len(shape) == 3):
-        low, high = obs.knowledge.get("input_range", (0.0, 1.0))
-        return Images(shape=shape, low=low, high=high).prior(count, rng)
-    low, high = obs.knowledge.get("input_range", (-torch.inf, torch.inf))
-    if domain == "table" or "input_range" not in obs.knowledge:
-        return Table(shape=shape, low=low, high=high).prior(count, rng)
-    uniform: Tensor = torch.rand(count, *shape, generator=rng) * (high - low) + low
-    return uniform

@@ -14,11 +14,13 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.affine_runs import read
 from unbatch.inversion.backward.first_dense import FirstDense
 from unbatch.inversion.backward.nonlinear_runs import flat_roots
 from unbatch.inversion.backward.reading import Reading, Start, Unreadable
 from unbatch.inversion.rounds import restored, sharpened, unseen
+from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
 from unbatch.likelihood import Likelihood
 from unbatch.network.chain import follow
@@ -76,28 +78,29 @@ class LayerByLayer(Attack):
         None
     )
 
-    def obstacle(self, obs: Observation) -> str | None:
-        n = obs.knowledge.get("batch_size", 1)
+    def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        n, law, hidden = view.knowledge.get("batch_size", 1), Likelihood.of(view.knowledge), unseen(view.obs)
         if n > MOST:
-            return f"the batch has {n} examples, and their gradients mix in every convolution; it reads up to {MOST}."
-        if obs.protocol.steps(n):
-            return "the update is of local steps, which mix the gradients of several weights."
-        try:
-            return FirstDense(restored(obs, lowest=n == 1)).obstacle()
-        except ValueError as error:
-            return str(error)
-
-    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-        law, hidden = Likelihood.of(obs.knowledge), unseen(obs)
+            raise NotApplicable(
+                f"the batch has {n} examples, and their gradients mix in every convolution; it reads up to {MOST}."
+            )
+        if view.steps:
+            raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
         if law is None:
-            return self._backward(obs, rng, hidden)
-        found = self._backward(restored(obs, lowest=obs.knowledge.get("batch_size", 1) == 1), rng, hidden)
-        if any(law.spread(obs.update).values()) or any(bool(h.any()) for h in hidden.values()):
+            return self._backward(view, rng, hidden)
+        found = self._backward(restored(view, lowest=n == 1), rng, hidden)
+        if any(law.spread(view.update).values()) or any(bool(h.any()) for h in hidden.values()):
             found = replace(found, bound=torch.full((len(found),), torch.inf, dtype=torch.float64))
-        return sharpened(obs, found, rng)
+        return sharpened(view.obs, found, rng)
 
-    def _backward(self, obs: Observation, rng: torch.Generator, hidden: Mapping[str, Tensor]) -> Reconstruction:
-        first, trace = FirstDense(obs), dict[str, Any](method=self.method)
+    def _backward(self, view: View, rng: torch.Generator, hidden: Mapping[str, Tensor]) -> Reconstruction:
+        try:
+            first = FirstDense(view)
+        except NotApplicable:
+            raise
+        except ValueError as error:
+            raise NotApplicable(str(error)) from error
+        obs, trace = view.obs, dict[str, Any](method=self.method)
         update = {name: tensor.double() for name, tensor in obs.update.items()}
         own = {first.dense.weight, first.dense.bias}  # which is filled
         update = {k: t if k in own else torch.where(hidden[k], torch.nan, t) for k, t in update.items()}

@@ -13,11 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee
+from unbatch.attack import ActiveAttack, Demo, Guarantee
 from unbatch.errors import NotApplicable
-from unbatch.inversion.last_two_layers import Activation
+from unbatch.inversion.last_two_layers import MiddleActivation
+from unbatch.inversion.tensor_moments import TensorMoments
+from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS, Knowledge
-from unbatch.network.dense import Dense, dense_layers
+from unbatch.network.dense import Dense, anatomy
 from unbatch.observation import Observation
 from unbatch.reconstruction import Reconstruction
 
@@ -66,9 +68,8 @@ class TensorMomentDeep(ActiveAttack):
     def plant(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
         """A copy of `model` with the parameters above. Raises NotApplicable: no chain of dense layers, or a narrow one."""
         made = copy.deepcopy(model)
-        chain = _chain(made, _shape(made))
-        if isinstance(chain, str):
-            raise NotApplicable(chain)
+        shape = _shape(made)
+        chain = _chain(made, shape, anatomy(made, shape).layers)
         parameters = dict(made.named_parameters(remove_duplicate=False))
         if self.bias_trick and chain.layers[-1].bias is None:
             raise NotApplicable("bias_trick raises the head's bias, and this head has none.")
@@ -96,30 +97,26 @@ class TensorMomentDeep(ActiveAttack):
                 parameters[chain.layers[-1].bias].fill_(2 * self.bias_trick)
         return made
 
-    def obstacle(self, obs: Observation) -> str | None:
-        chain = _chain(obs.model, obs.knowledge.input_shape)
-        if isinstance(chain, str):
-            return chain
+    def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        obs = view.obs
+        chain = _chain(obs.model, obs.knowledge.input_shape, view.layers)
         last = chain.layers[-2]
         W = dict(obs.model.named_parameters(remove_duplicate=False))[last.weight].detach()
         if not torch.equal(W[:, : chain.d], -W[:, chain.d : 2 * chain.d]) or not bool(W.any()):
-            return f"the rows of {last.name!r} are not [z, -z, 0]: these parameters were not planted by this attack."
+            raise NotApplicable(
+                f"the rows of {last.name!r} are not [z, -z, 0]: these parameters were not planted by this attack."
+            )
         missing = [layer.name for layer in chain.layers[-2:] if layer.weight not in obs.update]
         if missing:
-            return f"{', '.join(map(repr, missing))} sent no gradient; this attack reads the last two layers' both."
-        straight = _Map(obs.model, chain).straight
-        if not straight and last.bias is None and self.norm is None:
-            return "no bias fixes the scale at which these activations are to be inverted; give norm."
-        two = self._two_layers(obs, chain)
-        return _tensor_moment().obstacle(two.only(*(_tensor_moment().needs | _tensor_moment().uses)))
-
-    def run(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-        chain = _chain(obs.model, obs.knowledge.input_shape)
-        assert isinstance(chain, _Chain)  # obstacle() has looked
-        found = _tensor_moment().run(self._two_layers(obs, chain), rng)
-        assert found.inputs is not None
-        assert found.bound is not None
+            raise NotApplicable(
+                f"{', '.join(map(repr, missing))} sent no gradient; this attack reads the last two layers' both."
+            )
         through, typical = _Map(obs.model, chain), self._typical(chain.d)
+        if not through.straight and last.bias is None and self.norm is None:
+            raise NotApplicable("no bias fixes the scale at which these activations are to be inverted; give norm.")
+        found = TensorMoments().run(View.of(self._two_layers(obs, chain)), rng)
+        if found.inputs is None or found.bound is None:
+            return found
         seen = found.inputs.double() * typical * through.slope  # [n, d] what the last hidden layer's pairs differ by
         known = {"scale", "sign"} - found.up_to
         x = through.invert(seen)
@@ -132,12 +129,8 @@ class TensorMomentDeep(ActiveAttack):
         first = chain.layers[0]
         up_to = found.up_to - ({"scale"} if self.norm is not None else set())
         trace = {**found.trace, "layer": chain.layers[-2].name, "planted": "straight" if through.straight else "bent"}
-        if first.feeds is None:
-            return replace(found, inputs=x, layer=first.name, bound=bound, up_to=up_to, trace=trace)
-        inputs = first.feeds.invert(x)
-        spread = x.norm(dim=1) / inputs.norm(dim=1) / first.feeds.scale.abs().min().to(x)
-        shaped = inputs.reshape(-1, *obs.knowledge.input_shape)
-        return replace(found, inputs=shaped, bound=bound * spread.clamp_min(1.0).cpu(), up_to=up_to, trace=trace)
+        inputs, bound, name = view.undo(first, x, bound)
+        return replace(found, inputs=inputs, layer=name, bound=bound, up_to=up_to, trace=trace)
 
     def _typical(self, d: int) -> float:
         return self.norm or d**0.5 / 2
@@ -164,15 +157,12 @@ class TensorMomentDeep(ActiveAttack):
         return Observation(model=model, loss=obs.loss, update=update, knowledge=knowledge)
 
 
-def _tensor_moment() -> Attack:
-    """By its name, as a user would: what it needs of a two-layer network, and what it claims, is its own affair."""
-    return Attack.parse("tensor-moment")
-
-
 class _TwoLayers(nn.Module):
     """head(s(first(v))), with the planted parameters."""
 
-    def __init__(self, s: Activation, Z: Tensor, parameters: dict[str, nn.Parameter], last: Dense, head: Dense) -> None:
+    def __init__(
+        self, s: MiddleActivation, Z: Tensor, parameters: dict[str, nn.Parameter], last: Dense, head: Dense
+    ) -> None:
         super().__init__()
         self.s: Callable[[Tensor], Tensor] = s
         k, m = parameters[head.weight].shape
@@ -197,34 +187,36 @@ class _Chain:
     """A network of dense layers, one after the other, with an elementwise activation between each two."""
 
     layers: Sequence[Dense]
-    between: Sequence[Activation]
+    between: Sequence[MiddleActivation]
     d: int
 
 
-def _chain(model: nn.Module, shape: tuple[int, ...]) -> _Chain | str:
-    """The layers, or in words why the construction does not fit this model."""
-    layers = dense_layers(model, shape)
+def _chain(model: nn.Module, shape: tuple[int, ...], layers: Sequence[Dense]) -> _Chain:
+    """The model as a chain of dense layers. Raises NotApplicable: the construction does not fit it; the words say why."""
     parameters = dict(model.named_parameters())
     used = {name for layer in layers for name in (layer.weight, layer.bias) if name}
     if len(layers) < 3 or not layers[-1].head:
-        return (
+        raise NotApplicable(
             f"the construction is for three dense layers or more; this network runs {len(layers)}: see tensor-moment."
         )
     if set(parameters) - used:
-        return f"the network has more than dense layers: {sorted(set(parameters) - used)[0]!r} is no part of one."
+        odd = sorted(set(parameters) - used)[0]
+        raise NotApplicable(f"the network has more than dense layers: {odd!r} is no part of one.")
     sizes = [tuple(parameters[layer.weight].shape) for layer in layers]
     d = sizes[0][1]
     if any(before[0] != after[1] for before, after in pairwise(sizes)):
-        return f"the dense layers are no chain: their shapes are {', '.join(map(str, sizes))}."
+        raise NotApplicable(f"the dense layers are no chain: their shapes are {', '.join(map(str, sizes))}.")
     narrow = [layer.name for layer, (m, _) in zip(layers[:-2], sizes, strict=False) if m < 2 * d]
     if narrow:
-        return (
+        raise NotApplicable(
             f"{', '.join(map(repr, narrow))} has fewer than {2 * d} units, twice the {d} inputs to be carried through."
         )
-    between = [Activation(model, a, b, shape) for a, b in pairwise(layers)]
+    between = [MiddleActivation(model, a, b, shape) for a, b in pairwise(layers)]
     for (a, b), s in zip(pairwise(layers), between, strict=True):
         if not s.elementwise("train" if model.training else "eval"):
-            return f"between {a.name!r} and {b.name!r} lies more than an elementwise activation (dropout, a norm?)."
+            raise NotApplicable(
+                f"between {a.name!r} and {b.name!r} lies more than an elementwise activation (dropout, a norm?)."
+            )
     return _Chain(layers, between, d)
 
 
@@ -278,13 +270,13 @@ def _pairs(W: Tensor, d: int, gain: float, *, through: bool) -> None:
         W[:d, d : 2 * d], W[d : 2 * d, d : 2 * d] = -eye, eye
 
 
-def _homogeneous(s: Activation) -> bool:
+def _homogeneous(s: MiddleActivation) -> bool:
     """s(c t) = c s(t) for c > 0, and rising: relu and leaky relu."""
     t = torch.tensor([-2.0, -0.5, 0.5, 2.0], dtype=torch.float64)
     return torch.allclose(s(3 * t), 3 * s(t), atol=1e-9) and bool(s(t[2:] * 1.0).min() > 0)
 
 
-def _odd_slope(s: Activation) -> float:
+def _odd_slope(s: MiddleActivation) -> float:
     """Slope of s(t) - s(-t) at 0. Raises NotApplicable: it does not rise, so an even activation loses the sign."""
     t = torch.tensor([1e-4, 1.0], dtype=torch.float64)
     odd = s(t) - s(-t)
@@ -307,7 +299,7 @@ def _shape(model: nn.Module) -> tuple[int, ...]:
     shapes += [(c, side, side) for c in (1, 3) for side in (math.isqrt(d // c),) if c * side**2 == d]
     for shape in shapes:
         try:
-            dense_layers(model, shape)
+            anatomy(model, shape)
         except ValueError:
             continue
         return shape

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from unbatch.analysis import Analysis, Bound, LayerRisk, Verdict
+from unbatch.errors import NotApplicable
 from unbatch.observation import Observation
 from unbatch.reporting.results import Audit
 from unbatch.truth import Truth
@@ -25,10 +26,12 @@ def analyse(
     for analysis in analyses:
         if client and analysis.name not in bounding:
             continue
-        if not named and analysis.obstacle(obs):
-            continue
         try:
-            findings = analysis.run(obs, at=at, rng=torch.Generator().manual_seed(0))
+            findings = analysis(obs, at=at, rng=torch.Generator().manual_seed(0))
+        except NotApplicable as why:
+            if named:
+                record.notes.append(f"{analysis.name}{of}: {why}")
+            continue
         except ValueError as error:
             record.notes.append(f"{analysis.name}{of}: {error}")
             continue

@@ -129,7 +129,7 @@ class _Problem:
 def _measure(problem: _Problem, sigma: float, seconds: float, seed: int) -> Row:
     x, y, least = problem.x, problem.y, sigma**2 * problem.least
     exchanges = [_sent(problem.model, x, y, sigma, seed + k) for k in range(SEEDS)]
-    (bound,) = Analysis.parse("van-trees:draws=8").run(exchanges[0][0], at=(x, y))
+    (bound,) = Analysis.parse("van-trees:draws=8")(exchanges[0][0], at=(x, y))
     assert isinstance(bound, Bound)
     begun = clock()
     found = [_errors(obs, truth, seconds) for obs, truth in exchanges]

@@ -27,13 +27,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from unbatch.attack import Attack
-from unbatch.attacks.gradient_matching import EVALUATIONS
 from unbatch.attacks.layer_by_layer import HYBRID
 from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, psnr, store, stored
 from unbatch.benchmarks.unmix import pool
 from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.rank_count import c_of
+from unbatch.inversion.matching import EVALUATIONS
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.models import published, small

@@ -18,12 +18,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from unbatch.attacks.gradient_matching import EVALUATIONS, GradientMatching
 from unbatch.auditing.client import observe
 from unbatch.benchmarks import clock, store
 from unbatch.case import Case
 from unbatch.domain import Images
+from unbatch.inversion.matching import EVALUATIONS, Matching, Preset
 from unbatch.inversion.search_point import Candidate
+from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.metric import Metric, match
@@ -35,7 +36,7 @@ from unbatch.reconstruction import Reconstruction
 from unbatch.truth import Truth
 
 Row = dict[str, Any]
-PRESETS = ("default", "dlg", "inverting-gradients")
+PRESETS: tuple[Preset, ...] = ("default", "dlg", "inverting-gradients")
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the time, at which the PSNR is taken
 SHOWN = (0.1, 0.25, 0.5, 1.0)
 RANGE = (-2.0, 2.0)
@@ -120,8 +121,8 @@ def speed(obs: Observation, steps: int = 30) -> float | None:
     """
     if obs.protocol.steps(obs.knowledge.batch_size):
         return None
-    attack = GradientMatching(preset="inverting-gradients", iterations=10**6)
-    loops: list[Iterator[Any]] = [attack.search(obs, torch.Generator().manual_seed(0)), plain(obs, attack.tv)]
+    attack = Matching(preset="inverting-gradients", iterations=10**6)
+    loops: list[Iterator[Any]] = [attack.search(View.of(obs), torch.Generator().manual_seed(0)), plain(obs, attack.tv)]
     spent: list[list[float]] = [[], []]
     for _ in range(steps + 2):
         for loop, times in zip(loops, spent, strict=True):
@@ -154,20 +155,18 @@ def plain(obs: Observation, tv: float) -> Iterator[float]:
         yield float(value.detach())
 
 
-def _measure(obs: Observation, truth: Truth, preset: str, seconds: float, seed: int) -> Row:
+def _measure(obs: Observation, truth: Truth, preset: Preset, seconds: float, seed: int) -> Row:
     """The curve of one preset; its number of steps is what half the time allows, at most its own."""
-    attack = GradientMatching(preset="inverting-gradients", iterations=10**6)
-    begun, probe = clock(), attack.search(obs, torch.Generator().manual_seed(seed))
+    attack = Matching(preset="inverting-gradients", iterations=10**6)
+    begun, probe = clock(), attack.search(View.of(obs), torch.Generator().manual_seed(seed))
     for _ in range(5):
         next(probe)
     fit = int(0.5 * seconds * 5 / (clock() - begun))
-    attack = GradientMatching.model_validate(
-        {"preset": preset, "iterations": max(20, min(EVALUATIONS[preset], fit)), "restarts": 10**6}
-    )
+    attack = Matching(preset=preset, iterations=max(20, min(EVALUATIONS[preset], fit)), restarts=10**6)
     best: Candidate | None = None
     held: list[Candidate] = []
     begun, steps = clock(), 0
-    for candidate in attack.search(obs, torch.Generator().manual_seed(seed)):
+    for candidate in attack.search(View.of(obs), torch.Generator().manual_seed(seed)):
         steps += 1
         _wait(obs.device)
         now = clock() - begun

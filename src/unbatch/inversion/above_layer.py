@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
+from unbatch.errors import NotApplicable
 from unbatch.loss import LossForm
-from unbatch.network.dense import Dense, in_mode
+from unbatch.network.dense import Call, Dense, LinearCalls, in_mode
 from unbatch.observation import Observation
 
 
-class Tail(TorchFunctionMode):
+class Tail:
     """The model above a dense layer: deltas(preactivations [g, m], labels) = dL/d(preactivations) in a batch of n.
 
     The label y + c classes is that of an example that occurs c + 1 times.
@@ -24,7 +23,6 @@ class Tail(TorchFunctionMode):
     def __init__(
         self, obs: Observation, layer: Dense, form: LossForm, n: int, dtype: torch.dtype = torch.float64
     ) -> None:
-        super().__init__()
         self.obs, self.form, self.n, self.weight = obs, form, n, layer.weight
         tensors = (
             dict(obs.model.named_parameters())
@@ -35,29 +33,21 @@ class Tail(TorchFunctionMode):
         self.state = {k: t.detach().to(kinds[k], copy=True) for k, t in tensors.items()}  # batch norm writes into them
         self.m = len(self.state[layer.weight])
         self.shape: tuple[int, ...] = obs.knowledge.input_shape
-        self.before: Tensor | None = None
         probe = self.outputs(torch.zeros(2, self.m, dtype=dtype, device=obs.device))
         self.targets = probe[0].numel()
         self.output = tuple(probe.shape[1:])
         binary = form.name == "binary-cross-entropy" and self.targets == 1
         self.classes = self.targets if form.classes else 2 if binary else 0
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is torch.nn.functional.linear:
-            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
-            if given["weight"] is self.state[self.weight]:
-                assert self.before is not None
-                return self.before + 0  # an activation may write in place
-        return func(*args, **(kwargs or {}))
-
-    def outputs(self, before: Tensor, inputs: float = 0.0, *, mode: str | None = None) -> Tensor:
+    def outputs(self, before: Tensor, inputs: float = 0.0) -> Tensor:
         """The model's outputs [g, ...] where the layer gives `before`; the network's own inputs are then of no account."""
-        self.before = before
         x = torch.full((1, *self.shape), inputs, dtype=before.dtype, device=before.device)
         x = x.expand(len(before), *self.shape)
-        with in_mode(self.obs.model, "train" if (mode or self.obs.protocol.mode) == "train" else "eval"), self:
+
+        def hear(call: Call, compute: Callable[[], Tensor]) -> Tensor:
+            return before + 0 if call["weight"] is self.state[self.weight] else compute()  # in place may be written
+
+        with in_mode(self.obs.model, self.obs.protocol.mode), LinearCalls(hear):
             found: Tensor = functional_call(self.obs.model, self.state, (x,))
         return found
 
@@ -73,27 +63,30 @@ class Tail(TorchFunctionMode):
     def _target(self, y: Tensor) -> Tensor:
         return y if self.form.classes else y.to(self.state[self.weight].dtype).reshape(-1, *self.output)
 
-    def obstacle(self) -> str | None:
-        """Why the deltas of an example are not its own function of the layer's output, in words."""
+    def check(self) -> None:
+        """Raise NotApplicable, saying why, unless the deltas of an example are its own function of the layer's output."""
         rng = torch.Generator().manual_seed(0)
         before = torch.randn(4, self.m, generator=rng, dtype=torch.float64).to(self.obs.device)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             whole, again = self.outputs(before), self.outputs(before)
             if not torch.allclose(whole, again):
-                return "the model is random in the client's mode (dropout), so deltas cannot be computed again."
+                raise NotApplicable(
+                    "the model is random in the client's mode (dropout), so deltas cannot be computed again."
+                )
             alone = torch.cat([self.outputs(before[:1].expand(2, -1))[:1], self.outputs(before[1:2].expand(2, -1))[:1]])
             if not torch.allclose(whole[:2], alone, rtol=1e-6, atol=1e-9):
-                return "examples interact above the layer (batch norm in train mode): none has an equation of its own."
+                raise NotApplicable(
+                    "examples interact above the layer (batch norm in train mode): none has an equation of its own."
+                )
             if not torch.allclose(whole, self.outputs(before, 1.0), rtol=1e-6, atol=1e-9):
-                return (
+                raise NotApplicable(
                     "the input also bypasses the first dense layer, so its deltas depend on more than its own output."
                 )
             line = self.outputs(torch.stack([before[0], before[1], (before[0] + before[1]) / 2]))
         if torch.allclose(line[2], (line[0] + line[1]) / 2, rtol=1e-9, atol=1e-12):
-            return (
+            raise NotApplicable(
                 "everything above the layer is linear, so its gradient leaks the span of the inputs and nothing more."
             )
-        return None
 
 
 class Rounding:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from unbatch.analysis import BoundAnalysis
+from unbatch.errors import NotApplicable
 from unbatch.inversion.mean_round import mean_round, still
 from unbatch.knowledge import Knowledge, shares
 from unbatch.loss import draw_labels, reduction
@@ -134,55 +133,53 @@ def uncounted(obs: Observation) -> str | None:
     return None
 
 
-class NoiseAnalysis(BoundAnalysis):
-    """An analysis of what Gaussian noise of known size leaves; it refuses what `sent` does not simulate.
+def check_noise(obs: Observation, *, follows: bool = False) -> None:
+    """Raise NotApplicable unless the update carries Gaussian noise of known size, and nothing else that hides or tells.
 
-    What was made of a noisy update without another look at the batch is bounded as that update (data processing).
+    What was made of a noisy update without another look at the batch is bounded as that update (data processing). With
+    `follows` rounds at parameters that moved are taken as given.
     """
+    if why := uncounted(obs):
+        raise NotApplicable(why)
+    if not deviation(obs) > 0:
+        raise NotApplicable(
+            "the update carries no Gaussian noise of known size, and without noise nothing bounds an attacker."
+        )
+    if deviation(obs) < LEAST:
+        raise NotApplicable(f"noise of standard deviation {deviation(obs):.3g} is lost in rounding, and bounds nobody.")
+    known, protocol = obs.knowledge, obs.protocol
+    missing = [name for name in ("input_shape", "batch_size") if name not in known]
+    if missing:
+        raise NotApplicable(f"{' and '.join(missing)} must be known, to simulate the client.")
+    if known.get("buffers") or statistics(obs):
+        raise NotApplicable("batch norm statistics are sent without noise, and nothing bounds what they tell.")
+    if not follows and not still(obs):
+        raise NotApplicable(
+            "the parameters moved between the rounds by what was sent in them: with other batches of the prior they "
+            "would have moved elsewhere, and nothing simulates the server."
+        )
+    if "mixup" in known:
+        raise NotApplicable("the client trains on blends of its examples (mixup), which are drawn and not simulated.")
+    if "altered" in known and "noise_within" not in known:
+        raise NotApplicable(f"the update was changed by {known.altered}, and the bound is one for noise alone.")
+    steps = max(protocol.steps(size) for size in shares(known.batch_size, known.get("clients", 1)))
+    if "privacy" in known and steps and (steps > 1 or protocol.optimiser != "sgd" or protocol.weight_decay):
+        raise NotApplicable("private training of more than one plain step mixes its noise into the steps that follow.")
 
-    follows: ClassVar[bool] = False  # rounds at parameters that moved, taken as given
 
-    def obstacle(self, obs: Observation) -> str | None:
-        if why := uncounted(obs):
-            return why
-        if not deviation(obs) > 0:
-            return "the update carries no Gaussian noise of known size, and without noise nothing bounds an attacker."
-        if deviation(obs) < LEAST:
-            return f"noise of standard deviation {deviation(obs):.3g} is lost in rounding, and bounds nobody."
-        known, protocol = obs.knowledge, obs.protocol
-        missing = [name for name in ("input_shape", "batch_size") if name not in known]
-        if missing:
-            return f"{' and '.join(missing)} must be known, to simulate the client."
-        if known.get("buffers") or statistics(obs):
-            return "batch norm statistics are sent without noise, and nothing bounds what they tell."
-        if not self.follows and not still(obs):
-            return (
-                "the parameters moved between the rounds by what was sent in them: with other batches of the prior they "
-                "would have moved elsewhere, and nothing simulates the server."
-            )
-        if "mixup" in known:
-            return "the client trains on blends of its examples (mixup), which are drawn and not simulated."
-        if "altered" in known and "noise_within" not in known:
-            return f"the update was changed by {known.altered}, and the bound is one for noise alone."
-        steps = max(protocol.steps(size) for size in shares(known.batch_size, known.get("clients", 1)))
-        if "privacy" in known and steps and (steps > 1 or protocol.optimiser != "sgd" or protocol.weight_decay):
-            return "private training of more than one plain step mixes its noise into the steps that follow."
-        return None
-
-    @staticmethod
-    def premise(obs: Observation) -> str:
-        """What every such bound assumes, in words."""
-        rounds = len(obs.exchanges)
-        where = "sent"
-        between = "nothing but noise between the batch and the update" + "s" * (rounds > 1)
-        if "noise_within" in obs.knowledge:
-            made = f"before {obs.knowledge.altered} made of it what was sent, without another look at the batch"
-            where = f"of the update {made}"
-            between = "nothing but noise between the batch and that update"
-        moved = "the same parameters" if still(obs) else "the parameters that they had, taken as given"
-        again = f", drawn anew in each of {rounds} rounds at {moved}" if rounds > 1 else ""
-        size = f"Gaussian noise of standard deviation {deviation(obs):.3g} in every entry"
-        return f"{size} {where}{again}, {between}; labels and protocol known to the attacker"
+def premise(obs: Observation) -> str:
+    """What every such bound assumes, in words."""
+    rounds = len(obs.exchanges)
+    where = "sent"
+    between = "nothing but noise between the batch and the update" + "s" * (rounds > 1)
+    if "noise_within" in obs.knowledge:
+        made = f"before {obs.knowledge.altered} made of it what was sent, without another look at the batch"
+        where = f"of the update {made}"
+        between = "nothing but noise between the batch and that update"
+    moved = "the same parameters" if still(obs) else "the parameters that they had, taken as given"
+    again = f", drawn anew in each of {rounds} rounds at {moved}" if rounds > 1 else ""
+    size = f"Gaussian noise of standard deviation {deviation(obs):.3g} in every entry"
+    return f"{size} {where}{again}, {between}; labels and protocol known to the attacker"
 
 
 def fitted(obs: Observation, x: Tensor, y: Tensor) -> None:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from unbatch.inversion.view import View
 from unbatch.knowledge import Earlier, Knowledge
-from unbatch.network.dense import dense_layers, forward
+from unbatch.network.dense import forward
 from unbatch.numerics.linear.span import leading_span, rank_tolerance
 from unbatch.observation import Observation
 
@@ -35,17 +36,16 @@ class Reduction:
         return (z @ self.rows.to(z)).reshape(-1, *self.shape)
 
 
-def reduce(obs: Observation, rng: torch.Generator) -> Reduction | None:
+def reduce(view: View, rng: torch.Generator) -> Reduction | None:
     """The reduced exchange of `batch_size` directions; None where inputs do not reach a dense layer as they are.
 
     None as well after Adam or weight decay, whose updates have other rows than the inputs.
     """
-    known, protocol = obs.knowledge, obs.protocol
+    obs, known, protocol = view.obs, view.knowledge, view.protocol
     n = known.batch_size
     if protocol.optimiser != "sgd" or protocol.weight_decay:
         return None
-    layers = dense_layers(obs.model, known.input_shape)
-    first = layers[0] if layers else None
+    first = view.layers[0] if view.layers else None
     if first is None or first.feeds is None or first.weight not in obs.update:
         return None
     W = torch.cat([one.update[first.weight] for one in obs.exchanges])  # each round's rows span the same inputs

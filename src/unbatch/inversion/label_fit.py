@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from unbatch.loss import Loss, identify
-from unbatch.network.dense import forward
+from unbatch.inversion.view import View
+from unbatch.loss import Loss
 from unbatch.observation import Observation
 
 DIGITS = 4  # of a fit that count: two classes share a gradient up to sign, and then their fits differ by rounding
 
 
-def labels(obs: Observation) -> list[Tensor]:
+def labels(view: View) -> list[Tensor]:
     """The labels [1] that one example may have: as known, else every class; none where there is no finite number."""
-    known, device = obs.knowledge.get("labels"), obs.device
+    known, device, form = view.knowledge.get("labels"), view.obs.device, view.form
     if known is not None:
         return [known.to(device)]
-    outputs = forward(obs.model, torch.zeros(2, *obs.knowledge.input_shape))
-    form = identify(obs.loss, tuple(outputs.shape), device=device) if outputs.ndim <= 2 else None
     if form is not None and form.classes:
-        return [torch.tensor([y], device=device) for y in range(outputs.shape[1] if outputs.ndim > 1 else 2)]
-    if form is not None and form.name == "binary-cross-entropy" and outputs[0].numel() == 1:
-        return _two(obs.loss, torch.zeros_like(outputs[:1]))
+        return [torch.tensor([y], device=device) for y in range(view.outputs[0] if view.outputs else 2)]
+    if form is not None and form.name == "binary-cross-entropy" and math.prod(view.outputs) == 1:
+        parameter = next(view.model.parameters())
+        return _two(view.loss, torch.zeros(1, *view.outputs, dtype=parameter.dtype, device=device))
     return []
 
 

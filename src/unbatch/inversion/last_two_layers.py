@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
-from unbatch.network.dense import Dense, dense_layers, forward, in_mode
+from unbatch.errors import NotApplicable
+from unbatch.inversion.view import View
+from unbatch.network.dense import Call, Dense, LinearCalls, in_mode
 from unbatch.numerics.moments.hermite import coefficients
 from unbatch.observation import Observation
 
@@ -25,7 +26,7 @@ class Pair:
 
     first: Dense
     head: Dense
-    s: Activation
+    s: MiddleActivation
     W: Tensor  # [m, d] as stored
     b: Tensor | None  # [m]
     V: Tensor  # [k, m] float64
@@ -94,30 +95,34 @@ def _product(W: Tensor, P: Tensor) -> Tensor:
     return torch.cat([rows.double() @ P.T for rows in torch.split(W, ROWS)])
 
 
-def find(obs: Observation, norm: float) -> Pair | str:
-    """The two layers that end the model, or what is missing, in words."""
-    if obs.protocol.steps(obs.knowledge.get("batch_size", 1)):
-        return "the update is of local steps, which mix the gradients of several weights."
-    layers = dense_layers(obs.model, obs.knowledge.input_shape)
+def last_two_layers(view: View, norm: float) -> Pair:
+    """The two dense layers that end the model, for inputs of typical l2 norm `norm`.
+
+    Raises NotApplicable: the network does not end in two, or more than an elementwise activation lies between them.
+    """
+    obs, layers = view.obs, view.layers
+    if view.steps:
+        raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
     if len(layers) < 2 or not layers[-1].head:
-        return "the network does not end in two dense layers."
+        raise NotApplicable("the network does not end in two dense layers.")
     first, head = layers[-2], layers[-1]
     parameters = {name: p.detach() for name, p in obs.model.named_parameters(remove_duplicate=False)}
     W, V = parameters[first.weight], parameters[head.weight].double()
-    s = Activation(obs.model, first, head, obs.knowledge.input_shape)
+    s = MiddleActivation(obs.model, first, head, obs.knowledge.input_shape)
     if V.shape[1] != len(W) or not s.elementwise(obs.protocol.mode):
-        return f"between {first.name!r} and {head.name!r} lies more than an elementwise activation (dropout, a norm?)."
+        raise NotApplicable(
+            f"between {first.name!r} and {head.name!r} lies more than an elementwise activation (dropout, a norm?)."
+        )
     if first.bias and first.weight in obs.update and first.bias not in obs.update:
-        return f"the bias of {first.name!r} sent no gradient."
+        raise NotApplicable(f"the bias of {first.name!r} sent no gradient.")
     if not bool(W.std() > 0):
-        return f"all weights of {first.name!r} are equal, so its neurons all say the same."
+        raise NotApplicable(f"all weights of {first.name!r} are equal, so its neurons all say the same.")
     c = parameters[head.bias].double() if head.bias else torch.zeros(len(V)).to(V)
     b = parameters[first.bias] if first.bias else None
-    outputs = tuple(forward(obs.model, torch.zeros(2, *obs.knowledge.input_shape)).shape[1:])
-    return Pair(first, head, s, W, b, V, c, outputs, norm)
+    return Pair(first, head, s, W, b, V, c, view.outputs, norm)
 
 
-class Activation:
+class MiddleActivation:
     """s between two dense layers, at any numbers: the first layer's output is replaced, the head's input is read."""
 
     def __init__(self, model: nn.Module, first: Dense, head: Dense, input_shape: tuple[int, ...]) -> None:
@@ -135,12 +140,18 @@ class Activation:
         where = self.state[self.watched[0]].device
         rows = -(-t.numel() // self.m)
         flat = torch.cat([t.flatten(), t.new_zeros(rows * self.m - t.numel())]).view(rows, self.m).to(where).double()
-        splice = _Splice(flat, *(self.state[name] for name in self.watched))
+        first, head = (self.state[name] for name in self.watched)
         x = torch.zeros(rows, *self.shape, dtype=torch.float64, device=where)
-        with in_mode(self.model, mode), torch.random.fork_rng(devices=[]), splice:
+        seen: list[Tensor] = []
+
+        def hear(call: Call, compute: Callable[[], Tensor]) -> Tensor:
+            if call["weight"] is head:
+                seen.append(call["input"])
+            return flat + 0 if call["weight"] is first else compute()  # an activation may write in place
+
+        with in_mode(self.model, mode), torch.random.fork_rng(devices=[]), LinearCalls(hear):
             functional_call(self.model, self.state, (x,))
-        assert splice.seen is not None
-        return splice.seen.flatten()[: t.numel()].view(t.shape).to(t.device)
+        return seen[-1].flatten()[: t.numel()].view(t.shape).to(t.device)
 
     def derivative(self, t: Tensor) -> Tensor:
         """s'(t), elementwise."""
@@ -157,26 +168,6 @@ class Activation:
         try:
             with torch.no_grad():
                 values, moved, again = self(t), self(t[order]), self(t, mode)
-        except (RuntimeError, ValueError, AssertionError):
+        except (RuntimeError, ValueError):
             return False
         return torch.allclose(values[order], moved, atol=1e-12) and torch.allclose(values, again, atol=1e-12)
-
-
-class _Splice(TorchFunctionMode):
-    """Replaces the output of the dense layer with weight `first`, and keeps the input of the one with weight `head`."""
-
-    def __init__(self, output: Tensor, first: Tensor, head: Tensor) -> None:
-        super().__init__()
-        self.output, self.first, self.head = output, first, head
-        self.seen: Tensor | None = None
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is nn.functional.linear:
-            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
-            if given["weight"] is self.first:
-                return self.output + 0  # an activation may write in place
-            if given["weight"] is self.head:
-                self.seen = given["input"]
-        return func(*args, **(kwargs or {}))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from unbatch.inversion.mean_round import mean_round, still
 from unbatch.inversion.refine import radius, refine
+from unbatch.inversion.view import View
 from unbatch.knowledge import Earlier, Knowledge
 from unbatch.likelihood import Likelihood
-from unbatch.network.dense import dense_layers
 from unbatch.numerics.linear.completion import complete
 from unbatch.observation import Observation
 from unbatch.progress import tick
@@ -89,29 +89,30 @@ def clearest(obs: Observation) -> Observation:
     return max(reversed(averaged(obs).exchanges), key=above)
 
 
-def restored(obs: Observation, *, lowest: bool = False) -> Observation:
-    """The `clearest` of `obs` with the first dense layer's unseen entries filled, and what is drawn told as noise.
+def restored(view: View, *, lowest: bool = False) -> View:
+    """The `clearest` of its exchanges with the first dense layer's unseen entries filled, and what is drawn told as noise.
 
     Without a law nothing is known of either.
 
     [dL/dW, dL/db] has the rank of the batch size n: n (m + d) numbers, fewer than are seen where n is small. With `lowest`
     entries that carry noise, too, become those of the nearest matrix of that rank.
     """
-    obs = clearest(obs)
+    obs = clearest(view.obs)
     law = Likelihood.of(obs.knowledge)
     if law is None:
-        return obs
+        return view.on(obs)
     spread = max(law.spread(obs.update).values(), default=0.0)
     noise = {"noise": max(spread, float(obs.knowledge.get("noise", 0.0)))}
     known = obs.knowledge.only(*(set(obs.knowledge) - {"log_prob"})) | Knowledge(**(noise if spread else {}))
-    return replace(obs, update=_filled(obs, law, lowest), knowledge=known)
+    return view.on(replace(obs, update=_filled(view.on(obs), law, lowest), knowledge=known))
 
 
-def each_restored(obs: Observation) -> Observation:
+def each_restored(view: View) -> View:
     """All rounds, each `restored`."""
-    *past, last = [restored(one) for one in obs.exchanges]
+    *past, last = [restored(view.like(one)).obs for one in view.obs.exchanges]
     earlier = [Earlier(state=one.model.state_dict(), update=one.update) for one in past]
-    return replace(last, knowledge=last.knowledge | Knowledge(earlier=earlier)) if earlier else last
+    told = replace(last, knowledge=last.knowledge | Knowledge(earlier=earlier)) if earlier else last
+    return view.like(told)
 
 
 def unseen(obs: Observation) -> dict[str, Tensor]:
@@ -123,9 +124,8 @@ def unseen(obs: Observation) -> dict[str, Tensor]:
     return {name: w == 0 for name, w in law.weights(obs.update).items()}
 
 
-def _filled(obs: Observation, law: Likelihood, lowest: bool) -> dict[str, Tensor]:
-    update, hidden = dict(obs.update), unseen(obs)
-    layer = next((d for d in dense_layers(obs.model, obs.knowledge.input_shape) if d.weight in update), None)
+def _filled(view: View, law: Likelihood, lowest: bool) -> dict[str, Tensor]:
+    obs, update, hidden, layer = view.obs, dict(view.update), unseen(view.obs), view.first
     noisy = any(law.spread(update).values())
     if layer is None or not ((lowest and noisy) or bool(hidden[layer.weight].any())):
         return update

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from unbatch.inversion.input_span import Reduction, reduce
 from unbatch.inversion.rounds import averaged, each_restored
+from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
-from unbatch.loss import draw_labels, identify
-from unbatch.network.dense import dense_layers, forward
+from unbatch.loss import draw_labels
+from unbatch.network.dense import forward
 from unbatch.numerics.label_counts import impulse, label_counts
 from unbatch.numerics.search.matching import norm_squared
 from unbatch.observation import Observation
@@ -38,7 +39,7 @@ class Candidate:
 class Unknowns:
     """What is unknown as a point [n, d + t], inputs in `scale` from `middle` beside t soft labels, and what it explains."""
 
-    obs: Observation
+    view: View
     middle: float | Tensor
     scale: float
     box: float | None
@@ -46,31 +47,32 @@ class Unknowns:
     source: str  # "known", "counted" or "optimised"
     squash: Literal["softmax", "sigmoid", "none"] = "none"
     seen: list[Tensor] = field(default_factory=list)
+    sent: View = field(kw_only=True)  # the exchange as it was sent, rounds at the same parameters averaged
     span: Reduction | None = None  # with it, obs is its exchange
     whole: Unknowns | None = None  # what was reduced
     law: Likelihood | None = None  # of the update as sent, if it is known
     roots: list[Tensor] = field(default_factory=list)  # of the law's weights: `seen` and updates are in these units
 
     @classmethod
-    def of(cls, obs: Observation, preset: str, dtype: torch.dtype | None = None) -> Unknowns:
+    def of(cls, view: View, preset: str, dtype: torch.dtype | None = None) -> Unknowns:
         """All rounds that are known are to be explained; those at the same parameters by their mean.
 
         Raises ValueError: the model or the loss does not take such inputs or soft labels.
         """
-        obs = averaged(obs)
+        view = view.on(averaged(view.obs))
+        obs = view.obs
         known, first = obs.knowledge, next(obs.model.parameters())
-        dtype = dtype or first.dtype
         low, high = known.get("input_range", (-2.0, 2.0))
         unit = preset == "dlg" or not math.isfinite(high - low)
         middle, scale = (0.0, 1.0) if unit else ((low + high) / 2, (high - low) / 4)
         outputs = forward(obs.model, torch.full((known.batch_size, *known.input_shape), middle))
         labels, source = known.get("labels"), "known"
         if labels is None and preset != "dlg":
-            labels, source = _counted(obs, middle, scale), "counted"
+            labels, source = _counted(view, middle, scale), "counted"
         squash: Literal["softmax", "sigmoid", "none"] = "none"
         if labels is None:
             labels, source = draw_labels(obs.loss, outputs, torch.Generator().manual_seed(0)), "optimised"
-            form = identify(obs.loss, tuple(outputs.shape), device=outputs.device)
+            form = view.form
             if form is not None and form.name == "squared-error" and not labels.is_floating_point():
                 labels = outputs  # it may as well have been real targets
             elif not labels.is_floating_point():
@@ -81,23 +83,29 @@ class Unknowns:
                 obs.loss(outputs, labels)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise ValueError(f"the labels are unknown and the loss takes no soft ones ({error}).") from None
-        model = copy.deepcopy(obs.model).to(dtype)
+        box = None if unit or "input_range" not in known else 2.0
+        known_labels = labels.to(obs.device)
+        return cls(view, middle, scale, box, known_labels, source, squash, sent=view).to(dtype or first.dtype)
+
+    def to(self, dtype: torch.dtype) -> Unknowns:
+        """The same problem in another precision, of the update as it was sent."""
+        obs = self.sent.obs
+        known, model = obs.knowledge, copy.deepcopy(obs.model).to(dtype)
         if "buffers" in known:
             known = known | Knowledge(buffers={name: like(b, dtype) for name, b in known.buffers.items()})
         update = {name: tensor.to(dtype) for name, tensor in obs.update.items()}
         moved = replace(obs, model=model, update=update, knowledge=known)
-        box = None if unit or "input_range" not in known else 2.0
         law = Likelihood.of(known)
         updates = [{name: t.to(dtype) for name, t in one.update.items()} for one in moved.exchanges]
         seen = [t for one in updates for t in one.values()]
         roots = [w.sqrt().to(dtype) for one in updates for w in law.weights(one).values()] if law else []
         seen = [t * w for t, w in zip(seen, roots, strict=True)] if law else seen
-        fixed = like(labels.to(obs.device), dtype)
-        return cls(moved, middle, scale, box, fixed, source, squash, seen, law=law, roots=roots)
+        view, labels = self.sent.like(moved), like(self.labels, dtype)
+        return replace(self, view=view, labels=labels, seen=seen, law=law, roots=roots)
 
     def reduced(self, rng: torch.Generator) -> Unknowns | None:
         """The same problem for inputs in the span of the first layer's update; starts keep their size and their middle."""
-        span = reduce(each_restored(self.obs), rng)
+        span = reduce(each_restored(self.view), rng)
         if span is None:
             return None
         small = [t for one in span.obs.exchanges for t in one.update.values()]
@@ -109,8 +117,21 @@ class Unknowns:
         scale = self.scale * (d / r) ** 0.5
         seen = [t * w for t, w in zip(small, own, strict=True)] if own else small
         return replace(
-            self, obs=span.obs, middle=middle, scale=scale, box=None, seen=seen, span=span, whole=self, roots=own
+            self,
+            view=View.of(span.obs),
+            middle=middle,
+            scale=scale,
+            box=None,
+            seen=seen,
+            span=span,
+            whole=self,
+            roots=own,
         )
+
+    @property
+    def obs(self) -> Observation:
+        """The exchange that is to be explained, in the search's precision."""
+        return self.view.obs
 
     @property
     def in_span(self) -> bool:
@@ -197,21 +218,19 @@ class Unknowns:
         return {"softmax": lambda: labels.argmax(1), "sigmoid": labels.round, "none": lambda: labels}[self.squash]()
 
 
-def _counted(obs: Observation, middle: float, scale: float) -> Tensor | None:
+def _counted(view: View, middle: float, scale: float) -> Tensor | None:
     """The labels [n] that the head's gradient counts under cross entropy, in order of class; None where it cannot.
 
     Probabilities are estimated from the model's outputs on noise in the range.
     """
-    known, protocol = obs.knowledge, obs.protocol
-    n, steps = known.batch_size, protocol.steps(known.batch_size)
-    head = next((layer for layer in dense_layers(obs.model, known.input_shape) if layer.head), None)
+    obs, known, protocol, head, form = view.obs, view.knowledge, view.protocol, view.head, view.form
+    n, steps = known.batch_size, view.steps
     if head is None or head.weight not in obs.update or (steps and protocol.optimiser != "sgd"):
+        return None
+    if form is None or form.name != "cross-entropy" or form.scale <= 0:
         return None
     noise = torch.randn(64, *known.input_shape, generator=torch.Generator().manual_seed(0))
     outputs = forward(obs.model, middle + scale * noise)
-    form = identify(obs.loss, tuple(outputs.shape), device=outputs.device)
-    if form is None or form.name != "cross-entropy" or form.scale <= 0:
-        return None
     decay, factor = 1.0, 1.0
     if steps:
         rates = {k: getattr(protocol, k) for k in ("learning_rate", "momentum", "weight_decay")}

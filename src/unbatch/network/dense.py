@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from unbatch.errors import UnbatchError
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def in_mode(model: nn.Module, mode: Literal["train", "eval"]) -> Iterator[nn.Mod
 def forward(model: nn.Module, inputs: Tensor, mode: Literal["train", "eval"] = "eval") -> Tensor:
     """The model's outputs in that mode, on its parameters' device and in their precision, without a graph.
 
-    Raises ValueError: the forward fails, or does not return one tensor.
+    Raises UnbatchError: the forward fails, or does not return one tensor.
     """
     first = next(model.parameters(), inputs)
     x = inputs.to(first.device, first.dtype) if inputs.is_floating_point() else inputs.to(first.device)
@@ -38,15 +40,15 @@ def forward(model: nn.Module, inputs: Tensor, mode: Literal["train", "eval"] = "
         with torch.no_grad(), in_mode(model, mode):
             outputs = model(x)
     except Exception as error:  # the model is the user's: anything may go wrong in it
-        raise ValueError(f"the model's forward fails on inputs of shape {tuple(x.shape[1:])}: {error}") from error
+        raise UnbatchError(f"the model's forward fails on inputs of shape {tuple(x.shape[1:])}: {error}") from error
     if not isinstance(outputs, Tensor):
-        raise ValueError(f"the model returns {type(outputs).__name__}; wrap it so that it returns one tensor.")
+        raise UnbatchError(f"the model returns {type(outputs).__name__}; wrap it so that it returns one tensor.")
     return outputs
 
 
 @dataclass(frozen=True)
-class Affine:
-    """Entry j of a layer's input is scale_j * x_j + shift_j, x the flattened network input (a normalisation)."""
+class Normalisation:
+    """The elementwise map by which the network's input reaches a dense layer: scale_j x_j + shift_j, x flattened."""
 
     scale: Tensor  # [d]
     shift: Tensor  # [d]
@@ -63,110 +65,150 @@ class Dense:
     name: str  # the module's, or the weight's without ".weight"
     weight: str  # parameter names
     bias: str | None
-    feeds: Affine | None  # how the network's input reaches it, if nothing but a normalisation lies between
+    feeds: Normalisation | None  # how the network's input reaches it, if nothing but a normalisation lies between
     head: bool  # its output is the network's
 
 
-class _Linears(TorchFunctionMode):
-    """Records every F.linear on a parameter of the model, however it is called."""
+Call = Mapping[str, Any]  # of F.linear, its arguments by name: input, weight, bias
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+
+class LinearCalls(TorchFunctionMode):
+    """Hears every F.linear that runs in the block, whatever module calls it, and may answer in its place.
+
+    `hear(call, compute)` is given the arguments by name and what computes the call as it stands; what it returns is the
+    call's result.
+
+    >>> weight, seen = torch.eye(2), []
+    >>> def hear(call, compute):
+    ...     seen.append(call["input"].shape)
+    ...     return 2 * compute()
+    >>> with LinearCalls(hear):
+    ...     nn.functional.linear(torch.ones(1, 2), weight)
+    tensor([[2., 2.]])
+    >>> seen
+    [torch.Size([1, 2])]
+    """
+
+    def __init__(self, hear: Callable[[Call, Callable[[], Tensor]], Tensor]) -> None:
         super().__init__()
-        self.names = names
-        self.calls: list[tuple[str, str | None, Tensor, Tensor]] = []
+        self.hear = hear
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear:
-            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
-            weight = self.names.get(id(given["weight"]))
-            if weight is not None:
-                bias = given.get("bias")
-                name = None if bias is None else self.names.get(id(bias))
-                self.calls.append((weight, name, given["input"].detach().clone(), out.detach().clone()))
-        return out
+        if func is not nn.functional.linear:
+            return func(*args, **(kwargs or {}))
+        call = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
+        return self.hear(call, lambda: nn.functional.linear(**call))
 
 
-def dense_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Dense]:
-    """The dense layers in the order in which they run; layers applied at several positions or times are left out.
+@dataclass(frozen=True)
+class Anatomy:
+    """What one look at a running model tells: its dense layers in the order in which they run, and its outputs' shape."""
 
-    The model runs in eval mode on four probe inputs: two tell each layer's elementwise affine map from the network's
-    input, the others check it. Found by watching F.linear, so custom modules count as well as nn.Linear.
-    Raises ValueError: the forward fails on `input_shape`.
+    layers: tuple[Dense, ...]  # applied to one vector an example, once; others are left out
+    outputs: tuple[int, ...]  # the shape of one example's outputs
+
+
+def anatomy(model: nn.Module, input_shape: tuple[int, ...]) -> Anatomy:
+    """The dense layers that a model runs and what feeds them, by running it on four probe inputs in eval mode.
+
+    Two probes tell each layer's elementwise affine map from the network's input, scale_j x_j + shift_j; the others check
+    it. Found by listening to F.linear, so custom modules count as well as nn.Linear.
+    Raises UnbatchError: the forward fails on real inputs of `input_shape`.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> [(layer.name, layer.head) for layer in anatomy(model, (1, 2, 2)).layers]
+    [('1', False), ('3', True)]
     """
     rng = torch.Generator().manual_seed(0)
     probes = torch.rand(4, *input_shape, generator=rng, dtype=torch.float64)
     probes[0], probes[1] = 0.0, 1.0
-    calls, outputs = _watched(model, probes, "eval")
-    used = [call[0] for call in calls]
+    calls, outputs = _heard(model, probes, "eval")
+    used = [call.weight for call in calls]
     found = []
-    for weight, bias, seen, out in calls:
-        if seen.ndim != 2 or len(seen) != len(probes) or used.count(weight) > 1:
+    for call in calls:
+        if call.input.ndim != 2 or len(call.input) != len(probes) or used.count(call.weight) > 1:
             continue
-        head = out.numel() == outputs.numel() and bool((out.flatten() == outputs.flatten()).all())
-        feeds = _affine(probes.to(seen).flatten(1), seen)
-        found.append(Dense(_module(weight), weight, bias, feeds, head))
-    return found
+        head = call.output.numel() == outputs.numel() and bool((call.output.flatten() == outputs.flatten()).all())
+        feeds = _affine(probes.to(call.input).flatten(1), call.input)
+        found.append(Dense(_module(call.weight), call.weight, call.bias, feeds, head))
+    return Anatomy(tuple(found), tuple(outputs.shape[1:]))
 
 
 def layer_inputs(model: nn.Module, name: str, inputs: Tensor, mode: Literal["train", "eval"] = "eval") -> Tensor:
     """What the dense layer called `name` receives for `inputs` [n, ...]: its features [n, d].
 
-    Raises ValueError: no dense layer of that name runs.
+    Raises UnbatchError: no dense layer of that name runs.
     """
     model = copy.deepcopy(model)  # in train mode batch norm writes its statistics
-    for weight, _, seen, _ in _watched(model, inputs, mode)[0]:
-        if _module(weight) == name:
-            return seen
-    raise ValueError(f"no dense layer called {name!r} runs in this model.")
+    for call in _heard(model, inputs, mode)[0]:
+        if _module(call.weight) == name:
+            return call.input
+    raise UnbatchError(f"no dense layer called {name!r} runs in this model.")
 
 
-class Features(TorchFunctionMode):
+class Features:
     """The inputs [n, d] of the dense layer called `name`, as a differentiable function of the model's inputs [n, ...].
 
-    Raises ValueError on a call: no dense layer of that name runs.
+    Raises UnbatchError on a call: no dense layer of that name runs.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> Features(model, "2")(torch.ones(5, 2)).shape
+    torch.Size([5, 3])
     """
 
     def __init__(self, model: nn.Module, name: str, mode: Literal["train", "eval"] = "eval") -> None:
-        super().__init__()
         self.model, self.name, self.mode = model, name, mode
         self.weight = next((p for key, p in model.named_parameters() if _module(key) == name and p.ndim == 2), None)
-        self.seen: Tensor | None = None
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is nn.functional.linear:
-            given = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs or {})
-            if given["weight"] is self.weight:
-                self.seen = given["input"]
-        return func(*args, **(kwargs or {}))
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        self.seen = None
-        with in_mode(self.model, self.mode), self:
+        """The features [n, d] of inputs [n, ...], with their graph."""
+        seen: list[Tensor] = []
+
+        def hear(call: Call, compute: Callable[[], Tensor]) -> Tensor:
+            if call["weight"] is self.weight:
+                seen.append(call["input"])
+            return compute()
+
+        with in_mode(self.model, self.mode), LinearCalls(hear):
             self.model(inputs)
-        if self.seen is None:
-            raise ValueError(f"no dense layer called {self.name!r} runs in this model.")
-        return self.seen
+        if not seen:
+            raise UnbatchError(f"no dense layer called {self.name!r} runs in this model.")
+        return seen[-1]
 
 
-def _watched(
-    model: nn.Module, inputs: Tensor, mode: Literal["train", "eval"]
-) -> tuple[list[tuple[str, str | None, Tensor, Tensor]], Tensor]:
-    watch = _Linears({id(p): name for name, p in model.named_parameters(remove_duplicate=False)})
-    with watch:
+@dataclass(frozen=True)
+class _Heard:
+    """One call of F.linear on a parameter of the model."""
+
+    weight: str
+    bias: str | None
+    input: Tensor
+    output: Tensor
+
+
+def _heard(model: nn.Module, inputs: Tensor, mode: Literal["train", "eval"]) -> tuple[list[_Heard], Tensor]:
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    calls: list[_Heard] = []
+
+    def hear(call: Call, compute: Callable[[], Tensor]) -> Tensor:
+        out, weight, bias = compute(), names.get(id(call["weight"])), call.get("bias")
+        if weight is not None:
+            name = None if bias is None else names.get(id(bias))
+            calls.append(_Heard(weight, name, call["input"].detach().clone(), out.detach().clone()))
+        return out
+
+    with LinearCalls(hear):
         outputs = forward(model, inputs, mode)
-    return watch.calls, outputs
+    return calls, outputs
 
 
 def _module(weight: str) -> str:
     return "" if weight == "weight" else weight.removesuffix(".weight")
 
 
-def _affine(x: Tensor, seen: Tensor) -> Affine | None:
+def _affine(x: Tensor, seen: Tensor) -> Normalisation | None:
     if x.shape != seen.shape:
         return None
     shift, scale = seen[0], seen[1] - seen[0]
@@ -174,4 +216,4 @@ def _affine(x: Tensor, seen: Tensor) -> Affine | None:
     tolerance = 64 * torch.finfo(seen.dtype).eps * (scale.abs() + shift.abs()).max()
     if not bool(((expected - seen[2:]).abs() <= tolerance).all()) or bool((scale == 0).any()):
         return None
-    return Affine(scale.double(), shift.double())
+    return Normalisation(scale.double(), shift.double())

@@ -11,15 +11,14 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from unbatch.attack import Attack
+from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.reading import Start, Unreadable
 from unbatch.inversion.label_fit import labels, nearest
+from unbatch.inversion.unmixing import unmixed
+from unbatch.inversion.view import View
 from unbatch.layers.residual import split
-from unbatch.loss import identify
 from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.network.chain import chain, follow
-from unbatch.network.dense import dense_layers
-from unbatch.observation import Observation
 
 SIZES = (1e-3, 1e4, 200)  # of the input of a layer without a bias: from, to, and how many are tried
 RANK_ONE = 64  # roundings of the update that may be left beside one outer product
@@ -30,11 +29,12 @@ class FirstDense:
 
     With a bias dL/dW = dz x^T and dL/db = dz give x and dz of one example; without, only their directions, and the size at
     which the model's own dz fits. Up to four examples by `unmix`.
-    Raises ValueError: there is none, or the network is no chain.
+    Raises NotApplicable: there is none that gives its input, or the network is no chain.
     """
 
-    def __init__(self, obs: Observation) -> None:
-        self.obs, self.n = obs, obs.knowledge.get("batch_size", 1)
+    def __init__(self, view: View) -> None:
+        obs = view.obs
+        self.view, self.obs, self.n = view, obs, obs.knowledge.get("batch_size", 1)
         self.bound = torch.zeros(0)  # of the features' error, l2, where unmix gives them
         model = copy.deepcopy(obs.model).double()
         sent = obs.knowledge.get("buffers", {})
@@ -44,34 +44,35 @@ class FirstDense:
         self.links = split(chain(model, obs.knowledge.input_shape, obs.protocol.mode))
         if obs.protocol.mode == "train":
             self.links = known_batch_norms(self.links, dict(obs.model.named_buffers()), sent, self.n)
-        dense = [d for d in dense_layers(model, obs.knowledge.input_shape) if d.weight in obs.update]
-        place = next((i for i, link in enumerate(self.links) if dense and link.name == dense[0].name), None)
-        if place is None:
-            raise ValueError("no dense layer that sent its gradient stands in the network's chain of layers.")
-        self.dense, self.below, self.above = dense[0], self.links[:place], self.links[place:]
+        first = view.first
+        place = next((i for i, link in enumerate(self.links) if first is not None and link.name == first.name), None)
+        if first is None or place is None:
+            raise NotApplicable("no dense layer that sent its gradient stands in the network's chain of layers.")
+        self.dense, self.below, self.above = first, self.links[:place], self.links[place:]
         self.W: Tensor = dict(model.named_parameters())[self.dense.weight].detach()
-        self.labels = [y.double() if y.is_floating_point() else y for y in labels(obs)]
+        self.labels = [y.double() if y.is_floating_point() else y for y in labels(view)]
+        self._check()
 
-    def obstacle(self) -> str | None:
-        """Why the layer does not give its inputs, in words."""
+    def _check(self) -> None:
+        """Raise NotApplicable, saying why, unless the layer gives its input."""
         name = self.dense.name
         if not self.below:
-            return f"nothing lies before the dense layer {name!r}: bias-ratio and unmix read its inputs."
+            raise NotApplicable(f"nothing lies before the dense layer {name!r}: bias-ratio and unmix read its inputs.")
         if self.n > 1:
-            unmix = Attack.parse("unmix")
-            return unmix.obstacle(self.obs.only(*(unmix.needs | unmix.uses)))
+            return  # unmix says by itself whether it does
         dW = self.obs.update[self.dense.weight].double()
         if not bool(dW.any()):
-            return f"the gradient of {name!r} is zero: the example does not reach that layer."
+            raise NotApplicable(f"the gradient of {name!r} is zero: the example does not reach that layer.")
         if self.dense.bias not in self.obs.update and not self.labels:
-            return f"{name!r} sent no bias gradient, and without one only the label tells the size of its input."
+            raise NotApplicable(
+                f"{name!r} sent no bias gradient, and without one only the label tells the size of its input."
+            )
         rest = _rank_one(dW)[2]
         if rest > RANK_ONE * torch.finfo(self.obs.dtype).eps:
-            return (
+            raise NotApplicable(
                 f"the gradient of {name!r} is not of rank one (relative rest {rest:.1e}): more than one example, noise, "
                 "pruning, or an update computed in less precision than it is stored in."
             )
-        return None
 
     def start(self, update: Mapping[str, Tensor], rng: torch.Generator) -> tuple[Start, Tensor | None]:
         """What is known of the layer's inputs, and the labels where they come with it.
@@ -136,11 +137,11 @@ class FirstDense:
 
     def _several(self, update: Mapping[str, Tensor], rng: torch.Generator) -> tuple[Start, Tensor]:
         """The features that `unmix` proves, their gradients by the layers above, and how far off unmix says they can be."""
-        unmix = Attack.parse("unmix")
-        found = unmix.run(self.obs.only(*(unmix.needs | unmix.uses)), rng)
-        assert found.inputs is not None
-        assert found.bound is not None
-        x, labels, stretch = found.inputs.double(), found.labels, 1.0
+        found = unmixed(self.view, rng)
+        labels, stretch = found.labels, 1.0
+        if found.inputs is None or found.bound is None:
+            raise Unreadable(f"unmix gives no features before {self.dense.name!r}.")
+        x = found.inputs.double()
         if self.dense.feeds is not None:  # unmix undoes a normalisation, which the links below are
             stretch = float(self.dense.feeds.scale.abs().max())
             size, x = x.flatten(1).norm(dim=1), follow(self.below, x).flatten(1).detach()
@@ -163,8 +164,7 @@ class FirstDense:
         known = self.obs.knowledge.get("labels")
         if known is not None or not self.dense.head or self.dense.bias not in self.obs.update:
             return None if known is None else known.to(self.obs.device)
-        outputs = int(self.above[-1].after[-1]) if self.above[-1].after else 1
-        form = identify(self.obs.loss, (2, outputs), device=self.obs.device)
+        form = self.view.form
         cross_entropy = form is not None and form.name == "cross-entropy"
         return self.obs.update[self.dense.bias or ""].abs().argmax()[None] if cross_entropy else None
 

@@ -39,6 +39,20 @@ class Span:
     beyond: float = 0.0  # the next singular value
     arithmetic: float = 0.0  # |A rows^T - columns values|, spectral: what the decomposition itself adds
 
+    def leading(self, rank: int) -> Span:
+        """Its first `rank` directions; the largest value among the others then lies beyond."""
+        if rank >= len(self.values):
+            return self
+        beyond = float(self.values[rank])
+        return Span(
+            self.columns[:, :rank],
+            self.rows[:rank],
+            self.values[:rank],
+            max(self.noise, beyond),
+            beyond,
+            self.arithmetic,
+        )
+
 
 def leading_span(
     A: Tensor,

@@ -1,0 +1,241 @@
+"""Matching: inputs whose simulated update comes nearest to the one that was sent, by optimisation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unbatch.errors import NotApplicable
+from unbatch.inversion.rounds import sharpened
+from unbatch.inversion.search_point import Candidate, Unknowns, like
+from unbatch.inversion.view import View
+from unbatch.numerics.search import matching
+from unbatch.numerics.search.least_squares import levenberg_marquardt, resized
+from unbatch.numerics.search.softening import Softened, kinked
+from unbatch.progress import tick
+from unbatch.reconstruction import Reconstruction
+
+EVALUATIONS = {"default": 4000, "dlg": 6000, "inverting-gradients": 4800}  # of a restart; the papers' own
+EXPLAINED = 1e-4  # share of |update|^2 left from which on the match alone decides between candidates
+DRAWN = 0.1  # the same at most, where noise is known to make it
+GENTLE = (10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)
+SHARPNESS = (2.0, 30.0, 100.0, 300.0, math.inf, 1000.0, math.inf)
+STARTS = 16  # in the span of the first layer's update, where one takes about a second
+SOLVED = 1e-9  # the same, for success: above the rounding of a float32 update, far below any wrong picture
+
+
+Preset = Literal["default", "dlg", "inverting-gradients"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching:
+    """The search for a whole batch whose simulated update is the one that was sent; see the attack gradient-matching.
+
+    `preset`: ours, or a published method. `iterations`: first-order steps a restart, None for the preset's own.
+    `restarts`: starts, later ones only while none is exact. `tv`: weight of total variation, for pictures only.
+    """
+
+    preset: Preset = "default"
+    iterations: int | None = None
+    restarts: int = 1
+    tv: float = 0.01
+
+    def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        """The best guess. Raises NotApplicable: nothing can be matched here; the message says why."""
+        problem = self.problem(view)
+        planned, count, begun = self.restarts * self._steps, 0, time.monotonic()
+        best: Candidate | None = None
+        history: list[float] = []
+        finals: dict[int, float] = {}
+        ends: dict[int, float] = {}
+        for candidate in self._guesses(problem, rng):
+            count += 1
+            best = candidate if best is None or candidate.loss < best.loss else best
+            finals[candidate.restart] = min(candidate.loss, finals.get(candidate.restart, math.inf))
+            ends[candidate.restart] = time.monotonic() - begun
+            history.append(best.loss)
+            if not tick(min(count / planned, 1.0), best.loss):
+                break
+        if best is None:
+            raise RuntimeError("a search ended without its start; this is a defect of unbatch.")
+        residual = view.obs.residual(best.inputs, like(best.labels, problem.seen[0].dtype))
+        found = Reconstruction(
+            inputs=best.inputs,
+            labels=None if best.fresh else problem.answer(best.labels),
+            trace={
+                "preset": self.preset,
+                "iterations": count,
+                "phase": best.phase,
+                "loss": history[:: -(-len(history) // 200)],
+                "restarts": list(finals.values()),
+                "seconds": [end - start for start, end in zip([0.0, *ends.values()], ends.values(), strict=False)],
+                "converged": (best.loss if problem.law else residual**2) < _solved(problem),
+                "residual": residual,
+                "labels": problem.source,
+            },
+        )
+        if best.phase == "signed Adam" or problem.source == "optimised":  # its prior counts for more than the match
+            return found
+        box = view.knowledge.get("input_range", (-math.inf, math.inf))
+        inputs = sharpened(view.obs, found, rng).inputs
+        return found if inputs is None else replace(found, inputs=inputs.clamp(*box))
+
+    def problem(self, view: View, dtype: torch.dtype | None = None) -> Unknowns:
+        """What is unknown and to be matched, in the model's precision or `dtype`.
+
+        Raises NotApplicable: the inputs are tokens, nothing was sent, or no guesses fit the model and the loss.
+        """
+        if view.knowledge.get("domain") == "tokens":
+            raise NotApplicable("the inputs are tokens, which are no real numbers to optimise over.")
+        if not any(bool(tensor.any()) for tensor in view.update.values()):
+            raise NotApplicable("the update is zero everywhere, so there is nothing to match.")
+        try:
+            return Unknowns.of(view, self.preset, dtype)
+        except ValueError as error:
+            raise NotApplicable(f"its guesses do not fit the model and the loss: {error}") from error
+
+    def search(self, view: View, rng: torch.Generator) -> Iterator[Candidate]:
+        """Every guess as it is made, restart after restart. Raises NotApplicable as `run` does."""
+        return self._guesses(self.problem(view), rng)
+
+    def _guesses(self, problem: Unknowns, rng: torch.Generator) -> Iterator[Candidate]:
+        for restart in range(self.restarts):
+            best = math.inf
+            for candidate in self._ours(problem, rng) if self.preset == "default" else self._published(problem, rng):
+                best = min(best, candidate.loss)
+                yield replace(candidate, restart=restart)
+            if best < SOLVED:
+                return
+
+    @property
+    def _steps(self) -> int:
+        return self.iterations or EVALUATIONS[self.preset]
+
+    def _published(self, problem: Unknowns, rng: torch.Generator) -> Iterator[Candidate]:
+        start = problem.start(rng, 1.0)
+        if self.preset == "dlg":
+            found = matching.lbfgs(
+                lambda v: matching.squared_difference(problem.update(v), problem.seen), start, steps=self._steps
+            )
+        else:
+            found = matching.signed_adam(
+                lambda v: self._distance(problem, v), start, steps=self._steps, box=problem.box
+            )
+        for loss, point in found:
+            yield problem.candidate(loss, point, start, self.preset)
+
+    def _ours(self, rough: Unknowns, rng: torch.Generator) -> Iterator[Candidate]:
+        fine = rough.to(torch.float64)
+        start = fine.start(rng, 0.1)
+        yield fine.candidate(self._score(fine, start), start, start, "start")
+        bent = kinked(fine.clean, start, rng, reach=0.1)
+        inside = fine.reduced(rng)
+        enough = _explained(fine)
+        if inside is not None and (yield from self._in_span(inside, rng, bent)) < enough:
+            return
+        ladder = [(fine, sharpness) for sharpness in SHARPNESS] if bent else [(rough, math.inf), (fine, math.inf)]
+        if (yield from self._squares(ladder, start, start, rng, patience=0)) < enough:
+            return
+        point = yield from self._adam(rough, start, soften=bent)
+        yield from self._squares(ladder, point, start, rng, patience=1)
+
+    def _in_span(self, problem: Unknowns, rng: torch.Generator, bent: bool) -> Generator[Candidate, None, float]:
+        """Least squares from start after start, each from its own sharpness; returns the best score."""
+        best = math.inf
+        for number in range(STARTS if bent and problem.in_span else 2):
+            start = problem.start(rng, 0.1)
+            rungs = (SHARPNESS, GENTLE)[number % 2] if bent else (math.inf,)
+            score = yield from self._squares([(problem, b) for b in rungs], start, start, rng, patience=len(rungs))
+            best = min(best, score)
+            if best < _solved(problem):
+                break
+        return best
+
+    def _squares(
+        self,
+        ladder: Sequence[tuple[Unknowns, float]],
+        point: Tensor,
+        start: Tensor,
+        rng: torch.Generator,
+        *,
+        patience: int,
+    ) -> Generator[Candidate, None, float]:
+        """Levenberg-Marquardt, rung by rung on networks with their kinks rounded less; returns the best score.
+
+        Given up after the first rung from `patience` on that leaves more than a quarter of the score.
+        """
+        last = ladder[-1][0]
+        entry = best = self._score(last, point.to(last.seen[0]))
+        for rung, (problem, sharpness) in enumerate(ladder):
+            soft, seen, candidate = Softened(sharpness), _flat(problem.seen), None
+            size, point = seen.norm(), point.to(seen)
+
+            def residual(v: Tensor, /, *, create_graph: bool = False) -> Tensor:
+                with soft:  # noqa: B023 (used within this rung only)
+                    found = problem.update(v, create_graph=create_graph)  # noqa: B023
+                off: Tensor = (_flat(found) - seen) / size  # noqa: B023
+                return off
+
+            point = resized(residual, point) if rung else point
+            steps, gain = (6, 0.1) if math.isfinite(sharpness) else (60, 1e-3)
+            for _, moved in levenberg_marquardt(residual, point, rng, steps=steps, gain=gain):
+                if candidate is None or moved is not point:
+                    phase = f"least squares, sharpness {sharpness:g}"
+                    point, candidate = moved, problem.candidate(self._score(problem, moved), moved, start, phase)
+                    best = min(best, candidate.loss)
+                yield candidate
+            if (best < _solved(problem) and problem is last) or (rung >= patience and best > entry / 4):
+                break
+        return best
+
+    def _adam(self, problem: Unknowns, start: Tensor, *, soften: bool) -> Generator[Candidate, None, Tensor]:
+        """Signed Adam on cosine distance and total variation, kinks rounded ever less; returns the last point."""
+        soft, last = Softened(), int(0.7 * self._steps)
+        candidate, point = None, start.to(problem.seen[0])
+
+        def distance(v: Tensor) -> Tensor:
+            with soft:
+                return self._distance(problem, v)
+
+        found = matching.signed_adam(distance, point, steps=self._steps, box=problem.box)
+        for step, (_, point) in enumerate(found):
+            if soften and step % 50 == 0:
+                soft.sharpen(10.0 ** (1 + step / last) if step < last else math.inf)
+            if candidate is None or step % 20 == 0 or step == self._steps:
+                candidate = problem.candidate(self._score(problem, point), point, start, "signed Adam")
+            yield candidate
+        return point
+
+    def _distance(self, problem: Unknowns, point: Tensor) -> Tensor:
+        found = matching.cosine_distance(problem.update(point), problem.seen, problem.size)
+        return found + self.tv * matching.total_variation(problem.pictures(point)) if problem.image else found
+
+    def _score(self, problem: Unknowns, point: Tensor) -> float:
+        """Share of |update|^2 left; above what explains it, where noise can lower it, cosine distance and variation."""
+        found = problem.clean(point)
+        rest = float(matching.squared_difference(found, problem.seen) / problem.size)
+        enough = _explained(problem)
+        if rest < enough or problem.in_span or not problem.image:
+            return rest
+        penalty = matching.cosine_distance(found, problem.seen)
+        return enough + float(penalty + self.tv * matching.total_variation(problem.pictures(point)))
+
+
+def _explained(problem: Unknowns) -> float:
+    """The share left from which on the match alone decides: half more than what is drawn, where that is known and small."""
+    return max(EXPLAINED, min(1.5 * problem.drawn, DRAWN))
+
+
+def _solved(problem: Unknowns) -> float:
+    return max(SOLVED, min(1.1 * problem.drawn, DRAWN))
+
+
+def _flat(update: list[Tensor]) -> Tensor:
+    flat: Tensor = torch.cat([tensor.flatten() for tensor in update])
+    return flat

@@ -1,0 +1,341 @@
+"""Unmixing: every example of a batch out of the gradient of the first dense layer, each certified on its own.
+
+What `unmix` does, as a function for whoever needs the inputs of that layer: under the caller's own knowledge, judged by
+the same bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbatch.errors import NotApplicable
+from unbatch.inversion.above_layer import Rounding, Tail
+from unbatch.inversion.matching import Matching
+from unbatch.inversion.rounds import restored, sharpened, unseen
+from unbatch.inversion.view import View
+from unbatch.knowledge import Knowledge
+from unbatch.likelihood import Likelihood
+from unbatch.loss import LossForm
+from unbatch.network.dense import Dense
+from unbatch.numerics.label_counts import apportion, label_counts
+from unbatch.numerics.linear.span import Span, leading_span, rounding_noise
+from unbatch.numerics.unmix.certificate import radius
+from unbatch.numerics.unmix.descent import Descent, beginning
+from unbatch.numerics.unmix.ica import edges, fast_ica, group_ica, whiten
+from unbatch.numerics.unmix.mixture import Mixture
+from unbatch.numerics.unmix.moment_start import weight_moments
+from unbatch.numerics.unmix.solver import Separation, Start, unmix
+from unbatch.progress import tick
+from unbatch.reconstruction import Reconstruction, certified
+
+DUPLICATES = 2  # copies beyond the rank that are looked for, where nothing fits without
+ARITHMETIC = 8 * torch.finfo(torch.float64).eps  # what reading A adds to its error
+BENT = 0.05  # share of the deltas' span below which too few kinks are met: measured .03 finds none, .08 all
+ROUNDINGS = 4  # relative error of a delta, in units of rounding: measured ones are 1 to 3
+
+
+def unmixed(view: View, rng: torch.Generator, *, attempts: int = 3, partial: bool = False) -> Reconstruction:
+    """The certified examples of the batch behind the first dense layer's gradient; with `partial` guesses as well.
+
+    Where a defence's law is known the update is restored by it first, what was found is moved to where the update is
+    likeliest, and what is still missing is looked for by matching the whole batch at once.
+    Raises NotApplicable: no dense layer's gradient isolates the examples; the message says why.
+    """
+    law, n = Likelihood.of(view.knowledge), view.knowledge.get("batch_size")
+    problem = Problem.of(view if law is None else restored(view), rng)
+    if law is None:
+        found = _separated(problem, rng, attempts, partial)
+        return found if partial else certified(found)
+    nothing = torch.zeros(0, *view.knowledge.input_shape)
+    found = Reconstruction(inputs=nothing, bound=nothing.new_zeros(0))
+    reads = problem.layer.feeds is not None  # the network's own inputs
+    if not (reads and law.rescales(view.update)):
+        found = _separated(problem, rng, attempts, partial)
+        drawn = any(law.spread(view.update).values()) or any(bool(hidden.any()) for hidden in unseen(view.obs).values())
+        if drawn:  # only the whole batch tells a mixture from an example then
+            found = replace(found, bound=torch.full((len(found),), torch.inf, dtype=torch.float64))
+        found = sharpened(view.obs, found, rng)
+    if n is not None and len(certified(found)) < n and reads and tick(0.0):  # all at once, by the likelihood
+        told = view.on(replace(view.obs, knowledge=view.knowledge | Knowledge(log_prob=law)))
+        found = _longer(found, sharpened(view.obs, Matching().run(told, rng), rng))
+    return found if partial else certified(found)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The span of a first dense layer's gradient, and what is known of the network above it."""
+
+    view: View
+    layer: Dense
+    form: LossForm
+    span: Span
+
+    @classmethod
+    def of(cls, view: View, rng: torch.Generator) -> Problem:
+        """The problem that an exchange poses. Raises NotApplicable: its examples cannot be separated; it says why."""
+        if view.steps:
+            raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
+        layer, form = view.first, view.form
+        if layer is None:
+            raise NotApplicable("no dense layer sent its gradient.")
+        if layer.head:
+            raise NotApplicable(
+                "the only dense layer is the head: its deltas have as many entries as classes, too few to tell examples by."
+            )
+        if form is None:
+            raise NotApplicable("the loss is none of cross entropy, binary cross entropy and squared error.")
+        Tail(view.obs, layer, form, 1).check()
+        span = layer_span(view, layer, rng)
+        n, (m, d) = len(span.values), view.update[layer.weight].shape
+        if n == 0:
+            raise NotApplicable(f"the gradient of {layer.name!r} is zero.")
+        if n >= min(m, d + (layer.bias is not None)):
+            raise NotApplicable(
+                f"the gradient of {layer.name!r} has full rank {n}: the batch has at least as many examples as the layer "
+                "has inputs or neurons (or the update carries noise), and the span no longer isolates the examples."
+            )
+        if 2 * n >= m:
+            raise NotApplicable(
+                f"the gradient of {layer.name!r} has rank {n}, and {m} neurons give {m - n} equations for the {n} unknowns "
+                "of an example: fewer than it takes."
+            )
+        return cls(view, layer, form, span)
+
+    @property
+    def rank(self) -> int:
+        """Of the gradient: the number of examples, but for those that depend linearly on each other."""
+        return len(self.span.values)
+
+    def tail(self, size: int) -> Tail:
+        """What a batch of `size` examples makes of the layer's output."""
+        return Tail(self.view.obs, self.layer, self.form, size)
+
+    def mixture(self, tail: Tail) -> Mixture:
+        """The equations that each example obeys in coordinates of the span, in a batch of as many as `tail` has."""
+        obs, layer, span = self.view.obs, self.layer, self.span
+        parameters = {name: p.detach().double() for name, p in obs.model.named_parameters(remove_duplicate=False)}
+        W = parameters[layer.weight]
+        sent = layer.bias is not None and layer.bias in obs.update
+        offset = None
+        if layer.bias is not None and sent:
+            W = torch.cat([W, parameters[layer.bias][:, None]], 1)
+        elif layer.bias is not None:
+            offset = parameters[layer.bias]
+        P = span.rows
+        # what the client computed with, in which deltas are wrong; a coarser update was rounded once, at the end
+        eps = torch.finfo(next(obs.model.parameters()).dtype).eps
+        once = torch.finfo(obs.dtype).eps > 1e-4  # the tolerance for sums rounded term by term is then far too wide
+        return Mixture(
+            U=span.columns,
+            S=span.values,
+            W=P @ W.T,
+            offset=offset,
+            ones=P[:, -1].clone() if sent else None,
+            deltas=tail,
+            classes=tail.classes,
+            targets=tail.targets,
+            noise=min(span.noise, 2 * span.beyond) if once else span.noise,
+            rounding=ROUNDINGS * max(eps, torch.finfo(torch.float64).eps),
+            basis=torch.eye(len(P)).to(P),
+            outside=span.beyond + span.arithmetic + ARITHMETIC * float(span.values[0]),
+        )
+
+    def starts(self) -> Iterator[tuple[str, Start]]:
+        """Guesses of what the r examples left look like, rows [g, r] of coordinates in their mixture; the best first."""
+        view, layer, span = self.view, self.layer, self.span
+        shape = view.knowledge.input_shape
+        d = view.update[layer.weight].shape[1]
+        scale = torch.ones(d).to(span.rows) if layer.feeds is None else layer.feeds.scale.to(span.rows)
+        rows = span.rows[:, :d] / scale  # mixtures of network inputs, up to a shift that edges do not see
+
+        def separated(signals: Callable[[Tensor], Tensor]) -> Start:
+            def start(left: Mixture, rng: torch.Generator) -> Tensor:
+                white, T = whiten(signals(left.basis @ rows))
+                turn = torch.linalg.qr(torch.randn(left.n, left.n, generator=rng, dtype=torch.float64))[0].to(white)
+                return group_ica(white, turn) @ T
+
+            return start
+
+        def raw(left: Mixture, rng: torch.Generator) -> Tensor:
+            centred = left.basis @ rows
+            return fast_ica(centred - centred.mean(1, keepdim=True), rng)
+
+        def prior(left: Mixture, rng: torch.Generator) -> Tensor:
+            draws = view.stand_in(4 * left.n, rng).to(rows).flatten(1)
+            draws = draws if layer.feeds is None else draws * layer.feeds.scale.to(rows) + layer.feeds.shift.to(rows)
+            if span.rows.shape[1] > d:
+                draws = torch.cat([draws, torch.ones(len(draws), 1).to(draws)], 1)
+            return draws @ (left.basis @ span.rows).T
+
+        def random(left: Mixture, rng: torch.Generator) -> Tensor:
+            count = 64 if left.n <= 16 else left.n  # a small space is covered, a large one is not
+            return torch.randn(count, left.n, generator=rng, dtype=torch.float64).to(rows)
+
+        pictures = layer.feeds is not None and len(shape) == 3 and min(shape[1:]) > 1
+        if pictures:
+            yield "edges", separated(lambda mixed: edges(mixed, (shape[0], shape[1], shape[2])))
+        else:
+            yield "raw", separated(lambda mixed: (mixed - mixed.mean(1, keepdim=True))[:, None])
+            yield "fast ica", raw
+        yield "moments", weight_moments
+        yield "random", random
+        if pictures:
+            yield "prior", prior
+            yield "raw", separated(lambda mixed: (mixed - mixed.mean(1, keepdim=True))[:, None])
+
+
+def _longer(first: Reconstruction, second: Reconstruction) -> Reconstruction:
+    """The one with more certified examples."""
+    counts = [0 if found.bound is None else int(found.bound.isfinite().sum()) for found in (first, second)]
+    return second if counts[1] > counts[0] else first
+
+
+def layer_span(view: View, layer: Dense, rng: torch.Generator) -> Span:
+    """The row space of [dL/dW, dL/db] of a dense layer, the span of its inputs, down to rounding and the known noise."""
+    A = view.update[layer.weight].double()
+    if layer.bias in view.update and layer.bias is not None:
+        A = torch.cat([A, view.update[layer.bias].double()[:, None]], 1)
+    noise = float(view.knowledge.get("noise", 0.0)) + rounding_noise(view.obs.dtype)
+    return leading_span(A, rng, eps=torch.finfo(view.obs.dtype).eps, noise=noise)
+
+
+def _separated(problem: Problem, rng: torch.Generator, attempts: int, partial: bool) -> Reconstruction:
+    """What the span alone gives, with bounds."""
+    view, form, rank = problem.view, problem.form, problem.rank
+    known = view.knowledge.get("labels")
+    classes = known.unique().to(view.obs.device) if known is not None and form.classes else None
+    starts = list(problem.starts())
+    # exact duplicates count once in the rank and once each in the mean: then the batch is larger than the rank
+    for size in range(rank, rank + (DUPLICATES if form.reduction == "mean" else 0) + 1):
+        tail = problem.tail(size)
+        mixture = problem.mixture(tail)
+        ways: list[tuple[str, Start | Descent]] = [*starts]
+        if mixture.classes:  # second: on pictures and most tables components are faster where they work
+            ways.insert(1, ("descent", Descent(Counted(view, form, mixture, tail))))
+        copies = 1 + (size - rank if form.reduction == "mean" else DUPLICATES)
+        tries = attempts if size == rank else 1
+        found = unmix(mixture, ways, rng, classes=classes, attempts=tries, copies=copies, tick=tick)
+        if len(found.z):
+            break
+    rounding = Rounding(view.obs, problem.layer, form, problem.span.rows, size)
+    reach = radius(mixture, found.z, found.labels, rng, rounding=rounding, jointly=found.joint)
+    trace: dict[str, Any] = {
+        "layer": problem.layer.name,
+        "rank": rank,
+        "batch size": size,
+        "log": found.log,
+        "singular values": problem.span.values.tolist(),
+    }
+    if len(found.z) < rank:
+        trace["words"] = _shortfall(mixture, tail, found, rank, view.knowledge.get("batch_size"))
+    return _returned(problem, found, mixture.classes, reach, trace, partial)
+
+
+def _returned(
+    problem: Problem, found: Separation, classes: int, reach: Tensor, trace: dict[str, Any], partial: bool
+) -> Reconstruction:
+    """What was found in the span's coordinates, as inputs with relative bounds; an example that occurs twice, twice."""
+    view, z, labels = problem.view, found.z, found.labels
+    if classes:
+        times = labels // classes + 1
+        z, reach = z.repeat_interleave(times, 0), reach.repeat_interleave(times)
+        labels = (labels % classes).repeat_interleave(times)
+    trace |= {
+        "certified": int(reach.isfinite().sum()),
+        "found but not certified": int((~reach.isfinite()).sum()),
+    }
+    if partial and found.guesses is not None:
+        z = torch.cat([z, found.guesses])
+        reach = torch.cat([reach, torch.full((len(found.guesses),), torch.inf).to(reach)])
+    rows = z @ problem.span.rows  # [f, d or d + 1]
+    x = rows[:, : view.update[problem.layer.weight].shape[1]]
+    bound = (reach / x.norm(dim=1).clamp_min(1e-300)).cpu()
+    targets = labels if problem.form.classes else labels.to(torch.float64)
+    inputs, bound, name = view.undo(problem.layer, x, bound)
+    return Reconstruction(
+        inputs=inputs,
+        labels=targets if len(z) == len(labels) else None,  # guesses have none
+        layer=name,
+        bound=bound,
+        trace=trace,
+    )
+
+
+def _shortfall(mixture: Mixture, tail: Tail, found: Separation, rank: int, n: int | None) -> str:
+    """Why fewer examples were found than the gradient has rank, as far as the gradient tells."""
+    words, bent = f"{len(found.z)} of {rank} examples were found.", _bend(mixture, tail)
+    lost = BENT if found.joint else float(mixture.noise / mixture.S[-1]) ** 2  # a smooth bend is seen down to the noise
+    if n is not None and n > rank:
+        words += (
+            f" The batch has {n}, so examples depend linearly on each other (duplicates, three constant images), and the "
+            "span does not isolate those that do."
+        )
+    if bent < lost:
+        words += (
+            f" All but {bent:.1e} of the deltas' span is that of a linear network: everything above the layer is all but "
+            "linear on these inputs, and the gradient of a linear network leaks the span of the inputs and nothing more."
+        )
+    return words
+
+
+def _bend(mixture: Mixture, tail: Tail) -> float:
+    """Share of the deltas' span outside the range of J^T, J the derivative of the outputs at a typical input of the span.
+
+    0 where all deltas are J^T r_i, as in a linear network; 1 is what unrelated directions would have.
+    """
+    m, n = mixture.U.shape
+    z = mixture.U.new_zeros(1, n) if mixture.ones is None else mixture.scaled(mixture.ones[None])
+    if tail.targets >= m:
+        return 1.0
+    before = mixture.before(z).detach().requires_grad_()
+    outputs = tail.outputs(before).flatten()
+    J = torch.cat([torch.autograd.grad(output, before, retain_graph=True)[0] for output in outputs])  # [k, m]
+    _, S, Vh = torch.linalg.svd(J, full_matrices=False)
+    Q = Vh[S > 1e-9 * S[0]]
+    return float((1 - (Q @ mixture.U).square().sum() / n) / (1 - len(Q) / m))
+
+
+class Counted:
+    """Labels of the examples not found yet, in any order: as known, or as the head's gradient counts them."""
+
+    def __init__(self, view: View, form: LossForm, mixture: Mixture, tail: Tail) -> None:
+        self.form, self.mixture, self.tail = form, mixture, tail
+        self.known = view.knowledge.get("labels")
+        names = (None, None) if view.head is None else (view.head.weight, view.head.bias)
+        self.weight, self.bias = (view.update.get(name) if name else None for name in names)
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        k, n, left = self.mixture.classes, self.tail.n, self.mixture.n - len(z)
+        z, y = z.repeat_interleave(y // k + 1, 0), (y % k).repeat_interleave(y // k + 1)
+        if self.known is not None:
+            counts = torch.bincount(self.known.cpu(), minlength=k)
+        else:
+            # probabilities of those not found: on average those of the found, where they are many, or of noise
+            alike = z if len(z) > left else beginning(self.mixture, torch.Generator().manual_seed(0), spread=1.0)
+            expected = self._probabilities(z).sum(0) + (n - len(z)) * self._probabilities(alike).mean(0)
+            counts = expected if len(expected) == k else torch.cat([n - expected, expected])
+            if self.weight is not None or self.bias is not None:
+                factor = self.form.scale / (n if self.form.reduction == "mean" else 1)
+                counts = label_counts(
+                    self.weight,
+                    self.bias,
+                    n,
+                    factor=factor,
+                    expected=expected,
+                    loss=self.form.name,
+                    smoothing=self.form.smoothing,
+                )[2]
+        rest = (counts.cpu() - torch.bincount(y.cpu(), minlength=k)).clamp_min(0).double()
+        zeros = torch.zeros(k, dtype=torch.int64)
+        whole = apportion(rest * left / rest.sum().clamp_min(1), zeros, zeros + left, left)
+        return torch.arange(k).repeat_interleave(whole).to(y.device)
+
+    def _probabilities(self, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            outputs = self.tail.outputs(self.mixture.before(z)).flatten(1).cpu()
+        return outputs.sigmoid() if self.form.name == "binary-cross-entropy" else outputs.softmax(1)

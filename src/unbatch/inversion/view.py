@@ -1,0 +1,158 @@
+"""View: one exchange as an attack or an analysis looks at it, each fact found once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.domain import Domain, domain_told
+from unbatch.errors import NotApplicable
+from unbatch.knowledge import Knowledge
+from unbatch.loss import Loss, LossForm, identify
+from unbatch.network.dense import Anatomy, Dense, anatomy
+from unbatch.observation import Observation
+from unbatch.protocol import Protocol, Update
+
+
+@dataclass(frozen=True, eq=False)
+class _Network:
+    """What running one model on inputs of one shape tells, found when it is first asked for; its views share it."""
+
+    model: nn.Module
+    loss: Loss
+    input_shape: tuple[int, ...] | None
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        if self.input_shape is None:
+            raise NotApplicable("input_shape must be known, to run the model once.")
+        try:
+            return anatomy(self.model, self.input_shape)
+        except ValueError as error:
+            raise NotApplicable(f"its probe inputs are real numbers, and {error}") from error
+
+    @cached_property
+    def form(self) -> LossForm | None:
+        shape = (2, *self.anatomy.outputs)
+        return identify(self.loss, shape, device=next(self.model.parameters()).device) if len(shape) <= 2 else None
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One exchange, restricted to what its reader declared to know, with what running its model tells.
+
+    Dense layers, the head, the first layer that sent its gradient, the form of the loss and the shape of the outputs are
+    found when they are first asked for and kept; views of the same model share them.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> update = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    >>> seen = Observation(
+    ...     model=model, loss=nn.functional.cross_entropy, update=update, knowledge=Knowledge(input_shape=(4,))
+    ... )
+    >>> view = View.of(seen)
+    >>> view.first.name, view.head.name, view.outputs, str(view.form)
+    ('0', '2', (2,), 'cross-entropy (mean)')
+    """
+
+    obs: Observation
+    network: _Network
+
+    @classmethod
+    def of(cls, obs: Observation) -> View:
+        """The view of an exchange that nobody has looked at yet."""
+        return cls(obs, _Network(obs.model, obs.loss, obs.knowledge.get("input_shape")))
+
+    def on(self, obs: Observation) -> View:
+        """The view of another exchange; what is known of the model is kept where the model is the same one."""
+        same = obs.model is self.obs.model and obs.loss is self.obs.loss
+        kept = same and obs.knowledge.get("input_shape") == self.network.input_shape
+        return View(obs, self.network) if kept else View.of(obs)
+
+    def like(self, obs: Observation) -> View:
+        """The view of an exchange of the same network in another precision, or at other parameters: its layers stay."""
+        return View(obs, self.network)
+
+    def only(self, *names: str) -> View:
+        """The same exchange for a reader who knows only the named fields."""
+        return self.on(self.obs.only(*names))
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """What the reader may know besides the update."""
+        return self.obs.knowledge
+
+    @property
+    def update(self) -> Update:
+        """The update as sent, by parameter name."""
+        return self.obs.update
+
+    @property
+    def model(self) -> nn.Module:
+        """The global model before the client's step."""
+        return self.obs.model
+
+    @property
+    def loss(self) -> Loss:
+        """The loss (outputs, labels) -> scalar."""
+        return self.obs.loss
+
+    @property
+    def protocol(self) -> Protocol:
+        """The client's protocol as far as it is known."""
+        return self.obs.protocol
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the client, of a batch of one where its size is not known; 0: one gradient was sent."""
+        return self.protocol.steps(self.knowledge.get("batch_size", 1))
+
+    @property
+    def layers(self) -> tuple[Dense, ...]:
+        """The dense layers in the order in which they run. Raises NotApplicable: the model takes no real inputs."""
+        return self.network.anatomy.layers
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The shape of one example's outputs. Raises NotApplicable as `layers` does."""
+        return self.network.anatomy.outputs
+
+    @property
+    def head(self) -> Dense | None:
+        """The dense layer whose output is the network's."""
+        return next((layer for layer in self.layers if layer.head), None)
+
+    @property
+    def first(self) -> Dense | None:
+        """The first dense layer that sent its weight's gradient."""
+        return next((layer for layer in self.layers if layer.weight in self.update), None)
+
+    @property
+    def form(self) -> LossForm | None:
+        """What the loss computes, on outputs [n, k] or [n]; None where it is none of the known ones."""
+        return self.network.form
+
+    @cached_property
+    def domain(self) -> Domain:
+        """The kind of the inputs and their range, as far as they are known."""
+        return domain_told(self.knowledge)
+
+    def stand_in(self, n: int, rng: torch.Generator) -> Tensor:
+        """Inputs [n, *input_shape] that look like examples and know nothing of the private ones: the domain's prior."""
+        return self.domain.prior(n, rng).to(self.obs.device)
+
+    def undo(self, layer: Dense, received: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, str]:
+        """The network's inputs [n, *input_shape] behind what a dense layer received [n, d], with their bounds [n].
+
+        Of a layer that more than a normalisation lies before, what it received and its name. Relative errors stretch by
+        |z| / (|x| min |scale|) at most where z = scale x + shift, and are never taken to shrink.
+        """
+        if layer.feeds is None:
+            return received, bound, layer.name
+        x = layer.feeds.invert(received)
+        least = layer.feeds.scale.abs().min().to(x)
+        stretch = received.norm(dim=1) / x.norm(dim=1).clamp_min(1e-300) / least
+        shaped = x.reshape(-1, *self.knowledge.input_shape)
+        return shaped, bound * stretch.clamp_min(1.0).to(bound.device), ""
