@@ -328,6 +328,40 @@ def test_imports_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@every
+def test_a_notebook_shows_a_summary_that_stands_alone(audit: Audit) -> None:
+    text = audit._repr_html_()
+    assert len(text) < 20_000
+    page = Page(text)
+    assert not page.open
+    assert " ".join(audit.verdict().split()) in page.text
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "script", "style", "iframe", "object", "embed", "base", "form", "html", "body")
+        assert not any(key.startswith("on") for key in attributes)
+        assert attributes.get("src", report.PNG).startswith(report.PNG)
+    assert all(flag.name in text for flag in audit.flags if flag.name != EVIL)
+    assert 'audit.to_html("report.html")' in page.text
+
+
+def test_a_summary_shows_examples_scores_and_chance() -> None:
+    page = Page(exact()._repr_html_())
+    assert len(page.all("img")) == 4
+    assert page.row("client 0, example 0")[3:] == [
+        "131.0 dB", "11.5 dB", "recovered exactly, certified to 3.0 × 10⁻⁷", "bias-ratio"
+    ]  # fmt: skip
+    client = exact().clients[0].model_copy(update={"size": 30})
+    text = Page(exact().model_copy(update={"clients": [client]})._repr_html_()).text
+    assert f"{30 - report.MOST} more in the report." in text
+
+
+@every
+def test_to_html_writes_the_report_for_its_owner(audit: Audit, tmp_path: Path) -> None:
+    path = audit.to_html(tmp_path / "new" / "report.html")
+    assert path.read_text(encoding="utf-8") == report.render(audit)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("make", [exact, not_recovered, table, hostile, designed], ids=lambda make: str(make.__name__))
 def test_in_a_browser(make: Any, tmp_path: Path) -> None:

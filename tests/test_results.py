@@ -1,7 +1,9 @@
 import json
 import math
+import sys
 
 import pytest
+from audits import captured, exact, features, not_recovered, nothing_ran
 
 import unbatch
 from unbatch import Case
@@ -141,6 +143,46 @@ def test_among_exact_recoveries_a_certified_one_stands_for_the_example(record: A
 
     assert hit(near, sure) == hit(sure, near) == 150.0
     assert hit(near, far) == hit(far, near) == 190.0
+
+
+def test_only_its_owner_reads_an_audit(record: Audit, tmp_path) -> None:
+    record.save(tmp_path / "audit.json")
+    assert (tmp_path / "audit.json").stat().st_mode & 0o777 == 0o600
+    write_atomically(tmp_path / "open.json", "{}")
+    assert (tmp_path / "open.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_frame_has_one_row_an_example_per_run() -> None:
+    audit = not_recovered()
+    frame = audit.to_frame()
+    assert len(frame) == len(audit.rows()) == 5
+    assert list(frame["attack"]) == ["matching"] * 4 + ["labels"]
+    assert list(frame["psnr"].dropna()) == [12.0, 9.0]
+    assert list(frame["chance psnr"][:4]) == [11.5] * 4
+    assert {str(frame[name].dtype) for name in ("psnr", "error", "bound", "residual", "chance l2-error")} == {"float64"}
+    assert frame["recovered"].sum() == 0
+    assert list(exact().to_frame()["recovered"]) == [True, False]
+    assert not features().to_frame()["recovered"].any()
+
+
+def test_a_run_that_failed_has_its_rows() -> None:
+    frame = nothing_ran().to_frame()
+    assert list(frame["status"]) == ["not applicable"] * 2 + ["failed"] * 2
+    assert list(frame["example"]) == [0, 1, 0, 1]
+    assert frame["psnr"].isna().all()
+    alone = captured().model_copy(update={"runs": nothing_ran().runs})
+    assert [(row["example"], row["status"]) for row in alone.rows()] == [(None, "not applicable"), (None, "failed")]
+    assert len(alone.to_frame()) == 2
+    assert len(alone.model_copy(update={"runs": []}).to_frame()) == 0
+
+
+def test_a_frame_says_what_it_needs(record: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(
+        unbatch.UnbatchError, match=r"needs pandas, which is not installed: pip install 'unbatch\[pandas\]'"
+    ):
+        record.to_frame()
+    assert len(record.rows()) == 2
 
 
 def test_the_privacy_of_a_client_is_one_class_and_old_records_of_it_are_read(record: Audit) -> None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 class _Finding(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
+    def __str__(self) -> str:
+        return repr(self)
+
 
 class LayerRisk(_Finding):
     """What one layer's gradient says of that layer's input."""
@@ -34,6 +37,10 @@ class LayerRisk(_Finding):
     words: str
     level: Literal["exact", "partial", "low", "unknown"]
     analysis: str = ""  # that found it; the audit says so
+
+    def __repr__(self) -> str:
+        where = self.layer or "the network"
+        return f"<LayerRisk of {where} ({self.kind}): {self.level}, rank {self.rank} of {self.unknowns} unknowns>"
 
     @property
     def share(self) -> float | None:
@@ -67,6 +74,10 @@ class Bound(_Finding):
         ""  # the bound entry by entry, as a PNG data URI: white where the error must be largest, or has no limit
     )
 
+    def __repr__(self) -> str:
+        least = f"{self.name} >= {self.value:.4g}{self.spread}, PSNR <= {self.psnr:.1f} dB"
+        return f"<Bound {least}, for {'any attacker' if self.scope == 'any' else 'unbiased attackers'}>"
+
     @classmethod
     def of(cls, name: str, value: float, scope: Literal["any", "unbiased"], words: str, source: str) -> Self:
         """With assumptions that end in the unit, and in whose PSNR it limits."""
@@ -93,6 +104,9 @@ class Verdict(_Finding):
     value: float
     words: str
     analysis: str = ""  # that found it; the audit says so
+
+    def __repr__(self) -> str:
+        return f"<Verdict {self.name} = {self.value:.4g}>"
 
 
 Finding = LayerRisk | Bound | Verdict

@@ -20,7 +20,7 @@ from unbatch.plugin import Plugin
 from unbatch.protocol import Protocol
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Setting:
     """One client: the global model, the loss, and the private batch that an audit tries to recover.
 
@@ -50,6 +50,11 @@ class Setting:
         if self.domain is None:
             object.__setattr__(self, "domain", domain_of(self.inputs))
         self._try_forward()
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters())
+        batch = f"{len(self.inputs)} {self.domain.name} {list(self.inputs.shape[1:])}"
+        return f"<Setting {self.name}: {batch}, {type(self.model).__name__} of {size:,} parameters>"
 
     def _try_forward(self) -> None:
         shape = tuple(self.inputs.shape[1:])
@@ -81,7 +86,7 @@ class Setting:
         return str(number)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Examples:
     """Data that a case draws from."""
 
@@ -89,6 +94,10 @@ class Examples:
     labels: Tensor  # [n]
     classes: Sequence[str]
     domain: Domain
+
+    def __repr__(self) -> str:
+        held = f"{len(self.inputs)} {self.domain.name} {list(self.inputs.shape[1:])}"
+        return f"<Examples: {held}, {len(self.classes)} classes>"
 
 
 class Case(Plugin, ABC):

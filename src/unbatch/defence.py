@@ -23,7 +23,7 @@ def plain_update(round_: Round) -> Update:
     return local_update(round_.model, round_.loss, round_.inputs, round_.labels, round_.protocol)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Round:
     """One round of training as the client runs it; a defence may hand on a changed copy (dataclasses.replace)."""
 
@@ -36,6 +36,10 @@ class Round:
     train: Callable[[Round], Update] = (
         plain_update  # what the innermost step computes, where training itself is private
     )
+
+    def __repr__(self) -> str:
+        batch = f"{len(self.inputs)} examples {list(self.inputs.shape[1:])}"
+        return f"<Round of {type(self.model).__name__}: {batch}; {self.protocol}>"
 
 
 Step = Callable[[Round], Update]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from unbatch.knowledge import Knowledge
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Domain(ABC):
     """Examples of one kind. `low` and `high` are the range of an input's entries, as the model takes them."""
 
@@ -24,6 +24,9 @@ class Domain(ABC):
     shape: tuple[int, ...]
     low: float = 0.0
     high: float = 1.0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={self.shape}, low={self.low}, high={self.high})"
 
     @abstractmethod
     def prior(self, n: int, rng: torch.Generator) -> Tensor:
@@ -52,7 +55,7 @@ class Domain(ABC):
         return ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Images(Domain):
     """Pictures [c, h, w] with one or three channels."""
 
@@ -80,7 +83,7 @@ class Images(Domain):
         return _png(gap.abs())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Table(Domain):
     """Rows of numbers [d] with named columns."""
 
@@ -97,7 +100,7 @@ class Table(Domain):
         return ", ".join(f"{name} = {value:.4g}" for name, value in zip(names, values, strict=True))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Tokens(Domain):
     """Sequences of token numbers [length]; `high` is the vocabulary's last number."""
 

@@ -29,7 +29,7 @@ class Earlier:
     update: Update
 
     def __repr__(self) -> str:
-        return f"<an update of {len(self.update)} tensors>"
+        return f"<Earlier: an update of {len(self.update)} tensors>"
 
 
 class Knowledge:
@@ -186,4 +186,10 @@ def _no_field(name: str) -> str:
 
 
 def _brief(value: object) -> str:
-    return f"<{value.dtype} {tuple(value.shape)}>" if isinstance(value, Tensor) else repr(value)
+    if isinstance(value, Tensor):
+        return f"<{value.dtype} {tuple(value.shape)}>"
+    if isinstance(value, Mapping):
+        return f"<{len(value)} tensors>"
+    if isinstance(value, tuple) and value and isinstance(value[0], Earlier):
+        return f"<{len(value)} earlier round{'s' * (len(value) > 1)}>"
+    return "<a function>" if callable(value) else repr(value)

@@ -35,7 +35,7 @@ class Metric(Plugin, ABC):
         return self
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Matching:
     """A one-to-one assignment of recovered to private examples, with sign and scale resolved where `up_to` allows."""
 
@@ -43,6 +43,9 @@ class Matching:
     true: Tensor  # [p] indices into the truth
     inputs: Tensor | None  # [p, ...] the matched reconstructions, resolved
     factor: Tensor  # [p] what each was multiplied by
+
+    def __repr__(self) -> str:
+        return f"<Matching of {len(self.found)} pairs>"
 
 
 def match(found: Reconstruction, truth: Truth, domain: Domain) -> Matching:

@@ -16,7 +16,7 @@ from unbatch.loss import Loss
 from unbatch.protocol import Protocol, Update, fit, flatten, local_update
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Observation:
     """One exchange as the server sees it.
 
@@ -38,6 +38,11 @@ class Observation:
                 check_round(self.model, self.update, past)
             except ValueError as error:
                 raise ValueError(f"earlier round {number}: {error}") from None
+
+    def __repr__(self) -> str:
+        entries = sum(tensor.numel() for tensor in self.update.values())
+        known = ", ".join(self.knowledge) or "nothing"
+        return f"<Observation of {type(self.model).__name__}: {entries:,} entries; known besides: {known}>"
 
     @property
     def protocol(self) -> Protocol:

@@ -58,6 +58,9 @@ class Protocol(BaseModel):
         per_epoch = -(-n // (self.local_batch_size or n))
         return self.epochs * per_epoch if self.epochs else self.local_steps
 
+    def __repr__(self) -> str:
+        return f"Protocol({', '.join(f'{k}={v!r}' for k, v in self if v != type(self).model_fields[k].default)})"
+
     def __str__(self) -> str:
         again = f"; the same batch in {self.rounds} rounds" if (self.rounds or 1) > 1 else ""
         if again:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Reconstruction:
     """What an attack read out of an observation: k examples, which need not be as many as the batch has."""
 
@@ -23,6 +23,13 @@ class Reconstruction:
     def __len__(self) -> int:
         held = self.inputs if self.inputs is not None else self.labels
         return 0 if held is None else len(held)
+
+    def __repr__(self) -> str:
+        what = f"examples {list(self.inputs.shape[1:])}" if self.inputs is not None else "labels alone"
+        where = f" as they enter {self.layer}" if self.layer else ""
+        labels = ", with labels" if self.inputs is not None and self.labels is not None else ""
+        bound = f", bounds up to {float(self.bound.max()):.2g}" if self.bound is not None and len(self.bound) else ""
+        return f"<Reconstruction: {len(self)} {what}{where}{labels}{bound}>"
 
 
 def certified(found: Reconstruction) -> Reconstruction:

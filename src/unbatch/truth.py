@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Truth:
     """The private batch, held by the runner only; no attack, analysis, layer rule or numerics can import this module."""
 
@@ -16,3 +16,6 @@ class Truth:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def __repr__(self) -> str:
+        return f"<Truth: {len(self)} examples {list(self.inputs.shape[1:])}>"

@@ -67,6 +67,12 @@ class Tried(BaseModel):
     undefended: float | None = None  # accuracy with the same batch size and no defence
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        strength = f"{self.strength:.3g} {self.unit}".strip()
+        return f"<Tried {self.family} at {strength}, batch {self.batch}: {self.verdict}>"
+
+    __str__ = __repr__
+
 
 class Hardening(BaseModel):
     """A search, as far as it has come."""
@@ -80,6 +86,11 @@ class Hardening(BaseModel):
     analyses: list[str]
     tried: list[Tried] = []
     complete: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Hardening of {self.case}, at most {self.target:g} dB wanted: {len(self.tried)} settings tried>"
+
+    __str__ = __repr__
 
     def cheapest(self, scope: Scope = "one update") -> Tried | None:
         """The most accurate setting that a bound makes safe; of equals the first tried."""

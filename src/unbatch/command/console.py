@@ -57,7 +57,7 @@ def save_pictures(record: Audit, folder: Path) -> int:
             if header == "data:image/png;base64":
                 attack = "".join(c if c.isalnum() or c in "-=." else "_" for c in run.title)
                 name = f"client{run.client}-example{example.index}-{attack}-seed{run.seed}.png"
-                write_atomically(folder / name, base64.b64decode(data))
+                write_atomically(folder / name, base64.b64decode(data), private=True)
                 count += 1
     return count
 

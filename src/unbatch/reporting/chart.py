@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from unbatch.reporting.results import Audit, Example, MetricInfo, Run
+if TYPE_CHECKING:
+    from unbatch.reporting.results import Audit, Example, MetricInfo, Run
 
 VISIBLE = 60.0  # dB: rounding to 8 bits costs 58.9 dB, so beyond this the eye sees no difference
 

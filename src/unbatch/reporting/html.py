@@ -12,13 +12,16 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from unbatch.files import write_atomically
 from unbatch.reporting.chart import Chart, by_attack, exact, known, number, score, title
-from unbatch.reporting.results import Audit, Client, Example, MetricInfo, Run
+
+if TYPE_CHECKING:
+    from unbatch.reporting.results import Audit, Client, Example, MetricInfo, Run
 
 NEAR = 3.0  # dB: a score this close to the chance column is called near chance
 PNG = "data:image/png;base64,"
@@ -36,8 +39,38 @@ PROTOCOL = (
 )
 
 
+MOST = 12  # examples that a notebook shows
+
+
 def render(audit: Audit) -> str:
     """The page of an audit."""
+    metric = primary(audit)
+    return (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            audit=audit,
+            metric=metric,
+            severity=severity(audit),
+            groups=groups(audit),
+            runs=by_attack(audit),
+            best=best_score(audit, metric),
+            chart=Chart.of(audit, metric) if metric else None,
+            command=command(audit),
+            embedded=embedded(audit),
+            download="data:application/json;base64," + base64.b64encode(audit.model_dump_json().encode()).decode(),
+        )
+    )
+
+
+def summary(audit: Audit) -> str:
+    """The finding and the first examples, as a piece of HTML for a notebook: it needs no network, style sheet or script."""
+    cards = [card for _, held in groups(audit) for card in held]
+    page = _templates().get_template("summary.html.j2")
+    return page.render(audit=audit, severity=severity(audit), cards=cards[:MOST], left=len(cards[MOST:]))
+
+
+def _templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("unbatch.reporting", ""),
         autoescape=True,
@@ -47,24 +80,15 @@ def render(audit: Audit) -> str:
     )
     environment.filters |= {"number": number, "score": score, "side": side, "title": title}
     environment.tests |= {"is_picture": is_picture, "exact": exact}
-    metric = primary(audit)
-    return environment.get_template("report.html.j2").render(
-        audit=audit,
-        metric=metric,
-        severity=severity(audit),
-        groups=groups(audit),
-        runs=by_attack(audit),
-        best=best_score(audit, metric),
-        chart=Chart.of(audit, metric) if metric else None,
-        command=command(audit),
-        embedded=embedded(audit),
-        download="data:application/json;base64," + base64.b64encode(audit.model_dump_json().encode()).decode(),
-    )
+    return environment
 
 
 def write(audit: Audit, path: str | Path) -> None:
-    """Write the page whole or not at all. Raises ValueError: what the disk said, and what to do."""
-    write_atomically(Path(path), render(audit))
+    """Write the page whole or not at all, for its owner alone to read: it shows private examples in the clear.
+
+    Raises UnbatchError: what the disk said, and what to do.
+    """
+    write_atomically(Path(path), render(audit), private=True)
 
 
 def is_picture(text: str | None) -> bool:
@@ -159,10 +183,7 @@ def groups(audit: Audit) -> list[tuple[str, list[Card]]]:
 
     Without a truth, the examples that the run with the least bound, then the least residual, returned.
     """
-    clients = {client.index: client for client in audit.clients}
-    for run in audit.runs:
-        clients.setdefault(run.client, Client(index=run.client, name="", size=0))
-    order = [clients[index] for index in sorted(clients)]
+    order = audit.everyone()
     if audit.truth:
         first = primary(audit)
         worst = {name: audit.worst(name) for name in sorted(audit.metrics, key=lambda name: name != first)}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unbatch.analysis import Bound, LayerRisk, Verdict
+from unbatch.errors import MissingExtra, UnbatchError
 from unbatch.files import write_atomically
 from unbatch.privacy import Privacy
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SCHEMA = 1
 EXACT = 1e-4  # relative l2 error up to which an example counts as recovered exactly
@@ -32,6 +36,9 @@ class Status(StrEnum):
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
+    def __str__(self) -> str:
+        return repr(self)
+
 
 class Example(_Record):
     """What one run made of one private example (or, without a truth, one returned example)."""
@@ -51,6 +58,12 @@ class Example(_Record):
         if self.error is not None:
             return self.error <= EXACT
         return self.picture is not None and self.bound is not None and self.bound <= EXACT
+
+    def __repr__(self) -> str:
+        facts = {"error": self.error, "bound": self.bound, **self.scores}
+        told = ", ".join(f"{name} {value:.3g}" for name, value in facts.items() if value is not None)
+        state = "recovered exactly" if self.recovered else "not recovered exactly"
+        return f"<Example {self.index}: {state}{', ' * bool(told)}{told}>"
 
 
 class Run(_Record):
@@ -77,6 +90,11 @@ class Run(_Record):
     )
     examples: list[Example] = []
     trace: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        what = f"examples as they enter {self.layer}" if self.layer else "examples"
+        hit = f", {sum(e.recovered for e in self.examples)} of {len(self.examples)} {what} exact" if self.ran else ""
+        return f"<Run of {self.title} on client {self.client}, seed {self.seed}: {self.status}{hit}>"
 
     @property
     def title(self) -> str:
@@ -113,6 +131,9 @@ class Client(_Record):
     reproducible: bool = True  # the same seed gave the same update twice
     residual: float | None = None  # of the truth itself under the known protocol: what an undefended client leaves
 
+    def __repr__(self) -> str:
+        return f"<Client {self.index}: {self.size} example{'s' * (self.size != 1)}>"
+
 
 class MetricInfo(_Record):
     unit: str
@@ -128,6 +149,9 @@ class Flag(_Record):
     means: str
     do: str
 
+    def __repr__(self) -> str:
+        return f"<Flag {self.name}: {_cut(self.words)}>"
+
 
 class Remedy(_Record):
     """The same attacks on the same clients behind one more defence: measured, and no proof that the defence holds."""
@@ -140,7 +164,15 @@ class Remedy(_Record):
 
 
 class Audit(_Record):
-    """Everything that a report shows."""
+    """Everything that a report shows: what was audited, every run with its scores, the bounds, and the flags.
+
+    >>> import unbatch
+    >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=())
+    >>> audit
+    <Audit of digits:width=16: 1 of 1 private image recovered exactly; anyone who sees this update has it.>
+    >>> audit.worst("psnr")[0, 0][0] > 100
+    True
+    """
 
     schema_number: int = SCHEMA
     version: str
@@ -225,6 +257,13 @@ class Audit(_Record):
         """The verdicts on the exchange as it is."""
         return [verdict for verdict in self.verdicts if verdict.analysis != "safer-design"]
 
+    def everyone(self) -> list[Client]:
+        """The clients by number; one that only a run names has no examples."""
+        clients = {client.index: client for client in self.clients}
+        for run in self.runs:
+            clients.setdefault(run.client, Client(index=run.client, name="", size=0))
+        return [clients[index] for index in sorted(clients)]
+
     @property
     def size(self) -> int:
         """Private examples in all."""
@@ -260,24 +299,106 @@ class Audit(_Record):
     def _nouns(self, n: int) -> str:
         return self.noun if n == 1 else f"{self.noun}s"
 
+    def __repr__(self) -> str:
+        return f"<Audit of {_cut(self.case)}{' (not complete)' * (not self.complete)}: {self.verdict()}>"
+
+    def _repr_html_(self) -> str:
+        """The finding, and the examples with what was recovered of them, for a notebook."""
+        from unbatch.reporting.html import summary
+
+        return summary(self)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row an example per run, for a table: who was attacked how, and what it gave.
+
+        A run that failed or could not run has a row for every example as well, with nothing but its status in it: failed
+        trials count. A metric's score stands under its name, its chance level under "chance" and its name. `recovered`
+        is said of the examples themselves, never of a deeper layer's features.
+
+        >>> import unbatch
+        >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=())
+        >>> [(row["attack"], row["example"], row["recovered"]) for row in audit.rows()]
+        [('bias-ratio', 0, True)]
+        """
+        sizes = {client.index: client.size for client in self.clients}
+        rows = []
+        for run in self.runs:
+            blank: list[Example | None] = [Example(index=i) for i in range(sizes.get(run.client, 0))] or [None]
+            for example in run.examples or blank:
+                rows.append(self._row(run, example))
+        return rows
+
+    def _row(self, run: Run, example: Example | None) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "client": run.client,
+            "example": None if example is None else example.index,
+            "attack": run.title,
+        }
+        row |= {name: getattr(run, name) for name in ("seed", "guarantee", "layer", "seconds", "residual")}
+        row |= {"status": run.status.value, "recovered": example is not None and example.recovered and not run.layer}
+        row |= {name: getattr(example, name, None) for name in ("error", "bound", "label")}
+        for metric in self.metrics:
+            row[metric] = None if example is None else example.scores.get(metric)
+            row[f"chance {metric}"] = None if example is None else example.chance.get(metric)
+        return row
+
+    def to_frame(self) -> DataFrame:
+        """`rows` as a pandas DataFrame; what is not known is NaN.
+
+        >>> import unbatch
+        >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks=["bias-ratio", "label-count"], analyses=())
+        >>> audit.to_frame().groupby("attack")["recovered"].sum().to_dict()
+        {'bias-ratio': 1, 'label-count': 0}
+
+        Raises MissingExtra (an UnbatchError): pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise MissingExtra.of("a data frame", "pandas", "pandas") from None
+        frame = DataFrame(self.rows())
+        scores = [name for metric in self.metrics for name in (metric, f"chance {metric}")]
+        numbers = [name for name in ("residual", "error", "bound", *scores) if name in frame]
+        return frame.astype(dict.fromkeys(numbers, "float64"))
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report, one page that needs no network, and return its place.
+
+        Written whole or not at all, and for its owner alone to read, since it shows private examples in the clear.
+        Raises UnbatchError: what the disk said, and what to do.
+        """
+        from unbatch.reporting.html import write
+
+        write(self, path)
+        return Path(path)
+
     def save(self, path: str | Path) -> None:
-        """Write JSON atomically: a reader sees the old file or the new one, never a part."""
-        write_atomically(Path(path), self.model_dump_json(indent=1))
+        """Write JSON whole or not at all, for its owner alone to read, since it holds private examples in the clear.
+
+        Raises UnbatchError: what the disk said, and what to do.
+        """
+        write_atomically(Path(path), self.model_dump_json(indent=1), private=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read JSON. Raises ValueError: no such file, no JSON, or another schema; the message says what to do."""
+        """Read JSON. Raises UnbatchError: no such file, no JSON, or another schema; the message says what to do."""
         path = Path(path)
         try:
             audit = cls.model_validate_json(path.read_bytes())
         except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}.") from None
+            raise UnbatchError(f"cannot read {path}: {error.strerror}.") from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise ValueError(f"{path} is no audit of unbatch (schema {SCHEMA}): {where}: {first['msg']}.") from None
+            raise UnbatchError(f"{path} is no audit of unbatch (schema {SCHEMA}): {where}: {first['msg']}.") from None
         if audit.schema_number != SCHEMA:
-            raise ValueError(
+            raise UnbatchError(
                 f"{path} has schema {audit.schema_number}; this version reads {SCHEMA}. Run the audit again."
             )
         return audit
+
+
+def _cut(words: str, most: int = 80) -> str:
+    """On one line, and no longer than `most`."""
+    line = " ".join(words.split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
