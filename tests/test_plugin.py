@@ -1,4 +1,5 @@
 import importlib.metadata
+import re
 import subprocess
 import sys
 from typing import Annotated, Any, Literal, final
@@ -11,7 +12,7 @@ from pydantic import Field
 import unbatch
 from unbatch import Attack, Case, Defence, UnbatchError
 from unbatch import plugin as plugins
-from unbatch.command.catalogue import SETS
+from unbatch.command.catalogue import SETS, summary
 from unbatch.defence import Step
 
 
@@ -111,6 +112,19 @@ def test_options_are_described() -> None:
     assert "rank-one" in tol.description
     shape = next(o for o in LoudNoise.options() if o.name == "shape")
     assert shape.type == "flat | pink"
+    assert [o.type for o in LoudNoise.options()] == ["float >= 0 <= 10", "int > 0 | none", "bool", "flat | pink"]
+    activation = next(o for o in Case.find("photos").options() if o.name == "activation")
+    assert activation.type.startswith("relu | leaky-relu | ")
+    assert activation.type.endswith(" | none")
+
+
+@pytest.mark.parametrize("plugin", [p for kind in SETS for p in kind.find().values()], ids=lambda p: p.name)
+def test_the_first_sentence_of_a_plugin_is_plain(plugin: type[plugins.Plugin]) -> None:
+    """No formula, no shape, one sentence, one line of a wide terminal: the index is read by whoever knows none of them."""
+    words = summary(plugin)
+    assert len(words) <= 120
+    assert re.fullmatch(r"[A-Z][^.=|<>\[\]^]*\.", words), words
+    assert not re.search(r"->|\bargmin\b|\bsum_|[a-z]_[a-z0-9]\b|d[A-Z]/d", words), words
 
 
 def test_one_or_several_spelt_or_built() -> None:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, Union, overload
+from types import ModuleType, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -226,14 +226,20 @@ def _spell(value: object) -> str:
 
 
 def _type_words(annotation: Any, metadata: list[Any]) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    text = text.replace("typing.", "").replace("NoneType", "none").replace("None", "none")
-    literal = re.fullmatch(r"Literal\[(.*)\]", text)
-    if literal:
-        return literal[1].replace("'", "").replace(", ", " | ")
+    """What values an option takes: ``int >= 1``, ``float > 0 | none``, ``mean | sum``."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = [f"{sign} {getattr(m, key):g}" for m in metadata for key, sign in signs.items() if hasattr(m, key)]
-    return " ".join([text, *bounds])
+    bounds = [f" {sign} {getattr(m, key):g}" for m in metadata for key, sign in signs.items() if hasattr(m, key)]
+    return " | ".join(kind + "".join(bounds) * (kind in ("int", "float")) for kind in _kinds(annotation))
+
+
+def _kinds(annotation: Any) -> list[str]:
+    if annotation is type(None):
+        return ["none"]
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for part in get_args(annotation) for kind in _kinds(part)]
+    return [annotation.__name__ if isinstance(annotation, type) else str(annotation)]
 
 
 def _words(error: ValidationError) -> str:

@@ -23,7 +23,9 @@ SAMPLE = 4096  # entries by which a tensor of few distinct values is told
 
 @final
 class Counting(Analysis):
-    """The bits that an update is written in, and its numbers that are not zero, against the inputs of the batch.
+    """The least error of any attacker, by the bits that the update is written in.
+
+    The bits that an update is written in, and its numbers that are not zero, against the inputs of the batch.
 
     All updates of several rounds are one message.
 

@@ -26,7 +26,9 @@ GREY = 0.75  # of white, the largest standard deviation in a picture where some 
 
 @final
 class CramerRao(Analysis):
-    """Covariance of every unbiased attacker's answer >= sigma^2 (J^T J)^-1, J the Jacobian of the update as sent.
+    """The least error of any unbiased attacker, where noise of known size was added.
+
+    Covariance of every unbiased attacker's answer >= sigma^2 (J^T J)^-1, J the Jacobian of the update as sent.
 
     J is with respect to all entries of all inputs of the batch; labels count as known, which only helps the attacker. The
     value is the root mean square over all entries, infinite where the update does not determine them all; for pictures the

@@ -25,7 +25,9 @@ CHANCES = (0.5, 0.1, 1e-2, 1e-4, 1e-8, 1e-16, 1e-32, 1e-64, 1e-128)
 
 @final
 class DpReconstruction(Analysis):
-    """Bounds on the reconstruction of examples from DP-SGD: noise z times the clipping norm, rate q, T steps.
+    """The least error of any attacker that differentially private training (DP-SGD) leaves him.
+
+    Bounds on the reconstruction of examples from DP-SGD: noise z times the clipping norm, rate q, T steps.
 
     - information (any attacker): the releases tell at most T KL(q) nats of each example, T / (2 z^2) = rho at q = 1, and
       matching n answers to the truth log n! of all n; the rate-distortion function of a Gaussian prior turns them into an

@@ -20,7 +20,9 @@ Level = Literal["exact", "partial", "low", "unknown"]
 
 @final
 class GradientRank(Analysis):
-    """Numerical rank r of each layer's gradient [p, q] (weight and bias side by side), against its unknowns.
+    """How many equations each layer's gradient gives, beside the unknowns of its input.
+
+    Numerical rank r of each layer's gradient [p, q] (weight and bias side by side), against its unknowns.
 
     A matrix of rank r has r (p + q - r) independent entries: so many equations on the layer's inputs. In a dense layer
     dL/dW = sum_i delta_i x_i^T, so a rank below min(p, q) counts the examples and the row space is their span.

@@ -19,7 +19,9 @@ from unbatch.network.chain import chain
 
 @final
 class LayerEquations(Analysis):
-    """Unknowns of every layer's input against rank W, rank K and rank [W; K]: what an attacker must guess.
+    """How much of each layer's input an attacker can solve for on his way back to the network's input.
+
+    Unknowns of every layer's input against rank W, rank K and rank [W; K]: what an attacker must guess.
 
     W: forward equations (weight constraint) for what the activation after the layer, or after the run of affine layers
     that it begins, lets through. K: equations of the weights' gradients (gradient constraint). A layer without parameters

@@ -22,7 +22,9 @@ SURE = 0.975  # with which the sampling error that is added suffices
 
 @final
 class NoiseInformation(Analysis):
-    """A noisy update tells at most sum_t e_t log(1 + v_t / sigma^2) / 2 nats of the batch; from them a least error.
+    """The least error of any attacker, by how much a noisy update can tell of the batch at most.
+
+    A noisy update tells at most sum_t e_t log(1 + v_t / sigma^2) / 2 nats of the batch; from them a least error.
 
     v_t is the variance over the prior, labels given, of an entry of tensor t, of e_t entries, before its noise: a Gaussian
     of that variance is the reference Q in I(x; u) <= E KL(P(u | x) | Q), whatever the map from x to u. Matching n answers

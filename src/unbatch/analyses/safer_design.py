@@ -62,7 +62,9 @@ LEAST = 0.01  # by which a change lowers a metric: other weights alone move a sh
 
 @final
 class SaferDesign(Analysis):
-    """The determined share and c(M) of the network with one convolution changed, where that lowers one, the safest first.
+    """Which change of a single convolution would leave an attacker more to guess.
+
+    The determined share and c(M) of the network with one convolution changed, where that lowers one, the safest first.
 
     Each change alone: the stride doubled, the channels halved, average pooling after it; the layers that must change with
     it have fresh weights, drawn by PyTorch's default law. Ranks by the rank law, else measured. It is said of one example

@@ -21,7 +21,9 @@ from unbatch.observation import Observation
 
 @final
 class SecurityMetric(Analysis):
-    """c(M) as published, and the share of one image that the gradient determines, for any differentiable model.
+    """How much of one example this network's gradient determines, before anyone attacks it.
+
+    c(M) as published, and the share of one image that the gradient determines, for any differentiable model.
 
     c(M) = sum over convolutions i of round[(D - 1 - i) / (D - 1) (rank [W_i; K_i] - n_i)]: D layers with the dense one, i
     counted from 0 at the input, n_i unknowns. 0: every layer is uniquely solvable; the more negative, the safer. W_i goes

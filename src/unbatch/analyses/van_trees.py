@@ -30,7 +30,9 @@ Trace = Callable[
 
 @final
 class VanTrees(Analysis):
-    """E |x^ - x|^2 >= tr V, V = (E[J^T J] / sigma^2 + C^-1)^-1, for any attacker, over a Gaussian prior of covariance C.
+    """The least error of any attacker who knows what inputs look like, where noise of known size was added.
+
+    E |x^ - x|^2 >= tr V, V = (E[J^T J] / sigma^2 + C^-1)^-1, for any attacker, over a Gaussian prior of covariance C.
 
     J is the Jacobian of the update as sent with respect to all inputs of the batch, whose labels count as known. Where the
     answers are matched to the truth afterwards, that tells up to log n! nats more: E |x^ - x|^2 >= the rate-distortion

@@ -20,7 +20,9 @@ from unbatch.reconstruction import Reconstruction
 
 @final
 class BiasRatio(Attack):
-    """One example: dL/dW = delta x^T and dL/db = delta, so x = (dL/dW)^T (dL/db) / |dL/db|^2.
+    """Reads one example exactly: a dense layer's weight gradient divided by its bias gradient.
+
+    One example: dL/dW = delta x^T and dL/db = delta, so x = (dL/dW)^T (dL/db) / |dL/db|^2.
 
     The same ratio survives any common factor of the two (clipping, the learning rate, sign) and SGD's local steps
     without weight decay, whose sum of delta_t x^T has the sum of delta_t beside it. Where nothing but a normalisation

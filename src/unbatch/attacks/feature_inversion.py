@@ -28,7 +28,9 @@ SETTLED = 0.7  # share of the steps after which it is down to `tv`
 
 @final
 class FeatureInversion(Attack):
-    """argmin over x of sum_i |f(x_i) - f_i|^2 / |f(grey) - f_i|^2 + tv TV(x_i): f the network below its dense layers.
+    """Searches for the pictures whose features behind the convolutions are those that `unmix` proves; a guess.
+
+    argmin over x of sum_i |f(x_i) - f_i|^2 / |f(grey) - f_i|^2 + tv TV(x_i): f the network below its dense layers.
 
     The features f_i [d] of every example are what `unmix` proves of a network whose first dense layer comes after
     convolutions; they are exact, the pictures are a guess: what f does not keep is filled in by total variation (Mahendran,

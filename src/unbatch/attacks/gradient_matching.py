@@ -16,7 +16,9 @@ from unbatch.reconstruction import Reconstruction
 
 @final
 class GradientMatching(Attack):
-    """argmin over inputs of the distance between the simulated and the observed update.
+    """Searches for inputs whose simulated update comes nearest to the one seen (DLG, inverting gradients, our own).
+
+    argmin over inputs of the distance between the simulated and the observed update.
 
     default: |g(x) - g|^2 by Levenberg-Marquardt in float64 from near the middle of the range, in the span of the inputs
     where the first layer is dense and gives it away; on networks with kinks through ever sharper rounded ones; where that

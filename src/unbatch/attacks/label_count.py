@@ -26,7 +26,9 @@ SIGMAS = 7.0  # a Gaussian entry lies further out with probability 3e-12
 
 @final
 class LabelCount(Attack):
-    """Class counts c from dL/db_j = a (sum_i p_ij - c_j), a = 1 / n for the mean: every p_ij > 0, so c_j >= -dL/db_j / a.
+    """Counts how often each class occurs in the batch, from the last layer's bias gradient.
+
+    Class counts c from dL/db_j = a (sum_i p_ij - c_j), a = 1 / n for the mean: every p_ij > 0, so c_j >= -dL/db_j / a.
 
     Where these lower bounds add up to n the counts are proven; elsewhere sum_i p_ij is estimated from the model's
     outputs on stand-in inputs, or as equal classes where it is confident, and rounded within the bounds. SGD's local

@@ -42,7 +42,9 @@ HYBRID = (((1.0, 1.0, 0.05), 10_000), ((1.0, 1.0, 0.1), 8_000), ((10.0, 0.1, 1.0
 
 @final
 class LayerByLayer(Attack):
-    """Backward from the first dense layer: x_i from [W; K] x_i = [s^-1(x_{i+1}); dL/dW_i], layer by layer.
+    """Solves the network backward from its first dense layer to its input, one linear system a layer.
+
+    Backward from the first dense layer: x_i from [W; K] x_i = [s^-1(x_{i+1}); dL/dW_i], layer by layer.
 
     The dense layer gives its input and dL/dx (n = 1: as bias-ratio does, up to 4 examples by `unmix`). Each run of affine
     layers below it is one linear system: W, its forward equations for what is known of its output (weight constraint), and

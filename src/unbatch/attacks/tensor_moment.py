@@ -16,7 +16,7 @@ from unbatch.reconstruction import Reconstruction
 
 @final
 class TensorMoment(Attack):
-    """Inputs of a two-layer network with random weights, with residuals and labels, from one gradient.
+    """Recovers the batch of a two-layer network with random weights, with its labels, from the moments of one gradient.
 
     With L the loss, V [k, m] the head, r_i = dL/d(output of i) and z = W x + b:
 

@@ -34,7 +34,9 @@ SPREAD = (
 
 @final
 class TensorMomentDeep(ActiveAttack):
-    """The inputs of a deep dense network whose parameters the server chose, by the moments of its last two layers.
+    """Recovers the inputs of a deep dense network whose parameters the server chose for that.
+
+    By the moments of its last two layers.
 
     For relu and leaky relu (s(c t) = c s(t), c > 0): W_1 = [I, -I, 0]^T, identity middle layers, and every row of the last
     hidden layer [z, -z, 0], z ~ N(0, I) over the typical norm of an input. With L layers below, z . (s^L(x) - s^L(-x)) is

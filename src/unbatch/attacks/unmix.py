@@ -16,7 +16,7 @@ from unbatch.reconstruction import Reconstruction
 
 @final
 class Unmix(Attack):
-    """Every example of a batch behind a dense layer, one by one, each certified on its own.
+    """Recovers the examples of a whole batch behind a dense layer one by one, each certified on its own.
 
     The layer's gradient [dL/dW, dL/db] = sum_i delta_i (x_i, 1)^T has the examples' span as its row space and the batch
     size as its rank. In coordinates z of the span each example obeys U S q = F(z, y) alone, F the model's own delta:

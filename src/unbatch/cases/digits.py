@@ -12,7 +12,10 @@ from unbatch.domain import Images
 
 @final
 class Digits(Case):
-    """1,797 handwritten digits [1, 8, 8] in 17 grey levels, scaled to [0, 1]; ten classes."""
+    """Handwritten digits of 8 by 8 pixels.
+
+    1,797 handwritten digits [1, 8, 8] in 17 grey levels, scaled to [0, 1]; ten classes.
+    """
 
     source: ClassVar[str] = (
         "Optical Recognition of Handwritten Digits, test set: E. Alpaydin and C. Kaynak, 1998, "

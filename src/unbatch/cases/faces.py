@@ -15,7 +15,10 @@ from unbatch.errors import MissingExtra
 
 @final
 class Faces(Case):
-    """100 faces of people and 100 patches of their background, [1, 25, 25] in [0, 1]; two classes."""
+    """Grey patches of 25 by 25 pixels, half of them faces of people.
+
+    100 faces of people and 100 patches of their background, [1, 25, 25] in [0, 1]; two classes.
+    """
 
     source: ClassVar[str] = (
         "Labeled Faces in the Wild: G. Huang, M. Mattar, T. Berg and E. Learned-Miller, 2007 (news photographs, no "

@@ -46,7 +46,9 @@ PHOTOS = (
 
 @final
 class Photos(Case):
-    """Square views [3, size, size] in [0, 1] of nine photographs; the class is which photograph.
+    """Views of nine colour photographs, of 32 by 32 pixels or another size.
+
+    Square views [3, size, size] in [0, 1] of nine photographs; the class is which photograph.
 
     The pool runs in rounds with one view of every photograph each, in random order. The first round shows nearly the
     whole; later ones are smaller crops (45 to 85% of the short side) about the subject, half of them mirrored. No two

@@ -15,7 +15,9 @@ RANGE = 5.0  # standard deviations
 
 @final
 class Tables(Case):
-    """Rows [d] of standardised columns (mean 0, variance 1 over the table), cut to 5 standard deviations.
+    """Rows of numbers about tumours, patients, wines or flowers.
+
+    Rows [d] of standardised columns (mean 0, variance 1 over the table), cut to 5 standard deviations.
 
     breast-cancer: 569 tumours, 30 columns, malignant or benign. diabetes: 442 patients, 10 columns (age, sex, blood
     values), progression a year later below or above the median. wine: 178 wines, 13 columns, three growers. iris: 150

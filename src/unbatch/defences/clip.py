@@ -17,7 +17,9 @@ from unbatch.protocol import Update, shortened
 
 @final
 class Clip(Defence):
-    """u -> u min(1, norm / |u|), with |u| the l2 norm over all entries of the update.
+    """Shortens an update that is longer than `norm`, and changes nothing else of it.
+
+    u -> u min(1, norm / |u|), with |u| the l2 norm over all entries of the update.
 
     Only the length changes, so the examples behind the direction stay as they were.
     """

@@ -17,7 +17,9 @@ from unbatch.protocol import Update
 
 @final
 class DpSgd(Defence):
-    """g -> (sum_i g_i min(1, clip / |g_i|) + noise_multiplier clip z) / b, in every gradient that the client takes; z
+    """Clips every example's gradient and adds normal noise: differentially private training, by Opacus.
+
+    g -> (sum_i g_i min(1, clip / |g_i|) + noise_multiplier clip z) / b, in every gradient that the client takes; z
     standard normal in every entry, b the batch size (1 for a summed loss). Needs the extra `unbatch[opacus]`.
 
     It works in the training itself, wherever it stands among other defences. The private batch is the one that was drawn

@@ -16,7 +16,9 @@ from unbatch.protocol import Update
 
 @final
 class LabelSmoothing(Defence):
-    """L(o, y) -> (1 - epsilon) L(o, y) + (epsilon / K) sum_k L(o, k), over the K classes (or the bits 0 and 1).
+    """Trains on softened labels: a share of each is spread over all classes.
+
+    L(o, y) -> (1 - epsilon) L(o, y) + (epsilon / K) sum_k L(o, k), over the K classes (or the bits 0 and 1).
 
     The loss is declared, so attacks compute with it, and there is no likelihood of its own.
     For cross entropy and binary cross entropy this is training on smoothed targets.

@@ -16,7 +16,9 @@ KEPT = ("weight_decay", "mode", "rounds", "server_rate")  # of the protocol
 
 @final
 class LocalSteps(Defence):
-    """u = w_K - w_0 after K local steps (federated averaging) in place of one gradient; the numbers are public.
+    """Trains for several local steps and sends the difference of parameters (federated averaging).
+
+    u = w_K - w_0 after K local steps (federated averaging) in place of one gradient; the numbers are public.
 
     Nothing is drawn, so it has no likelihood: attacks that know the numbers unroll the steps.
     Replaces what the round says of local training; weight decay, the mode of batch norm and the rounds of the same batch

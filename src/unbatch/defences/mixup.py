@@ -17,7 +17,9 @@ from unbatch.protocol import Update
 
 @final
 class Mixup(Defence):
-    """x_i -> l x_i + (1 - l) x_j and L -> l L(o, y_i) + (1 - l) L(o, y_j): j = pi(i) a random permutation of the
+    """Blends every example with another one of the batch before training on it.
+
+    x_i -> l x_i + (1 - l) x_j and L -> l L(o, y_i) + (1 - l) L(o, y_j): j = pi(i) a random permutation of the
     batch, l ~ Beta(alpha, alpha), both drawn once a round.
 
     It has no likelihood: the server sees neither the pairs nor the blend.

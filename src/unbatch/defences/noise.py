@@ -17,7 +17,9 @@ from unbatch.protocol import Update
 
 @final
 class Noise(Defence):
-    """u -> u + s z, z standard normal in every entry; s = sigma, or sigma rms(u) where `relative`.
+    """Adds normal noise to every entry of the update.
+
+    u -> u + s z, z standard normal in every entry; s = sigma, or sigma rms(u) where `relative`.
 
     rms is over all entries of the update. The absolute sigma is part of the protocol and made known.
     """

@@ -15,7 +15,10 @@ from unbatch.protocol import Update
 
 @final
 class Prune(Defence):
-    """The floor(share N) entries of least magnitude among all N of the update become zero (top-k sparsification)."""
+    """Sends only the largest entries of the update; all others become zero.
+
+    The floor(share N) entries of least magnitude among all N of the update become zero (top-k sparsification).
+    """
 
     paper: ClassVar[str] = "Lin et al., Deep Gradient Compression, ICLR 2018; Zhu, Liu and Han, NeurIPS 2019"
     identity: ClassVar[str] = "prune:share=0"

@@ -22,7 +22,9 @@ BLUR = (
 
 @final
 class Quantise(Defence):
-    """u -> s round(u / s) in every tensor, with s = max|u| / (2^(bits - 1) - 1): a symmetric grid through zero.
+    """Rounds every entry of the update to a grid of few bits.
+
+    u -> s round(u / s) in every tensor, with s = max|u| / (2^(bits - 1) - 1): a symmetric grid through zero.
 
     Stochastic rounding goes up with the probability of the fraction, so that the mean is right (and draws differ);
     without it the nearest level is taken.

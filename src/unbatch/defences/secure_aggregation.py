@@ -17,7 +17,9 @@ from unbatch.protocol import Update
 
 @final
 class SecureAggregation(Defence):
-    """u = sum_c step(share c): the private batch is the union of the clients' shares, each of which runs the step.
+    """Shows the server only the sum of several clients' updates.
+
+    u = sum_c step(share c): the private batch is the union of the clients' shares, each of which runs the step.
 
     The shares follow the order of the batch, the first n mod clients of them one larger (torch.tensor_split). What is
     recovered belongs to somebody in the union. Raises ValueError: more clients than examples.

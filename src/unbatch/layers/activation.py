@@ -19,7 +19,9 @@ SURE = 1e-4  # error, relative or below 1, that the output's own rounding may ha
 
 @final
 class Activation(LayerRule):
-    """z = s(x), entry by entry: x_j = s^-1(z_j) wherever s rises and x_j alone gives z_j.
+    """Activations that work entry by entry: the input is read off the output wherever only one gives it.
+
+    z = s(x), entry by entry: x_j = s^-1(z_j) wherever s rises and x_j alone gives z_j.
 
     For |x| up to 1000. Everywhere for leaky relu, elu, softplus, sigmoid and tanh; where z > 0 for relu, gelu, silu, mish
     and hardswish (a negative output has two inputs, or none of its own); between the flat parts of hardtanh, relu6 and

@@ -18,7 +18,9 @@ from unbatch.numerics.linear.linsys import CHUNK, LinearSystem, affine
 
 @final
 class Affine(LayerRule):
-    """f(x) = A x + c: dense layers, convolutions, average pooling, batch norm in eval mode, upsampling, reshaping.
+    """Layers that are affine in their input, such as dense layers, convolutions and average pooling.
+
+    f(x) = A x + c: dense layers, convolutions, average pooling, batch norm in eval mode, upsampling, reshaping.
 
     Forward: A x = z - c. Gradient: h(x, W) = <f_W(x), dz> is affine in x and in W, so dL/dW = dh/dW is affine in x: for a
     dense layer dz_j x = (dL/dW)_j, for a convolution the correlation of x with dz dilated by the stride, channel by

@@ -14,7 +14,9 @@ from unbatch.numerics.linear.linsys import LinearSystem, affine
 
 @final
 class BatchNorm(LayerRule):
-    """z = w (x - mean) / std + b with known mean and std = sqrt(var + eps), for a batch of one example.
+    """Batch norm on one example, its mean and standard deviation known.
+
+    z = w (x - mean) / std + b with known mean and std = sqrt(var + eps), for a batch of one example.
 
     Forward: w x / std = z - b + w mean / std, entry by entry. Backward, per channel with x^ = (z - b) / w: dL/dx = w / std
     (dz - mean(dz) - x^ mean(dz x^)), since mean and std move with x. Gradient: dL/dw = sum dz x^, which z gives already.

@@ -13,7 +13,9 @@ from unbatch.numerics.linear.linsys import LinearSystem
 
 @final
 class MaxPool(LayerRule):
-    """z = max over a window of x: which entry is the largest cannot be read off z, so there is no linear equation.
+    """Max pooling, whose output does not say which entry was the largest: no equation.
+
+    z = max over a window of x: which entry is the largest cannot be read off z, so there is no linear equation.
 
     Windows of one entry are a selection: x_j = z_j. Average pooling is affine and has its rule there.
     """

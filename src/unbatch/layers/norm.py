@@ -13,7 +13,9 @@ from unbatch.numerics.linear.linsys import LinearSystem
 
 @final
 class Norm(LayerRule):
-    """z = w (x - mean) / std + b over groups of entries: x lies in the span of the normalised entries and the constants.
+    """Layer, group and instance norm: the input up to two numbers a group.
+
+    z = w (x - mean) / std + b over groups of entries: x lies in the span of the normalised entries and the constants.
 
     Forward: with x^ = (z - b) / w, x - P x = 0 in every group, P the projection onto x^ and 1: two numbers a group, its
     mean and its standard deviation, stay open. Where w_j = 0, z does not hold x^_j, and its group gives no equation.

@@ -22,7 +22,9 @@ ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 @final
 class Residual(LayerRule):
-    """z = a(x) + f(x), both affine in x: the identity or a convolution beside convolutions and norms without an activation.
+    """Residual blocks of two branches that are both affine in the input.
+
+    z = a(x) + f(x), both affine in x: the identity or a convolution beside convolutions and norms without an activation.
 
     Forward: (A + F) x = z - a(0) - f(0). Gradient: h(x, W_l) = <z, dz> is affine in x and in every weight W_l by itself, so
     all dL/dW_l, one after the other as `weights` names them, are affine in x. Backward: dL/dx = (A + F)^T dz.

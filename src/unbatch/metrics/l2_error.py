@@ -12,7 +12,10 @@ from unbatch.metric import Metric
 
 @final
 class L2Error(Metric):
-    """|found - true| / |true| per pair; for an all-zero true example |found|."""
+    """Distance of the recovered example from the private one, in units of the private one's length; 0 is exact.
+
+    |found - true| / |true| per pair; for an all-zero true example |found|.
+    """
 
     higher_is_better: ClassVar[bool] = False
     best: ClassVar[float | None] = 0.0

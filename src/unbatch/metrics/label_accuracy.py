@@ -11,7 +11,10 @@ from unbatch.metric import Metric
 
 @final
 class LabelAccuracy(Metric):
-    """1 where the matched label is right, else 0; labels are matched with their examples, or alone by value."""
+    """Whether the recovered label is right.
+
+    1 where the matched label is right, else 0; labels are matched with their examples, or alone by value.
+    """
 
     subject: ClassVar = "labels"
     higher_is_better: ClassVar[bool] = True

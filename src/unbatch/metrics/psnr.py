@@ -13,7 +13,10 @@ from unbatch.metric import Metric
 
 @final
 class Psnr(Metric):
-    """10 log10(peak^2 / mean squared error) per pair; capped at 300 dB, where float64 ends."""
+    """Peak signal-to-noise ratio of the recovered example in dB; beyond 60 the eye sees no difference.
+
+    10 log10(peak^2 / mean squared error) per pair; capped at 300 dB, where float64 ends.
+    """
 
     higher_is_better: ClassVar[bool] = True
     unit: ClassVar[str] = "dB"

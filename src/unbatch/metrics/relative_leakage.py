@@ -17,7 +17,9 @@ FLOOR = 0.01  # least similarity of the prior that is divided by
 
 @final
 class RelativeLeakage(Metric):
-    """(SIM(x, x') - SIM(x, p)) / SIM(x, p): x the private picture, x' the recovered one, p the prior's. The relative data
+    """How much more similar the recovered picture is than the best that a prior gives without the update.
+
+    (SIM(x, x') - SIM(x, p)) / SIM(x, p): x the private picture, x' the recovered one, p the prior's. The relative data
     leakage value (RDLV) of Hatamizadeh et al.; 0 is what the prior gives by itself, 1 is twice as similar.
 
     SIM is the structural similarity as `ssim` takes it, or the cosine of the pixels over the range's low end where the

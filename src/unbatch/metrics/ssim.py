@@ -13,7 +13,9 @@ from unbatch.metric import Metric
 
 @final
 class Ssim(Metric):
-    """Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004), Gaussian window of 11 pixels, per pair.
+    """Structural similarity of the recovered picture and the private one; 1 is equal.
+
+    Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004), Gaussian window of 11 pixels, per pair.
 
     None on pictures that are smaller than the window, and on anything that is no picture.
     """
