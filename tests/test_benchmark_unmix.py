@@ -9,8 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from unbatch.benchmarks import store, unmix
+from unbatch.benchmarks import find, matching, store, unmix
+from unbatch.benchmarks.pictures import pool
 from unbatch.benchmarks.unmix import Problem, problems, scales
+from unbatch.errors import UnbatchError
 from unbatch.reconstruction import Reconstruction
 
 SMALL = Problem(n=4, width=100, precision="float32", seeds=2)
@@ -66,7 +68,7 @@ def test_peers_get_the_same_gradient_and_are_scored_alike() -> None:
         "FastICA of the span",
     ]
     assert all(peer["seconds"] >= 0.5 for peer in row["peers"][:2])
-    obs, truth, domain, _ = unmix._exchange(replace(problem, data="photos"), unmix.pool("photos", None), 0, "cpu")
+    obs, truth, domain, _ = unmix._exchange(replace(problem, data="photos"), pool("photos", None), 0, "cpu")
     first = next(name for name, tensor in obs.update.items() if tensor.ndim == 2)
     rows = torch.linalg.svd(obs.update[first].double(), full_matrices=False)[2][:2]
     draws = torch.randn(200, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ rows
@@ -102,7 +104,7 @@ def test_the_problems_are_those_of_the_literature_and_have_names_of_their_own() 
 def test_a_table_is_read_with_words_one_hot(tmp_path: Path) -> None:
     lines = ["age,work,income", *(f"{20 + i},{'abc'[i % 3]},{'>50K' if i % 4 else '<=50K'}" for i in range(12))]
     (tmp_path / "adult2000.csv").write_text("\n".join(lines) + "\n")
-    rows, labels = unmix.pool("adult", tmp_path)
+    rows, labels = pool("adult", tmp_path)
     assert rows.shape == (12, 4)
     assert abs(float(rows[:, 0].mean())) < 1e-12
     assert rows[:, 1:].sum(1).tolist() == [1.0] * 12
@@ -166,3 +168,28 @@ def test_the_stored_rows_are_printed() -> None:
         len(row.get("peers", ())) for row in record["rows"]
     )
     assert all("measured" in row for row in record["rows"] if "shares" in row)
+
+
+def test_one_loader_gives_every_benchmark_its_pictures(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (4, 6, 6, 3), dtype=np.uint8)
+    np.savez(tmp_path / "cifar10_test600.npz", images=images, labels=np.arange(4))
+    pictures, labels = pool("cifar10", tmp_path)
+    torch.testing.assert_close(pictures, torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+    assert labels.tolist() == [0, 1, 2, 3]
+    wide, order, k = matching.scaled(tmp_path, 3)
+    assert k == 4
+    torch.testing.assert_close(wide, 4 * pictures[order] - 2)  # the labels number the pictures here
+    bundled, own = matching.scaled(None, 3)[0], pool("cifar10", None)[0]
+    assert bundled.shape == own.shape
+    assert sorted(bundled.flatten(1).mean(1).tolist()) == pytest.approx(
+        sorted((4 * own.flatten(1).mean(1) - 2).tolist()), abs=1e-5
+    )
+    with pytest.raises(UnbatchError, match="no folder for the bundled photos"):
+        pool("cifar10", tmp_path / "elsewhere")
+    with pytest.raises(UnbatchError, match=r"fashion is not bundled; give a folder that holds fashion_mnist500\.npz"):
+        pool("fashion", None)
+
+
+def test_what_is_no_benchmark_is_not_found_as_one() -> None:
+    with pytest.raises(UnbatchError, match="unknown benchmark 'pictures'; known: adaptive, bounds"):
+        find("pictures")

@@ -23,20 +23,26 @@ import torch
 from torch import Tensor
 
 from unbatch import __version__
+from unbatch.domain import Domain
+from unbatch.errors import UnbatchError
 from unbatch.files import write_atomically
-from unbatch.metric import Metric
+from unbatch.metric import Metric, match
 from unbatch.progress import Watch
+from unbatch.reconstruction import Reconstruction
+from unbatch.truth import Truth
 
 Problem = TypeVar("Problem")
 Result = TypeVar("Result")
 
 
 def find(name: str) -> ModuleType:
-    """The benchmark of that name. Raises ValueError: there is none; the message lists them."""
-    known = sorted(info.name for info in pkgutil.iter_modules(__path__))
-    if name not in known:
-        raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(known)}.")
-    return importlib.import_module(f"{__name__}.{name}")
+    """The benchmark of that name. Raises UnbatchError: there is none; the message lists them."""
+    modules = sorted(info.name for info in pkgutil.iter_modules(__path__))
+    found = importlib.import_module(f"{__name__}.{name}") if name in modules else None
+    if found is None or not hasattr(found, "run"):
+        known = [each for each in modules if hasattr(importlib.import_module(f"{__name__}.{each}"), "run")]
+        raise UnbatchError(f"unknown benchmark {name!r}; known: {', '.join(known)}.")
+    return found
 
 
 def clock() -> float:
@@ -78,6 +84,17 @@ def psnr(found: Tensor, true: Tensor) -> float:
         return -float("inf")
     metric = Metric.find("psnr").model_validate({"peak": 1.0})
     return float(metric.score(found.detach().double().cpu().clamp(0, 1), true.double().cpu())[0])
+
+
+def matched(found: Reconstruction, truth: Truth, domain: Domain) -> tuple[Tensor, Tensor]:
+    """The matched examples as they were found, and the private ones, [p, ...] each, in float64 on the CPU.
+
+    Raises UnbatchError: there are no examples, but labels alone.
+    """
+    pairs = match(found, truth, domain)
+    if pairs.inputs is None:
+        raise UnbatchError("labels alone were found, and no examples to be compared.")
+    return pairs.inputs.double().cpu(), truth.inputs.double().cpu()[pairs.true]
 
 
 def store(name: str, rows: Sequence[Any], out: Path, *, wall: bool = False, **how: Any) -> None:

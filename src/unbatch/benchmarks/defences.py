@@ -74,9 +74,10 @@ def run(
     held = {(row["network"], row["defence"]) for row in rows}
     for network in networks:
         todo = [defence for defence in defences if (network, defence) not in held]
-        scene = _scene(network, seed, device, rounds) if todo else None
+        if not todo:
+            continue
+        scene = _scene(network, seed, device, rounds)
         for defence in todo:
-            assert scene is not None
             rows.append(_measure(scene, network, defence, seconds))
             if out is not None:
                 store("defences", rows, out, **how, complete=len(rows) == len(networks) * len(defences))

@@ -30,7 +30,7 @@ from unbatch.attack import Attack
 from unbatch.attacks.layer_by_layer import HYBRID
 from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, psnr, store, stored
-from unbatch.benchmarks.unmix import pool
+from unbatch.benchmarks.pictures import pool
 from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.rank_count import c_of
 from unbatch.inversion.matching import EVALUATIONS

@@ -13,21 +13,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from unbatch.auditing.client import observe
-from unbatch.benchmarks import clock, store
-from unbatch.case import Case
+from unbatch.benchmarks import clock, matched, store
+from unbatch.benchmarks.pictures import pool, source
 from unbatch.domain import Images
 from unbatch.inversion.matching import EVALUATIONS, Matching, Preset
 from unbatch.inversion.search_point import Candidate
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
-from unbatch.metric import Metric, match
+from unbatch.metric import Metric
 from unbatch.models import small
 from unbatch.numerics.search.matching import cosine_distance, total_variation
 from unbatch.observation import Observation
@@ -78,7 +77,7 @@ def run(
     `data` is a folder with cifar10_test600.npz (images uint8 [n, h, w, c], labels); without it the bundled photographs
     are used. Raises ValueError: no such file there.
     """
-    pictures, labels, k, source = _pictures(data, seed)
+    pictures, labels, k = scaled(data, seed)
     rows: list[Row] = []
     for problem in problems:
         obs, truth = _exchange(problem, pictures, labels, k, seed, device)
@@ -87,7 +86,12 @@ def run(
             rows.append({"problem": problem.name, "preset": preset, **_measure(obs, truth, preset, seconds, seed)})
             rows[-1]["seconds per step over plain autograd"] = ratio
             if out is not None:
-                how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "data": source}
+                how: dict[str, Any] = {
+                    "seconds": seconds,
+                    "seed": seed,
+                    "device": device,
+                    "data": source("cifar10", data),
+                }
                 store("matching", rows, out, **how, problems=[asdict(p) for p in problems])
     if out is not None:
         _plot(rows, out / "matching.png")
@@ -142,13 +146,9 @@ def plain(obs: Observation, tv: float) -> Iterator[float]:
     parameters, seen = list(obs.model.parameters()), list(obs.update.values())
     labels = obs.knowledge.labels.to(obs.device)
     while True:
-        adam.zero_grad()
-        obs.model.zero_grad()
         found = torch.autograd.grad(obs.loss(obs.model(x), labels), parameters, create_graph=True)
         value = cosine_distance(found, seen) + tv * total_variation(x)
-        value.backward()  # type: ignore[no-untyped-call]
-        assert x.grad is not None
-        x.grad.sign_()
+        x.grad = torch.autograd.grad(value, x)[0].sign()
         adam.step()
         with torch.no_grad():
             x.clamp_(*RANGE)
@@ -163,19 +163,18 @@ def _measure(obs: Observation, truth: Truth, preset: Preset, seconds: float, see
         next(probe)
     fit = int(0.5 * seconds * 5 / (clock() - begun))
     attack = Matching(preset=preset, iterations=max(20, min(EVALUATIONS[preset], fit)), restarts=10**6)
-    best: Candidate | None = None
-    held: list[Candidate] = []
-    begun, steps = clock(), 0
-    for candidate in attack.search(View.of(obs), torch.Generator().manual_seed(seed)):
+    begun, held = clock(), list[Candidate]()
+    search = attack.search(View.of(obs), torch.Generator().manual_seed(seed))
+    best, steps = next(search), 1
+    for candidate in search:
         steps += 1
         _wait(obs.device)
         now = clock() - begun
-        while best is not None and len(held) < len(SHARES) and now > SHARES[len(held)] * seconds:
+        while len(held) < len(SHARES) and now > SHARES[len(held)] * seconds:
             held.append(best)
         if now > seconds:
             break
-        best = candidate if best is None or candidate.loss < best.loss else best
-    assert best is not None
+        best = candidate if candidate.loss < best.loss else best
     end = clock() - begun
     held += [best] * (len(SHARES) - len(held))
     scores = [_psnr(candidate.inputs, truth) for candidate in held]
@@ -193,21 +192,18 @@ def _measure(obs: Observation, truth: Truth, preset: Preset, seconds: float, see
     }
 
 
-def _matched(found: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
-    domain = Images(shape=tuple(truth.inputs.shape[1:]), low=RANGE[0], high=RANGE[1])
-    pairs = match(Reconstruction(inputs=found), truth, domain)
-    assert pairs.inputs is not None
-    return pairs.inputs, truth.inputs.double().cpu()[pairs.true]
+def _domain(truth: Truth) -> Images:
+    return Images(shape=tuple(truth.inputs.shape[1:]), low=RANGE[0], high=RANGE[1])
 
 
 def _psnr(found: Tensor, truth: Truth) -> Tensor:
     metric = Metric.find("psnr").model_validate({"peak": RANGE[1] - RANGE[0]})
-    return metric.score(*_matched(found, truth))
+    return metric.score(*matched(Reconstruction(inputs=found), truth, _domain(truth)))
 
 
 def _relative(found: Tensor, truth: Truth) -> float:
     """Of the worst picture."""
-    a, b = (t.flatten(1) for t in _matched(found, truth))
+    a, b = (t.flatten(1) for t in matched(Reconstruction(inputs=found), truth, _domain(truth)))
     return float(((a - b).norm(dim=1) / b.norm(dim=1)).max())
 
 
@@ -234,20 +230,12 @@ def _exchange(
     )
 
 
-def _pictures(data: Path | None, seed: int) -> tuple[Tensor, Tensor, int, str]:
-    if data is None:
-        setting = Case.parse(f"photos:batch=64,seed={seed}").setting()
-        return 4 * setting.inputs - 2, setting.labels, len(setting.classes), "photos"
-    path = data / "cifar10_test600.npz"
-    if not path.is_file():
-        raise ValueError(
-            f"{path} does not exist; give a folder that holds it, or no folder for the bundled photographs."
-        )
-    with np.load(path, allow_pickle=False) as file:
-        images, classes = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
+def scaled(data: Path | None, seed: int) -> tuple[Tensor, Tensor, int]:
+    """Pictures [p, c, h, w] in RANGE, their labels [p] and the number of classes, in an order that the seed draws."""
+    images, labels = pool("cifar10", data)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    pictures = 4 * images[order].permute(0, 3, 1, 2).float() / 255 - 2
-    return pictures, classes[order], int(classes.max()) + 1, path.name
+    low, high = RANGE
+    return low + (high - low) * images[order], labels[order], int(labels.max()) + 1
 
 
 def _wait(device: torch.device) -> None:

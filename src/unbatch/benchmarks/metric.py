@@ -22,7 +22,7 @@ from torch import nn
 from unbatch.attack import Attack
 from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, psnr, store
-from unbatch.benchmarks.unmix import pool
+from unbatch.benchmarks.pictures import pool
 from unbatch.domain import Images
 from unbatch.errors import NotApplicable
 from unbatch.inversion.determined_share import determined

@@ -17,15 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
 from unbatch.attack import Attack
 from unbatch.auditing.client import observe
-from unbatch.benchmarks import clock, store
-from unbatch.case import Case
+from unbatch.benchmarks import clock, matched, store
+from unbatch.benchmarks.pictures import pool, source
 from unbatch.domain import Images
 from unbatch.domain import Table as Rows
 from unbatch.loss import loss_named
@@ -92,14 +91,14 @@ def run(
     `data` is a folder with mnist_test500.npz (images uint8 [n, 28, 28]); without it the bundled digits of 8 x 8 pixels.
     Raises ValueError: no such file there.
     """
-    digits, source = _digits(data)
+    digits, origin = _digits(data)
     rows: list[Row] = []
     pictures: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(row: Row) -> None:
         rows.append(row)
         if out is not None:
-            store("tensor", rows, out, seed=seed, device=device, data=source, width=WIDTH, M=BIAS_TRICK)
+            store("tensor", rows, out, seed=seed, device=device, data=origin, width=WIDTH, M=BIAS_TRICK)
 
     for (name, gradient), published in PUBLISHED.items():
         for d in sizes:
@@ -175,9 +174,8 @@ def _loss(found: Reconstruction, truth: Truth) -> tuple[float, Tensor]:
     shape = tuple(truth.inputs.shape[1:])
     domain = Images(shape=shape) if len(shape) == 3 else Rows(shape=shape)
     pairs = match(found, truth, domain)
-    assert pairs.inputs is not None
     ordered = torch.zeros(truth.inputs.shape, dtype=torch.float64)
-    ordered[pairs.true] = pairs.inputs
+    ordered[pairs.true] = matched(found, truth, domain)[0]
     gap = (ordered - truth.inputs.double().cpu()).flatten(1)
     return float(gap.square().sum(1).mean().sqrt()), ordered
 
@@ -281,21 +279,10 @@ def _relative(found: Reconstruction, truth: Truth) -> list[float]:
 
 def _digits(data: Path | None) -> tuple[Tensor, str]:
     """Two digits of different classes [2, 1, h, w], each of unit norm, and where they are from."""
-    if data is None:
-        setting = Case.parse("digits:batch=20").setting()
-        images, labels, source = setting.inputs, setting.labels, "digits"
-    else:
-        path = data / "mnist_test500.npz"
-        if not path.is_file():
-            raise ValueError(
-                f"{path} does not exist; give a folder that holds it, or no folder for the bundled digits."
-            )
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = torch.from_numpy(file["images"]).float().unsqueeze(1), torch.from_numpy(file["labels"])
-        source = path.name
+    images, labels = pool("mnist", data)
     other = int((labels != labels[0]).nonzero()[0])
     pair = images[[0, other]].float()
-    return pair / pair.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1), source
+    return pair / pair.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1), source("mnist", data)
 
 
 def _brief(value: float | None) -> str:

@@ -13,7 +13,6 @@ attack.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import resource
@@ -21,7 +20,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +31,8 @@ from torch import Tensor, nn
 
 from unbatch.attack import Attack
 from unbatch.auditing.client import observe
-from unbatch.benchmarks import allowance, clock, measured, store, stored
-from unbatch.case import Case
+from unbatch.benchmarks import allowance, clock, matched, measured, store, stored
+from unbatch.benchmarks.pictures import FILES, TABLES, pool
 from unbatch.domain import Domain, Images
 from unbatch.domain import Table as Rows
 from unbatch.knowledge import Knowledge
@@ -45,18 +44,11 @@ from unbatch.numerics.unmix.ica import fast_ica
 from unbatch.observation import Observation
 from unbatch.progress import watching
 from unbatch.reconstruction import Reconstruction
+from unbatch.reporting.results import EXACT
 from unbatch.truth import Truth
 
 Row = dict[str, Any]
 TRAINED = 0.9  # share of the training examples that a trained network classifies rightly, at least
-EXACT = 1e-4  # relative l2 error up to which an example counts as recovered
-FILES = {
-    "cifar10": "cifar10_test600.npz",
-    "mnist": "mnist_test500.npz",
-    "fashion": "fashion_mnist500.npz",
-    "adult": "adult2000.csv",
-}
-TABLES = {"adult", "breast-cancer"}  # numbers standardised
 LIMIT = 1800.0  # seconds after which unmix starts nothing new
 SIZES = (16, 32, 64, 128, 256)
 
@@ -217,7 +209,8 @@ def table(rows: list[Row]) -> Table:
 
 def _measure(problem: Problem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
     examples = pool(problem.data, data)
-    shares, certified, spent, ratios, logs, accuracies, first = [], [], [], [], [], [], None
+    shares, certified, spent, ratios, logs, accuracies = [], [], [], [], [], []
+    first = list[tuple[Observation, Truth, Domain]]()
     for trial in range(seed, seed + problem.seeds):
         obs, truth, domain, accuracy = _exchange(problem, examples, trial, device)
         accuracies.append(accuracy)
@@ -230,10 +223,9 @@ def _measure(problem: Problem, data: Path | None, seed: int, device: str, second
         certified.append(float(bound.isfinite().double().sum()) / problem.n)
         ratios += (bound / error)[bound.isfinite()].tolist()
         logs.append(found.trace.get("log"))
-        first = first or (obs, truth, domain)
+        first = first or [(obs, truth, domain)]
         if shares.count(1.0) > problem.seeds / 2:  # the median is settled
             break
-    assert first is not None
     return {
         "problem": problem.name,
         "measured": date.today().isoformat(),
@@ -248,7 +240,7 @@ def _measure(problem: Problem, data: Path | None, seed: int, device: str, second
         "shares": shares,
         "log": logs[0],
         "settings": asdict(problem),
-        "peers": _peers(*first, seconds=max(seconds, spent[0]), seed=seed) if problem.peers else [],
+        "peers": _peers(*first[0], seconds=max(seconds, spent[0]), seed=seed) if problem.peers else [],
     }
 
 
@@ -281,9 +273,7 @@ def _peers(obs: Observation, truth: Truth, domain: Domain, *, seconds: float, se
 
 
 def _peer(name: str, found: Reconstruction, truth: Truth, domain: Domain, seconds: float) -> Row:
-    pairs = match(found, truth, domain)
-    assert pairs.inputs is not None
-    a, b = (t.double().cpu().flatten(1) for t in (pairs.inputs, truth.inputs[pairs.true]))
+    a, b = (t.flatten(1) for t in matched(found, truth, domain))
     error = (a - b).norm(dim=1) / b.norm(dim=1)
     cosine = float(torch.nn.functional.cosine_similarity(a, b).abs().mean())
     share = float((error < EXACT).double().sum()) / len(truth)
@@ -335,43 +325,6 @@ def _train(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 500) -> float
         f"after {steps} steps the network classifies {share:.0%} of its training examples rightly, and a trained one is to "
         f"classify more than {TRAINED:.0%}; take a wider network or other data."
     )
-
-
-@cache
-def pool(name: str, data: Path | None) -> tuple[Tensor, Tensor]:
-    """Pictures [p, c, h, w] in [0, 1], or rows of a table, and labels [p]."""
-    if name in FILES and data is not None:
-        path = data / FILES[name]
-        if not path.is_file():
-            raise ValueError(
-                f"{path} does not exist; give a folder that holds it, or no folder for the bundled photographs."
-            )
-        if path.suffix == ".csv":
-            return _table(path)
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
-        images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
-        return images.float() / 255, labels
-    spec = {"photos64": "photos:size=64,batch=300", "breast-cancer": "tables:dataset=breast-cancer,batch=300"}.get(
-        name, "photos:batch=500"
-    )
-    setting = Case.parse(spec).setting()
-    return setting.inputs, setting.labels
-
-
-def _table(path: Path) -> tuple[Tensor, Tensor]:
-    """Rows of a csv: numbers with zero mean and unit variance, words one-hot; the last column is the label."""
-    from sklearn.preprocessing import OneHotEncoder, StandardScaler
-
-    with path.open(newline="") as file:
-        _, *rows = csv.reader(file)
-    columns = np.array(rows).T
-    numeric = [c for c in columns[:-1] if all(value.lstrip("-").isdigit() for value in c)]
-    words = [c for c in columns[:-1] if not all(value.lstrip("-").isdigit() for value in c)]
-    scaled = StandardScaler().fit_transform(np.array(numeric, dtype=float).T)
-    coded = OneHotEncoder(sparse_output=False).fit_transform(np.array(words).T)
-    labels = np.unique(columns[-1], return_inverse=True)[1]
-    return torch.from_numpy(np.concatenate([scaled, coded], 1)), torch.from_numpy(labels).long()
 
 
 def _range(x: Tensor) -> tuple[float, float]:
