@@ -3,6 +3,7 @@
 import contextlib
 import doctest
 import io
+import json
 import os
 import re
 import runpy
@@ -23,10 +24,11 @@ import typer
 from rich.console import Console
 
 import unbatch
-from unbatch import Case, audit, benchmarks
+from unbatch import Analysis, Attack, Case, Defence, audit, benchmarks
 from unbatch.auditing.harden import SCOPES, Hardening
 from unbatch.auditing.utility import scene_of
 from unbatch.command.hardening_view import rows
+from unbatch.plugin import Plugin
 
 COVERS = "update", "training"
 ROOT = Path(__file__).parents[1]
@@ -102,7 +104,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         file = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file)
-    np.savez(tmp_path / "data.npz", inputs=x.numpy(), labels=y.numpy())
+    np.savez(tmp_path / "data.npz", inputs=x[:2].numpy(), labels=y[:2].numpy())
     model = runpy.run_path(str(tmp_path / "mypackage" / "nets.py"))["factory"]()
     seen, _ = unbatch.observe(model, torch.nn.functional.cross_entropy, x[:1], y[:1])
     seen.save(tmp_path / "captured.safetensors")
@@ -254,6 +256,29 @@ def test_the_search_on_the_page_on_safety_is_the_stored_one_and_its_bounds_are_w
         }
         assert best["update"] == pytest.approx(told.bound, abs=0.05)
         assert best["training"] == (None if told.training is None else pytest.approx(told.training, abs=0.05))
+
+
+def test_the_tour_prints_what_is_stored_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = json.loads((DOCS / "tour.ipynb").read_text())
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert len(code) >= 8
+    monkeypatch.chdir(tmp_path)
+    scope = {"__name__": "tour"}
+    for number, cell in enumerate(code):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(compile("".join(cell["source"]), f"tour, cell {number}", "exec", dont_inherit=True), scope)
+        stored = "".join(line for output in cell["outputs"] for line in output["text"])
+        if "varies" in cell["metadata"].get("tags", []):  # with the time that a search is given
+            assert said.getvalue()
+        else:
+            assert said.getvalue() == stored
+
+
+@pytest.mark.parametrize("kind", [Attack, Analysis, Defence])
+def test_every_choice_stands_on_the_page_on_choosing(kind: type[Plugin]) -> None:
+    text = (DOCS / "how-to-choose.md").read_text()
+    assert [name for name in kind.find() if f"`{name}`" not in text] == []
 
 
 def test_generated_pages_are_current() -> None:
