@@ -75,7 +75,8 @@ def test_in_the_span_of_a_dense_layer_local_steps_are_no_hindrance(activation: s
     """Four steps at a rate that moves the model far; for the whole inputs the search stalls in an example's size."""
     protocol = Protocol(local_steps=4, learning_rate=0.1)
     obs, truth = exchange(4, activation, protocol=protocol, shape=(3, 8, 8))
-    assert error(GradientMatching()(obs).inputs, truth) < 1e-3
+    found = GradientMatching(restarts=3)(obs, seed=1)  # a start may stall; later ones run only then
+    assert error(found.inputs, truth) < 1e-3
 
 
 def test_labels_are_counted_where_unknown_and_stay_aligned() -> None:

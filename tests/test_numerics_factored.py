@@ -49,7 +49,7 @@ def test_a_pivot_near_the_floor_leaves_the_rank_open() -> None:
     U = torch.linalg.qr(drawn(30, 30)).Q
     values = torch.ones(30, dtype=torch.float64)
     values[-1] = 1e-13
-    floor = 2 * 30 * torch.finfo(torch.float64).eps
+    floor = 100 * 30 * torch.finfo(torch.float64).eps  # what rounding leaves of a pivot that is 0 is far below
     assert pivoted((U * values) @ U.T, floor) is None
     values[-1] = 0
     assert pivoted((U * values) @ U.T, floor).rank == 29

@@ -508,7 +508,7 @@ def test_two_classes_whose_deltas_are_parallel_are_told_apart(activation: str) -
 
 
 def test_guesses_beyond_those_polished_are_kept_where_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unbatch.numerics.unmix.solver.equation.SLACK", 0.0)  # so nothing is
+    monkeypatch.setattr("unbatch.numerics.unmix.equation.SLACK", 0.0)  # so nothing is
     p = Problem()
     many = lambda mixture, rng: torch.randn(100, mixture.n, generator=rng, dtype=torch.float64)  # noqa: E731
     found = unmix(p.mixture, [("random", many)], torch.Generator().manual_seed(0), attempts=1)
