@@ -75,7 +75,8 @@ def test_other_deltas_have_no_slopes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("activation", "bias", "share"), [("tanh", True, 0.8), ("tanh", False, 0.9), ("elu", True, 0.35), ("elu", False, 0.6)]
+    ("activation", "bias", "share"),
+    [("tanh", True, 0.8), ("tanh", False, 0.9), ("elu", True, 0.35), ("elu", False, 0.6)],
 )
 def test_guesses_far_off_come_near(activation: str, bias: bool, share: float) -> None:
     """Of one problem's 40 guesses the share differs by a tenth from processor to processor: three problems' mean."""
