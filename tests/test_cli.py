@@ -1,7 +1,9 @@
 """The command line as its users meet it: what it prints, what it writes, what it says of bad input."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import unbatch
 from unbatch import Attack, Case, Defence, Observation, observe
+from unbatch.command.catalogue import KINDS, summary
 from unbatch.command.cli import main
 from unbatch.reporting.results import Audit
 
@@ -161,11 +165,55 @@ def test_list_off_a_terminal_is_one_name_a_line(here: Path, capsys) -> None:
     assert capsys.readouterr().out.split() == list(Attack.find())
 
 
+def test_list_at_a_terminal_is_an_index(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = io.StringIO()
+    monkeypatch.setattr(
+        "unbatch.command.cli.out", Console(file=page, force_terminal=True, no_color=True, width=200, highlight=False)
+    )
+    assert call("list") == 0
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in page.getvalue().splitlines()]
+    heads = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert heads == [*(folder.upper() for folder in KINDS), "unbatch"]
+    for plugins in KINDS.values():
+        for name, plugin in plugins().items():
+            (line,) = [line for line in lines if line.startswith(f"  {name} ")]
+            assert line.endswith(summary(plugin))
+    (unmix,) = [line for line in lines if line.startswith("  unmix ")]
+    assert "exact, span" in unmix
+    (planted,) = [line for line in lines if line.startswith("  tensor-moment-deep ")]
+    assert "chooses the model" in planted
+    page.truncate(0)
+    assert call("list", "metrics") == 0
+    assert "dB, higher is nearer" in page.getvalue()
+    assert "ATTACKS" not in page.getvalue()
+
+
+def test_pages_say_how_to_use_what_they_show(here: Path, capsys) -> None:
+    for plugins in KINDS.values():
+        for name, plugin in plugins().items():
+            assert call("show", name) == 0
+            said = capsys.readouterr().out
+            assert said.startswith(f"{name} (")
+            assert summary(plugin) in said
+            assert all(len(line) <= 124 for line in said.splitlines())
+            assert all(f"{o.name} = {o.default}" in said for o in plugin.options())
+            if plugin.kind == "attack":
+                command = said.split("for example:\n")[1].split("\n")[0].split()
+                assert command[:2] == ["unbatch", "audit"]
+                Case.parse(command[2])
+                assert Attack.parse(command[command.index("--attack") + 1]).name == name
+            if plugin.kind != "layer rule":
+                made = said.rpartition("  unbatch.")[2].split()[0]
+                folder, spelt = made.split(".")
+                assert getattr(getattr(unbatch, folder), spelt.removesuffix("()")) is plugin
+
+
 def test_show(here: Path, capsys) -> None:
     assert call("show", "bias-ratio") == 0
     said = capsys.readouterr().out
-    assert "guarantee: exact" in said
+    assert "guarantee: exact (every example it returns lies within its stated bound" in said
     assert "tol = none" in said
+    assert "(float > 0 | none)" in " ".join(said.split())
 
 
 def test_gate_and_report(here: Path, capsys) -> None:
@@ -316,6 +364,7 @@ def distribution(name):
         raise metadata.PackageNotFoundError(name)
     return real(name)
 metadata.distribution = distribution
+from unbatch.command.catalogue import KINDS, summary
 from unbatch.command.cli import main
 main(sys.argv[1:])
 """

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unbatch import __version__
-from unbatch.errors import MissingExtra
+from unbatch.errors import MissingExtra, UnbatchError
 
 if TYPE_CHECKING:
     from unbatch.reporting.results import Audit
@@ -31,7 +31,22 @@ app = typer.Typer(
 out, WIDE = Console(), 200  # columns of a table in a file or a pipe
 err = Console(stderr=True)
 
-Specs = Annotated[list[str] | None, typer.Option(metavar="NAME[:OPTION=VALUE,...]")]
+Attacks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="An attack, e.g. unmix or unmix:attempts=5; repeatable; default: the latest suite."
+    ),
+]
+Defences = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="The client's defence, e.g. noise:sigma=0.01; repeatable, the first outermost."),
+]
+Metrics = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="A metric; repeatable; default: all that apply.")
+]
+Analyses = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="An analysis; repeatable; default: all that apply.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: where the model is.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON, nothing else.")]
@@ -67,11 +82,11 @@ def _root(
 def demo(
     context: typer.Context,
     folder: Annotated[Path, typer.Option("--out", help="Where report.html and audit.json go.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the attacks' draws.")] = 0,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Audit one gradient of a batch of eight photographs; write a report."""
+    """Audit one gradient of eight photographs; write a report."""
     from unbatch.case import Case
     from unbatch.command.console import run_audit
     from unbatch.command.demo import ATTACKS, BUDGET, CASE, REMEDIES
@@ -105,12 +120,14 @@ def audit(
     observation: Annotated[
         Path | None, typer.Option(help="A captured update: bundle.safetensors, with --model.")
     ] = None,
-    attack: Specs = None,
+    attack: Attacks = None,
     suite: Annotated[str | None, typer.Option(help="A fixed set of attacks, instead of --attack.")] = None,
-    defence: Specs = None,
-    remedy: Annotated[list[str] | None, typer.Option(help="A defence to try beside, for comparison.")] = None,
-    metric: Specs = None,
-    analysis: Specs = None,
+    defence: Defences = None,
+    remedy: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A defence to try beside, for comparison; repeatable.")
+    ] = None,
+    metric: Metrics = None,
+    analysis: Analyses = None,
     protocol: Rules = None,
     knows: Knows = None,
     seed: Annotated[list[int] | None, typer.Option(help="Of the attacks; give several times for several runs.")] = None,
@@ -131,7 +148,7 @@ def audit(
 
     target = target_of(case, model, data, loss, reduction, size, batch, observation, protocol, knows or [])
     if attack and suite:
-        raise ValueError("give --attack or --suite, not both.")
+        raise UnbatchError("give --attack or --suite, not both.")
     record = run_audit(
         target,
         folder=folder,
@@ -169,8 +186,8 @@ def risk(
     observation: Annotated[
         Path | None, typer.Option(help="A captured update: bundle.safetensors, with --model.")
     ] = None,
-    analysis: Specs = None,
-    defence: Specs = None,
+    analysis: Analyses = None,
+    defence: Defences = None,
     protocol: Rules = None,
     knows: Knows = None,
     device: Device = None,
@@ -192,27 +209,34 @@ def risk(
 def list_(
     kind: Annotated[str | None, typer.Argument(help="attacks, defences, analyses, metrics, cases or layers.")] = None,
 ) -> None:
-    """Name every plugin that is installed. Off a terminal: one name a line."""
-    from unbatch.attack import ActiveAttack
-    from unbatch.command.catalogue import KINDS, summary
+    """Name everything that is installed, with a sentence on each.
+
+    Off a terminal, in a pipe or a file, one name a line.
+    """
+    from unbatch.command.catalogue import KINDS, PURPOSES, mark, summary
 
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}.")
-    found = [(name, p) for folder, plugins in KINDS.items() if kind in (None, folder) for name, p in plugins().items()]
-    if not out.is_terminal:
-        for name, _ in found:
-            typer.echo(name)
-        return
-    table = Table("kind", "name", "what it does", box=None, pad_edge=False)
-    for name, plugin in found:
-        planted = f"{plugin.threat_model}: " if isinstance(plugin, type) and issubclass(plugin, ActiveAttack) else ""
-        table.add_row(plugin.kind, name, planted + summary(plugin))
-    out.print(table)
+        raise UnbatchError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}.")
+    for folder, plugins in KINDS.items():
+        if kind not in (None, folder):
+            continue
+        if not out.is_terminal:
+            for name in plugins():
+                typer.echo(name)
+            continue
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for plugin in plugins().values():
+            table.add_row(Text(f"  {plugin.name}"), Text(mark(plugin), style="dim"), Text(summary(plugin)))
+        out.print(Text(folder.upper(), style="bold") + Text(f"  {PURPOSES[folder]}", style="default not bold"))
+        out.print(table)
+        out.print()
+    if out.is_terminal:
+        out.print("unbatch show NAME  prints all about one: how it works, what it needs, its options.")
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A plugin's name, as `unbatch list` prints it.")]) -> None:
-    """Print what a plugin does, its options and its source."""
+def show(name: Annotated[str, typer.Argument(help="A name that `unbatch list` prints.")]) -> None:
+    """Print all about one: how it works, its source, its options."""
     from unbatch.command.catalogue import page
 
     typer.echo(page(name))
@@ -243,7 +267,7 @@ def gate(
         float | None, typer.Option(help="PSNR in dB that a bound valid for any attacker must exclude exceeding.")
     ] = None,
 ) -> None:
-    """Exit with 1 where an audit breaches a limit: for continuous integration."""
+    """Exit with 1 where an audit breaches a limit, for CI."""
     from unbatch.reporting.gate import breaches
     from unbatch.reporting.results import Audit
 
@@ -266,14 +290,17 @@ def harden(
     reduction: Reduction = "mean",
     size: Size = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples of one update of your data; a case has its own.")] = 4,
-    attack: Specs = None,
-    analysis: Specs = None,
+    attack: Attacks = None,
+    analysis: Analyses = None,
     family: Annotated[list[str] | None, typer.Option(help="Search only dp-sgd, noise, prune, clip ...")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Updates of the training whose accuracy is measured.")] = 200,
     seconds: Annotated[float, typer.Option(min=0, help="For the whole search.")] = 180.0,
     folder: Annotated[Path, typer.Option("--out", help="Where harden.json and harden.png go.")] = Path("harden"),
 ) -> None:
-    """Search for the cheapest defence under which neither attack nor bound allows more than a target PSNR."""
+    """Search for the cheapest defence that keeps attackers below a PSNR.
+
+    A defence counts as safe where neither an attack nor a bound for any attacker allows more.
+    """
     from unbatch.auditing.harden import harden as run
     from unbatch.command.hardening_view import plot, show
     from unbatch.command.settings import case_or_data
@@ -301,8 +328,8 @@ def bench(
     seconds: Annotated[
         float | None, typer.Option(min=0, help="For each attack on each problem; default: the benchmark's own.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Annotated[str, typer.Option()] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Of the problems and the attacks.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     to: Annotated[Path | None, typer.Option("--out", help="Folder for JSON and plots.")] = Path("benchmarks/results"),
 ) -> None:
     """Measure, print and store a benchmark."""
