@@ -100,6 +100,22 @@ def test_the_attacker_cannot_reach_the_truth(module: str) -> None:
     assert not {other for other in reached(module) if room(other) in HIDDEN}
 
 
+ON_USE = {"scipy", "sklearn", "skimage", "torchmetrics", "matplotlib", "pandas", "opacus"}  # slow to import, or extras
+PAGES = {"jinja2", "markupsafe", "rich", "typer", "click"}  # for people who look
+
+
+@pytest.mark.parametrize("module", modules())
+def test_slow_packages_are_imported_on_use(module: str) -> None:
+    for node in ast.parse(modules()[module].read_text()).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in (whole.split(".")[0] for whole in names):
+            assert name not in ON_USE, f"{module} imports {name} whether or not it is used"
+            assert name not in PAGES or room(module) in {"reporting", "command", "benchmarks"}, (
+                f"{module} imports {name}"
+            )
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_house_rules(path: Path) -> None:
     assert path.stem not in {"utils", "helpers", "common", "base", "misc", "manager"}

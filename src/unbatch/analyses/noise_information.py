@@ -8,7 +8,6 @@ from typing import Annotated, ClassVar, final
 
 import torch
 from pydantic import Field
-from scipy.stats import t as student
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Bound
@@ -57,6 +56,8 @@ class NoiseInformation(Analysis):
     def _variance(self, obs: Observation, groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
         """Of an entry of each tensor [t] about the mean of its group, its sampling error above the estimate, and how many
         entries each has. Groups are independent; in one alone the draws nearly are."""
+        from scipy.stats import t as student
+
         double = doubled(obs)
         count = [tensor.numel() for tensor in obs.update.values()]
 

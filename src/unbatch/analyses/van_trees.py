@@ -8,7 +8,6 @@ from typing import Annotated, ClassVar, final
 
 import torch
 from pydantic import Field
-from scipy.stats import t as student
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Bound
@@ -57,6 +56,8 @@ class VanTrees(Analysis):
     steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 20
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
+        from scipy.stats import t as student
+
         obs = view.obs
         check_noise(obs)
         n, unknowns = obs.knowledge.batch_size, obs.knowledge.batch_size * math.prod(obs.knowledge.input_shape)

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from unbatch.errors import NotApplicable
@@ -113,6 +112,8 @@ class FirstDense:
         self, dW: Tensor, labels: list[Tensor], sizes: tuple[float, float, int] = SIZES
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x, dz and the label of dW = dz x^T: the size of x at which the model's own dz is that of dW / |x|."""
+        from scipy.optimize import brentq
+
         u, v, _ = _rank_one(dW)
         size, grid = float(u @ dW @ v), np.geomspace(*sizes)
         best: tuple[float, float, float, Tensor] | None = None

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.integrate import quad
-from scipy.special import ndtr, ndtri_exp
 from torch import Tensor
 
 LEAST = 100  # draws beyond a threshold from which its place is told
@@ -26,6 +24,8 @@ def information(z: float, q: float = 1.0, steps: int = 1) -> float:
 
     Source: Bun and Steinke, TCC 2016. Raises ValueError: z not positive, q not in [0, 1], or fewer than 0 steps.
     """
+    from scipy.integrate import quad
+
     _check(z, q, steps)
     if q in (0.0, 1.0):
         return q * steps / (2 * z * z)
@@ -89,6 +89,8 @@ class Robustness:
         if not log_chance <= 0:
             raise ValueError(f"log_chance is {log_chance}; a logarithm of a probability is at most 0.")
         if self.shift is not None:
+            from scipy.special import ndtr, ndtri_exp
+
             return float(ndtr(float(ndtri_exp(log_chance)) + self.shift)), 0.0
         count = len(self.within)
         k = max(LEAST, math.exp(log_chance) * count)
