@@ -22,6 +22,7 @@ import pytest
 import torch
 import typer
 from rich.console import Console
+from test_architecture import ROOMS
 
 import unbatch
 from unbatch import Analysis, Attack, Case, Defence, audit, benchmarks
@@ -279,6 +280,15 @@ def test_the_tour_prints_what_is_stored_in_it(tmp_path: Path, monkeypatch: pytes
 def test_every_choice_stands_on_the_page_on_choosing(kind: type[Plugin]) -> None:
     text = (DOCS / "how-to-choose.md").read_text()
     assert [name for name in kind.find() if f"`{name}`" not in text] == []
+
+
+def test_the_rooms_of_the_architecture_are_those_that_are_held() -> None:
+    text = (DOCS / "architecture.md").read_text()
+    drawn = [set(re.findall(r"`(\w+)`", cells)) for cells in re.findall(r"^\| \d+ \| ([^|]+) \|", text, flags=re.M)]
+    assert drawn == ROOMS
+    for place in re.findall(r"`([a-z_]+(?:/[a-z_]+)+)`", text):
+        path = ROOT / "src" / "unbatch" / place
+        assert path.is_dir() or path.with_suffix(".py").exists(), place
 
 
 def test_generated_pages_are_current() -> None:
