@@ -116,6 +116,14 @@ def test_slow_packages_are_imported_on_use(module: str) -> None:
             )
 
 
+@pytest.mark.parametrize("module", [m for m in modules() if room(m) in BLIND | {"defences", "metrics"}])
+def test_no_plugin_looks_another_up(module: str) -> None:
+    """What two attacks share is a function; only a layer's rule is looked up, by the layer's type."""
+    for node in ast.walk(ast.parse(modules()[module].read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in {"parse", "find", "several"}:
+            assert ast.unparse(node.value) not in {"Attack", "Analysis", "Defence", "Metric", "Case"}, module
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_house_rules(path: Path) -> None:
     assert path.stem not in {"utils", "helpers", "common", "base", "misc", "manager"}

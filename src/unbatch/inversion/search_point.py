@@ -68,7 +68,7 @@ class Unknowns:
         outputs = forward(obs.model, torch.full((known.batch_size, *known.input_shape), middle))
         labels, source = known.get("labels"), "known"
         if labels is None and preset != "dlg":
-            labels, source = _counted(view, middle, scale), "counted"
+            labels, source = _counted(view), "counted"
         squash: Literal["softmax", "sigmoid", "none"] = "none"
         if labels is None:
             labels, source = draw_labels(obs.loss, outputs, torch.Generator().manual_seed(0)), "optimised"
@@ -218,10 +218,10 @@ class Unknowns:
         return {"softmax": lambda: labels.argmax(1), "sigmoid": labels.round, "none": lambda: labels}[self.squash]()
 
 
-def _counted(view: View, middle: float, scale: float) -> Tensor | None:
+def _counted(view: View) -> Tensor | None:
     """The labels [n] that the head's gradient counts under cross entropy, in order of class; None where it cannot.
 
-    Probabilities are estimated from the model's outputs on noise in the range.
+    Probabilities are estimated from the model's outputs on stand-in inputs.
     """
     obs, known, protocol, head, form = view.obs, view.knowledge, view.protocol, view.head, view.form
     n, steps = known.batch_size, view.steps
@@ -229,8 +229,7 @@ def _counted(view: View, middle: float, scale: float) -> Tensor | None:
         return None
     if form is None or form.name != "cross-entropy" or form.scale <= 0:
         return None
-    noise = torch.randn(64, *known.input_shape, generator=torch.Generator().manual_seed(0))
-    outputs = forward(obs.model, middle + scale * noise)
+    outputs = forward(obs.model, view.stand_in(64, torch.Generator().manual_seed(0)))
     decay, factor = 1.0, 1.0
     if steps:
         rates = {k: getattr(protocol, k) for k in ("learning_rate", "momentum", "weight_decay")}
