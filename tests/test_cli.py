@@ -247,7 +247,10 @@ def test_an_earlier_audit_is_kept_beside_and_resume_goes_on(here: Path) -> None:
         (["audit", "digits", "--defence", "pray"], "unknown defence 'pray'"),
         (["audit", "digits", "--metric", "lpips"], "unknown metric 'lpips'"),
         (["audit", "digits", "--suite", "last"], "unknown suite 'last'"),
-        (["audit", "digits", "--protocol", "steps=3"], "Fields: local_steps"),
+        (
+            ["audit", "digits", "--protocol", "steps=3"],
+            "unknown option 'steps'. Options of Protocol: local_steps (int >= 0, default 0)",
+        ),
         (["audit", "digits", "--knows", "lables=[1]"], "Did you mean 'labels'"),
         (["audit"], "nothing to audit"),
         (["audit", "digits", "--model", "nets:small"], "not both"),

@@ -1,10 +1,12 @@
 """guard: holds back what leaks, lets through what these attacks cannot read, and fails closed."""
 
+import pickle
+
 import pytest
 import torch
 
 import unbatch
-from unbatch import Case, Knowledge, Leak, Protocol, guard, observe
+from unbatch import Case, Knowledge, Leak, Protocol, UnbatchError, guard, observe
 from unbatch.case import Setting
 from unbatch.observation import Observation
 
@@ -28,6 +30,10 @@ def test_a_leaking_update_is_held_back_and_says_what_leaks(setting: Setting) -> 
     assert held.value.examples == [0]
     assert held.value.audit.recovered() == {(0, 0)}
     assert held.value.audit.runs[0].examples[0].scores["psnr"] > 80
+    assert isinstance(held.value, UnbatchError)
+    assert isinstance(held.value, RuntimeError)
+    again = pickle.loads(pickle.dumps(held.value))  # out of a client's process
+    assert (str(again), again.examples, again.audit) == (str(held.value), [0], held.value.audit)
 
 
 def test_by_default_a_small_batch_behind_a_dense_layer_is_held_back() -> None:

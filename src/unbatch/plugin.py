@@ -39,21 +39,15 @@ class Option:
     description: str
 
 
-class Plugin(BaseModel):
-    """A named, configured, immutable member of an open set.
+class Options(BaseModel):
+    """Numbers and choices by name, each with what it takes; they cannot be changed, and wrong ones are an error of ours.
 
-    Its fields are its options, and `str` spells it as `parse` reads it:
-
-    >>> from unbatch.attacks import Unmix
-    >>> Unmix(partial=True), str(Unmix(partial=True)), str(Unmix())
-    (Unmix(partial=True), 'unmix:partial=true', 'unmix')
+    >>> from unbatch import Protocol
+    >>> Protocol(local_steps=4)
+    Protocol(local_steps=4)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: ClassVar[str]
-    kind: ClassVar[str] = "plugin"
-    folder: ClassVar[str] = ""
 
     if not TYPE_CHECKING:  # which reads the options off the fields
 
@@ -63,6 +57,46 @@ class Plugin(BaseModel):
                 super().__init__(**options)
             except ValidationError as error:
                 raise UnbatchError(f"{_words(error)} {self._options_in_words()}") from None
+
+    @classmethod
+    def options(cls) -> tuple[Option, ...]:
+        """The options in order of declaration.
+
+        >>> from unbatch import Defence
+        >>> [(option.name, option.type, option.default) for option in Defence.find("prune").options()]
+        [('share', 'float >= 0 < 1', '0.9')]
+        """
+        return tuple(
+            Option(key, _type_words(field.annotation, field.metadata), _spell(field.default), field.description or "")
+            for key, field in cls.model_fields.items()
+        )
+
+    @classmethod
+    def _options_in_words(cls) -> str:
+        lines = [f"{o.name} ({o.type}, default {o.default}): {o.description}" for o in cls.options()]
+        return f"Options of {getattr(cls, 'name', cls.__name__)}: " + ("; ".join(lines) if lines else "none") + "."
+
+    def __repr__(self) -> str:
+        """How it is built; options at their defaults are left out."""
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._chosen().items())})"
+
+    def _chosen(self) -> dict[str, Any]:
+        return {k: v for k, v in self if v != type(self).model_fields[k].default}
+
+
+class Plugin(Options):
+    """A named, configured, immutable member of an open set.
+
+    Its fields are its options, and `str` spells it as `parse` reads it:
+
+    >>> from unbatch.attacks import Unmix
+    >>> Unmix(partial=True), str(Unmix(partial=True)), str(Unmix())
+    (Unmix(partial=True), 'unmix:partial=true', 'unmix')
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str] = "plugin"
+    folder: ClassVar[str] = ""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -146,19 +180,6 @@ class Plugin(BaseModel):
         raise UnbatchError(f"{what} is no {cls.kind}; give {article} {cls.kind}'s spelling, or one that is built.")
 
     @classmethod
-    def options(cls) -> tuple[Option, ...]:
-        """The options in order of declaration.
-
-        >>> from unbatch import Defence
-        >>> [(option.name, option.type, option.default) for option in Defence.find("prune").options()]
-        [('share', 'float >= 0 < 1', '0.9')]
-        """
-        return tuple(
-            Option(key, _type_words(field.annotation, field.metadata), _spell(field.default), field.description or "")
-            for key, field in cls.model_fields.items()
-        )
-
-    @classmethod
     def _value(cls, spec: str, key: str, text: str) -> str | bool | None:
         field = cls.model_fields.get(key)
         if field is not None and field.annotation is bool:
@@ -167,21 +188,9 @@ class Plugin(BaseModel):
             return text == "true"
         return None if text == "none" else text
 
-    @classmethod
-    def _options_in_words(cls) -> str:
-        lines = [f"{o.name} ({o.type}, default {o.default}): {o.description}" for o in cls.options()]
-        return f"Options of {cls.name}: " + ("; ".join(lines) if lines else "none") + "."
-
     def __str__(self) -> str:
         """The shortest spelling: options at their defaults are left out."""
         return self._spelt(self._chosen())
-
-    def __repr__(self) -> str:
-        """How it is built; options at their defaults are left out."""
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._chosen().items())})"
-
-    def _chosen(self) -> dict[str, Any]:
-        return {k: v for k, v in self if v != type(self).model_fields[k].default}
 
     def _spelt(self, options: dict[str, Any]) -> str:
         return self.name + (":" + ",".join(f"{k}={_spell(v)}" for k, v in options.items()) if options else "")

@@ -10,25 +10,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from unbatch.loss import Loss
 from unbatch.network.dense import in_mode
+from unbatch.plugin import Options
 
 Update = Mapping[str, Tensor]  # parameter name -> tensor of that parameter's shape
 
 
-class Protocol(BaseModel):
+class Protocol(Options):
     """The rounds, as data.
 
     With no local steps the client sends the gradient of the loss at the global model. With K local steps it sends the
     difference of parameters, after minus before. It may send an update u of the same batch in several rounds, between which
     the server moves the model: w -> w - server_rate u after a gradient, w + server_rate u after local steps.
-    """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    >>> print(Protocol(local_steps=4, learning_rate=0.1))
+    4 local steps of sgd, learning rate 0.1, model in train mode; the difference of parameters is sent
+
+    Raises UnbatchError: a field that there is not, or a number out of its range.
+    """
 
     local_steps: Annotated[int, Field(ge=0, description="optimiser steps; 0 sends one gradient")] = 0
     epochs: Annotated[int | None, Field(ge=1, description="passes over the local data, instead of local_steps")] = None
@@ -57,9 +61,6 @@ class Protocol(BaseModel):
         """Optimiser steps on a batch of n examples; 0 for a gradient."""
         per_epoch = -(-n // (self.local_batch_size or n))
         return self.epochs * per_epoch if self.epochs else self.local_steps
-
-    def __repr__(self) -> str:
-        return f"Protocol({', '.join(f'{k}={v!r}' for k, v in self if v != type(self).model_fields[k].default)})"
 
     def __str__(self) -> str:
         again = f"; the same batch in {self.rounds} rounds" if (self.rounds or 1) > 1 else ""

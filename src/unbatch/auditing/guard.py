@@ -14,6 +14,7 @@ from unbatch.auditing.run import audit
 from unbatch.auditing.suites import suite
 from unbatch.defence import Defence, Stack
 from unbatch.domain import domain_of
+from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss
 from unbatch.observation import Observation
@@ -26,12 +27,15 @@ ATTACKS = (*suite(), "unmix")
 UNEXPLAINED = 0.01  # of an undefended update, beyond which another batch or protocol is behind it
 
 
-class Leak(RuntimeError):  # noqa: N818 (what happened, named for it)
+class Leak(UnbatchError, RuntimeError):  # noqa: N818 (what happened, named for it)
     """The update must not be sent: `examples` (numbers in the batch) leak, or nothing could be tried; `audit` has all."""
 
     def __init__(self, words: Sequence[str], examples: Sequence[int], audit: Audit) -> None:
         super().__init__("this update must not be sent: " + " ".join(words))
-        self.examples, self.audit = list(examples), audit
+        self.words, self.examples, self.audit = list(words), list(examples), audit
+
+    def __reduce__(self) -> tuple[type[Leak], tuple[list[str], list[int], Audit]]:
+        return type(self), (self.words, self.examples, self.audit)  # it may have to leave a client's process
 
 
 def guard(
@@ -58,7 +62,8 @@ def guard(
     must explain it: attacks are judged by it, and one that is not behind the update would let every leak pass.
 
     Returns the audit where nothing leaks. That these attacks failed within these seconds is no proof that others do:
-    only a bound for any attacker or a privacy accountant is (analyses, dp-sgd).
+    only a bound for any attacker or a privacy accountant is (analyses, dp-sgd). To import it takes torch, numpy, pydantic
+    and safetensors alone; to run it, what its attacks and metrics take as well (scipy, torchmetrics; unmix scikit-learn).
     Raises ValueError: what is given does not fit together. Leak: also where no attack could run, or one failed.
     """
     if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import ValidationError
 from torch import nn
 
 from unbatch.bundle import model_name
 from unbatch.case import Case, Setting
 from unbatch.command.data import read
+from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss, loss_named
 from unbatch.observation import Observation
@@ -125,12 +125,9 @@ def _named(spec: str, what: str) -> Any:
 def _rules(words: str) -> Protocol:
     pairs = dict(part.partition("=")[::2] for part in words.split(","))
     try:
-        return Protocol.model_validate(pairs)
-    except ValidationError as error:
-        first = error.errors()[0]
-        fields = ", ".join(Protocol.model_fields)
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise ValueError(f"--protocol {words!r}: {where}: {first['msg']}. Fields: {fields}.") from None
+        return Protocol(**pairs)  # type: ignore[arg-type]  # pydantic reads numbers off words
+    except UnbatchError as error:
+        raise UnbatchError(f"--protocol {words!r}: {error}") from None
 
 
 def _known(words: Sequence[str], setting: Setting | None) -> Knowledge:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from unbatch.errors import UnbatchError
 from unbatch.inversion.backward.pullback import Pullback
 from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import LinearSystem, Solution
@@ -14,7 +15,7 @@ from unbatch.numerics.linear.linsys import LinearSystem, Solution
 Known = tuple[LinearSystem, Tensor, Mapping[str, Tensor]]  # A t = b of a tensor t, dL/dt, and the update below it
 
 
-class Unreadable(ValueError):  # noqa: N818 (a layer that has no way back, named for it)
+class Unreadable(UnbatchError):  # noqa: N818 (a layer that has no way back, named for it)
     """A layer that cannot be read backward; the message names it."""
 
 
