@@ -5,6 +5,7 @@ import doctest
 import io
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -286,9 +287,16 @@ def test_the_rooms_of_the_architecture_are_those_that_are_held() -> None:
     text = (DOCS / "architecture.md").read_text()
     drawn = [set(re.findall(r"`(\w+)`", cells)) for cells in re.findall(r"^\| \d+ \| ([^|]+) \|", text, flags=re.M)]
     assert drawn == ROOMS
-    for place in re.findall(r"`([a-z_]+(?:/[a-z_]+)+)`", text):
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
+def test_modules_and_names_that_a_page_names_exist(page: Path) -> None:
+    text, rooms = page.read_text(), "|".join(sorted(set().union(*ROOMS)))
+    for place in re.findall(rf"`((?:{rooms})(?:/[a-z_]+)+)`", text):
         path = ROOT / "src" / "unbatch" / place
         assert path.is_dir() or path.with_suffix(".py").exists(), place
+    for dotted in re.findall(r"`unbatch\.([A-Za-z_.]*\w)", text):
+        assert pkgutil.resolve_name(f"unbatch.{dotted}"), dotted
 
 
 def test_generated_pages_are_current() -> None:

@@ -31,8 +31,8 @@ class SecurityMetric(Analysis):
     with another layer with parameters there, or max pooling before an activation, it is not said.
 
     Determined share = 1 - tr(posterior) / tr(prior covariance), to first order around an example of a Gaussian prior, with
-    the whole update known up to its rounding (`unbatch.determined`). 1: all of it; 0: nothing beyond the prior. It takes a
-    product with the Jacobian for each unknown: fewer, at random, cannot tell what they leave open.
+    the whole update known up to its rounding. 1: all of it; 0: nothing beyond the prior. It takes a product with the
+    Jacobian for each unknown: fewer, at random, cannot tell what they leave open.
     """
 
     paper: ClassVar[str] = "Chen, Campbell, 2021 (c(M)); van Trees, 1968 (determined share)"
