@@ -18,11 +18,29 @@ class UnbatchError(ValueError):
 
 
 class NotApplicable(UnbatchError):  # noqa: N818 (not an error of the user's: it cannot run here)
-    """An attack or an analysis cannot run on this exchange; the message says why, in words for the report."""
+    """An attack or an analysis cannot run on this exchange; the message says why, in words for the report.
+
+    >>> import torch, unbatch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
+    >>> seen, _ = unbatch.observe(model, torch.nn.functional.cross_entropy, torch.ones(1, 3), torch.tensor([0]))
+    >>> try:
+    ...     unbatch.attacks.BiasRatio()(seen)
+    ... except unbatch.NotApplicable:
+    ...     print("cannot run here")
+    cannot run here
+    """
 
 
 class Unknown(UnbatchError, AttributeError):  # noqa: N818 (a question that has no answer, named for it)
-    """Read something of Knowledge that the attacker does not know."""
+    """Something of Knowledge was read that the attacker does not know.
+
+    >>> import unbatch
+    >>> try:
+    ...     unbatch.Knowledge(batch_size=4).labels
+    ... except unbatch.errors.Unknown as error:
+    ...     print(error)
+    the attacker does not know 'labels'; known: batch_size.
+    """
 
 
 class MissingExtra(UnbatchError, ImportError):  # noqa: N818 (what is missing, named for it)

@@ -40,7 +40,11 @@ class Privacy:
         )
 
     def words(self) -> str:
-        """What is spent, in one sentence for a report."""
+        """What is spent, in one sentence for a report.
+
+        >>> Privacy(clip=1.0, noise_multiplier=1.0, sampling_rate=1.0, steps=3000, delta=1e-5).words()
+        'epsilon is not accounted for at delta = 1e-05: noise multiplier 1, clip 1, sampling rate 1, steps 3,000.'
+        """
         spent = "epsilon is not accounted for" if self.epsilon is None else f"epsilon = {self.epsilon:.4g}"
         by = f" ({self.accountant} accountant)" if self.accountant else ""
         return (

@@ -46,7 +46,12 @@ def summary(plugin: type[Plugin]) -> str:
 
 
 def facts(plugin: type[Plugin]) -> dict[str, str]:
-    """Its class attributes, in words."""
+    """Its class attributes, in words.
+
+    >>> from unbatch.attacks import Unmix
+    >>> facts(Unmix)["needs"]
+    'input_shape'
+    """
     return {name.replace("_", " "): _words(getattr(plugin, name)) for name in _FACTS if hasattr(plugin, name)}
 
 
@@ -68,7 +73,13 @@ def mark(plugin: type[Plugin]) -> str:
 
 
 def page(name: str) -> str:
-    """All about the plugin called `name`. Raises UnbatchError: no plugin of any kind has that name."""
+    """All about the plugin called `name`. Raises UnbatchError: no plugin of any kind has that name.
+
+    >>> print(page("prune").partition("for example:")[2])
+    <BLANKLINE>
+      unbatch audit CASE --defence prune
+      unbatch.defences.Prune()    in Python
+    """
     found = [plugins()[name] for plugins in KINDS.values() if name in plugins()]
     if not found:
         known = sorted(known for plugins in KINDS.values() for known in plugins())

@@ -32,7 +32,15 @@ class Data:
 def read(path: Path, *, size: int | None = None) -> Data:
     """Read by what `path` is: a folder of images, `.npz`, or `.csv`. `size` resizes pictures to size x size.
 
-    Raises ValueError: nothing there, an empty folder, a file that cannot be read, or examples of different shapes.
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "people.csv"
+    ...     _ = path.write_text("age,job,label\\n39,clerk,no\\n50,cook,yes\\n")
+    ...     data = read(path)
+    >>> data.domain.columns, data.labels.tolist(), list(data.classes)
+    (('age', 'job=clerk', 'job=cook'), [0, 1], ['no', 'yes'])
+
+    Raises UnbatchError: nothing there, an empty folder, a file that cannot be read, or examples of different shapes.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist; give an .npz file, a .csv file or a folder of images.")

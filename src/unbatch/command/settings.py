@@ -90,7 +90,11 @@ def case_or_data(
 
 
 def load_model(spec: str) -> nn.Module:
-    """The model that ``package.module:factory`` returns. Raises ValueError: it cannot be imported or is no model."""
+    """The model that ``package.module:factory`` returns. Raises UnbatchError: it cannot be imported or is no model.
+
+    >>> load_model("torch.nn:Identity")
+    Identity()
+    """
     made = _named(spec, "model")
     network = made() if callable(made) and not isinstance(made, nn.Module) else made
     if not isinstance(network, nn.Module):
@@ -99,7 +103,11 @@ def load_model(spec: str) -> nn.Module:
 
 
 def load_loss(spec: str, reduction: str) -> Loss:
-    """A loss by its usual name, or the callable that ``package.module:loss`` names."""
+    """A loss by its usual name, or the callable that ``package.module:loss`` names.
+
+    >>> load_loss("torch.nn.functional:mse_loss", "mean").__name__
+    'mse_loss'
+    """
     if ":" not in spec:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"--reduction is mean or sum, not {reduction!r}.")

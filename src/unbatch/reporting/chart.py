@@ -14,7 +14,11 @@ VISIBLE = 60.0  # dB: rounding to 8 bits costs 58.9 dB, so beyond this the eye s
 
 
 def number(value: float | None) -> str:
-    """Four significant digits for people: 12,345, 0.1234, 1.2 × 10⁻⁷."""
+    """Four significant digits for people.
+
+    >>> number(12345.6), number(0.12345), number(1.23e-7), number(-1470.0), number(None)
+    ('12,346', '0.1235', '1.2 × 10⁻⁷', '−1,470', 'none')
+    """
     if value is None or math.isnan(value):
         return "not a number" if value is not None else "none"
     if math.isinf(value):
@@ -29,13 +33,22 @@ def number(value: float | None) -> str:
 
 
 def score(value: float, info: MetricInfo) -> str:
-    """A score with its unit."""
+    """A score with its unit.
+
+    >>> from unbatch.reporting.results import MetricInfo
+    >>> score(131.04, MetricInfo(unit="dB", higher_is_better=True, best=300.0))
+    '131.0 dB'
+    """
     text = f"{value:.1f}".replace("-", "−") if info.unit == "dB" and math.isfinite(value) else number(value)
     return f"{text} {info.unit}" if info.unit else text
 
 
 def title(metric: str) -> str:
-    """A metric's name as people write it."""
+    """A metric's name as people write it.
+
+    >>> title("psnr"), title("l2-error")
+    ('PSNR', 'l2-error')
+    """
     return metric.upper() if metric in ("psnr", "ssim") else metric
 
 
@@ -57,7 +70,14 @@ def known(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Axis:
-    """Scores on a line, in per cent of its width; its right end is nearest to the truth."""
+    """Scores on a line, in per cent of its width; its right end is nearest to the truth.
+
+    >>> axis = Axis(low=0.0, high=60.0)
+    >>> axis.at(0.0), axis.at(30.0), axis.at(999.0)
+    (3.0, 50.0, 97.0)
+    >>> [words for _, words in axis.ticks]
+    ['0', '10', '20', '30', '40', '50', '60']
+    """
 
     low: float
     high: float

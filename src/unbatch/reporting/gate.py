@@ -19,7 +19,15 @@ def breaches(
 
     `require_bound_psnr`: for every client some lower bound that holds for any attacker, on the update that was audited,
     allows no PSNR (of the mean squared error) above it.
-    Raises ValueError: no limit is given, or one that this audit cannot answer.
+
+    >>> import unbatch
+    >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=())
+    >>> breaches(audit, max_recovered=0)
+    ['1 examples recovered exactly, at most 0 allowed.']
+    >>> breaches(audit, max_recovered=1)
+    []
+
+    Raises UnbatchError: no limit is given, or one that this audit cannot answer.
     """
     if max_recovered is None and max_psnr is None and require_bound_psnr is None:
         raise ValueError("a gate needs a limit: --max-recovered N, --max-psnr DB, --require-bound-psnr DB, or several.")

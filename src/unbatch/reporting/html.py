@@ -43,7 +43,13 @@ MOST = 12  # examples that a notebook shows
 
 
 def render(audit: Audit) -> str:
-    """The page of an audit."""
+    """The page of an audit.
+
+    >>> import unbatch
+    >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=())
+    >>> audit.verdict() in render(audit)
+    True
+    """
     metric = primary(audit)
     return (
         _templates()
@@ -92,7 +98,11 @@ def write(audit: Audit, path: str | Path) -> None:
 
 
 def is_picture(text: str | None) -> bool:
-    """Whether a rendered example is a picture; anything else, an address above all, is shown as text."""
+    """Whether a rendered example is a picture; anything else, an address above all, is shown as text.
+
+    >>> is_picture("data:image/png;base64,iVBORw0KGgo="), is_picture("http://elsewhere/a.png")
+    (True, False)
+    """
     return text is not None and text.startswith(PNG)
 
 
@@ -241,7 +251,12 @@ def best_score(audit: Audit, metric: str) -> tuple[float, float | None] | None:
 
 
 def command(audit: Audit) -> str:
-    """The command line that runs this audit again; empty where its data did not come from a named case."""
+    """The command line that runs this audit again; empty where its data did not come from a named case.
+
+    >>> import unbatch
+    >>> command(unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=()))
+    'unbatch audit digits:width=16 --attack bias-ratio --seed 0'
+    """
     if "command" in audit.environment:
         return audit.environment["command"]
     if not audit.truth or audit.case == "custom" or " " in audit.case:

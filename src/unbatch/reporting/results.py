@@ -107,6 +107,7 @@ class Run(_Record):
 
     @property
     def key(self) -> tuple[int, str, int]:
+        """What tells it from the other runs of its audit: client, attack and seed."""
         return self.client, self.title, self.seed
 
     @property
@@ -136,6 +137,8 @@ class Client(_Record):
 
 
 class MetricInfo(_Record):
+    """What the report needs to know of a metric."""
+
     unit: str
     higher_is_better: bool
     best: float | None  # None: it differs from example to example
@@ -170,8 +173,6 @@ class Audit(_Record):
     >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=())
     >>> audit
     <Audit of digits:width=16: 1 of 1 private image recovered exactly; anyone who sees this update has it.>
-    >>> audit.worst("psnr")[0, 0][0] > 100
-    True
     """
 
     schema_number: int = SCHEMA
@@ -211,6 +212,12 @@ class Audit(_Record):
 
         Worst is for the owner of the data: the score nearest to the truth; of several runs that recovered it exactly one
         that certified it, since beyond EXACT scores differ by rounding. None where no run matched the example.
+
+        >>> import unbatch
+        >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=())
+        >>> score, run = audit.worst("psnr")[0, 0]
+        >>> score > 100, run.attack
+        (True, 'bias-ratio')
         """
         sign = 1.0 if self.metrics[metric].higher_is_better else -1.0
         best: dict[tuple[int, int], tuple[float, Run] | None] = {
@@ -228,7 +235,12 @@ class Audit(_Record):
         return best
 
     def recovered(self) -> set[tuple[int, int]]:
-        """Private examples (client, index) that some attack recovered exactly."""
+        """Private examples (client, index) that some attack recovered exactly.
+
+        >>> import unbatch
+        >>> unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=()).recovered()
+        {(0, 0)}
+        """
         return {(run.client, e.index) for run in self.runs if not run.layer for e in run.examples if e.recovered}
 
     def features(self) -> dict[str, set[tuple[int, int]]]:
@@ -365,6 +377,13 @@ class Audit(_Record):
         """Write the report, one page that needs no network, and return its place.
 
         Written whole or not at all, and for its owner alone to read, since it shows private examples in the clear.
+
+        >>> import tempfile, unbatch
+        >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     audit.to_html(f"{folder}/report.html").name
+        'report.html'
+
         Raises UnbatchError: what the disk said, and what to do.
         """
         from unbatch.reporting.html import write
@@ -374,6 +393,13 @@ class Audit(_Record):
 
     def save(self, path: str | Path) -> None:
         """Write JSON whole or not at all, for its owner alone to read, since it holds private examples in the clear.
+
+        >>> import tempfile, unbatch
+        >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     audit.save(f"{folder}/audit.json")
+        ...     unbatch.Audit.load(f"{folder}/audit.json") == audit
+        True
 
         Raises UnbatchError: what the disk said, and what to do.
         """
