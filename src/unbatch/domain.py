@@ -13,24 +13,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Domain(ABC):
-    """Examples of one kind. `low` and `high` are the range of an input's entries, as the model takes them."""
+    """What kind of thing the examples are: how far two are apart, what one looks like unseen, how to show it.
+
+    `shape` is that of one example, `low` and `high` the range of its entries, as the model takes them. Where that range is
+    not `bounded`, nobody knows it: it is a scale for errors, and no draw is cut to it.
+    """
 
     name: ClassVar[str]
     shape: tuple[int, ...]
     low: float = 0.0
     high: float = 1.0
+    bounded: bool = True
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={self.shape}, low={self.low}, high={self.high})"
 
     @abstractmethod
     def prior(self, n: int, rng: torch.Generator) -> Tensor:
-        """n draws [n, *shape] that look like an example but know nothing of the private ones: the chance column."""
+        """n draws [n, *shape] that look like examples and know nothing of the private ones.
+
+        What chance is, and what stands in wherever a batch is wanted and none is known.
+        """
 
     @abstractmethod
     def render(self, example: Tensor) -> str:
@@ -41,8 +50,8 @@ class Domain(ABC):
 
         Any other range was read off the private batch, or may have been, and is not told.
         """
-        told = Knowledge(domain=self.name)
-        return told | Knowledge(input_range=(0.0, 1.0)) if (self.low, self.high) == (0.0, 1.0) else told
+        told, unit = Knowledge(domain=self.name), self.bounded and (self.low, self.high) == (0.0, 1.0)
+        return told | Knowledge(input_range=(0.0, 1.0)) if unit else told
 
     def distance(self, found: Tensor, true: Tensor) -> Tensor:
         """Mean squared difference of every pair: [k, *shape], [n, *shape] -> [k, n]."""
@@ -85,14 +94,28 @@ class Images(Domain):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Table(Domain):
-    """Rows of numbers [d] with named columns."""
+    """Rows of numbers [d] with named columns, or numbers of any other shape that are no pictures."""
 
     name: ClassVar[str] = "table"
     columns: Sequence[str] = ()
 
     def prior(self, n: int, rng: torch.Generator) -> Tensor:
-        """Standard normal rows, cut to the range: what standardised columns look like."""
-        return torch.randn(n, *self.shape, generator=rng).clamp(self.low, self.high)
+        """Standard normal rows, cut to a range that is known: what standardised columns look like.
+
+        Uniform in a range that does not hold a standard deviation on both sides of 0: its columns are not standardised.
+
+        >>> rows = Table(shape=(1000,), bounded=False).prior(1, torch.Generator().manual_seed(0))
+        >>> [round(float(number), 1) for number in (rows.mean(), rows.std())]
+        [0.0, 1.0]
+        >>> unit = Table(shape=(1000,)).prior(1, torch.Generator().manual_seed(0))
+        >>> [round(float(number), 1) for number in (unit.mean(), unit.min(), unit.max())]
+        [0.5, 0.0, 1.0]
+        """
+        if not self.bounded:
+            return torch.randn(n, *self.shape, generator=rng)
+        if self.low <= -1 and self.high >= 1:
+            return torch.randn(n, *self.shape, generator=rng).clamp(self.low, self.high)
+        return self.low + (self.high - self.low) * torch.rand(n, *self.shape, generator=rng)
 
     def render(self, example: Tensor) -> str:
         values = example.detach().flatten().tolist()
@@ -108,6 +131,7 @@ class Tokens(Domain):
     vocabulary: Sequence[str] = ()
 
     def prior(self, n: int, rng: torch.Generator) -> Tensor:
+        """Tokens of the vocabulary, each as likely as any other."""
         return torch.randint(int(self.high) + 1, (n, *self.shape), generator=rng)
 
     def distance(self, found: Tensor, true: Tensor) -> Tensor:
@@ -135,15 +159,29 @@ def domain_of(inputs: Tensor) -> Domain:
 
 
 def domain_told(knowledge: Knowledge) -> Domain:
-    """The domain of a captured update: as named, else by the shape of an input."""
+    """The domain of an exchange as far as the attacker knows it: every stand-in for its batch is drawn from its prior.
+
+    The kind is `knowledge.domain`, else what an input's shape looks like: a picture with 1 or 3 channels, else a table.
+    The range is `knowledge.input_range`, else [0, 1]; of a table it is then not bounded, and its prior standard normal.
+    Raises UnbatchError: no domain has that name, or images have another shape than [channels, height, width].
+
+    >>> domain_told(Knowledge(input_shape=(4,), domain="table")).bounded
+    False
+    >>> domain_told(Knowledge(input_shape=(3, 8, 8), input_range=(-1, 1)))
+    Images(shape=(3, 8, 8), low=-1.0, high=1.0)
+    """
     shape: tuple[int, ...] = knowledge.get("input_shape", ())
     low, high = knowledge.get("input_range", (0.0, 1.0))
     kinds: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Table, Tokens)}
     guess = "images" if len(shape) == 3 and shape[0] in (1, 3) else "table"
     name = knowledge.get("domain", guess)
     if name not in kinds:
-        raise ValueError(f"unknown domain {name!r}; known: {', '.join(kinds)}.")
-    return kinds[name](shape=shape, low=low, high=high)
+        raise UnbatchError(f"unknown domain {name!r}; known: {', '.join(kinds)}.")
+    if name == "images" and len(shape) not in (0, 3):
+        raise UnbatchError(
+            f"images are [channels, height, width], and the input's shape is {shape}; say domain='table'."
+        )
+    return kinds[name](shape=shape, low=low, high=high, bounded=name != "table" or "input_range" in knowledge)
 
 
 def _png(picture: Tensor) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unbatch.domain import Images
+from unbatch.domain import domain_told
 from unbatch.loss import draw_labels
 from unbatch.network.dense import forward
 from unbatch.observation import Observation
@@ -24,11 +24,6 @@ def probe(
         return at[0][:n].to(obs.device), at[1][:n].to(obs.device), whose
     n = obs.knowledge.batch_size if whole else 1
     rng = rng or torch.Generator().manual_seed(0)
-    shape, (low, high) = obs.knowledge.input_shape, obs.knowledge.get("input_range", (0.0, 1.0))
-    if len(shape) == 3:
-        x = Images(shape=shape, low=low, high=high).prior(n, rng)
-    else:
-        x = low + (high - low) * torch.rand(n, *shape, generator=rng)
-    x = x.to(obs.device)
+    x = domain_told(obs.knowledge).prior(n, rng).to(obs.device)
     y = draw_labels(obs.loss, forward(obs.model, x), rng)
     return x, y.to(obs.device), "a batch drawn from the prior" if whole else "an example drawn from the prior"
