@@ -1,14 +1,19 @@
 """Every flag can be raised, is raised by what it says, and stays silent otherwise."""
 
+import sys
 from typing import ClassVar, final
 
 import pytest
 
 import unbatch
+import unbatch.auditing.guard
 from unbatch import Case, Defence, Knowledge
 from unbatch.analysis import Bound
+from unbatch.auditing import checks
 from unbatch.auditing.checks import CHECKS, flags
+from unbatch.benchmarks import unmix
 from unbatch.defence import Step
+from unbatch.reporting import html, results, thresholds
 from unbatch.reporting.results import Audit, Example, Run
 
 
@@ -214,3 +219,13 @@ def test_a_third_partys_defence_counts_by_what_it_says_and_not_by_its_name(kind:
 )
 def test_a_defence_says_what_it_does_at_its_strength(spec: str, effects: list[str]) -> None:
     assert Defence.parse(spec).effects() == effects
+
+
+def test_what_counts_as_exact_and_as_chance_is_written_once() -> None:
+    guarding = sys.modules["unbatch.auditing.guard"]  # of which the package shows the function
+    assert all(vars(module)["EXACT"] is thresholds.EXACT for module in (checks, results, unmix))
+    assert all(vars(module)["NEAR_CHANCE"] is thresholds.NEAR_CHANCE for module in (checks, guarding, html))
+    said = {check.name: check.raised_if for check in CHECKS}
+    assert f"less than {thresholds.NEAR_CHANCE:g} dB" in said["near-chance"]
+    assert f"more than {thresholds.NEAR_CHANCE:g} dB" in said["leak-of-the-union"]
+    assert said["exact-claim-fails"].endswith(f"{thresholds.EXACT:g}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from unbatch.reporting.results import EXACT, Audit, Example, Flag, Run, Status
+from unbatch.reporting.results import Audit, Example, Flag, Run, Status
+from unbatch.reporting.thresholds import EXACT, NEAR_CHANCE
 
-NEAR_CHANCE = 3.0  # dB
 SMALL_RESIDUAL = 1e-3  # relative
 LARGE_ERROR = 0.1  # relative
 
@@ -167,7 +167,8 @@ def _noise_without_accounting(audit: Audit) -> Iterable[str]:
 CHECKS: tuple[Check, ...] = (
     Check(
         "exact-claim-fails",
-        "an attack that declares itself exact returned a certified example whose true error is above its bound and 1e-4",
+        "an attack that declares itself exact returned a certified example whose true error is above its bound and "
+        f"{EXACT:g}",
         "The attack is wrong here. Its other exact claims deserve no trust either.",
         "Do not quote this run. Report the case: an exact claim that fails is a defect of unbatch.",
         _exact_claim,
@@ -196,14 +197,15 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "not-identifiable",
-        "returned examples explain the update to within 0.1 % while one of them is over 10 % off",
+        f"returned examples explain the update to within {100 * SMALL_RESIDUAL:g} % while one of them is over "
+        f"{100 * LARGE_ERROR:g} % off",
         "Different batches share this update: the gradient does not determine the data, whoever attacks.",
         "Read the risk per layer to see which part is open. A small residual proves nothing here.",
         _not_identifiable,
     ),
     Check(
         "near-chance",
-        "an attack's best example is less than 3 dB above what as many prior draws score",
+        f"an attack's best example is less than {NEAR_CHANCE:g} dB above what as many prior draws score",
         "The pictures owe their score to looking like pictures, not to the update.",
         "Do not count them as leaked. Compare with the chance column, never with a fixed PSNR.",
         _near_chance,
@@ -238,9 +240,9 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "leak-of-the-union",
-        "examples were recovered, or came out more than 3 dB nearer than chance, from an update that secure aggregation "
-        "had summed over clients",
-        "The server learns the examples but not whose they are; secure aggregation hides the owner, not the data.",
+        f"examples were recovered, or came out more than {NEAR_CHANCE:g} dB nearer than chance, from an update that was "
+        "summed over clients",
+        "The server learns the examples but not whose they are; a sum hides the owner, not the data.",
         "State the leak as one of the union of the clients.",
         _union,
     ),

@@ -33,7 +33,7 @@ def explanations(obs: Observation, inputs: Tensor, labels: Tensor) -> list[Expla
     """
     first = next(obs.model.parameters())
     x, y = inputs.to(first.device, first.dtype), labels.to(first.device)
-    rate = obs.knowledge.get("learning_rate", 0.01)
+    rate = obs.protocol.learning_rate
     declared = obs.protocol
     candidates = [declared, *(Protocol(mode=mode) for mode in ("train", "eval"))]
     for steps in (2, 3, 4, 5, 6, 8):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from unbatch.attack import Attack
-from unbatch.auditing.checks import NEAR_CHANCE
 from unbatch.auditing.client import published
 from unbatch.auditing.run import audit
 from unbatch.auditing.suites import suite
@@ -21,6 +20,7 @@ from unbatch.observation import Observation
 from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
 from unbatch.reporting.results import Audit, Status
+from unbatch.reporting.thresholds import NEAR_CHANCE
 from unbatch.truth import Truth
 
 ATTACKS = (*suite(), "unmix")

@@ -39,7 +39,7 @@ REFINE = 3  # bisections of each family, for one update and for the whole traini
 
 Scope = Literal["one update", "whole training"]
 SCOPES: tuple[Scope, ...] = ("one update", "whole training")
-Verdict = Literal["leaks", "no bound excludes it", "excluded", "not possible"]
+Standing = Literal["leaks", "no bound excludes it", "excluded", "not possible"]
 
 
 class Tried(BaseModel):
@@ -52,7 +52,7 @@ class Tried(BaseModel):
     unit: str  # of the strength
     batch: int
     defences: list[str]
-    verdict: Verdict
+    verdict: Standing
     words: str
     psnr: float | None = None  # dB, the worst example under all attacks
     attack: str = ""  # that got it
@@ -332,7 +332,7 @@ def measure(
     return tried, record
 
 
-def _judged(tried: Tried, target: float) -> tuple[Verdict, str]:
+def _judged(tried: Tried, target: float) -> tuple[Standing, str]:
     if tried.psnr is not None and tried.psnr > target:
         against = "" if tried.bound is None or tried.bound > target else f", above what {tried.by} allows on average"
         return "leaks", f"an attack reaches {tried.psnr:.1f} dB{against}."

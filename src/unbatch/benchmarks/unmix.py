@@ -44,7 +44,7 @@ from unbatch.numerics.unmix.ica import fast_ica
 from unbatch.observation import Observation
 from unbatch.progress import watching
 from unbatch.reconstruction import Reconstruction
-from unbatch.reporting.results import EXACT
+from unbatch.reporting.thresholds import EXACT
 from unbatch.truth import Truth
 
 Row = dict[str, Any]

@@ -12,7 +12,7 @@ from unbatch.adapters import opacus
 from unbatch.defence import Defence, Round, Step, plain_update
 from unbatch.knowledge import Knowledge, shares
 from unbatch.privacy import Privacy
-from unbatch.protocol import Update
+from unbatch.protocol import Protocol, Update
 
 
 @final
@@ -96,7 +96,7 @@ class DpSgd(Defence):
         one = known.get("local_steps", 0) == 1 and known.get("optimiser", "sgd") == "sgd"
         if n is None or not self.noise_multiplier or (local and not one):
             return known | told
-        scale = known.get("learning_rate", 0.01) if local else 1.0
+        scale = known.get("learning_rate", Protocol().learning_rate) if local else 1.0
         sizes = [min(known.get("local_batch_size") or size, size) for size in shares(n, known.get("clients", 1))]
         deviation = scale * told.privacy.deviation(sizes if self.reduction == "mean" else [1] * len(sizes))
         return known | told | Knowledge(noise=(known.get("noise", 0.0) ** 2 + deviation**2) ** 0.5)

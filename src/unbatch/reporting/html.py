@@ -19,11 +19,11 @@ from markupsafe import Markup
 
 from unbatch.files import write_atomically
 from unbatch.reporting.chart import Chart, by_attack, exact, known, number, score, title
+from unbatch.reporting.thresholds import NEAR_CHANCE
 
 if TYPE_CHECKING:
     from unbatch.reporting.results import Audit, Client, Example, MetricInfo, Run
 
-NEAR = 3.0  # dB: a score this close to the chance column is called near chance
 PNG = "data:image/png;base64,"
 PROTOCOL = (
     "local_steps",
@@ -183,8 +183,8 @@ class Card:
             gain = (self.score - self.chance) * (1 if self.info.higher_is_better else -1)
             if gain <= 0:
                 shown.append(("untested", "no better than chance"))
-            elif self.info.unit == "dB" and gain <= NEAR:
-                shown.append(("untested", f"within {NEAR:g} dB of chance"))
+            elif self.info.unit == "dB" and gain <= NEAR_CHANCE:
+                shown.append(("untested", f"within {NEAR_CHANCE:g} dB of chance"))
         return shown
 
 

@@ -12,12 +12,12 @@ from unbatch.analysis import Bound, LayerRisk, Verdict
 from unbatch.errors import MissingExtra, UnbatchError
 from unbatch.files import write_atomically
 from unbatch.privacy import Privacy
+from unbatch.reporting.thresholds import EXACT
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 SCHEMA = 1
-EXACT = 1e-4  # relative l2 error up to which an example counts as recovered exactly
 
 
 class Status(StrEnum):
