@@ -14,7 +14,7 @@ from unbatch.inversion.unmixing import Problem, layer_span
 from unbatch.inversion.view import View
 from unbatch.numerics.unmix.certificate import radius
 from unbatch.numerics.unmix.equation import accept, polish
-from unbatch.numerics.unmix.joint import refine
+from unbatch.numerics.unmix.joint import refine_jointly
 from unbatch.numerics.unmix.mixture import Mixture
 from unbatch.numerics.unmix.sign_certain import kinked
 
@@ -92,7 +92,7 @@ def judge(seed: int, kind: str = "") -> Judged | None:
             z = polish(mixture, z, y, steps=40, gain=0.002)[0]
             z = polish(mixture, z, y, steps=8, damping=1e-9, gain=0.5, target=0.0)[0]
     else:
-        z = refine(mixture, z, y)[0]
+        z = refine_jointly(mixture, z, y)[0]
     if "perturbed" in kind:
         size = 10 ** (-1 - 6 * float(torch.rand(1, generator=rng)))
         z = mixture.scaled(z * (1 + size * torch.randn(z.shape, generator=rng, dtype=torch.float64)))
@@ -176,7 +176,7 @@ def test_a_kink_crossed_by_rounding_counts_where_the_fit_would_not_show_it(seed:
     problem = posed(obs, torch.Generator().manual_seed(0))
     span, mixture = problem.span, problem.mixture(problem.tail(len(x)))
     z = mixture.scaled(torch.cat([x, torch.ones(len(x), 1).double()], 1) @ span.rows.T)
-    z = refine(mixture, z, y)[0]
+    z = refine_jointly(mixture, z, y)[0]
     delta = mixture.F(z, y)
 
     def bound(wrong: float) -> Tensor:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from unbatch.numerics.moments.cp import compress, diagonalise, misfit, refine, response, tangent_misfit
+from unbatch.numerics.moments.cp import compress, diagonalise, misfit, refine_factors, response, tangent_misfit
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_noise_costs_what_the_response_says() -> None:
         noise = noise + noise.mT
         for size, limit in ((1e-5, 0.05), (1e-6, 0.005)):
             for one, dE in zip(response(E, V, size * noise), size * noise, strict=True):
-                moved = refine(E + dE, V)
+                moved = refine_factors(E + dE, V)
                 assert float((moved - unit(V + one)).norm()) < limit * float((moved - V).norm())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unbatch.numerics.search.least_squares import conjugate_gradients, levenberg_marquardt, resized
+from unbatch.numerics.search.least_squares import conjugate_gradients, minimise_by_products, resized
 from unbatch.numerics.search.matching import cosine_distance, lbfgs, signed_adam, squared_difference, total_variation
 from unbatch.numerics.search.softening import Softened, kinked
 
@@ -74,14 +74,14 @@ def test_conjugate_gradients_solve_in_as_many_steps_as_unknowns() -> None:
     assert torch.allclose(A @ x, b, atol=1e-8)
 
 
-def test_levenberg_marquardt_converges_quadratically_on_a_consistent_nonlinear_system() -> None:
+def test_least_squares_converges_quadratically_on_a_consistent_nonlinear_system() -> None:
     W, truth = normal(40, 5, seed=1), normal(3, 5, seed=2)
 
     def residual(x: Tensor, /, *, create_graph: bool = False) -> Tensor:
         return (torch.tanh(x @ W.T) - torch.tanh(truth @ W.T)).flatten()
 
     start = truth + 0.1 * normal(3, 5, seed=3)
-    search = levenberg_marquardt(residual, start, torch.Generator().manual_seed(0), steps=20)
+    search = minimise_by_products(residual, start, torch.Generator().manual_seed(0), steps=20)
     costs = []
     for cost, x in search:
         if not costs or cost < costs[-1]:
@@ -91,7 +91,7 @@ def test_levenberg_marquardt_converges_quadratically_on_a_consistent_nonlinear_s
     assert torch.allclose(x, truth, atol=1e-9)
 
 
-def test_levenberg_marquardt_follows_a_smooth_surrogate_to_the_solution_of_what_jumps() -> None:
+def test_least_squares_follows_a_smooth_surrogate_to_the_solution_of_what_jumps() -> None:
     W, truth = normal(40, 5, seed=1), normal(3, 5, seed=2)
 
     def smooth(x: Tensor, /, *, create_graph: bool = False) -> Tensor:
@@ -104,15 +104,15 @@ def test_levenberg_marquardt_follows_a_smooth_surrogate_to_the_solution_of_what_
     start = truth + 0.1 * normal(3, 5, seed=3)
     alone = [
         cost
-        for cost, _ in levenberg_marquardt(stairs, start, torch.Generator().manual_seed(0), steps=1, surrogate=smooth)
+        for cost, _ in minimise_by_products(stairs, start, torch.Generator().manual_seed(0), steps=1, surrogate=smooth)
     ]
-    *_, (cost, x) = levenberg_marquardt(stairs, start, torch.Generator().manual_seed(0), steps=20, surrogate=smooth)
+    *_, (cost, x) = minimise_by_products(stairs, start, torch.Generator().manual_seed(0), steps=20, surrogate=smooth)
     assert cost < 0.01 * alone[0]
     assert float((x - truth).norm()) < 0.05 * float((start - truth).norm())
 
 
-def test_levenberg_marquardt_stops_where_nothing_depends_on_the_point() -> None:
-    flat = levenberg_marquardt(
+def test_least_squares_stops_where_nothing_depends_on_the_point() -> None:
+    flat = minimise_by_products(
         lambda x, /, create_graph=False: 0 * x.flatten() + 1,
         torch.ones(2, 2, dtype=torch.float64),
         torch.Generator().manual_seed(0),

@@ -11,7 +11,7 @@ from unbatch.numerics.unmix import pattern as patterns
 from unbatch.numerics.unmix.certificate import radius
 from unbatch.numerics.unmix.descent import Descent, beginning, descend
 from unbatch.numerics.unmix.equation import Equation, accept, choose_labels, choose_targets, complement, placed, polish
-from unbatch.numerics.unmix.joint import refine
+from unbatch.numerics.unmix.joint import refine_jointly
 from unbatch.numerics.unmix.mixture import Mixture, misfits
 from unbatch.numerics.unmix.moment_start import weight_moments
 from unbatch.numerics.unmix.pattern import NEAR, Corners, apart, finish, relax, switches, turned
@@ -388,7 +388,7 @@ def test_joint_refinement_averages_noise(activation: str) -> None:
     U, S, Vh = torch.linalg.svd(B, full_matrices=False)
     turned = replace(p.mixture, U=U, S=S, W=Vh @ p.mixture.W, ones=Vh @ p.mixture.ones)
     start = turned.scaled(p.z @ Vh.T + 1e-5)
-    z, _, left = refine(turned, start, p.y)
+    z, _, left = refine_jointly(turned, start, p.y)
     assert float((z @ Vh - p.z).norm()) < 0.2 * float((start @ Vh - p.z).norm())
     assert left < 2 * float(noise.norm() / p.A.norm())
 
@@ -396,7 +396,7 @@ def test_joint_refinement_averages_noise(activation: str) -> None:
 def test_some_examples_are_refined_while_others_are_unknown() -> None:
     p = Problem("gelu")
     start = p.near(1e-3)[:4]
-    z, _, left = refine(p.mixture, start, p.y[:4], others=2, steps=12)
+    z, _, left = refine_jointly(p.mixture, start, p.y[:4], others=2, steps=12)
     assert left < 1e-10
     torch.testing.assert_close(z, p.z[:4], atol=1e-8, rtol=0)
 

@@ -16,7 +16,7 @@ from unbatch.inversion.rounds import sharpened
 from unbatch.inversion.search_point import Candidate, Unknowns, like
 from unbatch.inversion.view import View
 from unbatch.numerics.search import matching
-from unbatch.numerics.search.least_squares import levenberg_marquardt, resized
+from unbatch.numerics.search.least_squares import minimise_by_products, resized
 from unbatch.numerics.search.softening import Softened, kinked
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
@@ -184,7 +184,7 @@ class Matching:
 
             point = resized(residual, point) if rung else point
             steps, gain = (6, 0.1) if math.isfinite(sharpness) else (60, 1e-3)
-            for _, moved in levenberg_marquardt(residual, point, rng, steps=steps, gain=gain):
+            for _, moved in minimise_by_products(residual, point, rng, steps=steps, gain=gain):
                 if candidate is None or moved is not point:
                     phase = f"least squares, sharpness {sharpness:g}"
                     point, candidate = moved, problem.candidate(self._score(problem, moved), moved, start, phase)

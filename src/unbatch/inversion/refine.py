@@ -19,7 +19,7 @@ from unbatch.numerics.search.least_squares import (
     System,
     conjugate_gradients,
     example_gram,
-    levenberg_marquardt,
+    minimise_by_products,
     squares,
 )
 from unbatch.observation import Observation
@@ -123,7 +123,7 @@ def refine(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generato
     search, best = Search(obs, labels), inputs.to(obs.device).double().flatten(1)
     stages: list[tuple[Residual, Cost]] = [(search, search.cost)]
     for residual, cost_of in stages if search.even(best) else [(search.off, squares), *stages]:
-        found = levenberg_marquardt(
+        found = minimise_by_products(
             residual, best, rng, steps=steps, inner=60, damping=1e-3, tolerance=1e-3, gain=1e-6, cost_of=cost_of
         )
         for _, point in found:

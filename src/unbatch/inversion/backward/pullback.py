@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import CHUNK, LinearSystem, Solution
+from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, damped_gauss_newton
 
 Tick = Callable[[float], bool]  # share done -> whether to go on
 STEPS = 30  # of Gauss and Newton
@@ -119,33 +120,56 @@ class Pullback:
         return other
 
     def solve(self, start: Tensor, tick: Tick = lambda share: True) -> Fit:
-        """Gauss-Newton from `start` [*shape], by the steps of least norm, halved until |r| falls."""
-        x, size, solution = start.double().flatten(), torch.inf, None
-        for step in range(STEPS):
-            system = self.system(x)
-            solution, before = system.solve(), float(system.b.norm())
-            moved, size = self._along(x, solution.x, before)
-            if not size < before:
+        """Gauss-Newton from `start` [*shape], by the steps of `LeastNorm`, halved until |r| falls."""
+        solver = LeastNorm(self)
+        search = damped_gauss_newton(
+            lambda x, which: self(x[0]).detach()[None],
+            solver,
+            start.double().flatten()[None],
+            damping=Damping(first=1.0, rise=2.0, fall=torch.inf, least=1.0),  # a step's divisor, 1 again after each
+            stop=Stop(steps=2 * STEPS, tries=HALVINGS + 1, target=FLOOR, once=True),
+            cost_of=lambda r: r.norm(dim=1),
+        )
+        last = next(search)
+        for at in search:
+            stepped, last = at.x is not last.x, at
+            if stepped and not tick(solver.systems / STEPS):
                 break
-            x, ahead = moved, before
-            while size < CHORD * ahead and size > FLOOR:  # along the same factors as long as it pays
-                ahead, moved = size, x - solution.inverse(self(x).detach())
-                left = float(self(moved).norm())
-                if left < size:
-                    x, size = moved, left
-            if size <= FLOOR or not tick(step / STEPS):
-                break
-        assert solution is not None  # STEPS is positive
-        return Fit(x.view(start.shape), size, solution)
+        x = last.x[0]
+        return Fit(x.view(start.shape), float(last.cost), solver.solution or self.system(x).solve())
 
-    def _along(self, x: Tensor, step: Tensor, size: float) -> tuple[Tensor, float]:
-        """The first of step, step / 2, ... that lowers |r|, or x itself."""
-        for k in range(HALVINGS):
-            moved = x + step / 2**k
-            left = float(self(moved).norm())
-            if left < size:
-                return moved, left
-        return x, size
+
+class LeastNorm:
+    """The linear solver of a pullback: the step of least norm with J d = -r, over the damping.
+
+    After a step that leaves a small share of |r| the next one is tried along the same factors (a chord), and J is formed
+    anew only where that does not help. At most STEPS times.
+    """
+
+    def __init__(self, pullback: Pullback) -> None:
+        self.pullback, self.size = pullback, 0.0
+        self.systems = 0  # solved so far
+        self.solution: Solution | None = None  # of the last one
+
+    def __call__(self, x: Tensor, r: Tensor, which: Tensor) -> Steps:
+        """Steps [1, d] from x [1, d], where the residuals are r [1, e]."""
+        size = float(r.norm())
+        chord = self.solution if size < CHORD * self.size else None
+        self.size = size
+        found = list[Tensor]()
+
+        def steps(damping: Tensor, rows: Tensor) -> Iterator[Tensor]:
+            share = 1 / float(damping)
+            if chord is not None and share == 1:
+                yield -chord.inverse(r[0])[None]
+                return
+            if not found and self.systems < STEPS:
+                self.solution, self.systems = self.pullback.system(x[0]).solve(), self.systems + 1
+                found.append(self.solution.x)
+            for step in found:
+                yield (step * share if chord is None else 2 * step * share)[None]
+
+        return steps
 
 
 def _which(tensor: Tensor, most: int, rng: torch.Generator) -> Tensor | None:

@@ -7,8 +7,13 @@ non-parallel.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, damped_gauss_newton, end_of
 
 DRAWS = 32  # pairs of random contractions tried for a start
 KEPT = 4  # starts that are refined
@@ -37,46 +42,48 @@ def diagonalise(E: Tensor, rng: torch.Generator) -> Tensor:
     if n == 1:
         return torch.ones(1, 1, dtype=E.dtype, device=E.device)
     starts = sorted((_eigenvectors(E, rng) for _ in range(DRAWS)), key=lambda V: misfit(E, V))
-    ends = [refine(E, V) for V in starts[:KEPT]]
+    ends = [refine_factors(E, V) for V in starts[:KEPT]]
     return min(ends, key=lambda V: misfit(E, V))
 
 
-def refine(E: Tensor, V: Tensor, *, steps: int = 50) -> Tensor:
-    """Levenberg-Marquardt on `misfit`, d eliminated, from V; columns are kept at unit norm."""
-    damping, best = 1e-3, misfit(E, V)
-    for _ in range(steps):
-        d, left = _best(E, V)
-        H = _normal(V, d)
-        right = _gradient(V, d, left)
-        while True:
-            move = torch.linalg.solve(H + damping * torch.diag(H.diagonal() + H.diagonal().max() * 1e-12), right)
-            tried = _unit(V + move.view(V.T.shape).T)
-            size = misfit(E, tried)
-            if size <= best or damping > 1e6:
-                break
-            damping *= 10
-        if size > best:
-            break
-        done = size > best * (1 - 1e-12)
-        V, best, damping = tried, size, max(damping / 10, 1e-12)
-        if done:
-            break
-    return V
+def refine_factors(E: Tensor, V: Tensor, *, steps: int = 50) -> Tensor:
+    """V [n, n] of least `misfit` near V, by damped Gauss-Newton with d eliminated; columns are kept at unit norm."""
+    at = damped_gauss_newton(
+        lambda V, which: _remove(V[0], E)[None],
+        partial(_marquardt, E),
+        V[None],
+        damping=Damping(first=1e-3, rise=10.0, fall=10.0, least=1e-12, most=1e7, ties=True),
+        stop=Stop(steps=steps, gain=1e-12),
+        moved=lambda V, step: _unit(V[0] + step[0])[None],
+    )
+    return end_of(at).x[0]
+
+
+def _marquardt(E: Tensor, V: Tensor, left: Tensor, which: Tensor) -> Steps:
+    """Steps [1, n, n] of (H + damping diag H) vec(dV) = J^T vec(left), which do not depend on the columns' scale."""
+    d, _ = _best(E, V[0])
+    H = _gauss_newton_matrix(V[0], d)
+    right, scale = _slope(V[0], d, left[0]), torch.diag(H.diagonal() + H.diagonal().max() * 1e-12)
+
+    def steps(damping: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        yield torch.linalg.solve(H + damping * scale, right).view(V[0].T.shape).T[None]
+
+    return steps
 
 
 def response(E: Tensor, V: Tensor, change: Tensor) -> Tensor:
     """First-order change [..., n, n] of the least-squares V where E changes by `change` [..., q, n, n].
 
-    Gauss-Newton: H vec(dV) = J^T vec(change) with the normal matrix of `_normal`, by pseudo-inverse, since the scale of a
-    column is free.
+    Gauss-Newton: H vec(dV) = J^T vec(change), H by `_gauss_newton_matrix`, by pseudo-inverse, since the scale of a column
+    is free.
     """
     n = len(V)
     d, _ = _best(E, V)
-    values, vectors = torch.linalg.eigh(_normal(V, d))
+    values, vectors = torch.linalg.eigh(_gauss_newton_matrix(V, d))
     kept = values > 1e-11 * values[-1]
     inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
     flat = change.reshape(-1, *E.shape)
-    moves = [inverse @ _gradient(V, d, _remove(V, one)) for one in flat]
+    moves = [inverse @ _slope(V, d, _remove(V, one)) for one in flat]
     return torch.stack(moves).view(*change.shape[:-3], n, n).mT
 
 
@@ -104,7 +111,7 @@ def _remove(V: Tensor, E: Tensor) -> Tensor:
     return _best(E, V)[1]
 
 
-def _normal(V: Tensor, d: Tensor) -> Tensor:
+def _gauss_newton_matrix(V: Tensor, d: Tensor) -> Tensor:
     """The Gauss-Newton matrix [n n, n n] of vec(V) by columns, d eliminated; G = V^T V, S = d^T d, B_i = V diag(G_i).
 
     H_ij = 2 S_ij (G_ij I + v_j v_i^T - 2 B_i (G o G)^-1 B_j^T)
@@ -118,7 +125,7 @@ def _normal(V: Tensor, d: Tensor) -> Tensor:
     return (2 * S[:, None, :, None] * H).reshape(n * n, n * n)
 
 
-def _gradient(V: Tensor, d: Tensor, left: Tensor) -> Tensor:
+def _slope(V: Tensor, d: Tensor, left: Tensor) -> Tensor:
     """J^T vec(left) [n n] for residuals that no change of d explains: 2 sum_q d_qi left_q v_i."""
     both = (left + left.mT) / 2
     return 2 * torch.einsum("qi,qab,bi->ia", d, both, V).flatten()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-Apply = Callable[[Tensor, float], Tensor]  # z [d] and the sharpness of kinks -> r [e], or its Jacobian [e, d]
+from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, damped_gauss_newton, end_of
+
+AtSharpness = Callable[[Tensor, float], Tensor]  # z [d] and the sharpness of kinks -> r [e], or its Jacobian [e, d]
 Tick = Callable[[float], bool]  # share done -> whether to go on
 LOOSE, TIGHT = 1.0, 1e-6  # standard deviations of a residual at the first level and at the last
 BLUNT, SHARP = 1.0, 1e4  # kinks' sharpness, likewise
@@ -20,8 +23,8 @@ DAMPING, RISE, FALL = (
 
 
 def annealed(
-    residual: Apply,
-    jacobian: Apply,
+    residual: AtSharpness,
+    jacobian: AtSharpness,
     start: Tensor,
     *,
     levels: int = 30,
@@ -37,29 +40,35 @@ def annealed(
     still change sides. Steps are Levenberg and Marquardt's.
     Source: graduated non-convexity, Blake and Zisserman, Visual Reconstruction, 1987.
     """
-    z, damping = start, DAMPING
+    z, damping = start[None], torch.tensor([DAMPING], dtype=torch.float64)
     for level in range(levels):
         share = level / max(levels - 1, 1)
         if not tick(share):
             break
         s, b = LOOSE * (tight / LOOSE) ** share, BLUNT * (SHARP / BLUNT) ** share
-        r = residual(z, b) / s
-        for _ in range(steps):
-            step = _Step(jacobian(z, b) / s, r, z - start)
-            before = float(r.square().sum() + (z - start).square().sum())
-            for _ in range(TRIES):
-                tried = z + step(damping)
-                left = residual(tried, b) / s
-                cost = float(left.square().sum() + (tried - start).square().sum())
-                if cost < before:
-                    break
-                damping *= RISE
-            else:
-                break
-            z, r, damping = tried, left, max(DAMPING, damping / FALL)
-            if cost > (1 - GAIN) * before:
-                break
-    return z
+        last = end_of(
+            damped_gauss_newton(
+                partial(_residuals, residual, start, s, b),
+                partial(_posterior_steps, jacobian, s, b),
+                z,
+                damping=Damping(first=float(damping), rise=RISE, fall=FALL, least=DAMPING),
+                stop=Stop(steps=steps, tries=TRIES, gain=GAIN),
+            )
+        )
+        z, damping = last.x, last.damping
+    return z[0]
+
+
+def _residuals(residual: AtSharpness, start: Tensor, s: float, b: float, z: Tensor, which: Tensor) -> Tensor:
+    """[1, e + d]: r / s, and how far z is from the start."""
+    return torch.cat([residual(z[0], b) / s, z[0] - start])[None]
+
+
+def _posterior_steps(jacobian: AtSharpness, s: float, b: float, z: Tensor, r: Tensor, which: Tensor) -> Steps:
+    """Steps [1, d] from z [1, d], where `_residuals` are r."""
+    d = z.shape[1]
+    step = _Step(jacobian(z[0], b) / s, r[0, :-d], r[0, -d:])
+    return lambda damping, rows: iter([step(float(damping))[None]])
 
 
 class _Step:

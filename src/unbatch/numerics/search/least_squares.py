@@ -1,8 +1,7 @@
-"""Nonlinear least squares without matrices: Levenberg-Marquardt, its steps by preconditioned conjugate gradients."""
+"""Nonlinear least squares without matrices: damped Gauss-Newton, its steps by preconditioned conjugate gradients."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
@@ -10,8 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, damped_gauss_newton
+
 Apply = Callable[[Tensor], Tensor]
 LARGEST_GRAM = 2**28  # entries of the probe matrix: 1 GiB in float32
+RENEWED = 3  # steps between two preconditioners
+MOST = 1e8  # damping that no step is worth trying at
 
 
 class Residual(Protocol):
@@ -30,7 +33,7 @@ def squares(r: Tensor) -> tuple[float, Tensor, Tensor]:
     return float(r @ r), r, torch.ones_like(r)
 
 
-def levenberg_marquardt(
+def minimise_by_products(
     residual: Residual,
     start: Tensor,  # [n, p] float64: row i is example i's unknowns
     rng: torch.Generator,
@@ -43,13 +46,35 @@ def levenberg_marquardt(
     surrogate: Residual | None = None,
     cost_of: Cost = squares,
 ) -> Iterator[tuple[float, Tensor]]:
-    """Minimise |r(x)|^2: solve (J^T J + damping s I) d = -J^T r, take d if it helps; yields (|r|^2, x) at every product.
+    """Minimise |r(x)|^2: take the step of `ByProducts` if it helps; yields (|r|^2, x) at every product.
+
+    The search ends after `steps` linear solves, two steps in a row that help by less than the share `gain`, or where no
+    damping helps. x is the same tensor until a step is taken.
+    """
+    solver = ByProducts(residual, rng, inner=inner, tolerance=tolerance, surrogate=surrogate, cost_of=cost_of)
+    search = damped_gauss_newton(
+        lambda x, which: residual(x[0]).detach()[None],
+        solver,
+        start.detach().clone()[None],
+        damping=Damping(first=damping, rise=4.0, fall=4.0, most=MOST),
+        stop=Stop(steps=steps, solves=steps, gain=gain, patience=2),
+        cost_of=lambda r: torch.tensor([cost_of(r[0])[0]], dtype=torch.float64, device=r.device),
+    )
+    batch = next(search).x
+    point = batch[0]
+    for at in search:
+        if at.x is not batch:
+            batch, point = at.x, at.x[0]
+        yield float(at.cost), point
+
+
+class ByProducts:
+    """The linear solver of one large problem: (J^T D J + damping s I) d = -J^T r without matrices, D the curvature.
 
     J v is a forward difference, J^T u reverse mode. The preconditioner is G (x) I_p, G [n, n] the Gram matrix of the
     examples' influence, G_ij = <J (e_i u^T), J (e_j u^T)> at a random unit u: examples of one class weigh on a gradient
-    almost alike, and that near dependence is most of the ill-conditioning. s is the mean of G's diagonal. The linear
-    solve ends at a relative residual of `tolerance` in the preconditioner's norm; the search ends after `steps` solves,
-    two steps in a row that help by less than the share `gain`, or where no damping helps.
+    almost alike, and that near dependence is most of the ill-conditioning. s is the mean of G's diagonal. Conjugate
+    gradients end at a relative residual of `tolerance` in the preconditioner's norm, or after `inner` products.
 
     `cost_of` puts another convex sum over the entries of r in the place of |r|^2: J^T D J with its curvature D is then the
     generalised Gauss-Newton matrix (Schraudolph, Neural Computation 2002).
@@ -57,36 +82,43 @@ def levenberg_marquardt(
     With `surrogate` J is its Jacobian instead: a smooth neighbour of residuals that jump. |r| is still what falls, so a
     solution r = 0 stays one.
     """
-    x = start.detach().clone()
-    system: System | None = None
-    gram = downhill = bend = x
-    cost = math.inf
-    stalled = taken = 0
-    for _ in range(steps):
-        if system is None:
-            system = System(surrogate or residual, x)
-            cost, slope, bend = cost_of(residual(x).detach() if surrogate else system.r)
-            if taken % 3 == 0:
-                gram = example_gram(system.push, x, system.r.numel(), rng, bend)
-            downhill = -system.pull(slope)
-        scale = float(gram.diagonal().mean())
-        if not scale > 0 or damping > 1e8:
-            return
-        shift = damping * scale
-        solve = torch.linalg.inv(gram + shift * torch.eye(len(x), dtype=x.dtype, device=x.device))
-        moved = x
-        for move in conjugate_gradients(partial(system.damped, shift, bend), downhill, solve.matmul, inner, tolerance):
-            moved = x + move
-            yield cost, x
-        new = cost_of(residual(moved).detach())[0]
-        if not new < cost:
-            damping *= 4
-            continue
-        x, system, damping, taken = moved, None, damping / 4, taken + 1
-        yield new, x
-        stalled = stalled + 1 if new > (1 - gain) * cost else 0
-        if stalled == 2:
-            return
+
+    def __init__(
+        self,
+        residual: Residual,
+        rng: torch.Generator,
+        *,
+        inner: int = 50,
+        tolerance: float = 0.1,
+        surrogate: Residual | None = None,
+        cost_of: Cost = squares,
+    ) -> None:
+        self.residual, self.rng, self.cost_of = surrogate or residual, rng, cost_of
+        self.inner, self.tolerance = inner, tolerance
+        self.gram = torch.zeros(0, 0)
+        self.taken = 0  # points linearised at
+
+    def __call__(self, x: Tensor, r: Tensor, which: Tensor) -> Steps:
+        """Steps [1, n, p] from x [1, n, p], where the residuals are r [1, e]."""
+        point = x[0]
+        system = System(self.residual, point)
+        _, slope, bend = self.cost_of(r[0])
+        if self.taken % RENEWED == 0:
+            self.gram = example_gram(system.push, point, system.r.numel(), self.rng, bend)
+        self.taken += 1
+        downhill, scale = -system.pull(slope), float(self.gram.diagonal().mean())
+
+        def steps(damping: Tensor, rows: Tensor) -> Iterator[Tensor]:
+            if not scale > 0:  # nothing depends on the point
+                return
+            shift = float(damping) * scale
+            eye = torch.eye(len(point), dtype=point.dtype, device=point.device)
+            inverse = torch.linalg.inv(self.gram + shift * eye)
+            apply = partial(system.damped, shift, bend)
+            for move in conjugate_gradients(apply, downhill, inverse.matmul, self.inner, self.tolerance):
+                yield move[None]
+
+        return steps
 
 
 class System:

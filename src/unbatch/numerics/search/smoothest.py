@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import jacrev
 
+from unbatch.numerics.search.damped_gauss_newton import Damping, Stop, damped_gauss_newton, end_of
+
 Apply = Callable[[Tensor], Tensor]
 Tick = Callable[[float], bool]
 Shape = tuple[int, ...]  # channels, height, width
@@ -19,6 +21,7 @@ SLOPE = 0.6  # weight of first differences beside second ones
 PENALTY, LOOSE, TIGHT = 1000.0, 10.0, 300.0  # on copies: of the differences; of the picture, at first and at last
 OVER, STAGES, CHUNK = 1.6, 20, 512  # over-relaxation; rounds between two penalties; equations differentiated at once
 FLOORS = 0.1, 2e-6  # of the singular values that count, relative: at first and at last
+ENDING = 60  # Gauss-Newton steps at last, each of which halves |f|
 NEAR, SHORTEST, STILL = 1e-3, 0.05, 1e-3  # least level, of |f| at mid-grey; share of a step; last step, of the box
 
 
@@ -124,9 +127,20 @@ def smoothest_root(
         if size <= NEAR * grey and float(move.abs().max()) < STILL * (box[1] - box[0]):
             break
         floor = max(FLOORS[1], min(floor / 3, 0.3 * size / grey)) if share == 1 else floor
-    while (left := float(f(tried := x + _least(f, x, FLOORS[1])[0]).norm())) < size / 2:
-        x, size = tried, left
-    return tried if left < size else x
+    return _root(f, x)
+
+
+def _root(f: Apply, x: Tensor) -> Tensor:
+    """x [d] moved by Gauss-Newton steps of least norm as long as each halves |f|."""
+    ending = damped_gauss_newton(
+        lambda x, which: f(x[0]).detach()[None],
+        lambda x, r, which: lambda damping, rows: iter([_least(f, x[0], FLOORS[1])[0][None]]),
+        x[None],
+        damping=Damping(first=1.0, rise=1.0, fall=1.0),
+        stop=Stop(steps=ENDING, tries=1, gain=0.5),
+        cost_of=lambda r: r.norm(dim=1),
+    )
+    return end_of(ending).x[0]
 
 
 def _least(f: Apply, x: Tensor, floor: float) -> tuple[Tensor, Apply]:

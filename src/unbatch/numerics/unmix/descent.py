@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.numerics.search.least_squares import Residual, levenberg_marquardt
+from unbatch.numerics.search.least_squares import Residual, minimise_by_products
 from unbatch.numerics.unmix.mixture import Mixture
 
 STEPS = 400  # linear solves
@@ -79,4 +79,4 @@ def descend(
         return residual
 
     surrogate = None if smooth is None else of(smooth)
-    return levenberg_marquardt(of(mixture), start, rng, steps=STEPS, inner=INNER, surrogate=surrogate)
+    return minimise_by_products(of(mixture), start, rng, steps=STEPS, inner=INNER, surrogate=surrogate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unbatch.numerics.search.gauss_newton import levenberg_marquardt
+from unbatch.numerics.search.small_problems import minimise_each
 from unbatch.numerics.unmix.mixture import Mixture, label_misfits, misfits
 
 MANY = 64  # classes above which every scale under every label takes too long
@@ -196,7 +196,7 @@ def polish(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Levenberg-Marquardt on the equation of every candidate, along the geodesic: z [g, n], y, and the costs [g]."""
     equation = Equation(mixture, z, y, within)
-    x, costs = levenberg_marquardt(
+    x, costs = minimise_each(
         equation.residual,
         equation.normal,
         equation.start(),

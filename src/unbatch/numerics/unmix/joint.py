@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, damped_gauss_newton, end_of
 from unbatch.numerics.unmix.linearisation import Linearisation
 from unbatch.numerics.unmix.mixture import Mixture
 
-EXPLAINED = 1e-5  # of the power that noise can have: what is left then moves nothing
+SETTLED = 1e-5  # of the power that noise can have: what is left then moves nothing
 
 
-def refine(
+def refine_jointly(
     mixture: Mixture,
     z: Tensor,
     y: Tensor,
@@ -25,21 +28,50 @@ def refine(
 
     This is least squares on every entry of the gradient: under equal independent noise it is the likelihood's maximum.
     With `others` the remainder may be any matrix of that rank, of examples not found yet: what counts is its tail.
-    Levenberg-Marquardt, its steps by conjugate gradients.
+    `steps` linear solves at most, each by up to `inner` products to a relative residual of `tolerance`.
     """
-    at, damping = _Tail(mixture, z, y, others), 1e-6
-    for _ in range(steps):
-        tried = _Tail(mixture, *at.moved(at.solve(at.tail, damping=damping, inner=inner, tolerance=tolerance)), others)
-        if not tried.cost < at.cost:
-            damping *= 100
-            if damping > 1:
-                break
-            continue
-        gain = 1 - tried.cost / at.cost
-        at, damping = tried, max(damping / 100, 1e-12)
-        if gain < 0.01 or at.cost < EXPLAINED * mixture.n * mixture.noise**2:
-            break
-    return at.z, at.y, (at.cost / float(mixture.S.square().sum())) ** 0.5
+    problem = _Together(mixture, z, y, others, inner, tolerance)
+    last = end_of(
+        damped_gauss_newton(
+            problem.residuals,
+            problem,
+            problem.start,
+            damping=Damping(first=1e-6, rise=100.0, fall=100.0, least=1e-12, most=1.0),
+            stop=Stop(steps=steps, solves=steps, target=SETTLED * mixture.n * mixture.noise**2, gain=0.01, once=True),
+        )
+    )
+    return *problem.apart(last.x), (float(last.cost) / float(mixture.S.square().sum())) ** 0.5
+
+
+class _Together:
+    """All examples as the unknowns [1, g, n + k] of one problem, real targets beside z, and its linear solver."""
+
+    def __init__(self, mixture: Mixture, z: Tensor, y: Tensor, others: int, inner: int, tolerance: float) -> None:
+        self.mixture, self.y, self.others, self.inner, self.tolerance = mixture, y, others, inner, tolerance
+        self.start = (torch.cat([z, y], 1) if mixture.classes == 0 else z)[None]
+        self.x, self.latest = self.start, _Tail(mixture, z, y, others)
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z and y of the unknowns."""
+        n = self.mixture.n
+        return x[0, :, :n], x[0, :, n:] if self.mixture.classes == 0 else self.y
+
+    def at(self, x: Tensor) -> _Tail:
+        """The linearisation at x; the latest is kept, since the point that a step leads to is linearised next."""
+        if x is not self.x:
+            self.x, self.latest = x, _Tail(self.mixture, *self.apart(x), self.others)
+        return self.latest
+
+    def residuals(self, x: Tensor, which: Tensor) -> Tensor:
+        return self.at(x).tail[None]
+
+    def __call__(self, x: Tensor, r: Tensor, which: Tensor) -> Steps:
+        at = self.at(x)
+
+        def steps(damping: Tensor, rows: Tensor) -> Iterator[Tensor]:
+            yield at.solve(at.tail, damping=float(damping), inner=self.inner, tolerance=self.tolerance)[None]
+
+        return steps
 
 
 class _Tail(Linearisation):
@@ -53,7 +85,6 @@ class _Tail(Linearisation):
             U, S, Vh = torch.linalg.svd(self.tail, full_matrices=False)
             self.tail = (U[:, others:] * S[others:]) @ Vh[others:]
             self.U, self.V = U[:, :others], Vh[:others]
-        self.cost = float(self.tail.square().sum())
 
     def push(self, v: Tensor) -> Tensor:
         E = super().push(v)

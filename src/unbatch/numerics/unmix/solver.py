@@ -18,7 +18,7 @@ from unbatch.numerics.unmix.alternation import approach, slopes
 from unbatch.numerics.unmix.certificate import radius
 from unbatch.numerics.unmix.descent import Descent
 from unbatch.numerics.unmix.equation import accept, choose_labels, choose_targets, explained, placed, polish
-from unbatch.numerics.unmix.joint import refine
+from unbatch.numerics.unmix.joint import refine_jointly
 from unbatch.numerics.unmix.mixture import Mixture, label_misfits
 from unbatch.numerics.unmix.pattern import (
     LONG,
@@ -149,13 +149,13 @@ def by_polish(
             y = labels[chosen] if y is None else torch.cat([y, labels[chosen]])
             rest = whole.without(whole.F(z, y), z)
             if rest.n and rest.noise > max(2 * whole.noise, QUIET * float(rest.S[-1])):
-                z, y, _ = refine(whole, z, y, others=rest.n, steps=4)
+                z, y, _ = refine_jointly(whole, z, y, others=rest.n, steps=4)
                 rest = whole.without(whole.F(z, y), z)
             log[-1]["noise"] = rest.noise / whole.noise
     if y is None:
         return Separation(z, _no_labels(whole, classes), log, guesses)
     if not rest.n:
-        finest, last, _ = refine(whole, z, y)
+        finest, last, _ = refine_jointly(whole, z, y)
         if explained(whole, finest, last) or len(accept(whole, finest, last)) == len(z):
             z, y = finest, last
         guesses = guesses[:0]
@@ -245,7 +245,7 @@ def _whole(whole: Mixture, z: Tensor, classes: Tensor, copies: int, log: list[di
     if whole.classes and copies > 1:
         times = 1 / (whole.dual(whole.F(z, y)) * z).sum(1)  # q . z = 1 for the delta of all copies together
         y = y + whole.classes * (times.nan_to_num().round().clamp(1, copies).long() - 1)
-    z, y, _ = refine(whole, z, y, steps=20)
+    z, y, _ = refine_jointly(whole, z, y, steps=20)
     if explained(whole, z, y):
         return Separation(z, y, log, z[:0], joint=True)
     kept = accept(whole, z, y)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unbatch.numerics.search.gauss_newton import levenberg_marquardt
+from unbatch.numerics.search.small_problems import minimise_each
 
 
 def rosenbrock(x, which):
@@ -27,7 +27,7 @@ def normal(linearise):
 
 def test_many_valleys_at_once() -> None:
     start = 3 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x, costs = levenberg_marquardt(rosenbrock, normal(rosenbrock_slopes), start, steps=200, target=1e-24, chunk=37)
+    x, costs = minimise_each(rosenbrock, normal(rosenbrock_slopes), start, steps=200, target=1e-24, chunk=37)
     assert float(costs.max()) <= 1e-24
     torch.testing.assert_close(x, torch.ones_like(x))
     torch.testing.assert_close(costs, rosenbrock(x, None).square().sum(1))
@@ -45,7 +45,7 @@ def test_each_problem_keeps_its_own_data_when_others_leave() -> None:
         gap = x - goal[which]
         return residual(x, which), (1 / (1 + gap**2))[:, None]
 
-    x, costs = levenberg_marquardt(residual, normal(linearise), start, steps=300, target=1e-26, chunk=4)
+    x, costs = minimise_each(residual, normal(linearise), start, steps=300, target=1e-26, chunk=4)
     assert bool((costs <= 1e-26).all())
     torch.testing.assert_close(x, goal)
 
@@ -58,13 +58,13 @@ def test_a_problem_that_cannot_improve_is_left_where_it_is() -> None:
         return residual(x, which), torch.ones(len(x), 1, 1, dtype=x.dtype)
 
     start = torch.ones(2, 1, dtype=torch.float64)
-    x, costs = levenberg_marquardt(residual, normal(linearise), start, steps=5)
+    x, costs = minimise_each(residual, normal(linearise), start, steps=5)
     assert torch.equal(x, start)
     assert costs.tolist() == [1.0, 1.0]
 
 
 def test_nothing_to_solve() -> None:
-    x, costs = levenberg_marquardt(rosenbrock, normal(rosenbrock_slopes), torch.zeros(0, 2, dtype=torch.float64))
+    x, costs = minimise_each(rosenbrock, normal(rosenbrock_slopes), torch.zeros(0, 2, dtype=torch.float64))
     assert x.shape == (0, 2)
     assert costs.shape == (0,)
 
@@ -73,7 +73,7 @@ def test_nothing_to_solve() -> None:
 def test_convergence_is_quadratic_near_an_exact_solution(gain: float) -> None:
     start = torch.tensor([[1.001, 1.0]], dtype=torch.float64)
     ends = [
-        levenberg_marquardt(rosenbrock, normal(rosenbrock_slopes), start, steps=k, damping=1e-14, gain=gain)[1].item()
+        minimise_each(rosenbrock, normal(rosenbrock_slopes), start, steps=k, damping=1e-14, gain=gain)[1].item()
         for k in (1, 2)
     ]
     assert ends[1] < max(1e3 * ends[0] ** 2, 1e-26)
@@ -94,7 +94,7 @@ def test_a_curved_valley_takes_half_the_steps_along_the_geodesic() -> None:
     start = torch.tensor([[-1.0, 1.0]], dtype=torch.float64)
 
     def cost(steps, way):
-        return levenberg_marquardt(valley, normal(slopes), start, pull=way, steps=steps)[1].item()
+        return minimise_each(valley, normal(slopes), start, pull=way, steps=steps)[1].item()
 
     assert cost(30, pull) < 1e-20
     assert cost(55, None) > 1e-3
