@@ -15,7 +15,7 @@ from unbatch.benchmarks import find
 from unbatch.benchmarks.adaptive import compare
 from unbatch.case import Case
 from unbatch.defence import Defence
-from unbatch.inversion.refine import Search, radius, refine
+from unbatch.inversion.refine import BatchLikelihood, batch_radius, refine
 from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
 from unbatch.models import small
@@ -106,7 +106,7 @@ def test_the_likeliest_inputs_lie_within_their_radius_and_near_it(defence: str) 
         obs, x, y = exchange(defence, seed=seed)
         rng = torch.Generator().manual_seed(seed)
         found = refine(obs, x + 1e-2 * torch.randn(x.shape, generator=rng, dtype=torch.float64), y, rng)
-        bound, error = radius(obs, found, y, rng), (found - x).norm(dim=1) / found.norm(dim=1)
+        bound, error = batch_radius(obs, found, y, rng), (found - x).norm(dim=1) / found.norm(dim=1)
         assert bool(bound.isfinite().any())
         ratios.append((bound / error)[bound.isfinite()])
     both = torch.cat(ratios)
@@ -120,9 +120,9 @@ def test_the_likeliest_inputs_lie_within_their_radius_and_near_it(defence: str) 
 def test_no_radius_where_the_inputs_are_not_near_the_true_ones_or_not_determined() -> None:
     obs, x, y = exchange("noise:sigma=1e-5")
     rng = torch.Generator().manual_seed(0)
-    assert not bool(radius(obs, x + 0.1, y, rng).isfinite().any())
+    assert not bool(batch_radius(obs, x + 0.1, y, rng).isfinite().any())
     obs, x, y = exchange("prune:share=0.97")
-    assert not bool(radius(obs, refine(obs, x, y, rng), y, rng).isfinite().any())
+    assert not bool(batch_radius(obs, refine(obs, x, y, rng), y, rng).isfinite().any())
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_random_rounding_is_as_likely_as_it_is_frequent() -> None:
 
 def test_noise_round_a_clipped_update_is_read_through_the_clip() -> None:
     obs, x, y = exchange("noise:sigma=1e-9", "clip:norm=0.05")
-    search = Search(obs, y)
+    search = BatchLikelihood(obs, y)
     off = search.seen - search(x.flatten(1)).detach()
     assert float(off.abs().max()) < 1e-7
     assert search.law.rescales(obs.update)

@@ -12,11 +12,11 @@ from unbatch import Observation, observe
 from unbatch.inversion.above_layer import Rounding
 from unbatch.inversion.unmixing import Problem, layer_span
 from unbatch.inversion.view import View
-from unbatch.numerics.unmix.certificate import radius
+from unbatch.numerics.unmix.certificate import mixture_radius
 from unbatch.numerics.unmix.equation import accept, polish
 from unbatch.numerics.unmix.joint import refine_jointly
 from unbatch.numerics.unmix.mixture import Mixture
-from unbatch.numerics.unmix.sign_certain import kinked
+from unbatch.numerics.unmix.sign_certain import piecewise_linear
 
 ACTIVATIONS = (nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.ReLU, nn.Softplus, nn.ELU)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -80,7 +80,10 @@ def judge(seed: int, kind: str = "") -> Judged | None:
     if problem.rank != n:
         return None
     mixture: Mixture = problem.mixture(problem.tail(n))
-    z, jointly = mixture.scaled(torch.cat([x, torch.ones(n, 1).double()], 1) @ span.rows.T), kinked(mixture, rng)
+    z, jointly = (
+        mixture.scaled(torch.cat([x, torch.ones(n, 1).double()], 1) @ span.rows.T),
+        piecewise_linear(mixture, rng),
+    )
     if kind in POLISHED:
         if kind == "part":
             z = mixture.scaled(z * (1 + 0.1 * torch.randn(z.shape, generator=rng, dtype=torch.float64)))
@@ -99,7 +102,7 @@ def judge(seed: int, kind: str = "") -> Judged | None:
     kept = accept(mixture, z, y)
     kept = kept[: n // 2] if "part" in kind.split() else kept
     rounding = Rounding(obs, problem.layer, problem.form, span.rows, n)
-    reach = radius(mixture, z[kept], y[kept], rng, rounding=rounding, jointly=jointly)
+    reach = mixture_radius(mixture, z[kept], y[kept], rng, rounding=rounding, jointly=jointly)
     sure = reach.isfinite()
     found = (z[kept] @ span.rows)[:, :-1][sure]
     size, gap = found.norm(dim=1), torch.cdist(found, x, compute_mode="donot_use_mm_for_euclid_dist")
@@ -187,7 +190,7 @@ def test_a_kink_crossed_by_rounding_counts_where_the_fit_would_not_show_it(seed:
             flaw[0, worst] = next(draws) * delta[0, worst]
             return flaw
 
-        return radius(mixture, z, y, torch.Generator().manual_seed(0), rounding=rounding, jointly=True)
+        return mixture_radius(mixture, z, y, torch.Generator().manual_seed(0), rounding=rounding, jointly=True)
 
     without, crossed = bound(0.0), bound(0.125)
     assert bool(without.isfinite().all())
@@ -202,5 +205,5 @@ def test_a_solution_of_nothing_has_no_bound() -> None:
     problem = posed(obs, rng)
     _span, mixture = problem.span, problem.mixture(problem.tail(len(x)))
     z = torch.randn(3, mixture.n, generator=rng, dtype=torch.float64)
-    assert not bool(radius(mixture, mixture.scaled(z), y[:3], rng).isfinite().any())
-    assert radius(mixture, z[:0], y[:0], rng).shape == (0,)
+    assert not bool(mixture_radius(mixture, mixture.scaled(z), y[:3], rng).isfinite().any())
+    assert mixture_radius(mixture, z[:0], y[:0], rng).shape == (0,)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from unbatch.numerics.unmix.alternation import Slopes, approach, slopes
 from unbatch.numerics.unmix.equation import choose_labels
 from unbatch.numerics.unmix.mixture import Mixture
-from unbatch.numerics.unmix.solver import nearest, unmix
+from unbatch.numerics.unmix.solver import best_apart, unmix
 
 SMOOTH = {"gelu": F.gelu, "tanh": torch.tanh, "softplus": F.softplus, "elu": F.elu}
 
@@ -101,7 +101,7 @@ def test_the_nearest_come_first_and_parallel_ones_once() -> None:
     p = Problem("gelu")
     classes = torch.arange(4)
     near, far = p.near(0.001), p.near(0.3)
-    kept = nearest(p.mixture, torch.cat([far, near, near * 1.001, torch.full((1, 6), torch.nan).double()]), classes)
+    kept = best_apart(p.mixture, torch.cat([far, near, near * 1.001, torch.full((1, 6), torch.nan).double()]), classes)
     assert all(any(torch.equal(z, one) for one in torch.cat([near, near * 1.001])) for z in kept[:6])
     unit = F.normalize(kept, dim=1)
     assert float((unit @ unit.T - torch.eye(len(unit)).double()).abs().max()) < 0.995
@@ -127,7 +127,7 @@ def test_what_goes_astray_stays_as_it_was() -> None:
 def test_more_of_a_large_batch_are_found_at_once(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for few in (64, 1000):  # with and without
-        monkeypatch.setattr("unbatch.numerics.unmix.solver.FEW", few)
+        monkeypatch.setattr("unbatch.numerics.unmix.solver.FEW_EXAMPLES", few)
         p = Problem(activation, n=80, d=100, m=300)
         guesses = p.near(0.5)
 

@@ -22,7 +22,7 @@ def test_solve_is_the_least_squares_solution_of_least_norm(shape: tuple[int, int
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("shape", [(12, 9), (7, 9)])
 def test_a_deficient_system(shape: tuple[int, int], small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linsys, "SMALL", 2**19 if small else 0)
+    monkeypatch.setattr(linsys, "SVD_ENTRIES", 2**19 if small else 0)
     A, x = drawn(shape[0], 4) @ drawn(4, 9, seed=1), drawn(9, seed=2)
     system = LinearSystem.of(A, A @ x)
     found = system.solve()
@@ -36,14 +36,14 @@ def test_a_deficient_system(shape: tuple[int, int], small: bool, monkeypatch: py
 @pytest.mark.parametrize("shape", [(60, 40), (30, 40)])
 def test_every_way_gives_one_answer(way: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     A, b = drawn(*shape), drawn(shape[0], seed=1)
-    monkeypatch.setattr(linsys, "SMALL" if way == "squared" else "ENTRIES", 0)
+    monkeypatch.setattr(linsys, "SVD_ENTRIES" if way == "squared" else "MATRIX_ENTRIES", 0)
     found = LinearSystem.of(A, b).solve()
     torch.testing.assert_close(found.x, torch.linalg.pinv(A) @ b, rtol=1e-9, atol=1e-10)
     assert found.rank == (min(shape) if way == "squared" else None)
 
 
 def test_refinement_makes_good_what_squaring_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linsys, "SMALL", 0)
+    monkeypatch.setattr(linsys, "SVD_ENTRIES", 0)
     U, V = torch.linalg.qr(drawn(60, 40))[0], torch.linalg.qr(drawn(40, 40, seed=1))[0]
     A = U * torch.logspace(0, -6, 40, dtype=torch.float64) @ V.T
     x = drawn(40, seed=2)
@@ -76,7 +76,7 @@ def test_what_is_no_system_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         LinearSystem.of(drawn(3, 2), drawn(3) / 0).solve()
     with pytest.raises(ValueError, match="on 2 and on 3 unknowns"):
         LinearSystem.of(drawn(3, 2), drawn(3)) + LinearSystem.of(drawn(3, 3), drawn(3))
-    monkeypatch.setattr(linsys, "ENTRIES", 5)
+    monkeypatch.setattr(linsys, "MATRIX_ENTRIES", 5)
     with pytest.raises(ValueError, match="3 x 2 is not held"):
         LinearSystem.of(drawn(3, 2), drawn(3)).matrix()
 
@@ -97,7 +97,7 @@ def test_an_svd_that_does_not_end_is_got_round(monkeypatch: pytest.MonkeyPatch) 
 def test_what_counts_as_zero_where_the_matrix_is_squared(
     least: float, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linsys, "SMALL", 0)
+    monkeypatch.setattr(linsys, "SVD_ENTRIES", 0)
     U, V = torch.linalg.qr(drawn(300, 300))[0], torch.linalg.qr(drawn(300, 300, seed=1))[0]
     values = torch.ones(300, dtype=torch.float64)
     values[-1] = least

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from unbatch.numerics.search.least_squares import conjugate_gradients, minimise_by_products, resized
 from unbatch.numerics.search.matching import cosine_distance, lbfgs, signed_adam, squared_difference, total_variation
-from unbatch.numerics.search.softening import Softened, kinked
+from unbatch.numerics.search.softening import Softened, has_kinks
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -195,4 +195,4 @@ def test_kinked_tells_relu_networks_from_smooth_ones(activation: object, bent: b
         w = W.clone().requires_grad_()
         return list(torch.autograd.grad((activation(x @ w.T) @ v).square().sum(), [w]))  # type: ignore[operator]
 
-    assert kinked(update, normal(4, 20, seed=2), torch.Generator().manual_seed(0), reach=0.1) is bent
+    assert has_kinks(update, normal(4, 20, seed=2), torch.Generator().manual_seed(0), reach=0.1) is bent

@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unbatch.numerics.unmix import pattern as patterns
-from unbatch.numerics.unmix.certificate import radius
+from unbatch.numerics.unmix.certificate import mixture_radius
 from unbatch.numerics.unmix.descent import Descent, beginning, descend
 from unbatch.numerics.unmix.equation import Equation, accept, choose_labels, choose_targets, complement, placed, polish
 from unbatch.numerics.unmix.joint import refine_jointly
 from unbatch.numerics.unmix.mixture import Mixture, misfits
 from unbatch.numerics.unmix.moment_start import weight_moments
-from unbatch.numerics.unmix.pattern import NEAR, Corners, apart, finish, relax, switches, turned
-from unbatch.numerics.unmix.sign_certain import isolate, kinked
+from unbatch.numerics.unmix.pattern import NEAR_PATTERN, Corners, apart, finish, relax, switches, turned
+from unbatch.numerics.unmix.sign_certain import isolate, piecewise_linear
 from unbatch.numerics.unmix.solver import softened, unmix
 
 ACTIVATIONS = {
@@ -173,7 +173,7 @@ def test_a_whole_batch_from_random_starts(activation: str) -> None:
     assert float(gap.min(1).values.max()) < 1e-7
     assert torch.equal(found.labels, p.y[gap.argmin(1)])
     assert sum(entry["found"] for entry in found.log if entry["start"] == "random") >= 4
-    reach = radius(p.mixture, found.z, found.labels, torch.Generator().manual_seed(0))
+    reach = mixture_radius(p.mixture, found.z, found.labels, torch.Generator().manual_seed(0))
     assert bool((gap.min(1).values <= reach).all())
 
 
@@ -185,7 +185,7 @@ def test_a_batch_without_a_bias() -> None:
 
 def test_kinks_are_seen() -> None:
     rng = torch.Generator().manual_seed(0)
-    assert {name: kinked(Problem(name).mixture, rng) for name in ACTIVATIONS} == {
+    assert {name: piecewise_linear(Problem(name).mixture, rng) for name in ACTIVATIONS} == {
         name: name in ("relu", "leaky") for name in ACTIVATIONS
     }
 
@@ -252,7 +252,7 @@ def test_the_program_ends_at_patterns_from_guesses_with_many_wrong_signs(activat
     assert float(after.median()) < 0.2 * float(before.median())
     near = apart(corners, truth[:3], 20)
     assert len(near.x) >= 12
-    assert float((near.pattern[:, None] != truth[:3]).double().mean(2).min()) >= NEAR
+    assert float((near.pattern[:, None] != truth[:3]).double().mean(2).min()) >= NEAR_PATTERN
     q, last, share = finish(p.mixture, two, near.pattern, near.delta)
     true = p.mixture.dual(p.mixture.F(p.z, p.y))
     cosine = F.normalize(q * p.mixture.S, dim=1) @ F.normalize(true * p.mixture.S, dim=1).T
@@ -270,13 +270,13 @@ def test_programs_and_preactivations_by_turns_reach_nine_twentieths_of_the_width
     rough, truth, two = p.near(0.45), p.mixture.before(p.z) > 0, switches(p.mixture, p.rng)
     assert two is not None
     wrong = lambda c: float((c.pattern[:, None] != truth).double().mean(2).amin(1).mean())  # noqa: E731
-    sure = lambda c: int((finish(p.mixture, two, c.pattern, c.delta)[2] > patterns.SURE).sum())  # noqa: E731
+    sure = lambda c: int((finish(p.mixture, two, c.pattern, c.delta)[2] > patterns.SURE_SHARE).sum())  # noqa: E731
     first = relax(p.mixture, p.mixture, two, rough, p.y)
-    later = turned(p.mixture, p.mixture, two, first, patterns.SHORT)
+    later = turned(p.mixture, p.mixture, two, first, patterns.SHORT_PROGRAMS)
     assert wrong(later) < 0.75 * wrong(first)
     again = sure(first)
     assert again > 0.9 * len(truth)
-    monkeypatch.setattr(patterns, "AGAIN", 0)
+    monkeypatch.setattr(patterns, "PATTERN_RESTARTS", 0)
     assert again > sure(first) + 5
 
 
@@ -293,7 +293,7 @@ def test_turns_leave_the_examples_that_are_found() -> None:
         return int((which < 50).sum()), len(set(which[(which >= 50) & (wrong < 0.04)].tolist()))
 
     first = relax(p.mixture, rest, two, (p.z[50:] + p.z[:50]) / 2, p.y[50:])
-    later = turned(p.mixture, rest, two, first, patterns.SHORT)
+    later = turned(p.mixture, rest, two, first, patterns.SHORT_PROGRAMS)
     assert found(later)[0] < found(first)[0]
     assert found(later)[1] > found(first)[1] + 10
 
@@ -333,8 +333,8 @@ def test_the_truth_stays_and_what_ends_at_nothing_is_dropped() -> None:
     assert two is not None
     corners = relax(p.mixture, p.mixture, two, p.z, p.y)
     truth = p.mixture.before(p.z) > 0
-    for ends in (corners, turned(p.mixture, p.mixture, two, corners, patterns.LONG)):
-        assert float((ends.pattern != truth).double().mean(1).max()) < NEAR
+    for ends in (corners, turned(p.mixture, p.mixture, two, corners, patterns.LONG_PROGRAMS)):
+        assert float((ends.pattern != truth).double().mean(1).max()) < NEAR_PATTERN
         assert float(ends.off.max()) < 1e-2
     nothing = replace(corners[torch.arange(3)], off=torch.tensor([torch.inf, torch.nan, 0.5]))
     assert not len(apart(nothing, truth[:0], 9).x)
@@ -362,7 +362,7 @@ def test_a_start_without_guesses_is_passed_over() -> None:
 def test_two_pictures_that_are_nearly_one_are_both_found() -> None:
     p = Problem("relu", n=8, d=30, m=300, twins=0.05)
     both = p.mixture.before(p.z[:2]) > 0
-    assert 0 < float((both[0] != both[1]).double().mean()) < NEAR
+    assert 0 < float((both[0] != both[1]).double().mean()) < NEAR_PATTERN
     found = unmix(p.mixture, [("random", random)], torch.Generator().manual_seed(0), attempts=3)
     gap = torch.cdist(found.z, p.z, compute_mode="donot_use_mm_for_euclid_dist")
     assert sorted(gap.argmin(1).tolist()) == list(range(8))
@@ -494,9 +494,9 @@ def test_moments_are_not_tried_for_many() -> None:
 def test_what_is_looser_than_allowed_is_not_subtracted(monkeypatch: pytest.MonkeyPatch) -> None:
     p = Problem("gelu", n=4, m=100)
     starts = [("truth", lambda left, rng: p.z @ left.basis.T)]
-    reach = radius(p.mixture, p.z, p.y, torch.Generator().manual_seed(0)) / p.z.norm(dim=1)
+    reach = mixture_radius(p.mixture, p.z, p.y, torch.Generator().manual_seed(0)) / p.z.norm(dim=1)
     assert len(unmix(p.mixture, starts, p.rng, attempts=1).z) == 4
-    monkeypatch.setattr("unbatch.numerics.unmix.solver.LOOSE", float(reach.min()) / 100)
+    monkeypatch.setattr("unbatch.numerics.unmix.solver.LOOSE_RADIUS", float(reach.min()) / 100)
     assert not len(unmix(p.mixture, starts, p.rng, attempts=1).z)
 
 
@@ -508,7 +508,7 @@ def test_two_classes_whose_deltas_are_parallel_are_told_apart(activation: str) -
 
 
 def test_guesses_beyond_those_polished_are_kept_where_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unbatch.numerics.unmix.equation.SLACK", 0.0)  # so nothing is
+    monkeypatch.setattr("unbatch.numerics.unmix.equation.NOISE_SLACK", 0.0)  # so nothing is
     p = Problem()
     many = lambda mixture, rng: torch.randn(100, mixture.n, generator=rng, dtype=torch.float64)  # noqa: E731
     found = unmix(p.mixture, [("random", many)], torch.Generator().manual_seed(0), attempts=1)

@@ -17,7 +17,7 @@ from unbatch.auditing.run import audit
 from unbatch.benchmarks.adaptive import compare
 from unbatch.inversion.fisher import Information, joined
 from unbatch.inversion.mean_round import mean_round, still
-from unbatch.inversion.refine import radius, refine
+from unbatch.inversion.refine import batch_radius, refine
 from unbatch.inversion.rounds import averaged, clearest
 from unbatch.inversion.search_point import Unknowns
 from unbatch.inversion.view import View
@@ -183,7 +183,7 @@ def test_every_radius_over_several_rounds_is_above_the_error(law: str, rate: flo
     for seed in range(3):
         obs, x, y = exchange(law, rounds=4, rate=rate, seed=seed)
         found = refine(obs, near(x, seed), y, rng(seed))
-        reach, error = radius(obs, found, y, rng(seed)), (found - x).norm(dim=1) / found.norm(dim=1)
+        reach, error = batch_radius(obs, found, y, rng(seed)), (found - x).norm(dim=1) / found.norm(dim=1)
         ratios.append((reach / error)[reach.isfinite()])
     both = torch.cat(ratios)
     assert len(both) >= 6
@@ -199,7 +199,7 @@ def test_every_radius_over_many_batches_is_above_the_error(law: str, rate: float
     for seed in range(12):
         obs, x, y = exchange(law, rounds=rounds, rate=rate, seed=seed)
         found = refine(obs, near(x, seed), y, rng(seed))
-        reach, error = radius(obs, found, y, rng(seed)), (found - x).norm(dim=1) / found.norm(dim=1)
+        reach, error = batch_radius(obs, found, y, rng(seed)), (found - x).norm(dim=1) / found.norm(dim=1)
         assert bool((reach >= error).all()), (seed, reach, error)
 
 

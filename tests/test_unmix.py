@@ -15,7 +15,7 @@ from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.numerics.unmix import solver as solver
-from unbatch.numerics.unmix.pattern import CLASSES
+from unbatch.numerics.unmix.mixture import MOST_CLASSES
 from unbatch.protocol import Protocol
 from unbatch.reconstruction import Reconstruction
 
@@ -86,8 +86,8 @@ def test_the_last_of_a_large_relu_batch_are_found_by_the_patterns_of_guesses(mon
     found = Unmix(attempts=1)(obs)
     holds(found, x)
     assert "settle" not in {entry["start"] for entry in found.trace["log"]}
-    monkeypatch.setattr(solver, "FREE", 0.0)
-    monkeypatch.setattr(solver, "LAST", 0)
+    monkeypatch.setattr(solver, "FREE_SHARE", 0.0)
+    monkeypatch.setattr(solver, "LAST_EXAMPLES", 0)
     without = Unmix(attempts=1)(obs).trace["log"]
     assert sum(entry["left"] == 42 for entry in without) > 1  # had to begin again, by signs alone
 
@@ -134,7 +134,7 @@ def test_without_a_bias(activation: str) -> None:
 
 def test_relu_above_the_classes_that_patterns_take() -> None:
     """Every label of every guess would be too many programs: such networks go by the signs alone."""
-    k = CLASSES + 22
+    k = MOST_CLASSES + 22
     model, loss, x, _ = client("photos:batch=6,size=16,width=300,activation=relu")
     rng = torch.Generator().manual_seed(1)
     head = nn.Linear(300, k).double()

@@ -15,7 +15,8 @@ from unbatch.inversion.fisher import Imagined, Information, check_noise, deviati
 from unbatch.inversion.view import View
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import level, water_level
-from unbatch.numerics.linear.inverse_trace import Apply, dense_water_trace, inverse_trace, kronecker
+from unbatch.numerics.callables import Apply
+from unbatch.numerics.linear.inverse_trace import dense_water_trace, inverse_trace, kronecker
 from unbatch.numerics.search.least_squares import example_gram
 from unbatch.observation import Observation
 

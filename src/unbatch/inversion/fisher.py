@@ -15,7 +15,7 @@ from unbatch.knowledge import Knowledge, shares
 from unbatch.loss import draw_labels, reduction
 from unbatch.network.dense import forward, in_mode
 from unbatch.numerics.bounds.prior import GaussianPrior
-from unbatch.numerics.search.softening import kinked
+from unbatch.numerics.search.softening import has_kinks
 from unbatch.observation import Observation
 from unbatch.protocol import shortened
 
@@ -274,7 +274,7 @@ def jumps(obs: Observation, x: Tensor, y: Tensor, rng: torch.Generator) -> str |
         def update(v: Tensor) -> list[Tensor]:
             return [sent(double, v, y.double() if y.is_floating_point() else y).detach()]
 
-        if kinked(update, at, rng, reach=REACH * (high - low), fall=FALL):
+        if has_kinks(update, at, rng, reach=REACH * (high - low), fall=FALL):
             found = {"the network"}
     if not found:
         return None

@@ -17,7 +17,7 @@ from unbatch.inversion.search_point import Candidate, Unknowns, like
 from unbatch.inversion.view import View
 from unbatch.numerics.search import matching
 from unbatch.numerics.search.least_squares import minimise_by_products, resized
-from unbatch.numerics.search.softening import Softened, kinked
+from unbatch.numerics.search.softening import Softened, has_kinks
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
@@ -134,7 +134,7 @@ class Matching:
         fine = rough.to(torch.float64)
         start = fine.start(rng, 0.1)
         yield fine.candidate(self._score(fine, start), start, start, "start")
-        bent = kinked(fine.clean, start, rng, reach=0.1)
+        bent = has_kinks(fine.clean, start, rng, reach=0.1)
         inside = fine.reduced(rng)
         enough = _explained(fine)
         if inside is not None and (yield from self._in_span(inside, rng, bent)) < enough:

@@ -11,11 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import NotApplicable
 from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
+from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
 from unbatch.numerics.search.least_squares import (
     Cost,
-    Residual,
+    PointResidual,
     System,
     conjugate_gradients,
     example_gram,
@@ -26,17 +28,17 @@ from unbatch.observation import Observation
 from unbatch.progress import tick
 from unbatch.protocol import Update
 
-DRAWS = 4  # of the update's error, which show how far it moves the inputs
-SIGMAS = 6.0  # of them, as in `numerics.certificate`
-ROUNDINGS = 4  # relative error of a sum over a batch, in units of rounding
-ARITHMETIC = 100  # the same of computing an update again in float64, whose convolutions are sums of many terms
-LARGEST = 0.05  # relative radius beyond which nothing is claimed: first order is then no proof of anything
-LOST = 0.05  # share of a random direction that the seen entries may fail to give back
-EXPLAINED = 1.25  # times the draws' own size that may be left unexplained: their spread is known
-ROUNDED = 2.0  # the same of rounding's
+UPDATE_DRAWS = 4  # of the update's error, which show how far it moves the inputs
+SUM_ROUNDINGS = 4  # relative error of a sum over a batch, in units of rounding
+ARITHMETIC_ROUNDINGS = (
+    100  # the same of computing an update again in float64, whose convolutions are sums of many terms
+)
+LOST_SHARE = 0.05  # share of a random direction that the seen entries may fail to give back
+UNEXPLAINED_SPREAD = 1.25  # times the draws' own size that may be left unexplained: their spread is known
+UNEXPLAINED_ROUNDING = 2.0  # the same of rounding's
 
 
-class Search:
+class BatchLikelihood:
     """The model's updates as a function of a whole batch's inputs [n, d] in float64, under what is known of the defence.
 
     Over all rounds that are known, one after the other: N = T e entries for T rounds of e, whose log-likelihoods add up.
@@ -44,20 +46,27 @@ class Search:
 
     def __init__(self, obs: Observation, labels: Tensor) -> None:
         law = Likelihood.of(obs.knowledge)
-        assert law is not None  # callers ask for one first
+        if law is None:
+            raise NotApplicable(
+                "nothing is known of the defence's noise: tell `log_prob`, or `noise` without clipping."
+            )
         known, self.law = obs.knowledge, law
         if "buffers" in known:
             known = known | Knowledge(buffers={k: _double(b) for k, b in known.buffers.items()})
         self.rounds = replace(obs, model=copy.deepcopy(obs.model).double(), knowledge=known).exchanges
         self.updates = [{name: tensor.double() for name, tensor in one.update.items()} for one in self.rounds]
         self.labels, self.shape = _double(labels.to(obs.device)), obs.knowledge.input_shape
-        eps = ROUNDINGS * torch.finfo(obs.dtype).eps + ARITHMETIC * torch.finfo(torch.float64).eps
+        eps = SUM_ROUNDINGS * torch.finfo(obs.dtype).eps + ARITHMETIC_ROUNDINGS * torch.finfo(torch.float64).eps
         errors, allowed = list[Update](), list[Update]()
         for seen in self.updates:
             spread, rms = law.spread(seen), {k: float(t.square().mean().sqrt()) for k, t in seen.items()}
             filled = partial(_filled, seen)
             errors.append(filled({k: math.hypot(spread[k], eps * rms[k]) for k in seen}))
-            allowed.append(filled({k: math.hypot(EXPLAINED * spread[k], ROUNDED * eps * rms[k]) for k in seen}))
+            allowed.append(
+                filled(
+                    {k: math.hypot(UNEXPLAINED_SPREAD * spread[k], UNEXPLAINED_ROUNDING * eps * rms[k]) for k in seen}
+                )
+            )
         self.seen, self.errors, self.allowed = self.flat(self.updates), self.flat(errors), self.flat(allowed)
         self.bend = self.cost(self.seen)[2]
         self.weights = self.bend / self.bend.max() if bool(self.bend.any()) else torch.ones_like(self.bend)
@@ -120,8 +129,8 @@ def refine(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generato
     law is flat within and steep beyond a level, after least squares in units of the spread. Under small Gaussian noise it
     meets the Cramer-Rao bound.
     """
-    search, best = Search(obs, labels), inputs.to(obs.device).double().flatten(1)
-    stages: list[tuple[Residual, Cost]] = [(search, search.cost)]
+    search, best = BatchLikelihood(obs, labels), inputs.to(obs.device).double().flatten(1)
+    stages: list[tuple[PointResidual, Cost]] = [(search, search.cost)]
     for residual, cost_of in stages if search.even(best) else [(search.off, squares), *stages]:
         found = minimise_by_products(
             residual, best, rng, steps=steps, inner=60, damping=1e-3, tolerance=1e-3, gain=1e-6, cost_of=cost_of
@@ -133,14 +142,14 @@ def refine(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generato
     return best.reshape(inputs.shape)
 
 
-def radius(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
+def batch_radius(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
     """Largest |x_i - x_i*| / |x_i| [n], l2, of a whole batch near the true one; inf where first order does not reach.
 
     The least-squares response (J^T D J)^-1 J^T D e to the updates' error e, D the likelihood's curvature and e drawn from
-    its spread and the updates' rounding, `SIGMAS` times, and twice the Newton step that is left. inf as well where the
-    seen entries do not give back a random direction, or are not explained to within what their errors allow.
+    its spread and the updates' rounding, `ERROR_SIGMAS` times, and twice the Newton step that is left. inf as well where
+    the seen entries do not give back a random direction, or are not explained to within what their errors allow.
     """
-    search, x = Search(obs, labels), inputs.to(obs.device).double().flatten(1)
+    search, x = BatchLikelihood(obs, labels), inputs.to(obs.device).double().flatten(1)
     D, here = search.weights, search(x).detach()
     off = search.seen - here
     nothing = torch.full((len(x),), torch.inf, dtype=torch.float64)
@@ -170,17 +179,17 @@ def radius(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Generato
 
     probe = draw(x)
     lost = (response(system.push(probe)) - probe).norm(dim=1) / probe.norm(dim=1)
-    moves = torch.stack([response(error()) for _ in range(DRAWS)])  # [DRAWS, n, d]
+    moves = torch.stack([response(error()) for _ in range(UPDATE_DRAWS)])  # [UPDATE_DRAWS, n, d]
     left = response(off)
     if not tick(0.0):  # stopped: no response is whole
         return nothing
-    found = SIGMAS * moves.square().sum(2).mean(0).sqrt() + 2 * left.norm(dim=1)
+    found = ERROR_SIGMAS * moves.square().sum(2).mean(0).sqrt() + 2 * left.norm(dim=1)
     found = found + 4 * torch.finfo(torch.float64).eps * x.norm(dim=1)
     far = found[:, None] * torch.nn.functional.normalize(moves[0] + left, dim=1)
     straight = system.push(far)
     bent = float((search(x + far).detach() - here - straight).norm() / straight.norm().clamp_min(1e-300))
     relative = found / x.norm(dim=1).clamp_min(1e-300)
-    sure = (lost < LOST) & (relative < LARGEST) & (bent < 2 * LOST)
+    sure = (lost < LOST_SHARE) & (relative < LARGEST_RADIUS) & (bent < 2 * LOST_SHARE)
     return torch.where(sure, relative, torch.inf).cpu()
 
 

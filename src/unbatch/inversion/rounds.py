@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unbatch.inversion.mean_round import mean_round, still
-from unbatch.inversion.refine import radius, refine
+from unbatch.inversion.refine import batch_radius, refine
 from unbatch.inversion.view import View
 from unbatch.knowledge import Earlier, Knowledge
 from unbatch.likelihood import Likelihood
@@ -157,7 +157,7 @@ def sharpened(obs: Observation, found: Reconstruction, rng: torch.Generator) -> 
         return found
     joint = averaged(obs)
     moved = refine(joint, x, y, rng)
-    reach = radius(joint, moved, y, rng)
+    reach = batch_radius(joint, moved, y, rng)
     held = found.bound.double() if found.bound is not None else torch.full_like(reach, torch.inf)
     stay = held.isfinite() & ~reach.isfinite()
     inputs = torch.where(stay.to(x.device).view(-1, *[1] * (x.ndim - 1)), x.double(), moved)

@@ -24,12 +24,12 @@ from unbatch.loss import LossForm
 from unbatch.network.dense import Dense
 from unbatch.numerics.label_counts import apportion, label_counts
 from unbatch.numerics.linear.span import Span, leading_span, rounding_noise
-from unbatch.numerics.unmix.certificate import radius
+from unbatch.numerics.unmix.certificate import mixture_radius
 from unbatch.numerics.unmix.descent import Descent, beginning
 from unbatch.numerics.unmix.ica import edges, fast_ica, group_ica, whiten
 from unbatch.numerics.unmix.mixture import Mixture
 from unbatch.numerics.unmix.moment_start import weight_moments
-from unbatch.numerics.unmix.solver import Separation, Start, unmix
+from unbatch.numerics.unmix.solver import GuessMaker, Separation, unmix
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction, certified
 
@@ -145,7 +145,7 @@ class Problem:
             outside=span.beyond + span.arithmetic + ARITHMETIC * float(span.values[0]),
         )
 
-    def starts(self) -> Iterator[tuple[str, Start]]:
+    def starts(self) -> Iterator[tuple[str, GuessMaker]]:
         """Guesses of what the r examples left look like, rows [g, r] of coordinates in their mixture; the best first."""
         view, layer, span = self.view, self.layer, self.span
         shape = view.knowledge.input_shape
@@ -153,7 +153,7 @@ class Problem:
         scale = torch.ones(d).to(span.rows) if layer.feeds is None else layer.feeds.scale.to(span.rows)
         rows = span.rows[:, :d] / scale  # mixtures of network inputs, up to a shift that edges do not see
 
-        def separated(signals: Callable[[Tensor], Tensor]) -> Start:
+        def separated(signals: Callable[[Tensor], Tensor]) -> GuessMaker:
             def start(left: Mixture, rng: torch.Generator) -> Tensor:
                 white, T = whiten(signals(left.basis @ rows))
                 turn = torch.linalg.qr(torch.randn(left.n, left.n, generator=rng, dtype=torch.float64))[0].to(white)
@@ -214,7 +214,7 @@ def _separated(problem: Problem, rng: torch.Generator, attempts: int, partial: b
     for size in range(rank, rank + (DUPLICATES if form.reduction == "mean" else 0) + 1):
         tail = problem.tail(size)
         mixture = problem.mixture(tail)
-        ways: list[tuple[str, Start | Descent]] = [*starts]
+        ways: list[tuple[str, GuessMaker | Descent]] = [*starts]
         if mixture.classes:  # second: on pictures and most tables components are faster where they work
             ways.insert(1, ("descent", Descent(Counted(view, form, mixture, tail))))
         copies = 1 + (size - rank if form.reduction == "mean" else DUPLICATES)
@@ -223,7 +223,7 @@ def _separated(problem: Problem, rng: torch.Generator, attempts: int, partial: b
         if len(found.z):
             break
     rounding = Rounding(view.obs, problem.layer, form, problem.span.rows, size)
-    reach = radius(mixture, found.z, found.labels, rng, rounding=rounding, jointly=found.joint)
+    reach = mixture_radius(mixture, found.z, found.labels, rng, rounding=rounding, jointly=found.joint)
     trace: dict[str, Any] = {
         "layer": problem.layer.name,
         "rank": rank,

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from unbatch.layer import LayerRule, shaped
-from unbatch.numerics.linear.linsys import CHUNK, LinearSystem, affine
+from unbatch.numerics.linear.linsys import COLUMN_ENTRIES, LinearSystem, affine
 
 
 @final
@@ -107,7 +107,7 @@ class Affine(LayerRule):
 
         by_weight, by_input = grad(h, argnums=1), grad(h, argnums=0)
         offset, base = by_weight(f.zero[0], W), by_input(f.zero[0], torch.zeros_like(W))
-        chunk = max(1, CHUNK // max(f.zero.numel(), dz.numel()))
+        chunk = max(1, COLUMN_ENTRIES // max(f.zero.numel(), dz.numel()))
 
         def push(v: Tensor) -> Tensor:
             found: Tensor = vmap(by_weight, in_dims=(0, None), chunk_size=chunk)(v.view(-1, *shape), W) - offset

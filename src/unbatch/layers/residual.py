@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from unbatch.layer import LayerRule, rule_for, shaped
 from unbatch.network.chain import Link
-from unbatch.numerics.linear.linsys import CHUNK, LinearSystem, affine
+from unbatch.numerics.linear.linsys import COLUMN_ENTRIES, LinearSystem, affine
 
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
@@ -65,7 +65,7 @@ class Residual(LayerRule):
             return torch.cat([parts[name].flatten() for name in W])
 
         offset = by_weights(f.zero).detach()
-        chunk = max(1, CHUNK // max(f.zero.numel(), dz.numel(), sum(sizes)))
+        chunk = max(1, COLUMN_ENTRIES // max(f.zero.numel(), dz.numel(), sum(sizes)))
 
         def push(v: Tensor) -> Tensor:
             moved: Tensor = vmap(by_weights, chunk_size=chunk)(v) - offset

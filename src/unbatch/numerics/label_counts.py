@@ -20,7 +20,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-LossName = Literal["cross-entropy", "binary-cross-entropy", "squared-error"]
+CountedLoss = Literal["cross-entropy", "binary-cross-entropy", "squared-error"]
 
 
 def label_counts(
@@ -30,7 +30,7 @@ def label_counts(
     *,
     factor: float,
     expected: Tensor,
-    loss: LossName = "cross-entropy",
+    loss: CountedLoss = "cross-entropy",
     smoothing: float = 0.0,
     features: Tensor | None = None,
     nonnegative: bool = False,
@@ -77,7 +77,7 @@ def count_bounds(
     n: int,
     *,
     factor: float,
-    loss: LossName = "cross-entropy",
+    loss: CountedLoss = "cross-entropy",
     smoothing: float = 0.0,
     most: float | None = None,
     slack: float = 0.0,
@@ -86,13 +86,13 @@ def count_bounds(
 
     c_j >= ceil(-(dL/db_j / a + n e / k) / (1 - e) - t) and c_j <= n - sum of the other lower bounds; under binary cross
     entropy also c_j <= n - ceil(dL/db_j / a - t). They are the best possible: every c between them that adds up to n
-    belongs to some probabilities. t is `rounding` plus the slack. Shrinking the gradient, or every example's share of
+    belongs to some probabilities. t is `sum_rounding` plus the slack. Shrinking the gradient, or every example's share of
     it, only loosens them. A gradient that no batch of n examples can have (under cross entropy it does not cancel, or
     the bounds contradict each other) proves nothing: the answer is 0 and n.
     """
     bias = _two_classes(bias)
     k = len(bias)
-    tolerance = rounding(n, bias.dtype) + slack / factor
+    tolerance = sum_rounding(n, bias.dtype) + slack / factor
     pull = bias.double().cpu() / factor  # sum_i (p_i - target_i)
     shrink = factor / (most or factor)  # an example that weighs more than the mean must not count twice
     owed = -shrink * (pull + n * smoothing / k) / (1 - smoothing)
@@ -132,7 +132,7 @@ def cancels(gradient: Tensor, n: int, *, factor: float, slack: float = 0.0) -> b
     rows = _two_classes(gradient).double().cpu()
     off = float(torch.linalg.vector_norm(rows.sum(0)))
     if gradient.ndim == 1:
-        return off <= len(rows) * (rounding(n, gradient.dtype) * factor + slack)
+        return off <= len(rows) * (sum_rounding(n, gradient.dtype) * factor + slack)
     precision = math.sqrt(torch.finfo(gradient.dtype).eps)
     return off <= precision * float(torch.linalg.vector_norm(rows)) + slack * math.sqrt(rows.numel())
 
@@ -168,7 +168,7 @@ def apportion(target: Tensor, lower: Tensor, upper: Tensor, n: int) -> Tensor:
     return counts
 
 
-def rounding(n: int, dtype: torch.dtype) -> float:
+def sum_rounding(n: int, dtype: torch.dtype) -> float:
     """Largest error of sum_i (p_ic - [y_i = c]) from n terms of size at most 1, each rounded, summed in `dtype`.
 
     n eps (2 + sqrt n): the probabilistic bound 2 sqrt(n) u sum |terms| with u = eps / 2 taken at twice that, and two

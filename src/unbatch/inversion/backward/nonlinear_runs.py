@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from unbatch.inversion.backward.pullback import FLOOR, Fit, Pullback
+from unbatch.inversion.backward.pullback import ROUNDING_FLOOR, Fit, Pullback
 from unbatch.inversion.backward.reading import Known, Reading, Unreadable
 from unbatch.network.chain import Link
 from unbatch.numerics.bounds.prior import GaussianPrior
-from unbatch.numerics.linear.linsys import ENTRIES
-from unbatch.numerics.search.annealing import BLUNT, annealed
+from unbatch.numerics.linear.linsys import MATRIX_ENTRIES
+from unbatch.numerics.search.annealing import FIRST_SHARPNESS, annealed
 from unbatch.numerics.search.softening import Softened
 from unbatch.progress import tick
 
@@ -33,7 +33,7 @@ def flat_roots(reading: Reading) -> bool:
     x = reading.x.flatten()
     draw = torch.rand(1, x.numel(), generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x) - 0.5
     moved = x + reading.solution.free(draw)[0]
-    return float(reading.pullback(moved).norm()) <= FITS * max(float(reading.system.b.norm()), FLOOR)
+    return float(reading.pullback(moved).norm()) <= FITS * max(float(reading.system.b.norm()), ROUNDING_FLOOR)
 
 
 class Curve:
@@ -55,14 +55,14 @@ class Curve:
     def too_large(self, before: Sequence[Link] = ()) -> str:
         """Why the run cannot be followed down to the network's input, in words; empty where it can."""
         equations, unknowns = self.equations(before), [*before, *self.links][0].unknowns
-        if equations * unknowns <= ENTRIES:
+        if equations * unknowns <= MATRIX_ENTRIES:
             return ""
         return f"the {equations:,} equations from there on for {unknowns:,} numbers are too many for Gauss and Newton"
 
     def determined(self, last: Link) -> Reading | None:
         """The reading of the run's input, the output of `last`, where the run alone determines it; None: it stays open."""
         unknowns = self.links[0].unknowns
-        if not unknowns <= self.equations() <= ENTRIES / unknowns:
+        if not unknowns <= self.equations() <= MATRIX_ENTRIES / unknowns:
             return None
         zero = torch.zeros(1, *last.before, dtype=torch.float64, device=self.known[0][0].b.device)
         middle = float(last.module(zero).mean())
@@ -123,7 +123,7 @@ class Curve:
             fit.solution,
             tuple(others),
             pullbacks[0],
-            fit.residual <= FITS * max(rounding, FLOOR),
+            fit.residual <= FITS * max(rounding, ROUNDING_FLOOR),
         )
 
 
@@ -156,7 +156,7 @@ def _likeliest(pullback: Pullback, z: Tensor, box: Box, open_: bool) -> Tensor:
         with soft:
             return prior.pull(pullback.system(x).matrix())
 
-    at(z, BLUNT)
+    at(z, FIRST_SHARPNESS)
     search = partial(annealed, residual, jacobian, z, tick=tick)
     levels, tight, steps = OPEN
     if open_ and not soft.rounds:

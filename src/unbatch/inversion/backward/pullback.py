@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from unbatch.network.chain import Link
-from unbatch.numerics.linear.linsys import CHUNK, LinearSystem, Solution
+from unbatch.numerics.callables import Tick
+from unbatch.numerics.linear.linsys import COLUMN_ENTRIES, LinearSystem, Solution
 from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, damped_gauss_newton
 
-Tick = Callable[[float], bool]  # share done -> whether to go on
-STEPS = 30  # of Gauss and Newton
-THIN = 4  # entries of a gradient for each unknown: more say nothing new
-HALVINGS = 12  # of one step
-HELD = 2**24  # entries of a Jacobian that is formed once, not multiplied again and again
-CHORD = 0.3  # of |r| left: a step along the last one's factors that does as well or better is taken
-FLOOR = 64 * torch.finfo(torch.float64).eps  # |r|, relative to the data, that is rounding
+LINEARISATIONS = 30  # of Gauss and Newton
+EQUATIONS_AN_UNKNOWN = 4  # entries of a gradient for each unknown: more say nothing new
+STEP_HALVINGS = 12  # of one step
+JACOBIAN_HELD = 2**24  # entries of a Jacobian that is formed once, not multiplied again and again
+CHORD_SHARE = 0.3  # of |r| left: a step along the last one's factors that does as well or better is taken
+ROUNDING_FLOOR = 64 * torch.finfo(torch.float64).eps  # |r|, relative to the data, that is rounding
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Pullback:
             for name, tensor in (*link.module.named_parameters(), *link.module.named_buffers())
         }
         self.sent = {name: update[name].double() for name in self.state if name in update}
-        most = THIN * self.links[0].unknowns
+        most = EQUATIONS_AN_UNKNOWN * self.links[0].unknowns
         rng = torch.Generator().manual_seed(0)
         self.which = {name: _which(tensor, most, rng) for name, tensor in self.sent.items()}
         self.sent = {name: _some(tensor, self.which[name]) for name, tensor in self.sent.items()}
@@ -100,7 +100,7 @@ class Pullback:
     def system(self, x: Tensor) -> LinearSystem:
         """J d = -r at x [d]."""
         r, back = vjp(self, x)[:2]
-        chunk = max(1, CHUNK // (4 * max(len(x), len(r))))
+        chunk = max(1, COLUMN_ENTRIES // (4 * max(len(x), len(r))))
 
         def push(v: Tensor) -> Tensor:
             moved: Tensor = vmap(lambda d: jvp(self, (x,), (d,))[1], chunk_size=chunk)(v)
@@ -111,7 +111,7 @@ class Pullback:
             return moved.detach()
 
         found = LinearSystem(push, pull, -r.detach(), len(x))
-        return LinearSystem.of(found.matrix(), found.b) if len(x) * len(r) <= HELD else found
+        return LinearSystem.of(found.matrix(), found.b) if len(x) * len(r) <= JACOBIAN_HELD else found
 
     def without_gradients(self) -> Pullback:
         """The first block alone, which is continuous in x."""
@@ -127,13 +127,13 @@ class Pullback:
             solver,
             start.double().flatten()[None],
             damping=Damping(first=1.0, rise=2.0, fall=torch.inf, least=1.0),  # a step's divisor, 1 again after each
-            stop=Stop(steps=2 * STEPS, tries=HALVINGS + 1, target=FLOOR, once=True),
+            stop=Stop(steps=2 * LINEARISATIONS, tries=STEP_HALVINGS + 1, target=ROUNDING_FLOOR, once=True),
             cost_of=lambda r: r.norm(dim=1),
         )
         last = next(search)
         for at in search:
             stepped, last = at.x is not last.x, at
-            if stepped and not tick(solver.systems / STEPS):
+            if stepped and not tick(solver.systems / LINEARISATIONS):
                 break
         x = last.x[0]
         return Fit(x.view(start.shape), float(last.cost), solver.solution or self.system(x).solve())
@@ -143,7 +143,7 @@ class LeastNorm:
     """The linear solver of a pullback: the step of least norm with J d = -r, over the damping.
 
     After a step that leaves a small share of |r| the next one is tried along the same factors (a chord), and J is formed
-    anew only where that does not help. At most STEPS times.
+    anew only where that does not help. At most LINEARISATIONS times.
     """
 
     def __init__(self, pullback: Pullback) -> None:
@@ -154,7 +154,7 @@ class LeastNorm:
     def __call__(self, x: Tensor, r: Tensor, which: Tensor) -> Steps:
         """Steps [1, d] from x [1, d], where the residuals are r [1, e]."""
         size = float(r.norm())
-        chord = self.solution if size < CHORD * self.size else None
+        chord = self.solution if size < CHORD_SHARE * self.size else None
         self.size = size
         found = list[Tensor]()
 
@@ -163,7 +163,7 @@ class LeastNorm:
             if chord is not None and share == 1:
                 yield -chord.inverse(r[0])[None]
                 return
-            if not found and self.systems < STEPS:
+            if not found and self.systems < LINEARISATIONS:
                 self.solution, self.systems = self.pullback.system(x[0]).solve(), self.systems + 1
                 found.append(self.solution.x)
             for step in found:

@@ -10,7 +10,7 @@ from torch import Tensor
 from unbatch.numerics.search.smoothest import cosines
 
 CONTRAST = 0.25  # standard deviation of an entry, of its range
-COLOURS = (0.9, 0.05, 0.05)  # shares of the variance: light, red - blue, red - 2 green + blue
+COLOUR_SHARES = (0.9, 0.05, 0.05)  # shares of the variance: light, red - blue, red - 2 green + blue
 
 
 class GaussianPrior:
@@ -30,7 +30,7 @@ class GaussianPrior:
             frequency = (torch.arange(h)[:, None] / h).square() + (torch.arange(w) / w).square()
             power = 1 / (frequency.double() + 1 / (h * w))
             power /= power.mean()
-            colours = torch.tensor(COLOURS if c == 3 else (1 / c,) * c, dtype=torch.float64) * c
+            colours = torch.tensor(COLOUR_SHARES if c == 3 else (1 / c,) * c, dtype=torch.float64) * c
             self.variances = self.variances * (colours[:, None] * power.flatten()).flatten()
             self.bases = cosines(c) if c == 3 else torch.eye(c).double(), cosines(h), cosines(w)
 

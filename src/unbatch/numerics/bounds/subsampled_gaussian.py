@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-LEAST = 100  # draws beyond a threshold from which its place is told
-DRAWS = 2**17
-NORMALS = 2**24  # drawn at most, all steps together
+LEAST_DRAWS = 100  # draws beyond a threshold from which its place is told
+RATIO_DRAWS = 2**17
+MOST_NORMALS = 2**24  # drawn at most, all steps together
 
 
 def information(z: float, q: float = 1.0, steps: int = 1) -> float:
@@ -60,8 +60,8 @@ class Robustness:
 
     The event is that of the likelihood ratio above a threshold (Neyman and Pearson). q = 1: Phi(Phi^-1(chance) +
     sqrt(steps) / z), without error. Else by Monte Carlo: the threshold from draws without the example, placed on the safe
-    side by three standard errors, its probability from draws with it. A chance below LEAST draws is raised to them: the
-    answer is then larger, and safe.
+    side by three standard errors, its probability from draws with it. A chance below LEAST_DRAWS draws is raised to them:
+    the answer is then larger, and safe.
 
     Source: Hayes, Mahloujifar and Balle, NeurIPS 2023, theorem 2 and algorithm 2. Raises ValueError: as `information`.
     """
@@ -72,7 +72,7 @@ class Robustness:
         if self.shift is not None:
             return
         rng = rng or torch.Generator().manual_seed(0)
-        count = max(32 * LEAST, min(DRAWS, NORMALS // max(steps, 1)))
+        count = max(32 * LEAST_DRAWS, min(RATIO_DRAWS, MOST_NORMALS // max(steps, 1)))
         without, self.within = torch.zeros(2, count, dtype=torch.float64)
         for _ in range(steps):
             normal = z * torch.randn(2, count, generator=rng, dtype=torch.float64)
@@ -93,7 +93,7 @@ class Robustness:
 
             return float(ndtr(float(ndtri_exp(log_chance)) + self.shift)), 0.0
         count = len(self.within)
-        k = max(LEAST, math.exp(log_chance) * count)
+        k = max(LEAST_DRAWS, math.exp(log_chance) * count)
         place = math.ceil(k + 3 * math.sqrt(k))
         found = float((self.within >= self.without[place - 1]).double().mean()) if place < count else 1.0
         return found, math.sqrt(found * (1 - found) / count)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+
+from unbatch.numerics.callables import Tick
 
 RIDGE = 1e-10  # of the mean squared factor: what no entry tells stays small
 
@@ -17,7 +17,7 @@ def complete(
     *,
     steps: int = 500,
     target: float = 0.0,
-    tick: Callable[[float], bool] = lambda share: True,
+    tick: Tick = lambda share: True,
 ) -> tuple[Tensor, float]:
     """The matrix [p, q] of that rank nearest to A on the entries `seen` [p, q], and the relative misfit there.
 

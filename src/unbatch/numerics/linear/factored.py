@@ -11,9 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from unbatch.numerics.callables import Apply
 from unbatch.numerics.linear.pivoted import Pivoted, orthonormal, pivoted
 
-Apply = Callable[[Tensor], Tensor]
 Bases = tuple[Tensor | None, Tensor | None]  # orthonormal, of A's rows and of its null space
 Factored = tuple[
     Apply, int, Callable[[], Bases]
@@ -27,11 +27,11 @@ def whole() -> Bases:
 
 def above(gram: Tensor, floor: float | None = None) -> bool:
     """Whether every eigenvalue of A^T A [s, s] lies above rounding, 2 s eps of the largest."""
-    floor = rounding(gram) if floor is None else floor
+    floor = eigenvalue_rounding(gram) if floor is None else floor
     return bool(torch.linalg.cholesky_ex(gram - floor * torch.eye(len(gram)).to(gram)).info == 0)
 
 
-def rounding(gram: Tensor) -> float:
+def eigenvalue_rounding(gram: Tensor) -> float:
     """2 s eps of the largest eigenvalue of A^T A [s, s]."""
     v = torch.nn.functional.normalize(gram @ gram.sum(1), dim=0)
     for _ in range(20):  # the largest, from below to within a hundredth or so
@@ -50,7 +50,7 @@ def regular(A: Tensor) -> Factored | None:
 
 def tall(gram: Tensor, push: Apply, pull: Apply) -> Factored:
     """By A^T A [q, q], of no fewer equations than unknowns; `push` and `pull` are products with A and A^T, on rows."""
-    floor, q = rounding(gram), len(gram)
+    floor, q = eigenvalue_rounding(gram), len(gram)
     if above(gram, floor):
         root = torch.linalg.cholesky(gram)
         return lambda b: torch.cholesky_solve(pull(b[None]).T, root)[:, 0], q, whole
@@ -78,7 +78,7 @@ def tall(gram: Tensor, push: Apply, pull: Apply) -> Factored:
 def wide(A: Tensor, gram: Tensor | None = None) -> Factored:
     """By A A^T, of fewer equations than unknowns; a matrix A [p, q] that is held."""
     gram = A @ A.T if gram is None else gram
-    if (found := pivoted(gram, rounding(gram))) is None:
+    if (found := pivoted(gram, eigenvalue_rounding(gram))) is None:
         return broad(gram, lambda u: u @ A)
     rows = A[found.first]
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unbatch.numerics.callables import Apply
 from unbatch.numerics.search.least_squares import conjugate_gradients
 
-Apply = Callable[[Tensor], Tensor]  # [n, d] -> [n, d], linear
-TIGHT = 1e-10  # relative residual, at which what A does not determine stands out
-FLAT = 1e-16  # of A's mean eigenvalue: less is no slow convergence, but nothing
-MOVED = 1e-6  # of a random direction's size: what is left in an entry that A determines
-LOOSE = 1e-4  # relative residual of a probe
-CLEAR = 1e-4  # relative error of a factored matrix
+NULL_TOLERANCE = 1e-10  # relative residual, at which what A does not determine stands out
+FLAT_SHARE = 1e-16  # of A's mean eigenvalue: less is no slow convergence, but nothing
+MOVED_SHARE = 1e-6  # of a random direction's size: what is left in an entry that A determines
+PROBE_TOLERANCE = 1e-4  # relative residual of a probe
+FACTOR_ERROR = 1e-4  # relative error of a factored matrix
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class InverseDiagonal:
 def dense_inverse_diagonal(A: Tensor, push: Callable[[Tensor], Tensor]) -> InverseDiagonal:
     """Of A = J^T J [p, p], J v by `push`; without error but for rounding.
 
-    By Cholesky's factors where rounding, times the condition number (at most tr A tr A^-1), stays below CLEAR. Else by
-    eigenvectors: those of A below its own rounding are told apart by J itself, whose rounding is that of a square root.
+    By Cholesky's factors where rounding, times the condition number (at most tr A tr A^-1), stays below FACTOR_ERROR. Else
+    by eigenvectors: those of A below its own rounding are told apart by J itself, whose rounding is that of a square root.
     """
     eps, p = torch.finfo(A.dtype).eps, len(A)
     factor, info = torch.linalg.cholesky_ex(A)
     if not int(info):
         diagonal = torch.cholesky_inverse(factor).diagonal()
-        if float(A.diagonal().sum() * diagonal.sum()) * eps < CLEAR:
+        if float(A.diagonal().sum() * diagonal.sum()) * eps < FACTOR_ERROR:
             return InverseDiagonal(diagonal, torch.zeros_like(diagonal), total=float(diagonal.sum()))
     values, V = torch.linalg.eigh(A)
     weak = values <= p * eps * values[-1]
@@ -90,18 +90,20 @@ def inverse_diagonal(
 
     g = torch.randn(like.shape, generator=rng, dtype=torch.float64).to(like)
     image = apply(g)
-    left = g - solve(image, TIGHT, 2 * steps)
-    if float(left.norm()) > MOVED * float(g.norm()):
-        left = left - solve(apply(left), TIGHT, steps)  # once more, for the digits that the first solution rounds off
+    left = g - solve(image, NULL_TOLERANCE, 2 * steps)
+    if float(left.norm()) > MOVED_SHARE * float(g.norm()):
+        left = left - solve(
+            apply(left), NULL_TOLERANCE, steps
+        )  # once more, for the digits that the first solution rounds off
     mean, size = float((g * image).sum() / g.square().sum()), float(left.norm() / g.norm())
-    unseen = float((left * apply(left)).sum()) <= FLAT * mean * float(left.square().sum())
-    moved = (left.abs() > MOVED) & unseen
+    unseen = float((left * apply(left)).sum()) <= FLAT_SHARE * mean * float(left.square().sum())
+    moved = (left.abs() > MOVED_SHARE) & unseen
     lost = max(1, round(float((g * left).sum()))) if moved.any() else 0
     kept = (~moved).to(like)
     plain, less = [], []
     for _ in range(probes if lost < like.numel() and kept.any() else 0):
         v = kept * (2.0 * torch.randint(2, like.shape, generator=rng) - 1).to(like)
-        w = solve(v, LOOSE, steps)
+        w = solve(v, PROBE_TOLERANCE, steps)
         plain.append(v * w)
         less.append(v * (w - precondition(v)) + (torch.zeros_like(v) if start is None else start * kept))
     if not plain:
@@ -114,7 +116,7 @@ def inverse_diagonal(
         torch.where(moved, torch.inf, each.mean(0)),
         each.std(0) / probes**0.5,
         lost,
-        0.0 if unseen else size if size > MOVED else 0.0,
+        0.0 if unseen else size if size > MOVED_SHARE else 0.0,
         float(sums.mean()),
         float(sums.std() / probes**0.5),
     )

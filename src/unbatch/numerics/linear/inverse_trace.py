@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unbatch.numerics.callables import Apply
 from unbatch.numerics.search.least_squares import conjugate_gradients
-
-Apply = Callable[[Tensor], Tensor]  # [n, d] -> [n, d], linear
 
 
 @dataclass(frozen=True)

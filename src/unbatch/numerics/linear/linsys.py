@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unbatch.numerics.callables import Apply
 from unbatch.numerics.linear.factored import Bases, Factored, above, broad, regular, tall, whole, wide
 
-Apply = Callable[[Tensor], Tensor]
-
-ENTRIES = 2**26  # of a matrix that is held at all: 512 MiB
-CHUNK = 2**22  # entries of the columns that are computed at once
-SMALL = 2**19  # entries of a matrix whose singular values are computed without squaring them where they tell the rank
-TINY = 2**13  # of one that costs nothing
-ROUNDS = 10  # of refinement: each solves for what the last one left
+MATRIX_ENTRIES = 2**26  # of a matrix that is held at all: 512 MiB
+COLUMN_ENTRIES = 2**22  # entries of the columns that are computed at once
+SVD_ENTRIES = (
+    2**19
+)  # entries of a matrix whose singular values are computed without squaring them where they tell the rank
+CHEAP_ENTRIES = 2**13  # of one that costs nothing
+REFINEMENTS = 10  # of refinement: each solves for what the last one left
 
 
 @dataclass(frozen=True)
@@ -185,18 +186,18 @@ class LinearSystem:
         self._check()
         few = min(self.equations, self.unknowns)
         eye = torch.eye(few, dtype=self.b.dtype, device=self.b.device)
-        parts = torch.split(eye, max(1, CHUNK // max(self.equations, self.unknowns, 1)))
+        parts = torch.split(eye, max(1, COLUMN_ENTRIES // max(self.equations, self.unknowns, 1)))
         if self.unknowns <= self.equations:
             return torch.cat([self.push(part) for part in parts] or [eye.new_zeros(0, self.equations)]).T
         return torch.cat([self.pull(part) for part in parts] or [eye.new_zeros(0, self.unknowns)])
 
     def _check(self) -> None:
-        if self.equations * self.unknowns > ENTRIES:
+        if self.equations * self.unknowns > MATRIX_ENTRIES:
             raise ValueError(f"a matrix of {self.equations} x {self.unknowns} is not held; use the products.")
 
     def gram(self) -> Tensor:
         """A^T A [unknowns, unknowns], by products alone. Raises ValueError: it would be too large."""
-        if self.unknowns**2 > ENTRIES:
+        if self.unknowns**2 > MATRIX_ENTRIES:
             raise ValueError(f"a matrix of {self.unknowns} x {self.unknowns} is not held; use the products.")
         block = self._block()
         whole = block.new_zeros(self.alike, len(block), self.alike, len(block))
@@ -207,13 +208,13 @@ class LinearSystem:
         """A^T A of the first of the groups that are alike."""
         part = self.unknowns // self.alike
         eye = torch.eye(part, self.unknowns, dtype=self.b.dtype, device=self.b.device)
-        rows = torch.split(eye, max(1, CHUNK // max(self.equations, self.unknowns, 1)))
+        rows = torch.split(eye, max(1, COLUMN_ENTRIES // max(self.equations, self.unknowns, 1)))
         block = torch.cat([self.pull(self.push(row))[:, :part] for row in rows] or [eye])
         return (block + block.T) / 2
 
     def rank(self) -> int:
         """The numerical rank of A. Raises ValueError: A is too large to be held."""
-        large = 0 < self.unknowns <= self.equations and self.equations * self.unknowns > SMALL and self.alike == 1
+        large = 0 < self.unknowns <= self.equations and self.equations * self.unknowns > SVD_ENTRIES and self.alike == 1
         return self.unknowns if large and above(self.gram()) else len(self.singular_values())
 
     def singular_values(self) -> Tensor:
@@ -224,7 +225,7 @@ class LinearSystem:
         p, q = self.equations, self.unknowns
         if not p * q:
             return self.b.new_zeros(0)
-        if p * q <= SMALL:
+        if p * q <= SVD_ENTRIES:
             S: Tensor = torch.linalg.svdvals(self.matrix())
             return S[S[0] * max(p, q) * torch.finfo(S.dtype).eps < S]
         if self.alike > 1:  # the groups have equations of their own
@@ -248,7 +249,7 @@ class LinearSystem:
             raise ValueError("the right side of the equations is not finite.")
         inverse, rank, bases = self._factored() if self._held() else (self._lsmr, None, whole)
         x, least = self.b.new_zeros(self.unknowns), float(self.pull(self.b[None]).norm())
-        for _ in range(ROUNDS):
+        for _ in range(REFINEMENTS):
             tried = x + inverse(self.residual(x))
             left = float(self.pull(self.residual(tried)[None]).norm())
             if left < least:
@@ -259,16 +260,16 @@ class LinearSystem:
         return Solution(x, rank, inverse, bases)
 
     def _held(self) -> bool:
-        return min(self.equations, self.unknowns) ** 2 <= ENTRIES
+        return min(self.equations, self.unknowns) ** 2 <= MATRIX_ENTRIES
 
     def _factored(self) -> Factored:
         """The pseudo-inverse b [equations] -> x, the rank, and where that is deficient a basis of rows or null space."""
         p, q = self.equations, self.unknowns
         if not p * q:
             return lambda b: b.new_zeros(q), 0, lambda: (self.b.new_zeros(0, q), None)
-        if p * q <= SMALL:
+        if p * q <= SVD_ENTRIES:
             A = self.matrix()
-            if p * q > TINY and (found := regular(A)) is not None:
+            if p * q > CHEAP_ENTRIES and (found := regular(A)) is not None:
                 return found
             with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # many equal singular values can keep LAPACK from an end
                 U, S, Vh = torch.linalg.svd(A, full_matrices=False)
@@ -277,7 +278,7 @@ class LinearSystem:
                 return lambda b: V @ ((U.T @ b) / S), len(S), lambda: (None if len(S) == q else V.T, None)
         if q <= p:
             return tall(self.gram(), self.push, self.pull)
-        return wide(self.matrix()) if p * q <= ENTRIES else broad(self.transposed.gram(), self.pull)
+        return wide(self.matrix()) if p * q <= MATRIX_ENTRIES else broad(self.transposed.gram(), self.pull)
 
     @property
     def transposed(self) -> LinearSystem:

@@ -8,7 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-CLEAR = 100.0  # times the floor above which the least pivot lies, and below which the next does, where the rank is sure
+PIVOT_GAP = (
+    100.0  # times the floor above which the least pivot lies, and below which the next does, where the rank is sure
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ def pivoted(gram: Tensor, floor: float) -> Pivoted | None:
 
     if gram.is_cuda or gram.dtype != torch.float64 or not floor > 0:
         return None
-    packed, pivots, r, _ = lapack.dpstrf(gram.numpy(), tol=floor / CLEAR, lower=1)
+    packed, pivots, r, _ = lapack.dpstrf(gram.numpy(), tol=floor / PIVOT_GAP, lower=1)
     order, lower = torch.as_tensor(pivots).long() - 1, torch.as_tensor(packed)[:, :r]
-    if not r or not float(lower.diagonal().min()) ** 2 > CLEAR * floor:
+    if not r or not float(lower.diagonal().min()) ** 2 > PIVOT_GAP * floor:
         return None
     root = lower[:r].tril().contiguous()
     rest = torch.linalg.solve_triangular(root, lower[r:], upper=False, left=False)

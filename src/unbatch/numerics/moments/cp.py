@@ -15,8 +15,8 @@ from torch import Tensor
 
 from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, damped_gauss_newton, end_of
 
-DRAWS = 32  # pairs of random contractions tried for a start
-KEPT = 4  # starts that are refined
+CONTRACTIONS = 32  # pairs of random contractions tried for a start
+REFINED_STARTS = 4  # starts that are refined
 
 
 def compress(slices: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -41,8 +41,8 @@ def diagonalise(E: Tensor, rng: torch.Generator) -> Tensor:
     n = E.shape[1]
     if n == 1:
         return torch.ones(1, 1, dtype=E.dtype, device=E.device)
-    starts = sorted((_eigenvectors(E, rng) for _ in range(DRAWS)), key=lambda V: misfit(E, V))
-    ends = [refine_factors(E, V) for V in starts[:KEPT]]
+    starts = sorted((_eigenvectors(E, rng) for _ in range(CONTRACTIONS)), key=lambda V: misfit(E, V))
+    ends = [refine_factors(E, V) for V in starts[:REFINED_STARTS]]
     return min(ends, key=lambda V: misfit(E, V))
 
 

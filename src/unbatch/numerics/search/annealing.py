@@ -8,14 +8,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from unbatch.numerics.callables import Tick
 from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, damped_gauss_newton, end_of
 
 AtSharpness = Callable[[Tensor, float], Tensor]  # z [d] and the sharpness of kinks -> r [e], or its Jacobian [e, d]
-Tick = Callable[[float], bool]  # share done -> whether to go on
-LOOSE, TIGHT = 1.0, 1e-6  # standard deviations of a residual at the first level and at the last
-BLUNT, SHARP = 1.0, 1e4  # kinks' sharpness, likewise
-STEPS, TRIES, GAIN = 2, 12, 1e-3  # of a level, and of a step, at most; the least share of the cost that a step takes
-DAMPING, RISE, FALL = (
+FIRST_DEVIATION, LAST_DEVIATION = 1.0, 1e-6  # standard deviations of a residual at the first level and at the last
+FIRST_SHARPNESS, LAST_SHARPNESS = 1.0, 1e4  # kinks' sharpness, likewise
+LEVEL_STEPS, STEP_TRIES, LEAST_GAIN = (
+    2,
+    12,
+    1e-3,
+)  # of a level, and of a step, at most; the least share of the cost that a step takes
+LEAST_DAMPING, DAMPING_RISE, DAMPING_FALL = (
     1e-8,
     8.0,
     100.0,
@@ -28,8 +32,8 @@ def annealed(
     start: Tensor,
     *,
     levels: int = 30,
-    tight: float = TIGHT,
-    steps: int = STEPS,
+    tight: float = LAST_DEVIATION,
+    steps: int = LEVEL_STEPS,
     tick: Tick = lambda share: True,
 ) -> Tensor:
     """argmin over z [d] of |r(z)|^2 / s^2 + |z - start|^2 as s falls from 1 to `tight`, each level from the last one's.
@@ -40,19 +44,22 @@ def annealed(
     still change sides. Steps are Levenberg and Marquardt's.
     Source: graduated non-convexity, Blake and Zisserman, Visual Reconstruction, 1987.
     """
-    z, damping = start[None], torch.tensor([DAMPING], dtype=torch.float64)
+    z, damping = start[None], torch.tensor([LEAST_DAMPING], dtype=torch.float64)
     for level in range(levels):
         share = level / max(levels - 1, 1)
         if not tick(share):
             break
-        s, b = LOOSE * (tight / LOOSE) ** share, BLUNT * (SHARP / BLUNT) ** share
+        s, b = (
+            FIRST_DEVIATION * (tight / FIRST_DEVIATION) ** share,
+            FIRST_SHARPNESS * (LAST_SHARPNESS / FIRST_SHARPNESS) ** share,
+        )
         last = end_of(
             damped_gauss_newton(
                 partial(_residuals, residual, start, s, b),
                 partial(_posterior_steps, jacobian, s, b),
                 z,
-                damping=Damping(first=float(damping), rise=RISE, fall=FALL, least=DAMPING),
-                stop=Stop(steps=steps, tries=TRIES, gain=GAIN),
+                damping=Damping(first=float(damping), rise=DAMPING_RISE, fall=DAMPING_FALL, least=LEAST_DAMPING),
+                stop=Stop(steps=steps, tries=STEP_TRIES, gain=LEAST_GAIN),
             )
         )
         z, damping = last.x, last.damping

@@ -9,15 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from unbatch.numerics.callables import Apply
 from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, damped_gauss_newton
 
-Apply = Callable[[Tensor], Tensor]
-LARGEST_GRAM = 2**28  # entries of the probe matrix: 1 GiB in float32
-RENEWED = 3  # steps between two preconditioners
-MOST = 1e8  # damping that no step is worth trying at
+GRAM_ENTRIES = 2**28  # entries of the probe matrix: 1 GiB in float32
+GRAM_STEPS = 3  # steps between two preconditioners
+MOST_DAMPING = 1e8  # damping that no step is worth trying at
 
 
-class Residual(Protocol):
+class PointResidual(Protocol):
     """Residuals [e] at a point [n, p]; with `create_graph` they can be differentiated."""
 
     def __call__(self, point: Tensor, /, *, create_graph: bool = False) -> Tensor: ...
@@ -34,7 +34,7 @@ def squares(r: Tensor) -> tuple[float, Tensor, Tensor]:
 
 
 def minimise_by_products(
-    residual: Residual,
+    residual: PointResidual,
     start: Tensor,  # [n, p] float64: row i is example i's unknowns
     rng: torch.Generator,
     *,
@@ -43,7 +43,7 @@ def minimise_by_products(
     damping: float = 0.1,
     tolerance: float = 0.1,
     gain: float = 1e-3,
-    surrogate: Residual | None = None,
+    surrogate: PointResidual | None = None,
     cost_of: Cost = squares,
 ) -> Iterator[tuple[float, Tensor]]:
     """Minimise |r(x)|^2: take the step of `ByProducts` if it helps; yields (|r|^2, x) at every product.
@@ -56,7 +56,7 @@ def minimise_by_products(
         lambda x, which: residual(x[0]).detach()[None],
         solver,
         start.detach().clone()[None],
-        damping=Damping(first=damping, rise=4.0, fall=4.0, most=MOST),
+        damping=Damping(first=damping, rise=4.0, fall=4.0, most=MOST_DAMPING),
         stop=Stop(steps=steps, solves=steps, gain=gain, patience=2),
         cost_of=lambda r: torch.tensor([cost_of(r[0])[0]], dtype=torch.float64, device=r.device),
     )
@@ -85,12 +85,12 @@ class ByProducts:
 
     def __init__(
         self,
-        residual: Residual,
+        residual: PointResidual,
         rng: torch.Generator,
         *,
         inner: int = 50,
         tolerance: float = 0.1,
-        surrogate: Residual | None = None,
+        surrogate: PointResidual | None = None,
         cost_of: Cost = squares,
     ) -> None:
         self.residual, self.rng, self.cost_of = surrogate or residual, rng, cost_of
@@ -103,7 +103,7 @@ class ByProducts:
         point = x[0]
         system = System(self.residual, point)
         _, slope, bend = self.cost_of(r[0])
-        if self.taken % RENEWED == 0:
+        if self.taken % GRAM_STEPS == 0:
             self.gram = example_gram(system.push, point, system.r.numel(), self.rng, bend)
         self.taken += 1
         downhill, scale = -system.pull(slope), float(self.gram.diagonal().mean())
@@ -124,7 +124,7 @@ class ByProducts:
 class System:
     """The residuals at a point and the products with their Jacobian J there."""
 
-    def __init__(self, residual: Residual, x: Tensor) -> None:
+    def __init__(self, residual: PointResidual, x: Tensor) -> None:
         self.residual, self.x = residual, x.clone().requires_grad_()
         self.graph = residual(self.x, create_graph=True)
         self.r = self.graph.detach()
@@ -167,7 +167,7 @@ def conjugate_gradients(apply: Apply, b: Tensor, precondition: Apply, steps: int
         direction, size = z + new / size * direction, new
 
 
-def resized(residual: Residual, x: Tensor) -> Tensor:
+def resized(residual: PointResidual, x: Tensor) -> Tensor:
     """x with examples halved or doubled, one after the other, where that lowers |r|^2.
 
     An example grown to half its size can be a local minimum: what it lacks in size its share of the gradient makes up.
@@ -191,7 +191,7 @@ def example_gram(push: Apply, x: Tensor, entries: int, rng: torch.Generator, wei
     n = len(x)
     u = torch.randn(x.shape[1:], generator=rng, dtype=torch.float64).to(x)
     u /= u.norm()
-    whole = n * entries <= LARGEST_GRAM
+    whole = n * entries <= GRAM_ENTRIES
     rows = []
     for i in range(n if whole else 1):
         direction = torch.zeros_like(x)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Objective = Callable[[Tensor], Tensor]  # a point [n, p] -> scalar
-Search = Iterator[tuple[float, Tensor]]
+Evaluations = Iterator[tuple[float, Tensor]]
 
 
 def squared_difference(found: Sequence[Tensor], seen: Sequence[Tensor]) -> Tensor:
@@ -46,7 +46,7 @@ def total_variation(pictures: Tensor) -> Tensor:
 
 def signed_adam(
     objective: Objective, start: Tensor, *, steps: int, rate: float = 0.1, box: float | None = None, decay: bool = True
-) -> Search:
+) -> Evaluations:
     """Adam on the sign of the gradient, within [-box, box].
 
     With `decay` the rate falls tenfold after 3/8, 5/8 and 7/8 of the steps.
@@ -66,7 +66,7 @@ def signed_adam(
     yield _evaluate(objective, point)[0], point.detach()
 
 
-def lbfgs(objective: Objective, start: Tensor, *, steps: int, rate: float = 1.0, history: int = 100) -> Search:
+def lbfgs(objective: Objective, start: Tensor, *, steps: int, rate: float = 1.0, history: int = 100) -> Evaluations:
     """L-BFGS with steps of fixed length `rate`; ends early where the objective is no longer finite."""
     point = start.detach().clone().requires_grad_()
     solver = torch.optim.LBFGS(

@@ -22,9 +22,9 @@ Normal = Callable[
     [Tensor, Tensor], tuple[Tensor, Tensor]
 ]  # x [q, p] of problems i [q] -> J^T J [q, p, p], J^T r [q, p]
 
-BENT = 0.75  # of a step's length, at most twice that of its second order
-REACH = 0.1  # share of a step over which its curvature is measured
-SEEN = 100  # roundings of the residual above which a curvature is one
+LARGEST_TURN = 0.75  # of a step's length, at most twice that of its second order
+CURVATURE_SHARE = 0.1  # share of a step over which its curvature is measured
+CURVATURE_ROUNDINGS = 100  # roundings of the residual above which a curvature is one
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class NormalEquations:
     """The linear solver of small problems: (J^T J + damping s I) d = -J^T r by LU, s the mean diagonal of J^T J.
 
     With `pull` the step follows the geodesic to second order (Transtrum and Sethna, arXiv:1201.5885): d + d' with
-    (J^T J + damping s I) d' = -J^T r''(d, d) / 2, refused where 2 |d'| > BENT |d|.
+    (J^T J + damping s I) d' = -J^T r''(d, d) / 2, refused where 2 |d'| > LARGEST_TURN |d|.
     """
 
     residual: Residuals
@@ -53,7 +53,7 @@ class NormalEquations:
                 return
             bend = _second(self.residual, x[rows], r[rows], step, which[rows])
             turn = -torch.linalg.lu_solve(*factors, self.pull(x[rows], which[rows], bend)[:, :, None])[..., 0] / 2
-            straight = 2 * turn.norm(dim=1) <= BENT * step.norm(dim=1)
+            straight = 2 * turn.norm(dim=1) <= LARGEST_TURN * step.norm(dim=1)
             yield torch.where(straight[:, None], step + turn, torch.nan)
 
         return steps
@@ -104,7 +104,7 @@ def minimise_each(
 
 def _second(residual: Residuals, x: Tensor, r: Tensor, step: Tensor, which: Tensor) -> Tensor:
     """The second derivative of the residuals r along `step`, by a central difference; 0 where it is lost in rounding."""
-    ahead, behind = residual(x + REACH * step, which), residual(x - REACH * step, which)
+    ahead, behind = residual(x + CURVATURE_SHARE * step, which), residual(x - CURVATURE_SHARE * step, which)
     change = (ahead - 2 * r + behind).nan_to_num()
-    seen = change.norm(dim=1) > SEEN * torch.finfo(x.dtype).eps * r.shape[1] ** 0.5
-    return torch.where(seen[:, None], change / REACH**2, 0.0)
+    seen = change.norm(dim=1) > CURVATURE_ROUNDINGS * torch.finfo(x.dtype).eps * r.shape[1] ** 0.5
+    return torch.where(seen[:, None], change / CURVATURE_SHARE**2, 0.0)

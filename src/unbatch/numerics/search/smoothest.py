@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.func import jacrev
 
+from unbatch.numerics.callables import Apply, Tick
 from unbatch.numerics.search.damped_gauss_newton import Damping, Stop, damped_gauss_newton, end_of
 
-Apply = Callable[[Tensor], Tensor]
-Tick = Callable[[float], bool]
-Shape = tuple[int, ...]  # channels, height, width
-Box = tuple[float, float]
+PictureShape = tuple[int, ...]  # channels, height, width
+Range = tuple[float, float]
 
-COLOURS = (1.0, 4.0, 6.0)  # weights of light, red - blue and red - 2 green + blue
-SLOPE = 0.6  # weight of first differences beside second ones
-PENALTY, LOOSE, TIGHT = 1000.0, 10.0, 300.0  # on copies: of the differences; of the picture, at first and at last
-OVER, STAGES, CHUNK = 1.6, 20, 512  # over-relaxation; rounds between two penalties; equations differentiated at once
-FLOORS = 0.1, 2e-6  # of the singular values that count, relative: at first and at last
-ENDING = 60  # Gauss-Newton steps at last, each of which halves |f|
-NEAR, SHORTEST, STILL = 1e-3, 0.05, 1e-3  # least level, of |f| at mid-grey; share of a step; last step, of the box
+COLOUR_WEIGHTS = (1.0, 4.0, 6.0)  # weights of light, red - blue and red - 2 green + blue
+SLOPE_WEIGHT = 0.6  # weight of first differences beside second ones
+DIFFERENCE_PENALTY, FIRST_PENALTY, LAST_PENALTY = (
+    1000.0,
+    10.0,
+    300.0,
+)  # on copies: of the differences; of the picture, at first and at last
+OVER_RELAXATION, STAGE_ROUNDS, EQUATIONS_AT_ONCE = (
+    1.6,
+    20,
+    512,
+)  # over-relaxation; rounds between two penalties; equations differentiated at once
+SINGULAR_FLOORS = 0.1, 2e-6  # of the singular values that count, relative: at first and at last
+ENDING_STEPS = 60  # Gauss-Newton steps at last, each of which halves |f|
+LEAST_LEVEL, SHORTEST_SHARE, LAST_STEP = (
+    1e-3,
+    0.05,
+    1e-3,
+)  # least level, of |f| at mid-grey; share of a step; last step, of the box
 
 
 class Variation:
-    """V(x) = sum over pixels and colours c of w_c (|H x_c| + SLOPE |grad x_c|), for pictures x [d] of `shape`.
+    """V(x) = sum over pixels and colours c of w_c (|H x_c| + SLOPE_WEIGHT |grad x_c|), for pictures x [d] of `shape`.
 
     H: second differences xx, yy and sqrt(2) xy, mirrored at the edges; x_c: for three channels light and two differences
     of colour, else a channel. Source: Lysaker, Lundervold and Tai, IEEE Trans. Image Processing 12, 2003 (second order);
     Condat and Mosaddegh, ICIP 2012 (light and colour apart).
     """
 
-    def __init__(self, shape: Shape, like: Tensor) -> None:
+    def __init__(self, shape: PictureShape, like: Tensor) -> None:
         c, h, w = self.shape = shape
         self.colours = (cosines(3) if c == 3 else torch.eye(c)).to(like)
         self.rows, self.columns = cosines(h).to(like), cosines(w).to(like)
@@ -41,8 +51,10 @@ class Variation:
         curves = [2 - 2 * torch.cos(math.pi * torch.arange(k, dtype=torch.float64) / k) for k in (h, w)]
         total = curves[0][:, None] + curves[1]
         self.spectrum = (total.square() / 64 + total / 8).to(like)  # [h, w] of D^T D
-        weights = torch.tensor(COLOURS if c == 3 else (1.0,) * c, dtype=torch.float64)
-        self.weights = torch.stack([8 * weights, 8**0.5 * SLOPE * weights])[..., None, None].to(like)  # [2, c, 1, 1]
+        weights = torch.tensor(COLOUR_WEIGHTS if c == 3 else (1.0,) * c, dtype=torch.float64)
+        self.weights = torch.stack([8 * weights, 8**0.5 * SLOPE_WEIGHT * weights])[..., None, None].to(
+            like
+        )  # [2, c, 1, 1]
 
     def push(self, x: Tensor) -> Tensor:
         """D x [5, c, h, w]: second differences / 8 and first / sqrt(8) of every colour, so that |D| is about 1."""
@@ -52,16 +64,20 @@ class Variation:
         return torch.stack([*bends, 8**0.5 * right, 8**0.5 * below]) / 8
 
     def solve(self, u: Tensor, y: Tensor, rest: float) -> Tensor:
-        """(PENALTY D^T D + rest)^-1 (PENALTY D^T u + y) [d], by cosine transforms."""
+        """(DIFFERENCE_PENALTY D^T D + rest)^-1 (DIFFERENCE_PENALTY D^T u + y) [d], by cosine transforms."""
         right = u[0] @ self.across.T + 2**0.5 * self.down.T @ u[2] + 8**0.5 * u[3]
         back = right @ self.across + self.down.T @ (self.down @ u[1] + 8**0.5 * u[4])
-        z = PENALTY / 8 * back + torch.einsum("oc,chw->ohw", self.colours, y.view(self.shape))
-        z = self.rows.T @ ((self.rows @ z @ self.columns.T) / (PENALTY * self.spectrum + rest)) @ self.columns
+        z = DIFFERENCE_PENALTY / 8 * back + torch.einsum("oc,chw->ohw", self.colours, y.view(self.shape))
+        z = (
+            self.rows.T
+            @ ((self.rows @ z @ self.columns.T) / (DIFFERENCE_PENALTY * self.spectrum + rest))
+            @ self.columns
+        )
         return torch.einsum("oc,ohw->chw", self.colours, z).flatten()
 
     def shrink(self, u: Tensor) -> Tensor:
-        """argmin over s [5, c, h, w] of V + PENALTY |s - u|^2 / 2, V taken of the differences s."""
-        scale = (1 - self.weights / PENALTY / _lengths(u).clamp_min(1e-300)).clamp_min(0)
+        """argmin over s [5, c, h, w] of V + DIFFERENCE_PENALTY |s - u|^2 / 2, V taken of the differences s."""
+        scale = (1 - self.weights / DIFFERENCE_PENALTY / _lengths(u).clamp_min(1e-300)).clamp_min(0)
         return u * scale[[0, 0, 0, 1, 1]]
 
     def __call__(self, x: Tensor) -> float:
@@ -69,7 +85,13 @@ class Variation:
 
 
 def smoothest(
-    x: Tensor, free: Apply, shape: Shape, box: Box = (0.0, 1.0), *, rounds: int = 160, tick: Tick = lambda share: True
+    x: Tensor,
+    free: Apply,
+    shape: PictureShape,
+    box: Range = (0.0, 1.0),
+    *,
+    rounds: int = 160,
+    tick: Tick = lambda share: True,
 ) -> Tensor:
     """argmin V over x + null space of A within the box: [d], a solution of A x = b as exact as x [d] is.
 
@@ -85,22 +107,31 @@ def smoothest(
     known, variation = exact.float(), Variation(shape, exact.float())
     copies = known.expand(2, -1)  # [2, d]: one for the box, one for the equations
     u = variation.push(copies[1])
-    missed, left, rest = torch.zeros_like(u), torch.zeros_like(copies), LOOSE
+    missed, left, rest = torch.zeros_like(u), torch.zeros_like(copies), FIRST_PENALTY
     for i in range(rounds):
-        if i % STAGES == 0:
+        if i % STAGE_ROUNDS == 0:
             if not tick(i / rounds):
                 break
-            tighter = LOOSE * (TIGHT / LOOSE) ** min(1.0, i / (0.6 * rounds))
+            tighter = FIRST_PENALTY * (LAST_PENALTY / FIRST_PENALTY) ** min(1.0, i / (0.6 * rounds))
             left, rest = left * (rest / tighter), tighter
         y = variation.solve(u - missed, rest * (copies - left).sum(0), 2 * rest)
-        missed, left = missed + OVER * variation.push(y) + (1 - OVER) * u, left + OVER * y + (1 - OVER) * copies
+        missed, left = (
+            missed + OVER_RELAXATION * variation.push(y) + (1 - OVER_RELAXATION) * u,
+            left + OVER_RELAXATION * y + (1 - OVER_RELAXATION) * copies,
+        )
         u, copies = variation.shrink(missed), torch.cat([left[:1].clamp(0, 1), known + free(left[1:] - known)])
         missed, left = missed - u, left - copies
     return x + unit * free((copies[1:] - known).to(x))[0]
 
 
 def smoothest_root(
-    f: Apply, start: Tensor, shape: Shape, box: Box = (0.0, 1.0), *, steps: int = 20, tick: Tick = lambda share: True
+    f: Apply,
+    start: Tensor,
+    shape: PictureShape,
+    box: Range = (0.0, 1.0),
+    *,
+    steps: int = 20,
+    tick: Tick = lambda share: True,
 ) -> Tensor:
     """A local minimum [d] of V over f(x) = 0 in the box, from `start` [d]; f: x [d] -> [e] has derivatives by torch.
 
@@ -109,7 +140,7 @@ def smoothest_root(
     norm end it: equations go before the box. Source: Nocedal and Wright, Numerical Optimization, 2006, ch. 18.
     Raises ValueError: as `smoothest`, or f is not finite at the start.
     """
-    x, floor, size = start, FLOORS[0], float(f(start).norm())
+    x, floor, size = start, SINGULAR_FLOORS[0], float(f(start).norm())
     grey = max(size, float(f(torch.full_like(start, sum(box) / 2)).norm()), 1e-300)
     if not math.isfinite(size):
         raise ValueError("f is not finite at the start; begin from another picture.")
@@ -118,15 +149,15 @@ def smoothest_root(
             break
         step, free = _least(f, x, floor)
         move, share = smoothest(x + step, free, shape, box, rounds=80) - x, 1.0
-        most = max(size, grey * max(NEAR, 3.0**-i))
-        while not (left := float(f(x + share * move).norm())) <= most and share > SHORTEST:
+        most = max(size, grey * max(LEAST_LEVEL, 3.0**-i))
+        while not (left := float(f(x + share * move).norm())) <= most and share > SHORTEST_SHARE:
             share /= 2
         if not math.isfinite(left):
             break
         x, size = x + share * move, left
-        if size <= NEAR * grey and float(move.abs().max()) < STILL * (box[1] - box[0]):
+        if size <= LEAST_LEVEL * grey and float(move.abs().max()) < LAST_STEP * (box[1] - box[0]):
             break
-        floor = max(FLOORS[1], min(floor / 3, 0.3 * size / grey)) if share == 1 else floor
+        floor = max(SINGULAR_FLOORS[1], min(floor / 3, 0.3 * size / grey)) if share == 1 else floor
     return _root(f, x)
 
 
@@ -134,10 +165,10 @@ def _root(f: Apply, x: Tensor) -> Tensor:
     """x [d] moved by Gauss-Newton steps of least norm as long as each halves |f|."""
     ending = damped_gauss_newton(
         lambda x, which: f(x[0]).detach()[None],
-        lambda x, r, which: lambda damping, rows: iter([_least(f, x[0], FLOORS[1])[0][None]]),
+        lambda x, r, which: lambda damping, rows: iter([_least(f, x[0], SINGULAR_FLOORS[1])[0][None]]),
         x[None],
         damping=Damping(first=1.0, rise=1.0, fall=1.0),
-        stop=Stop(steps=ENDING, tries=1, gain=0.5),
+        stop=Stop(steps=ENDING_STEPS, tries=1, gain=0.5),
         cost_of=lambda r: r.norm(dim=1),
     )
     return end_of(ending).x[0]
@@ -145,7 +176,7 @@ def _root(f: Apply, x: Tensor) -> Tensor:
 
 def _least(f: Apply, x: Tensor, floor: float) -> tuple[Tensor, Apply]:
     """-J^+ r at x [d], and the projector onto the null space of J; singular values below floor x the largest count as 0."""
-    J, r = jacrev(f, chunk_size=CHUNK)(x).detach(), f(x).detach()
+    J, r = jacrev(f, chunk_size=EQUATIONS_AT_ONCE)(x).detach(), f(x).detach()
     wide = len(J) < len(x)
     values, vectors = torch.linalg.eigh(J @ J.T if wide else J.T @ J)
     kept = (values > floor**2 * values[-1:]) & (values > 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-ROUNDINGS = 100  # of the update, above which a second difference is one
+BEND_ROUNDINGS = 100  # of the update, above which a second difference is one
 
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _LEAKY = {F.leaky_relu, F.leaky_relu_}
@@ -96,7 +96,7 @@ def _pair(n: Any) -> tuple[int, int]:
     return (n, n) if isinstance(n, int) else (n[0], n[1])
 
 
-def kinked(
+def has_kinks(
     update: Callable[[Tensor], Sequence[Tensor]], x: Tensor, rng: torch.Generator, *, reach: float, fall: float = 20.0
 ) -> bool:
     """Whether the update jumps or bends along a random line of length `reach` an entry through x, as of relu networks.
@@ -111,5 +111,5 @@ def kinked(
         ends = zip(update(x + step * direction), middle, update(x - step * direction), strict=True)
         return math.sqrt(sum(float((a - 2 * b + c).detach().double().square().sum()) for a, b, c in ends))
 
-    rounding = ROUNDINGS * sum(torch.finfo(a.dtype).eps * float(a.detach().double().norm()) for a in middle)
+    rounding = BEND_ROUNDINGS * sum(torch.finfo(a.dtype).eps * float(a.detach().double().norm()) for a in middle)
     return rounding < bend(1.0) < fall * bend(1 / 8)

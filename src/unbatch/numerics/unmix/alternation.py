@@ -16,19 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.numerics.unmix.mixture import Mixture, misfits
+from unbatch.numerics.unmix.mixture import MOST_CLASSES, Mixture, misfits
 
-CLASSES = 128  # beyond which residuals have too many unknowns
-POINTS = 4097  # of the tabulated slope; 0, where kinks are, is one
-REACH = 4.0  # times the largest preactivation of the middle guess, up to which it is tabulated
-ALIKE = 1e-9  # relative difference of neurons' slopes that is rounding
-JUMP = 0.02  # of the slope's range, from one point to the next, above which it jumps: patterns are the way then
-STEPS = 200
-DAMPING = 0.95  # of the dual: without it guesses wander off, and below .9 they stay where they are
-RENEWED = 5  # steps between two looks at the residual
-PULL = 2.0  # weight of preactivations against deltas
-NEARER = 1 / 3  # of a guess's misfit, to which an example's falls far below, and one's that went astray hardly
-NEWTON = 2  # steps of an entry towards the graph
+TABLE_POINTS = 4097  # of the tabulated slope; 0, where kinks are, is one
+TABLE_REACH = 4.0  # times the largest preactivation of the middle guess, up to which it is tabulated
+ALIKE_SLOPES = 1e-9  # relative difference of neurons' slopes that is rounding
+SLOPE_JUMP = 0.02  # of the slope's range, from one point to the next, above which it jumps: patterns are the way then
+ALTERNATIONS = 200
+DUAL_DAMPING = 0.95  # of the dual: without it guesses wander off, and below .9 they stay where they are
+RESIDUAL_STEPS = 5  # steps between two looks at the residual
+PREACTIVATION_WEIGHT = 2.0  # weight of preactivations against deltas
+NEARER_SHARE = 1 / 3  # of a guess's misfit, to which an example's falls far below, and one's that went astray hardly
+GRAPH_STEPS = 2  # steps of an entry towards the graph
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,13 @@ class Slopes:
     """delta_j = g(p_j) (on_j . a), g tabulated between -reach and reach and constant beyond."""
 
     on: Tensor  # [m, k - 1]
-    slope: Tensor  # [POINTS]: g
+    slope: Tensor  # [TABLE_POINTS]: g
     reach: float
 
     def __call__(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """g(p) and g'(p), of the shape of p."""
-        unit, table = (POINTS - 1) / (2 * self.reach), self.slope.to(p)
-        at = ((p + self.reach) * unit).nan_to_num().clamp(0, POINTS - 1.001)
+        unit, table = (TABLE_POINTS - 1) / (2 * self.reach), self.slope.to(p)
+        at = ((p + self.reach) * unit).nan_to_num().clamp(0, TABLE_POINTS - 1.001)
         left = at.floor()
         rise = table.diff().take(left.long())
         return table.take(left.long()) + (at - left) * rise, rise * unit
@@ -64,30 +63,30 @@ def slopes(mixture: Mixture, z: Tensor, rng: torch.Generator) -> Slopes | None:
 
     The difference of two labels' deltas then is one function of each neuron's preactivation alone, up to a factor.
     """
-    if not 2 <= mixture.classes <= CLASSES or not len(z):
+    if not 2 <= mixture.classes <= MOST_CLASSES or not len(z):
         return None
     m = mixture.U.shape[0]
-    reach = REACH * float(mixture.before(z).abs().amax(1).median())
-    grid = torch.linspace(-reach, reach, POINTS, dtype=torch.float64).to(z)
-    rows = torch.nn.functional.pad(grid, (0, -POINTS % m)).view(-1, m)
+    reach = TABLE_REACH * float(mixture.before(z).abs().amax(1).median())
+    grid = torch.linspace(-reach, reach, TABLE_POINTS, dtype=torch.float64).to(z)
+    rows = torch.nn.functional.pad(grid, (0, -TABLE_POINTS % m)).view(-1, m)
     level = torch.linspace(-reach, reach, 9, dtype=torch.float64)[:, None].expand(-1, m)
-    mixed = reach / REACH * torch.randn(8, m, generator=rng, dtype=torch.float64)
+    mixed = reach / TABLE_REACH * torch.randn(8, m, generator=rng, dtype=torch.float64)
     before = torch.cat([level.to(z), mixed.to(z), rows])
-    seen = torch.stack([_deltas(mixture, before, c) for c in range(1, mixture.classes)], 2)
-    seen = seen - _deltas(mixture, before, 0)[:, :, None]  # [p, m, k - 1]
+    seen = torch.stack([mixture.deltas_under(before, c) for c in range(1, mixture.classes)], 2)
+    seen = seen - mixture.deltas_under(before, 0)[:, :, None]  # [p, m, k - 1]
     on = seen[int(seen[: len(level)].square().sum((1, 2)).argmax())]
     power = on.square().sum(1)
     ratio = (seen * on).sum(2) / power  # [p, m]: g, if they are
-    slope = ratio[-len(rows) :].flatten()[:POINTS]
+    slope = ratio[-len(rows) :].flatten()[:TABLE_POINTS]
     found, size = Slopes(on, slope, reach), float(slope.abs().max())
-    alone = bool(((seen - ratio[:, :, None] * on).norm(dim=2) <= ALIKE * power.sqrt() * max(size, 1.0)).all())
-    if not alone or float(slope.diff().abs().max()) > JUMP * float(slope.max() - slope.min()):
+    alone = bool(((seen - ratio[:, :, None] * on).norm(dim=2) <= ALIKE_SLOPES * power.sqrt() * max(size, 1.0)).all())
+    if not alone or float(slope.diff().abs().max()) > SLOPE_JUMP * float(slope.max() - slope.min()):
         return None  # as is a layer with a neuron that no residual reaches, whose ratio is NaN
-    alike = (ratio - found(before)[0]).abs().max() <= JUMP * size
+    alike = (ratio - found(before)[0]).abs().max() <= SLOPE_JUMP * size
     return found if bool(alike) else None
 
 
-def approach(mixture: Mixture, slopes: Slopes, z: Tensor, y: Tensor, *, steps: int = STEPS) -> Tensor:
+def approach(mixture: Mixture, slopes: Slopes, z: Tensor, y: Tensor, *, steps: int = ALTERNATIONS) -> Tensor:
     """z [g, n] moved towards examples with the labels y [g], often to within a few per cent of one; in float32.
 
     Some go astray: what does not come to fit its equation several times better stays as it was.
@@ -100,19 +99,21 @@ def approach(mixture: Mixture, slopes: Slopes, z: Tensor, y: Tensor, *, steps: i
     Q, shift, p = Q.float(), offset.float(), mixture.before(z)
     drive, p = slopes.drive(mixture, p, y).float(), p.float()
     slope = slopes(p)[0]
-    weight = PULL * slope.std(1, keepdim=True) / (p.std(1, keepdim=True) + 1e-30)  # an error of p against one of g(p)
+    weight = (
+        PREACTIVATION_WEIGHT * slope.std(1, keepdim=True) / (p.std(1, keepdim=True) + 1e-30)
+    )  # an error of p against one of g(p)
     gu, gp, du, dp = drive * slope, p, torch.zeros_like(p), torch.zeros_like(p)
     for step in range(steps):
         u, p = ((gu - du) @ U) @ U.T, ((gp - dp - shift) @ Q) @ Q.T
         if ruler is not None:
             p = p + (1 - p @ ruler)[:, None] * ruler / (ruler @ ruler)
         p = p + shift
-        if step % RENEWED == 0 and step:
+        if step % RESIDUAL_STEPS == 0 and step:
             drive = slopes.drive(mixture, p.double(), y).float()
         gu, gp = _graph(slopes, drive, u + du, p + dp, weight)
-        du, dp = DAMPING * (du + u - gu), DAMPING * (dp + p - gp)
+        du, dp = DUAL_DAMPING * (du + u - gu), DUAL_DAMPING * (dp + p - gp)
     moved = mixture.scaled((gp.double() - offset) @ back)
-    nearer = misfits(mixture, moved, y)[0] < NEARER * misfits(mixture, z, y)[0]
+    nearer = misfits(mixture, moved, y)[0] < NEARER_SHARE * misfits(mixture, z, y)[0]
     return torch.where(nearer[:, None], moved, z)
 
 
@@ -120,16 +121,11 @@ def _graph(slopes: Slopes, drive: Tensor, u: Tensor, p: Tensor, weight: Tensor) 
     """The nearest (drive g(t), t) to (u, p), entry by entry: min (drive g(t) - u)^2 + weight^2 (t - p)^2 over t."""
     t = p
     best, least = p, torch.full_like(p, torch.inf)
-    for step in range(NEWTON + 1):
+    for step in range(GRAPH_STEPS + 1):
         g, bend = slopes(t)
         off, far, rate = drive * g - u, weight.square() * (t - p), drive * bend
         cost = off.square() + far * (t - p)
         best, least = torch.where(cost < least, t, best), torch.minimum(cost, least)
-        if step < NEWTON:
+        if step < GRAPH_STEPS:
             t = t - (rate * off + far) / (rate.square() + weight.square())
     return drive * slopes(best)[0], best
-
-
-def _deltas(mixture: Mixture, before: Tensor, label: int) -> Tensor:
-    y = torch.full((len(before),), label, dtype=torch.long, device=before.device)
-    return mixture.deltas(before, y).detach()

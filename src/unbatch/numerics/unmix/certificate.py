@@ -17,26 +17,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unbatch.numerics.unmix.equation import SLACK, Equation
+from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
+from unbatch.numerics.unmix.equation import NOISE_SLACK, Equation
 from unbatch.numerics.unmix.linearisation import Linearisation
 from unbatch.numerics.unmix.mixture import Mixture
 
-Rounding = Callable[[Tensor, Tensor], Tensor]  # z [f, n], y -> errors of their deltas [f, m]
+DeltaRounding = Callable[[Tensor, Tensor], Tensor]  # z [f, n], y -> errors of their deltas [f, m]
 
-DRAWS = 6
-SIGMAS = 6.0  # of an error with many degrees of freedom, of which DRAWS x n coordinates measure the spread
-BESIDE = 1e-4  # relative distance at which rounding is another draw of the same law
-LARGEST = 0.05  # relative radius beyond which nothing is claimed: first order is then no proof of anything
-NONLINEAR = 0.05  # relative change of F over the radius above which first order is not relied on
+ERROR_DRAWS = 6  # of an error with many degrees of freedom, of which draws x n coordinates measure the spread
+BESIDE_DISTANCE = 1e-4  # relative distance at which rounding is another draw of the same law
+NONLINEAR_CHANGE = 0.05  # relative change of F over the radius above which first order is not relied on
 
 
-def radius(
+def mixture_radius(
     mixture: Mixture,
     z: Tensor,
     y: Tensor,
     rng: torch.Generator,
     *,
-    rounding: Rounding | None = None,
+    rounding: DeltaRounding | None = None,
     jointly: bool = False,
 ) -> Tensor:
     """Largest |z_i - z_i*| [f], l2 in R^d, of accepted examples z [f, n]; inf where first order does not reach.
@@ -53,14 +52,14 @@ def radius(
     found = (_jointly if jointly or mixture.n == 1 else _alone)(mixture, z, y, rng, rounding)
     turned = 2 * (mixture.outside or mixture.noise) * (z / mixture.S).norm(dim=1)  # the row space's own: |Delta^+ E|
     found = found + turned
-    moved = z + found[:, None] * torch.nn.functional.normalize(_normal(z, rng), dim=1)
+    moved = z + found[:, None] * torch.nn.functional.normalize(_gaussian(z, rng), dim=1)
     F = mixture.F(z, y)
     bend = (mixture.F(moved, y) - F).norm(dim=1) / (F.norm(dim=1) + 1e-300)
-    near = (bend < NONLINEAR) & (found < LARGEST * z.norm(dim=1))  # false for NaN too
+    near = (bend < NONLINEAR_CHANGE) & (found < LARGEST_RADIUS * z.norm(dim=1))  # false for NaN too
     return torch.where(near, found, torch.inf)
 
 
-def _jointly(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: Rounding | None) -> Tensor:
+def _jointly(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: DeltaRounding | None) -> Tensor:
     at = Linearisation(mixture, z, y)
     n, scale = mixture.n, _spread(mixture)
 
@@ -69,18 +68,20 @@ def _jointly(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, round
         return v[:, :n].square().sum(1)
 
     spread = z.new_zeros(len(z))
-    for _ in range(DRAWS):
-        E = scale * _normal(mixture.U, rng) + _wrong(mixture, z, y, at.F, rng, rounding).T @ z
-        spread += response(E) / DRAWS
-    return SIGMAS * spread.sqrt() + 2 * response(at.left()).sqrt()
+    for _ in range(ERROR_DRAWS):
+        E = scale * _gaussian(mixture.U, rng) + _wrong(mixture, z, y, at.F, rng, rounding).T @ z
+        spread += response(E) / ERROR_DRAWS
+    return ERROR_SIGMAS * spread.sqrt() + 2 * response(at.left()).sqrt()
 
 
-def _alone(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: Rounding | None) -> Tensor:
+def _alone(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: DeltaRounding | None) -> Tensor:
     """Each example by its own equation ((I - U U^T) F / |F|, q . z - 1) = 0, whose error is E q and that of F."""
     equation, F = Equation(mixture, z, y), mixture.F(z, y)
     size, U = F.norm(dim=1, keepdim=True) + 1e-300, mixture.U
     outer = _spread(mixture) * mixture.dual(F).norm(dim=1, keepdim=True)
-    draws = torch.stack([outer * _normal(F, rng) + _wrong(mixture, z, y, F, rng, rounding) for _ in range(DRAWS)], 1)
+    draws = torch.stack(
+        [outer * _gaussian(F, rng) + _wrong(mixture, z, y, F, rng, rounding) for _ in range(ERROR_DRAWS)], 1
+    )
     inside = draws @ U  # [f, draws, n]
     last = ((inside / mixture.S) * z[:, None]).sum(2, keepdim=True)
     seen = torch.cat([(draws - inside @ U.T) / size[:, None], last], 2)  # as the equation sees the errors
@@ -91,7 +92,7 @@ def _alone(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, roundin
         right = torch.cat([seen[which], r[:, None]], 1).mT
         moved = torch.linalg.solve_triangular(R, Q.mT @ right, upper=True)[:, : len(equation.free)]
         off = moved.square().sum(1)  # [q, draws + 1]
-        found.append(SIGMAS * off[:, :DRAWS].mean(1).sqrt() + 2 * off[:, DRAWS].sqrt())
+        found.append(ERROR_SIGMAS * off[:, :ERROR_DRAWS].mean(1).sqrt() + 2 * off[:, ERROR_DRAWS].sqrt())
     return torch.cat(found)
 
 
@@ -101,21 +102,21 @@ def _spread(mixture: Mixture) -> float:
 
 
 def _wrong(
-    mixture: Mixture, z: Tensor, y: Tensor, F: Tensor, rng: torch.Generator, rounding: Rounding | None
+    mixture: Mixture, z: Tensor, y: Tensor, F: Tensor, rng: torch.Generator, rounding: DeltaRounding | None
 ) -> Tensor:
     """A draw of the errors of the deltas F [f, m].
 
     Precision can put a preactivation on the other side of a kink. Where that is rare it makes one entry wrong by all it
     is, more than `accept` allows, so it is no part of the law; where precision is coarse it is as common as rounding.
     """
-    wrong: Tensor = mixture.rounding * F * (_normal(F, rng) + _normal(F[:, :1], rng))
+    wrong: Tensor = mixture.rounding * F * (_gaussian(F, rng) + _gaussian(F[:, :1], rng))
     if rounding is None:
         return wrong
-    beside = mixture.scaled(z + BESIDE * z.square().mean(1, keepdim=True).sqrt() * _normal(z, rng))
+    beside = mixture.scaled(z + BESIDE_DISTANCE * z.square().mean(1, keepdim=True).sqrt() * _gaussian(z, rng))
     flaws, size = rounding(beside, y), F.norm(dim=1, keepdim=True)
-    most = SLACK * (mixture.noise * mixture.dual(F).norm(dim=1, keepdim=True) + mixture.rounding * size)
+    most = NOISE_SLACK * (mixture.noise * mixture.dual(F).norm(dim=1, keepdim=True) + mixture.rounding * size)
     return wrong + flaws.masked_fill(flaws.abs() > most, 0.0)
 
 
-def _normal(like: Tensor, rng: torch.Generator) -> Tensor:
+def _gaussian(like: Tensor, rng: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=rng, dtype=torch.float64).to(like)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.numerics.search.least_squares import Residual, minimise_by_products
+from unbatch.numerics.search.least_squares import PointResidual, minimise_by_products
 from unbatch.numerics.unmix.mixture import Mixture
 
-STEPS = 400  # linear solves
-INNER = 50  # products with J in each
-PATIENCE = 500  # products within which the cost is to halve: each example by itself is faster then
+DESCENT_SOLVES = 400  # linear solves
+SOLVE_PRODUCTS = 50  # products with J in each
+HALVING_PRODUCTS = 500  # products within which the cost is to halve: each example by itself is faster then
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Descent:
         for cost, z in descend(mixture, point, y, rng, smooth):
             point = z
             costs.append(cost)
-            slow = len(costs) % PATIENCE == 0 and cost > 0.5 * costs[-PATIENCE]
+            slow = len(costs) % HALVING_PRODUCTS == 0 and cost > 0.5 * costs[-HALVING_PRODUCTS]
             if slow or cost < self.enough**2 or not tick():
                 break
         return point
@@ -68,7 +68,7 @@ def descend(
     B = mixture.U * mixture.S
     size = B.norm()
 
-    def of(mixture: Mixture) -> Residual:
+    def of(mixture: Mixture) -> PointResidual:
         def residual(z: Tensor, /, *, create_graph: bool = False) -> Tensor:
             before = mixture.before(z)
             if not create_graph:
@@ -79,4 +79,6 @@ def descend(
         return residual
 
     surrogate = None if smooth is None else of(smooth)
-    return minimise_by_products(of(mixture), start, rng, steps=STEPS, inner=INNER, surrogate=surrogate)
+    return minimise_by_products(
+        of(mixture), start, rng, steps=DESCENT_SOLVES, inner=SOLVE_PRODUCTS, surrogate=surrogate
+    )

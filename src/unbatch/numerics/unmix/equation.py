@@ -8,9 +8,9 @@ from torch import Tensor
 from unbatch.numerics.search.small_problems import minimise_each
 from unbatch.numerics.unmix.mixture import Mixture, label_misfits, misfits
 
-MANY = 64  # classes above which every scale under every label takes too long
-SLACK = 30.0  # times the noise up to which what is left counts as noise
-ENTRIES = 2**25  # of a Jacobian held at once: 256 MiB
+MANY_CLASSES = 64  # classes above which every scale under every label takes too long
+NOISE_SLACK = 30.0  # times the noise up to which what is left counts as noise
+JACOBIAN_ENTRIES = 2**25  # of a Jacobian held at once: 256 MiB
 
 
 class Equation:
@@ -113,7 +113,7 @@ class Equation:
 
     def chunk(self) -> int:
         """Candidates that are linearised at a time."""
-        return max(1, ENTRIES // (max(self.unknowns, 1) * (self.mixture.U.shape[0] + 1)))
+        return max(1, JACOBIAN_ENTRIES // (max(self.unknowns, 1) * (self.mixture.U.shape[0] + 1)))
 
 
 def choose_labels(mixture: Mixture, z: Tensor, classes: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def placed(mixture: Mixture, z: Tensor, classes: Tensor, *, finer: int = 1, with
     ones as well. Factors of 2^(j / 2) about the inputs' size |dL/dW| / |dL/db| are tried; without a bias, where the loss
     alone tells the scale, 2^(j / finer) about preactivations of size 1.
     """
-    if not len(z) or (mixture.ones is not None and len(classes) > MANY):
+    if not len(z) or (mixture.ones is not None and len(classes) > MANY_CLASSES):
         return mixture.scaled(z)
     tries: list[Tensor] = []
     if mixture.ones is None:
@@ -213,11 +213,11 @@ def polish(
 def accept(mixture: Mixture, z: Tensor, y: Tensor) -> Tensor:
     """Numbers [f] of the candidates that are examples of this mixture, best first, no example twice.
 
-    Accepted are those whose subtraction lowers the rank of A by one to within SLACK times its noise, with |out| and
+    Accepted are those whose subtraction lowers the rank of A by one to within NOISE_SLACK times its noise, with |out| and
     |q . z - 1| small in themselves, so that noise cannot hide a phantom; two with q_i . z_j away from 0 are one.
     """
     outside, excess, drop = misfits(mixture, z, y)
-    good = (outside < 0.05) & (excess.abs() < 0.05) & (drop < SLACK) & z.isfinite().all(1)
+    good = (outside < 0.05) & (excess.abs() < 0.05) & (drop < NOISE_SLACK) & z.isfinite().all(1)
     order = drop.argsort()
     q = mixture.dual(mixture.F(z, y))
     cross = (q @ z.T).abs()
@@ -229,11 +229,11 @@ def accept(mixture: Mixture, z: Tensor, y: Tensor) -> Tensor:
 
 
 def explained(mixture: Mixture, z: Tensor, y: Tensor) -> bool:
-    """Whether all n examples together leave of A what noise leaves, to within SLACK: |A - F^T Z| against the noise's."""
+    """Whether all n examples together leave of A what noise leaves: |A - F^T Z| is within NOISE_SLACK times the noise's."""
     F = mixture.F(z, y)
     left = float((mixture.U * mixture.S - F.T @ z).norm())
     rounding = mixture.rounding * float((F.norm(dim=1) * z.norm(dim=1)).square().sum().sqrt())
-    return len(z) == mixture.n and left < SLACK * (mixture.noise * mixture.n**0.5 + rounding)
+    return len(z) == mixture.n and left < NOISE_SLACK * (mixture.noise * mixture.n**0.5 + rounding)
 
 
 def complement(Q: Tensor, n: int) -> Tensor:

@@ -11,7 +11,7 @@ from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, da
 from unbatch.numerics.unmix.linearisation import Linearisation
 from unbatch.numerics.unmix.mixture import Mixture
 
-SETTLED = 1e-5  # of the power that noise can have: what is left then moves nothing
+SETTLED_POWER = 1e-5  # of the power that noise can have: what is left then moves nothing
 
 
 def refine_jointly(
@@ -37,7 +37,9 @@ def refine_jointly(
             problem,
             problem.start,
             damping=Damping(first=1e-6, rise=100.0, fall=100.0, least=1e-12, most=1.0),
-            stop=Stop(steps=steps, solves=steps, target=SETTLED * mixture.n * mixture.noise**2, gain=0.01, once=True),
+            stop=Stop(
+                steps=steps, solves=steps, target=SETTLED_POWER * mixture.n * mixture.noise**2, gain=0.01, once=True
+            ),
         )
     )
     return *problem.apart(last.x), (float(last.cost) / float(mixture.S.square().sum())) ** 0.5

@@ -8,7 +8,7 @@ from torch import Tensor
 from unbatch.numerics.search.least_squares import conjugate_gradients
 from unbatch.numerics.unmix.mixture import Mixture
 
-PROBES = 4  # directions that a preconditioner is averaged over
+GRAM_DIRECTIONS = 4  # directions that a preconditioner is averaged over
 
 
 class Linearisation:
@@ -70,11 +70,11 @@ class Linearisation:
         """
         n, rng = self.mixture.n, torch.Generator().manual_seed(0)
         G = self.F @ self.F.T + torch.diag(damping * self.weight[:, 0])
-        for _ in range(PROBES):
+        for _ in range(GRAM_DIRECTIONS):
             u = torch.nn.functional.normalize(torch.randn(n, generator=rng, dtype=torch.float64), dim=0).to(self.z)
             h = self.bent((u @ self.mixture.W).expand_as(self.F))
             cross = (h @ self.F.T) * (self.z @ u)[:, None]
-            G = G + ((h @ h.T) * (self.z @ self.z.T) + cross + cross.T) / PROBES
+            G = G + ((h @ h.T) * (self.z @ self.z.T) + cross + cross.T) / GRAM_DIRECTIONS
         G.diagonal().mul_(1 + 1e-12)
         root = torch.linalg.cholesky_ex(G)[0]
 

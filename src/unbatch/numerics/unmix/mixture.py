@@ -17,6 +17,9 @@ from torch import Tensor
 Deltas = Callable[[Tensor, Tensor], Tensor]  # (preactivations [g, m], labels [g] or [g, k]) -> [g, m]
 
 
+MOST_CLASSES = 128  # beyond which residuals have too many unknowns
+
+
 @dataclass(frozen=True)
 class Mixture:
     """U S = sum_i delta_i z_i^T. `deltas` is a gradient with respect to its first argument, example by example."""
@@ -45,6 +48,11 @@ class Mixture:
     def F(self, z: Tensor, y: Tensor) -> Tensor:  # noqa: N802
         """The deltas [g, m] of z [g, n] under the labels y."""
         return self.deltas(self.before(z), y).detach()
+
+    def deltas_under(self, before: Tensor, label: int) -> Tensor:
+        """The deltas [g, m] of preactivations [g, m], all of them of the class `label`."""
+        y = torch.full((len(before),), label, dtype=torch.long, device=before.device)
+        return self.deltas(before, y).detach()
 
     def dual(self, delta: Tensor) -> Tensor:
         """q [g, n] with U S q nearest to delta [g, m]."""

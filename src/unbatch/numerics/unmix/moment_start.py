@@ -22,13 +22,13 @@ from unbatch.numerics.moments.cp import compress, diagonalise
 from unbatch.numerics.unmix.mixture import Mixture
 from unbatch.numerics.unmix.sign_certain import fan
 
-LARGEST = 24  # components that are diagonalised: seconds there, and too few neurons for more
+MOST_COMPONENTS = 24  # components that are diagonalised: seconds there, and too few neurons for more
 
 
 def weight_moments(mixture: Mixture, rng: torch.Generator) -> Tensor:
-    """Guesses [g, n] up to scale and sign: n by the second order and n by the third; none where n > LARGEST."""
+    """Guesses [g, n] up to scale and sign: n by the second order and n by the third; none where n > MOST_COMPONENTS."""
     n = mixture.n
-    if n > LARGEST:
+    if n > MOST_COMPONENTS:
         return mixture.U.new_zeros(0, n)
     origin = mixture.U.new_zeros(1, n)
     if mixture.ones is not None:

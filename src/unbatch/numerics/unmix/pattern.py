@@ -24,27 +24,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from unbatch.numerics.unmix.mixture import Mixture
+from unbatch.numerics.unmix.mixture import MOST_CLASSES, Mixture
 from unbatch.numerics.unmix.sign_certain import deviations, exact_rows
 
-CLASSES = 128  # beyond which residuals have too many unknowns
-SPREAD = 0.5  # error of a guess's preactivations, in their own standard deviation
-PENALTY = 10.0
+GUESS_SPREAD = 0.5  # error of a guess's preactivations, in their own standard deviation
+PROGRAM_PENALTY = 10.0
 BISECTIONS = 60
-FAR = 6.0  # deviations of an error beyond which it makes no difference
+FAR_DEVIATIONS = 6.0  # deviations of an error beyond which it makes no difference
 TURNS = 4  # of programs; between them guesses are brought to agree with their patterns
-AGREED = 3  # steps of that
-AGREEING = 0.3  # error of a guess's preactivations in it
-FIRST = (6, 15)  # linear programs and steps: each has the last one's answer for its guess, and the residual to it
-SHORT = (3, 15)  # of a turn, for all guesses
-LONG = (6, 50)  # of a turn, for the few that are to be finished
-AGAIN = 3  # times that least absolute deviations begin anew from the pattern that they led to
-SURE = 0.9  # share of rows that fit a dual vector of which the pattern is known: an example's are .98 and more
-FINAL = 3  # of roundings of what least absolute deviations leave
-PART = 64  # patterns finished at a time
-NEAR = 0.06  # share of rows up to which two patterns are mostly of one example
-NOTHING = 0.05  # length of a delta, over that of all neurons on, up to which the program has ended at 0
-ROUGH = 0.15  # relative distance to a pattern's delta above which what the program ends at is no pattern
+AGREEMENT_STEPS = 3  # steps of that
+AGREEMENT_SPREAD = 0.3  # error of a guess's preactivations in it
+FIRST_PROGRAMS = (
+    6,
+    15,
+)  # linear programs and steps: each has the last one's answer for its guess, and the residual to it
+SHORT_PROGRAMS = (3, 15)  # of a turn, for all guesses
+LONG_PROGRAMS = (6, 50)  # of a turn, for the few that are to be finished
+PATTERN_RESTARTS = 3  # times that least absolute deviations begin anew from the pattern that they led to
+SURE_SHARE = 0.9  # share of rows that fit a dual vector of which the pattern is known: an example's are .98 and more
+FINAL_ROUNDINGS = 3  # of roundings of what least absolute deviations leave
+PATTERNS_AT_ONCE = 64  # patterns finished at a time
+NEAR_PATTERN = 0.06  # share of rows up to which two patterns are mostly of one example
+ZERO_LENGTH = 0.05  # length of a delta, over that of all neurons on, up to which the program has ended at 0
+ROUGH_DISTANCE = 0.15  # relative distance to a pattern's delta above which what the program ends at is no pattern
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Switches:
 
     def chance(self, before: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
         """P that neurons with preactivations N(before, spread^2) [g, m] are on, and E[x; on] of the x = N(0, 1) in it."""
-        low, high = (((edge - before) / spread).clamp(-FAR, FAR) for edge in (self.low, self.high))
+        low, high = (
+            ((edge - before) / spread).clamp(-FAR_DEVIATIONS, FAR_DEVIATIONS) for edge in (self.low, self.high)
+        )
         inside = 0.5 * (torch.erfc(low / 2**0.5) - torch.erfc(high / 2**0.5))
         slope = ((-0.5 * low.square()).exp() - (-0.5 * high.square()).exp()) / (2 * math.pi) ** 0.5
         return inside, slope
@@ -91,15 +95,15 @@ class Switches:
 
 def switches(mixture: Mixture, rng: torch.Generator) -> Switches | None:
     """The two values, if the difference of two labels' deltas has two values a row and no more, whatever other rows do."""
-    if not 2 <= mixture.classes <= CLASSES:
+    if not 2 <= mixture.classes <= MOST_CLASSES:
         return None
     m = mixture.U.shape[0]
     level = 10.0 ** torch.arange(-3, 4, dtype=torch.float64)
     level = torch.cat([-level.flip(0), level])  # ascending
     mixed = level[torch.randint(len(level), (8, m), generator=rng)]
     before = torch.cat([level[:, None].expand(-1, m), mixed]).to(mixture.U)
-    first = _deltas(mixture, before, 0)
-    seen = torch.stack([_deltas(mixture, before, c) - first for c in range(1, mixture.classes)], 2)  # [p, m, k - 1]
+    first = mixture.deltas_under(before, 0)
+    seen = torch.stack([mixture.deltas_under(before, c) - first for c in range(1, mixture.classes)], 2)  # [p, m, k - 1]
     size = seen.norm(dim=2)
     rows = torch.arange(m, device=size.device)
     on, off = seen[size.argmax(0), rows], seen[size.argmin(0), rows]
@@ -116,7 +120,7 @@ def switches(mixture: Mixture, rng: torch.Generator) -> Switches | None:
         low, high = (level.to(mixture.U)[here.int().argmax(0) + k] for k in (0, 1))
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            value = (_deltas(mixture, middle[None], 1) - _deltas(mixture, middle[None], 0))[0]
+            value = (mixture.deltas_under(middle[None], 1) - mixture.deltas_under(middle[None], 0))[0]
             beyond = ((value - on[:, 0]).abs() < (value - off[:, 0]).abs()) == rising
             low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
         return torch.where(here.any(0), high, -torch.inf if rising else torch.inf)
@@ -146,7 +150,7 @@ def relax(mixture: Mixture, rest: Mixture, two: Switches, z: Tensor, y: Tensor) 
     def ends(i: Tensor) -> Corners:
         before = mixture.before(z[i])
         a = two.residual(two.at(before), mixture.F(z[i], y[i]))
-        pattern, delta, off, _ = _programs(mixture, two, a, before, *FIRST)
+        pattern, delta, off, _ = _programs(mixture, two, a, before, *FIRST_PROGRAMS)
         return Corners(pattern, delta, off, z[i] @ rest.basis.T)
 
     return _in_parts(ends, len(z))
@@ -192,16 +196,16 @@ def _in_parts(ends: Callable[[Tensor], Corners], g: int, chunk: int = 512) -> Co
 def agreeing(rest: Mixture, two: Switches, pattern: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """x [g, r] in the rest, and its preactivations [g, m], moved towards those that have the pattern [g, m].
 
-    Expectation and maximisation of a probit model: preactivations are x W with a normal error of AGREEING deviations, and
-    what is known of them is the pattern, right or wrong. One product with the same matrix a step for all.
+    Expectation and maximisation of a probit model: preactivations are x W with a normal error of AGREEMENT_SPREAD
+    deviations, and what is known of them is the pattern, right or wrong. One product with the same matrix a step for all.
     """
     G = rest.W @ rest.W.T
     G.diagonal().add_(1e-9 * G.diagonal().mean() + 1e-300)
     onto = torch.linalg.solve(G, rest.W).T  # [m, r]
     along = None if rest.ones is None else torch.linalg.solve(G, rest.ones)
-    for _ in range(AGREED):
+    for _ in range(AGREEMENT_STEPS):
         before = rest.before(x)
-        spread = AGREEING * before.std(1, keepdim=True)
+        spread = AGREEMENT_SPREAD * before.std(1, keepdim=True)
         inside, slope = two.chance(before, spread)
         pull = torch.where(pattern, slope / inside.clamp_min(1e-12), -slope / (1 - inside).clamp_min(1e-12))
         x = x + (spread * pull) @ onto
@@ -223,12 +227,12 @@ def _programs(
         gap = on - off
         gap = torch.where(gap < 0, gap.clamp_max(-0.05), gap.clamp_min(0.05))
         start = off + odds.sigmoid() * (on - off) if v is None else v
-        u, v = _program(U, odds / gap / PENALTY, off, on, start, steps)
+        u, v = _program(U, odds / gap / PROGRAM_PENALTY, off, on, start, steps)
         s = (u - off) / gap
         pattern, odds = s > 0.5, 8 * (s.clamp(-0.1, 1.1) - 0.5)
         length = u.norm(dim=1)
         far = (u - torch.where(pattern, on, off)).norm(dim=1) / length
-        far = torch.where(length > NOTHING * gap.norm(dim=1), far, torch.inf)
+        far = torch.where(length > ZERO_LENGTH * gap.norm(dim=1), far, torch.inf)
         a = two.residual(pattern, u.to(a), a)
     return pattern, u.to(a), far.to(a), a
 
@@ -245,14 +249,9 @@ def _program(U: Tensor, slope: Tensor, off: Tensor, on: Tensor, v: Tensor, steps
     return u, v
 
 
-def _deltas(mixture: Mixture, before: Tensor, label: int) -> Tensor:
-    y = torch.full((len(before),), label, dtype=torch.long, device=before.device)
-    return mixture.deltas(before, y).detach()
-
-
 def _odds(two: Switches, before: Tensor) -> Tensor:
     """Log odds [g, m] that the neurons are on, under an error of the preactivations."""
-    share = two.chance(before, SPREAD * before.std(1, keepdim=True))[0]
+    share = two.chance(before, GUESS_SPREAD * before.std(1, keepdim=True))[0]
     return ((share + 0.01) / (1.01 - share)).log()
 
 
@@ -261,11 +260,11 @@ def finish(mixture: Mixture, two: Switches, pattern: Tensor, delta: Tensor) -> t
 
     Least absolute deviations mend most of the wrong rows. Then the pattern is what U S q rounds to, and its residual
     the one with which its delta lies in the range of U: the least singular vector of (I - U U^T) columns(pattern). Where
-    not SURE of the rows are exact then, deviations begin anew from that pattern.
+    not SURE_SHARE of the rows are exact then, deviations begin anew from that pattern.
     """
     c, pattern, share = _finish(mixture, two, pattern, delta @ mixture.U)
-    for _ in range(AGAIN):
-        left = (share < SURE).nonzero()[:, 0]
+    for _ in range(PATTERN_RESTARTS):
+        left = (share < SURE_SHARE).nonzero()[:, 0]
         new = _finish(mixture, two, pattern[left], c[left])
         better = new[2] > share[left]
         left = left[better]
@@ -277,7 +276,7 @@ def finish(mixture: Mixture, two: Switches, pattern: Tensor, delta: Tensor) -> t
 
 def _finish(mixture: Mixture, two: Switches, pattern: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     c, _ = deviations(mixture, partial(two.columns, pattern), c)
-    parts = torch.split(torch.arange(len(c), device=c.device), PART)
+    parts = torch.split(torch.arange(len(c), device=c.device), PATTERNS_AT_ONCE)
     if not len(c):
         return c, pattern, c.new_zeros(0)
     found = [_rounded(mixture, two, pattern[i], c[i]) for i in parts]
@@ -288,7 +287,7 @@ def _finish(mixture: Mixture, two: Switches, pattern: Tensor, c: Tensor) -> tupl
 def _rounded(mixture: Mixture, two: Switches, pattern: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     U, every = mixture.U, torch.arange(len(pattern), device=pattern.device)
     a, error = two.residual(pattern, c @ U.T), c @ U.T
-    for _ in range(FINAL):
+    for _ in range(FINAL_ROUNDINGS):
         off, on = two.ends(a)
         pattern = (c @ U.T - off) * (on - off) > 0.5 * (on - off).square()
         columns = two.columns(pattern, every)  # [g, m, k]
@@ -301,11 +300,11 @@ def _rounded(mixture: Mixture, two: Switches, pattern: Tensor, c: Tensor) -> tup
     return c, pattern, exact_rows(mixture, c, error)
 
 
-def apart(corners: Corners, known: Tensor, most: int, *, near: float = NEAR) -> Corners:
+def apart(corners: Corners, known: Tensor, most: int, *, near: float = NEAR_PATTERN) -> Corners:
     """Up to `most` corners, the least far off first, near neither a known pattern [f, m] nor each other."""
     rows, off = corners.pattern.float(), corners.off
     kept: list[int] = []
-    gone = ~(off <= ROUGH)
+    gone = ~(off <= ROUGH_DISTANCE)
     for row in known.float():
         gone |= (rows - row).abs().mean(1) < near
     for i in off.argsort().tolist():

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from unbatch.numerics.unmix.mixture import Mixture
 
-COLUMNS = 64  # classes up to which all of them span the residual
-EXACT = 4  # last of the reweighted steps that are taken in float64; those before only have to find the rows
+RESIDUAL_COLUMNS = 64  # classes up to which all of them span the residual
+EXACT_STEPS = 4  # last of the reweighted steps that are taken in float64; those before only have to find the rows
 
 
-def kinked(mixture: Mixture, rng: torch.Generator) -> bool:
+def piecewise_linear(mixture: Mixture, rng: torch.Generator) -> bool:
     """Whether deltas are piecewise constant up to the residual: two labels' difference stays as z moves a little."""
     z = torch.randn(2, mixture.n, generator=rng, dtype=torch.float64).to(mixture.U)
     z = mixture.scaled(z) if mixture.ones is not None else z
@@ -50,8 +50,8 @@ def zeroed(mixture: Mixture, rng: torch.Generator) -> bool:
 
 def fan(mixture: Mixture, z: Tensor, y: Tensor | None) -> Tensor:
     """Columns [g, m, k] whose combinations the delta of z is: one a class, or one an entry of a real target."""
-    if mixture.classes and (mixture.classes <= COLUMNS or y is None):
-        classes = torch.arange(min(mixture.classes, COLUMNS), device=z.device)
+    if mixture.classes and (mixture.classes <= RESIDUAL_COLUMNS or y is None):
+        classes = torch.arange(min(mixture.classes, RESIDUAL_COLUMNS), device=z.device)
         return torch.stack([mixture.F(z, c.expand(len(z))) for c in classes], 2)
     if mixture.classes and y is not None:
         return mixture.F(z, y)[:, :, None]
@@ -110,7 +110,7 @@ def _parts(mixture: Mixture, g: int, chunk: int = 2**24) -> Iterator[tuple[Tenso
     m, n = mixture.U.shape
     i, j = torch.triu_indices(n, n, device=mixture.U.device)
     pairs = mixture.U[:, i] * mixture.U[:, j] * m  # w pairs holds weighted Gram matrices of U
-    size = max(1, chunk // (n * n + m * (1 + min(mixture.classes or mixture.targets, COLUMNS))))
+    size = max(1, chunk // (n * n + m * (1 + min(mixture.classes or mixture.targets, RESIDUAL_COLUMNS))))
     for part in torch.split(torch.arange(g, device=mixture.U.device), size):
         yield part, pairs
 
@@ -148,7 +148,7 @@ def _deviations(
 
     w, error, ref, c = trust, trust, trust, tie
     for step in range(steps):
-        H = normal(w, *((rough, 1e-8) if step < steps - EXACT else (pairs, 1e-13)))
+        H = normal(w, *((rough, 1e-8) if step < steps - EXACT_STEPS else (pairs, 1e-13)))
         c = torch.linalg.solve_ex(H, tie[:, :, None])[0][..., 0].nan_to_num()
         c = c / ((c * tie).sum(1, keepdim=True) + 1e-300)
         error = apply(c).abs()

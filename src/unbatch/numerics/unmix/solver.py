@@ -13,18 +13,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from unbatch.numerics.callables import Tick
 from unbatch.numerics.search.softening import Softened
 from unbatch.numerics.unmix.alternation import approach, slopes
-from unbatch.numerics.unmix.certificate import radius
+from unbatch.numerics.unmix.certificate import mixture_radius
 from unbatch.numerics.unmix.descent import Descent
 from unbatch.numerics.unmix.equation import accept, choose_labels, choose_targets, explained, placed, polish
 from unbatch.numerics.unmix.joint import refine_jointly
 from unbatch.numerics.unmix.mixture import Mixture, label_misfits
 from unbatch.numerics.unmix.pattern import (
-    LONG,
-    NEAR,
-    SHORT,
-    SURE,
+    LONG_PROGRAMS,
+    NEAR_PATTERN,
+    SHORT_PROGRAMS,
+    SURE_SHARE,
     Switches,
     apart,
     finish,
@@ -33,23 +34,28 @@ from unbatch.numerics.unmix.pattern import (
     switches,
     turned,
 )
-from unbatch.numerics.unmix.sign_certain import COLUMNS, isolate, kinked, layered, zeroed
+from unbatch.numerics.unmix.sign_certain import RESIDUAL_COLUMNS, isolate, layered, piecewise_linear, zeroed
 
-Start = Callable[[Mixture, torch.Generator], Tensor]  # what is left, of r examples -> guesses [g, r]
-Tick = Callable[[float], bool]
+GuessMaker = Callable[[Mixture, torch.Generator], Tensor]  # what is left, of r examples -> guesses [g, r]
 
-SHARPNESS = (8.0, 16.0)  # of a rounded kink, in its layer's spreads
-SOFTEST = 1.0  # the same in a descent, in the spreads near the origin, a tenth of the later ones
-LOOSE = 0.02  # relative radius above which an example that fits is not subtracted: its error would stay in the rest
-GUESSES = 64  # polished in a round, or a quarter as many as examples are left: more would often end at the same ones
-FEW = 64  # examples left up to which all guesses are polished as they are
-SAME = 0.995  # cosine above which two guesses are one
-QUIET = 1e-5  # noise over the least singular value that needs no refinement of the found ones before the next round
-SETTLING = 8  # rounds over all dual vectors at once
-FREE = 0.1  # examples left over neurons up to which the patterns of the guesses themselves are finished, too
-LAST = 8  # examples left up to which this goes for guesses that no program has moved
-DEEPER = 2  # times that all guesses take more turns, while they lead to less than half of the examples left
-LABELS = 10  # tried with every guess, those that fit it best
+KINK_SHARPNESS = (8.0, 16.0)  # of a rounded kink, in its layer's spreads
+DESCENT_SHARPNESS = 1.0  # the same in a descent, in the spreads near the origin, a tenth of the later ones
+LOOSE_RADIUS = (
+    0.02  # relative radius above which an example that fits is not subtracted: its error would stay in the rest
+)
+POLISHED_GUESSES = (
+    64  # polished in a round, or a quarter as many as examples are left: more would often end at the same ones
+)
+FEW_EXAMPLES = 64  # examples left up to which all guesses are polished as they are
+SAME_COSINE = 0.995  # cosine above which two guesses are one
+QUIET_NOISE = (
+    1e-5  # noise over the least singular value that needs no refinement of the found ones before the next round
+)
+SETTLING_ROUNDS = 8  # rounds over all dual vectors at once
+FREE_SHARE = 0.1  # examples left over neurons up to which the patterns of the guesses themselves are finished, too
+LAST_EXAMPLES = 8  # examples left up to which this goes for guesses that no program has moved
+DEEPER_TURNS = 2  # times that all guesses take more turns, while they lead to less than half of the examples left
+LABELS_TRIED = 10  # tried with every guess, those that fit it best
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Separation:
 
 def unmix(
     mixture: Mixture,
-    starts: Sequence[tuple[str, Start | Descent]],
+    starts: Sequence[tuple[str, GuessMaker | Descent]],
     rng: torch.Generator,
     *,
     classes: Tensor | None = None,
@@ -80,32 +86,27 @@ def unmix(
     """
     if classes is None:
         classes = torch.arange(mixture.classes, device=mixture.U.device)
-    if not kinked(mixture, rng):
+    if not piecewise_linear(mixture, rng):
         return by_polish(mixture, starts, rng, classes, attempts, copies, tick)
     if _needed(mixture) > 0.9:  # too few rows to tell the exact ones by, and so few kinks that polishing gets past them
-        found = by_polish(mixture, starts, rng, classes, attempts, copies, tick)
-        return replace(found, joint=True)
-    log: list[dict[str, object]] = []
-    best: Separation | None = None
+        return replace(by_polish(mixture, starts, rng, classes, attempts, copies, tick), joint=True)
+    found = list[Separation]()
     two = switches(mixture, rng) if mixture.n > 1 else None
     if two is not None:
-        best = by_patterns(mixture, two, starts, rng, classes, attempts, copies, tick)
-        log += best.log
-        if len(best.z) == mixture.n:
-            return best
+        found.append(by_patterns(mixture, two, starts, rng, classes, attempts, copies, tick))
+        if len(found[0].z) == mixture.n:
+            return found[0]
     for _ in range(attempts):  # from other rotations: dual vectors that do not stand together seldom come again
-        found = by_signs(mixture, starts, rng, classes, attempts, copies, tick)
-        log += found.log
-        best = found if best is None or len(found.z) > len(best.z) else best
-        if len(best.z) == mixture.n or not tick(0.0):
+        found.append(by_signs(mixture, starts, rng, classes, attempts, copies, tick))
+        if len(found[-1].z) == mixture.n or not tick(0.0):
             break
-    assert best is not None
-    return replace(best, log=log)
+    best = max(found, key=lambda each: len(each.z))
+    return replace(best, log=[entry for each in found for entry in each.log])
 
 
 def by_polish(
     whole: Mixture,
-    starts: Sequence[tuple[str, Start | Descent]],
+    starts: Sequence[tuple[str, GuessMaker | Descent]],
     rng: torch.Generator,
     classes: Tensor,
     attempts: int,
@@ -130,17 +131,17 @@ def by_polish(
         else:
             tried = rest.scaled(start(rest, rng))
             tried = placed(rest, tried, classes) if rest.ones is None else tried
-            if rest.n > FEW and (ties := slopes(rest, tried, rng)) is not None:
-                tried = nearest(rest, approach(rest, ties, tried, choose_labels(rest, tried, classes)), classes)
-            tried, spare = tried.tensor_split([max(GUESSES, rest.n // 4)])
+            if rest.n > FEW_EXAMPLES and (ties := slopes(rest, tried, rng)) is not None:
+                tried = best_apart(rest, approach(rest, ties, tried, choose_labels(rest, tried, classes)), classes)
+            tried, spare = tried.tensor_split([max(POLISHED_GUESSES, rest.n // 4)])
         labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
         tried, labels, _ = polish(rest, tried, labels, steps=40, gain=0.002)
         chosen = accept(rest, tried, labels)
         if len(chosen):  # to the last digit, since what they are off by stays in the rest
             best = polish(rest, tried[chosen], labels[chosen], steps=8, damping=1e-9, target=0.0, gain=0.5)
             tried[chosen], labels[chosen] = best[:2]
-            reach = radius(rest, tried[chosen], labels[chosen], rng) / tried[chosen].norm(dim=1)
-            chosen = chosen[reach < LOOSE]
+            reach = mixture_radius(rest, tried[chosen], labels[chosen], rng) / tried[chosen].norm(dim=1)
+            chosen = chosen[reach < LOOSE_RADIUS]
         log.append({"start": name, "left": rest.n, "guesses": len(tried), "found": len(chosen)})
         guesses, misses = torch.cat([tried, spare]) @ rest.basis, misses + 1
         if len(chosen):
@@ -148,7 +149,7 @@ def by_polish(
             z = torch.cat([z, guesses[chosen]])
             y = labels[chosen] if y is None else torch.cat([y, labels[chosen]])
             rest = whole.without(whole.F(z, y), z)
-            if rest.n and rest.noise > max(2 * whole.noise, QUIET * float(rest.S[-1])):
+            if rest.n and rest.noise > max(2 * whole.noise, QUIET_NOISE * float(rest.S[-1])):
                 z, y, _ = refine_jointly(whole, z, y, others=rest.n, steps=4)
                 rest = whole.without(whole.F(z, y), z)
             log[-1]["noise"] = rest.noise / whole.noise
@@ -162,7 +163,7 @@ def by_polish(
     return Separation(z, y, log, guesses)
 
 
-def nearest(mixture: Mixture, z: Tensor, classes: Tensor) -> Tensor:
+def best_apart(mixture: Mixture, z: Tensor, classes: Tensor) -> Tensor:
     """Guesses z [g, n], those that some label fits best first; of two that are nearly parallel the better one."""
     z = z[z.isfinite().all(1)]
     order = label_misfits(mixture, z, classes).amin(1).argsort()
@@ -171,13 +172,13 @@ def nearest(mixture: Mixture, z: Tensor, classes: Tensor) -> Tensor:
     for i in order.tolist():
         if not gone[i]:
             kept.append(i)
-            gone |= (unit @ unit[i]).abs() > SAME
+            gone |= (unit @ unit[i]).abs() > SAME_COSINE
     return z[kept]
 
 
 def by_signs(
     whole: Mixture,
-    starts: Sequence[tuple[str, Start | Descent]],
+    starts: Sequence[tuple[str, GuessMaker | Descent]],
     rng: torch.Generator,
     classes: Tensor,
     attempts: int,
@@ -189,10 +190,10 @@ def by_signs(
     Examples not found yet are orthogonal to the dual vectors that are, which makes the next guesses easier.
     """
     n = whole.n
-    many = whole.classes > COLUMNS and zeroed(
+    many = whole.classes > RESIDUAL_COLUMNS and zeroed(
         whole, rng
     )  # residuals of so many unknowns fit anything but rows of zeros
-    need, zeros = _needed(whole, 0 if many else COLUMNS), many or layered(whole, rng)
+    need, zeros = _needed(whole, 0 if many else RESIDUAL_COLUMNS), many or layered(whole, rng)
     need += max((0.5 if zeros else 1.0) - need, 0.0) / 4  # towards an example's share: mixtures lie just above chance
     Q, Z = whole.U.new_zeros(0, n), whole.U.new_zeros(0, n)  # dual vectors found, and the guesses that led to them
     log: list[dict[str, object]] = []
@@ -213,7 +214,7 @@ def by_signs(
         if isinstance(start, Descent):
             labels = choose_labels(whole, Z, classes) if len(Z) else _no_labels(whole, classes)
             proceed = partial(tick, len(Q) / n)
-            tried = start(rest, start.labels(Z, labels), rng, proceed, softened(rest, SOFTEST)) @ rest.basis
+            tried = start(rest, start.labels(Z, labels), rng, proceed, softened(rest, DESCENT_SHARPNESS)) @ rest.basis
             tried = whole.scaled(tried)
         else:
             tried = start(rest, rng) @ rest.basis
@@ -255,7 +256,7 @@ def _whole(whole: Mixture, z: Tensor, classes: Tensor, copies: int, log: list[di
 def by_patterns(
     whole: Mixture,
     two: Switches,
-    starts: Sequence[tuple[str, Start | Descent]],
+    starts: Sequence[tuple[str, GuessMaker | Descent]],
     rng: torch.Generator,
     classes: Tensor,
     attempts: int,
@@ -275,23 +276,23 @@ def by_patterns(
         rest = whole.isolated(Q)
         tried = start(rest, rng) @ rest.basis
         tried = torch.cat([tried, -tried]) if whole.ones is None else placed(whole, tried, classes, within=rest.basis)
-        best = label_misfits(whole, tried, classes).topk(min(LABELS, len(classes)), largest=False).indices
+        best = label_misfits(whole, tried, classes).topk(min(LABELS_TRIED, len(classes)), largest=False).indices
         guesses, labels = tried.repeat_interleave(best.shape[1], 0), classes[best].flatten()
         corners = relax(whole, rest, two, guesses, labels)
-        for deeper in range(DEEPER + 1):
+        for deeper in range(DEEPER_TURNS + 1):
             if deeper:
-                corners = turned(whole, rest, two, corners, SHORT)
-            near = apart(corners, known, rest.n, near=NEAR / 4**misses)  # at last even of twins
-            near = apart(turned(whole, rest, two, near, LONG), known, rest.n, near=NEAR / 4**misses)
+                corners = turned(whole, rest, two, corners, SHORT_PROGRAMS)
+            near = apart(corners, known, rest.n, near=NEAR_PATTERN / 4**misses)  # at last even of twins
+            near = apart(turned(whole, rest, two, near, LONG_PROGRAMS), known, rest.n, near=NEAR_PATTERN / 4**misses)
             if len(near.x) > rest.n / 2:
                 break
         ends = [(near.pattern, near.delta)]
-        if rest.n <= len(whole.U) * FREE:  # few unknowns for as many signs: then guesses are better than programs
+        if rest.n <= len(whole.U) * FREE_SHARE:  # few unknowns for as many signs: then guesses are better than programs
             ends.append(own(two, rest.before(near.x), near.delta))
-        if rest.n <= LAST:
+        if rest.n <= LAST_EXAMPLES:
             ends.append(own(two, whole.before(guesses), whole.F(guesses, labels)))
         q, pattern, share = finish(whole, two, *(torch.cat(each) for each in zip(*ends, strict=True)))
-        chosen = distinct(Q * whole.S, q * whole.S, _fitting(share, max(SURE, _needed(whole))))[: n - len(Q)]
+        chosen = distinct(Q * whole.S, q * whole.S, _fitting(share, max(SURE_SHARE, _needed(whole))))[: n - len(Q)]
         count = sum(len(each) for each, _ in ends)
         log.append({"start": name, "left": rest.n, "guesses": len(guesses), "near": count, "found": len(chosen)})
         misses = 0 if len(chosen) else misses + 1
@@ -303,7 +304,7 @@ def by_patterns(
 
 def soften(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> Tensor:
     """z [g, n] polished on the equation of the network with its kinks rounded, more sharply step by step."""
-    for sharpness in SHARPNESS:
+    for sharpness in KINK_SHARPNESS:
         soft = softened(whole, sharpness)
         labels = choose_labels(soft, z, classes) if whole.classes else choose_targets(soft, z)
         z = polish(soft, z, labels, steps=8, within=basis, geodesic=False)[0]  # the true z solves it only roughly
@@ -317,7 +318,7 @@ def settle(whole: Mixture, Q: Tensor, Z: Tensor, zeros: bool) -> tuple[Tensor, T
     two examples that share most signs passes for one only until the others are known. Third: whether all n stand.
     """
     n, noise = whole.n, 10 * whole.noise / float(whole.S[-1])
-    for _ in range(SETTLING):
+    for _ in range(SETTLING_ROUNDS):
         inverse = torch.linalg.pinv(Q, rtol=1e-13)  # [n, f]
         z = whole.scaled(Z + (torch.eye(len(Q)).to(Q) - Z @ Q.T) @ inverse.T)
         q, share = isolate(whole, z, zeros=zeros)
@@ -334,7 +335,7 @@ def _no_labels(mixture: Mixture, classes: Tensor) -> Tensor:
     return classes[:0] if mixture.classes else mixture.U.new_zeros(0, mixture.targets)
 
 
-def _needed(mixture: Mixture, columns: int = COLUMNS) -> float:
+def _needed(mixture: Mixture, columns: int = RESIDUAL_COLUMNS) -> float:
     """Share of rows that must fit a dual vector exactly to be more than its unknowns can reach."""
     m, n = mixture.U.shape
     return (n + min(mixture.targets, columns) + 20) / m
