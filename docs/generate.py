@@ -125,6 +125,9 @@ def parity() -> str:
     return "\n".join(lines) + "\n"
 
 
+PLACE = re.compile(r"\bunbatch(?:\.[a-z_]+)+\.(?=[A-Z])")  # of a class in an annotation: its module
+
+
 class Words(str):
     """An annotation that prints as it is written in the source, without quotes."""
 
@@ -141,10 +144,11 @@ def call(name: str, thing: Callable[..., object]) -> str:
         return Words(annotation) if isinstance(annotation, str) else annotation
 
     given = [p.replace(annotation=bare(p.annotation)) for key, p in found.parameters.items() if key != "self"]
-    spelt = name + str(found.replace(parameters=given, return_annotation=bare(found.return_annotation)))
+    whole = str(found.replace(parameters=given, return_annotation=bare(found.return_annotation)))
+    spelt = PLACE.sub("", name + whole)
     if len(spelt) <= 100:
         return spelt
-    lines = [str(p) for p in given]
+    lines = [PLACE.sub("", str(p)) for p in given]
     keyword = [p.kind is inspect.Parameter.KEYWORD_ONLY for p in given]
     if any(keyword):
         lines.insert(keyword.index(True), "*")
@@ -157,7 +161,7 @@ def public_section(name: str) -> str:
     members = vars(thing).items() if inspect.isclass(thing) else ()
     for key, member in members:
         inner = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
-        if key.startswith("_") or not inspect.isfunction(inner) or not inner.__doc__:
+        if (key.startswith("_") and key != "__call__") or not inspect.isfunction(inner) or not inner.__doc__:
             continue
         spelt = f"{name}.{key}" if isinstance(member, property) else call(f"{name}.{key}", getattr(thing, key))
         lines += ["", f"### {name}.{key}", "", "```python", spelt, "```", "", prose(inner)]

@@ -357,6 +357,8 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_the_network(tm
     assert not re.findall(r"^(?!INFO).+", built.stdout + built.stderr, flags=re.M)
     pages = sorted(tmp_path.rglob("*.html"))
     assert len(pages) >= len([page for page in PAGES if page.parent != ROOT])
+    reference = (tmp_path / "api.html").read_text()
+    assert [n for n in unbatch.__all__ if not n.startswith("_") and f'id="{n.lower()}' not in reference] == []
     for page in pages:
         loaded = Loaded()
         loaded.feed(page.read_text())
