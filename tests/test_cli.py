@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -405,6 +406,19 @@ def test_a_missing_extra_is_named(here: Path, words: list[str], extra: str) -> N
     assert done.returncode == 2
     assert extra in done.stderr
     assert "defect of unbatch" not in done.stderr
+
+
+def test_a_remedy_that_lacks_its_extra_is_told_in_the_report(here: Path) -> None:
+    words = ("digits:width=16", "--attack", "bias-ratio", "--analysis", "gradient-rank")
+    done = without_extras("audit", *words, "--remedy", "dp-sgd", "--remedy", "prune")
+    assert done.returncode == 0, done.stderr
+    record = Audit.load("audit/audit.json")
+    (note,) = record.notes
+    assert note.startswith("dp-sgd")
+    assert note.endswith("was not tried: dp-sgd needs opacus, which is not installed: pip install 'unbatch[opacus]'")
+    assert [remedy.defence for remedy in record.remedies] == ["prune:share=0.9"]
+    assert note in unescape(Path("audit/report.html").read_text())
+    assert "pip install 'unbatch[opacus]'" in " ".join(done.stdout.split())
 
 
 def test_a_picture_that_cannot_be_drawn_is_told(here: Path) -> None:

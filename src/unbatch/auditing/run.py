@@ -27,7 +27,7 @@ from unbatch.auditing.suites import suite
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Domain, domain_told
-from unbatch.errors import NotApplicable
+from unbatch.errors import MissingExtra, NotApplicable
 from unbatch.knowledge import Earlier
 from unbatch.loss import identify
 from unbatch.metric import Metric
@@ -96,7 +96,10 @@ def audit(
                         sink(record)
     record.notes += plan.notes()
     for remedy in plan.remedies:
-        record.remedies += _remedy(setting, plan, remedy, seeds, budget, device, watch, announce)
+        try:
+            record.remedies += _remedy(setting, plan, remedy, seeds, budget, device, watch, announce)
+        except MissingExtra as error:  # it must not cost the others their results
+            record.notes.append(f"{remedy} was not tried: {error}")
     record.complete = not watch.stop
     record.flags = flags(record)
     if sink:
