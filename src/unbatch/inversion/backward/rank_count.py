@@ -94,7 +94,7 @@ def constraints(
     """
     inputs, links = list[Tensor](), split(links)
     with torch.enable_grad():
-        z = x.double().requires_grad_()
+        z = x.detach().double().requires_grad_()
         for link in links:
             z = z.reshape(len(z), *link.before)
             inputs.append(z)
