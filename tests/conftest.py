@@ -1,5 +1,6 @@
 import pytest
 import torch
+from clients import Exchange, exchanged
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,3 +16,9 @@ def one_draw() -> None:
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def exchange() -> Exchange:
+    """What the server sees of a client, and the client's batch: exchange(model, ...) -> (obs, x, y)."""
+    return exchanged

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from clients import Exchange, perceptron
 
 from unbatch.attack import Attack
-from unbatch.auditing.client import observe
 from unbatch.auditing.run import audit
 from unbatch.benchmarks import find
 from unbatch.benchmarks.adaptive import compare
@@ -18,9 +16,7 @@ from unbatch.defence import Defence
 from unbatch.inversion.refine import BatchLikelihood, batch_radius, refine
 from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
-from unbatch.models import small
 from unbatch.numerics.linear.completion import complete
-from unbatch.observation import Observation
 from unbatch.privacy import Privacy
 from unbatch.protocol import Update
 
@@ -82,14 +78,13 @@ def test_what_the_naive_attack_cannot_read_is_certified(defence: str) -> None:
     assert row["adaptive"]["psnr"] > 60
 
 
-def exchange(*defences: str, seed: int = 0, n: int = 3) -> tuple[Observation, Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    model = small.build("mlp", (8,), 4, width=40, activation="tanh", rng=rng)
-    x = torch.randn(n, 8, generator=rng).double()
-    y = torch.randint(4, (n,), generator=rng)
-    return observe(model, F.cross_entropy, x.float(), y, defences=defences, seed=seed)[0], x, y
-
-
+CLIENT = {
+    "client": perceptron((8,), 4, width=40, activation="tanh"),
+    "shape": (8,),
+    "n": 3,
+    "normal": True,
+    "dtype": torch.float32,
+}
 DRAWN = [
     "noise:sigma=1e-4",
     "quantise:bits=12",
@@ -100,10 +95,10 @@ DRAWN = [
 
 
 @pytest.mark.parametrize("defence", DRAWN)
-def test_the_likeliest_inputs_lie_within_their_radius_and_near_it(defence: str) -> None:
+def test_the_likeliest_inputs_lie_within_their_radius_and_near_it(exchange: Exchange, defence: str) -> None:
     ratios = []
     for seed in range(8):
-        obs, x, y = exchange(defence, seed=seed)
+        obs, x, y = exchange(**CLIENT, defences=[defence], seed=seed)
         rng = torch.Generator().manual_seed(seed)
         found = refine(obs, x + 1e-2 * torch.randn(x.shape, generator=rng, dtype=torch.float64), y, rng)
         bound, error = batch_radius(obs, found, y, rng), (found - x).norm(dim=1) / found.norm(dim=1)
@@ -117,11 +112,11 @@ def test_the_likeliest_inputs_lie_within_their_radius_and_near_it(defence: str) 
     )  # where rounding alone is left
 
 
-def test_no_radius_where_the_inputs_are_not_near_the_true_ones_or_not_determined() -> None:
-    obs, x, y = exchange("noise:sigma=1e-5")
+def test_no_radius_where_the_inputs_are_not_near_the_true_ones_or_not_determined(exchange: Exchange) -> None:
+    obs, x, y = exchange(**CLIENT, defences=["noise:sigma=1e-5"])
     rng = torch.Generator().manual_seed(0)
     assert not bool(batch_radius(obs, x + 0.1, y, rng).isfinite().any())
-    obs, x, y = exchange("prune:share=0.97")
+    obs, x, y = exchange(**CLIENT, defences=["prune:share=0.97"])
     assert not bool(batch_radius(obs, refine(obs, x, y, rng), y, rng).isfinite().any())
 
 
@@ -153,15 +148,15 @@ def test_random_rounding_is_as_likely_as_it_is_frequent() -> None:
         assert float((there - near).exp()) == pytest.approx(1 - off, abs=0.15)
 
 
-def test_noise_round_a_clipped_update_is_read_through_the_clip() -> None:
-    obs, x, y = exchange("noise:sigma=1e-9", "clip:norm=0.05")
+def test_noise_round_a_clipped_update_is_read_through_the_clip(exchange: Exchange) -> None:
+    obs, x, y = exchange(**CLIENT, defences=["noise:sigma=1e-9", "clip:norm=0.05"])
     search = BatchLikelihood(obs, y)
     off = search.seen - search(x.flatten(1)).detach()
     assert float(off.abs().max()) < 1e-7
     assert search.law.rescales(obs.update)
 
 
-def test_no_law_where_it_is_not_tractable() -> None:
+def test_no_law_where_it_is_not_tractable(exchange: Exchange) -> None:
     for defences in (
         ("clip:norm=0.05", "noise"),
         ("secure-aggregation:clients=2", "quantise"),
@@ -170,12 +165,14 @@ def test_no_law_where_it_is_not_tractable() -> None:
         ("mixup",),
         ("noise:sigma=0",),
     ):
-        assert "log_prob" not in exchange(*defences)[0].knowledge
+        assert "log_prob" not in exchange(**CLIENT, defences=defences)[0].knowledge
 
 
 @pytest.mark.parametrize("clients", [2, 3])
-def test_the_noise_of_a_sum_of_clients_has_the_root_of_their_number_times_one_s(clients: int) -> None:
-    obs, x, y = exchange(f"secure-aggregation:clients={clients}", "noise:sigma=1e-3")
+def test_the_noise_of_a_sum_of_clients_has_the_root_of_their_number_times_one_s(
+    exchange: Exchange, clients: int
+) -> None:
+    obs, x, y = exchange(**CLIENT, defences=[f"secure-aggregation:clients={clients}", "noise:sigma=1e-3"])
     law, sigma = Likelihood.of(obs.knowledge), 1e-3 * clients**0.5
     assert obs.knowledge.log_prob is law
     assert law is not None
@@ -186,8 +183,8 @@ def test_the_noise_of_a_sum_of_clients_has_the_root_of_their_number_times_one_s(
     assert law.spread(obs.update) == pytest.approx(dict.fromkeys(obs.update, sigma))
 
 
-def test_noise_of_known_size_is_the_same_law_without_the_defence() -> None:
-    obs = exchange("noise:sigma=1e-3")[0]
+def test_noise_of_known_size_is_the_same_law_without_the_defence(exchange: Exchange) -> None:
+    obs = exchange(**CLIENT, defences=["noise:sigma=1e-3"])[0]
     told, bare = (Likelihood.of(known) for known in (obs.knowledge, Knowledge(noise=1e-3)))
     assert told is not None
     assert bare is not None
@@ -199,8 +196,8 @@ def test_noise_of_known_size_is_the_same_law_without_the_defence() -> None:
         assert Likelihood.of(known) is None
 
 
-def test_a_plain_function_is_a_law() -> None:
-    obs = exchange()[0]
+def test_a_plain_function_is_a_law(exchange: Exchange) -> None:
+    obs = exchange(**CLIENT)[0]
     law = Likelihood(lambda seen, clean: -torch.stack([(seen[k] - clean[k]).square().sum() for k in seen]).sum())
     same = {k: t.clone() for k, t in obs.update.items()}
     assert float(law(obs.update, same)) == 0

@@ -1,4 +1,4 @@
-"""trunk.read against autograd: what each run of layers says of its input, and how a reading follows a changed update."""
+"""affine_runs.read against autograd: what each run of layers says of its input, and how it follows a changed update."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_layer_by_layer import SMALL, conv, errors, exact, exchange, leaky, network, psnr, refused, sound
+from clients import Exchange
+from convolutional import SMALL, conv, errors, exact, leaky, network, psnr, refused, sound
 from torch import Tensor, nn
 
 from unbatch.attacks.layer_by_layer import LayerByLayer
@@ -16,8 +17,6 @@ from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.network.chain import Link, chain
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol, local_update
-
-TRAIN = Protocol(mode="train")
 
 
 def two(act: type[nn.Module] = nn.Tanh, seed: int = 0, *, momentum: float | None = 0.1, bias: bool = False):
@@ -49,8 +48,10 @@ def known(layer: nn.Module, before: dict[str, Tensor], sent: dict[str, Tensor], 
 
 @pytest.mark.parametrize("act", [nn.Tanh, nn.ELU, leaky], ids=["tanh", "elu", "leaky"])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_picture_behind_two_batch_norms_in_train_mode(act: type[nn.Module], momentum: float | None) -> None:
-    obs, x, y = exchange(two(act, momentum=momentum), protocol=TRAIN)
+def test_a_picture_behind_two_batch_norms_in_train_mode(
+    exchange: Exchange, act: type[nn.Module], momentum: float | None
+) -> None:
+    obs, x, y = exchange(two(act, momentum=momentum), mode="train")
     known = told(obs, after(obs, x))
     found = LayerByLayer()(known)
     assert psnr(found, x) > 200
@@ -61,8 +62,8 @@ def test_a_picture_behind_two_batch_norms_in_train_mode(act: type[nn.Module], mo
 
 
 @pytest.mark.parametrize("act", [nn.Tanh, nn.ELU, leaky], ids=["tanh", "elu", "leaky"])
-def test_the_same_in_single_precision(act: type[nn.Module]) -> None:
-    obs, x, _ = exchange(two(act), dtype=torch.float32, protocol=TRAIN)
+def test_the_same_in_single_precision(exchange: Exchange, act: type[nn.Module]) -> None:
+    obs, x, _ = exchange(two(act), dtype=torch.float32, mode="train")
     known = told(obs, after(obs, x))
     found = LayerByLayer()(known)
     assert float(errors(found, x)[0][0]) < 1e-4
@@ -70,8 +71,8 @@ def test_the_same_in_single_precision(act: type[nn.Module]) -> None:
     sound(known, found, x)
 
 
-def test_without_its_statistics_the_batch_norm_is_named() -> None:
-    obs, x, _ = exchange(two(), protocol=TRAIN)
+def test_without_its_statistics_the_batch_norm_is_named(exchange: Exchange) -> None:
+    obs, x, _ = exchange(two(), mode="train")
     refused(
         obs,
         "layer '4' (BatchNorm2d) cannot be read backward: its output does not hold the standard deviation",
@@ -82,8 +83,8 @@ def test_without_its_statistics_the_batch_norm_is_named() -> None:
     refused(told(obs, half), "layer '1' (BatchNorm2d)", method="r-gap")
 
 
-def test_statistics_of_another_moment_are_declined() -> None:
-    obs, x, _ = exchange(two(), protocol=TRAIN)
+def test_statistics_of_another_moment_are_declined(exchange: Exchange) -> None:
+    obs, x, _ = exchange(two(), mode="train")
     same = {k: b.clone() for k, b in obs.model.named_buffers()}
     refused(told(obs, same), "are not those after one step", method="r-gap")
     again = after(obs, x)
@@ -91,11 +92,11 @@ def test_statistics_of_another_moment_are_declined() -> None:
     refused(told(obs, again), "are not those after one step", method="r-gap")
 
 
-def test_what_an_activation_hides_of_its_output_is_said() -> None:
-    obs, x, _ = exchange(two(nn.ReLU), protocol=TRAIN)
+def test_what_an_activation_hides_of_its_output_is_said(exchange: Exchange) -> None:
+    obs, x, _ = exchange(two(nn.ReLU), mode="train")
     refused(told(obs, after(obs, x)), "needs its whole output", method="r-gap")
     pooled = network([conv(3, 8, padding=1), nn.BatchNorm2d(8), nn.AvgPool2d(2), nn.Tanh()])
-    obs, x, _ = exchange(pooled, protocol=TRAIN)
+    obs, x, _ = exchange(pooled, mode="train")
     refused(
         told(obs, after(obs, x)),
         "layer '1' (KnownBatchNorm) cannot be read backward: what it passes back needs",
@@ -103,9 +104,9 @@ def test_what_an_activation_hides_of_its_output_is_said() -> None:
     )
 
 
-def test_a_batch_s_statistics_are_of_all_its_examples() -> None:
+def test_a_batch_s_statistics_are_of_all_its_examples(exchange: Exchange) -> None:
     model = network([conv(3, 8, padding=1), nn.BatchNorm2d(8), nn.Tanh()], hidden=(40,), act=nn.Softplus)
-    obs, x, _ = exchange(model, n=2, protocol=TRAIN)
+    obs, x, _ = exchange(model, n=2, mode="train")
     sent = after(obs, x)
     kept = [{k: b.clone() for k, b in buffers} for buffers in (sent.items(), obs.model.named_buffers())]
     refused(told(obs, sent), "its statistics run over 2 examples")
@@ -121,15 +122,15 @@ def test_a_batch_s_statistics_are_of_all_its_examples() -> None:
     ],
     ids=["before the dense layer", "1d, not affine"],
 )
-def test_other_places_of_a_batch_norm(trunk: list[nn.Module], shape: tuple[int, ...]) -> None:
-    obs, x, y = exchange(network(trunk, shape), shape, protocol=TRAIN)
+def test_other_places_of_a_batch_norm(exchange: Exchange, trunk: list[nn.Module], shape: tuple[int, ...]) -> None:
+    obs, x, y = exchange(network(trunk, shape), shape=shape, mode="train")
     exact(told(obs, after(obs, x)), x, y, 200.0)
 
 
-def test_the_pull_back_constraint_through_a_batch_norm() -> None:
+def test_the_pull_back_constraint_through_a_batch_norm(exchange: Exchange) -> None:
     trunk = [conv(3, 12, 4, stride=2, padding=2), nn.BatchNorm2d(12), leaky(), conv(12, 8, stride=2, padding=1)]
     trunk += [nn.BatchNorm2d(8), leaky(), conv(8, 24, padding=1), nn.BatchNorm2d(24), leaky()]
-    obs, x, _ = exchange(network(trunk, (3, 12, 12)), (3, 12, 12), protocol=TRAIN)
+    obs, x, _ = exchange(network(trunk, (3, 12, 12)), shape=(3, 12, 12), mode="train")
     known = told(obs, after(obs, x))
     found = LayerByLayer()(known)
     assert found.trace["deficient"] == ["3, 4"]
@@ -138,16 +139,16 @@ def test_the_pull_back_constraint_through_a_batch_norm() -> None:
     sound(known, found, x)
 
 
-def test_a_deficient_layer_before_a_batch_norm_is_a_guess() -> None:
+def test_a_deficient_layer_before_a_batch_norm_is_a_guess(exchange: Exchange) -> None:
     obs, x, _ = exchange(
-        network([conv(3, 4, stride=2), nn.BatchNorm2d(4), leaky(), conv(4, 24, 2), leaky()]), protocol=TRAIN
+        network([conv(3, 4, stride=2), nn.BatchNorm2d(4), leaky(), conv(4, 24, 2), leaky()]), mode="train"
     )
     found = LayerByLayer()(told(obs, after(obs, x)))
     assert found.bound.tolist() == [torch.inf]
     assert found.trace["deficient"] == ["0, 1"]
 
 
-def test_eval_mode_reads_sent_statistics_as_they_are() -> None:
+def test_eval_mode_reads_sent_statistics_as_they_are(exchange: Exchange) -> None:
     obs, x, y = exchange(two())
     exact(told(obs, dict(obs.model.named_buffers())), x, y, 200.0)
 
@@ -175,14 +176,12 @@ SENT = [
 @pytest.mark.parametrize("share", [0.0, 30.0], ids=["near", "far"])
 @pytest.mark.parametrize(("dtype", "sent"), SENT, ids=["64", "64, sent in 32", "32", "32, sent in 16"])
 def test_no_bound_lies_below_what_the_statistics_rounding_does(
-    dtype: torch.dtype, sent: torch.dtype | None, share: float
+    exchange: Exchange, dtype: torch.dtype, sent: torch.dtype | None, share: float
 ) -> None:
     finite = 0
     for seed in range(6):
         act, momentum = (nn.Tanh, nn.ELU, nn.Sigmoid)[seed % 3], (0.1, 0.03, 0.5)[seed % 3]
-        obs, x, _ = exchange(
-            biased(two(act, seed, momentum=momentum), share), dtype=dtype, seed=seed + 3, protocol=TRAIN
-        )
+        obs, x, _ = exchange(biased(two(act, seed, momentum=momentum), share), dtype=dtype, seed=seed + 3, mode="train")
         known = told(obs, after(obs, x, sent))
         found = LayerByLayer()(known)
         if len(found):
@@ -202,13 +201,13 @@ def test_no_bound_lies_below_what_the_statistics_rounding_does(
     ids=["64", "sent in 32", "sent in 16"],
 )
 def test_a_scale_that_the_update_does_not_hold_is_known_no_better_than_the_statistics(
-    sent: torch.dtype | None, momentum: float
+    exchange: Exchange, sent: torch.dtype | None, momentum: float
 ) -> None:
     """What a frozen convolution and a batch norm feed is the same for a picture twice as bright: only they tell."""
     finite = 0
     for seed in range(8):
         model = network([conv(1, 1, 1), nn.BatchNorm2d(1, 1e-14, momentum), leaky()], (1, 6, 6), seed=seed)
-        obs, x, _ = exchange(model, (1, 6, 6), seed=seed, protocol=TRAIN)
+        obs, x, _ = exchange(model, shape=(1, 6, 6), seed=seed, mode="train")
         frozen = replace(obs, update={k: t for k, t in obs.update.items() if k != "0.weight"})
         known = told(frozen, after(obs, x, sent))
         sound(known, LayerByLayer()(known), x)
@@ -275,7 +274,7 @@ def test_other_layers_and_norms_that_sent_nothing_stay() -> None:
     assert kinds == [nn.Conv2d, KnownBatchNorm, nn.Flatten, nn.Linear]
 
 
-def test_buffers_of_another_precision_fit_the_simulated_step() -> None:
+def test_buffers_of_another_precision_fit_the_simulated_step(exchange: Exchange) -> None:
     obs, x, y = exchange(two())
     sent = {k: b.float() if b.is_floating_point() else b for k, b in obs.model.named_buffers()}
     found = local_update(obs.model, obs.loss, x, y, Protocol(mode="eval"), buffers=sent)

@@ -2,23 +2,23 @@ import json
 
 import pytest
 import torch
+from clients import Exchange, linear
 from safetensors.torch import save_file
-from test_observation import exchange, linear
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch import Attack, Knowledge, Observation
+from unbatch import Attack, Observation
 from unbatch.bundle import model_name
 
 
-def test_a_bundle_round_trips(tmp_path) -> None:
-    obs, truth = exchange(knowledge=Knowledge(labels=torch.tensor([0, 1, 2]), input_range=(0, 1), noise=0.5))
+def test_a_bundle_round_trips(exchange: Exchange, tmp_path) -> None:
+    obs, x, y = exchange(linear(), shape=(4,), n=3, tell=True, input_range=(0, 1), noise=0.5)
     path = tmp_path / "captured.safetensors"
     obs.save(path)
     fresh = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     again = Observation.load(path, model=fresh, loss=F.cross_entropy)
     assert all(torch.equal(again.update[k], obs.update[k]) for k in obs.update)
-    assert again.residual(truth.inputs, truth.labels) == 0  # the bundle's parameters, not the factory's
+    assert again.residual(x, y) == 0  # the bundle's parameters, not the factory's
     assert set(again.knowledge) == set(obs.knowledge)
     assert again.knowledge.input_range == (0.0, 1.0)
     assert torch.equal(again.knowledge.labels, obs.knowledge.labels)
@@ -27,23 +27,22 @@ def test_a_bundle_round_trips(tmp_path) -> None:
     assert not torch.equal(fresh[0].weight, again.model[0].weight)  # a copy was filled
 
 
-def test_callables_are_not_written(tmp_path) -> None:
-    obs, _ = exchange(knowledge=Knowledge(log_prob=lambda seen, clean: torch.zeros(())))
+def test_callables_are_not_written(exchange: Exchange, tmp_path) -> None:
+    obs, _, _ = exchange(linear(), shape=(4,), n=3, log_prob=lambda seen, clean: torch.zeros(()))
     obs.save(tmp_path / "b")
     assert "log_prob" not in Observation.load(tmp_path / "b", model=linear(), loss=F.cross_entropy).knowledge
 
 
-def test_attacks_run_on_what_was_loaded(tmp_path) -> None:
-    obs, truth = exchange(n=1)
+def test_attacks_run_on_what_was_loaded(exchange: Exchange, tmp_path) -> None:
+    obs, x, y = exchange(linear(), shape=(4,))
     obs.save(tmp_path / "b")
     found = Attack.parse("bias-ratio")(Observation.load(tmp_path / "b", model=linear(), loss=F.cross_entropy))
-    torch.testing.assert_close(found.inputs, truth.inputs.double(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(found.labels, truth.labels)
+    torch.testing.assert_close(found.inputs, x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.labels, y)
 
 
-def broken(tmp_path, kind: str):
+def broken(obs: Observation, tmp_path, kind: str):
     path = tmp_path / "captured.safetensors"
-    obs, _ = exchange()
     obs.save(path)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-50])
@@ -81,12 +80,13 @@ def broken(tmp_path, kind: str):
         ("missing", "cannot read"),
     ],
 )
-def test_what_is_no_bundle_is_refused_in_words(tmp_path, kind: str, words: str) -> None:
+def test_what_is_no_bundle_is_refused_in_words(exchange: Exchange, tmp_path, kind: str, words: str) -> None:
+    path = broken(exchange(linear(), shape=(4,), n=3)[0], tmp_path, kind)
     with pytest.raises(ValueError, match=words):
-        Observation.load(broken(tmp_path, kind), model=linear(), loss=F.cross_entropy)
+        Observation.load(path, model=linear(), loss=F.cross_entropy)
 
 
-def test_another_model_is_refused_with_the_captured_one_s_name(tmp_path) -> None:
-    exchange()[0].save(tmp_path / "b")
+def test_another_model_is_refused_with_the_captured_one_s_name(exchange: Exchange, tmp_path) -> None:
+    exchange(linear(), shape=(4,), n=3)[0].save(tmp_path / "b")
     with pytest.raises(ValueError, match=r"captured from another model \(Sequential\)"):
         Observation.load(tmp_path / "b", model=linear(d=7), loss=F.cross_entropy)

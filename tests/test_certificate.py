@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from clients import Exchange
 from scipy.stats import spearmanr
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from unbatch import Observation, observe
+from unbatch import Observation
 from unbatch.inversion.above_layer import Rounding
 from unbatch.inversion.unmixing import Problem, layer_span
 from unbatch.inversion.view import View
@@ -37,7 +37,7 @@ class Judged:
     kinked: bool
 
 
-def exchange(seed: int, *, crowded: bool) -> tuple[Observation, Tensor, Tensor]:
+def drawn(exchange: Exchange, seed: int, *, crowded: bool) -> tuple[Observation, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -53,9 +53,9 @@ def exchange(seed: int, *, crowded: bool) -> tuple[Observation, Tensor, Tensor]:
     x = torch.randn(n, d, generator=rng) if draw(0, 2) else torch.rand(n, d, generator=rng)
     y, computed = torch.randint(k, (n,), generator=rng), torch.float32 if dtype == torch.bfloat16 else dtype
     x = x.to(computed)
-    obs, _ = observe(net.to(computed), F.cross_entropy, x, y)
+    obs, x, y = exchange(net.to(computed), x=x, y=y)
     sent = {name: tensor.to(dtype) for name, tensor in obs.update.items()}  # bfloat16: rounded once, when it was sent
-    return replace(obs, update=sent), x.double(), y
+    return replace(obs, update=sent), x, y
 
 
 def posed(obs: Observation, rng: torch.Generator) -> Problem:
@@ -66,14 +66,14 @@ def posed(obs: Observation, rng: torch.Generator) -> Problem:
     return Problem(view, view.first, view.form, layer_span(view, view.first, rng))
 
 
-def judge(seed: int, kind: str = "") -> Judged | None:
+def judge(exchange: Exchange, seed: int, kind: str = "") -> Judged | None:
     """One random problem; its candidates are the best solution near the truth, or what its kind makes of that.
 
     Parts, mixtures and wrong labels are polished one by one as the attack does: what `accept` gets are then solutions,
     of whichever example. Kinked networks, which polishing cannot follow, get them as they are.
     """
     kind = kind or KINDS[seed // 3 % len(KINDS)]
-    obs, x, y = exchange(seed, crowded=kind == "crowded")
+    obs, x, y = drawn(exchange, seed, crowded=kind == "crowded")
     rng = torch.Generator().manual_seed(seed)
     problem, n = posed(obs, rng), len(x)
     span = problem.span
@@ -149,22 +149,22 @@ def report(name: str, problems: list[Judged], capsys: pytest.CaptureFixture[str]
         print(f"\n{name}: {counts} ({len(ratios) / asked:.3f}), bound / error: {middle}", end="")
 
 
-def test_bounds_hold(capsys: pytest.CaptureFixture[str]) -> None:
-    hold([found for seed in range(168) if (found := judge(seed))], capsys)
+def test_bounds_hold(exchange: Exchange, capsys: pytest.CaptureFixture[str]) -> None:
+    hold([found for seed in range(168) if (found := judge(exchange, seed))], capsys)
 
 
 @pytest.mark.slow
-def test_bounds_hold_on_two_thousand_problems(capsys: pytest.CaptureFixture[str]) -> None:
-    problems = [found for seed in range(1000, 3200) if (found := judge(seed))]
+def test_bounds_hold_on_two_thousand_problems(exchange: Exchange, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = [found for seed in range(1000, 3200) if (found := judge(exchange, seed))]
     assert len(problems) >= 2000
     hold(problems, capsys)
 
 
 @pytest.mark.parametrize("seed", [5133, 5142])
 @pytest.mark.parametrize("kind", ["part", "mixed"])
-def test_bounds_hold_at_the_last_digit(seed: int, kind: str) -> None:
+def test_bounds_hold_at_the_last_digit(exchange: Exchange, seed: int, kind: str) -> None:
     """Batches of unequal singular values in double: polishing ends where U is not orthonormal, or at rounding."""
-    found = judge(seed, kind)
+    found = judge(exchange, seed, kind)
     assert found is not None
     assert found.dtype == torch.float64
     assert 0 < len(found.bound) == found.accepted
@@ -173,9 +173,11 @@ def test_bounds_hold_at_the_last_digit(seed: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("seed", "counts"), [(1, False), (2, True)])  # float32, bfloat16
-def test_a_kink_crossed_by_rounding_counts_where_the_fit_would_not_show_it(seed: int, counts: bool) -> None:
+def test_a_kink_crossed_by_rounding_counts_where_the_fit_would_not_show_it(
+    exchange: Exchange, seed: int, counts: bool
+) -> None:
     """One draw makes an eighth of an entry of one delta wrong: in float32 such an update would have been refused."""
-    obs, x, y = exchange(seed, crowded=False)
+    obs, x, y = drawn(exchange, seed, crowded=False)
     problem = posed(obs, torch.Generator().manual_seed(0))
     span, mixture = problem.span, problem.mixture(problem.tail(len(x)))
     z = mixture.scaled(torch.cat([x, torch.ones(len(x), 1).double()], 1) @ span.rows.T)
@@ -198,9 +200,9 @@ def test_a_kink_crossed_by_rounding_counts_where_the_fit_would_not_show_it(seed:
     assert torch.equal(crossed, without) != counts
 
 
-def test_a_solution_of_nothing_has_no_bound() -> None:
+def test_a_solution_of_nothing_has_no_bound(exchange: Exchange) -> None:
     """Where F bends by more than a twentieth within the bound, first order is not relied on."""
-    obs, x, y = exchange(2, crowded=False)  # bfloat16
+    obs, x, y = drawn(exchange, 2, crowded=False)  # bfloat16
     rng = torch.Generator().manual_seed(0)
     problem = posed(obs, rng)
     _span, mixture = problem.span, problem.mixture(problem.tail(len(x)))

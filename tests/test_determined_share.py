@@ -1,4 +1,4 @@
-"""determined: against closed forms where the update is linear, and how it moves with noise, prior and what is sent."""
+"""determined_share: against closed forms where the update is linear, and how noise, prior and what is sent move it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_observation import linear
+from clients import linear
 from torch import nn
 from torch.nn import functional as F
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+from clients import Exchange
 from torch import Tensor, nn
 
 from unbatch.attacks.feature_inversion import Coarse, FeatureInversion
@@ -21,13 +22,7 @@ from unbatch.observation import Observation
 from unbatch.progress import Watch, watching
 from unbatch.protocol import Protocol
 
-
-def exchange(spelling: str, model: nn.Module | None = None) -> tuple[Observation, Tensor]:
-    """The server's view of a client in float64, and the client's inputs."""
-    setting = Case.parse(spelling).setting()
-    model, x = (model or setting.model).double(), setting.inputs.double()
-    known = Knowledge(input_shape=tuple(x.shape[1:]), input_range=(0, 1))
-    return observe(model, setting.loss, x, setting.labels, knowledge=known)[0], x
+KNOWN = {"dtype": torch.float64, "input_range": (0.0, 1.0), "mode": "train"}
 
 
 def lenet5(channels: tuple[int, int], units: int) -> nn.Module:
@@ -82,8 +77,10 @@ def holds(obs: Observation, x: Tensor, iterations: int, *, worst: float, median:
         pytest.param(16, 600, 22.0, 25.5, marks=pytest.mark.slow),
     ],
 )
-def test_lenet(n: int, iterations: int, worst: float, median: float) -> None:
-    holds(*exchange(f"photos:batch={n}", lenet5((24, 48), 200)), iterations, worst=worst, median=median)
+def test_lenet(exchange: Exchange, n: int, iterations: int, worst: float, median: float) -> None:
+    case = Case.parse(f"photos:batch={n}").setting()
+    obs, x, _ = exchange(lenet5((24, 48), 200), case.loss, case.inputs, case.labels, **KNOWN)
+    holds(obs, x, iterations, worst=worst, median=median)
 
 
 # measured: 32.1, 32.2; 24.5 (21.1 in another run), 29.7; 43.7 (37.9), 50.8; 21.5, 28.7; 38.2, 49.1; 20.8, 28.3
@@ -98,9 +95,10 @@ def test_lenet(n: int, iterations: int, worst: float, median: float) -> None:
         pytest.param(16, 2, 300, 18.5, 25.0, marks=pytest.mark.slow),
     ],
 )
-def test_vgg(n: int, depth: int, iterations: int, worst: float, median: float) -> None:
+def test_vgg(exchange: Exchange, n: int, depth: int, iterations: int, worst: float, median: float) -> None:
     spelling = f"photos:batch={n},model=convnet,width=32,activation=gelu,depth={depth}"
-    holds(*exchange(spelling), iterations, worst=worst, median=median)
+    obs, x, _ = exchange(spelling, **KNOWN)
+    holds(obs, x, iterations, worst=worst, median=median)
 
 
 @pytest.mark.parametrize(
@@ -111,13 +109,12 @@ def test_vgg(n: int, depth: int, iterations: int, worst: float, median: float) -
         ("photos:batch=4,size=16,model=lenet,activation=gelu", "head"),
     ],
 )
-def test_obstacles_in_words(spelling: str, words: str) -> None:
+def test_obstacles_in_words(exchange: Exchange, spelling: str, words: str) -> None:
     with pytest.raises(NotApplicable, match=words):
-        FeatureInversion()(exchange(spelling)[0])
+        FeatureInversion()(exchange(spelling, **KNOWN)[0])
 
 
-def small() -> tuple[Observation, Tensor]:
-    return exchange("photos:batch=2,size=8,model=convnet,depth=1,width=8,activation=tanh")
+SMALL = "photos:batch=2,size=8,model=convnet,depth=1,width=8,activation=tanh"
 
 
 def test_dropout_before_the_dense_layer_leaves_no_one_picture() -> None:
@@ -135,8 +132,8 @@ def test_dropout_before_the_dense_layer_leaves_no_one_picture() -> None:
         FeatureInversion()(seen("train"))
 
 
-def test_nothing_found_gives_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    obs, x = small()
+def test_nothing_found_gives_no_pictures(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    obs, x, _ = exchange(SMALL, **KNOWN)
     monkeypatch.setattr("unbatch.attacks.feature_inversion.EXACT", 0.0)  # no bound is as small
     found = FeatureInversion(iterations=5)(obs)
     assert found.inputs is not None
@@ -144,8 +141,8 @@ def test_nothing_found_gives_no_pictures(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.trace["misfit"] is None
 
 
-def test_a_stop_keeps_the_best() -> None:
-    obs, x = small()
+def test_a_stop_keeps_the_best(exchange: Exchange) -> None:
+    obs, x, _ = exchange(SMALL, **KNOWN)
     ticks: list[tuple[float, float | None]] = []
     watch = Watch(lambda share, best: ticks.append((share, best)))
     with watching(watch):
@@ -169,8 +166,8 @@ def test_a_stop_keeps_the_best() -> None:
     assert max(whole.trace["misfit"]) < max(stopped.trace["misfit"]) < 1
 
 
-def test_the_best_point_is_returned_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    obs, x = small()
+def test_the_best_point_is_returned_not_the_last(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    obs, x, _ = exchange(SMALL, **KNOWN)
 
     def search(objective: Callable[[Tensor], Tensor], start: Tensor, **_: object) -> Iterator[tuple[float, Tensor]]:
         order = distances(layer_inputs(obs.model, exact.layer, x, "train"), exact.inputs).argmin(0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from clients import Exchange, Network, perceptron
 from torch import Tensor, nn
 
 from unbatch.attacks.gradient_matching import GradientMatching
@@ -19,39 +20,25 @@ from unbatch.loss import loss_named
 from unbatch.models import small
 from unbatch.observation import Observation
 from unbatch.progress import Watch, watching
-from unbatch.protocol import Protocol
-from unbatch.truth import Truth
+
+CLIENT = {"shape": (1, 6, 6), "n": 2, "dtype": torch.float32, "input_range": (0.0, 1.0)}
 
 
-def exchange(
-    n: int = 2,
-    activation: Any = "gelu",
-    *,
-    known: bool = True,
-    protocol: Protocol | None = None,
-    loss: str = "cross-entropy",
-    shape: tuple[int, ...] = (1, 6, 6),
-    labels: Tensor | None = None,
-    **more: Any,
-) -> tuple[Observation, Truth]:
-    rng = torch.Generator().manual_seed(0)
-    model = small.build("mlp", shape, 5, width=80, activation=activation, rng=rng)
-    x, y = torch.rand(n, *shape, generator=rng), torch.arange(n) % 5 if labels is None else labels
-    knowledge = Knowledge(input_range=(0, 1), **({"labels": y} if known else {}), **more)
-    return observe(model, loss_named(loss), x, y, protocol=protocol, knowledge=knowledge)  # type: ignore[arg-type]
+def wide(activation: str = "gelu", shape: tuple[int, ...] = (1, 6, 6)) -> Network:
+    return perceptron(shape, 5, width=80, activation=activation)
 
 
-def error(found: Tensor | None, truth: Truth) -> float:
+def error(found: Tensor | None, x: Tensor) -> float:
     assert found is not None
-    a, b = found.double().flatten(1), truth.inputs.double().flatten(1)
+    a, b = found.double().flatten(1), x.flatten(1)
     return float((torch.cdist(a, b).min(0).values / b.norm(dim=1)).max())
 
 
 @pytest.mark.parametrize("activation", ["gelu", "tanh", "relu"])
-def test_default_recovers_to_rounding_error(activation: str) -> None:
-    obs, truth = exchange(3, activation)
+def test_default_recovers_to_rounding_error(exchange: Exchange, activation: str) -> None:
+    obs, x, _ = exchange(wide(activation), **CLIENT | {"n": 3}, tell=True)
     found = GradientMatching()(obs)
-    assert error(found.inputs, truth) < 1e-4
+    assert error(found.inputs, x) < 1e-4
     assert found.trace["converged"]
     assert found.trace["labels"] == "known"
 
@@ -59,90 +46,90 @@ def test_default_recovers_to_rounding_error(activation: str) -> None:
 @pytest.mark.parametrize(
     "protocol",
     [
-        Protocol(local_steps=3, learning_rate=0.05),
-        Protocol(local_steps=2, learning_rate=0.05, momentum=0.9, weight_decay=0.01),
-        Protocol(epochs=1, local_batch_size=1, learning_rate=0.05),
+        {"local_steps": 3, "learning_rate": 0.05},
+        {"local_steps": 2, "learning_rate": 0.05, "momentum": 0.9, "weight_decay": 0.01},
+        {"epochs": 1, "local_batch_size": 1, "learning_rate": 0.05},
     ],
     ids=str,
 )
-def test_default_recovers_through_local_steps(protocol: Protocol) -> None:
-    obs, truth = exchange(2, "gelu", protocol=protocol)
-    assert error(GradientMatching()(obs).inputs, truth) < 1e-2
+def test_default_recovers_through_local_steps(exchange: Exchange, protocol: dict[str, Any]) -> None:
+    obs, x, _ = exchange(wide(), **CLIENT, tell=True, **protocol)
+    assert error(GradientMatching()(obs).inputs, x) < 1e-2
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_in_the_span_of_a_dense_layer_local_steps_are_no_hindrance(activation: str) -> None:
+def test_in_the_span_of_a_dense_layer_local_steps_are_no_hindrance(exchange: Exchange, activation: str) -> None:
     """Four steps at a rate that moves the model far; for the whole inputs the search stalls in an example's size."""
-    protocol = Protocol(local_steps=4, learning_rate=0.1)
-    obs, truth = exchange(4, activation, protocol=protocol, shape=(3, 8, 8))
+    protocol = {"local_steps": 4, "learning_rate": 0.1}
+    obs, x, _ = exchange(wide(activation, (3, 8, 8)), **CLIENT | {"n": 4, "shape": (3, 8, 8)}, tell=True, **protocol)
     found = GradientMatching(restarts=3)(obs, seed=1)  # a start may stall; later ones run only then
-    assert error(found.inputs, truth) < 1e-3
+    assert error(found.inputs, x) < 1e-3
 
 
-def test_labels_are_counted_where_unknown_and_stay_aligned() -> None:
-    obs, truth = exchange(3, known=False, labels=torch.tensor([4, 1, 1]))
+def test_labels_are_counted_where_unknown_and_stay_aligned(exchange: Exchange) -> None:
+    obs, x, y = exchange(wide(), **CLIENT | {"n": 3}, y=torch.tensor([4, 1, 1]))
     found = GradientMatching()(obs)
     assert found.trace["labels"] == "counted"
     assert found.inputs is not None
     assert found.labels is not None
-    nearest = torch.cdist(found.inputs.double().flatten(1), truth.inputs.double().flatten(1)).argmin(1)
-    assert found.labels.tolist() == truth.labels[nearest].tolist()
-    assert error(found.inputs, truth) < 1e-3
+    nearest = torch.cdist(found.inputs.double().flatten(1), x.flatten(1)).argmin(1)
+    assert found.labels.tolist() == y[nearest].tolist()
+    assert error(found.inputs, x) < 1e-3
 
 
-def test_real_targets_are_optimised() -> None:
+def test_real_targets_are_optimised(exchange: Exchange) -> None:
     targets = torch.randn(2, 5, generator=torch.Generator().manual_seed(3))
-    obs, truth = exchange(2, known=False, loss="squared-error", labels=targets)
+    obs, x, _ = exchange(wide(), "squared-error", **CLIENT, y=targets)
     found = GradientMatching()(obs)
     assert found.trace["labels"] == "optimised"
     assert found.labels is not None
-    assert error(found.inputs, truth) < 1e-3
+    assert error(found.inputs, x) < 1e-3
     assert float(torch.cdist(found.labels.double(), targets.double()).min(0).values.max()) < 1e-2
 
 
-def test_classes_under_squared_error_are_optimised_and_read_as_classes() -> None:
-    obs, truth = exchange(2, known=False, loss="squared-error", labels=torch.tensor([1, 4]))
+def test_classes_under_squared_error_are_optimised_and_read_as_classes(exchange: Exchange) -> None:
+    obs, x, _ = exchange(wide(), "squared-error", **CLIENT, y=torch.tensor([1, 4]))
     found = GradientMatching()(obs)
     assert found.labels is not None
     assert sorted(found.labels.tolist()) == [1, 4]
-    assert error(found.inputs, truth) < 1e-3
+    assert error(found.inputs, x) < 1e-3
 
 
-def test_dlg_recovers_labels_by_optimising_them() -> None:
-    obs, _ = exchange(1, "sigmoid", known=False, labels=torch.tensor([3]))
+def test_dlg_recovers_labels_by_optimising_them(exchange: Exchange) -> None:
+    obs, _, _ = exchange(wide("sigmoid"), **CLIENT | {"n": 1}, y=torch.tensor([3]))
     found = GradientMatching(preset="dlg", iterations=300)(obs)
     assert found.trace["labels"] == "optimised"
     assert found.labels is not None
     assert found.labels.tolist() == [3]
 
 
-def test_labels_of_the_start_are_never_returned() -> None:
-    obs, _ = exchange(2, known=False)
+def test_labels_of_the_start_are_never_returned(exchange: Exchange) -> None:
+    obs, _, _ = exchange(wide(), **CLIENT)
     found = GradientMatching(preset="dlg", iterations=1)(obs)
     assert found.trace["iterations"] == 1
     assert found.labels is None
 
 
-def test_inverting_gradients_stays_in_range_and_comes_near() -> None:
-    obs, truth = exchange(1, domain="images")
+def test_inverting_gradients_stays_in_range_and_comes_near(exchange: Exchange) -> None:
+    obs, x, _ = exchange(wide(), **CLIENT | {"n": 1}, tell=True, domain="images")
     found = GradientMatching(preset="inverting-gradients", iterations=400, tv=1e-4)(obs)
     assert found.inputs is not None
     assert float(found.inputs.min()) >= 0
     assert float(found.inputs.max()) <= 1
-    assert error(found.inputs, truth) < 0.1
+    assert error(found.inputs, x) < 0.1
 
 
-def test_total_variation_is_for_pictures_alone() -> None:
+def test_total_variation_is_for_pictures_alone(exchange: Exchange) -> None:
     for domain, alike in (("table", True), ("images", False)):
-        obs, _ = exchange(1, domain=domain)
+        obs, _, _ = exchange(wide(), **CLIENT | {"n": 1}, tell=True, domain=domain)
         runs = [GradientMatching(preset="inverting-gradients", iterations=20, tv=tv)(obs).inputs for tv in (0.0, 1.0)]
         assert runs[0] is not None
         assert runs[1] is not None
         assert torch.equal(runs[0], runs[1]) is alike
 
 
-def test_the_best_restart_is_the_one_with_the_best_match() -> None:
-    obs, _ = exchange(2, "relu")
+def test_the_best_restart_is_the_one_with_the_best_match(exchange: Exchange) -> None:
+    obs, _, _ = exchange(wide("relu"), **CLIENT, tell=True)
     found = GradientMatching(preset="dlg", iterations=15, restarts=4)(obs)
     finals = found.trace["restarts"]
     assert len(finals) == 4
@@ -151,16 +138,16 @@ def test_the_best_restart_is_the_one_with_the_best_match() -> None:
     assert len(found.trace["seconds"]) == 4
 
 
-def test_the_trace_is_json_and_thin() -> None:
-    obs, _ = exchange()
+def test_the_trace_is_json_and_thin(exchange: Exchange) -> None:
+    obs, _, _ = exchange(wide(), **CLIENT, tell=True)
     trace = GradientMatching(preset="inverting-gradients", iterations=450)(obs).trace
     assert len(json.loads(json.dumps(trace))["loss"]) <= 200
     assert trace["loss"] == sorted(trace["loss"], reverse=True)
 
 
 @pytest.mark.parametrize("preset", ["default", "dlg", "inverting-gradients"])
-def test_told_to_stop_it_returns_the_best_so_far(preset: str) -> None:
-    obs, _ = exchange(2, "relu")
+def test_told_to_stop_it_returns_the_best_so_far(exchange: Exchange, preset: str) -> None:
+    obs, _, _ = exchange(wide("relu"), **CLIENT, tell=True)
     watch, calls = Watch(), []
 
     def listener(share: float, best: float | None) -> None:
@@ -174,8 +161,8 @@ def test_told_to_stop_it_returns_the_best_so_far(preset: str) -> None:
     assert found.trace["loss"][-1] == calls[-1][1]
 
 
-def test_same_seed_same_answer_whatever_the_global_generator() -> None:
-    obs, _ = exchange(2, "relu")
+def test_same_seed_same_answer_whatever_the_global_generator(exchange: Exchange) -> None:
+    obs, _, _ = exchange(wide("relu"), **CLIENT, tell=True)
     attack = GradientMatching(preset="inverting-gradients", iterations=30)
     first, second, third = attack(obs, seed=1).inputs, attack(obs, seed=1).inputs, attack(obs, seed=2).inputs
     assert first is not None
@@ -185,8 +172,8 @@ def test_same_seed_same_answer_whatever_the_global_generator() -> None:
     assert not torch.equal(first, third)
 
 
-def test_obstacles_are_said_in_words() -> None:
-    obs, _ = exchange()
+def test_obstacles_are_said_in_words(exchange: Exchange) -> None:
+    obs, _, _ = exchange(wide(), **CLIENT, tell=True)
     zero = Observation(
         model=obs.model,
         loss=obs.loss,
@@ -195,7 +182,7 @@ def test_obstacles_are_said_in_words() -> None:
     )
     with pytest.raises(NotApplicable, match="zero everywhere"):
         GradientMatching()(zero)
-    tokens, _ = exchange(domain="tokens")
+    tokens, _, _ = exchange(wide(), **CLIENT, tell=True, domain="tokens")
     with pytest.raises(NotApplicable, match="tokens"):
         GradientMatching()(tokens)
 

@@ -1,31 +1,32 @@
+from typing import Any
+
 import pytest
 import torch
+from clients import Exchange, perceptron
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch import Observation, Protocol, observe
+from unbatch import Observation
 from unbatch.inversion.input_span import reduce
 from unbatch.inversion.view import View
 from unbatch.models.small import build
 
 PROTOCOLS = {
-    "gradient": Protocol(),
-    "steps": Protocol(local_steps=5, learning_rate=0.3),
-    "momentum": Protocol(epochs=2, local_batch_size=2, learning_rate=0.1, momentum=0.9),
+    "gradient": {},
+    "steps": {"local_steps": 5, "learning_rate": 0.3},
+    "momentum": {"epochs": 2, "local_batch_size": 2, "learning_rate": 0.1, "momentum": 0.9},
+}
+CLIENT = {
+    "client": perceptron((3, 8, 8), 5, depth=2, width=40, activation="relu"),
+    "y": torch.tensor([0, 3, 3, 1]),
+    "n": 4,
+    "dtype": torch.float64,
 }
 
 
-def exchange(protocol: Protocol, model: nn.Module | None = None) -> tuple[Observation, torch.Tensor, torch.Tensor]:
-    rng = torch.Generator().manual_seed(0)
-    made = model or build("mlp", (3, 8, 8), 5, depth=2, width=40, activation="relu", rng=rng)
-    x, y = torch.rand(4, 3, 8, 8, generator=rng), torch.tensor([0, 3, 3, 1])
-    obs, _ = observe(made.double(), F.cross_entropy, x.double(), y, protocol=protocol)
-    return obs, x.double(), y
-
-
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
-def test_the_reduced_network_trains_on_z_as_the_whole_one_on_x(protocol: Protocol) -> None:
-    obs, x, y = exchange(protocol)
+def test_the_reduced_network_trains_on_z_as_the_whole_one_on_x(exchange: Exchange, protocol: dict[str, Any]) -> None:
+    obs, x, y = exchange(**CLIENT, **protocol)
     found = reduce(View.of(obs), torch.Generator().manual_seed(0))
     assert found is not None
     assert found.exact
@@ -36,8 +37,8 @@ def test_the_reduced_network_trains_on_z_as_the_whole_one_on_x(protocol: Protoco
     assert found.obs.residual(z + 0.01, y) > 1e-3
 
 
-def test_a_noisy_update_is_reduced_and_said_to_be_inexact() -> None:
-    obs, _, _ = exchange(Protocol())
+def test_a_noisy_update_is_reduced_and_said_to_be_inexact(exchange: Exchange) -> None:
+    obs, _, _ = exchange(**CLIENT)
     rng = torch.Generator().manual_seed(1)
     noisy = {k: t + 1e-4 * torch.randn(t.shape, generator=rng, dtype=t.dtype) for k, t in obs.update.items()}
     found = reduce(View.of(Observation(model=obs.model, loss=obs.loss, update=noisy, knowledge=obs.knowledge)), rng)
@@ -47,11 +48,11 @@ def test_a_noisy_update_is_reduced_and_said_to_be_inexact() -> None:
 
 @pytest.mark.parametrize(
     "protocol",
-    [Protocol(local_steps=2, optimiser="adam"), Protocol(local_steps=2, weight_decay=0.1)],
+    [{"local_steps": 2, "optimiser": "adam"}, {"local_steps": 2, "weight_decay": 0.1}],
     ids=["adam", "weight decay"],
 )
-def test_updates_with_other_rows_than_the_inputs_are_left_alone(protocol: Protocol) -> None:
-    obs, _, _ = exchange(protocol)
+def test_updates_with_other_rows_than_the_inputs_are_left_alone(exchange: Exchange, protocol: dict[str, Any]) -> None:
+    obs, _, _ = exchange(**CLIENT, **protocol)
     assert reduce(View.of(obs), torch.Generator().manual_seed(0)) is None
 
 
@@ -68,8 +69,8 @@ class Normalised(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["convolution", "normalisation"])
-def test_networks_that_do_more_than_flatten_are_left_alone(kind: str) -> None:
+def test_networks_that_do_more_than_flatten_are_left_alone(exchange: Exchange, kind: str) -> None:
     rng = torch.Generator().manual_seed(0)
     model = build("convnet", (3, 8, 8), 5, rng=rng) if kind == "convolution" else Normalised()
-    obs, _, _ = exchange(Protocol(), model)
+    obs, _, _ = exchange(**CLIENT | {"client": model})
     assert reduce(View.of(obs), torch.Generator().manual_seed(0)) is None

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from clients import Exchange
+from convolutional import SMALL, conv, drawn, errors, exact, leaky, network, psnr, refused, sound
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,138 +20,17 @@ from unbatch.auditing.client import observe
 from unbatch.case import Case
 from unbatch.errors import NotApplicable
 from unbatch.knowledge import Knowledge
-from unbatch.loss import Loss, loss_named
+from unbatch.loss import loss_named
 from unbatch.models import small
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol
 from unbatch.reconstruction import Reconstruction
 
-SMALL = (3, 8, 8)
-EVAL = Protocol(mode="eval")
 TYPES = pytest.mark.parametrize(("dtype", "floor"), [(torch.float64, 200.0), (torch.float32, 90.0)], ids=["64", "32"])
-
-
-def drawn(model: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
-    """Weights uniform in +-gain / sqrt(fan in); batch norms with statistics of their own."""
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for name in ("weight", "running_var"):
-                    getattr(module, name).copy_(0.5 + torch.rand(module.num_features, generator=rng))
-                for name in ("bias", "running_mean"):
-                    getattr(module, name).copy_(0.3 * torch.randn(module.num_features, generator=rng))
-            elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-                for p in module.parameters(recurse=False):
-                    p.copy_(gain * (2 * torch.rand(p.shape, generator=rng) - 1) / module.weight[0].numel() ** 0.5)
-    return model
-
-
-def network(
-    trunk: Sequence[nn.Module],
-    shape: tuple[int, ...] = SMALL,
-    *,
-    classes: int = 5,
-    hidden: Sequence[int] = (),
-    act: type[nn.Module] = nn.Tanh,
-    bias: bool = True,
-    seed: int = 0,
-    gain: float = 1.0,
-) -> nn.Sequential:
-    """The trunk and dense layers on it; `bias` is of the dense layers."""
-    layers = [*(copy.deepcopy(layer) for layer in trunk), nn.Flatten()]
-    size = nn.Sequential(*layers).eval()(torch.zeros(1, *shape)).numel()
-    for width in hidden:
-        layers += [nn.Linear(size, width, bias=bias), act()]
-        size = width
-    model = nn.Sequential(*layers, nn.Linear(size, classes, bias=bias))
-    drawn(model, seed, gain)
-    return model
-
-
-def pictures(n: int, shape: tuple[int, ...] = SMALL, seed: int = 1) -> Tensor:
-    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def exchange(
-    model: nn.Module,
-    shape: tuple[int, ...] = SMALL,
-    *,
-    n: int = 1,
-    seed: int = 1,
-    dtype: torch.dtype = torch.float64,
-    loss: Loss | None = None,
-    y: Tensor | None = None,
-    tell: bool = False,
-    protocol: Protocol = EVAL,
-    defences: Sequence[str] = (),
-    classes: int = 5,
-) -> tuple[Observation, Tensor, Tensor]:
-    """The server's view of a client of random pictures, the pictures in float64, and the labels."""
-    x = pictures(n, shape, seed)
-    y = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed + 9)) if y is None else y
-    obs, truth = observe(
-        copy.deepcopy(model).to(dtype),
-        loss or loss_named("cross-entropy"),
-        x.to(dtype),
-        y,
-        knowledge=Knowledge(labels=y) if tell else None,
-        protocol=protocol,
-        defences=defences,
-    )
-    return obs, truth.inputs.double(), y
 
 
 def changed(obs: Observation, f: Callable[[str, Tensor], Tensor]) -> Observation:
     return replace(obs, update={name: f(name, tensor.clone()) for name, tensor in obs.update.items()})
-
-
-def errors(found: Reconstruction, x: Tensor) -> tuple[Tensor, Tensor]:
-    """|returned - nearest true| / |returned| [k], and which is the nearest."""
-    assert found.inputs is not None
-    flat = found.inputs.double().flatten(1)
-    gap, near = torch.cdist(flat, x.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").min(1)
-    return gap / flat.norm(dim=1), near
-
-
-def psnr(found: Reconstruction, x: Tensor) -> float:
-    """Of the worst example."""
-    assert found.inputs is not None
-    near = errors(found, x)[1]
-    mse = (found.inputs.double() - x[near]).square().flatten(1).mean(1)
-    return float((-10 * mse.clamp_min(1e-30).log10()).min())
-
-
-def sound(obs: Observation, found: Reconstruction, x: Tensor) -> None:
-    """No finite bound lies below the true error."""
-    assert found.bound is not None
-    error = errors(found, x)[0]
-    floor = torch.finfo(obs.dtype).eps / 2  # what `certify` raises every bound to
-    broken = [f"{e:.1e} > {b:.1e}" for e, b in zip(error, found.bound.clamp_min(floor), strict=True) if e > b]
-    assert not broken
-
-
-def exact(obs: Observation, x: Tensor, y: Tensor, floor: float, **options: Any) -> Reconstruction:
-    """Found above the floor in dB, with the right labels and a bound that is finite and holds."""
-    found = LayerByLayer(**options)(obs)
-    assert len(found) == len(x)
-    near = errors(found, x)[1]
-    assert sorted(near.tolist()) == list(range(len(x)))
-    assert psnr(found, x) > floor
-    assert found.labels is not None
-    assert torch.equal(found.labels, y[near])
-    assert bool(found.bound.isfinite().all())
-    sound(obs, found, x)
-    assert found.trace["residual"] < 100 * torch.finfo(obs.dtype).eps
-    return found
-
-
-def conv(before: int, after: int, kernel: int = 3, *, bias: bool = False, **more: Any) -> nn.Conv2d:
-    return nn.Conv2d(before, after, kernel, bias=bias, **more)
-
-
-def leaky() -> nn.Module:
-    return nn.LeakyReLU(0.2)
 
 
 # ---------------------------------------------------------------------------------------------------------- exactness
@@ -181,9 +62,9 @@ def leaky() -> nn.Module:
     ],
 )
 def test_determined_networks_give_the_picture(
-    trunk: list[nn.Module], shape: tuple[int, ...], dtype: torch.dtype, floor: float
+    exchange: Exchange, trunk: list[nn.Module], shape: tuple[int, ...], dtype: torch.dtype, floor: float
 ) -> None:
-    obs, x, y = exchange(network(trunk, shape), shape, dtype=dtype)
+    obs, x, y = exchange(network(trunk, shape), shape=shape, dtype=dtype)
     found = exact(obs, x, y, floor)
     assert found.trace["deficient"] == []
     assert "undetermined" not in found.trace
@@ -201,12 +82,14 @@ def hardly_cut(deep: bool, seed: int, shift: float) -> nn.Sequential:
 
 @TYPES
 @pytest.mark.parametrize(("seed", "shift"), [(1, 0.5), (3, 0.9)])
-def test_few_outputs_that_a_relu_cut(seed: int, shift: float, dtype: torch.dtype, floor: float) -> None:
+def test_few_outputs_that_a_relu_cut(
+    exchange: Exchange, seed: int, shift: float, dtype: torch.dtype, floor: float
+) -> None:
     exact(*exchange(hardly_cut(False, seed, shift), seed=seed + 1, dtype=dtype), floor)
 
 
 @pytest.mark.parametrize(("seed", "shift", "dtype"), [(1, 0.5, torch.float64), (3, 0.9, torch.float32)])
-def test_few_inner_outputs_that_a_relu_cut(seed: int, shift: float, dtype: torch.dtype) -> None:
+def test_few_inner_outputs_that_a_relu_cut(exchange: Exchange, seed: int, shift: float, dtype: torch.dtype) -> None:
     exact(*exchange(hardly_cut(True, seed, shift), seed=seed + 1, dtype=dtype), 90.0)
 
 
@@ -215,7 +98,7 @@ def test_few_inner_outputs_that_a_relu_cut(seed: int, shift: float, dtype: torch
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("tell", [False, True], ids=["not told", "told"])
 def test_every_loss_and_the_label_whether_told_or_not(
-    loss: str, reduction: Any, tell: bool, dtype: torch.dtype, floor: float
+    exchange: Exchange, loss: str, reduction: Any, tell: bool, dtype: torch.dtype, floor: float
 ) -> None:
     model = network([conv(3, 6), nn.Tanh()])
     for label in (0, 3) if dtype == torch.float64 else (4,):
@@ -226,37 +109,39 @@ def test_every_loss_and_the_label_whether_told_or_not(
 
 @TYPES
 @pytest.mark.parametrize("loss", ["cross-entropy", "binary-cross-entropy", "squared-error"])
-def test_a_head_without_a_bias(loss: str, dtype: torch.dtype, floor: float) -> None:
+def test_a_head_without_a_bias(exchange: Exchange, loss: str, dtype: torch.dtype, floor: float) -> None:
     model = network([conv(3, 6), nn.Tanh()], bias=False)
     exact(*exchange(model, loss=loss_named(loss), tell=True, dtype=dtype), floor)
 
 
-def test_a_head_without_a_bias_tells_the_label_too() -> None:
+def test_a_head_without_a_bias_tells_the_label_too(exchange: Exchange) -> None:
     model = network([conv(3, 6), nn.Tanh()], bias=False, classes=3)
-    exact(*exchange(model, classes=3, seed=3), 200.0)
+    exact(*exchange(model, seed=3), 200.0)
 
 
 @TYPES
-def test_several_dense_layers_above(dtype: torch.dtype, floor: float) -> None:
+def test_several_dense_layers_above(exchange: Exchange, dtype: torch.dtype, floor: float) -> None:
     exact(*exchange(network([conv(3, 6), nn.Tanh()], hidden=(20, 12)), dtype=dtype), floor)
     model = network([conv(3, 6), nn.Tanh()], hidden=(20, 12), act=nn.GELU, bias=False)
     exact(*exchange(model, dtype=dtype, tell=True), floor)
 
 
 @TYPES
-def test_clipping_and_other_positive_factors_change_nothing(dtype: torch.dtype, floor: float) -> None:
+def test_clipping_and_other_positive_factors_change_nothing(
+    exchange: Exchange, dtype: torch.dtype, floor: float
+) -> None:
     model = network([conv(3, 12, stride=2), leaky(), conv(12, 20, padding=1), nn.Tanh()], (3, 9, 9))
-    obs, x, y = exchange(model, (3, 9, 9), dtype=dtype, defences=["clip:norm=0.01"])
+    obs, x, y = exchange(model, shape=(3, 9, 9), dtype=dtype, defences=["clip:norm=0.01"])
     exact(obs, x, y, floor)
     exact(changed(obs, lambda _, t: t * 1e5), x, y, floor)
 
 
-def test_layers_that_sent_nothing_are_read_by_their_outputs() -> None:
+def test_layers_that_sent_nothing_are_read_by_their_outputs(exchange: Exchange) -> None:
     obs, x, y = exchange(network([conv(3, 6), nn.Tanh()]))
     exact(replace(obs, update={k: t for k, t in obs.update.items() if not k.startswith("0")}), x, y, 200.0)
 
 
-def test_the_gradients_alone_give_the_picture_where_they_suffice() -> None:
+def test_the_gradients_alone_give_the_picture_where_they_suffice(exchange: Exchange) -> None:
     model = network([conv(3, 12, 4, stride=2, padding=1), leaky(), conv(12, 16, padding=1), nn.Tanh()])
     found = exact(*exchange(model), 200.0, method="r-conv")
     assert [row["equations"] for row in found.trace["readings"]] == [16 * 12 * 9, 12 * 3 * 16]
@@ -291,7 +176,7 @@ def random_network(seed: int) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["64", "32"])
-def test_the_bound_holds_over_random_networks_and_says_something(dtype: torch.dtype) -> None:
+def test_the_bound_holds_over_random_networks_and_says_something(exchange: Exchange, dtype: torch.dtype) -> None:
     ratios, bounds, true = [], [], []
     for seed in range(22):
         obs, x, _ = exchange(random_network(seed), seed=seed, dtype=dtype)
@@ -316,10 +201,10 @@ def narrow(act: Callable[[], nn.Module] = leaky, seed: int = 0) -> nn.Sequential
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["64", "32"])
-def test_the_bound_of_the_pull_back_constraint_holds(dtype: torch.dtype) -> None:
+def test_the_bound_of_the_pull_back_constraint_holds(exchange: Exchange, dtype: torch.dtype) -> None:
     broken = []
     for seed in (3, 4):
-        obs, x, _ = exchange(narrow(seed=seed), (3, 12, 12), seed=seed + 1, dtype=dtype)
+        obs, x, _ = exchange(narrow(seed=seed), shape=(3, 12, 12), seed=seed + 1, dtype=dtype)
         found = LayerByLayer(method="copa")(obs)
         error, bound = float(errors(found, x)[0][0]), float(found.bound[0])
         assert bound < 100 * error
@@ -330,7 +215,7 @@ def test_the_bound_of_the_pull_back_constraint_holds(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("entry", [False, True], ids=["whole weight", "one entry"])
 @pytest.mark.parametrize("layer", ["0.weight", "2.weight"])
-def test_a_wrong_gradient_gives_no_finite_bound_in_double(layer: str, entry: bool) -> None:
+def test_a_wrong_gradient_gives_no_finite_bound_in_double(exchange: Exchange, layer: str, entry: bool) -> None:
     obs, x, _ = exchange(network([conv(3, 8, padding=1), nn.Sigmoid(), conv(8, 12, padding=1), nn.Sigmoid()]))
     found = LayerByLayer()(changed(obs, spoilt(layer, entry)))
     assert psnr(found, x) < 90
@@ -338,7 +223,7 @@ def test_a_wrong_gradient_gives_no_finite_bound_in_double(layer: str, entry: boo
 
 
 @pytest.mark.parametrize("entry", [False, True], ids=["whole weight", "one entry"])
-def test_a_wrong_gradient_of_a_small_weight_gives_no_false_bound_in_single(entry: bool) -> None:
+def test_a_wrong_gradient_of_a_small_weight_gives_no_false_bound_in_single(exchange: Exchange, entry: bool) -> None:
     model = network([conv(3, 8, padding=1), nn.Sigmoid(), conv(8, 12, padding=1), nn.Sigmoid()])
     obs, x, _ = exchange(model, dtype=torch.float32)
     sound(obs, LayerByLayer()(changed(obs, spoilt("0.weight", entry))), x)
@@ -359,7 +244,9 @@ HALVES = pytest.mark.parametrize("coarse", [torch.bfloat16, torch.float16], ids=
 
 
 @HALVES
-def test_half_precision_updates_give_coarse_pictures_within_their_bound(coarse: torch.dtype) -> None:
+def test_half_precision_updates_give_coarse_pictures_within_their_bound(
+    exchange: Exchange, coarse: torch.dtype
+) -> None:
     obs, x, y = exchange(network([conv(3, 6), nn.Tanh()]), dtype=torch.float32)
     found = LayerByLayer()(changed(obs, lambda _, t: t.to(coarse)))
     assert psnr(found, x) > 50
@@ -368,7 +255,7 @@ def test_half_precision_updates_give_coarse_pictures_within_their_bound(coarse: 
 
 
 @HALVES
-def test_a_wrong_half_precision_gradient_gives_no_false_bound(coarse: torch.dtype) -> None:
+def test_a_wrong_half_precision_gradient_gives_no_false_bound(exchange: Exchange, coarse: torch.dtype) -> None:
     obs, x, _ = exchange(network([conv(3, 6), nn.Tanh()]), dtype=torch.float32)
     wrong = changed(obs, lambda name, t: (t * (3.0 if name == "0.weight" else 1.0)).to(coarse))
     sound(obs, LayerByLayer()(wrong), x)
@@ -377,7 +264,7 @@ def test_a_wrong_half_precision_gradient_gives_no_false_bound(coarse: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["64", "32"])
 @pytest.mark.parametrize("gain", [3.0, 10.0, 100.0])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_saturated_units_give_no_false_bound(gain: float, layers: int, dtype: torch.dtype) -> None:
+def test_saturated_units_give_no_false_bound(exchange: Exchange, gain: float, layers: int, dtype: torch.dtype) -> None:
     model = network([conv(3, 8, padding=1), nn.Tanh(), conv(8, 16, padding=1), nn.Tanh()][: 2 * layers])
     for p in model[0].parameters():
         p.data *= gain
@@ -396,7 +283,7 @@ def noised(obs: Observation, share: float, seed: int) -> tuple[Observation, floa
 
 @pytest.mark.parametrize("share", [3e-7, 3e-6, 5e-6, 1e-4, 1e-2])
 @pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
-def test_noise_gives_no_false_bound(share: float, told: bool) -> None:
+def test_noise_gives_no_false_bound(exchange: Exchange, share: float, told: bool) -> None:
     for seed in range(6):
         obs, x, _ = exchange(network([conv(3, 6), nn.Tanh()], seed=seed), dtype=torch.float32)
         seen, sigma = noised(obs, share, seed)
@@ -452,7 +339,9 @@ def ranks(obs: Observation, x: Tensor, y: Tensor) -> dict[str, int]:
     ],
     ids=["strided", "one channel", "untouched pixels", "first of two"],
 )
-def test_deficient_layers_are_named_and_their_rank_is_the_matrix_rank(trunk: list[nn.Module]) -> None:
+def test_deficient_layers_are_named_and_their_rank_is_the_matrix_rank(
+    exchange: Exchange, trunk: list[nn.Module]
+) -> None:
     obs, x, y = exchange(network(trunk))
     expected = ranks(obs, x, y)
     for method in ("auto", "copa", "r-gap"):
@@ -466,8 +355,8 @@ def test_deficient_layers_are_named_and_their_rank_is_the_matrix_rank(trunk: lis
         assert obs.residual(found.inputs, found.labels) < 1e-9
 
 
-def test_what_an_inner_layer_leaves_open_is_not_called_determined() -> None:
-    obs, x, _ = exchange(narrow(), (3, 12, 12))
+def test_what_an_inner_layer_leaves_open_is_not_called_determined(exchange: Exchange) -> None:
+    obs, x, _ = exchange(narrow(), shape=(3, 12, 12))
     found = LayerByLayer(method="r-gap")(obs)
     assert psnr(found, x) < 40
     assert found.trace["deficient"] == ["2"]
@@ -497,9 +386,9 @@ def test_the_smoothest_picture_is_nearer_than_that_of_least_norm(name: str, gain
 @pytest.mark.parametrize("act", [leaky, nn.Tanh, nn.Softplus], ids=["leaky", "tanh", "softplus"])
 @TYPES
 def test_the_pull_back_constraint_settles_an_inner_layer(
-    act: Callable[[], nn.Module], dtype: torch.dtype, floor: float
+    exchange: Exchange, act: Callable[[], nn.Module], dtype: torch.dtype, floor: float
 ) -> None:
-    obs, x, y = exchange(narrow(act), (3, 12, 12), dtype=dtype)
+    obs, x, y = exchange(narrow(act), shape=(3, 12, 12), dtype=dtype)
     least = LayerByLayer(method="r-gap")(obs)
     assert psnr(least, x) < 40
     assert least.bound.tolist() == [torch.inf]
@@ -555,19 +444,19 @@ CURVED = {
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", CURVED)
-def test_layers_that_are_not_linear_are_read_with_those_before_them(name: str) -> None:
+def test_layers_that_are_not_linear_are_read_with_those_before_them(exchange: Exchange, name: str) -> None:
     found = exact(*exchange(network(CURVED[name])), 200.0)
     assert found.trace["deficient"] == []
 
 
 @pytest.mark.parametrize("name", ["silu", "residual, normed"])
-def test_they_are_from_float32_gradients_too(name: str) -> None:
+def test_they_are_from_float32_gradients_too(exchange: Exchange, name: str) -> None:
     exact(*exchange(network(CURVED[name]), dtype=torch.float32), 90.0)
 
 
-def test_max_pooling_behind_relu_is_read_where_equations_abound() -> None:
+def test_max_pooling_behind_relu_is_read_where_equations_abound(exchange: Exchange) -> None:
     trunk = [conv(1, 24, padding=1), nn.ReLU(), conv(24, 24, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    exact(*exchange(network(trunk, (1, 6, 6)), (1, 6, 6)), 200.0)
+    exact(*exchange(network(trunk, (1, 6, 6)), shape=(1, 6, 6)), 200.0)
 
 
 def test_two_residual_blocks_with_kinks_are_annealed() -> None:
@@ -576,16 +465,16 @@ def test_two_residual_blocks_with_kinks_are_annealed() -> None:
     whole = Case.parse("photos:size=32").setting()
     model, known = network(trunk).double(), Knowledge(input_range=(0.0, 1.0), domain="images")
     inputs, labels = whole.inputs[:1, :, ::4, ::4].double(), whole.labels[:1] % 5
-    obs, truth = observe(model, whole.loss, inputs, labels, knowledge=known, protocol=EVAL)
+    obs, truth = observe(model, whole.loss, inputs, labels, knowledge=known, protocol=Protocol(mode="eval"))
     exact(obs, truth.inputs, truth.labels, 200.0)
 
 
-def test_what_is_too_large_for_gauss_and_newton_is_said() -> None:
-    model = small.build("resnet-small", (1, 8, 8), 10, rng=torch.Generator().manual_seed(0))
-    refused(exchange(model, (1, 8, 8))[0], "too many for Gauss and Newton")
+def test_what_is_too_large_for_gauss_and_newton_is_said(exchange: Exchange) -> None:
+    model = small.build("resnet-small", (1, 8, 8), 10, rng=torch.Generator().manual_seed(0)).double()
+    refused(exchange(model, shape=(1, 8, 8))[0], "too many for Gauss and Newton")
 
 
-def test_the_bound_behind_a_layer_norm_holds() -> None:
+def test_the_bound_behind_a_layer_norm_holds(exchange: Exchange) -> None:
     for seed in range(3):
         obs, x, _ = exchange(network(CURVED["layer norm"], seed=seed), seed=seed + 1, dtype=torch.float32)
         found = LayerByLayer()(obs)
@@ -593,10 +482,10 @@ def test_the_bound_behind_a_layer_norm_holds() -> None:
         sound(obs, found, x)
 
 
-def test_batch_norm_on_its_own_statistics_hides_the_mean_of_every_colour() -> None:
+def test_batch_norm_on_its_own_statistics_hides_the_mean_of_every_colour(exchange: Exchange) -> None:
     model = network([conv(3, 8), nn.BatchNorm2d(8), nn.Tanh()])
     before = copy.deepcopy(model.state_dict())
-    obs, x, _ = exchange(model, protocol=Protocol(mode="train"))
+    obs, x, _ = exchange(model, mode="train")
     found = LayerByLayer()(obs)
     assert found.trace["deficient"] == ["0, 1"]
     assert found.trace["undetermined"] == pytest.approx(3 / 192)
@@ -609,7 +498,7 @@ def test_batch_norm_on_its_own_statistics_hides_the_mean_of_every_colour() -> No
 
 
 @pytest.mark.parametrize("trunk", [[conv(3, 8), nn.Tanh(), nn.MaxPool2d(2)], [conv(3, 8), nn.LeakyReLU(-0.2)]])
-def test_where_gauss_and_newton_find_no_root_nothing_is_claimed(trunk: list[nn.Module]) -> None:
+def test_where_gauss_and_newton_find_no_root_nothing_is_claimed(exchange: Exchange, trunk: list[nn.Module]) -> None:
     obs, x, _ = exchange(network(trunk))
     found = LayerByLayer()(obs)
     assert psnr(found, x) < 40
@@ -619,19 +508,6 @@ def test_where_gauss_and_newton_find_no_root_nothing_is_claimed(trunk: list[nn.M
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
-
-
-def refused(obs: Observation, words: str, **options: Any) -> None:
-    """Declined before it runs, or stopped on its way with nothing returned; the words say so."""
-    try:
-        found = LayerByLayer(**options)(obs)
-    except NotApplicable as obstacle:
-        said = str(obstacle)
-    else:
-        assert len(found) == 0
-        assert found.inputs.shape == (0, *obs.knowledge.input_shape)
-        said = found.trace["stopped"]
-    assert words in said
 
 
 @pytest.mark.parametrize(
@@ -646,25 +522,25 @@ def refused(obs: Observation, words: str, **options: Any) -> None:
         ([conv(3, 8), nn.SiLU(), conv(8, 12), nn.Tanh()], "layer '1' (SiLU)"),
     ],
 )
-def test_layers_without_a_way_back_are_named(trunk: list[nn.Module], words: str) -> None:
+def test_layers_without_a_way_back_are_named(exchange: Exchange, trunk: list[nn.Module], words: str) -> None:
     refused(exchange(network(trunk))[0], words, method="r-gap")
 
 
-def test_max_pooling_is_refused_for_its_reason() -> None:
+def test_max_pooling_is_refused_for_its_reason(exchange: Exchange) -> None:
     refused(exchange(network([conv(3, 8), nn.Tanh(), nn.MaxPool2d(2)]))[0], "largest", method="r-gap")
 
 
 @pytest.mark.parametrize(
     ("norm", "mode"), [(nn.GroupNorm(2, 8), "eval"), (nn.LayerNorm([8, 6, 6]), "eval"), (nn.BatchNorm2d(8), "train")]
 )
-def test_normalisation_by_the_example_s_own_statistics_is_named(norm: nn.Module, mode: Any) -> None:
+def test_normalisation_by_the_example_s_own_statistics_is_named(exchange: Exchange, norm: nn.Module, mode: Any) -> None:
     model = network([conv(3, 8), norm, nn.Tanh()])
-    refused(exchange(model, protocol=Protocol(mode=mode))[0], "layer '1'", method="r-gap")
+    refused(exchange(model, mode=mode)[0], "layer '1'", method="r-gap")
 
 
-def test_dropout_in_train_mode_is_named() -> None:
+def test_dropout_in_train_mode_is_named(exchange: Exchange) -> None:
     model = network([conv(3, 8), nn.Tanh(), nn.Dropout(0.3)])
-    obs = exchange(model, protocol=Protocol(mode="train"))[0]
+    obs = exchange(model, mode="train")[0]
     refused(obs, "layer '2' (Dropout)", method="r-gap")
     refused(obs, "layer '2' draws at random")
 
@@ -685,24 +561,24 @@ class Written(nn.Module):
         return self.head(self.again((self.first if self.twice else self.second)(x)).flatten(1))
 
 
-def test_modules_that_run_twice_and_shared_weights_are_named() -> None:
+def test_modules_that_run_twice_and_shared_weights_are_named(exchange: Exchange) -> None:
     refused(exchange(drawn(Written(twice=True)))[0], "'first' runs 2 times")
     refused(exchange(drawn(Written(tied=True)))[0], "'first' and 'second' share a weight")
 
 
-def test_exchanges_that_it_does_not_read_are_declined_in_words() -> None:
+def test_exchanges_that_it_does_not_read_are_declined_in_words(exchange: Exchange) -> None:
     model = network([conv(3, 6), nn.Tanh()])
     obs, _, _ = exchange(model)
     refused(exchange(model, n=5)[0], "the batch has 5 examples")
     refused(exchange(model, n=2)[0], "the only dense layer is the head")
     untold = replace(exchange(model, n=2)[0], knowledge=Knowledge(input_shape=SMALL))
     refused(untold, "'3' is not of rank one")
-    refused(exchange(model, protocol=Protocol(mode="eval", local_steps=1))[0], "local steps")
+    refused(exchange(model, local_steps=1)[0], "local steps")
     refused(changed(obs, lambda _, t: torch.zeros_like(t)), "gradient of '3' is zero")
     refused(replace(obs, update={"0.weight": obs.update["0.weight"]}), "no dense layer")
     refused(exchange(drawn(nn.Sequential(conv(3, 5, 8), nn.Flatten())))[0], "no dense layer")
     dense = drawn(nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5)))
-    refused(exchange(dense, (12,))[0], "nothing lies before the dense layer '0'")
+    refused(exchange(dense, shape=(12,))[0], "nothing lies before the dense layer '0'")
     refused(exchange(network([conv(3, 8), nn.Tanh()], hidden=(5,)), n=3)[0], "'3' has rank 3, and 5 neurons")
     with pytest.raises(NotApplicable, match="needs input_shape"):
         LayerByLayer()(obs.only("batch_size"))
@@ -710,17 +586,17 @@ def test_exchanges_that_it_does_not_read_are_declined_in_words() -> None:
     refused(loose, "not of rank one")
 
 
-def test_a_clipped_update_without_biases_is_declined_in_words() -> None:
+def test_a_clipped_update_without_biases_is_declined_in_words(exchange: Exchange) -> None:
     model = network([conv(3, 6), nn.Tanh()], bias=False)
     refused(exchange(model, defences=["clip:norm=0.01"], tell=True)[0], "'3', which has no bias")
 
 
 @pytest.mark.parametrize("between", [(), (nn.Identity(),), (nn.Dropout(0.5),)], ids=["none", "identity", "dropout"])
-def test_two_activations_in_a_row(between: tuple[nn.Module, ...]) -> None:
+def test_two_activations_in_a_row(exchange: Exchange, between: tuple[nn.Module, ...]) -> None:
     exact(*exchange(network([conv(3, 8), nn.Tanh(), *between, leaky()])), 200.0)
 
 
-def test_batch_norm_statistics_that_were_sent_are_used() -> None:
+def test_batch_norm_statistics_that_were_sent_are_used(exchange: Exchange) -> None:
     obs, x, y = exchange(network([conv(3, 8, padding=1), nn.BatchNorm2d(8), nn.Tanh()]))
     server = copy.deepcopy(obs.model)
     server[1].running_mean += 0.2
@@ -734,7 +610,7 @@ def smoothed(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("what", ["negative factor", "negative loss", "smoothed and confident"])
-def test_the_label_where_its_delta_is_not_the_least(what: str) -> None:
+def test_the_label_where_its_delta_is_not_the_least(exchange: Exchange, what: str) -> None:
     model = network([conv(3, 6), nn.Tanh()])
     if what == "negative factor":
         obs, x, y = exchange(model)
@@ -746,19 +622,19 @@ def test_the_label_where_its_delta_is_not_the_least(what: str) -> None:
         exact(*exchange(model, loss=smoothed, y=torch.tensor([2])), 200.0)
 
 
-def test_two_classes_on_one_output_with_the_label_told() -> None:
+def test_two_classes_on_one_output_with_the_label_told(exchange: Exchange) -> None:
     model = network([conv(3, 6), nn.Tanh()], classes=1)
     exact(*exchange(model, loss=loss_named("binary-cross-entropy"), y=torch.tensor([1]), tell=True), 200.0)
 
 
 @pytest.mark.parametrize(("bias", "tell"), [(True, False), (False, True)], ids=["not told", "no bias"])
-def test_two_classes_on_one_output(bias: bool, tell: bool) -> None:
+def test_two_classes_on_one_output(exchange: Exchange, bias: bool, tell: bool) -> None:
     model = network([conv(3, 6), nn.Tanh()], classes=1, bias=bias)
     exact(*exchange(model, loss=loss_named("binary-cross-entropy"), y=torch.tensor([1]), tell=tell), 200.0)
 
 
-def test_the_model_the_update_and_the_modes_are_left_alone() -> None:
-    obs, _, _ = exchange(narrow(), (3, 12, 12))
+def test_the_model_the_update_and_the_modes_are_left_alone(exchange: Exchange) -> None:
+    obs, _, _ = exchange(narrow(), shape=(3, 12, 12))
     state = {k: v.clone() for k, v in obs.model.state_dict().items()}
     update = {k: v.clone() for k, v in obs.update.items()}
     modes = [module.training for module in obs.model.modules()]
@@ -784,7 +660,7 @@ def paired(found: Reconstruction, x: Tensor, y: Tensor, floor: float) -> None:
 
 
 @pytest.mark.parametrize("n", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
-def test_every_picture_of_a_small_batch(n: int) -> None:
+def test_every_picture_of_a_small_batch(exchange: Exchange, n: int) -> None:
     obs, x, y = exchange(wide(), n=n)
     found = LayerByLayer()(obs)
     paired(found, x, y, 200.0)
@@ -793,7 +669,7 @@ def test_every_picture_of_a_small_batch(n: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "dtype"), [(2, torch.float64), (3, torch.float32)], ids=["64", "32"])
-def test_a_small_batch_s_bounds_are_finite_and_hold(n: int, dtype: torch.dtype) -> None:
+def test_a_small_batch_s_bounds_are_finite_and_hold(exchange: Exchange, n: int, dtype: torch.dtype) -> None:
     obs, x, y = exchange(wide(), n=n, dtype=dtype)
     found = LayerByLayer()(obs)
     paired(found, x, y, 90.0)
@@ -801,7 +677,7 @@ def test_a_small_batch_s_bounds_are_finite_and_hold(n: int, dtype: torch.dtype) 
     assert bool(found.bound.isfinite().all())
 
 
-def test_a_batch_whose_gradients_mix_is_a_guess_that_explains_them() -> None:
+def test_a_batch_whose_gradients_mix_is_a_guess_that_explains_them(exchange: Exchange) -> None:
     model = network([conv(3, 4, 4, stride=2, padding=1), leaky()], hidden=(60,), act=nn.Softplus)
     one, x, y = exchange(model)
     exact(one, x, y, 200.0)
@@ -816,7 +692,7 @@ def test_a_batch_whose_gradients_mix_is_a_guess_that_explains_them() -> None:
     assert obs.residual(found.inputs, found.labels) < 1e-9
 
 
-def test_one_weight_s_gradient_settles_two_pictures_that_lack_little() -> None:
+def test_one_weight_s_gradient_settles_two_pictures_that_lack_little(exchange: Exchange) -> None:
     model = network([conv(3, 10, 3, stride=2, padding=1), leaky()], hidden=(60,), act=nn.Softplus)
     obs, x, y = exchange(model, n=2)
     found = LayerByLayer()(obs)
@@ -825,12 +701,12 @@ def test_one_weight_s_gradient_settles_two_pictures_that_lack_little() -> None:
     paired(found, x, y, 200.0)
 
 
-def test_a_normalisation_below_the_dense_layer_is_undone_once() -> None:
+def test_a_normalisation_below_the_dense_layer_is_undone_once(exchange: Exchange) -> None:
     obs, x, y = exchange(network([nn.BatchNorm2d(3)], hidden=(40,), act=nn.Softplus), n=2)
     paired(LayerByLayer()(obs), x, y, 200.0)
 
 
-def test_a_batch_that_is_not_found_whole_is_declined_in_words() -> None:
+def test_a_batch_that_is_not_found_whole_is_declined_in_words(exchange: Exchange) -> None:
     """7 neurons are enough for 3 examples, but not from so coarse a gradient."""
     model = network([conv(3, 8, bias=True), nn.Tanh()], hidden=(7,), act=nn.ReLU, seed=2)
     assert len(LayerByLayer()(exchange(model, n=3, seed=3)[0])) == 3
@@ -841,7 +717,7 @@ def rows(trace: Mapping[str, Any]) -> list[str]:
     return [row["layers"] for row in trace["readings"]]
 
 
-def test_the_trace_names_every_run_of_layers_from_the_last() -> None:
+def test_the_trace_names_every_run_of_layers_from_the_last(exchange: Exchange) -> None:
     trunk = [conv(3, 8, padding=1), nn.BatchNorm2d(8), nn.Tanh(), conv(8, 12), nn.AvgPool2d(2), leaky()]
     found = LayerByLayer()(exchange(network(trunk))[0])
     assert rows(found.trace) == ["3, 4", "0, 1, 2"]

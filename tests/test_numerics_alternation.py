@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_numerics_unmix import Problem
+from mixtures import Problem
 from torch import Tensor
 from torch.nn import functional as F
 

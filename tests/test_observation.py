@@ -3,25 +3,12 @@ import math
 
 import pytest
 import torch
+from clients import Exchange, linear
 from torch import nn
 from torch.nn import functional as F
 
 from unbatch import Attack, Knowledge, Observation, Unknown, observe
 from unbatch.errors import UnbatchError
-
-
-def linear(d: int = 4, k: int = 3) -> nn.Module:
-    rng = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(d, 5), nn.Tanh(), nn.Linear(5, k))
-    for p in model.parameters():
-        p.data = torch.randn(p.shape, generator=rng)
-    return model
-
-
-def exchange(n: int = 3, **options):
-    rng = torch.Generator().manual_seed(1)
-    x, y = torch.randn(n, 4, generator=rng), torch.randint(3, (n,), generator=rng)
-    return observe(linear(), F.cross_entropy, x, y, **options)
 
 
 def test_knowledge_is_any_subset() -> None:
@@ -83,25 +70,25 @@ def test_knowledge_that_makes_no_sense(facts: dict, words: str) -> None:
         Knowledge(**facts)
 
 
-def test_the_honest_client_is_explained_by_its_own_data() -> None:
-    obs, truth = exchange()
-    assert obs.residual(truth.inputs, truth.labels) == 0
-    assert obs.residual(truth.inputs + 0.1, truth.labels) > 1e-3
+def test_the_honest_client_is_explained_by_its_own_data(exchange: Exchange) -> None:
+    obs, x, y = exchange(linear(), shape=(4,), n=3)
+    assert obs.residual(x, y) == 0
+    assert obs.residual(x + 0.1, y) > 1e-3
     flipped = Observation(
         model=obs.model, loss=obs.loss, update={k: -2 * v for k, v in obs.update.items()}, knowledge=obs.knowledge
     )
-    assert flipped.residual(truth.inputs, truth.labels) == pytest.approx(1.5)
-    assert flipped.fit(truth.inputs, truth.labels) == pytest.approx((-2, 0), abs=1e-6)
+    assert flipped.residual(x, y) == pytest.approx(1.5)
+    assert flipped.fit(x, y) == pytest.approx((-2, 0), abs=1e-6)
 
 
-def test_residual_is_relative_l2() -> None:
-    obs, truth = exchange()
+def test_residual_is_relative_l2(exchange: Exchange) -> None:
+    obs, x, y = exchange(linear(), shape=(4,), n=3)
     update = {k: v.clone() for k, v in obs.update.items()}
     size = math.sqrt(sum(float(v.double().square().sum()) for v in update.values()))
     update["0.bias"][0] += 0.5
     off = Observation(model=obs.model, loss=obs.loss, update=update, knowledge=obs.knowledge)
     after = math.sqrt(sum(float(v.double().square().sum()) for v in update.values()))
-    assert off.residual(truth.inputs, truth.labels) == pytest.approx(0.5 / after, rel=1e-5)
+    assert off.residual(x, y) == pytest.approx(0.5 / after, rel=1e-5)
     assert after != size
 
 
@@ -117,8 +104,8 @@ def test_residual_is_relative_l2() -> None:
         (lambda u: {}, "the update is empty"),
     ],
 )
-def test_updates_that_do_not_fit(change, words: str) -> None:
-    obs, _ = exchange()
+def test_updates_that_do_not_fit(exchange: Exchange, change, words: str) -> None:
+    obs, _, _ = exchange(linear(), shape=(4,), n=3)
     with pytest.raises(ValueError, match=words):
         Observation(model=obs.model, loss=obs.loss, update=change(dict(obs.update)))
 
@@ -134,17 +121,19 @@ def test_the_observation_holds_a_copy_from_before_the_step() -> None:
     assert "labels" not in obs.knowledge
 
 
-def test_given_knowledge_wins_over_what_is_published() -> None:
-    obs, _ = exchange(knowledge=Knowledge(batch_size=9))
+def test_given_knowledge_wins_over_what_is_published(exchange: Exchange) -> None:
+    obs, _, _ = exchange(linear(), shape=(4,), n=3, batch_size=9)
     assert obs.knowledge.batch_size == 9
 
 
 def test_observe_is_reproducible_and_refuses_what_does_not_fit() -> None:
-    a, b = exchange(defences=["noise:sigma=0.1"], seed=4), exchange(defences=["noise:sigma=0.1"], seed=4)
-    c = exchange(defences=["noise:sigma=0.1"], seed=5)
-    assert all(torch.equal(a[0].update[k], b[0].update[k]) for k in a[0].update)
-    assert not torch.equal(a[0].update["0.bias"], c[0].update["0.bias"])
-    x, y = torch.rand(2, 4, generator=torch.Generator()), torch.tensor([0, 3])
+    x, y = torch.rand(3, 4, generator=torch.Generator()), torch.tensor([0, 2, 1])
+    a, b, c = (
+        observe(linear(), F.cross_entropy, x, y, defences=["noise:sigma=0.1"], seed=seed)[0] for seed in (4, 4, 5)
+    )
+    assert all(torch.equal(a.update[k], b.update[k]) for k in a.update)
+    assert not torch.equal(a.update["0.bias"], c.update["0.bias"])
+    x, y = x[:2], torch.tensor([0, 3])
     with pytest.raises(ValueError, match="labels run from 0 to 3, but the model has 3 classes"):
         observe(linear(), F.cross_entropy, x, y)
     with pytest.raises(ValueError, match="forward fails on inputs of shape"):

@@ -4,46 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from clients import Exchange, normal
 from torch import nn
 
 from unbatch.analysis import Analysis
 from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.auditing.client import observe
-from unbatch.case import Case
 from unbatch.inversion.backward.rank_count import c_of, constraints
-from unbatch.knowledge import Knowledge
 from unbatch.models.small import Residual, build, initialise
 from unbatch.network.chain import chain
-from unbatch.observation import Observation
 from unbatch.protocol import Protocol
 
 LOSS = nn.functional.cross_entropy
 
 
-def observed(spec: str) -> tuple[Observation, tuple[torch.Tensor, torch.Tensor]]:
-    setting = Case.parse(spec).setting()
-    obs, truth = observe(setting.model, setting.loss, setting.inputs, setting.labels, knowledge=setting.knowledge)
-    return obs, (truth.inputs, truth.labels)
-
-
-def own(model: nn.Module, shape: tuple[int, ...]) -> Observation:
-    x, y = torch.rand(1, *shape, generator=torch.Generator().manual_seed(1)), torch.tensor([0])
-    return observe(model, LOSS, x.to(next(model.parameters()).dtype), y, knowledge=Knowledge())[0]
-
-
-def drawn(*layers: nn.Module) -> nn.Module:
-    model = nn.Sequential(*layers)
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=rng) / max(p[0].numel(), 1) ** 0.5)
-    return model
-
-
 @pytest.mark.parametrize(("name", "value"), [("cnn2-c2", -1470), ("cnn2-c4", -2146), ("cnn3-c4", -2146)])
-def test_the_published_metric_of_published_networks(name: str, value: int) -> None:
-    obs, at = observed(f"photos:model={name},bias=false")
-    (verdict,) = Analysis.parse("security-metric:work=0")(obs, at=at)
+def test_the_published_metric_of_published_networks(exchange: Exchange, name: str, value: int) -> None:
+    obs, x, y = exchange(f"photos:model={name},bias=false")
+    (verdict,) = Analysis.parse("security-metric:work=0")(obs, at=(x, y))
     assert verdict.name == "c(M)"
     assert verdict.value == value
 
@@ -52,9 +30,9 @@ def test_the_published_metric_of_published_networks(name: str, value: int) -> No
 @pytest.mark.parametrize(
     ("model", "value"), [("cnn2-c1", 0), ("cnn2-c6", -189), ("lenet,activation=sigmoid", 0), ("cnn6-narrow", -233)]
 )
-def test_the_published_metric_where_ranks_are_measured(model: str, value: int) -> None:
-    obs, at = observed(f"photos:model={model},bias=false")
-    assert Analysis.parse("security-metric:work=0")(obs, at=at)[0].value == value
+def test_the_published_metric_where_ranks_are_measured(exchange: Exchange, model: str, value: int) -> None:
+    obs, x, y = exchange(f"photos:model={model},bias=false")
+    assert Analysis.parse("security-metric:work=0")(obs, at=(x, y))[0].value == value
 
 
 def test_the_metric_weighs_layers_by_their_depth() -> None:
@@ -64,8 +42,8 @@ def test_the_metric_weighs_layers_by_their_depth() -> None:
 
 
 @pytest.mark.parametrize("model", ["cnn2-c1", "cnn2-c2", "cnn2-c4", "cnn2-c6", "cnn3-c1"])
-def test_counted_ranks_are_the_measured_ones(model: str) -> None:
-    obs, (x, y) = observed(f"photos:size=12,model={model},double=true")
+def test_counted_ranks_are_the_measured_ones(exchange: Exchange, model: str) -> None:
+    obs, x, y = exchange(f"photos:size=12,model={model},double=true")
     for each in constraints(chain(obs.model, (3, 12, 12)), x, y, obs.loss):
         systems = each.weights.matrix(), each.gradients.matrix()
         both = torch.linalg.matrix_rank(torch.cat([m / m.norm() for m in systems]))
@@ -74,25 +52,25 @@ def test_counted_ranks_are_the_measured_ones(model: str) -> None:
             assert (each.weight, each.gradient) == tuple(int(torch.linalg.matrix_rank(m)) for m in systems)
 
 
-def test_what_relu_hides_is_no_equation() -> None:
-    obs, (x, y) = observed("photos:size=12,model=cnn2-c2,activation=relu,double=true")
+def test_what_relu_hides_is_no_equation(exchange: Exchange) -> None:
+    obs, x, y = exchange("photos:size=12,model=cnn2-c2,activation=relu,double=true")
     (conv, _) = constraints(chain(obs.model, (3, 12, 12)), x, y, obs.loss)
     outputs = obs.model.get_submodule("conv1")(x)
     assert conv.counted is None
     assert conv.weights.equations == int((outputs > 0).sum()) < outputs.numel()
 
 
-def test_the_condition_number_is_that_of_the_matrix() -> None:
-    obs, (x, y) = observed("photos:size=12,model=cnn2-c1,double=true")
+def test_the_condition_number_is_that_of_the_matrix(exchange: Exchange) -> None:
+    obs, x, y = exchange("photos:size=12,model=cnn2-c1,double=true")
     conv = constraints(chain(obs.model, (3, 12, 12)), x, y, obs.loss)[0]
     W, K = conv.weights.matrix(), conv.gradients.matrix()
     S = torch.linalg.svdvals(torch.cat([W, K * conv.weights.size / conv.gradients.size]))
     assert conv.condition == pytest.approx(float(S[0] / S[-1]), rel=1e-6)
 
 
-def test_the_words_say_what_an_attacker_must_guess() -> None:
-    obs, at = observed("photos:size=16,model=cnn2-c2")
-    conv, head = Analysis.parse("layer-equations")(obs, at=at)
+def test_the_words_say_what_an_attacker_must_guess(exchange: Exchange) -> None:
+    obs, x, y = exchange("photos:size=16,model=cnn2-c2")
+    conv, head = Analysis.parse("layer-equations")(obs, at=(x, y))
     lost = conv.unknowns - conv.rank
     assert lost > 0
     assert f"conv1 loses {lost} of 768 unknowns: an attacker must guess them." in conv.words
@@ -102,28 +80,28 @@ def test_the_words_say_what_an_attacker_must_guess() -> None:
     assert "drawn from the prior" in Analysis.parse("layer-equations")(obs)[0].words
 
 
-def test_a_batch_is_no_single_example() -> None:
-    obs, at = observed("photos:size=16,model=cnn2-c1,batch=3")
-    conv = Analysis.parse("layer-equations")(obs, at=at)[0]
+def test_a_batch_is_no_single_example(exchange: Exchange) -> None:
+    obs, x, y = exchange("photos:size=16,model=cnn2-c1,batch=3")
+    conv = Analysis.parse("layer-equations")(obs, at=(x, y))[0]
     assert "the batch has 3" in conv.words
     assert conv.level == "partial"
 
 
-def test_what_is_too_large_to_measure_is_said() -> None:
-    obs, at = observed("photos:size=16,model=cnn2-c1")
-    assert "more than largest=100" in Analysis.parse("layer-equations:largest=100")(obs, at=at)[0].words
+def test_what_is_too_large_to_measure_is_said(exchange: Exchange) -> None:
+    obs, x, y = exchange("photos:size=16,model=cnn2-c1")
+    assert "more than largest=100" in Analysis.parse("layer-equations:largest=100")(obs, at=(x, y))[0].words
     with pytest.raises(ValueError, match=r"the ranks of conv1 cannot be counted.*operations, more than work=1.0e\+06"):
-        Analysis.parse("security-metric:largest=100,work=1e6")(obs, at=at)
-    (verdict,) = Analysis.parse("security-metric:largest=100")(obs, at=at)
+        Analysis.parse("security-metric:largest=100,work=1e6")(obs, at=(x, y))
+    (verdict,) = Analysis.parse("security-metric:largest=100")(obs, at=(x, y))
     assert verdict.name == "determined share"
     assert "the ranks of conv1 cannot be counted" in verdict.words
-    (verdict,) = Analysis.parse("security-metric:work=1e6")(obs, at=at)
+    (verdict,) = Analysis.parse("security-metric:work=1e6")(obs, at=(x, y))
     assert verdict.name == "c(M)"
     assert "more than work=1.0e+06: a product with the Jacobian for each of 768 unknowns" in verdict.words
 
 
-def test_networks_without_convolutions_hide_nothing_from_the_published_metric() -> None:
-    obs = own(drawn(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)), (12,))
+def test_networks_without_convolutions_hide_nothing_from_the_published_metric(exchange: Exchange) -> None:
+    obs = exchange(normal(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)), shape=(12,))[0]
     verdict, share = Analysis.parse("security-metric")(obs)
     assert verdict.value == 0
     assert share.name == "determined share"
@@ -131,8 +109,10 @@ def test_networks_without_convolutions_hide_nothing_from_the_published_metric() 
     assert [risk.rank for risk in Analysis.parse("layer-equations")(obs)] == [12, 5]
 
 
-def test_layers_that_the_published_metric_does_not_know_are_named() -> None:
-    obs = own(drawn(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)), (1, 8, 8))
+def test_layers_that_the_published_metric_does_not_know_are_named(exchange: Exchange) -> None:
+    obs = exchange(
+        normal(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)), shape=(1, 8, 8)
+    )[0]
     verdict = Analysis.parse("security-metric")(obs)[0]
     assert verdict.words.startswith("every convolution is uniquely solvable; what 2 may hide is not counted")
     conv, pool, _ = Analysis.parse("layer-equations")(obs)
@@ -141,8 +121,8 @@ def test_layers_that_the_published_metric_does_not_know_are_named() -> None:
     assert "'2' (MaxPool2d) has no linear way back: which entry of a window was the largest" in pool.words
 
 
-def test_a_dense_layer_behind_relu_is_counted_whatever_relu_hides() -> None:
-    obs = own(drawn(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3)), (12,))
+def test_a_dense_layer_behind_relu_is_counted_whatever_relu_hides(exchange: Exchange) -> None:
+    obs = exchange(normal(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3)), shape=(12,))[0]
     layers = constraints(chain(obs.model, (12,)), torch.rand(1, 12), torch.tensor([0]), LOSS)
     assert [each.counted.both for each in layers if each.counted] == [12, 9]
 
@@ -162,9 +142,10 @@ NETWORKS: dict[str, list[nn.Module]] = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_ranks_are_those_of_the_systems_that_the_attack_solves(name: str) -> None:
-    model = drawn(*NETWORKS[name]).double()
+    model = normal(*NETWORKS[name]).double()
     for norm in (module for module in model if isinstance(module, nn.BatchNorm2d)):
         norm.weight.data.abs_()
+        norm.bias.data *= 0.1  # or nothing comes through the ReLU
     x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1)).double()
     obs, _ = observe(model, LOSS, x, torch.tensor([0]), protocol=Protocol(mode="eval"))
     attack = LayerByLayer(method="r-gap")
@@ -178,8 +159,8 @@ def test_ranks_are_those_of_the_systems_that_the_attack_solves(name: str) -> Non
         assert ("nothing is left to guess" in row.words) == (row.rank == row.unknowns)
 
 
-def test_what_pooling_hides_before_the_activation_is_counted() -> None:
-    obs = own(drawn(*NETWORKS["average pooling"]).double(), (1, 8, 8))
+def test_what_pooling_hides_before_the_activation_is_counted(exchange: Exchange) -> None:
+    obs = exchange(normal(*NETWORKS["average pooling"]).double(), shape=(1, 8, 8))[0]
     conv, _ = Analysis.parse("layer-equations")(obs)
     assert (conv.rank, conv.unknowns, conv.level) == (49, 64, "partial")
     verdict = Analysis.parse("security-metric")(obs)[0]
@@ -187,8 +168,10 @@ def test_what_pooling_hides_before_the_activation_is_counted() -> None:
     assert "15 unknowns in all are left open" in verdict.words
 
 
-def test_max_pooling_before_the_activation_leaves_the_layer_unknown() -> None:
-    obs = own(drawn(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)), (1, 8, 8))
+def test_max_pooling_before_the_activation_leaves_the_layer_unknown(exchange: Exchange) -> None:
+    obs = exchange(
+        normal(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)), shape=(1, 8, 8)
+    )[0]
     conv, _ = Analysis.parse("layer-equations")(obs)
     assert conv.level == "unknown"
     assert "'1' (MaxPool2d) has no linear way back" in conv.words
@@ -210,15 +193,17 @@ def test_the_published_metric_is_silent_of_residual_networks(mode: str) -> None:
     assert not any("nothing is left" in risk.words for name, risk in rows.items() if name != "head")
 
 
-def test_a_dense_layer_on_many_vectors_is_measured() -> None:
-    obs = own(drawn(nn.Linear(6, 2), nn.Tanh(), nn.Flatten(), nn.Linear(10, 3)), (5, 6))
+def test_a_dense_layer_on_many_vectors_is_measured(exchange: Exchange) -> None:
+    obs = exchange(normal(nn.Linear(6, 2), nn.Tanh(), nn.Flatten(), nn.Linear(10, 3)), shape=(5, 6))[0]
     tokens, _ = Analysis.parse("layer-equations")(obs)
     assert (tokens.unknowns, tokens.rank) == (30, 10 + 12 - 4)
     assert "(measured)" in tokens.words
 
 
-def test_under_padding_the_rank_of_the_weights_is_measured() -> None:
-    obs = own(drawn(nn.Conv2d(1, 3, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)).double(), (1, 7, 7))
+def test_under_padding_the_rank_of_the_weights_is_measured(exchange: Exchange) -> None:
+    obs = exchange(
+        normal(nn.Conv2d(1, 3, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)).double(), shape=(1, 7, 7)
+    )[0]
     conv = Analysis.parse("layer-equations")(obs)[0]
     assert "weights give 45 equations" in conv.words
     assert "(counted, the weights' measured)" in conv.words
@@ -249,9 +234,10 @@ def test_a_residual_block_has_the_rank_of_the_equations_that_the_attack_solves()
     assert "and 75 unknowns are more than condition=70" in large.words
 
 
-def test_few_equations_on_many_unknowns_are_measured() -> None:
-    obs = own(
-        drawn(nn.Conv2d(1, 32, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)), (1, 16, 16)
-    )
+def test_few_equations_on_many_unknowns_are_measured(exchange: Exchange) -> None:
+    obs = exchange(
+        normal(nn.Conv2d(1, 32, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)),
+        shape=(1, 16, 16),
+    )[0]
     _, pool, _ = Analysis.parse("layer-equations")(obs)
     assert (pool.rank, pool.unknowns, pool.level) == (32, 6272, "low")

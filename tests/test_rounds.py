@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from clients import Exchange, perceptron
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,15 +35,12 @@ def network(kind: str = "mlp", dtype: torch.dtype = torch.float32, seed: int = 0
     return small.build(kind, (8,), 4, width=40, activation="tanh", rng=rng).to(dtype)
 
 
-def exchange(
-    *defences: str, rounds: int = 1, rate: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float32, **rules: Any
-) -> tuple[Observation, Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(seed + 100)
-    x, y = torch.rand(3, 8, generator=rng, dtype=torch.float64), torch.randint(4, (3,), generator=rng)
-    protocol = Protocol(rounds=rounds, server_rate=rate, **rules)
-    model = network(dtype=dtype, seed=seed)
-    told = {"defences": defences, "seed": seed, "protocol": protocol, "knowledge": RANGE}
-    return observe(model, F.cross_entropy, x.to(dtype), y, **told)[0], x, y
+CLIENT = {
+    "client": perceptron((8,), 4, width=40, activation="tanh"),
+    "shape": (8,),
+    "n": 3,
+    "input_range": (0.0, 1.0),
+}
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -60,8 +58,8 @@ def bound(name: str, obs: Observation, at: tuple[Tensor, Tensor] | None = None, 
 
 
 @pytest.mark.parametrize("defences", [(), ("local-steps:steps=2,learning_rate=0.1",)])
-def test_the_server_moves_the_model_by_what_it_received(defences: tuple[str, ...]) -> None:
-    obs, x, y = exchange(*defences, rounds=3, rate=0.5, dtype=torch.float64)
+def test_the_server_moves_the_model_by_what_it_received(exchange: Exchange, defences: tuple[str, ...]) -> None:
+    obs, x, y = exchange(**CLIENT, defences=defences, rounds=3, server_rate=0.5, dtype=torch.float64)
     first, second, last = obs.exchanges
     towards = 0.5 if defences else -0.5
     for before, after in ((first, second), (second, last)):
@@ -75,8 +73,8 @@ def test_the_server_moves_the_model_by_what_it_received(defences: tuple[str, ...
     assert str(obs.protocol).endswith("the same batch in 3 rounds, server rate 0.5")
 
 
-def test_draws_are_fresh_in_each_round_and_the_last_round_s_model_is_the_observation_s() -> None:
-    obs, x, y = exchange("noise:sigma=0.01", rounds=400, dtype=torch.float64)
+def test_draws_are_fresh_in_each_round_and_the_last_round_s_model_is_the_observation_s(exchange: Exchange) -> None:
+    obs, x, y = exchange(**CLIENT, defences=["noise:sigma=0.01"], rounds=400, dtype=torch.float64)
     clean = torch.cat([u.flatten() for u in obs.simulate(x, y).values()])
     off = torch.stack([torch.cat([u.flatten() for u in one.update.values()]) - clean for one in obs.exchanges])
     assert float(off.std()) == pytest.approx(0.01, rel=0.02)
@@ -96,12 +94,12 @@ def test_one_round_is_what_it_was() -> None:
     assert str(Protocol()) == str(one)
 
 
-def test_rounds_outlive_local_steps_and_private_steps_are_counted() -> None:
-    obs, _, _ = exchange("local-steps:steps=2", "noise:sigma=1e-4", rounds=3, rate=0.1)
+def test_rounds_outlive_local_steps_and_private_steps_are_counted(exchange: Exchange) -> None:
+    obs, _, _ = exchange(**CLIENT, defences=["local-steps:steps=2", "noise:sigma=1e-4"], rounds=3, server_rate=0.1)
     assert (obs.knowledge.rounds, obs.knowledge.server_rate) == (3, 0.1)
     assert len(obs.knowledge.earlier) == 2
     with pytest.raises(ValueError, match=r"3 updates of this batch take 6; declare dp-sgd:steps=6"):
-        exchange("local-steps:steps=2", "dp-sgd:steps=5,accountant=rdp", rounds=3)
+        exchange(**CLIENT, defences=["local-steps:steps=2", "dp-sgd:steps=5,accountant=rdp"], rounds=3)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +122,8 @@ def test_rounds_outlive_local_steps_and_private_steps_are_counted() -> None:
         (lambda past: [_broken(past)], "holds NaN"),
     ],
 )
-def test_rounds_that_make_no_sense(change: Any, words: str) -> None:
-    obs, _, _ = exchange(NOISE, rounds=3)
+def test_rounds_that_make_no_sense(exchange: Exchange, change: Any, words: str) -> None:
+    obs, _, _ = exchange(**CLIENT, defences=[NOISE], rounds=3)
     with pytest.raises(ValueError, match=words):
         replace(obs, knowledge=obs.knowledge | Knowledge(rounds=3, earlier=change(obs.knowledge.earlier[0])))
 
@@ -147,8 +145,8 @@ def test_a_protocol_without_rounds_is_refused(rules: dict[str, float]) -> None:
             Knowledge(rounds=0)
 
 
-def test_rounds_at_the_same_parameters_are_fitted_as_their_mean() -> None:
-    obs, x, y = exchange(NOISE, rounds=5, dtype=torch.float64)
+def test_rounds_at_the_same_parameters_are_fitted_as_their_mean(exchange: Exchange) -> None:
+    obs, x, y = exchange(**CLIENT, defences=[NOISE], rounds=5, dtype=torch.float64)
     mean = joined(obs)
     told = mean.knowledge.only(*(set(mean.knowledge) - {"log_prob"}))
     one = replace(mean, knowledge=told)
@@ -163,12 +161,12 @@ def whitened(obs: Observation, x: Tensor, y: Tensor, seed: int, told: Observatio
     return float((off * F_e).sum() / x.numel())
 
 
-def test_the_error_falls_as_the_root_of_the_rounds() -> None:
+def test_the_error_falls_as_the_root_of_the_rounds(exchange: Exchange) -> None:
     """In units of one round's information 1 / T, on average over noise; its standard deviation here is a tenth of that."""
     for rounds in (1, 4, 16):
         found = list[float]()
         for seed in range(8):
-            obs, x, y = exchange(NOISE, rounds=rounds, seed=seed, dtype=torch.float64)
+            obs, x, y = exchange(**CLIENT, defences=[NOISE], rounds=rounds, dtype=torch.float64, seed=seed)
             found.append(whitened(obs, x, y, seed, obs.only(*(set(obs.knowledge) - {"earlier"}))))
         assert sum(found) / 8 == pytest.approx(1 / rounds, rel=0.3)
 
@@ -177,11 +175,11 @@ LAWS = ["noise:sigma=1e-4", "quantise:bits=10", "quantise:bits=10,stochastic=fal
 
 
 @pytest.mark.parametrize(("law", "rate"), [*((law, rate) for law in LAWS for rate in (0.0, 0.3)), (LAWS[2], 1e-6)])
-def test_every_radius_over_several_rounds_is_above_the_error(law: str, rate: float) -> None:
+def test_every_radius_over_several_rounds_is_above_the_error(exchange: Exchange, law: str, rate: float) -> None:
     """Also where all rounds are rounded in the same way, or all but: they tell what one does."""
     ratios = list[Tensor]()
     for seed in range(3):
-        obs, x, y = exchange(law, rounds=4, rate=rate, seed=seed)
+        obs, x, y = exchange(**CLIENT, defences=[law], rounds=4, server_rate=rate, seed=seed)
         found = refine(obs, near(x, seed), y, rng(seed))
         reach, error = batch_radius(obs, found, y, rng(seed)), (found - x).norm(dim=1) / found.norm(dim=1)
         ratios.append((reach / error)[reach.isfinite()])
@@ -195,27 +193,31 @@ def test_every_radius_over_several_rounds_is_above_the_error(law: str, rate: flo
 @pytest.mark.parametrize("rounds", [2, 8])
 @pytest.mark.parametrize("rate", [0.0, 1e-9, 1e-5, 0.1, 1.0])
 @pytest.mark.parametrize("law", LAWS)
-def test_every_radius_over_many_batches_is_above_the_error(law: str, rate: float, rounds: int) -> None:
+def test_every_radius_over_many_batches_is_above_the_error(
+    exchange: Exchange, law: str, rate: float, rounds: int
+) -> None:
     for seed in range(12):
-        obs, x, y = exchange(law, rounds=rounds, rate=rate, seed=seed)
+        obs, x, y = exchange(**CLIENT, defences=[law], rounds=rounds, server_rate=rate, seed=seed)
         found = refine(obs, near(x, seed), y, rng(seed))
         reach, error = batch_radius(obs, found, y, rng(seed)), (found - x).norm(dim=1) / found.norm(dim=1)
         assert bool((reach >= error).all()), (seed, reach, error)
 
 
-def test_rounds_at_other_parameters_are_fitted_jointly() -> None:
+def test_rounds_at_other_parameters_are_fitted_jointly(exchange: Exchange) -> None:
     """The squared error is what the information of all rounds allows; of the last alone it is several times that."""
     every, last = list[float](), list[float]()
     for seed in range(4):
-        obs, x, y = exchange("noise:sigma=1e-5", rounds=4, rate=0.5, seed=seed, dtype=torch.float64)
+        obs, x, y = exchange(
+            **CLIENT, defences=["noise:sigma=1e-5"], rounds=4, server_rate=0.5, dtype=torch.float64, seed=seed
+        )
         every.append(whitened(obs, x, y, seed))
         last.append(whitened(obs.only(*(set(obs.knowledge) - {"earlier"})), x, y, seed, obs))
     assert sum(every) / 4 == pytest.approx(1.0, abs=0.4)
     assert sum(last) / 4 > 2
 
 
-def test_pruned_rounds_are_searched_within_the_span_of_what_completes_them() -> None:
-    obs, x, _ = exchange("prune:share=0.2", rounds=3, rate=0.3, dtype=torch.float64)
+def test_pruned_rounds_are_searched_within_the_span_of_what_completes_them(exchange: Exchange) -> None:
+    obs, x, _ = exchange(**CLIENT, defences=["prune:share=0.2"], rounds=3, server_rate=0.3, dtype=torch.float64)
     small = Unknowns.of(View.of(obs), "default").reduced(rng())
     assert small is not None
     assert small.span is not None
@@ -225,8 +227,8 @@ def test_pruned_rounds_are_searched_within_the_span_of_what_completes_them() -> 
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
-def test_a_search_looks_at_all_rounds_within_the_span_of_all_of_them(rate: float) -> None:
-    obs, x, y = exchange("noise:sigma=1e-6", rounds=4, rate=rate, dtype=torch.float64)
+def test_a_search_looks_at_all_rounds_within_the_span_of_all_of_them(exchange: Exchange, rate: float) -> None:
+    obs, x, y = exchange(**CLIENT, defences=["noise:sigma=1e-6"], rounds=4, server_rate=rate, dtype=torch.float64)
     problem = Unknowns.of(View.of(replace(obs, knowledge=obs.knowledge | Knowledge(labels=y))), "default")
     count = len(obs.update)
     assert len(problem.seen) == (4 * count if rate else count)
@@ -243,18 +245,20 @@ def test_a_search_looks_at_all_rounds_within_the_span_of_all_of_them(rate: float
 
 
 @pytest.mark.parametrize(("law", "shrinks"), [("noise:sigma=1e-4", 2.0), ("quantise:bits=10,stochastic=false", 1.0)])
-def test_what_is_read_directly_is_the_mean_with_the_spread_that_is_left(law: str, shrinks: float) -> None:
-    obs, _, _ = exchange(law, rounds=4)
+def test_what_is_read_directly_is_the_mean_with_the_spread_that_is_left(
+    exchange: Exchange, law: str, shrinks: float
+) -> None:
+    obs, _, _ = exchange(**CLIENT, defences=[law], rounds=4)
     mean = averaged(obs)
     before, after = (one.knowledge.log_prob.spread(one.update)["dense1.weight"] for one in (obs, mean))
     assert before / after == pytest.approx(shrinks, rel=0.1)
     assert "earlier" not in mean.knowledge
-    moved, _, _ = exchange(law, rounds=4, rate=0.1)
+    moved, _, _ = exchange(**CLIENT, defences=[law], rounds=4, server_rate=0.1)
     assert averaged(moved) is moved
 
 
-def test_bounds_and_attacks_take_one_mean_of_rounds() -> None:
-    obs, _, _ = exchange("noise:sigma=1e-4", rounds=4)
+def test_bounds_and_attacks_take_one_mean_of_rounds(exchange: Exchange) -> None:
+    obs, _, _ = exchange(**CLIENT, defences=[NOISE], rounds=4)
     mean, weights = mean_round(obs), [{k: torch.full_like(u, t) for k, u in obs.update.items()} for t in (0, 0, 1, 3)]
     assert still(obs)
     for name, u in averaged(obs).update.items():
@@ -262,13 +266,13 @@ def test_bounds_and_attacks_take_one_mean_of_rounds() -> None:
         assert torch.equal(u, mean[name].to(u))
         third, last = (one.update[name].double() for one in obs.exchanges[2:])
         torch.testing.assert_close(mean_round(obs, weights)[name], (third + 3 * last) / 4, rtol=1e-14, atol=0)
-    assert not still(exchange("noise:sigma=1e-4", rounds=2, rate=0.1)[0])
+    assert not still(exchange(**CLIENT, defences=[NOISE], rounds=2, server_rate=0.1)[0])
 
 
 @pytest.mark.parametrize("rate", [0.1, -0.1])
-def test_of_rounds_at_other_parameters_the_one_with_the_largest_update_is_read(rate: float) -> None:
+def test_of_rounds_at_other_parameters_the_one_with_the_largest_update_is_read(exchange: Exchange, rate: float) -> None:
     """A server that goes on shrinks the gradient, round by round; the other way round it grows."""
-    obs, _, _ = exchange(NOISE, rounds=4, rate=abs(rate))
+    obs, _, _ = exchange(**CLIENT, defences=[NOISE], rounds=4, server_rate=abs(rate))
     if rate < 0:  # the same rounds, told in the opposite order
         first, *others = obs.exchanges
         past = [Earlier(state=one.model.state_dict(), update=one.update) for one in reversed(others)]
@@ -324,9 +328,9 @@ def test_unmix_over_several_rounds_meets_their_cramer_rao_bound() -> None:
     assert sum(ratios) / len(ratios) == pytest.approx(1.0, abs=0.25)
 
 
-def test_cramer_rao_falls_by_exactly_the_number_of_rounds() -> None:
-    once, x, y = exchange("noise:sigma=0.01", dtype=torch.float64)
-    often, _, _ = exchange("noise:sigma=0.01", rounds=7, dtype=torch.float64)
+def test_cramer_rao_falls_by_exactly_the_number_of_rounds(exchange: Exchange) -> None:
+    once, x, y = exchange(**CLIENT, defences=["noise:sigma=0.01"], dtype=torch.float64)
+    often, _, _ = exchange(**CLIENT, defences=["noise:sigma=0.01"], rounds=7, dtype=torch.float64)
     first, second = (bound("cramer-rao", obs, (x, y)) for obs in (once, often))
     assert first.value**2 / second.value**2 == pytest.approx(7, rel=1e-9)
     assert "drawn anew in each of 7 rounds at the same parameters" in second.assumptions
@@ -334,15 +338,15 @@ def test_cramer_rao_falls_by_exactly_the_number_of_rounds() -> None:
     assert bound("cramer-rao", still, (x, y)).value == pytest.approx(second.value, rel=1e-6)  # the rounds added up
 
 
-def test_what_is_made_of_noisy_rounds_is_bounded_as_those_rounds() -> None:
-    once, x, y = exchange("prune:share=0.5", "noise:sigma=0.01", dtype=torch.float64)
-    often, _, _ = exchange("prune:share=0.5", "noise:sigma=0.01", rounds=4, dtype=torch.float64)
+def test_what_is_made_of_noisy_rounds_is_bounded_as_those_rounds(exchange: Exchange) -> None:
+    once, x, y = exchange(**CLIENT, defences=["prune:share=0.5", "noise:sigma=0.01"], dtype=torch.float64)
+    often, _, _ = exchange(**CLIENT, defences=["prune:share=0.5", "noise:sigma=0.01"], rounds=4, dtype=torch.float64)
     for name in ("cramer-rao", "van-trees"):
         first, second = (bound(name, obs, (x, y)) for obs in (once, often))
         assert second.value < 0.9 * first.value
         assert "before prune:share=0.5 made of it what was sent" in second.assumptions
         assert "in each of 4 rounds" in second.assumptions
-    noisy, _, _ = exchange("noise:sigma=0.01", rounds=4, dtype=torch.float64)
+    noisy, _, _ = exchange(**CLIENT, defences=["noise:sigma=0.01"], rounds=4, dtype=torch.float64)
     assert bound("cramer-rao", often, (x, y)).value == pytest.approx(bound("cramer-rao", noisy, (x, y)).value)
 
 
@@ -351,8 +355,8 @@ def _moved(obs: Observation, by: float) -> list[Earlier]:
 
 
 @pytest.mark.parametrize("name", ["van-trees", "noise-information"])
-def test_bounds_for_any_attacker_see_the_noise_of_the_mean(name: str) -> None:
-    obs, _, _ = exchange("noise:sigma=0.02", rounds=4, dtype=torch.float64)
+def test_bounds_for_any_attacker_see_the_noise_of_the_mean(exchange: Exchange, name: str) -> None:
+    obs, _, _ = exchange(**CLIENT, defences=["noise:sigma=0.02"], rounds=4, dtype=torch.float64)
     one = replace(obs, knowledge=obs.knowledge.only("input_shape", "batch_size", "input_range", "mode"))
     told = Knowledge(noise=0.01)
     one = replace(one, knowledge=one.knowledge | told)
@@ -363,23 +367,23 @@ def test_bounds_for_any_attacker_see_the_noise_of_the_mean(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["van-trees", "noise-information"])
-def test_averages_over_a_prior_are_refused_where_the_parameters_moved(name: str) -> None:
+def test_averages_over_a_prior_are_refused_where_the_parameters_moved(exchange: Exchange, name: str) -> None:
     with pytest.raises(ValueError, match="the parameters moved between the rounds"):
-        Analysis.parse(name)(exchange("noise:sigma=0.01", rounds=3, rate=0.1)[0])
+        Analysis.parse(name)(exchange(**CLIENT, defences=["noise:sigma=0.01"], rounds=3, server_rate=0.1)[0])
 
 
 @pytest.mark.parametrize("name", ["cramer-rao", "van-trees", "noise-information", "dp-reconstruction", "counting"])
-def test_rounds_that_nobody_kept_are_not_left_out_of_a_bound(name: str) -> None:
+def test_rounds_that_nobody_kept_are_not_left_out_of_a_bound(exchange: Exchange, name: str) -> None:
     private = Knowledge(privacy=Privacy(clip=1.0, noise_multiplier=1.0, sampling_rate=1.0, steps=9, delta=1e-5))
-    obs, _, _ = exchange("noise:sigma=0.01", rounds=3)
+    obs, _, _ = exchange(**CLIENT, defences=["noise:sigma=0.01"], rounds=3)
     obs = replace(obs, knowledge=obs.knowledge | private) if name == "dp-reconstruction" else obs
     lost = replace(obs, knowledge=obs.knowledge.only(*(set(obs.knowledge) - {"earlier"})))
     with pytest.raises(ValueError, match="sent in 3 rounds, and the updates of 2 are not here"):
         Analysis.parse(name)(lost)
 
 
-def test_a_round_with_other_noise_than_is_told_is_refused() -> None:
-    obs, x, y = exchange("noise:sigma=0.01", rounds=16, dtype=torch.float64)
+def test_a_round_with_other_noise_than_is_told_is_refused(exchange: Exchange) -> None:
+    obs, x, y = exchange(**CLIENT, defences=["noise:sigma=0.01"], rounds=16, dtype=torch.float64)
     clean = obs.simulate(x, y)
     bare = replace(obs.knowledge.earlier[0], update={k: u.detach() for k, u in clean.items()})
     told = Knowledge(earlier=[bare, *obs.knowledge.earlier[1:]])
@@ -387,10 +391,10 @@ def test_a_round_with_other_noise_than_is_told_is_refused() -> None:
         bound("cramer-rao", replace(obs, knowledge=obs.knowledge | told), (x, y))
 
 
-def test_private_rounds_add_up() -> None:
+def test_private_rounds_add_up(exchange: Exchange) -> None:
     known = {"clip": 1.0, "noise_multiplier": 2.0, "sampling_rate": 1.0, "delta": 1e-5}
     for rounds in (1, 4):
-        obs, _, _ = exchange(NOISE, rounds=rounds, rate=0.1)
+        obs, _, _ = exchange(**CLIENT, defences=[NOISE], rounds=rounds, server_rate=0.1)
         told = Knowledge(privacy=Privacy(**known, steps=4))
         found = bound("dp-reconstruction", replace(obs, knowledge=obs.knowledge | told))
         assert f"At most {information(2.0, 1.0, rounds):.4g} nats" in found.assumptions
@@ -398,11 +402,11 @@ def test_private_rounds_add_up() -> None:
         bound("dp-reconstruction", replace(obs, knowledge=obs.knowledge | Knowledge(privacy=Privacy(**known, steps=3))))
 
 
-def test_messages_add_up() -> None:
+def test_messages_add_up(exchange: Exchange) -> None:
     spec = "prune:share=0.99"
     values = list[float]()
     for rounds in (1, 3):
-        verdict = Analysis.parse("counting")(exchange(spec, rounds=rounds, rate=0.5)[0])[-1]
+        verdict = Analysis.parse("counting")(exchange(**CLIENT, defences=[spec], rounds=rounds, server_rate=0.5)[0])[-1]
         assert isinstance(verdict, Verdict)
         values.append(verdict.value)
     assert values[1] == pytest.approx(3 * values[0])
@@ -443,8 +447,8 @@ def test_an_audit_runs_without_the_earlier_rounds_and_with_them() -> None:
         audit(other, attacks=["unmix"], defences=["noise:sigma=1e-5"], analyses=(), resume=record)
 
 
-def test_a_bundle_carries_the_rounds(tmp_path) -> None:
-    obs, x, y = exchange(NOISE, rounds=3, rate=0.2)
+def test_a_bundle_carries_the_rounds(exchange: Exchange, tmp_path) -> None:
+    obs, x, y = exchange(**CLIENT, defences=[NOISE], rounds=3, server_rate=0.2)
     obs.save(tmp_path / "b")
     again = Observation.load(tmp_path / "b", model=network(seed=9), loss=F.cross_entropy)
     assert len(again.exchanges) == 3
@@ -454,10 +458,10 @@ def test_a_bundle_carries_the_rounds(tmp_path) -> None:
     assert again.protocol == obs.protocol
 
 
-def test_a_bundle_that_skips_a_round_is_refused(tmp_path) -> None:
+def test_a_bundle_that_skips_a_round_is_refused(exchange: Exchange, tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
-    obs, _, _ = exchange(NOISE, rounds=3)
+    obs, _, _ = exchange(**CLIENT, defences=[NOISE], rounds=3)
     obs.save(tmp_path / "b")
     held = {name: t for name, t in load_file(tmp_path / "b").items() if not name.startswith("earlier/0/")}
     save_file(held, tmp_path / "c", {"format": "unbatch-observation", "schema": "1"})

@@ -4,25 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from clients import Exchange
 from torch import Tensor, nn
 
 from unbatch.attacks.unmix import Unmix
-from unbatch.auditing.client import observe
 from unbatch.case import Case
 from unbatch.errors import NotApplicable
 from unbatch.inversion.unmixing import Counted, Problem
 from unbatch.inversion.view import View
-from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.numerics.unmix import solver as solver
 from unbatch.numerics.unmix.mixture import MOST_CLASSES
-from unbatch.protocol import Protocol
 from unbatch.reconstruction import Reconstruction
-
-
-def exchange(model, loss, x, y, mode="train", **knowledge):
-    known = Knowledge(input_shape=tuple(x.shape[1:]), **knowledge)
-    return observe(model, loss, x, y, knowledge=known, protocol=Protocol(mode=mode))[0]
 
 
 def client(spelling: str, dtype=torch.float64):
@@ -53,9 +46,9 @@ ACTIVATIONS = ["relu", "leaky-relu", "elu", "gelu", "silu", "softplus", "tanh", 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_any_activation(activation: str, dtype: torch.dtype) -> None:
+def test_any_activation(exchange: Exchange, activation: str, dtype: torch.dtype) -> None:
     model, loss, x, y = client(f"photos:batch=8,size=16,width=200,activation={activation}", dtype)
-    found = Unmix()(exchange(model, loss, x, y))
+    found = Unmix()(exchange(model, loss, x, y)[0])
     holds(found, x)
     assert torch.equal(found.labels, y[errors(found, x).argmin(1)])
 
@@ -71,18 +64,22 @@ def with_activation(activation: nn.Module, gain: float, dtype=torch.float64, bat
 
 @pytest.mark.parametrize(("activation", "gain"), [(nn.PReLU(), 1.0), (nn.Hardtanh(), 3.0)], ids=["prelu", "hardtanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_kinked_activations_that_torch_has_besides(activation: nn.Module, gain: float, dtype: torch.dtype) -> None:
+def test_kinked_activations_that_torch_has_besides(
+    exchange: Exchange, activation: nn.Module, gain: float, dtype: torch.dtype
+) -> None:
     model, loss, x, y = with_activation(activation, gain, dtype)
-    found = Unmix()(exchange(model, loss, x, y))
+    found = Unmix()(exchange(model, loss, x, y)[0])
     holds(found, x)
     assert torch.equal(found.labels, y[errors(found, x).argmin(1)])
     assert "words" not in found.trace
 
 
-def test_the_last_of_a_large_relu_batch_are_found_by_the_patterns_of_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_of_a_large_relu_batch_are_found_by_the_patterns_of_guesses(
+    exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """42 examples, 100 neurons: programs end at those that are found, and with few left guesses have few unknowns."""
     model, loss, x, y = client("photos:batch=42,size=16,width=100,activation=relu")
-    obs = exchange(model, loss, x, y)
+    obs = exchange(model, loss, x, y)[0]
     found = Unmix(attempts=1)(obs)
     holds(found, x)
     assert "settle" not in {entry["start"] for entry in found.trace["log"]}
@@ -92,10 +89,10 @@ def test_the_last_of_a_large_relu_batch_are_found_by_the_patterns_of_guesses(mon
     assert sum(entry["left"] == 42 for entry in without) > 1  # had to begin again, by signs alone
 
 
-def test_a_hardtanh_that_hardly_saturates_is_said_to_be_linear() -> None:
+def test_a_hardtanh_that_hardly_saturates_is_said_to_be_linear(exchange: Exchange) -> None:
     model, loss, x, y = with_activation(nn.Hardtanh(), 1.0, batch=4)
     assert float((model[:2](x).abs() > 1).double().mean()) < 0.01
-    found = Unmix(attempts=1)(exchange(model, loss, x, y))
+    found = Unmix(attempts=1)(exchange(model, loss, x, y)[0])
     assert not len(found)
     assert "0 of 4 examples were found" in found.trace["words"]
     assert "all but linear on these inputs" in found.trace["words"]
@@ -105,34 +102,34 @@ def test_a_hardtanh_that_hardly_saturates_is_said_to_be_linear() -> None:
     "spelling",
     ["depth=2,width=120,activation=gelu", "depth=3,width=120,activation=tanh", "depth=3,width=300,activation=relu"],
 )
-def test_any_depth(spelling: str) -> None:
+def test_any_depth(exchange: Exchange, spelling: str) -> None:
     model, loss, x, y = client(f"photos:batch=6,size=16,{spelling}")
-    holds(Unmix()(exchange(model, loss, x, y)), x)
+    holds(Unmix()(exchange(model, loss, x, y)[0]), x)
 
 
 @pytest.mark.parametrize("name", ["cross-entropy", "binary-cross-entropy", "squared-error"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_any_loss(name: str, reduction: str) -> None:
+def test_any_loss(exchange: Exchange, name: str, reduction: str) -> None:
     model, _, x, y = client("photos:batch=6,size=16,width=150,activation=gelu")
-    holds(Unmix()(exchange(model, loss_named(name, reduction), x, y)), x)
+    holds(Unmix()(exchange(model, loss_named(name, reduction), x, y)[0]), x)
 
 
-def test_a_real_target_is_found_with_its_input() -> None:
+def test_a_real_target_is_found_with_its_input(exchange: Exchange) -> None:
     model, _, x, _ = client("photos:batch=6,size=16,width=150,activation=tanh")
     model = nn.Sequential(*list(model)[:-1], nn.Linear(150, 1)).double()
     y = torch.randn(6, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = Unmix()(exchange(model, lambda o, t: (o - t).square().mean(), x, y))
+    found = Unmix()(exchange(model, lambda o, t: (o - t).square().mean(), x, y)[0])
     holds(found, x)
     torch.testing.assert_close(found.labels, y[errors(found, x).argmin(1)], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_without_a_bias(activation: str) -> None:
+def test_without_a_bias(exchange: Exchange, activation: str) -> None:
     model, loss, x, y = client(f"photos:batch=6,size=16,width=200,activation={activation},bias=false")
-    holds(Unmix()(exchange(model, loss, x, y)), x)
+    holds(Unmix()(exchange(model, loss, x, y)[0]), x)
 
 
-def test_relu_above_the_classes_that_patterns_take() -> None:
+def test_relu_above_the_classes_that_patterns_take(exchange: Exchange) -> None:
     """Every label of every guess would be too many programs: such networks go by the signs alone."""
     k = MOST_CLASSES + 22
     model, loss, x, _ = client("photos:batch=6,size=16,width=300,activation=relu")
@@ -141,7 +138,7 @@ def test_relu_above_the_classes_that_patterns_take() -> None:
     for p in head.parameters():
         p.data = (2 * torch.rand(p.shape, generator=rng, dtype=torch.float64) - 1) / 300**0.5
     y = torch.randint(k, (6,), generator=rng)
-    found = Unmix()(exchange(nn.Sequential(*list(model)[:-1], head), loss, x, y))
+    found = Unmix()(exchange(nn.Sequential(*list(model)[:-1], head), loss, x, y)[0])
     holds(found, x)
     assert torch.equal(found.labels, y[errors(found, x).argmin(1)])
 
@@ -159,26 +156,26 @@ class Standardised(nn.Module):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_a_network_that_standardises_first_gives_the_pictures_as_they_were(activation: str) -> None:
+def test_a_network_that_standardises_first_gives_the_pictures_as_they_were(exchange: Exchange, activation: str) -> None:
     model, loss, x, y = client(f"photos:batch=6,size=16,width=200,activation={activation}")
-    found = Unmix()(exchange(nn.Sequential(Standardised(), *model).double(), loss, x, y))
+    found = Unmix()(exchange(nn.Sequential(Standardised(), *model).double(), loss, x, y)[0])
     assert found.layer == ""
     assert found.inputs.shape == x.shape
     holds(found, x)
 
 
-def test_one_class_and_repeated_labels() -> None:
+def test_one_class_and_repeated_labels(exchange: Exchange) -> None:
     model, loss, x, _ = client("photos:batch=8,size=16,width=200,activation=gelu")
     y = torch.full((8,), 3)
-    found = Unmix()(exchange(model, loss, x, y))
+    found = Unmix()(exchange(model, loss, x, y)[0])
     holds(found, x)
     assert found.labels.tolist() == [3] * 8
 
 
 @pytest.mark.parametrize("knowledge", ["known", "counted"])
-def test_labels_of_the_rest_are_counted_for_a_descent(knowledge: str) -> None:
+def test_labels_of_the_rest_are_counted_for_a_descent(exchange: Exchange, knowledge: str) -> None:
     model, loss, x, y = client("photos:batch=16,size=16,width=200,activation=gelu")
-    obs = exchange(model, loss, x, y, **({"labels": y} if knowledge == "known" else {}))
+    obs = exchange(model, loss, x, y, **({"labels": y} if knowledge == "known" else {}))[0]
     problem = Problem.of(View.of(obs), torch.Generator().manual_seed(0))
     layer, span, tail = problem.layer, problem.span, problem.tail(16)
     mixture = problem.mixture(tail)
@@ -191,60 +188,62 @@ def test_labels_of_the_rest_are_counted_for_a_descent(knowledge: str) -> None:
         assert wrong <= (0 if knowledge == "known" else 1)
 
 
-def test_a_table_of_which_components_are_a_poor_guess_is_polished_to_the_truth() -> None:
+def test_a_table_of_which_components_are_a_poor_guess_is_polished_to_the_truth(exchange: Exchange) -> None:
     model, loss, x, y = client("tables:dataset=breast-cancer,batch=16,width=300,activation=softplus", torch.float32)
-    found = Unmix()(exchange(model, loss, x, y))
+    found = Unmix()(exchange(model, loss, x, y)[0])
     holds(found, x)
 
 
-def test_a_descent_alone_finds_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_descent_alone_finds_a_batch(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Problem, "starts", lambda self: iter(()))
     model, loss, x, y = client("tables:dataset=breast-cancer,batch=16,width=300,activation=softplus", torch.float32)
-    found = Unmix()(exchange(model, loss, x, y))
+    found = Unmix()(exchange(model, loss, x, y)[0])
     holds(found, x)
     assert {entry["start"] for entry in found.trace["log"]} == {"descent"}
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_draws_of_the_prior_alone_find_a_batch(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_of_the_prior_alone_find_a_batch(
+    exchange: Exchange, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Problem.starts
     monkeypatch.setattr(Problem, "starts", lambda self: (start for start in whole(self) if start[0] == "prior"))
     monkeypatch.setattr(
         "unbatch.inversion.unmixing.Descent", lambda labels: lambda left, rng: left.U.new_zeros(0, left.n)
     )
     model, loss, x, y = client(f"photos:batch=8,size=16,width=200,activation={activation}")
-    found = Unmix()(exchange(model, loss, x, y))
+    found = Unmix()(exchange(model, loss, x, y)[0])
     holds(found, x)
     assert {entry["start"] for entry in found.trace["log"] if entry["found"]} <= {"prior", "settle"}
 
 
-def test_a_table() -> None:
+def test_a_table(exchange: Exchange) -> None:
     model, loss, x, y = client("tables:batch=8,width=200,activation=gelu")
-    holds(Unmix()(exchange(model, loss, x, y)), x)
+    holds(Unmix()(exchange(model, loss, x, y)[0]), x)
 
 
-def test_known_labels_narrow_the_search_and_one_wrong_label_gives_nothing_wrong() -> None:
+def test_known_labels_narrow_the_search_and_one_wrong_label_gives_nothing_wrong(exchange: Exchange) -> None:
     model, loss, x, y = client("photos:batch=6,size=16,width=200,activation=gelu")
-    holds(Unmix()(exchange(model, loss, x, y, labels=y)), x)
-    wrong = Unmix()(exchange(model, loss, x, y, labels=(y + 1) % 9))
+    holds(Unmix()(exchange(model, loss, x, y, labels=y)[0]), x)
+    wrong = Unmix()(exchange(model, loss, x, y, labels=(y + 1) % 9)[0])
     assert not len(wrong) or float(errors(wrong, x).min(1).values.max()) < 1e-4
 
 
-def test_near_duplicates_are_told_apart() -> None:
+def test_near_duplicates_are_told_apart(exchange: Exchange) -> None:
     model, loss, x, y = client("photos:batch=6,size=16,width=200,activation=gelu")
     x[1] = x[0] + 1e-3 * torch.randn(x[0].shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     y[1] = y[0]
-    holds(Unmix()(exchange(model, loss, x, y)), x)
+    holds(Unmix()(exchange(model, loss, x, y)[0]), x)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_constant_images(activation: str) -> None:
+def test_constant_images(exchange: Exchange, activation: str) -> None:
     """Two differ from each other; with a third they depend linearly, and the rank falls below the batch size."""
     model, loss, x, y = client(f"photos:batch=6,size=16,width=200,activation={activation}")
     x[0], x[1] = 0.3, 0.8
-    holds(Unmix()(exchange(model, loss, x, y)), x)
+    holds(Unmix()(exchange(model, loss, x, y)[0]), x)
     x[2] = 0.5
-    found = Unmix(attempts=1)(exchange(model, loss, x, y, batch_size=6))
+    found = Unmix(attempts=1)(exchange(model, loss, x, y, batch_size=6)[0])
     assert set(errors(found, x).argmin(1).tolist()) <= {3, 4, 5}
     holds(found, x, share=0.5 if activation == "gelu" else 0.0)  # piecewise linear networks give all or none
     assert f"{len(found)} of 5 examples were found. The batch has 6" in found.trace["words"]
@@ -260,24 +259,24 @@ def narrow(n: int, d: int, m: int, activation: type[nn.Module] = nn.GELU, *, bia
 
 
 @pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU])
-def test_as_many_examples_as_inputs_are_the_most(activation: type[nn.Module]) -> None:
+def test_as_many_examples_as_inputs_are_the_most(exchange: Exchange, activation: type[nn.Module]) -> None:
     """With a bias the span has d + 1 directions, and n of them must be fewer."""
     model, loss, x, y = narrow(12, 12, 100, activation)
-    holds(Unmix()(exchange(model, loss, x, y)), x)
+    holds(Unmix()(exchange(model, loss, x, y)[0]), x)
     for n in (13, 14, 20):
-        refused(*narrow(n, 12, 100, activation), "full rank 13: the batch has at least as many")
-    refused(*narrow(12, 12, 100, activation, bias=False), "full rank 12: the batch has at least as many")
-    holds(Unmix()(exchange(*narrow(11, 12, 100, activation, bias=False))), narrow(11, 12, 100, bias=False)[2])
+        refused(exchange, *narrow(n, 12, 100, activation), "full rank 13: the batch has at least as many")
+    refused(exchange, *narrow(12, 12, 100, activation, bias=False), "full rank 12: the batch has at least as many")
+    holds(Unmix()(exchange(*narrow(11, 12, 100, activation, bias=False))[0]), narrow(11, 12, 100, bias=False)[2])
 
 
-def test_as_many_examples_as_neurons_and_more_are_refused() -> None:
+def test_as_many_examples_as_neurons_and_more_are_refused(exchange: Exchange) -> None:
     for n in (10, 12):
-        refused(*narrow(n, 60, 10), "full rank 10: the batch has at least as many")
+        refused(exchange, *narrow(n, 60, 10), "full rank 10: the batch has at least as many")
 
 
-def test_partial_guesses_carry_no_claim() -> None:
+def test_partial_guesses_carry_no_claim(exchange: Exchange) -> None:
     model, loss, x, y = client("photos:batch=8,size=16,width=200,activation=gelu")
-    obs = exchange(model, loss, x, y, labels=(y + 1) % 9)  # labels that are wrong leave something unfound
+    obs = exchange(model, loss, x, y, labels=(y + 1) % 9)[0]  # wrong labels leave something unfound
     found = Unmix(partial=True, attempts=1)(obs)
     assert found.bound is not None
     gap = errors(found, x).min(1).values
@@ -285,48 +284,48 @@ def test_partial_guesses_carry_no_claim() -> None:
     assert len(found) > len(Unmix(attempts=1)(obs))
 
 
-def refused(model, loss, x, y, words: str, **knowledge) -> None:
+def refused(exchange: Exchange, model, loss, x, y, words: str, **knowledge) -> None:
     with pytest.raises(NotApplicable, match=words):
-        Unmix()(exchange(model, loss, x, y, **knowledge))
+        Unmix()(exchange(model, loss, x, y, **knowledge)[0])
 
 
-def test_obstacles_in_words() -> None:
+def test_obstacles_in_words(exchange: Exchange) -> None:
     model, loss, x, y = client("photos:batch=8,size=8,width=200,activation=gelu")
     narrow = client("photos:batch=8,size=8,width=8,activation=gelu")
-    refused(*narrow, "no longer isolates")
-    refused(*client("photos:batch=8,size=8,width=14,activation=gelu"), "fewer than it takes")
-    refused(*client("photos:batch=4,size=8,width=50,activation=identity"), "linear")
+    refused(exchange, *narrow, "no longer isolates")
+    refused(exchange, *client("photos:batch=8,size=8,width=14,activation=gelu"), "fewer than it takes")
+    refused(exchange, *client("photos:batch=4,size=8,width=50,activation=identity"), "linear")
     flat = x.flatten(1)
     normed = nn.Sequential(nn.Linear(192, 60), nn.BatchNorm1d(60), nn.GELU(), nn.Linear(60, 9)).double()
-    refused(normed, loss, flat, y, "interact", mode="train")
+    refused(exchange, normed, loss, flat, y, "interact", mode="train")
     dropped = nn.Sequential(nn.Linear(192, 60), nn.Dropout(), nn.GELU(), nn.Linear(60, 9)).double()
-    refused(dropped, loss, flat, y, "random", mode="train")
-    refused(nn.Linear(192, 9).double(), loss, flat, y, "head")
-    refused(model, lambda o, t: o.square().mean() * o.abs().sum(), x, y, "loss")
+    refused(exchange, dropped, loss, flat, y, "random", mode="train")
+    refused(exchange, nn.Linear(192, 9).double(), loss, flat, y, "head")
+    refused(exchange, model, lambda o, t: o.square().mean() * o.abs().sum(), x, y, "loss")
 
 
-def test_batch_norm_in_eval_mode_is_no_obstacle() -> None:
+def test_batch_norm_in_eval_mode_is_no_obstacle(exchange: Exchange) -> None:
     _, loss, x, y = client("photos:batch=4,size=8,width=60,activation=gelu")
     rng = torch.Generator().manual_seed(0)
     normed = nn.Sequential(nn.Flatten(), nn.Linear(192, 80), nn.BatchNorm1d(80), nn.GELU(), nn.Linear(80, 9)).double()
     for p in normed.parameters():
         p.data = 0.1 * torch.randn(p.shape, generator=rng, dtype=torch.float64)
     normed.eval()
-    holds(Unmix()(exchange(normed, loss, x, y, mode="eval")), x)
+    holds(Unmix()(exchange(normed, loss, x, y, mode="eval")[0]), x)
 
 
-def test_features_behind_convolutions() -> None:
+def test_features_behind_convolutions(exchange: Exchange) -> None:
     model, loss, x, y = client("photos:batch=4,size=8,model=convnet,depth=1,width=4,activation=gelu")
-    found = Unmix()(exchange(model, loss, x, y))
+    found = Unmix()(exchange(model, loss, x, y)[0])
     head = next(i for i, layer in enumerate(model) if isinstance(layer, nn.Linear))
     features = model[:head](x).detach()
     assert found.layer
     holds(found, features)
 
 
-def test_a_gradient_in_half_precision_claims_no_more_than_it_holds() -> None:
+def test_a_gradient_in_half_precision_claims_no_more_than_it_holds(exchange: Exchange) -> None:
     model, loss, x, y = client("photos:batch=4,size=16,width=300,activation=gelu", torch.float32)
-    obs = exchange(model, loss, x, y)
+    obs = exchange(model, loss, x, y)[0]
     halved = replace(obs, update={name: tensor.bfloat16() for name, tensor in obs.update.items()})
     found = Unmix(attempts=1)(halved)
     holds(found, x, most=2e-3)
@@ -334,18 +333,18 @@ def test_a_gradient_in_half_precision_claims_no_more_than_it_holds() -> None:
 
 
 @pytest.mark.parametrize(("n", "width"), [(1, 12), (1, 24), (2, 24), (2, 40), (3, 64)])
-def test_a_few_examples_on_tiny_kinked_layers(n: int, width: int) -> None:
+def test_a_few_examples_on_tiny_kinked_layers(exchange: Exchange, n: int, width: int) -> None:
     model, loss, x, y = client(f"photos:batch={n},size=16,width={width},activation=relu")
-    holds(Unmix()(exchange(model, loss, x, y)), x)
+    holds(Unmix()(exchange(model, loss, x, y)[0]), x)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_exact_duplicates_are_counted(activation: str, reduction: str) -> None:
+def test_exact_duplicates_are_counted(exchange: Exchange, activation: str, reduction: str) -> None:
     model, loss, x, y = client(f"photos:batch=6,size=16,width=200,activation={activation}")
     x[1], y[1] = x[0], y[0]
     loss = loss if reduction == "mean" else torch.nn.CrossEntropyLoss(reduction="sum")
-    found = Unmix(attempts=1)(exchange(model, loss, x, y))
+    found = Unmix(attempts=1)(exchange(model, loss, x, y)[0])
     assert len(found) == 6
     gap = errors(found, x)
     assert bool((gap.min(1).values <= found.bound).all())
