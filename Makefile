@@ -1,25 +1,38 @@
 # Two commands work on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test slow lint types fmt bench docs
+.PHONY: setup demo test suite slow slow-part coverage lint types pages hooks fmt bench docs
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[all,dev]'
 	touch $(READY)
 
 demo: $(READY)
 	$(BIN)/unbatch demo
 
-test: lint types
+test: lint types suite
+
+suite: $(READY)
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# A tenth of the slow suite, another one every day and all of it in ten days; out of time is no failure.
+DAY ?= $(shell echo $$(($$(date +%s) / 86400)))
+MINUTES ?= 15
+
+slow-part: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --part $(DAY)/10 --minutes $(MINUTES)
+
+coverage: $(READY)
+	$(BIN)/python -m pytest -n 2 -m 'not slow' --cov --cov-report=term --cov-report=xml
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -27,6 +40,12 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+pages: $(READY)
+	$(BIN)/python docs/generate.py --check
+
+hooks: $(READY)
+	$(BIN)/pre-commit install
 
 fmt: $(READY)
 	$(BIN)/ruff check --fix .

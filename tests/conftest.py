@@ -2,6 +2,8 @@ import pytest
 import torch
 from clients import Exchange, exchanged
 
+pytest_plugins = ["part"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
