@@ -1,13 +1,18 @@
 """Who may import whom, and what no file may do."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from unbatch import UnbatchError
 
 ROOT = Path(__file__).parents[1] / "src" / "unbatch"
 ROOMS = [  # a module imports from its own row and from rows above it
@@ -122,6 +127,42 @@ def test_no_plugin_looks_another_up(module: str) -> None:
     for node in ast.walk(ast.parse(modules()[module].read_text())):
         if isinstance(node, ast.Attribute) and node.attr in {"parse", "find", "several"}:
             assert ast.unparse(node.value) not in {"Attack", "Analysis", "Defence", "Metric", "Case"}, module
+
+
+EXTRAS = {"matplotlib": {"benchmarks", "command"}, "opacus": {"adapters"}, "pandas": {"reporting"}}  # package -> rooms
+NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "markupsafe": "jinja2"}  # import -> what brings it
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]
+    needed = {re.split("[^a-z0-9-]", words)[0] for words in declared["dependencies"]}
+    used = set()
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in {whole.split(".")[0] for whole in names} - sys.stdlib_module_names - {"unbatch"}:
+                if name in EXTRAS:
+                    assert room(module) in EXTRAS[name], f"{module} imports {name}, which an extra brings"
+                else:
+                    used.add(NAMES.get(name, name))
+    assert used == needed
+
+
+def errors_of(module: str) -> list[type[BaseException]]:
+    """The exceptions that a module defines."""
+    held = vars(importlib.import_module(f"unbatch.{module}")).values()
+    kinds = [kind for kind in held if isinstance(kind, type) and issubclass(kind, BaseException)]
+    return [kind for kind in kinds if kind.__module__ == f"unbatch.{module}"]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_errors_are_ours(module: str) -> None:
+    """Whatever a caller can cause is an UnbatchError; numerics, which import nothing of ours, say ValueError."""
+    assert all(issubclass(kind, UnbatchError) for kind in errors_of(module))
+    for node in ast.walk(ast.parse(modules()[module].read_text())):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            assert ast.unparse(node.exc.func) != "ValueError" or room(module) == "numerics", f"line {node.lineno}"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from unbatch.errors import UnbatchError
 from unbatch.files import write_atomically
 from unbatch.knowledge import FIELDS, Earlier, Knowledge
 from unbatch.privacy import Privacy
@@ -54,7 +55,9 @@ def read(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Kn
     tensors, metadata = _open(path)
     update = _part(tensors, "update/")
     if not update:
-        raise ValueError(f"{path} holds no update: no tensor is named 'update/<parameter>'. See docs/bundle-format.md.")
+        raise UnbatchError(
+            f"{path} holds no update: no tensor is named 'update/<parameter>'. See docs/bundle-format.md."
+        )
     private = copy.deepcopy(model)
     state = _part(tensors, "state/")
     if state:
@@ -62,22 +65,22 @@ def read(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Kn
             private.load_state_dict(state)
         except RuntimeError as error:
             said = " ".join(str(error).split())
-            raise ValueError(
+            raise UnbatchError(
                 f"{path} was captured from another model ({metadata.get('model', 'unnamed')}): {said} Give its factory."
             ) from None
     first = next(private.parameters())
     try:
         facts = json.loads(metadata.get("knowledge", "{}"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: the metadata entry 'knowledge' is no JSON: {error}.") from None
+        raise UnbatchError(f"{path}: the metadata entry 'knowledge' is no JSON: {error}.") from None
     if not isinstance(facts, dict):
-        raise ValueError(f"{path}: the metadata entry 'knowledge' is no JSON object.")
+        raise UnbatchError(f"{path}: the metadata entry 'knowledge' is no JSON object.")
     if "privacy" in facts:
         facts["privacy"] = Privacy(**facts["privacy"])
     known = _part(tensors, "knowledge/")
     wrong = sorted((set(facts) | set(known)) - set(FIELDS))
     if wrong:
-        raise ValueError(f"{path} claims knowledge of {', '.join(wrong)}; fields are {', '.join(FIELDS)}.")
+        raise UnbatchError(f"{path} claims knowledge of {', '.join(wrong)}; fields are {', '.join(FIELDS)}.")
     buffers, earlier = _part(tensors, "buffers/"), _earlier(_part(tensors, "earlier/"), path)
     held = ({"buffers": buffers} if buffers else {}) | ({"earlier": earlier} if earlier else {})
     moved = {name: tensor.to(first.device) for name, tensor in update.items()}
@@ -94,9 +97,9 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}.") from None
+        raise UnbatchError(f"cannot read {path}: {error.strerror}.") from None
     if head[8:] != b"{" and (head[:1] == b"\x80" or head[:4] == b"PK\x03\x04"):  # a header's length precedes its brace
-        raise ValueError(
+        raise UnbatchError(
             f"{path} is a pickle (torch.save), which can run code when it is opened, so it is not. Save the update with "
             "Observation.save, or with safetensors as docs/bundle-format.md says."
         )
@@ -105,10 +108,10 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, struct.error, ValueError, OSError) as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}); copy or capture it again.") from None
+        raise UnbatchError(f"{path} is no whole safetensors file ({error}); copy or capture it again.") from None
     if metadata.get("format") != FORMAT or metadata.get("schema") != SCHEMA:
         got = f"format {metadata.get('format', 'none')!r}, schema {metadata.get('schema', 'none')!r}"
-        raise ValueError(
+        raise UnbatchError(
             f"{path} has {got}; this version reads {FORMAT!r}, schema {SCHEMA!r}. See docs/bundle-format.md."
         )
     return tensors, metadata
@@ -119,7 +122,7 @@ def _earlier(tensors: dict[str, Tensor], path: Path) -> list[Earlier]:
     numbers = {name.partition("/")[0] for name in tensors}
     wanted = [str(k) for k in range(len(numbers))]
     if numbers != set(wanted):
-        raise ValueError(f"{path} numbers its earlier rounds {', '.join(sorted(numbers))}; number them 0, 1, 2 ...")
+        raise UnbatchError(f"{path} numbers its earlier rounds {', '.join(sorted(numbers))}; number them 0, 1, 2 ...")
     parts = [_part(tensors, f"{k}/") for k in wanted]
     return [Earlier(update=_part(part, "update/"), state=_part(part, "state/")) for part in parts]
 

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unbatch.domain import Domain, domain_of
+from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small
@@ -39,14 +40,14 @@ class Setting:
 
     def __post_init__(self) -> None:
         if not isinstance(self.inputs, Tensor) or not isinstance(self.labels, Tensor):
-            raise ValueError("inputs and labels are tensors; convert them with torch.as_tensor.")
+            raise UnbatchError("inputs and labels are tensors; convert them with torch.as_tensor.")
         if self.inputs.ndim < 2 or not len(self.inputs):
-            raise ValueError(f"inputs of shape {tuple(self.inputs.shape)} are no batch; give [n, ...] with n >= 1.")
+            raise UnbatchError(f"inputs of shape {tuple(self.inputs.shape)} are no batch; give [n, ...] with n >= 1.")
         if len(self.labels) != len(self.inputs):
-            raise ValueError(f"{len(self.labels)} labels for {len(self.inputs)} inputs; give one label an example.")
+            raise UnbatchError(f"{len(self.labels)} labels for {len(self.inputs)} inputs; give one label an example.")
         bad = int((~self.inputs.isfinite()).sum()) if self.inputs.is_floating_point() else 0
         if bad:
-            raise ValueError(f"inputs hold {bad} NaN or infinite values; clean the data first.")
+            raise UnbatchError(f"inputs hold {bad} NaN or infinite values; clean the data first.")
         if self.domain is None:
             object.__setattr__(self, "domain", domain_of(self.inputs))
         self._try_forward()
@@ -60,23 +61,23 @@ class Setting:
         shape = tuple(self.inputs.shape[1:])
         first = next(self.model.parameters(), None)
         if first is None:
-            raise ValueError("the model has no parameters, so there is no gradient to audit.")
+            raise UnbatchError("the model has no parameters, so there is no gradient to audit.")
         flags = [(module, module.training) for module in self.model.modules()]
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 x = self.inputs[:2].to(first.device)
                 outputs = self.model.eval()(x.to(first.dtype) if x.is_floating_point() else x)
         except Exception as error:
-            raise ValueError(f"the model's forward fails on inputs of shape {shape}: {error}") from error
+            raise UnbatchError(f"the model's forward fails on inputs of shape {shape}: {error}") from error
         finally:
             for module, flag in flags:
                 module.training = flag
         if not isinstance(outputs, Tensor):
-            raise ValueError(f"the model returns {type(outputs).__name__}; wrap it so that it returns one tensor.")
+            raise UnbatchError(f"the model returns {type(outputs).__name__}; wrap it so that it returns one tensor.")
         if not self.labels.is_floating_point() and outputs.ndim == 2 and outputs.shape[1] > 1:
             k, low, high = outputs.shape[1], int(self.labels.min()), int(self.labels.max())
             if low < 0 or high >= k:
-                raise ValueError(f"labels run from {low} to {high}, but the model has {k} classes, 0 to {k - 1}.")
+                raise UnbatchError(f"labels run from {low} to {high}, but the model has {k} classes, 0 to {k - 1}.")
 
     def label_name(self, label: Tensor) -> str:
         """A label in words."""
@@ -135,7 +136,7 @@ class Case(Plugin, ABC):
     @model_validator(mode="after")
     def _someone_to_repeat(self) -> Self:
         if self.near_duplicates >= self.batch:
-            raise ValueError(f"near_duplicates={self.near_duplicates} must be below batch={self.batch}")
+            raise UnbatchError(f"near_duplicates={self.near_duplicates} must be below batch={self.batch}")
         return self
 
     @abstractmethod
@@ -151,11 +152,11 @@ class Case(Plugin, ABC):
         Raises ValueError: no such client, more examples asked for than there are, a model that cannot take them.
         """
         if not 0 <= client < self.clients:
-            raise ValueError(f"{self}: there is no client {client}; they are numbered 0 to {self.clients - 1}.")
+            raise UnbatchError(f"{self}: there is no client {client}; they are numbered 0 to {self.clients - 1}.")
         pool = _drawn(self)
         chosen = self._choose(pool.labels)
         if self.clients * self.batch > len(chosen):
-            raise ValueError(
+            raise UnbatchError(
                 f"{self}: {self.clients} clients of {self.batch} examples each want more than the {len(chosen)} "
                 "examples that this case has for them; lower batch or clients."
             )

@@ -67,28 +67,28 @@ class Knowledge:
         if "input_shape" in known:
             known["input_shape"] = tuple(int(side) for side in known["input_shape"])
             if min(known["input_shape"], default=1) < 1:
-                raise ValueError(f"input_shape {known['input_shape']} has an empty side.")
+                raise UnbatchError(f"input_shape {known['input_shape']} has an empty side.")
         if "input_range" in known:
             low, high = known["input_range"] = tuple(float(end) for end in known["input_range"])
             if not low < high:
-                raise ValueError(f"input_range ({low}, {high}) must be (low, high) with low < high.")
+                raise UnbatchError(f"input_range ({low}, {high}) must be (low, high) with low < high.")
         if "earlier" in known:
             known["earlier"] = held = tuple(known["earlier"])
             if not held or not all(isinstance(past, Earlier) for past in held):
-                raise ValueError(
+                raise UnbatchError(
                     f"earlier holds {len(held)} rounds; give one or more, as Earlier(state=..., update=...), or none of it."
                 )
             if 1 + len(held) > known.get("rounds", math.inf):
-                raise ValueError(f"rounds is {known['rounds']}, and with this one there are {1 + len(held)} of them.")
+                raise UnbatchError(f"rounds is {known['rounds']}, and with this one there are {1 + len(held)} of them.")
         if known.get("rounds", 1) < 1:
-            raise ValueError(f"rounds is {known['rounds']}; it is at least 1.")
+            raise UnbatchError(f"rounds is {known['rounds']}; it is at least 1.")
         if known.get("batch_size", 1) < 1:
-            raise ValueError(f"batch_size is {known['batch_size']}; it is at least 1.")
+            raise UnbatchError(f"batch_size is {known['batch_size']}; it is at least 1.")
         if "labels" in known:
             known["labels"] = torch.as_tensor(known["labels"])
             if known["labels"].ndim == 0 or len(known["labels"]) != known.get("batch_size", len(known["labels"])):
                 shape = tuple(known["labels"].shape)
-                raise ValueError(f"labels of shape {shape} do not fit batch_size {known.get('batch_size')}.")
+                raise UnbatchError(f"labels of shape {shape} do not fit batch_size {known.get('batch_size')}.")
         vars(self).update(known)
 
     def __getattr__(self, name: str) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from unbatch.errors import UnbatchError
 from unbatch.numerics.linear.linsys import LinearSystem
 from unbatch.plugin import Plugin
 
@@ -59,7 +60,7 @@ def shaped(tensor: Tensor, shape: tuple[int, ...], name: str, *, batch: bool = T
     Raises ValueError: it has another shape.
     """
     if tuple(tensor.shape) not in ((tuple(shape), (1, *shape)) if batch else (tuple(shape),)):
-        raise ValueError(
+        raise UnbatchError(
             f"{name} has shape {tuple(tensor.shape)}; for one example of this layer it has {tuple(shape)}."
         )
     return tensor.detach().double().reshape(shape)

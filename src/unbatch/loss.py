@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unbatch.errors import UnbatchError
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -60,7 +62,7 @@ def draw_labels(loss: Loss, outputs: Tensor, rng: torch.Generator) -> Tensor:
             reasons.append(f"{labels.dtype} {tuple(labels.shape)} gave {tuple(value.shape)}")
         except (RuntimeError, ValueError, IndexError, TypeError, UserWarning) as error:
             reasons.append(f"{labels.dtype} {tuple(labels.shape)}: {str(error).splitlines()[0]}")
-    raise ValueError(
+    raise UnbatchError(
         f"the loss is no finite scalar function of outputs {tuple(outputs.shape)} and labels; tried "
         f"{'; '.join(reasons)}. Give a callable (outputs, labels) -> scalar."
     )
@@ -164,7 +166,7 @@ def loss_named(name: str, reduction: Literal["mean", "sum"] = "mean") -> Loss:
         "squared-error": lambda o, y: (o - _targets(o, y)).square().sum(1),
     }
     if name not in kinds:
-        raise ValueError(f"unknown loss {name!r}; known: {', '.join(kinds)}, or give a callable.")
+        raise UnbatchError(f"unknown loss {name!r}; known: {', '.join(kinds)}, or give a callable.")
     each = kinds[name]
     return lambda outputs, labels: each(outputs, labels).mean() if reduction == "mean" else each(outputs, labels).sum()
 

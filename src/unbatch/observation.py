@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch import bundle
+from unbatch.errors import UnbatchError
 from unbatch.knowledge import PROTOCOL_FIELDS, Earlier, Knowledge
 from unbatch.loss import Loss
 from unbatch.protocol import Protocol, Update, fit, flatten, local_update
@@ -37,7 +38,7 @@ class Observation:
             try:
                 check_round(self.model, self.update, past)
             except ValueError as error:
-                raise ValueError(f"earlier round {number}: {error}") from None
+                raise UnbatchError(f"earlier round {number}: {error}") from None
 
     def __repr__(self) -> str:
         entries = sum(tensor.numel() for tensor in self.update.values())
@@ -132,14 +133,14 @@ def check_update(model: nn.Module, update: Update) -> None:
     """Raise ValueError, saying what is off, unless `update` has the names and shapes of the model's parameters."""
     parameters = dict(model.named_parameters())
     if not update:
-        raise ValueError("the update is empty; it maps parameter names to tensors, as named_parameters() does.")
+        raise UnbatchError("the update is empty; it maps parameter names to tensors, as named_parameters() does.")
     extra = [name for name in update if name not in parameters]
     if extra:
         prefixes = ("module.", "model.", "_orig_mod.", "_module.")
         cut = next((p for p in prefixes if any(name.removeprefix(p) in parameters for name in extra)), None)
         hint = f" Strip the prefix {cut!r} from its names." if cut else ""
         missing = [name for name in parameters if name not in update]
-        raise ValueError(
+        raise UnbatchError(
             f"the update has names that the model has not: {_some(extra)}; the model also has {_some(missing)}.{hint} "
             "Key the update as dict(model.named_parameters())."
         )
@@ -147,12 +148,12 @@ def check_update(model: nn.Module, update: Update) -> None:
         shape = tuple(parameters[name].shape)
         if tuple(tensor.shape) != shape:
             hint = " It is the transpose." if tuple(tensor.shape) == shape[::-1] else ""
-            raise ValueError(f"the update's {name!r} has shape {tuple(tensor.shape)}, the model's {shape}.{hint}")
+            raise UnbatchError(f"the update's {name!r} has shape {tuple(tensor.shape)}, the model's {shape}.{hint}")
         if not tensor.is_floating_point():
-            raise ValueError(f"the update's {name!r} is {tensor.dtype}; updates are floating point.")
+            raise UnbatchError(f"the update's {name!r} is {tensor.dtype}; updates are floating point.")
         bad = int((~tensor.isfinite()).sum())
         if bad:
-            raise ValueError(
+            raise UnbatchError(
                 f"the update's {name!r} holds {bad} NaN or infinite entries of {tensor.numel()}; "
                 "look for a diverged step or a half-precision overflow in the capture."
             )
@@ -162,18 +163,18 @@ def check_round(model: nn.Module, update: Update, past: Earlier) -> None:
     """Raise ValueError, saying what is off, unless the round's state is one of `model`, and its update like `update`."""
     check_update(model, past.update)
     if set(past.update) != set(update):
-        raise ValueError(f"it holds the tensors {_some(list(past.update))}, this round {_some(list(update))}.")
+        raise UnbatchError(f"it holds the tensors {_some(list(past.update))}, this round {_some(list(update))}.")
     own = model.state_dict()
     if set(past.state) != set(own):
         odd = sorted(set(past.state) ^ set(own))
-        raise ValueError(f"its state and the model's differ in {_some(odd)}; give the model's whole state_dict().")
+        raise UnbatchError(f"its state and the model's differ in {_some(odd)}; give the model's whole state_dict().")
     for name, tensor in past.state.items():
         if tensor.shape != own[name].shape:
-            raise ValueError(
+            raise UnbatchError(
                 f"its state's {name!r} has shape {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}."
             )
         if not tensor.isfinite().all():
-            raise ValueError(f"its state's {name!r} holds NaN or infinite entries.")
+            raise UnbatchError(f"its state's {name!r} holds NaN or infinite entries.")
 
 
 def _at(model: nn.Module, state: Mapping[str, Tensor]) -> bool:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from unbatch.errors import UnbatchError
 from unbatch.loss import Loss
 from unbatch.network.dense import in_mode
 from unbatch.plugin import Options
@@ -54,7 +55,7 @@ class Protocol(Options):
     @model_validator(mode="after")
     def _one_count_of_steps(self) -> Self:
         if self.local_steps and self.epochs:
-            raise ValueError("local_steps and epochs both say how long to train; give one of them")
+            raise UnbatchError("local_steps and epochs both say how long to train; give one of them")
         return self
 
     def steps(self, n: int) -> int:

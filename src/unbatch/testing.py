@@ -24,7 +24,7 @@ from unbatch.auditing.run import audit
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Images
-from unbatch.errors import NotApplicable
+from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.layer import LayerRule
 from unbatch.metric import Metric
@@ -238,7 +238,7 @@ def demo_setting(demo: Demo) -> Setting:
     setting = Case.parse(demo.case).setting()
     granted: dict[str, Any] = {"labels": setting.labels.sort().values} if "labels" in demo.knows else {}
     if set(demo.knows) - {"labels"}:
-        raise ValueError(f"a demo can grant labels, not {sorted(set(demo.knows) - {'labels'})}.")
+        raise UnbatchError(f"a demo can grant labels, not {sorted(set(demo.knows) - {'labels'})}.")
     object.__setattr__(setting, "knowledge", Knowledge(**granted))
     return setting
 

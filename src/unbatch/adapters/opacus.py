@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from unbatch.defence import Round
-from unbatch.errors import MissingExtra
+from unbatch.errors import MissingExtra, UnbatchError
 from unbatch.loss import Loss
 from unbatch.loss import reduction as reduction_of
 from unbatch.protocol import Update
@@ -75,7 +75,7 @@ def private_update(round_: Round, *, clip: float, noise_multiplier: float, reduc
                     return {k: p.grad.detach() for k, p in model.named_parameters() if p.grad is not None}
                 optimiser.step()
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            raise ValueError(f"Opacus cannot train this model privately: {' '.join(str(error).split())}") from error
+            raise UnbatchError(f"Opacus cannot train this model privately: {' '.join(str(error).split())}") from error
         return {k: p.detach() - start[k] for k, p in model.named_parameters() if k in start}
 
 
@@ -96,7 +96,7 @@ def epsilon(
         try:
             return float(made.get_epsilon(delta))
         except (RuntimeWarning, RuntimeError, ArithmeticError, MemoryError, IndexError) as error:
-            raise ValueError(
+            raise UnbatchError(
                 f"Opacus' accountant {accountant!r} fails at noise multiplier {noise_multiplier:g}, sampling rate "
                 f"{sampling_rate:g}, {steps} steps, delta {delta:g} ({error}); take accountant=rdp, or more noise."
             ) from error
@@ -123,7 +123,7 @@ def _prepared(round_: Round) -> nn.Module:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.training = round_.protocol.mode == "train"
     if said:
-        raise ValueError(
+        raise UnbatchError(
             f"Opacus cannot train this model privately: {' '.join(dict.fromkeys(said))} Put nn.GroupNorm in its place "
             "(opacus.validators.ModuleValidator.fix does), or leave dp-sgd out."
         )
@@ -135,7 +135,7 @@ def _agree(loss: Loss, outputs: Tensor, labels: Tensor, told: str) -> None:
     if found != told:
         really = f"it is a {found}" if found else "it is neither a mean nor a sum of one term an example"
         mend = f"set dp-sgd:reduction={found}." if found else "which per-example gradients need; use another loss."
-        raise ValueError(f"dp-sgd is told that the loss is a {told} over the batch, but {really}; {mend}")
+        raise UnbatchError(f"dp-sgd is told that the loss is a {told} over the batch, but {really}; {mend}")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unbatch.analysis import Analysis, Bound
 from unbatch.domain import Images
+from unbatch.errors import UnbatchError
 from unbatch.inversion.fisher import Information, check_noise, deviation, fitted, joined, jumps, premise
 from unbatch.inversion.probe import probe
 from unbatch.inversion.view import View
@@ -55,7 +56,7 @@ class CramerRao(Analysis):
         if at is not None:
             fitted(obs, x, y)
         if why := jumps(obs, x, y, rng):
-            raise ValueError(why)
+            raise UnbatchError(why)
         told = joined(obs)
         info, sigma = Information(told, x, y), deviation(told)
         low, high = obs.knowledge.get("input_range", (0.0, 1.0))

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Verdict
-from unbatch.errors import NotApplicable
+from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.backward.c_metric import Kind, solvability
 from unbatch.inversion.backward.rank_count import Constraints, Unread
 from unbatch.inversion.backward.variants import Variant, first_dense, parameters, variants
@@ -43,10 +43,10 @@ def _published(links: Sequence[Link], at: _Place, largest: int) -> float:
 def _share(links: Sequence[Link], at: _Place, largest: int) -> float:
     """The determined share. Raises ValueError."""
     if at.networks == 1:
-        raise ValueError("there is no change to compare it with")
+        raise UnbatchError("there is no change to compare it with")
     model = Chained(links)
     if (needed := at.networks * work(model, at.obs.loss, at.x, at.y)) > at.work:
-        raise ValueError(
+        raise UnbatchError(
             f"the determined shares of {at.networks} networks take about {needed:.1e} operations, more than "
             f"work={at.work:.1e}"
         )
@@ -99,7 +99,7 @@ class SaferDesign(Analysis):
             except ValueError as why:
                 skipped.setdefault(str(why).rstrip("."), []).append(f"{name} of the network as it is")
         if not own:
-            raise ValueError(
+            raise UnbatchError(
                 "; ".join(f"{', '.join(names)}: not counted, since {why}" for why, names in skipped.items()) + "."
             )
         counted: list[tuple[dict[str, float], Variant]] = []
@@ -114,7 +114,7 @@ class SaferDesign(Analysis):
             counted += [(values, variant)] if values else []
         left = "; ".join(f"{', '.join(names)}: not counted, since {why}" for why, names in skipped.items())
         if changes and skipped and not counted:
-            raise ValueError(f"no change could be counted. {left}.")
+            raise UnbatchError(f"no change could be counted. {left}.")
         better = [each for each in counted if any(value < own[name] - LEAST for name, value in each[0].items())]
         better.sort(key=lambda each: ([each[0].get(name, own[name]) for name in own], each[1].words))
         found = [

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Verdict
-from unbatch.errors import NotApplicable
+from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.backward.c_metric import solvability
 from unbatch.inversion.determined_share import share, work
 from unbatch.inversion.probe import probe
@@ -54,7 +54,7 @@ class SecurityMetric(Analysis):
             except ValueError as error:
                 refused.append(str(error))
         if not found:
-            raise ValueError(" ".join(refused))
+            raise UnbatchError(" ".join(refused))
         if refused:
             found[0] = found[0].model_copy(update={"words": f"{found[0].words} {refused[0]}"})
         return found
@@ -63,14 +63,14 @@ class SecurityMetric(Analysis):
         try:
             links = chain(obs.model, obs.knowledge.input_shape, obs.protocol.mode)
         except ValueError as error:
-            raise ValueError(f"c(M) does not know this network: {error}") from error
+            raise UnbatchError(f"c(M) does not know this network: {error}") from error
         value, words = solvability(links, x, y, obs.loss, most=self.largest)
         return Verdict(name="c(M)", value=float(value), words=f"{words} (0: none; the more negative, the safer).")
 
     def _share(self, obs: Observation, x: Tensor, y: Tensor, whose: str) -> Verdict:
         needed = work(obs.model, obs.loss, x, y)
         if needed > self.work:
-            raise ValueError(
+            raise UnbatchError(
                 f"The determined share takes about {needed:.1e} operations, more than work={self.work:.1e}: a product with "
                 f"the Jacobian for each of {x.numel():,} unknowns."
             )

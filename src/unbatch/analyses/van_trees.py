@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Bound
+from unbatch.errors import UnbatchError
 from unbatch.inversion.fisher import Imagined, Information, check_noise, deviation, joined, jumps, premise
 from unbatch.inversion.view import View
 from unbatch.numerics.bounds.prior import GaussianPrior
@@ -67,7 +68,7 @@ class VanTrees(Analysis):
         drawn, behind = Imagined.of(obs, at, rng, draws), premise(obs)
         obs = joined(obs)
         if why := jumps(obs, *drawn.batches[0], rng):
-            raise ValueError(why)
+            raise UnbatchError(why)
         whole = [Information(obs, x, y) for x, y in drawn.batches]
         matched = math.lgamma(n + 1)
         t, trace = (
@@ -79,7 +80,7 @@ class VanTrees(Analysis):
         off = float(student.ppf(SURE, (draws if small else min(draws, self.probes)) - 1)) * error
         least = total - off - (t * matched / 2 if matched else 0.0)
         if not least > 0:
-            raise ValueError(
+            raise UnbatchError(
                 f"{draws} prior draws differ too much to bound anything, or {n} answers matched to the truth fit it by "
                 f"themselves; raise draws={self.draws}."
             )

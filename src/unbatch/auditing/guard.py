@@ -67,9 +67,9 @@ def guard(
     Raises ValueError: what is given does not fit together. Leak: also where no attack could run, or one failed.
     """
     if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
-        raise ValueError(f"inputs and labels are tensors, not {type(inputs).__name__} and {type(labels).__name__}.")
+        raise UnbatchError(f"inputs and labels are tensors, not {type(inputs).__name__} and {type(labels).__name__}.")
     if math.isnan(max_psnr) or not 0 < seconds < math.inf:
-        raise ValueError(f"max_psnr is {max_psnr} and seconds {seconds}; give a number of dB, and a time above 0.")
+        raise UnbatchError(f"max_psnr is {max_psnr} and seconds {seconds}; give a number of dB, and a time above 0.")
     protocol = protocol or Protocol()
     tools = Attack.several(ATTACKS if attacks is None else attacks)
     stack = Stack.of(defences)
@@ -84,7 +84,7 @@ def guard(
     )
     residual = record.clients[0].residual
     if not stack.defences and residual is not None and residual > UNEXPLAINED and not _random(model, protocol):
-        raise ValueError(
+        raise UnbatchError(
             f"this batch is not behind this update: it would send one that is {residual:.0%} off. Give the inputs, labels "
             "and model of this step, its protocol, and the defences that changed the update."
         )

@@ -23,6 +23,7 @@ from unbatch.attack import Attack
 from unbatch.auditing.run import audit
 from unbatch.auditing.utility import Scene, scene_of
 from unbatch.case import Case, Setting
+from unbatch.errors import UnbatchError
 from unbatch.files import write_atomically
 from unbatch.plugin import OneOrMore
 from unbatch.reporting.results import Audit
@@ -206,7 +207,7 @@ def harden(
     of that name.
     """
     if not (math.isfinite(psnr) and math.isfinite(seconds) and seconds >= 0 and batch >= 1 and rounds >= 1):
-        raise ValueError(
+        raise UnbatchError(
             f"a target of {psnr} dB, {seconds} seconds, batches of {batch} and {rounds} rounds make no search; give finite "
             "numbers, and at least 1 example and 1 round."
         )
@@ -214,7 +215,7 @@ def harden(
     chosen = [f for f in families(scene) if not only or f.name.partition(",")[0] in only]
     known = sorted({f.name.partition(",")[0] for f in families(scene)})
     if wrong := sorted(set(only) - set(known)):
-        raise ValueError(f"no family is called {', '.join(wrong)}; known: {', '.join(known)}.")
+        raise UnbatchError(f"no family is called {', '.join(wrong)}; known: {', '.join(known)}.")
     given = [a for a in BOUNDS if a.partition(":")[0] in Analysis.find()] if analyses is None else analyses
     tools = Attack.several(ATTACKS if attacks is None else attacks)
     asked = Analysis.several(given)

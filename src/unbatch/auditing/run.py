@@ -27,7 +27,7 @@ from unbatch.auditing.suites import suite
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Domain, domain_told
-from unbatch.errors import MissingExtra, NotApplicable
+from unbatch.errors import MissingExtra, NotApplicable, UnbatchError
 from unbatch.knowledge import Earlier
 from unbatch.loss import identify
 from unbatch.metric import Metric
@@ -133,7 +133,7 @@ class _Plan:
         self.explained: tuple[Tensor, Tensor] | None = None  # what an exact attack found
         if isinstance(target, Observation):
             if self.defences:
-                raise ValueError("a captured update already has its defences in it; leave `defences` out.")
+                raise UnbatchError("a captured update already has its defences in it; leave `defences` out.")
             self.domain = domain_told(target.knowledge)
             self.exchanges = [(_moved(target, device) if device else target, truth)]
             if truth is not None:
@@ -324,7 +324,7 @@ def _settings(target: Target) -> list[Setting]:
         return [target.setting(client) for client in range(target.clients)]
     settings = [target] if isinstance(target, Setting) else list(target)
     if not settings:
-        raise ValueError("there is no client to audit; give at least one Setting.")
+        raise UnbatchError("there is no client to audit; give at least one Setting.")
     return settings
 
 
@@ -373,7 +373,7 @@ def _kept(record: Audit, resume: Audit | None) -> dict[tuple[int, str, int], Run
     if resume is None:
         return {}
     if resume.fingerprint != record.fingerprint:
-        raise ValueError(
+        raise UnbatchError(
             "the audit to resume is of another model, batch, protocol or defence; give its own settings or start anew."
         )
     return {run.key: run for run in resume.runs if run.finished}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unbatch.errors import UnbatchError
+
 SUITES: dict[str, tuple[str, ...]] = {
     "first": ("bias-ratio", "label-count", "gradient-matching"),
 }
@@ -11,5 +13,5 @@ LATEST = "first"
 def suite(name: str = LATEST) -> tuple[str, ...]:
     """The attacks of a suite, as spelt. Raises ValueError: no such suite."""
     if name not in SUITES:
-        raise ValueError(f"unknown suite {name!r}; known: {', '.join(SUITES)}.")
+        raise UnbatchError(f"unknown suite {name!r}; known: {', '.join(SUITES)}.")
     return SUITES[name]

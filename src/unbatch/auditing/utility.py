@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unbatch.auditing.client import published
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence, Round, Stack
+from unbatch.errors import UnbatchError
 from unbatch.loss import reduction
 from unbatch.network.dense import forward
 from unbatch.plugin import OneOrMore
@@ -118,12 +119,12 @@ def scene_of(target: Case | Setting, batch: int, rounds: int, seed: int) -> Scen
     else:
         setting = target
     if setting.labels.is_floating_point() or setting.domain.name == "tokens":
-        raise ValueError(
+        raise UnbatchError(
             "utility is test accuracy, and leakage PSNR: harden needs class labels and real-valued inputs."
         )
     scene = Scene(setting, batch, rounds, seed=seed)
     if scene.cut < max(batch, 8) or scene.cut == len(setting.inputs):
-        raise ValueError(
+        raise UnbatchError(
             f"{len(setting.inputs)} examples are too few: {TEST:.0%} are held out, and {max(batch, 8)} must be left."
         )
     return scene

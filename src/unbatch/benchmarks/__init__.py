@@ -133,7 +133,7 @@ def _held(name: str, out: Path, how: Mapping[str, Any]) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError):
         return {}
     if "data" in how and record.get("data", how["data"]) != how["data"]:
-        raise ValueError(
+        raise UnbatchError(
             f"{path} was measured with data: {json.dumps(record['data'])}, and this run has data: "
             f"{json.dumps(how['data'])}, which would replace it; give another folder (--out), or move the file away."
         )

@@ -31,7 +31,6 @@ from unbatch.attacks.layer_by_layer import HYBRID
 from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, psnr, store, stored
 from unbatch.benchmarks.pictures import pool
-from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.rank_count import c_of
 from unbatch.inversion.matching import EVALUATIONS
 from unbatch.knowledge import Knowledge
@@ -274,7 +273,7 @@ def _attacked(spec: str, obs: Observation, truth: Truth, seed: int, seconds: flo
     try:
         with watching(allowance(seconds)):
             found = Attack.parse(spec)(obs, seed=seed)
-    except (NotApplicable, ValueError, RuntimeError) as words:
+    except (ValueError, RuntimeError) as words:
         failure = f"{type(words).__name__}: {words}"
     took, true = clock() - begun, truth.inputs.double().cpu()
     if found is None or found.inputs is None or not len(found) or found.layer:
@@ -297,7 +296,7 @@ def _pace(method: str, obs: Observation, seed: int) -> Pace:
         if method == "hybrid":
             places = [_convolutions(obs).index(name) for name in found.trace["deficient"]]
             steps = [HYBRID[min(place, len(HYBRID) - 1)][1] for place in places]
-    except (NotApplicable, ValueError, RuntimeError):
+    except (ValueError, RuntimeError):
         pass  # the run itself will tell
     gaps = float(np.sort(np.diff(times))[: len(steps) * PROBE].sum())
     return Pace(clock() - begun - gaps, gaps / PROBE, round(statistics.fmean(steps or [1])))

@@ -24,7 +24,6 @@ from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, psnr, store
 from unbatch.benchmarks.pictures import pool
 from unbatch.domain import Images
-from unbatch.errors import NotApplicable
 from unbatch.inversion.determined_share import determined
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
@@ -207,7 +206,7 @@ def _attacked(spec: str, obs: Observation, truth: Truth, seconds: float) -> tupl
     try:
         with watching(allowance(seconds)):
             found = Attack.parse(spec)(obs, seed=0)
-    except (NotApplicable, ValueError, RuntimeError):
+    except (ValueError, RuntimeError):
         return -np.inf, name, False
     if found.inputs is None or not len(found):
         return -np.inf, name, False

@@ -35,6 +35,7 @@ from unbatch.benchmarks import allowance, clock, matched, measured, store, store
 from unbatch.benchmarks.pictures import FILES, TABLES, pool
 from unbatch.domain import Domain, Images
 from unbatch.domain import Table as Rows
+from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.metric import match
@@ -321,7 +322,7 @@ def _train(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 500) -> float
         adam.zero_grad()
         torch.nn.functional.cross_entropy(outputs, y).backward()  # type: ignore[no-untyped-call]
         adam.step()
-    raise ValueError(
+    raise UnbatchError(
         f"after {steps} steps the network classifies {share:.0%} of its training examples rightly, and a trained one is to "
         f"classify more than {TRAINED:.0%}; take a wider network or other data."
     )

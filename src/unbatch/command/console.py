@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from unbatch.auditing.run import Target, audit
+from unbatch.errors import UnbatchError
 from unbatch.files import write_atomically
 from unbatch.progress import Watch
 from unbatch.reporting.html import write as write_report
@@ -71,7 +72,7 @@ def _save(record: Audit, path: Path) -> None:
             record.save(rescue)
         except ValueError:
             raise error from None
-        raise ValueError(f"{error} Finished runs are safe in {rescue}.") from error
+        raise UnbatchError(f"{error} Finished runs are safe in {rescue}.") from error
 
 
 @contextmanager

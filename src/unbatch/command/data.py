@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unbatch.domain import Domain, Images, Table, domain_of
+from unbatch.errors import UnbatchError
 
 _INPUTS, _LABELS = ("inputs", "images", "x", "data"), ("labels", "y", "targets", "label")
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
@@ -43,14 +44,14 @@ def read(path: Path, *, size: int | None = None) -> Data:
     Raises UnbatchError: nothing there, an empty folder, a file that cannot be read, or examples of different shapes.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist; give an .npz file, a .csv file or a folder of images.")
+        raise UnbatchError(f"{path} does not exist; give an .npz file, a .csv file or a folder of images.")
     if path.is_dir():
         return _folder(path, size)
     if path.suffix == ".npz":
         return _npz(path)
     if path.suffix == ".csv":
         return _csv(path)
-    raise ValueError(f"{path}: unknown kind {path.suffix!r}; give an .npz file, a .csv file or a folder of images.")
+    raise UnbatchError(f"{path}: unknown kind {path.suffix!r}; give an .npz file, a .csv file or a folder of images.")
 
 
 def _npz(path: Path) -> Data:
@@ -58,13 +59,13 @@ def _npz(path: Path) -> Data:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(
+        raise UnbatchError(
             f"cannot read {path}: {error} Save it with numpy.savez(path, inputs=..., labels=...)."
         ) from None
     x = next((arrays[key] for key in _INPUTS if key in arrays), None)
     y = next((arrays[key] for key in _LABELS if key in arrays), None)
     if x is None or y is None:
-        raise ValueError(
+        raise UnbatchError(
             f"{path} holds {', '.join(arrays) or 'nothing'}; it needs one of {', '.join(_INPUTS)} and one of "
             f"{', '.join(_LABELS)}."
         )
@@ -90,7 +91,7 @@ def _folder(path: Path, size: int | None) -> Data:
 
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _PICTURES)
     if not files:
-        raise ValueError(f"{path} holds no images ({', '.join(sorted(_PICTURES))}).")
+        raise UnbatchError(f"{path} holds no images ({', '.join(sorted(_PICTURES))}).")
     pictures = []
     for file in files:
         try:
@@ -100,10 +101,10 @@ def _folder(path: Path, size: int | None) -> Data:
                 picture = picture.resize((size, size), Image.Resampling.LANCZOS)
             pictures.append(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255)
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"cannot read the image {file}: {error}. Remove or replace it.") from None
+            raise UnbatchError(f"cannot read the image {file}: {error}. Remove or replace it.") from None
     shapes = {tuple(picture.shape) for picture in pictures}
     if len(shapes) > 1:
-        raise ValueError(f"{path} holds images of {len(shapes)} sizes; give --size N to resize them to N x N.")
+        raise UnbatchError(f"{path} holds images of {len(shapes)} sizes; give --size N to resize them to N x N.")
     folders = [file.relative_to(path).parts[0] if file.parent != path else "" for file in files]
     classes = sorted(set(folders))
     notes = [] if classes != [""] else ["no sub-folders, so every picture has label 0; name one folder a class."]
@@ -118,13 +119,13 @@ def _csv(path: Path) -> Data:
         with path.open(newline="") as file:
             rows = [row for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read {path} as a csv table: {error}.") from None
+        raise UnbatchError(f"cannot read {path} as a csv table: {error}.") from None
     if len(rows) < 2:
-        raise ValueError(f"{path} holds no rows below its header; it needs a header row and one row an example.")
+        raise UnbatchError(f"{path} holds no rows below its header; it needs a header row and one row an example.")
     header, body = [name.strip() for name in rows[0]], rows[1:]
     ragged = next((i for i, row in enumerate(body, 2) if len(row) != len(header)), None)
     if ragged is not None:
-        raise ValueError(f"{path}, line {ragged}: {len(body[ragged - 2])} fields where the header has {len(header)}.")
+        raise UnbatchError(f"{path}, line {ragged}: {len(body[ragged - 2])} fields where the header has {len(header)}.")
     target = next((i for i, name in enumerate(header) if name.lower() in _LABELS), len(header) - 1)
     columns: list[np.ndarray] = []
     names: list[str] = []
@@ -135,7 +136,7 @@ def _csv(path: Path) -> Data:
             columns += [column for _, column in more]
             names += [title for title, _ in more]
     if not columns:
-        raise ValueError(f"{path} has only the label column {header[target]!r}; it needs at least one more.")
+        raise UnbatchError(f"{path} has only the label column {header[target]!r}; it needs at least one more.")
     inputs = torch.from_numpy(np.stack(columns, 1)).float()  # [n, d]
     answers = [row[target].strip() for row in body]
     classes = sorted(set(answers))
@@ -152,6 +153,6 @@ def _column(name: str, values: Sequence[str]) -> list[tuple[str, np.ndarray]]:
     except ValueError:
         return [(f"{name}={v}", np.array([value == v for value in values], float)) for v in sorted(set(values))]
     if not np.isfinite(numbers).all():
-        raise ValueError(f"column {name!r} holds NaN or infinite values; fill or drop those rows.")
+        raise UnbatchError(f"column {name!r} holds NaN or infinite values; fill or drop those rows.")
     spread = numbers.std()
     return [(name, (numbers - numbers.mean()) / (spread if spread > 0 else 1.0))]

@@ -39,12 +39,12 @@ def target_of(
     Raises ValueError: they name nothing, or contradict each other; the message says which to give.
     """
     if case is not None and (model or data or observation):
-        raise ValueError("give a built-in case, or --model with --data or --observation, not both.")
+        raise UnbatchError("give a built-in case, or --model with --data or --observation, not both.")
     if case is not None:
         built = Case.parse(case)
         settings = [built.setting(client) for client in range(built.clients)]
     elif model is None:
-        raise ValueError(
+        raise UnbatchError(
             "nothing to audit: give a case (`unbatch list cases`), or --model with --data or --observation."
         )
     elif observation is not None:
@@ -53,7 +53,7 @@ def target_of(
             obs = Observation.load(observation, model=network, loss=criterion)
         except ValueError as error:
             if str(observation) not in str(error):
-                raise ValueError(f"{observation} (captured from {model_name(observation)!r}): {error}") from None
+                raise UnbatchError(f"{observation} (captured from {model_name(observation)!r}): {error}") from None
             raise
         told = _rules(protocol).model_dump(exclude_unset=True, exclude_none=True) if protocol else {}
         return replace(obs, knowledge=obs.knowledge | Knowledge(**told) | _known(knows, None))
@@ -72,7 +72,7 @@ def target_of(
             )
         ]
     else:
-        raise ValueError(
+        raise UnbatchError(
             "--model alone is not enough: give --data for its private batch, or --observation for an update."
         )
     rules = _rules(protocol) if protocol else None
@@ -98,7 +98,7 @@ def load_model(spec: str) -> nn.Module:
     made = _named(spec, "model")
     network = made() if callable(made) and not isinstance(made, nn.Module) else made
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{spec} gave {type(network).__name__}, not a torch.nn.Module.")
+        raise UnbatchError(f"{spec} gave {type(network).__name__}, not a torch.nn.Module.")
     return network
 
 
@@ -110,24 +110,26 @@ def load_loss(spec: str, reduction: str) -> Loss:
     """
     if ":" not in spec:
         if reduction not in ("mean", "sum"):
-            raise ValueError(f"--reduction is mean or sum, not {reduction!r}.")
+            raise UnbatchError(f"--reduction is mean or sum, not {reduction!r}.")
         return loss_named(spec, cast(Any, reduction))
     criterion = _named(spec, "loss")
     if not callable(criterion):
-        raise ValueError(f"{spec} is {type(criterion).__name__}, not a callable (outputs, labels) -> scalar.")
+        raise UnbatchError(f"{spec} is {type(criterion).__name__}, not a callable (outputs, labels) -> scalar.")
     return cast(Callable[..., Any], criterion)
 
 
 def _named(spec: str, what: str) -> Any:
     module, colon, name = spec.partition(":")
     if not colon:
-        raise ValueError(f"--{what} {spec!r} is not package.module:name.")
+        raise UnbatchError(f"--{what} {spec!r} is not package.module:name.")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import --{what} {spec}: {error}. It is looked up from the current folder.") from error
+        raise UnbatchError(
+            f"cannot import --{what} {spec}: {error}. It is looked up from the current folder."
+        ) from error
 
 
 def _rules(words: str) -> Protocol:
@@ -150,7 +152,7 @@ def _known(words: Sequence[str], setting: Setting | None) -> Knowledge:
         elif name == "labels" and setting is not None:
             facts[name] = setting.labels.sort(dim=0).values  # which labels, not in which order they were trained on
         else:
-            raise ValueError(
+            raise UnbatchError(
                 f"--knows {word!r}: give FIELD=VALUE ('labels' alone needs a client whose truth is known)."
             )
     return Knowledge(**facts)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from unbatch.adapters import opacus
 from unbatch.defence import Defence, Round, Step, plain_update
+from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge, shares
 from unbatch.privacy import Privacy
 from unbatch.protocol import Protocol, Update
@@ -52,7 +53,7 @@ class DpSgd(Defence):
     @model_validator(mode="after")
     def _noise_has_a_scale(self) -> Self:
         if self.clip is None and self.noise_multiplier:
-            raise ValueError("noise is in units of clip, so noise_multiplier=0 where clip=none")
+            raise UnbatchError("noise is in units of clip, so noise_multiplier=0 where clip=none")
         return self
 
     @property
@@ -73,12 +74,12 @@ class DpSgd(Defence):
             taken = max(1, round_.protocol.steps(len(round_.inputs))) * rounds
             what = "this update takes" if rounds == 1 else f"{rounds} updates of this batch take"
             if self.noise_multiplier and taken > self.steps:
-                raise ValueError(
+                raise UnbatchError(
                     f"{self} accounts for {self.steps} private step{'s' * (self.steps > 1)}, and {what} {taken}; declare "
                     f"dp-sgd:steps={taken} or more."
                 )
             if round_.train is not plain_update:
-                raise ValueError(f"{self} stands among the defences twice; keep one.")
+                raise UnbatchError(f"{self} stands among the defences twice; keep one.")
             return step(replace(round_, train=self._train))
 
         return private

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.defence import Defence, Round, Step
+from unbatch.errors import UnbatchError
 from unbatch.loss import Loss
 from unbatch.protocol import Update
 
@@ -36,7 +37,9 @@ class LabelSmoothing(Defence):
                 return step(round_)
             labels = round_.labels
             if labels.is_floating_point() and not bool(((labels == 0) | (labels == 1)).all()):
-                raise ValueError(f"{self} smooths class numbers or bits; these labels are real numbers, leave it out.")
+                raise UnbatchError(
+                    f"{self} smooths class numbers or bits; these labels are real numbers, leave it out."
+                )
             return step(replace(round_, loss=self.loss(round_.loss)))
 
         return smoothed

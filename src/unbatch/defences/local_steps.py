@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, final
 from pydantic import Field, model_validator
 
 from unbatch.defence import Defence, Round, Step
+from unbatch.errors import UnbatchError
 from unbatch.knowledge import PROTOCOL_FIELDS, Knowledge
 from unbatch.protocol import Protocol, Update
 
@@ -43,7 +44,7 @@ class LocalSteps(Defence):
     @model_validator(mode="after")
     def _one_count_of_steps(self) -> Self:
         if self.epochs and self.steps:
-            raise ValueError("steps and epochs both say how long to train; give one of them")
+            raise UnbatchError("steps and epochs both say how long to train; give one of them")
         return self
 
     def wrap(self, step: Step) -> Step:

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.defence import Defence, Round, Step
+from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.protocol import Update
 
@@ -41,7 +42,7 @@ class Mixup(Defence):
                 return step(round_)
             x, y = round_.inputs, round_.labels
             if not x.is_floating_point():
-                raise ValueError(f"{self} blends real-valued inputs; these are {x.dtype} tokens, leave it out.")
+                raise UnbatchError(f"{self} blends real-valued inputs; these are {x.dtype} tokens, leave it out.")
             seed = int(torch.randint(2**62, (), generator=round_.rng))
             blend = float(np.random.default_rng(seed).beta(self.alpha, self.alpha))
             order = torch.randperm(len(x), generator=round_.rng).to(x.device)

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from unbatch.defence import Defence, Round, Step
+from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
 from unbatch.protocol import Update
@@ -34,7 +35,7 @@ class SecureAggregation(Defence):
         def summed(round_: Round) -> Update:
             n = len(round_.inputs)
             if self.clients > n:
-                raise ValueError(
+                raise UnbatchError(
                     f"{self} deals {n} examples to {self.clients} clients; give at most {n} clients or a larger batch."
                 )
             shares = zip(

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from unbatch.errors import UnbatchError
 from unbatch.loss import Loss
 from unbatch.network.chain import Chained
 from unbatch.numerics.bounds.prior import GaussianPrior
@@ -117,7 +118,7 @@ def determined(
     for name, tensor in gradient.items():
         size, e = float(tensor.square().mean().sqrt()), tensor.numel()
         if not math.isfinite(size):
-            raise ValueError(f"the gradient of {name!r} is not finite at the example.")
+            raise UnbatchError(f"the gradient of {name!r} is not finite at the example.")
         if size > 0:
             signs = 2.0 * torch.randint(2, (e,), generator=rng) - 1 if e > most else torch.ones(e)
             to = torch.randint(most, (e,), generator=rng) if e > most else torch.arange(e)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unbatch.errors import NotApplicable
+from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.mean_round import mean_round, still
 from unbatch.knowledge import Knowledge, shares
 from unbatch.loss import draw_labels, reduction
@@ -83,7 +83,7 @@ def sent(obs: Observation, x: Tensor, y: Tensor, *, create_graph: bool = False) 
         return _flat(obs, x, y, create_graph, known.get("clip", known.get("clip_within")))
     form = reduction(obs.loss, forward(obs.model, x.detach()), y)
     if form is None:
-        raise ValueError(
+        raise UnbatchError(
             "the loss is neither a mean nor a sum of one term an example, so no gradient is one example's."
         )
     one = replace(obs, knowledge=known.only(*(set(known) - {"local_steps", "epochs", "local_batch_size", "clients"})))
@@ -204,7 +204,7 @@ def _fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
     least, most = sigma * max(e - x.numel() - spread, 0.0) ** 0.5 - rounding, sigma * (e + spread) ** 0.5 + rounding
     off = float((seen - clean).norm())
     if not least <= off <= most:
-        raise ValueError(
+        raise UnbatchError(
             f"the batch explains the update to {off:.2g}, and its noise to between {max(least, 0.0):.2g} and {most:.2g}: "
             "another defence changed it, or the noise is not of the size that is told. The bound is one for noise alone."
         )

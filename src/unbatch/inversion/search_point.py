@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unbatch.errors import UnbatchError
 from unbatch.inversion.input_span import Reduction, reduce
 from unbatch.inversion.rounds import averaged, each_restored
 from unbatch.inversion.view import View
@@ -82,7 +83,7 @@ class Unknowns:
             try:
                 obs.loss(outputs, labels)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise ValueError(f"the labels are unknown and the loss takes no soft ones ({error}).") from None
+                raise UnbatchError(f"the labels are unknown and the loss takes no soft ones ({error}).") from None
         box = None if unit or "input_range" not in known else 2.0
         known_labels = labels.to(obs.device)
         return cls(view, middle, scale, box, known_labels, source, squash, sent=view).to(dtype or first.dtype)

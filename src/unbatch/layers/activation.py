@@ -9,6 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import UnbatchError
 from unbatch.layer import LayerRule, shaped
 from unbatch.numerics.linear.linsys import LinearSystem
 
@@ -78,7 +79,7 @@ class Activation(LayerRule):
         _, sure, slope = _inverted(layer, shape, output)
         dz = shaped(grad_output, shape, "grad_output")
         if isinstance(layer, _TURNS) and bool((~sure & (dz != 0)).any()):
-            raise ValueError(
+            raise UnbatchError(
                 f"{int((~sure).sum()):,} of {dz.numel():,} outputs are below 0, where the activation falls and rises: they "
                 "have two inputs."
             )

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from unbatch.errors import UnbatchError
 from unbatch.layer import LayerRule, shaped
 from unbatch.numerics.linear.linsys import COLUMN_ENTRIES, LinearSystem, affine
 
@@ -141,7 +142,7 @@ class _Function:
             self.shape = tuple(self(self.zero).shape[1:])
         except (RuntimeError, ValueError, IndexError) as error:
             kind = type(layer).__name__
-            raise ValueError(f"an input of shape {tuple(shape)} does not fit this {kind}: {error}") from error
+            raise UnbatchError(f"an input of shape {tuple(shape)} does not fit this {kind}: {error}") from error
 
     def __call__(self, x: Tensor, W: Tensor | None = None) -> Tensor:
         state: dict[str, Any] = self.state if W is None else {**self.state, "weight": W}

@@ -7,6 +7,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import UnbatchError
 from unbatch.layer import LayerRule, beside, shaped
 from unbatch.network.batch_norm import KnownBatchNorm
 from unbatch.numerics.linear.linsys import LinearSystem, affine
@@ -45,7 +46,7 @@ class BatchNorm(LayerRule):
         weight = beside(own, 1.0, z)
         normal = torch.where(weight == 0, 0.0, (z - bias) / weight)
         if bool(normal.isnan().any()):
-            raise ValueError(
+            raise UnbatchError(
                 "what it passes back needs its whole output, and the layers after it, up to the next activation's output, "
                 "hide some of that."
             )
@@ -58,6 +59,6 @@ def _parts(layer: nn.Module, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """mean, w / std and b beside every entry of z."""
     assert isinstance(layer, KnownBatchNorm)  # the only kind
     if layer.flaw:
-        raise ValueError(layer.flaw)
+        raise UnbatchError(layer.flaw)
     scale = beside(layer.weight, 1.0, z) / beside((layer.var + layer.eps).sqrt(), 1.0, z)
     return beside(layer.mean, 0.0, z), scale, beside(layer.bias, 0.0, z)

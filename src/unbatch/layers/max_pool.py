@@ -7,6 +7,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import UnbatchError
 from unbatch.layer import LayerRule, shaped
 from unbatch.numerics.linear.linsys import LinearSystem
 
@@ -52,5 +53,5 @@ class MaxPool(LayerRule):
         """dz at the entries that are read. Raises ValueError: a window has several, and which is the largest is open."""
         read = self.forward_equations(layer, shape, grad_output)
         if read.equations < grad_output.numel():
-            raise ValueError("which entry of a window was the largest cannot be read off its output.")
+            raise UnbatchError("which entry of a window was the largest cannot be read off its output.")
         return read.pull(read.b[None]).view(shape)

@@ -7,6 +7,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import UnbatchError
 from unbatch.layer import LayerRule, beside, shaped
 from unbatch.numerics.linear.linsys import LinearSystem
 
@@ -70,7 +71,7 @@ class Norm(LayerRule):
         """Raises ValueError: dL/dx is divided by the standard deviation, which the output does not hold."""
         sent = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_mean is not None
         hint = "; its running statistics after the step (buffers) would, and are not known" if sent else ""
-        raise ValueError(f"its output does not hold the standard deviation by which its gradient was divided{hint}.")
+        raise UnbatchError(f"its output does not hold the standard deviation by which its gradient was divided{hint}.")
 
 
 def _groups(layer: nn.Module, shape: tuple[int, ...]) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrize
 
+from unbatch.errors import UnbatchError
 from unbatch.layer import LayerRule, rule_for, shaped
 from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import COLUMN_ENTRIES, LinearSystem, affine
@@ -183,7 +184,7 @@ class _Function:
         try:
             self.shape = tuple(self(self.zero, {}).shape[1:])
         except (RuntimeError, ValueError, IndexError) as error:
-            raise ValueError(f"an input of shape {tuple(shape)} does not fit this block: {error}") from error
+            raise UnbatchError(f"an input of shape {tuple(shape)} does not fit this block: {error}") from error
 
     def __call__(self, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
         found: Tensor = functional_call(self.layer, {**self.state, **weights}, (x,))

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import UnbatchError
 from unbatch.models import published
 from unbatch.models.published import PublishedName
 
@@ -51,11 +52,11 @@ def build(
     Raises ValueError: unknown name or activation, or a model that cannot take such inputs.
     """
     if name not in (*_MODELS, *published.NETWORKS):
-        raise ValueError(f"unknown model {name!r}; known: {', '.join((*_MODELS, *published.NETWORKS))}.")
+        raise UnbatchError(f"unknown model {name!r}; known: {', '.join((*_MODELS, *published.NETWORKS))}.")
     if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}.")
+        raise UnbatchError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}.")
     if name != "mlp" and len(input_shape) != 3:
-        raise ValueError(f"{name} convolves pictures [c, h, w], not inputs of shape {input_shape}; use model=mlp.")
+        raise UnbatchError(f"{name} convolves pictures [c, h, w], not inputs of shape {input_shape}; use model=mlp.")
     with torch.device("meta"):  # no tensor is filled here, so torch's global generator is not read
         act = None if activation is None else ACTIVATIONS[activation]
         if name in published.NETWORKS:
@@ -79,7 +80,7 @@ def initialise(model: nn.Module, rng: torch.Generator) -> nn.Module:
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm | nn.PReLU):
             module.reset_parameters()  # constants alone: weight 1, bias 0, mean 0, variance 1, count 0; slope 1/4
         elif next(module.parameters(recurse=False), None) is not None:
-            raise ValueError(f"no law to draw {name or 'the model'} ({type(module).__name__}) by.")
+            raise UnbatchError(f"no law to draw {name or 'the model'} ({type(module).__name__}) by.")
     return model
 
 
@@ -109,7 +110,7 @@ def convnet(shape: _Shape, outputs: int, depth: int, width: int, act: type[nn.Mo
     """
     most = int(math.log2(min(shape[1:])))
     if depth > most:
-        raise ValueError(
+        raise UnbatchError(
             f"depth={depth} would halve pictures of {shape[1]}x{shape[2]} below one pixel; convnet takes at most "
             f"depth={most} here."
         )
@@ -169,7 +170,7 @@ def _published(name: str, shape: _Shape, outputs: int, act: type[nn.Module] | No
     try:
         size = _size(layers, shape)
     except RuntimeError as error:
-        raise ValueError(f"{name} cannot convolve pictures of {shape[1]}x{shape[2]}: {error}") from error
+        raise UnbatchError(f"{name} cannot convolve pictures of {shape[1]}x{shape[2]}: {error}") from error
     return _stack([*layers, nn.Linear(size, outputs)])
 
 

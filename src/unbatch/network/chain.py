@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import UnbatchError
 from unbatch.network.dense import forward
 
 
@@ -71,12 +72,12 @@ def chain(model: nn.Module, input_shape: tuple[int, ...], mode: Literal["train",
             hook.remove()
     if calls[model].given is None or (list(model.children()) and (broken := _break(calls[model], calls))):
         where = "it takes other than one tensor" if calls[model].given is None else broken
-        raise ValueError(f"the network is no chain of layers: {where}.")
+        raise UnbatchError(f"the network is no chain of layers: {where}.")
     links = list(_expanded(calls[model], calls))
     for i, link in enumerate(links):
         for other in links[:i]:
             if {id(p) for p in link.module.parameters()} & {id(p) for p in other.module.parameters()}:
-                raise ValueError(f"{other.name!r} and {link.name!r} share a weight: its gradient is a sum over both.")
+                raise UnbatchError(f"{other.name!r} and {link.name!r} share a weight: its gradient is a sum over both.")
     return links
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from unbatch.errors import UnbatchError
 from unbatch.reporting.results import Audit, Status
 
 
@@ -30,10 +31,12 @@ def breaches(
     Raises UnbatchError: no limit is given, or one that this audit cannot answer.
     """
     if max_recovered is None and max_psnr is None and require_bound_psnr is None:
-        raise ValueError("a gate needs a limit: --max-recovered N, --max-psnr DB, --require-bound-psnr DB, or several.")
+        raise UnbatchError(
+            "a gate needs a limit: --max-recovered N, --max-psnr DB, --require-bound-psnr DB, or several."
+        )
     for name, limit in (("--max-psnr", max_psnr), ("--require-bound-psnr", require_bound_psnr)):
         if limit is not None and math.isnan(limit):
-            raise ValueError(f"{name} is nan, which every audit would pass; give a number of dB.")
+            raise UnbatchError(f"{name} is nan, which every audit would pass; give a number of dB.")
     found = []
     if not any(run.ran for run in audit.runs):
         found.append("no attack could run, so nothing is known; a gate does not pass on that.")
@@ -48,7 +51,9 @@ def breaches(
         found += _unbounded(audit, require_bound_psnr)
     if max_psnr is not None:
         if "psnr" not in audit.metrics:
-            raise ValueError("this audit has no psnr (a captured update has no truth to compare with); gate on others.")
+            raise UnbatchError(
+                "this audit has no psnr (a captured update has no truth to compare with); gate on others."
+            )
         scores = {key: best[0] for key, best in audit.worst("psnr").items() if best and best[0] > max_psnr}
         for (client, index), score in scores.items():
             found.append(f"example {index} of client {client} at {score:.1f} dB, at most {max_psnr:g} dB allowed.")

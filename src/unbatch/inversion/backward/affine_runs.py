@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import UnbatchError
 from unbatch.inversion.backward.nonlinear_runs import Box, Curve
 from unbatch.inversion.backward.reading import Known, Reading, Start, Unreadable
 from unbatch.layer import LayerRule, rule_for
@@ -86,7 +87,7 @@ def read(
                 state.raw = link, torch.where((x - state.x).abs() > 2 * error, x, state.x), state.grad
         try:
             if rule is None:
-                raise ValueError(bend(link.module) or "it has no rule to read it backward by.")
+                raise UnbatchError(bend(link.module) or "it has no rule to read it backward by.")
             for state in states:
                 if isinstance(rule, Activation):
                     state.invert(rule, link)

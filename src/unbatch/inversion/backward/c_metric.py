@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from unbatch.errors import UnbatchError
 from unbatch.inversion.backward.rank_count import Constraints, Unread, c_of, constraints, elementwise
 from unbatch.inversion.backward.variants import first_dense
 from unbatch.layer import rule_for
@@ -44,7 +45,7 @@ def solvability(
     unknown = [link for link in trunk if link.name not in kinds and any(True for _ in link.module.parameters())]
     names = [f"{link.name!r} ({type(link.module).__name__})" for link in unknown if not elementwise(link)]
     if names:
-        raise ValueError(
+        raise UnbatchError(
             f"c(M) knows convolutions and elementwise layers before the first dense one, not {', '.join(names)}."
         )
     missing = {name: kind for name, kind in kinds.items() if kind not in found}
@@ -55,11 +56,11 @@ def solvability(
         own = found[kind]
         if isinstance(own, Unread) or own.curved:
             why = own.why if isinstance(own, Unread) else own.curved
-            raise ValueError(f"c(M): what is known of the output of {name} cannot be counted: {why}.")
+            raise UnbatchError(f"c(M): what is known of the output of {name} cannot be counted: {why}.")
         known[name] = own
     large = [name for name, own in known.items() if own.counted is None and own.unknowns > most]
     if large:
-        raise ValueError(
+        raise UnbatchError(
             f"c(M): the ranks of {', '.join(large)} cannot be counted, and their unknowns are more than {limit}={most} to "
             "measure."
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
+from unbatch.errors import UnbatchError
 from unbatch.network.chain import Link
 from unbatch.numerics.callables import Tick
 from unbatch.numerics.linear.linsys import COLUMN_ENTRIES, LinearSystem, Solution
@@ -62,7 +63,7 @@ class Pullback:
         for link in self.links:
             at = torch.zeros(1, *link.before, dtype=torch.float64, device=known.b.device) + 1
             if not torch.equal(link.module(at), link.module(at)):
-                raise ValueError(f"layer {link.name!r} draws at random: it gives two outputs for one input.")
+                raise UnbatchError(f"layer {link.name!r} draws at random: it gives two outputs for one input.")
 
     @property
     def equations(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from unbatch.errors import UnbatchError
 from unbatch.models.small import initialise
 from unbatch.network.chain import Link
 
@@ -61,7 +62,7 @@ def _strided(layer: Conv) -> tuple[str, list[nn.Module]]:
 def _narrowed(layer: Conv) -> tuple[str, list[nn.Module]]:
     half = layer.out_channels // 2
     if not half:
-        raise ValueError("one channel cannot be halved.")
+        raise UnbatchError("one channel cannot be halved.")
     return f"with {half} of {layer.out_channels} channels", [_conv(layer, after=half)]
 
 
@@ -124,7 +125,7 @@ def _fitted(links: Sequence[Link], i: int, made: Sequence[nn.Module], rng: torch
     for old, link in zip(links[i:], links[i + 1 :], strict=False):
         if old.after != link.before:  # a reshape that is no module
             if len(link.before) > 1 and shape != old.after:
-                raise ValueError(f"{link.name!r} takes a view of what comes before, of one shape alone.")
+                raise UnbatchError(f"{link.name!r} takes a view of what comes before, of one shape alone.")
             shape = link.before if shape == old.after else (int(torch.Size(shape).numel()),)
         module = _drawn(_for(link.module, shape), link.module, rng)
         found.append(link if module is link.module and shape == link.before else _link(link.name, module, shape))
