@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import ClassVar, final
 
 import pytest
 import torch
@@ -433,3 +434,26 @@ def test_a_stack_is_one_step_one_loss_and_one_knowledge() -> None:
     assert set(told) <= set(obs.knowledge)
     assert told.server_sign() == 1.0
     assert Stack().public(Knowledge(batch_size=N)).server_sign() == -1.0
+
+
+@final
+class Moody(Defence):
+    """A third party's whose likelihood is of some updates alone."""
+
+    paper: ClassVar[str] = "none"
+    identity: ClassVar[str] = ""
+
+    def wrap(self, step: Step) -> Step:
+        return step
+
+    def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
+        return flat(clean).sum() if torch.equal(flat(seen), flat(clean)) else None
+
+
+def test_a_likelihood_of_some_updates_alone_is_named_as_what_breaks_the_contract() -> None:
+    model, x, y = client()
+    obs, _ = observe(model, F.cross_entropy, x, y, defences=[Moody()])
+    law = obs.knowledge.log_prob
+    assert float(law(obs.update, obs.update)) == pytest.approx(float(flat(obs.update).sum()))
+    with pytest.raises(TypeError, match="moody gives a likelihood of one update and none of another"):
+        law(obs.update, {name: 2 * u for name, u in obs.update.items()})

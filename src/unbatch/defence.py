@@ -19,7 +19,7 @@ from unbatch.protocol import Protocol, Update, local_update
 
 
 def plain_update(round_: Round) -> Update:
-    """The update by plain training."""
+    """The update by plain training: every gradient as it is, `local_update` of the round's protocol."""
     return local_update(round_.model, round_.loss, round_.inputs, round_.labels, round_.protocol)
 
 
@@ -54,7 +54,16 @@ EFFECTS = ("adds_noise", "clips", "sums_clients")  # properties of a defence by 
 
 
 class Defence(Plugin, ABC):
-    """Wraps the client's step. The first defence given is the outermost: it is the last to touch the update."""
+    """Something between a client's training and the server: it wraps the client's step, and may change all of it.
+
+    Of several the first one given is the outermost: it is the last to touch the update. A third party's subclass gives
+    `paper`, `identity` and `wrap`, and says what it does: in `public` what the protocol makes known of it, in `loss` the
+    loss that it declares, in `log_prob`, `expected` and `spread` its law. Attacks know a defence by these alone, and
+    flags by `adds_noise`, `clips` and `sums_clients`.
+
+    >>> Defence.parse("noise:sigma=0.1").public(Knowledge(batch_size=4))
+    Knowledge(batch_size=4, noise=0.1)
+    """
 
     kind: ClassVar[str] = "defence"
     folder: ClassVar[str] = "defences"
@@ -81,24 +90,33 @@ class Defence(Plugin, ABC):
 
     @property
     def adds_noise(self) -> bool:
-        """Whether it adds noise to what is sent, at its strength. Here: whether it makes noise known, of any kind."""
+        """Whether what is sent carries noise of its making, at its strength.
+
+        By default: whether it makes `noise` or noisy `privacy` known. Override it where it does not tell.
+        """
         told = self.public(Knowledge(batch_size=1))
         return bool(told.get("noise")) or ("privacy" in told and told.privacy.noise_multiplier > 0)
 
     @property
     def clips(self) -> bool:
-        """Whether it shortens the update, or each example's gradient, to a norm. Here: whether it makes one known."""
+        """Whether it shortens the update, or each example's gradient, to a norm.
+
+        By default: whether it makes `clip` or `privacy` known. Override it where it does not tell.
+        """
         told = self.public(Knowledge(batch_size=1))
         return "clip" in told or "privacy" in told
 
     @property
     def sums_clients(self) -> bool:
-        """Whether the server sees a sum of several clients' updates alone. Here: whether it makes their number known."""
+        """Whether the server sees the sum of several clients' updates alone.
+
+        By default: whether it makes more than one of `clients` known. Override it where it does not tell.
+        """
         return bool(self.public(Knowledge(batch_size=1)).get("clients", 1) > 1)
 
     @final
     def effects(self) -> list[str]:
-        """Which of EFFECTS it has: an audit records them, and its flags about noise, clips and sums ask for nothing else.
+        """What it says of itself that it does: an audit records it, and asks nothing else for its flags.
 
         >>> Defence.parse("dp-sgd").effects(), Defence.parse("noise:sigma=0").effects()
         (['adds_noise', 'clips'], [])
@@ -106,21 +124,25 @@ class Defence(Plugin, ABC):
         return [name for name in EFFECTS if getattr(self, name)]
 
     def tells(self, known: Knowledge, loss: Loss) -> list[str]:
-        """The fields of knowledge that it makes known by itself; "loss" where the protocol declares another for it."""
+        """The fields of knowledge that it makes known by itself; "loss" where the protocol declares another for it.
+
+        >>> Defence.parse("local-steps").tells(Knowledge(), lambda outputs, labels: outputs.sum())
+        ['learning_rate', 'local_steps', 'momentum', 'optimiser']
+        """
         bare = Knowledge(batch_size=known.get("batch_size", 1))
         told = self.public(bare)
         fields = [k for k in told if k not in bare or told.get(k) != bare.get(k)]
         return sorted(fields + (["loss"] if self.loss(loss) is not loss else []))
 
     def log_prob(self, seen: Update, clean: Update) -> Tensor | None:
-        """Log-likelihood of the update as sent given the clean one, up to a constant: the adaptive attack's loss.
+        """Log-likelihood [] of the update as sent given the clean one, up to a constant: the adaptive attack's loss.
 
-        None: it has no tractable likelihood, or does nothing.
+        Differentiable with respect to `clean`. None: it has no tractable likelihood, or does nothing; so of every update.
         """
         return None
 
     def expected(self, clean: Update) -> Update:
-        """What it makes of a clean update without its draws, differentiably: how a law outside of it sees the update."""
+        """What it makes of a clean update without its draws, differentiably: what a defence outside of it is handed."""
         return clean
 
     def spread(self, seen: Update) -> Mapping[str, float]:
@@ -128,20 +150,31 @@ class Defence(Plugin, ABC):
         return dict.fromkeys(seen, 0.0)
 
     def likelihood(self, inner: Likelihood | None, seen: Update) -> Likelihood | None:
-        """How an update with this defence round it depends on the clean one, given how the one within does.
+        """The law of an update with this defence round it, given that of the update within; None where there is none.
 
-        The law is the outermost one there is, about what the defences within make of a clean update: the draws of those
-        are left out of it, but not of the spread.
+        It is the outermost law there is, about what the defences within make of a clean update: the draws of those are left
+        out of it, but not of the spread.
         """
         within = inner.expected if inner else dict
         if self.log_prob(seen, seen) is not None:
-            return Likelihood(self.log_prob, within, _both(self.spread, inner.spread) if inner else self.spread)
+            return Likelihood(self._law, within, _both(self.spread, inner.spread) if inner else self.spread)
         return replace(inner, expected=lambda clean: self.expected(within(clean))) if inner else None
+
+    @final
+    def _law(self, seen: Update, clean: Update) -> Tensor:
+        found = self.log_prob(seen, clean)
+        if found is None:
+            raise TypeError(
+                f"{self} gives a likelihood of one update and none of another; log_prob is of all or of none."
+            )
+        return found
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The defences that a client has, as one: its whole step, and what that makes known. The first is the outermost.
+    """All defences of a client as one: its whole step, the loss that it declares, and what the server knows of it.
+
+    The first one is the outermost. The client, its guard and the measure of its utility all run this one.
 
     >>> stack = Stack.of(["clip:norm=0.5", "local-steps:steps=3"])
     >>> stack.public(Knowledge(batch_size=4)).only("clip", "local_steps")

@@ -147,6 +147,9 @@ def domain_of(inputs: Tensor) -> Domain:
     """The domain that a batch [n, ...] looks like: pictures with 1 or 3 channels, tokens, else a table.
 
     Entries within [0, 1] are taken to have that range; others the batch's own extremes, widened to be distinct.
+
+    >>> domain_of(torch.zeros(2, 3, 8, 8)), domain_of(torch.tensor([[-1.0, 2.0]]))
+    (Images(shape=(3, 8, 8), low=0.0, high=1.0), Table(shape=(2,), low=-1.0, high=2.0))
     """
     shape = tuple(inputs.shape[1:])
     low, high = (float(inputs.min()), float(inputs.max())) if inputs.numel() else (0.0, 1.0)

@@ -17,13 +17,17 @@ from unbatch.protocol import Protocol, Update
 
 
 def shares(n: int, clients: int) -> list[int]:
-    """Sizes of the shares that n examples are dealt in, as torch.tensor_split does."""
+    """How many of n examples each client gets: as even as can be, the first ones one more (torch.tensor_split).
+
+    >>> shares(5, 2)
+    [3, 2]
+    """
     return [n // clients + (i < n % clients) for i in range(clients)]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Earlier:
-    """An earlier round in which the client sent an update of the same batch."""
+    """An earlier round in which the client sent an update of the same batch, as the server kept it."""
 
     state: Mapping[str, Tensor]  # the global model's state_dict before it: parameters, and the buffers of the step
     update: Update
@@ -33,7 +37,20 @@ class Earlier:
 
 
 class Knowledge:
-    """What the attacker knows besides the update: any subset, by keyword. Reading anything else raises Unknown."""
+    """What the attacker knows besides the update: any subset of the fields below, by keyword.
+
+    Reading a field that is not known raises Unknown; a name that is no field raises UnbatchError wherever it is used.
+    `a | b` is both, where both know a field the right one's.
+
+    >>> known = Knowledge(batch_size=4, input_shape=(3, 8, 8))
+    >>> known.batch_size, "labels" in known
+    (4, False)
+    >>> try:
+    ...     known.labels
+    ... except Unknown as error:
+    ...     print(error)
+    the attacker does not know 'labels'; known: batch_size, input_shape.
+    """
 
     input_shape: tuple[int, ...]  # of one example
     batch_size: int
@@ -122,10 +139,15 @@ class Knowledge:
         return Knowledge(**{name: value for name, value in vars(self).items() if name in names})
 
     def after(self, defence: str, *, alone: bool = False) -> Knowledge:
-        """The same once `defence` has changed the update in a way that `Observation.simulate` does not follow.
+        """What is known once `defence` (its spelling) has changed the update in a way that no simulation of it follows.
 
-        `alone`: it looked at nothing but the update (and drew its own random numbers). What it makes of a noisy update
-        tells no more of the batch than that one, whose noise and clip therefore stay known.
+        `altered` names the defence, and `clip` is not known any more: the update as sent need not be that short. With
+        `alone` the defence looked at nothing but the update, and drew its own random numbers. Whatever it makes of a noisy
+        update then tells no more of the batch than the noisy update did, so a bound for that one still holds: its noise
+        and clip stay known, as `noise_within` and `clip_within`.
+
+        >>> Knowledge(noise=0.1, clip=2.0).after("prune:share=0.5", alone=True)
+        Knowledge(noise=0.1, altered='prune:share=0.5', noise_within=0.1, clip_within=2.0)
         """
         told = ", ".join([*([self.altered] if "altered" in self else []), defence])
         within = ("noise", "clip") if alone and self.get("noise") and "altered" not in self else ()

@@ -19,12 +19,12 @@ from unbatch.protocol import Protocol, Update, fit, flatten, local_update
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Observation:
-    """One exchange as the server sees it.
+    """One exchange between a client and its server, as the server sees it: all that an attack is given.
 
     `model` is the global model before the client's step. `update` is keyed as `named_parameters()` and may hold any
     subset of them (frozen layers send nothing): the gradient, or after local steps the difference of parameters.
     Earlier rounds of the same batch are knowledge (`earlier`), and each an exchange of its own in `exchanges`.
-    Raises ValueError where an update does not belong to the model.
+    Raises UnbatchError where an update does not belong to the model.
     """
 
     model: nn.Module
@@ -101,13 +101,16 @@ class Observation:
         return each[0] if len(each) == 1 else {k: torch.stack([u[k] for u in each]).sum(0) for k in each[0]}
 
     def residual(self, inputs: Tensor, labels: Tensor) -> float:
-        """|update - simulated| / |update|, l2 over all entries, summed in float64. 0: they explain the update."""
+        """How far these inputs and labels are from explaining the update: 0 where they do.
+
+        |update - simulated| / |update|, l2 over all entries, summed in float64.
+        """
         u, s = self._flat(inputs, labels)
         size = float(u.norm())
         return float((u - s).norm()) / size if size else float(s.any())
 
     def fit(self, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-        """The factor c that fits best, and |update - c simulated| / |update|: what the residual is up to scale.
+        """The `residual` up to scale: the factor c that fits best, and |update - c simulated| / |update|.
 
         Clipping, a learning rate and a sign are such factors.
         """
@@ -130,7 +133,7 @@ class Observation:
 
 
 def check_update(model: nn.Module, update: Update) -> None:
-    """Raise ValueError, saying what is off, unless `update` has the names and shapes of the model's parameters."""
+    """Raise UnbatchError, saying what is off, unless `update` has the names and shapes of the model's parameters."""
     parameters = dict(model.named_parameters())
     if not update:
         raise UnbatchError("the update is empty; it maps parameter names to tensors, as named_parameters() does.")
@@ -160,7 +163,7 @@ def check_update(model: nn.Module, update: Update) -> None:
 
 
 def check_round(model: nn.Module, update: Update, past: Earlier) -> None:
-    """Raise ValueError, saying what is off, unless the round's state is one of `model`, and its update like `update`."""
+    """Raise UnbatchError, saying what is off, unless the round's state is one of `model`, and its update like `update`."""
     check_update(model, past.update)
     if set(past.update) != set(update):
         raise UnbatchError(f"it holds the tensors {_some(list(past.update))}, this round {_some(list(update))}.")

@@ -89,13 +89,20 @@ def local_update(
     buffers: Mapping[str, Tensor] | None = None,
     create_graph: bool = False,
 ) -> dict[str, Tensor]:
-    """The update that an honest client sends for `inputs` [n, ...] and `labels`; the model is left as it was.
+    """The update that an honest client sends for `inputs` [n, ...] and `labels` [n, ...]; the model is left as it was.
 
+    dL/dw of the loss of the whole batch, or the difference w_K - w_0 of parameters after K local steps.
     `trained` names the parameters that the update holds (default: those that require a gradient). `buffers` replaces the
     model's own, in its precision. With `create_graph` the update can be differentiated with respect to the inputs and real
-    labels.
-    Local batches are taken in the order of the batch, wrapping round. SGD and Adam follow torch.optim (no Nesterov, Adam
-    at betas .9 and .999, eps 1e-8).
+    labels. Local batches are taken in the order of the batch, wrapping round. SGD and Adam follow torch.optim (no
+    Nesterov, Adam at betas .9 and .999, eps 1e-8).
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> half = lambda outputs, labels: (outputs - labels).square().sum() / 2
+    >>> with torch.no_grad():
+    ...     _ = model.weight.fill_(3.0)
+    >>> local_update(model, half, torch.tensor([[2.0]]), torch.tensor([[0.0]]), Protocol())
+    {'weight': tensor([[12.]])}
     """
     start = dict(model.named_parameters())
     names = list(trained) if trained is not None else [k for k, p in start.items() if p.requires_grad]
@@ -144,7 +151,11 @@ def local_update(
 
 
 def flatten(update: Update, names: Iterable[str]) -> Tensor:
-    """All entries of the named tensors, in float64, without a graph."""
+    """All entries of the named tensors in a row [e], in float64, without a graph.
+
+    >>> flatten({"weight": torch.ones(2, 1), "bias": torch.zeros(1)}, ["bias", "weight"])
+    tensor([0., 1., 1.], dtype=torch.float64)
+    """
     return torch.cat([update[name].detach().double().flatten() for name in names])
 
 
@@ -162,7 +173,13 @@ def shortened(update: Update, norm: float, room: float = 0.0) -> dict[str, Tenso
 
 
 def fit(seen: Tensor, again: Tensor) -> tuple[float, float]:
-    """The factor c = <u, s> / <s, s> and the relative residual |u - c s| / |u| of two flat updates."""
+    """How well one update is a multiple of another: the factor, and what it leaves, relative.
+
+    c = <u, s> / <s, s> and |u - c s| / |u|, of the updates as seen and again [e]; c = 0 where s is, inf left where u is 0.
+
+    >>> fit(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0]))
+    (2.0, 0.0)
+    """
     size, whole = again @ again, float(seen.norm())
     c = float(seen @ again / size) if size > 0 else 0.0
     return c, float((seen - c * again).norm()) / whole if whole else float("inf")

@@ -23,12 +23,12 @@ Accountant = Literal["rdp", "prv"]
 
 
 def private_update(round_: Round, *, clip: float, noise_multiplier: float, reduction: Literal["mean", "sum"]) -> Update:
-    """The round's update by DP-SGD: every gradient in it is clipped per example and noised by Opacus' DPOptimizer.
+    """The update that a differentially private client sends: each example's gradient clipped, noise added, by Opacus.
 
     One gradient: (sum_i g_i min(1, clip / |g_i|) + noise_multiplier clip z) / b with z standard normal in every entry and
     b the batch size for a mean loss, 1 for a sum. Local steps take that gradient in place of the plain one; b is then the
     protocol's local batch size. (Opacus shortens by clip / (|g_i| + 1e-6).) The client's model is left as it was.
-    Raises ValueError: Opacus is missing, or cannot treat the model, in its own words; the loss is not of that `reduction`.
+    Raises UnbatchError: Opacus is missing, or cannot treat the model, in its own words; the loss has another `reduction`.
     """
     with _quiet():
         engine = _opacus().PrivacyEngine()
@@ -82,10 +82,12 @@ def private_update(round_: Round, *, clip: float, noise_multiplier: float, reduc
 def epsilon(
     *, noise_multiplier: float, sampling_rate: float, steps: int, delta: float, accountant: Accountant
 ) -> float:
-    """epsilon of (epsilon, delta)-differential privacy after so many noisy steps, by Opacus' accountant of that name.
+    """How much privacy a training has spent: epsilon after so many noisy steps, by Opacus' accountant of that name.
+
+    Of (epsilon, delta)-differential privacy.
 
     Neighbouring data sets differ by one example added or removed, batches are Poisson samples. inf without noise.
-    Raises ValueError: Opacus is missing, or its accountant fails at these numbers.
+    Raises UnbatchError: Opacus is missing, or its accountant fails at these numbers.
     """
     if not noise_multiplier:
         return math.inf

@@ -11,7 +11,9 @@ from unbatch.reconstruction import Reconstruction
 
 
 def certify(obs: Observation, found: Reconstruction) -> Reconstruction:
-    """`found` with `bound` filled: [k] largest |error| / |returned example| (l2), inf where nothing is claimed.
+    """A reconstruction with a bound for every example that it holds, to which the judge will hold it.
+
+    `bound` [k] is the largest |error| / |returned example| (l2), inf where nothing is claimed.
 
     An attack's own claim is kept, but never below the unit roundoff of the update, which no reading of it can beat. An
     example that came with no claim gets none. Where every example and label of a batch of known size is there, the

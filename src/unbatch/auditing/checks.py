@@ -28,7 +28,7 @@ class Check:
 
 
 def flags(audit: Audit) -> list[Flag]:
-    """Every flag that this audit raises."""
+    """Everything about an audit that its reader must know before quoting it: every check that is raised."""
     return [flag for check in CHECKS for flag in check(audit)]
 
 

@@ -34,7 +34,12 @@ def observe(
 
     `knowledge` comes on top of what the round itself makes public: input_shape, batch_size, the protocol's numbers and
     what each defence publishes, its likelihood among it. Defences are applied in order, the first one outermost.
-    Raises ValueError: inputs, labels and model do not fit together.
+    Raises UnbatchError: inputs, labels and model do not fit together.
+
+    >>> model, x, y = nn.Linear(2, 2), torch.zeros(3, 2), torch.tensor([0, 1, 1])
+    >>> seen, truth = observe(model, nn.functional.cross_entropy, x, y, defences="clip:norm=0.5")
+    >>> list(seen.update), seen.knowledge.only("batch_size", "clip"), len(truth)
+    (['weight', 'bias'], Knowledge(batch_size=3, clip=0.5), 3)
     """
     Setting(model=model, loss=loss, inputs=x, labels=y)  # refuses what does not fit
     protocol = protocol or Protocol()
@@ -60,7 +65,10 @@ def observe(
 
 
 def moved(model: nn.Module, update: Update, rate: float, known: Knowledge) -> nn.Module:
-    """A copy of `model` as the server moves it: down a gradient, along a difference of parameters."""
+    """A copy of `model` as the server moves it: w + sign rate u, down a gradient or along a difference of parameters.
+
+    The sign is that of what is `known` of the update (`Knowledge.server_sign`); `rate` is at least 0.
+    """
     model = copy.deepcopy(model)
     with torch.no_grad():
         for name, u in update.items():
@@ -69,6 +77,10 @@ def moved(model: nn.Module, update: Update, rate: float, known: Knowledge) -> nn
 
 
 def published(inputs: Tensor, protocol: Protocol) -> Knowledge:
-    """What a bare round makes known: the shape and number of its inputs [n, ...], and the protocol's own numbers."""
+    """What a bare round makes known: the shape and number of its inputs [n, ...], and the protocol's own numbers.
+
+    >>> published(torch.zeros(4, 3, 8, 8), Protocol(local_steps=2)).only("input_shape", "batch_size", "local_steps")
+    Knowledge(input_shape=(3, 8, 8), batch_size=4, local_steps=2)
+    """
     numbers = {name: value for name, value in protocol if value is not None}
     return Knowledge(input_shape=tuple(inputs.shape[1:]), batch_size=len(inputs), **numbers)

@@ -26,7 +26,7 @@ class Explanation:
 
 
 def explanations(obs: Observation, inputs: Tensor, labels: Tensor) -> list[Explanation]:
-    """Every reading tried for an update of known inputs and labels, best first.
+    """Which protocol an update of known inputs [n, ...] and labels fits, by which factor: every reading, the best first.
 
     Each candidate protocol (the declared one; the gradient in train and eval mode; 1 to 8 local steps of SGD, with and
     without momentum; 1 to 3 of Adam) is simulated and fitted by one factor c = <u, s> / <s, s>.
@@ -54,7 +54,7 @@ def explanations(obs: Observation, inputs: Tensor, labels: Tensor) -> list[Expla
 
 
 def diagnose(obs: Observation, inputs: Tensor | None = None, labels: Tensor | None = None) -> list[str]:
-    """What is off with the update, in sentences; empty where nothing is.
+    """What is off with a captured update (sign, scale, mode, optimiser, steps), in sentences; empty where nothing is.
 
     With inputs and labels that the update should come from (your own test batch, or an exact attack's find) the
     readings of `explanations` are compared. Without them, only what the head's gradient alone proves is said.

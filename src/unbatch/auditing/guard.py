@@ -64,7 +64,17 @@ def guard(
     Returns the audit where nothing leaks. That these attacks failed within these seconds is no proof that others do:
     only a bound for any attacker or a privacy accountant is (analyses, dp-sgd). To import it takes torch, numpy, pydantic
     and safetensors alone; to run it, what its attacks and metrics take as well (scipy, torchmetrics; unmix scikit-learn).
-    Raises ValueError: what is given does not fit together. Leak: also where no attack could run, or one failed.
+    Raises UnbatchError: what is given does not fit together. Leak: also where no attack could run, or one failed.
+
+    >>> model, x, y = nn.Linear(4, 2), Tensor([[0.1, 0.2, 0.3, 0.4]]), Tensor([0]).long()
+    >>> loss = nn.functional.cross_entropy
+    >>> loss(model(x), y).backward()
+    >>> gradient = {name: p.grad for name, p in model.named_parameters()}
+    >>> try:
+    ...     audit = guard(gradient, model=model, loss=loss, inputs=x, labels=y, attacks="bias-ratio")
+    ... except Leak as leak:
+    ...     print(leak)
+    this update must not be sent: Example 0 is recovered exactly.
     """
     if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
         raise UnbatchError(f"inputs and labels are tensors, not {type(inputs).__name__} and {type(labels).__name__}.")

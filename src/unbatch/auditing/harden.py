@@ -44,7 +44,7 @@ Standing = Literal["leaks", "no bound excludes it", "excluded", "not possible"]
 
 
 class Tried(BaseModel):
-    """One setting: what attacks got, what bounds allow, what it costs."""
+    """One setting of a defence as it was tried: what attacks got, what bounds allow, and what it costs in accuracy."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
@@ -76,7 +76,7 @@ class Tried(BaseModel):
 
 
 class Hardening(BaseModel):
-    """A search, as far as it has come."""
+    """A search for the cheapest safe setting, as far as it has come."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
@@ -99,7 +99,7 @@ class Hardening(BaseModel):
         return max(safe, key=lambda t: t.accuracy or 0.0, default=None)
 
     def answer(self, scope: Scope = "one update") -> str:
-        """The finding in words."""
+        """The finding in one sentence or two."""
         best, to = self.cheapest(scope), f"to {self.target:g} dB over {scope.replace('whole', 'the whole')}"
         if best is None:
             return (
@@ -119,7 +119,7 @@ class Hardening(BaseModel):
 
 @dataclass(frozen=True)
 class Family:
-    """Defences of one kind by strength."""
+    """Defences of one kind, from the weakest setting to the strongest."""
 
     name: str
     unit: str
@@ -129,7 +129,12 @@ class Family:
     whole: bool = False  # strengths are counts
 
     def between(self, weak: float, strong: float) -> float | None:
-        """The geometric mean; None where no strength lies between."""
+        """The strength half way between two, their geometric mean; None where there is none.
+
+        >>> steps = Family("local steps", "steps", (2, 8), lambda scene, strength: [], whole=True)
+        >>> steps.between(2, 8), steps.between(2, 3)
+        (4.0, None)
+        """
         middle = math.sqrt(weak * strong)
         middle = float(round(middle)) if self.whole else middle
         return middle if min(weak, strong) < middle < max(weak, strong) else None
@@ -142,7 +147,7 @@ def _private(scene: Scene, strength: float, n: int) -> list[str]:
 
 
 def families(scene: Scene) -> list[Family]:
-    """What is searched; those that a bound can speak of come first."""
+    """The families of defences that are searched, their strengths in the scene's own units; bounded ones come first."""
     large = min(8 * scene.n, scene.cut)
     return [
         Family("dp-sgd", "noise multiplier", (0.1, 0.5, 2.0, 8.0, 32.0), lambda scene, s: _private(scene, s, scene.n)),
@@ -203,7 +208,7 @@ def harden(
     `target` is a case, or a Setting whose inputs are all the data there is; an update is of `batch` examples (a case's
     own). `seconds` is for the whole: attacks get half of it in even shares, and when it is spent the search ends with what
     it has. `sink` is called after each setting. Bounds are those with scope `any` that `analyses` give.
-    Raises ValueError: a number that makes no sense, labels are no classes, too little data, no family, attack or analysis
+    Raises UnbatchError: a number that makes no sense, labels are no classes, too little data, no family, attack or analysis
     of that name.
     """
     if not (math.isfinite(psnr) and math.isfinite(seconds) and seconds >= 0 and batch >= 1 and rounds >= 1):

@@ -21,7 +21,10 @@ from unbatch.truth import Truth
 
 @dataclass(frozen=True)
 class Judge:
-    """Judges runs in one domain with the metrics that have a meaning there."""
+    """Holds what attacks returned against the truth and against chance, by the metrics that mean something of the domain.
+
+    Chance is what as many draws of the domain's prior score, matched in the same way.
+    """
 
     domain: Domain
     metrics: Mapping[str, Metric]

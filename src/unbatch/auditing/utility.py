@@ -1,4 +1,4 @@
-"""Scene: a model and its data, on which a defence is judged twice: by what its update leaks, and by what it learns."""
+"""Utility: what a model still learns behind a defence, on the data whose leakage the defence is judged by."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ TEST = 0.3  # share of the data held out
 
 @dataclass(frozen=True)
 class Scene:
-    """A model, its data split in two, and how long it is trained."""
+    """A model and its data, on which a defence is judged twice: by what its updates leak, and by what the model learns.
+
+    Of the inputs in `setting`, which are all data, the last 30 % are held out; an update is of `n` of the others, and
+    training of `rounds` updates.
+    """
 
     setting: Setting  # whose inputs are all data
     n: int  # examples of one update
@@ -53,12 +57,14 @@ class Scene:
 
     @cached_property
     def rms(self) -> float:
-        """Of an entry of the undefended update."""
+        """The root mean square of an entry of the undefended update."""
         update = self._update(slice(self.n))
         return float(flatten(update, update).square().mean().sqrt())
 
     def accuracy(self, n: int, defences: OneOrMore[Defence]) -> float:
-        """On the held-out data, after `rounds` updates of n training examples each, taken by Adam at the server.
+        """The share of the held-out data that is classified rightly, after training behind these defences.
+
+        By `rounds` updates of n training examples each, which the server takes by Adam (rate 0.01).
 
         Adam's steps do not depend on the updates' scale, so that clipping costs no more than what it hides. Which way the
         server goes is what the protocol and the defences make known of the update: local steps send a difference.
@@ -80,7 +86,7 @@ class Scene:
         return float((found == labels.reshape(found.shape)).double().mean())
 
     def undefended(self, n: int) -> float:
-        """The same without any defence; measured once for each n."""
+        """The `accuracy` without any defence; measured once for each n."""
         if n not in self._plain:
             self._plain[n] = self.accuracy(n, [])
         return self._plain[n]
@@ -110,7 +116,7 @@ class Scene:
 def scene_of(target: Case | Setting, batch: int, rounds: int, seed: int) -> Scene:
     """The scene of a case, with all of its data and its own batch, or of a setting whose inputs are all the data there is.
 
-    Raises ValueError: labels are no classes, inputs are tokens, or there is too little data.
+    Raises UnbatchError: labels are no classes, inputs are tokens, or there is too little data.
     """
     if isinstance(target, Case):
         pool, setting = target.pool(torch.Generator().manual_seed(target.seed)), target.setting()

@@ -100,7 +100,7 @@ def matched(found: Reconstruction, truth: Truth, domain: Domain) -> tuple[Tensor
 def store(name: str, rows: Sequence[Any], out: Path, *, wall: bool = False, **how: Any) -> None:
     """Write out/NAME.json: how it was measured, on what, and the rows so far; `wall`: their seconds are not of `clock`.
 
-    Raises ValueError as `stored` does.
+    Raises UnbatchError as `stored` does.
     """
     where = {
         "torch": torch.__version__,
@@ -118,7 +118,7 @@ def store(name: str, rows: Sequence[Any], out: Path, *, wall: bool = False, **ho
 def stored(name: str, out: Path | None, **how: Any) -> list[Any]:
     """The rows of a run that was cut short, if out/NAME.json holds one measured in the same way by this version; else none.
 
-    Raises ValueError: the file was measured on other data, so that this run would replace what it cannot compare with.
+    Raises UnbatchError: the file was measured on other data, so that this run would replace what it cannot compare with.
     """
     record = {} if out is None else _held(name, out, how)
     same = all(record.get(key) == value for key, value in {**how, "version": __version__}.items())

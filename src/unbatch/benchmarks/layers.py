@@ -118,7 +118,7 @@ def run(
 
     `data` is a folder with cifar10_test600.npz (images uint8 [n, h, w, c], labels); without it the bundled photographs
     are used. With one thread a process (OMP_NUM_THREADS=1) as many networks run side by side as there are processors,
-    and seconds are CPU seconds of each. Raises ValueError: no such file there.
+    and seconds are CPU seconds of each. Raises UnbatchError: no such file there.
     """
     todo = list(problems() if wanted is None else wanted)
     if data is None:

@@ -75,7 +75,7 @@ def run(
     """One row a problem and preset: PSNR (mean and worst picture) at each share of `seconds`; saved in `out` as well.
 
     `data` is a folder with cifar10_test600.npz (images uint8 [n, h, w, c], labels); without it the bundled photographs
-    are used. Raises ValueError: no such file there.
+    are used. Raises UnbatchError: no such file there.
     """
     pictures, labels, k = scaled(data, seed)
     rows: list[Row] = []

@@ -89,7 +89,7 @@ def run(
     """One row a measurement, saved in `out` with two plots; `seconds` bounds the trials of each point (at most 10).
 
     `data` is a folder with mnist_test500.npz (images uint8 [n, 28, 28]); without it the bundled digits of 8 x 8 pixels.
-    Raises ValueError: no such file there.
+    Raises UnbatchError: no such file there.
     """
     digits, origin = _digits(data)
     rows: list[Row] = []

@@ -125,7 +125,7 @@ def run(
     the bundled photographs stand in for CIFAR-10, and the others are left out. With one thread a process
     (OMP_NUM_THREADS=1) as many problems run side by side as there are processors, and seconds are CPU seconds of each.
     A run that was cut short goes on where it stopped, if `out` holds it; a row says when it was measured.
-    Raises ValueError: no such file there.
+    Raises UnbatchError: no such file there.
     """
 
     def here(problem: Problem) -> Problem:
@@ -311,7 +311,7 @@ def _exchange(
 def _train(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 500) -> float:
     """Adam until more than nine in ten training examples are classified rightly: their share.
 
-    Raises ValueError: they are not after `steps`, and figures of a trained network would be those of an untrained one.
+    Raises UnbatchError: they are not after `steps`, and figures of a trained network would be those of an untrained one.
     """
     adam = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(steps):

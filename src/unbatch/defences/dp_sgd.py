@@ -26,7 +26,7 @@ class DpSgd(Defence):
     It works in the training itself, wherever it stands among other defences. The private batch is the one that was drawn
     for this update; (epsilon, delta) is accounted for over `steps` such draws at `sampling_rate`, for neighbours that
     differ by one example added or removed. At sampling_rate=1 every step takes all data, the worst case.
-    Raises ValueError: a module that Opacus cannot treat (batch norm), a loss that is no mean (or sum) over examples, more
+    Raises UnbatchError: a module that Opacus cannot treat (batch norm), a loss that is no mean (or sum) over examples, more
     local steps than are accounted for.
     """
 

@@ -23,7 +23,7 @@ class LabelSmoothing(Defence):
 
     The loss is declared, so attacks compute with it, and there is no likelihood of its own.
     For cross entropy and binary cross entropy this is training on smoothed targets.
-    Raises ValueError: labels that are neither classes nor bits.
+    Raises UnbatchError: labels that are neither classes nor bits.
     """
 
     paper: ClassVar[str] = "Szegedy et al., CVPR 2016"

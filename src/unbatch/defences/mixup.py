@@ -24,7 +24,7 @@ class Mixup(Defence):
     batch, l ~ Beta(alpha, alpha), both drawn once a round.
 
     It has no likelihood: the server sees neither the pairs nor the blend.
-    Raises ValueError: inputs are tokens, which cannot be blended.
+    Raises UnbatchError: inputs are tokens, which cannot be blended.
     """
 
     paper: ClassVar[str] = "Zhang et al., ICLR 2018"

@@ -23,7 +23,7 @@ class SecureAggregation(Defence):
     u = sum_c step(share c): the private batch is the union of the clients' shares, each of which runs the step.
 
     The shares follow the order of the batch, the first n mod clients of them one larger (torch.tensor_split). What is
-    recovered belongs to somebody in the union. Raises ValueError: more clients than examples.
+    recovered belongs to somebody in the union. Raises UnbatchError: more clients than examples.
     """
 
     paper: ClassVar[str] = "Bonawitz et al., CCS 2017"

@@ -1,4 +1,4 @@
-"""Restoration: what attacks that read an update directly take in place of one that a defence touched."""
+"""Rounds: what attacks that read an update directly take in place of several, or of one that a defence touched."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ RANKS = 16  # looked through where the batch size is not known
 
 
 def averaged(obs: Observation) -> Observation:
-    """One exchange of the mean over all rounds, where they are at the same parameters; `obs` as it is otherwise.
+    """All rounds of the batch as one exchange of their mean update, which carries less noise than each of them.
 
-    An entry's mean is over the rounds that show it, and Gaussian about what is expected. The draws' spread s, of which a
-    variance v is seen to differ from round to round, becomes sqrt(s^2 - v + v / T): rounding that errs in the same way
-    every time stays, and updates that are all the same tell what one does.
+    Where they are at the same parameters; `obs` as it is otherwise. An entry's mean is over the rounds that show it, and
+    Gaussian about what is expected. The draws' spread s, of which a variance v is seen to differ from round to round,
+    becomes sqrt(s^2 - v + v / T) of T rounds: rounding that errs in the same way every time stays, and updates that are
+    all the same tell what one does.
     """
     rounds, law, known = obs.exchanges, Likelihood.of(obs.knowledge), obs.knowledge
     T, last = len(rounds), rounds[-1]
@@ -78,7 +79,10 @@ def _about(shown: Update, spread: Mapping[str, float], law: Likelihood) -> Likel
 
 
 def clearest(obs: Observation) -> Observation:
-    """One exchange to read: the rounds `averaged`; where parameters moved, that of the largest update for its spread."""
+    """The one exchange that is best read directly: the rounds `averaged`, or the one that stands out of its noise most.
+
+    The latter where parameters moved between them: of the largest |update|^2 over the sum of its entries' variances.
+    """
     law = Likelihood.of(obs.knowledge)
 
     def above(one: Observation) -> float:
@@ -90,9 +94,9 @@ def clearest(obs: Observation) -> Observation:
 
 
 def restored(view: View, *, lowest: bool = False) -> View:
-    """The `clearest` of its exchanges with the first dense layer's unseen entries filled, and what is drawn told as noise.
+    """The `clearest` exchange with the entries filled that a defence took out of the first dense layer's gradient.
 
-    Without a law nothing is known of either.
+    What the defences draw is told as `noise`. Without a law nothing is known of either, and it is as it was.
 
     [dL/dW, dL/db] has the rank of the batch size n: n (m + d) numbers, fewer than are seen where n is small. With `lowest`
     entries that carry noise, too, become those of the nearest matrix of that rank.
@@ -108,7 +112,7 @@ def restored(view: View, *, lowest: bool = False) -> View:
 
 
 def each_restored(view: View) -> View:
-    """All rounds, each `restored`."""
+    """The exchange with every round of it `restored`."""
     *past, last = [restored(view.like(one)).obs for one in view.obs.exchanges]
     earlier = [Earlier(state=one.model.state_dict(), update=one.update) for one in past]
     told = replace(last, knowledge=last.knowledge | Knowledge(earlier=earlier)) if earlier else last
@@ -116,7 +120,7 @@ def each_restored(view: View) -> View:
 
 
 def unseen(obs: Observation) -> dict[str, Tensor]:
-    """Which entries of the `clearest` update say nothing, under the law that is known; none without one."""
+    """Which entries of the `clearest` update say nothing (True), by tensor, under the law that is known; none without."""
     obs = clearest(obs)
     law = Likelihood.of(obs.knowledge)
     if law is None:
@@ -144,9 +148,10 @@ def _filled(view: View, law: Likelihood, lowest: bool) -> dict[str, Tensor]:
 
 
 def sharpened(obs: Observation, found: Reconstruction, rng: torch.Generator) -> Reconstruction:
-    """`found` moved to where the update is likeliest, with the bounds that it has there; as it is, where no law is known.
+    """What an attack read, improved by all entries of all rounds: moved to where the updates are likeliest, with bounds.
 
-    It takes all inputs of a batch, with labels. An example that had a bound and gets none by the move stays as it was.
+    As it is where no law is known. It takes all inputs of a batch, with labels. An example that had a bound and gets none
+    by the move stays as it was.
     """
     law, n, x, y = Likelihood.of(obs.knowledge), obs.knowledge.get("batch_size"), found.inputs, found.labels
     if law is None or x is None or y is None or found.layer or not len(x) or len(x) != (n or len(x)):
