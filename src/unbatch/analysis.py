@@ -137,7 +137,7 @@ class Analysis(Plugin, ABC):
         >>> client = unbatch.Case.parse("digits:batch=4,width=16").setting()
         >>> seen, _ = unbatch.observe(client.model, client.loss, client.inputs, client.labels)
         >>> [(risk.layer, risk.rank) for risk in Analysis.parse("gradient-rank")(seen)]
-        [('1', 4), ('3', 4)]
+        [('dense1', 4), ('head', 4)]
         """
         import torch
 

@@ -92,6 +92,7 @@ class BatchLikelihood:
         return torch.allclose(self.cost(self(point).detach())[2], self.bend, rtol=1e-3)
 
     def flat(self, updates: Sequence[Update]) -> Tensor:
+        """Updates of all rounds as one vector [N], parameter after parameter."""
         found: Tensor = torch.cat([update[name].flatten() for update in updates for name in self.updates[0]])
         return found
 

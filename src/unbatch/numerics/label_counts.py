@@ -37,7 +37,9 @@ def label_counts(
     most: float | None = None,
     slack: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Proven least and greatest, and estimated, number of examples of each class: three int64 [k].
+    """How often each class occurs in a batch, from the gradient of a classifier's last layer.
+
+    Proven least and greatest, and estimated, number of examples of each class: three int64 [k].
 
     `factor` is the mean a_i, `most` the largest where they differ. `expected` [k] stands in for sum_i p_ic (for the sum
     of the outputs under squared error) and `features` [m] for h; only the estimate depends on them. `nonnegative` says
@@ -45,6 +47,12 @@ def label_counts(
     classes. The estimate lies within the bounds and adds up to n.
 
     Raises ValueError: neither gradient is given.
+
+    >>> logits, labels = torch.zeros(3, 2).requires_grad_(), torch.tensor([0, 0, 1])
+    >>> bias = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), logits)[0].sum(0)
+    >>> least, most, counts = label_counts(None, bias, 3, factor=1 / 3, expected=torch.tensor([1.5, 1.5]))
+    >>> least, most, counts
+    (tensor([1, 0]), tensor([3, 2]), tensor([2, 1]))
     """
     held = bias if bias is not None else weight
     if held is None:
@@ -82,13 +90,18 @@ def count_bounds(
     most: float | None = None,
     slack: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Proven bounds, int64 [k] each, on the class counts c with sum c = n.
+    """Least and greatest number of examples of each class that any batch with this gradient can have.
+
+    Proven bounds, int64 [k] each, on the class counts c with sum c = n.
 
     c_j >= ceil(-(dL/db_j / a + n e / k) / (1 - e) - t) and c_j <= n - sum of the other lower bounds; under binary cross
     entropy also c_j <= n - ceil(dL/db_j / a - t). They are the best possible: every c between them that adds up to n
     belongs to some probabilities. t is `sum_rounding` plus the slack. Shrinking the gradient, or every example's share of
     it, only loosens them. A gradient that no batch of n examples can have (under cross entropy it does not cancel, or
     the bounds contradict each other) proves nothing: the answer is 0 and n.
+
+    >>> count_bounds(torch.tensor([-0.5, 0.25, 0.25]), 4, factor=1 / 4)  # the first class must pay for the others
+    (tensor([2, 0, 0]), tensor([4, 2, 2]))
     """
     bias = _two_classes(bias)
     k = len(bias)
@@ -108,11 +121,17 @@ def count_bounds(
 def counts_by_sign(
     weight: Tensor | None, bias: Tensor | None, k: int, n: int, *, slack: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from an update after - before of Adam without weight decay, which holds little but signs.
+    """How often each class occurs, from the signs that training by Adam leaves.
+
+    The same from an update after - before of Adam without weight decay, which holds little but signs.
 
     Adam moves an entry by a positive sum of its gradients over a positive number, so an entry that grew had a negative
     gradient at some step: its class occurs. `weight` counts only where the features are nonnegative. The estimate
     spreads n over the classes that occur.
+
+    >>> least, most, counts = counts_by_sign(None, torch.tensor([0.1, -0.1, 0.1]), 3, 4)
+    >>> least, counts
+    (tensor([1, 0, 1]), tensor([2, 0, 2]))
     """
     grown = torch.zeros(k, dtype=torch.bool)
     for update in (weight, bias):
@@ -124,10 +143,15 @@ def counts_by_sign(
 
 
 def cancels(gradient: Tensor, n: int, *, factor: float, slack: float = 0.0) -> bool:
-    """Whether dL/db [k] or dL/dV [k, m] adds up to zero over the classes, as probabilities and labels both do.
+    """Whether a gradient is untouched enough to add up to zero over the classes.
+
+    Whether dL/db [k] or dL/dV [k, m] adds up to zero over the classes, as probabilities and labels both do.
 
     Noise, pruning and quantisation destroy it, so it tells an update that was tampered with. A weight's entries hold
     features of unknown size: their sum is compared with the gradient's own norm, to sqrt(eps).
+
+    >>> [cancels(torch.tensor([-0.5, c, 0.25]), 4, factor=1 / 4) for c in (0.25, 0.0)]
+    [True, False]
     """
     rows = _two_classes(gradient).double().cpu()
     off = float(torch.linalg.vector_norm(rows.sum(0)))
@@ -138,11 +162,16 @@ def cancels(gradient: Tensor, n: int, *, factor: float, slack: float = 0.0) -> b
 
 
 def present(weight: Tensor, n: int, *, nonnegative: bool = False, slack: float = 0.0) -> Tensor:
-    """Classes [k] that the weight's gradient dL/dV [k, m] proves to occur under cross entropy.
+    """Which classes certainly occur in the batch.
+
+    Classes [k] that the weight's gradient dL/dV [k, m] proves to occur under cross entropy.
 
     Features h >= 0: an absent class has dL/dV_c = sum_i a_i p_ic h_i >= 0, and floating sums of nonnegative terms are
     nonnegative, so any negative entry is a proof. One example: the rows are t_c h with t = p - e_y, so the label's row
     points against all others; two others beyond rounding tell the sides apart, two opposite rows alone do not.
+
+    >>> present(torch.tensor([[0.2, 0.1], [-0.3, 0.1], [0.1, 0.0]]), 4, nonnegative=True)
+    tensor([False,  True, False])
     """
     rows = _two_classes(weight).double().cpu()
     found = (rows < -slack).any(1) if nonnegative else torch.zeros(len(rows), dtype=torch.bool)
@@ -157,9 +186,14 @@ def present(weight: Tensor, n: int, *, nonnegative: bool = False, slack: float =
 
 
 def apportion(target: Tensor, lower: Tensor, upper: Tensor, n: int) -> Tensor:
-    """Whole counts [k] within the bounds that add up to n; each next one goes where `target` misses most.
+    """Shares made whole numbers of a given sum.
+
+    Whole counts [k] within the bounds that add up to n; each next one goes where `target` misses most.
 
     Needs sum lower <= n <= sum upper.
+
+    >>> apportion(torch.tensor([2.6, 1.3, 0.1]), torch.tensor([0, 0, 0]), torch.tensor([4, 4, 4]), 4)
+    tensor([3, 1, 0])
     """
     counts = lower.clone()
     for _ in range(n - int(lower.sum())):
@@ -169,10 +203,15 @@ def apportion(target: Tensor, lower: Tensor, upper: Tensor, n: int) -> Tensor:
 
 
 def sum_rounding(n: int, dtype: torch.dtype) -> float:
-    """Largest error of sum_i (p_ic - [y_i = c]) from n terms of size at most 1, each rounded, summed in `dtype`.
+    """How wrong rounding can make the gradient of an output's bias.
+
+    Largest error of sum_i (p_ic - [y_i = c]) from n terms of size at most 1, each rounded, summed in `dtype`.
 
     n eps (2 + sqrt n): the probabilistic bound 2 sqrt(n) u sum |terms| with u = eps / 2 taken at twice that, and two
     roundings a term. Source: Higham and Mary, SIAM J. Sci. Comput. 41, 2019.
+
+    >>> sum_rounding(4, torch.float32) < 1e-5
+    True
     """
     return float(torch.finfo(dtype).eps) * n * (2 + math.sqrt(n))
 
@@ -180,9 +219,16 @@ def sum_rounding(n: int, dtype: torch.dtype) -> float:
 def impulse(
     steps: int, *, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0
 ) -> tuple[float, Tensor]:
-    """What SGD makes of its gradients: w_after = decay * w_before - sum_s weights_s g_s, as decay, weights [steps].
+    """How much each gradient of a few steps of SGD counts in the change that is sent.
+
+    What SGD makes of its gradients: w_after = decay * w_before - sum_s weights_s g_s, as decay, weights [steps].
 
     v <- momentum * v + g + weight_decay * w;  w <- w - learning_rate * v.
+
+    >>> impulse(3, learning_rate=0.1)
+    (1.0, tensor([0.1000, 0.1000, 0.1000], dtype=torch.float64))
+    >>> impulse(2, learning_rate=0.1, momentum=0.5)[1]
+    tensor([0.1500, 0.1000], dtype=torch.float64)
     """
 
     def path(w: float, kick: float) -> list[float]:
@@ -209,9 +255,16 @@ def _tighten(lower: Tensor, upper: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def single_target(weight: Tensor, bias: Tensor, head: Tensor, shift: Tensor, *, factor: float) -> Tensor:
-    """The target y [k] of one example under squared error, exactly; NaN where the gradient is zero.
+    """The regression target of a batch of one.
+
+    The target y [k] of one example under squared error, exactly; NaN where the gradient is zero.
 
     dL/db = 2 a (V h + b - y) with the features h = dL/dV^T dL/db / |dL/db|^2; `head` is V [k, m], `shift` is b [k].
+
+    >>> V, b, h, y = torch.eye(2), torch.zeros(2), torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
+    >>> slope = 2 * (V @ h + b - y)
+    >>> single_target(torch.outer(slope, h), slope, V, b, factor=1.0)
+    tensor([3., 1.], dtype=torch.float64)
     """
     pull = bias.double().cpu()
     h = weight.double().cpu().T @ pull / (pull @ pull)

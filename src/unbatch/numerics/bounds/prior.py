@@ -1,4 +1,4 @@
-"""Prior: Gaussian examples, matrix-free."""
+"""Prior: what examples look like before anything is known of them, as a Gaussian that is cheap to draw and to invert."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ COLOUR_SHARES = (0.9, 0.05, 0.05)  # shares of the variance: light, red - blue, 
 
 
 class GaussianPrior:
-    """x = middle + R z, z standard normal [d]: for pictures [c, h, w] amplitudes fall as 1 / frequency and colours vary
+    """Random examples to compare attacks with: for pictures smooth ones, as Gaussian as can be reckoned with.
+
+    x = middle + R z, z standard normal [d]: for pictures [c, h, w] amplitudes fall as 1 / frequency and colours vary
     less than light; else entries are independent. `variances` [d] are the eigenvalues of R R^T, R^T R is diagonal.
 
     Source: Field, J. Opt. Soc. Am. A 4, 1987 (amplitudes of natural images).
+
+    >>> prior = GaussianPrior((3, 8, 8))
+    >>> prior.draw(2, torch.Generator().manual_seed(0)).shape
+    torch.Size([2, 3, 8, 8])
+    >>> round(float(prior.variances.mean()), 4)  # CONTRAST squared
+    0.0625
     """
 
     def __init__(self, shape: tuple[int, ...], box: tuple[float, float] = (0.0, 1.0)) -> None:

@@ -17,12 +17,19 @@ MOST_NORMALS = 2**24  # drawn at most, all steps together
 
 
 def information(z: float, q: float = 1.0, steps: int = 1) -> float:
-    """Nats that `steps` releases tell of the example at most: steps KL((1 - q) N(0, z^2) + q N(1, z^2) | N(0, z^2)).
+    """How many nats differentially private training tells of one example, at most.
+
+    Nats that `steps` releases tell of the example at most: steps KL((1 - q) N(0, z^2) + q N(1, z^2) | N(0, z^2)).
 
     For any reference Q, I(x; U) <= E KL(P(U | x) | Q); Q is the release without the example, all other examples known.
     q = 1: steps / (2 z^2), the rho of zero-concentrated differential privacy (add or remove one example).
 
     Source: Bun and Steinke, TCC 2016. Raises ValueError: z not positive, q not in [0, 1], or fewer than 0 steps.
+
+    >>> information(2.0)  # 1 / (2 z^2)
+    0.125
+    >>> information(2.0, q=0.01, steps=100) < 100 * 0.01 * information(2.0)
+    True
     """
     from scipy.integrate import quad
 
@@ -40,13 +47,18 @@ def information(z: float, q: float = 1.0, steps: int = 1) -> float:
 
 
 def replacement_divergence(z: float, q: float = 1.0, steps: int = 1) -> float:
-    """Renyi divergence of order 2 between releases with one example and with another, at most.
+    """How far apart training with one example is from training with another, at most.
+
+    Renyi divergence of order 2 between releases with one example and with another, at most.
 
     P = (1 - q) N(0) + q N(x), P' the same with x', |x| and |x'| <= 1. As P' - P = q (N(x') - N(x)) and 1 / P is convex,
     chi^2 <= q^2 [(1 - q) (2 exp(1/z^2) - 2 exp(-1/z^2)) + q (exp(4/z^2) - 1)], at x' = -x; the divergence is
     steps log(1 + chi^2). q = 1: 4 steps / z^2.
 
     Raises ValueError: as `information`.
+
+    >>> replacement_divergence(2.0)
+    1.0
     """
     _check(z, q, steps)
     s = 1 / (z * z)
@@ -56,7 +68,9 @@ def replacement_divergence(z: float, q: float = 1.0, steps: int = 1) -> float:
 
 
 class Robustness:
-    """How probable an event can become when an example joins `steps` releases, given how probable it is without.
+    """How much likelier an attack becomes by differentially private training, at most.
+
+    How probable an event can become when an example joins `steps` releases, given how probable it is without.
 
     The event is that of the likelihood ratio above a threshold (Neyman and Pearson). q = 1: Phi(Phi^-1(chance) +
     sqrt(steps) / z), without error. Else by Monte Carlo: the threshold from draws without the example, placed on the safe
@@ -64,6 +78,11 @@ class Robustness:
     the answer is then larger, and safe.
 
     Source: Hayes, Mahloujifar and Balle, NeurIPS 2023, theorem 2 and algorithm 2. Raises ValueError: as `information`.
+
+    >>> robust = Robustness(1.0)
+    >>> probability, error = robust.success(math.log(1e-6))
+    >>> round(probability, 6), error  # a guess that is right once in a million times
+    (8.7e-05, 0.0)
     """
 
     def __init__(self, z: float, q: float = 1.0, steps: int = 1, rng: torch.Generator | None = None) -> None:

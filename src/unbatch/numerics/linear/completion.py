@@ -19,11 +19,20 @@ def complete(
     target: float = 0.0,
     tick: Tick = lambda share: True,
 ) -> tuple[Tensor, float]:
-    """The matrix [p, q] of that rank nearest to A on the entries `seen` [p, q], and the relative misfit there.
+    """A matrix of low rank filled in where its entries are missing.
+
+    The matrix [p, q] of that rank nearest to A on the entries `seen` [p, q], and the relative misfit there.
 
     Alternating least squares from the leading singular vectors of A with zeros for what is not seen, extrapolated while
     that helps. Ends at a misfit of `target`, or where steps take away less than a thousandth.
     Source: Hastie, Mazumder, Lee, Zadeh, JMLR 2015; Koren, Bell, Volinsky, Computer 2009.
+
+    >>> A = torch.outer(torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([1.0, 1.0, 2.0]).double())
+    >>> seen = torch.ones(3, 3).bool()
+    >>> seen[2, 2] = False
+    >>> filled, misfit = complete(A, seen, 1, target=1e-12)
+    >>> round(float(filled[2, 2]), 6)
+    6.0
     """
     M = seen.to(A.dtype)
     held = A * M

@@ -21,18 +21,36 @@ Factored = tuple[
 
 
 def whole() -> Bases:
-    """Of full column rank: neither is of use."""
+    """The bases of a matrix of full column rank, of which none is needed.
+
+    Of full column rank: neither is of use.
+
+    >>> whole()
+    (None, None)
+    """
     return None, None
 
 
 def above(gram: Tensor, floor: float | None = None) -> bool:
-    """Whether every eigenvalue of A^T A [s, s] lies above rounding, 2 s eps of the largest."""
+    """Whether a Gram matrix is certainly of full rank.
+
+    Whether every eigenvalue of A^T A [s, s] lies above rounding, 2 s eps of the largest.
+
+    >>> above(torch.eye(2).double()), above(torch.ones(2, 2).double())
+    (True, False)
+    """
     floor = eigenvalue_rounding(gram) if floor is None else floor
     return bool(torch.linalg.cholesky_ex(gram - floor * torch.eye(len(gram)).to(gram)).info == 0)
 
 
 def eigenvalue_rounding(gram: Tensor) -> float:
-    """2 s eps of the largest eigenvalue of A^T A [s, s]."""
+    """The size of an eigenvalue of a Gram matrix that rounding alone can make.
+
+    2 s eps of the largest eigenvalue of A^T A [s, s].
+
+    >>> f"{eigenvalue_rounding(torch.eye(3).double()):.2e}"
+    '1.33e-15'
+    """
     v = torch.nn.functional.normalize(gram @ gram.sum(1), dim=0)
     for _ in range(20):  # the largest, from below to within a hundredth or so
         v = torch.nn.functional.normalize(gram @ v, dim=0)
@@ -40,7 +58,14 @@ def eigenvalue_rounding(gram: Tensor) -> float:
 
 
 def regular(A: Tensor) -> Factored | None:
-    """Of a matrix of full rank, by Cholesky's decomposition; None where its Gram matrix does not tell that it is."""
+    """The pseudo-inverse of a matrix that is plainly of full rank.
+
+    Of a matrix of full rank, by Cholesky's decomposition; None where its Gram matrix does not tell that it is.
+
+    >>> inverse, rank, bases = regular(torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 1.0]]).double())
+    >>> inverse(torch.tensor([2.0, 3.0, 3.0]).double()).round(decimals=6), rank
+    (tensor([1., 3.], dtype=torch.float64), 2)
+    """
     p, q = A.shape
     gram = A.T @ A if q <= p else A @ A.T
     if not above(gram):
@@ -49,7 +74,17 @@ def regular(A: Tensor) -> Factored | None:
 
 
 def tall(gram: Tensor, push: Apply, pull: Apply) -> Factored:
-    """By A^T A [q, q], of no fewer equations than unknowns; `push` and `pull` are products with A and A^T, on rows."""
+    """The pseudo-inverse of a matrix of no fewer rows than columns, by its Gram matrix.
+
+    By A^T A [q, q], of no fewer equations than unknowns; `push` and `pull` are products with A and A^T, on rows.
+
+    >>> A = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]).double()
+    >>> inverse, rank, bases = tall(A.T @ A, lambda v: v @ A.T, lambda u: u @ A)
+    >>> rank
+    1
+    >>> inverse(torch.tensor([2.0, 2.0, 0.0]).double()).round(decimals=6)
+    tensor([1., 1.], dtype=torch.float64)
+    """
     floor, q = eigenvalue_rounding(gram), len(gram)
     if above(gram, floor):
         root = torch.linalg.cholesky(gram)
@@ -76,7 +111,14 @@ def tall(gram: Tensor, push: Apply, pull: Apply) -> Factored:
 
 
 def wide(A: Tensor, gram: Tensor | None = None) -> Factored:
-    """By A A^T, of fewer equations than unknowns; a matrix A [p, q] that is held."""
+    """The pseudo-inverse of a matrix of fewer rows than columns that is held.
+
+    By A A^T, of fewer equations than unknowns; a matrix A [p, q] that is held.
+
+    >>> inverse, rank, bases = wide(torch.tensor([[1.0, 1.0, 0.0]]).double())
+    >>> inverse(torch.tensor([2.0]).double()).round(decimals=6), rank
+    (tensor([1., 1., 0.], dtype=torch.float64), 1)
+    """
     gram = A @ A.T if gram is None else gram
     if (found := pivoted(gram, eigenvalue_rounding(gram))) is None:
         return broad(gram, lambda u: u @ A)
@@ -90,7 +132,15 @@ def wide(A: Tensor, gram: Tensor | None = None) -> Factored:
 
 
 def broad(gram: Tensor, pull: Apply) -> Factored:
-    """By A A^T and products with A^T, on rows."""
+    """The pseudo-inverse of a matrix of fewer rows than columns that is known by its products.
+
+    By A A^T and products with A^T, on rows.
+
+    >>> A = torch.tensor([[1.0, 1.0, 0.0]]).double()
+    >>> inverse, rank, bases = broad(A @ A.T, lambda u: u @ A)
+    >>> inverse(torch.tensor([2.0]).double()).round(decimals=6), rank
+    (tensor([1., 1., 0.], dtype=torch.float64), 1)
+    """
     values, vectors = torch.linalg.eigh(gram)
     kept = values > 2 * len(gram) * torch.finfo(gram.dtype).eps * values[-1]
     values, vectors = values[kept], vectors[:, kept]

@@ -1,4 +1,4 @@
-"""Inverse diagonal: every entry of diag A^-1 for a matrix that is known whole, or by its products alone."""
+"""Inverse diagonal: the variance of every entry, diag A^-1, of an information matrix that is held or known by products."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ FACTOR_ERROR = 1e-4  # relative error of a factored matrix
 
 @dataclass(frozen=True)
 class InverseDiagonal:
-    """diag A^-1 [n, d], infinite in entries that A's null space moves, the standard error of each, and what it is worth.
+    """What is known of the diagonal of an inverse.
+
+    diag A^-1 [n, d], infinite in entries that A's null space moves, the standard error of each, and what it is worth.
 
     `lost` is the dimension of the null space (about, where it was probed), `open` the share of a random direction that
     conjugate gradients left: what they hide there only makes the true diagonal larger. `total` is the sum over entries that
     are determined, from below but for the sampling of the probes, whose standard error is `spread`.
+
+    >>> InverseDiagonal(torch.ones(1, 2), torch.zeros(1, 2), total=2.0).lost
+    0
     """
 
     diagonal: Tensor
@@ -36,10 +41,16 @@ class InverseDiagonal:
 
 
 def dense_inverse_diagonal(A: Tensor, push: Callable[[Tensor], Tensor]) -> InverseDiagonal:
-    """Of A = J^T J [p, p], J v by `push`; without error but for rounding.
+    """The diagonal of the inverse of a matrix that is held; infinite where nothing determines an entry.
+
+    Of A = J^T J [p, p], J v by `push`; without error but for rounding.
 
     By Cholesky's factors where rounding, times the condition number (at most tr A tr A^-1), stays below FACTOR_ERROR. Else
     by eigenvectors: those of A below its own rounding are told apart by J itself, whose rounding is that of a square root.
+
+    >>> J = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.0]]).double()
+    >>> dense_inverse_diagonal(J.T @ J, lambda v: J @ v).diagonal
+    tensor([1., 4., inf], dtype=torch.float64)
     """
     eps, p = torch.finfo(A.dtype).eps, len(A)
     factor, info = torch.linalg.cholesky_ex(A)
@@ -73,7 +84,7 @@ def inverse_diagonal(
     start: Tensor | None = None,
     steps: int = 60,
 ) -> InverseDiagonal:
-    """Of a positive semidefinite A, from products with it.
+    """The diagonal of the inverse of a positive semidefinite matrix A too large to hold, by random probes.
 
     First one random direction g is given back, A w = A g: what g - w keeps and A does not see is A's null space, and the
     entries that it moves are infinite. Then for random signs v on the other entries diag A^-1 = E v * A^-1 v (Bekas,
@@ -82,6 +93,10 @@ def inverse_diagonal(
     diag A0^-1 + v * (A^-1 - A0^-1) v has the same mean; of the two the one that spreads less is taken.
 
     Source: Hutchinson, Comm. Stat. 1990; Bekas, Kokiopoulou and Saad, Appl. Numer. Math. 57, 2007.
+
+    >>> scale = torch.tensor([[1.0, 2.0, 4.0]]).double()
+    >>> inverse_diagonal(lambda v: scale * v, scale, torch.Generator().manual_seed(0), probes=2).diagonal
+    tensor([[1.0000, 0.5000, 0.2500]], dtype=torch.float64)
     """
 
     def solve(b: Tensor, tolerance: float, steps: int) -> Tensor:

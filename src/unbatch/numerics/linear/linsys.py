@@ -1,4 +1,7 @@
-"""Linear systems A x = b in float64, known by their products with A and its transpose; a matrix is held where it helps."""
+"""Linear systems A x = b as layers give them: combined, solved by least squares, and asked what they leave open.
+
+In float64; A is known by its products and those of its transpose, and held as a matrix where that is faster.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,16 @@ REFINEMENTS = 10  # of refinement: each solves for what the last one left
 
 @dataclass(frozen=True)
 class Solution:
-    """What a linear system says of its unknowns."""
+    """What a linear system says of its unknowns, and what it leaves open.
+
+    What a linear system says of its unknowns.
+
+    >>> found = LinearSystem.of(torch.tensor([[1.0, 1.0]]), torch.tensor([2.0])).solve()
+    >>> found.x.round(decimals=6), found.rank
+    (tensor([1., 1.], dtype=torch.float64), 1)
+    >>> found.free(torch.tensor([[1.0, 0.0]]).double()).round(decimals=6)  # what it does not tell
+    tensor([[ 0.5000, -0.5000]], dtype=torch.float64)
+    """
 
     x: Tensor  # [unknowns] least squares, of least norm
     rank: int | None  # of A; None where it was solved by iteration alone
@@ -73,7 +85,15 @@ class Solution:
 
 @dataclass(frozen=True)
 class LinearSystem:
-    """A x = b. `push` and `pull` work on rows, so that several vectors share one call."""
+    """A set of linear equations, known by what multiplying with its matrix and its transpose gives.
+
+    A x = b. `push` and `pull` work on rows, so that several vectors share one call.
+
+    >>> three = LinearSystem.some(torch.tensor([1]), torch.tensor([5.0]).double(), 2)  # x[1] = 5
+    >>> both = three + LinearSystem.of(torch.tensor([[1.0, 1.0]]), torch.tensor([7.0]))
+    >>> both.solve().x.round(decimals=6)
+    tensor([2., 5.], dtype=torch.float64)
+    """
 
     push: Apply  # v [k, unknowns] -> A v [k, equations]
     pull: Apply  # u [k, equations] -> A^T u [k, unknowns]
@@ -134,6 +154,7 @@ class LinearSystem:
 
     @property
     def equations(self) -> int:
+        """How many equations there are."""
         return len(self.b)
 
     def __add__(self, other: LinearSystem) -> LinearSystem:
@@ -326,7 +347,15 @@ class _Stacked(LinearSystem):
 
 
 def affine(f: Apply, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-    """f(x) = output for an f affine in x [k, *shape], example by example; products by f itself and by reverse mode."""
+    """The equations on the input of a layer that is affine in it, from its output.
+
+    f(x) = output for an f affine in x [k, *shape], example by example; products by f itself and by reverse mode.
+
+    >>> layer = torch.nn.Linear(2, 3).double()
+    >>> x = torch.tensor([[1.0, -1.0]]).double()
+    >>> affine(layer, (2,), layer(x).detach()).solve().x.round(decimals=6)
+    tensor([ 1., -1.], dtype=torch.float64)
+    """
     zero = torch.zeros(1, *shape, dtype=output.dtype, device=output.device)
     offset = f(zero).detach()
 

@@ -20,7 +20,13 @@ MARGIN = (0.9, 1.1)  # equations by count over touched pixels
 
 @dataclass(frozen=True)
 class ConvRanks:
-    """Ranks of the equations on a layer's input."""
+    """How many independent equations a convolution gives on its input.
+
+    Ranks of the equations on a layer's input.
+
+    >>> ConvRanks(unknowns=48, weight=27, gradient=27, both=45).deficit
+    3
+    """
 
     unknowns: int  # entries of the input
     weight: int | None  # of W: forward equations; None where counting does not tell
@@ -44,7 +50,9 @@ def conv_ranks(
     padding: Sequence[int],
     groups: int = 1,
 ) -> ConvRanks | None:
-    """The ranks for `before` -> `after` channels on an input of those sides, or None where counting fails.
+    """How many independent equations a convolution gives on its input, by counting alone.
+
+    The ranks for `before` -> `after` channels on an input of those sides, or None where counting fails.
 
     Counting does where filters do not outnumber the channels of the stride's phases that hold a tap, c_out <= c_in phases
     in each group (beyond, filters commute, w_f * (w_g * x) = w_g * (w_f * x), and rows of W depend on each other); where
@@ -54,6 +62,9 @@ def conv_ranks(
     them under padding, whose windows at the edge are no generic ones.
     Under padding the equations of W may depend on each other, and `weight` is not told.
     Raises ValueError: the kernel is larger than the input, or groups do not divide the channels.
+
+    >>> conv_ranks(3, 1, (6, 6), (3, 3), stride=(1, 1), dilation=(1, 1), padding=(0, 0))
+    ConvRanks(unknowns=108, weight=16, gradient=27, both=42)
     """
     if before % groups or after % groups:
         raise ValueError(f"{before} and {after} channels do not fall into {groups} groups.")

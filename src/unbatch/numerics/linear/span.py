@@ -9,11 +9,16 @@ from torch import Tensor
 
 
 def rank_tolerance(A: Tensor, eps: float) -> float:
-    """The largest singular value that rounding alone gives a matrix A [p, q] whose entries carry relative error `eps`.
+    """How large a singular value of a gradient can be that is rounding alone.
+
+    The largest singular value that rounding alone gives a matrix A [p, q] whose entries carry relative error `eps`.
 
     Errors eps |A_ij| that are independent have spectral norm about eps |A|_F (sqrt p + sqrt q) / sqrt(p q) (Bai-Yin);
     the factor 8 covers sums over the batch that are rounded term by term. The SVD, in float64, adds its own
     max(p, q) eps_64 |A|.
+
+    >>> rank_tolerance(torch.ones(10, 10), torch.finfo(torch.float32).eps) < 1e-4
+    True
     """
     p, q = A.shape
     size = float(torch.linalg.matrix_norm(A.double()))
@@ -22,7 +27,13 @@ def rank_tolerance(A: Tensor, eps: float) -> float:
 
 
 def numerical_rank(A: Tensor, *, eps: float | None = None) -> int:
-    """Number of singular values of A [p, q] above `rank_tolerance`; `eps` defaults to the unit roundoff of A's dtype."""
+    """How many independent rows a gradient has, rounding aside.
+
+    Number of singular values of A [p, q] above `rank_tolerance`; `eps` defaults to the unit roundoff of A's dtype.
+
+    >>> numerical_rank(torch.outer(torch.arange(1.0, 5.0), torch.arange(1.0, 4.0)))
+    1
+    """
     eps = torch.finfo(A.dtype).eps if eps is None else eps
     S = torch.linalg.svdvals(A.double())
     return int((S > rank_tolerance(A, eps)).sum())
@@ -30,7 +41,14 @@ def numerical_rank(A: Tensor, *, eps: float | None = None) -> int:
 
 @dataclass(frozen=True)
 class Span:
-    """The leading part of a matrix A [p, q], columns diag(values) rows, and the size of what lies outside."""
+    """The directions that a gradient's rows span, and what rounding has added to it.
+
+    The leading part of a matrix A [p, q], columns diag(values) rows, and the size of what lies outside.
+
+    >>> A = torch.diag(torch.tensor([3.0, 2.0, 0.0]))
+    >>> leading_span(A, torch.Generator().manual_seed(0)).values.round(decimals=6)
+    tensor([3., 2.], dtype=torch.float64)
+    """
 
     columns: Tensor  # [p, r] orthonormal
     rows: Tensor  # [r, q] orthonormal
@@ -63,13 +81,20 @@ def leading_span(
     noise: float = 0.0,
     guess: int = 16,
 ) -> Span:
-    """Row space of A [p, q] by a randomised range finder: O(p q r), where an SVD costs O(p q min(p, q)).
+    """The directions that a gradient's rows span, at a cost that grows with their number alone.
+
+    Row space of A [p, q] by a randomised range finder: O(p q r), where an SVD costs O(p q min(p, q)).
 
     With `rank` its leading rows, else as many as the numerical rank, which is looked for among `guess` directions, then
     twice as many, and so on; `eps` as for `numerical_rank`, `noise` the standard deviation of each entry's error. Two
     power iterations separate the leading directions from a noise floor. Columns A rows^T / values of such rows would be
     orthonormal to eps (values_1 / values_r)^2 only, so the leading part is decomposed once more.
     Source: Halko, Martinsson, Tropp, SIAM Review 2011.
+
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> A = torch.randn(40, 3, generator=rng) @ torch.randn(3, 50, generator=rng)
+    >>> leading_span(A, rng).rows.shape
+    torch.Size([3, 50])
     """
     eps = torch.finfo(A.dtype).eps if eps is None else eps
     A = A.double()
@@ -94,7 +119,13 @@ def leading_span(
 
 
 def rounding_noise(dtype: torch.dtype) -> float:
-    """Standard deviation of the rounding of entries too small for relative precision: what float16 does to gradients."""
+    """The error of the smallest numbers of a type, which are rounded to its last place.
+
+    Standard deviation of the rounding of entries too small for relative precision: what float16 does to gradients.
+
+    >>> f"{rounding_noise(torch.float16):.1e}"
+    '1.7e-08'
+    """
     info = torch.finfo(dtype)
     return float(info.smallest_normal * info.eps / 12**0.5)
 

@@ -1,4 +1,4 @@
-"""Simultaneous diagonalisation: V and d from noisy symmetric matrices E_q = V diag(d_q) V^T, V square and not orthogonal.
+"""Simultaneous diagonalisation: the columns V that several noisy symmetric matrices E_q = V diag(d_q) V^T have in common.
 
 This is the CP decomposition of the three-way tensor E [q, n, n] with factors (d, V, V), and of a symmetric tensor of any
 order when its slices are stacked. It is unique (columns of V up to order and scale) where the columns d_:i are pairwise
@@ -20,9 +20,16 @@ REFINED_STARTS = 4  # starts that are refined
 
 
 def compress(slices: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """E [n, n, n] and C [n, q] with E = C slices: the n leading combinations of slices [q, n, n].
+    """As many matrices as there are components, in place of many noisy ones.
+
+    E [n, n, n] and C [n, q] with E = C slices: the n leading combinations of slices [q, n, n].
 
     Noise-free slices of n components span at most n dimensions, so the rest is noise. C has orthonormal rows.
+
+    >>> slices = torch.stack([torch.eye(2), 2 * torch.eye(2), torch.diag(torch.tensor([1.0, -1.0]))]).double()
+    >>> E, C = compress(slices, 2)
+    >>> E.shape, C.shape
+    (torch.Size([2, 2, 2]), torch.Size([2, 3]))
     """
     flat = slices.flatten(1)  # [q, n^2]
     if len(flat) < n:
@@ -33,10 +40,18 @@ def compress(slices: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def diagonalise(E: Tensor, rng: torch.Generator) -> Tensor:
-    """V [n, n], columns of unit norm, that fits E_q = V diag(d_q) V^T best in least squares among the starts tried.
+    """The columns that diagonalise several symmetric matrices at once, from random starts.
+
+    V [n, n], columns of unit norm, that fits E_q = V diag(d_q) V^T best in least squares among the starts tried.
 
     Starts are eigenvectors of A B^-1 for random contractions A, B of E [q, n, n] (Jennrich; many draws, since one draw's
     eigenvalues may cluster: Kuleshov, Chaganty, Liang 2015); those that fit best are refined.
+
+    >>> V = torch.tensor([[1.0, 0.6], [0.0, 0.8]]).double()
+    >>> E = torch.stack([V @ V.T, V @ torch.diag(torch.tensor([1.0, 3.0]).double()) @ V.T])
+    >>> found = diagonalise(E, torch.Generator().manual_seed(0))
+    >>> (found.T @ V).abs().amax(1).round(decimals=6)  # the same columns, up to order and sign
+    tensor([1., 1.], dtype=torch.float64)
     """
     n = E.shape[1]
     if n == 1:
@@ -47,7 +62,15 @@ def diagonalise(E: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def refine_factors(E: Tensor, V: Tensor, *, steps: int = 50) -> Tensor:
-    """V [n, n] of least `misfit` near V, by damped Gauss-Newton with d eliminated; columns are kept at unit norm."""
+    """The columns near a start that diagonalise several symmetric matrices best.
+
+    V [n, n] of least `misfit` near V, by damped Gauss-Newton with d eliminated; columns are kept at unit norm.
+
+    >>> V = torch.tensor([[1.0, 0.6], [0.0, 0.8]]).double()
+    >>> E = torch.stack([V @ V.T, V @ torch.diag(torch.tensor([1.0, 3.0]).double()) @ V.T])
+    >>> round(misfit(E, refine_factors(E, V + 0.1)), 12)
+    0.0
+    """
     at = damped_gauss_newton(
         lambda V, which: _remove(V[0], E)[None],
         partial(_marquardt, E),
@@ -72,10 +95,17 @@ def _marquardt(E: Tensor, V: Tensor, left: Tensor, which: Tensor) -> Steps:
 
 
 def response(E: Tensor, V: Tensor, change: Tensor) -> Tensor:
-    """First-order change [..., n, n] of the least-squares V where E changes by `change` [..., q, n, n].
+    """How the columns found move when the matrices change a little.
+
+    First-order change [..., n, n] of the least-squares V where E changes by `change` [..., q, n, n].
 
     Gauss-Newton: H vec(dV) = J^T vec(change), H by `_gauss_newton_matrix`, by pseudo-inverse, since the scale of a column
     is free.
+
+    >>> V, E = torch.eye(2).double(), torch.stack([torch.eye(2), torch.diag(torch.tensor([1.0, 2.0]))]).double()
+    >>> response(E, V, torch.zeros_like(E))
+    tensor([[0., 0.],
+            [0., 0.]], dtype=torch.float64)
     """
     n = len(V)
     d, _ = _best(E, V)
@@ -88,12 +118,26 @@ def response(E: Tensor, V: Tensor, change: Tensor) -> Tensor:
 
 
 def misfit(E: Tensor, V: Tensor) -> float:
-    """sum_q |E_q - V diag(d_q) V^T|^2 at the best d."""
+    """What columns V leave of the matrices, squared.
+
+    sum_q |E_q - V diag(d_q) V^T|^2 at the best d.
+
+    >>> E = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]]).double()
+    >>> misfit(E, torch.eye(2).double())  # the entries off the diagonal
+    8.0
+    """
     return float(_remove(V, E).square().sum())
 
 
 def tangent_misfit(E: Tensor, V: Tensor, change: Tensor) -> float:
-    """What `response` and a change of d leave of a `change` of E [q, n, n], squared: pure noise leaves noise."""
+    """What no small change of the columns explains of a change of the matrices, squared.
+
+    What `response` and a change of d leave of a `change` of E [q, n, n], squared: pure noise leaves noise.
+
+    >>> E = torch.stack([torch.eye(2), torch.diag(torch.tensor([1.0, 2.0]))]).double()
+    >>> round(tangent_misfit(E, torch.eye(2).double(), 0.1 * E), 12)  # a change of d
+    0.0
+    """
     d, _ = _best(E, V)
     half = (response(E, V, change) * d[:, None, :]) @ V.T
     return misfit(change - half - half.mT, V)

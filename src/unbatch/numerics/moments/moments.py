@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -30,7 +31,17 @@ UNKNOWNS = 2000  # most of a least squares: it costs 3 m UNKNOWNS^2 operations
 
 @dataclass(frozen=True)
 class Moment:
-    """One tensor a multiplier, T [k, n, ..., n], as coefficients of orthonormal Hermite polynomials, and their errors."""
+    """A symmetric tensor estimated over the neurons of a layer, with its measured error.
+
+    One tensor a multiplier, T [k, n, ..., n], as coefficients of orthonormal Hermite polynomials, and their errors.
+
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> U = torch.randn(2000, 2, generator=rng, dtype=torch.float64)
+    >>> first, second_order = head_moments((U[:, :1] ** 2), U, 2)
+    >>> second_order.tensor(second_order.value).round(decimals=6)  # the second derivative of u_0^2
+    tensor([[[2., 0.],
+             [0., 0.]]], dtype=torch.float64)
+    """
 
     route: str  # "head" or "first"
     degree: int  # of the polynomials
@@ -64,7 +75,15 @@ class Moment:
 
 
 def head_moments(g: Tensor, U: Tensor, top: int, *, fit: bool = True) -> list[Moment]:
-    """Tensors of order 1 ... top from dL/da: g [m, k], U [m, n] -> T_p [k, n, ..., n]."""
+    """The moment tensors of a batch, from the gradient of a last layer.
+
+    Tensors of order 1 ... top from dL/da: g [m, k], U [m, n] -> T_p [k, n, ..., n].
+
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> U = torch.randn(2000, 2, generator=rng, dtype=torch.float64)
+    >>> [moment.order for moment in head_moments(torch.tanh(U[:, :1]), U, 3)]
+    [1, 2, 3]
+    """
     ones = torch.ones(len(U), 1, dtype=U.dtype, device=U.device)
     found = _coefficients(g, ones, U, top, fit)
     n = U.shape[1]
@@ -72,16 +91,33 @@ def head_moments(g: Tensor, U: Tensor, top: int, *, fit: bool = True) -> list[Mo
 
 
 def first_moments(G: Tensor, a: Tensor, U: Tensor, top: int, *, fit: bool = True) -> list[Moment]:
-    """Tensors of order 1 ... top from dL/dW: G [m, n], a [m, k], U [m, n] -> T_p [k, n, ..., n].
+    """The moment tensors of a batch, from the gradient of a first layer.
+
+    Tensors of order 1 ... top from dL/dW: G [m, n], a [m, k], U [m, n] -> T_p [k, n, ..., n].
 
     a is whitened first, so the k tensors are those of k independent combinations of the outputs.
+
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> U, a = (torch.randn(2000, k, generator=rng, dtype=torch.float64) for k in (2, 1))
+    >>> v = torch.tensor([1.0, 0.0]).double()
+    >>> moments = first_moments(a * (U @ v)[:, None] * v, a, U, 2)  # of s(t) = t^2 / 2
+    >>> moments[1].tensor(moments[1].value).abs().argmax()  # along v v^T
+    tensor(0)
     """
     found = _coefficients(G, whitened(a), U, top - 1, fit)
     return [Moment("first", p, U.shape[1], c, e) for p, (c, e) in enumerate(found)]
 
 
 def whitened(a: Tensor) -> Tensor:
-    """a [m, r] with a^T a = m I: as many combinations of the columns [m, k] as are independent."""
+    """Columns made orthogonal and of one size.
+
+    a [m, r] with a^T a = m I: as many combinations of the columns [m, k] as are independent.
+
+    >>> white = whitened(torch.tensor([[3.0, 3.0], [0.0, 1.0]]))
+    >>> (white.T @ white).round(decimals=4)
+    tensor([[2., 0.],
+            [0., 2.]])
+    """
     U, S, _ = torch.linalg.svd(a, full_matrices=False)
     kept = S > S[:1] * max(a.shape) * torch.finfo(a.dtype).eps
     white: Tensor = U[:, kept] * len(a) ** 0.5
@@ -89,9 +125,17 @@ def whitened(a: Tensor) -> Tensor:
 
 
 def non_gaussianity(U: Tensor, rng: torch.Generator) -> float:
-    """Root mean square of E H_p(u) / sqrt(alpha!), p = 3 and 4, beyond what m Gaussian rows [m, n] show by chance.
+    """How far a layer's weights are from Gaussian.
+
+    Root mean square of E H_p(u) / sqrt(alpha!), p = 3 and 4, beyond what m Gaussian rows [m, n] show by chance.
 
     U is at mean 0 and covariance I. The larger of the two degrees; along 8 random directions where n is larger.
+
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> non_gaussianity(torch.randn(20000, 2, generator=rng), rng) < 0.02
+    True
+    >>> non_gaussianity(torch.randn(20000, 2, generator=rng).sign(), rng) > 0.2
+    True
     """
     m, n = U.shape
     if n > 8:
@@ -101,9 +145,14 @@ def non_gaussianity(U: Tensor, rng: torch.Generator) -> float:
 
 
 def fitted_degree(m: int, n: int, k: int, top: int) -> int:
-    """The highest degree <= top whose least squares has at least three neurons an unknown, and not too many unknowns.
+    """The highest degree that so many neurons suffice to fit.
+
+    The highest degree <= top whose least squares has at least three neurons an unknown, and not too many unknowns.
 
     -1 if none has. What averages over the rest then lose is little, since high degrees add little to each other's noise.
+
+    >>> fitted_degree(1000, 4, 1, 4), fitted_degree(60, 4, 1, 4)
+    (4, 2)
     """
     sizes = [math.comb(n + p - 1, p) * k for p in range(top + 1)]
     return max((p for p in range(top + 1) if sum(sizes[: p + 1]) <= min(m / 3, UNKNOWNS)), default=-1)
@@ -156,7 +205,9 @@ def _chunks(Y: Tensor, a: Tensor, U: Tensor, top: int) -> Iterator[tuple[Tensor,
 def moment_subspace(
     Y: Tensor, a: Tensor, W: Tensor, n: int, orders: Sequence[int], rng: torch.Generator, *, route: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading directions V [n, d] of second- and third-order moments in R^d, their strengths, and errors [groups, n, d].
+    """The directions in which a batch's inputs lie, from the moments of a layer's gradient.
+
+    Leading directions V [n, d] of second- and third-order moments in R^d, their strengths, and errors [groups, n, d].
 
     head: A = mean_j g_j H_p(w_j); first: A = sym mean_j (a_j G_j) x H_{p-1}(w_j); W [m, d] whitened, Y = g [m, k] or
     G [m, d]; `orders` are those of 2 and 3 that the activation has. Order 3 is contracted once: T(I, I, b), first with
@@ -165,6 +216,12 @@ def moment_subspace(
     Y is taken off first: it has no mean here and adds to the noise. The n leading eigenvectors of sum A^2, each A at unit
     noise, are V. Errors are of the directions, to first order; they mean little where the next eigenvalue, which is
     noise, comes near the last of the n: all are returned, descending.
+
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> W = torch.randn(4000, 6, generator=rng, dtype=torch.float64)
+    >>> V, strengths, errors = moment_subspace((W[:, :1] ** 2), torch.ones(4000, 1), W, 1, [2], rng, route="head")
+    >>> round(float(V[0, 0].abs()), 1)
+    1.0
     """
     m, d = W.shape
     head = route == "head"
@@ -177,24 +234,7 @@ def moment_subspace(
         lines = outputs.T @ Y / m
         Y = Y - outputs @ lines
 
-    def moment(rows: slice, of: _Slice) -> Tensor:
-        """m A over some neurons."""
-        y, i, b = of
-        w = W[rows]
-        if head:
-            return second(y[rows, i], w) if b is None else third_along(y[rows, i], w, b)
-        G = y[rows] * outputs[rows, i, None]
-        P = G.T @ w if b is None else G.T @ (w * (w @ b)[:, None]) - torch.outer(G.sum(0), b)
-        return (P + P.T) / 2
-
-    def noise(of: _Slice, V: Tensor) -> float:
-        """Root mean square entry of m^(1/2) A V outside the span, by the neurons' own spread."""
-        y, i, b = of
-        q = y[:, i, None] * (W @ V) if head else outputs[:, i, None] * (y @ V) / 2  # [m, n]
-        if b is not None:
-            q = q * (W @ b)[:, None] - (torch.outer(y[:, i], V.T @ b) if head else 0.0)
-        return max(float(q.square().mean().sqrt()), torch.finfo(W.dtype).tiny)
-
+    moment, noise = partial(_moment, W, None if head else outputs), partial(_noise, W, None if head else outputs)
     slices: list[_Slice] = [(Y, i, None) for i in range(k)]
     if 2 not in orders:
         B = torch.randn(3, d, generator=rng, dtype=torch.float64).to(W)
@@ -221,6 +261,26 @@ def moment_subspace(
 _Slice = tuple[
     Tensor, int, Tensor | None
 ]  # Y [m, .] less other orders, the output, and what order 3 is contracted with
+
+
+def _moment(W: Tensor, outputs: Tensor | None, rows: slice, of: _Slice) -> Tensor:
+    """m A [d, d] over some of the neurons W [m, d]; `outputs` [m, k] on the first route alone."""
+    y, i, b = of
+    w = W[rows]
+    if outputs is None:
+        return second(y[rows, i], w) if b is None else third_along(y[rows, i], w, b)
+    G = y[rows] * outputs[rows, i, None]
+    P = G.T @ w if b is None else G.T @ (w * (w @ b)[:, None]) - torch.outer(G.sum(0), b)
+    return (P + P.T) / 2
+
+
+def _noise(W: Tensor, outputs: Tensor | None, of: _Slice, V: Tensor) -> float:
+    """Root mean square entry of m^(1/2) A V outside the span V [d, n], by the neurons' own spread."""
+    y, i, b = of
+    q = y[:, i, None] * (W @ V) if outputs is None else outputs[:, i, None] * (y @ V) / 2  # [m, n]
+    if b is not None:
+        q = q * (W @ b)[:, None] - (torch.outer(y[:, i], V.T @ b) if outputs is None else 0.0)
+    return max(float(q.square().mean().sqrt()), torch.finfo(W.dtype).tiny)
 
 
 def _line(Y: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:

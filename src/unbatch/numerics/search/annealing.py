@@ -1,4 +1,4 @@
-"""Annealing: the likeliest root of equations under a Gaussian prior, first trusted as little as a guess is."""
+"""Annealing: the likeliest solution of equations that leave much open, trusted a little at first and fully at last."""
 
 from __future__ import annotations
 
@@ -36,13 +36,20 @@ def annealed(
     steps: int = LEVEL_STEPS,
     tick: Tick = lambda share: True,
 ) -> Tensor:
-    """argmin over z [d] of |r(z)|^2 / s^2 + |z - start|^2 as s falls from 1 to `tight`, each level from the last one's.
+    """The likeliest solution of equations that do not suffice, by trusting them a little more step by step.
+
+    argmin over z [d] of |r(z)|^2 / s^2 + |z - start|^2 as s falls from 1 to `tight`, each level from the last one's.
 
     With x = middle + R z, from start = 0, that is the posterior's mode at noise s under the prior N(middle, R R^T); from a
     draw of z it is the root that lies nearest to what was drawn. While s is large only what the prior holds likely moves,
     smooth pictures first; and kinks, whose sharpness b the residual is told, are rounded until b = 1e4, so that a unit may
     still change sides. Steps are Levenberg and Marquardt's.
     Source: graduated non-convexity, Blake and Zisserman, Visual Reconstruction, 1987.
+
+    >>> A = torch.tensor([[1.0, 1.0]]).double()
+    >>> start = torch.zeros(2).double()
+    >>> annealed(lambda z, sharpness: A @ z - 2, lambda z, sharpness: A, start).round(decimals=6)  # nearest to the start
+    tensor([1., 1.], dtype=torch.float64)
     """
     z, damping = start[None], torch.tensor([LEAST_DAMPING], dtype=torch.float64)
     for level in range(levels):

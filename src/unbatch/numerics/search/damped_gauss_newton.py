@@ -65,6 +65,9 @@ class Stop:
     """Where a problem ends: at a cost of `target`, or once `patience` steps in a row take away less than the share `gain`.
 
     And after `steps` linearisations of at most `tries` steps each, or `solves` steps in all.
+
+    >>> Stop(steps=20, target=1e-20).patience
+    1
     """
 
     steps: int
@@ -78,7 +81,11 @@ class Stop:
 
 @dataclass(frozen=True)
 class Reached:
-    """How far a search has come. `x` is a new tensor whenever some problem has moved, and the same one else."""
+    """How far a search has come. `x` is a new tensor whenever some problem has moved, and the same one else.
+
+    >>> Reached(torch.zeros(3, 2), torch.zeros(3), torch.ones(3)).x.shape  # three problems of two unknowns
+    torch.Size([3, 2])
+    """
 
     x: Tensor  # [q, ...]
     cost: Tensor  # [q]

@@ -18,7 +18,7 @@ MOST_DAMPING = 1e8  # damping that no step is worth trying at
 
 
 class PointResidual(Protocol):
-    """Residuals [e] at a point [n, p]; with `create_graph` they can be differentiated."""
+    """What a search by products makes small: residuals [e] at a point [n, p], differentiable with `create_graph`."""
 
     def __call__(self, point: Tensor, /, *, create_graph: bool = False) -> Tensor: ...
 
@@ -29,7 +29,13 @@ Cost = Callable[
 
 
 def squares(r: Tensor) -> tuple[float, Tensor, Tensor]:
-    """|r|^2."""
+    """The sum of squares, as a cost.
+
+    |r|^2.
+
+    >>> squares(torch.tensor([3.0, 4.0]))
+    (25.0, tensor([3., 4.]), tensor([1., 1.]))
+    """
     return float(r @ r), r, torch.ones_like(r)
 
 
@@ -46,10 +52,19 @@ def minimise_by_products(
     surrogate: PointResidual | None = None,
     cost_of: Cost = squares,
 ) -> Iterator[tuple[float, Tensor]]:
-    """Minimise |r(x)|^2: take the step of `ByProducts` if it helps; yields (|r|^2, x) at every product.
+    """Nonlinear least squares of a large problem, whose Jacobian is never formed.
+
+    Minimise |r(x)|^2: take the step of `ByProducts` if it helps; yields (|r|^2, x) at every product.
 
     The search ends after `steps` linear solves, two steps in a row that help by less than the share `gain`, or where no
     damping helps. x is the same tensor until a step is taken.
+
+    >>> def residual(x, /, *, create_graph=False):
+    ...     return (x.square() - 2).flatten()
+    >>> start = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
+    >>> *_, (cost, x) = minimise_by_products(residual, start, torch.Generator().manual_seed(0), steps=20)
+    >>> x.round(decimals=4).flatten()
+    tensor([1.4142, 1.4142], dtype=torch.float64)
     """
     solver = ByProducts(residual, rng, inner=inner, tolerance=tolerance, surrogate=surrogate, cost_of=cost_of)
     search = damped_gauss_newton(
@@ -69,7 +84,9 @@ def minimise_by_products(
 
 
 class ByProducts:
-    """The linear solver of one large problem: (J^T D J + damping s I) d = -J^T r without matrices, D the curvature.
+    """Steps of a large problem, by multiplying with its Jacobian alone.
+
+    The linear solver of one large problem: (J^T D J + damping s I) d = -J^T r without matrices, D the curvature.
 
     J v is a forward difference, J^T u reverse mode. The preconditioner is G (x) I_p, G [n, n] the Gram matrix of the
     examples' influence, G_ij = <J (e_i u^T), J (e_j u^T)> at a random unit u: examples of one class weigh on a gradient
@@ -81,6 +98,14 @@ class ByProducts:
 
     With `surrogate` J is its Jacobian instead: a smooth neighbour of residuals that jump. |r| is still what falls, so a
     solution r = 0 stays one.
+
+    >>> def residual(x, /, *, create_graph=False):
+    ...     return (x - 4).flatten()
+    >>> x = torch.tensor([[[1.0], [2.0]]], dtype=torch.float64)
+    >>> steps = ByProducts(residual, torch.Generator().manual_seed(0))(x, x.flatten(1) - 4, torch.tensor([0]))
+    >>> *_, step = steps(torch.tensor([1e-9]), torch.tensor([0]))
+    >>> step.round(decimals=4).flatten()
+    tensor([3., 2.], dtype=torch.float64)
     """
 
     def __init__(
@@ -122,7 +147,14 @@ class ByProducts:
 
 
 class System:
-    """The residuals at a point and the products with their Jacobian J there."""
+    """A problem made linear at a point.
+
+    The residuals there and the products with their Jacobian J there.
+
+    >>> system = System(lambda x, create_graph=False: x.square().flatten(), torch.tensor([[1.0, 2.0]]).double())
+    >>> system.push(torch.tensor([[1.0, 1.0]])).round(decimals=4), system.pull(torch.tensor([1.0, 1.0]))
+    (tensor([2., 4.], dtype=torch.float64), tensor([[2., 4.]], dtype=torch.float64))
+    """
 
     def __init__(self, residual: PointResidual, x: Tensor) -> None:
         self.residual, self.x = residual, x.clone().requires_grad_()
@@ -147,7 +179,15 @@ class System:
 
 
 def conjugate_gradients(apply: Apply, b: Tensor, precondition: Apply, steps: int, tolerance: float) -> Iterator[Tensor]:
-    """Iterates of the solution of A x = b for a symmetric positive definite A; b may have any shape."""
+    """The solution of A x = b from products with A alone, better with every one.
+
+    Iterates of the solution of A x = b for a symmetric positive definite A; b may have any shape.
+
+    >>> A, b = torch.diag(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 1.0])
+    >>> *_, x = conjugate_gradients(A.matmul, b, lambda v: v, 5, 1e-6)
+    >>> x.round(decimals=4)
+    tensor([1.0000, 0.5000])
+    """
     x, residual = torch.zeros_like(b), b.clone()
     z = precondition(residual)
     direction, size = z, float((residual * z).sum())
@@ -168,9 +208,15 @@ def conjugate_gradients(apply: Apply, b: Tensor, precondition: Apply, steps: int
 
 
 def resized(residual: PointResidual, x: Tensor) -> Tensor:
-    """x with examples halved or doubled, one after the other, where that lowers |r|^2.
+    """Examples doubled or halved where that fits better.
+
+    x with examples halved or doubled, one after the other, where that lowers |r|^2.
 
     An example grown to half its size can be a local minimum: what it lacks in size its share of the gradient makes up.
+
+    >>> resized(lambda x, create_graph=False: (x - 4).flatten(), torch.tensor([[2.0], [4.0]]))
+    tensor([[4.],
+            [4.]])
     """
     least = float(residual(x).detach().square().sum())
     for i in range(len(x)):
@@ -184,9 +230,15 @@ def resized(residual: PointResidual, x: Tensor) -> Tensor:
 
 
 def example_gram(push: Apply, x: Tensor, entries: int, rng: torch.Generator, weight: Tensor | None = None) -> Tensor:
-    """G_ij = <J (e_i u^T), J (e_j u^T)> [n, n] at a random unit vector u; its mean diagonal times I where too large.
+    """How much the examples of a batch get in each other's way.
+
+    G_ij = <J (e_i u^T), J (e_j u^T)> [n, n] at a random unit vector u; its mean diagonal times I where too large.
 
     `weight` [e] weighs the entries.
+
+    >>> example_gram(lambda v: v.sum(0), torch.zeros(2, 1), 1, torch.Generator().manual_seed(0))  # of one effect
+    tensor([[1., 1.],
+            [1., 1.]])
     """
     n = len(x)
     u = torch.randn(x.shape[1:], generator=rng, dtype=torch.float64).to(x)

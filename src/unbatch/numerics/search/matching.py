@@ -1,4 +1,4 @@
-"""Gradient matching: objectives between updates, and two first-order searches that yield after every evaluation.
+"""Gradient matching: how far two updates are apart, and the two published searches that make it small.
 
 An update is a sequence of tensors. A search is a generator of (objective, point), so that its caller can time it, judge
 the points and stop it; the point is the one at which the objective was taken.
@@ -18,14 +18,27 @@ Evaluations = Iterator[tuple[float, Tensor]]
 
 
 def squared_difference(found: Sequence[Tensor], seen: Sequence[Tensor]) -> Tensor:
-    """sum |found - seen|^2 over all entries."""
+    """How far two updates are apart, squared.
+
+    sum |found - seen|^2 over all entries.
+
+    >>> squared_difference([torch.ones(2), torch.zeros(1)], [torch.zeros(2), torch.zeros(1)])
+    tensor(2.)
+    """
     return norm_squared([a - b for a, b in zip(found, seen, strict=True)])
 
 
 def cosine_distance(found: Sequence[Tensor], seen: Sequence[Tensor], square: Tensor | None = None) -> Tensor:
-    """1 - <found, seen> / (|found| |seen|), all parameters as one vector; 1 where either is zero.
+    """How far two updates point apart, whatever their sizes.
+
+    1 - <found, seen> / (|found| |seen|), all parameters as one vector; 1 where either is zero.
 
     `square` is |seen|^2, where it is at hand.
+
+    >>> cosine_distance([torch.tensor([1.0, 0.0])], [torch.tensor([2.0, 0.0])])
+    tensor(0.)
+    >>> cosine_distance([torch.tensor([1.0, 0.0])], [torch.tensor([0.0, 3.0])])
+    tensor(1.)
     """
     product = torch.stack([(a * b).sum() for a, b in zip(found, seen, strict=True)]).sum()
     squares = [norm_squared(found), norm_squared(seen) if square is None else square]
@@ -34,12 +47,24 @@ def cosine_distance(found: Sequence[Tensor], seen: Sequence[Tensor], square: Ten
 
 
 def norm_squared(update: Sequence[Tensor]) -> Tensor:
-    """sum |update|^2 over all entries."""
+    """The size of an update, squared.
+
+    sum |update|^2 over all entries.
+
+    >>> norm_squared([torch.tensor([3.0]), torch.tensor([[4.0]])])
+    tensor(25.)
+    """
     return torch.stack([t.square().sum() for t in update]).sum()
 
 
 def total_variation(pictures: Tensor) -> Tensor:
-    """Mean absolute difference of neighbours along each of the last two axes [..., h, w], added."""
+    """How rough pictures are.
+
+    Mean absolute difference of neighbours along each of the last two axes [..., h, w], added.
+
+    >>> total_variation(torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    tensor(1.)
+    """
     down, across = pictures.diff(dim=-2).abs(), pictures.diff(dim=-1).abs()
     return sum((part.mean() for part in (down, across) if part.numel()), pictures.new_zeros(()))
 
@@ -47,9 +72,15 @@ def total_variation(pictures: Tensor) -> Tensor:
 def signed_adam(
     objective: Objective, start: Tensor, *, steps: int, rate: float = 0.1, box: float | None = None, decay: bool = True
 ) -> Evaluations:
-    """Adam on the sign of the gradient, within [-box, box].
+    """The search of Geiping et al.: every entry moves by the same amount.
+
+    Adam on the sign of the gradient, within [-box, box].
 
     With `decay` the rate falls tenfold after 3/8, 5/8 and 7/8 of the steps.
+
+    >>> *_, (value, x) = signed_adam(lambda x: (x - 0.5).square().sum(), torch.zeros(1, 2), steps=100)
+    >>> bool((x - 0.5).abs().max() < 0.01)
+    True
     """
     point = start.detach().clone().requires_grad_()
     adam = torch.optim.Adam([point], lr=rate)
@@ -67,7 +98,14 @@ def signed_adam(
 
 
 def lbfgs(objective: Objective, start: Tensor, *, steps: int, rate: float = 1.0, history: int = 100) -> Evaluations:
-    """L-BFGS with steps of fixed length `rate`; ends early where the objective is no longer finite."""
+    """The search of Zhu et al.: L-BFGS.
+
+    L-BFGS with steps of fixed length `rate`; ends early where the objective is no longer finite.
+
+    >>> *_, (value, x) = lbfgs(lambda x: (x - 0.5).square().sum(), torch.zeros(1, 2), steps=5)
+    >>> x.round(decimals=4)
+    tensor([[0.5000, 0.5000]])
+    """
     point = start.detach().clone().requires_grad_()
     solver = torch.optim.LBFGS(
         [point], lr=rate, max_iter=1, history_size=history, tolerance_grad=0, tolerance_change=0

@@ -29,10 +29,17 @@ CURVATURE_ROUNDINGS = 100  # roundings of the residual above which a curvature i
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """The linear solver of small problems: (J^T J + damping s I) d = -J^T r by LU, s the mean diagonal of J^T J.
+    """Steps of many small problems at once, by factoring their normal equations.
+
+    The linear solver of small problems: (J^T J + damping s I) d = -J^T r by LU, s the mean diagonal of J^T J.
 
     With `pull` the step follows the geodesic to second order (Transtrum and Sethna, arXiv:1201.5885): d + d' with
     (J^T J + damping s I) d' = -J^T r''(d, d) / 2, refused where 2 |d'| > LARGEST_TURN |d|.
+
+    >>> solver = NormalEquations(lambda x, i: x - 4, lambda x, i: (torch.ones(len(x), 1, 1).double(), x - 4))
+    >>> x = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    >>> next(solver(x, x - 4, torch.arange(2))(torch.zeros(2), torch.arange(2))).flatten()
+    tensor([3., 2.], dtype=torch.float64)
     """
 
     residual: Residuals

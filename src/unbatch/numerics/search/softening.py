@@ -23,13 +23,21 @@ _LEAKY = {F.leaky_relu, F.leaky_relu_}
 
 
 class Softened(TorchFunctionMode):
-    """Inside the block relu, leaky relu and max pooling are rounded at `sharpness` b; b = inf leaves them as they are.
+    """A network's kinks rounded while a block runs, so that a search can follow its gradients.
+
+    Inside the block relu, leaky relu and max pooling are rounded at `sharpness` b; b = inf leaves them as they are.
 
     Of a window's k numbers max pooling then takes log(mean exp(b z / s)) s / b: their mean at b = 0, their maximum at inf.
     Only in two dimensions, without padding or dilation.
 
     The spreads s are those of the first block after a change of `sharpness`, by order of call, and stay fixed, so that
     the network is one fixed function. Later blocks may run it several times.
+
+    >>> x = torch.tensor([-1.0, 0.0, 1.0])
+    >>> with Softened(4.0):
+    ...     soft = torch.relu(x)
+    >>> bool((soft > torch.relu(x)).all())
+    True
     """
 
     def __init__(self, sharpness: float = math.inf) -> None:
@@ -37,6 +45,7 @@ class Softened(TorchFunctionMode):
         self.sharpen(sharpness)
 
     def sharpen(self, sharpness: float) -> None:
+        """Round kinks at another sharpness from the next block on, whose spreads are then the ones that count."""
         self.sharpness = sharpness
         self._spreads: list[Tensor] = []
         self._call, self._fixed = 0, False
@@ -99,10 +108,18 @@ def _pair(n: Any) -> tuple[int, int]:
 def has_kinks(
     update: Callable[[Tensor], Sequence[Tensor]], x: Tensor, rng: torch.Generator, *, reach: float, fall: float = 20.0
 ) -> bool:
-    """Whether the update jumps or bends along a random line of length `reach` an entry through x, as of relu networks.
+    """Whether a network's gradients jump or bend, as those of relu do.
+
+    Whether the update jumps or bends along a random line of length `reach` an entry through x, as of relu networks.
 
     Second differences of a smooth function fall 64-fold when the step is cut to an eighth, those of a function with
     bends 8-fold, with many small jumps about 3-fold; below `fall` counts as kinked.
+
+    >>> x, rng = torch.linspace(-1, 1, 1000, dtype=torch.float64), torch.Generator().manual_seed(0)
+    >>> has_kinks(lambda x: [(x > 0).double()], x, rng, reach=0.1)  # the derivative of relu
+    True
+    >>> has_kinks(lambda x: [x**3], x, rng, reach=0.1)
+    False
     """
     direction = reach * torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x)
     middle = update(x)

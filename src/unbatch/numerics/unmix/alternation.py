@@ -32,7 +32,14 @@ GRAPH_STEPS = 2  # steps of an entry towards the graph
 
 @dataclass(frozen=True)
 class Slopes:
-    """delta_j = g(p_j) (on_j . a), g tabulated between -reach and reach and constant beyond."""
+    """How each neuron's delta follows from its preactivation, tabulated.
+
+    delta_j = g(p_j) (on_j . a), g tabulated between -reach and reach and constant beyond.
+
+    >>> told = Slopes(on=torch.ones(3, 1), slope=torch.linspace(-1, 1, TABLE_POINTS), reach=2.0)
+    >>> told(torch.tensor([1.0]))  # g and g'
+    (tensor([0.5000]), tensor([0.5000]))
+    """
 
     on: Tensor  # [m, k - 1]
     slope: Tensor  # [TABLE_POINTS]: g
@@ -59,9 +66,17 @@ class Slopes:
 
 
 def slopes(mixture: Mixture, z: Tensor, rng: torch.Generator) -> Slopes | None:
-    """The slopes for guesses about as large as z [g, n]; None where deltas are no such product, or g jumps.
+    """The table of slopes of a network with one hidden layer and a smooth activation.
+
+    The slopes for guesses about as large as z [g, n]; None where deltas are no such product, or g jumps.
 
     The difference of two labels' deltas then is one function of each neuron's preactivation alone, up to a factor.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> mixture, z, y = made_mixture(4)
+    >>> slopes(mixture, z, rng) is None, slopes(made_mixture(4, torch.relu)[0], z, rng) is None
+    (False, True)
     """
     if not 2 <= mixture.classes <= MOST_CLASSES or not len(z):
         return None
@@ -87,9 +102,19 @@ def slopes(mixture: Mixture, z: Tensor, rng: torch.Generator) -> Slopes | None:
 
 
 def approach(mixture: Mixture, slopes: Slopes, z: Tensor, y: Tensor, *, steps: int = ALTERNATIONS) -> Tensor:
-    """z [g, n] moved towards examples with the labels y [g], often to within a few per cent of one; in float32.
+    """Rough guesses moved near to examples.
+
+    z [g, n] moved towards examples with the labels y [g], often to within a few per cent of one; in float32.
 
     Some go astray: what does not come to fit its equation several times better stays as it was.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> mixture, z, y = made_mixture(4)
+    >>> guesses = mixture.scaled(z + 0.1 * torch.randn(4, 4, generator=rng, dtype=torch.float64))
+    >>> moved = approach(mixture, slopes(mixture, z, rng), guesses, y)
+    >>> bool((moved - z).norm() <= (guesses - z).norm())
+    True
     """
     if not len(z):  # a start may have no guess
         return z

@@ -1,4 +1,7 @@
-"""Equation: U S q = F(z, y) for one example of a mixture at a time; labels that fit it, its solution, its acceptance."""
+"""Equation: what each example of a mixture obeys by itself, labels and targets that fit it, its solution, its acceptance.
+
+U S q = F(z, y): some combination q of the gradient's columns is the example's own delta.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,18 @@ JACOBIAN_ENTRIES = 2**25  # of a Jacobian held at once: 256 MiB
 
 
 class Equation:
-    """Residuals ((I - U U^T) F / |F|, q . z - 1) of candidates z [g, n], and their derivative; q is eliminated.
+    """The equation that each example obeys by itself, its residuals and their derivatives.
+
+    Residuals ((I - U U^T) F / |F|, q . z - 1) of candidates z [g, n], and their derivative; q is eliminated.
 
     The first part cannot be made small by making F small, the second fixes the scale. Unknowns are steps along the rows
     `free` from z: those of z . ones = 1 in the span of the orthonormal rows `within`; real targets y are unknowns too.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> equation = Equation(mixture, z, y)
+    >>> bool(equation.residual(equation.start(), torch.arange(4)).abs().max() < 1e-10)
+    True
     """
 
     def __init__(self, mixture: Mixture, z: Tensor, y: Tensor, within: Tensor | None = None) -> None:
@@ -45,6 +56,7 @@ class Equation:
         return self.z[which] + x[:, :r] @ self.free, y + x[:, r:] * self.units[which] if self.real else y
 
     def residual(self, x: Tensor, which: Tensor) -> Tensor:
+        """The residuals [q, m + 1] of candidates `which` [q] at the unknowns x [q, unknowns]."""
         z, y = self.at(x, which)
         F = self.mixture.F(z, y)
         return self._residual(F, F @ self.mixture.U, z)
@@ -117,9 +129,16 @@ class Equation:
 
 
 def choose_labels(mixture: Mixture, z: Tensor, classes: Tensor) -> Tensor:
-    """The class [g] whose delta lies nearest to the span of the gradient's columns.
+    """The label that fits each candidate best.
+
+    The class [g] whose delta lies nearest to the span of the gradient's columns.
 
     Two classes have parallel deltas of opposite signs, so where two fit alike that with q . z > 0 is chosen.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> bool((choose_labels(mixture, z, torch.arange(4)) == y).all())
+    True
     """
     outside = label_misfits(mixture, z, classes)
     if len(classes) < 2 or not len(z):
@@ -132,7 +151,17 @@ def choose_labels(mixture: Mixture, z: Tensor, classes: Tensor) -> Tensor:
 
 
 def choose_targets(mixture: Mixture, z: Tensor) -> Tensor:
-    """Real targets [g, k] that fit z [g, n] best: F is affine in y, so a linear least-squares problem with q . z = 1."""
+    """The regression target that fits each candidate best.
+
+    Real targets [g, k] that fit z [g, n] best: F is affine in y, so a linear least-squares problem with q . z = 1.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> from dataclasses import replace
+    >>> mixture, z, _ = made_mixture(4)
+    >>> deltas = lambda before, y: (1 - before.tanh() ** 2) * (y @ torch.ones(2, before.shape[1]).double())
+    >>> choose_targets(replace(mixture, deltas=deltas, classes=0, targets=2), z).shape
+    torch.Size([4, 2])
+    """
     k = mixture.targets
     zero = z.new_zeros(len(z), k)
     F0 = mixture.F(z, zero)
@@ -151,11 +180,19 @@ def choose_targets(mixture: Mixture, z: Tensor) -> Tensor:
 
 
 def placed(mixture: Mixture, z: Tensor, classes: Tensor, *, finer: int = 1, within: Tensor | None = None) -> Tensor:
-    """Directions z [g, n] on the scale and with the sign that fit the equation best; in the span of the rows `within`.
+    """Directions given the size and the sign that fit best.
+
+    Directions z [g, n] on the scale and with the sign that fit the equation best; in the span of the rows `within`.
 
     z . ones = 1 alone is a poor ruler for rough directions, since ones is short where inputs have no mean: z may move along
     ones as well. Factors of 2^(j / 2) about the inputs' size |dL/dW| / |dL/db| are tried; without a bias, where the loss
     alone tells the scale, 2^(j / finer) about preactivations of size 1.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> again = placed(mixture, -3 * z, torch.arange(4))
+    >>> torch.allclose(again, z)
+    True
     """
     if not len(z) or (mixture.ones is not None and len(classes) > MANY_CLASSES):
         return mixture.scaled(z)
@@ -194,7 +231,18 @@ def polish(
     within: Tensor | None = None,
     geodesic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Levenberg-Marquardt on the equation of every candidate, along the geodesic: z [g, n], y, and the costs [g]."""
+    """Candidates improved, each by its own equation.
+
+    Levenberg-Marquardt on the equation of every candidate, along the geodesic: z [g, n], y, and the costs [g].
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> near = mixture.scaled(z + 0.01 * torch.randn(4, 4, generator=rng, dtype=torch.float64))
+    >>> found, labels, costs = polish(mixture, near, y)
+    >>> torch.allclose(found, z)
+    True
+    """
     equation = Equation(mixture, z, y, within)
     x, costs = minimise_each(
         equation.residual,
@@ -211,10 +259,17 @@ def polish(
 
 
 def accept(mixture: Mixture, z: Tensor, y: Tensor) -> Tensor:
-    """Numbers [f] of the candidates that are examples of this mixture, best first, no example twice.
+    """Which candidates are examples.
+
+    Numbers [f] of the candidates that are examples of this mixture, best first, no example twice.
 
     Accepted are those whose subtraction lowers the rank of A by one to within NOISE_SLACK times its noise, with |out| and
     |q . z - 1| small in themselves, so that noise cannot hide a phantom; two with q_i . z_j away from 0 are one.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> accept(mixture, torch.cat([z, mixture.scaled(z + 1)]), torch.cat([y, y])).sort().values
+    tensor([0, 1, 2, 3])
     """
     outside, excess, drop = misfits(mixture, z, y)
     good = (outside < 0.05) & (excess.abs() < 0.05) & (drop < NOISE_SLACK) & z.isfinite().all(1)
@@ -229,7 +284,15 @@ def accept(mixture: Mixture, z: Tensor, y: Tensor) -> Tensor:
 
 
 def explained(mixture: Mixture, z: Tensor, y: Tensor) -> bool:
-    """Whether all n examples together leave of A what noise leaves: |A - F^T Z| is within NOISE_SLACK times the noise's."""
+    """Whether the examples found leave nothing of the gradient but noise.
+
+    Whether all n examples together leave of A what noise leaves: |A - F^T Z| is within NOISE_SLACK times the noise's.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> explained(mixture, z, y), explained(mixture, z[:3], y[:3])
+    (True, False)
+    """
     F = mixture.F(z, y)
     left = float((mixture.U * mixture.S - F.T @ z).norm())
     rounding = mixture.rounding * float((F.norm(dim=1) * z.norm(dim=1)).square().sum().sqrt())
@@ -237,7 +300,13 @@ def explained(mixture: Mixture, z: Tensor, y: Tensor) -> bool:
 
 
 def complement(Q: Tensor, n: int) -> Tensor:
-    """Orthonormal rows [n - f, n] orthogonal to those of Q [f, n]."""
+    """The directions orthogonal to given ones.
+
+    Orthonormal rows [n - f, n] orthogonal to those of Q [f, n].
+
+    >>> complement(torch.tensor([[1.0, 0.0, 0.0]]), 3).shape
+    torch.Size([2, 3])
+    """
     if not len(Q):
         return torch.eye(n).to(Q)
     rest: Tensor = torch.linalg.svd(Q, full_matrices=True)[2][len(Q) :]

@@ -1,4 +1,7 @@
-"""Linearisation: products with the Jacobian of (z, y) -> sum_i F(z_i, y_i) z_i^T in a mixture, and least squares in it."""
+"""Linearisation: how a mixture's gradient moves when its examples do, and the move that explains a given difference.
+
+J is the Jacobian of (z, y) -> sum_i F(z_i, y_i) z_i^T, known by its products alone.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,18 @@ GRAM_DIRECTIONS = 4  # directions that a preconditioner is averaged over
 
 
 class Linearisation:
-    """J at examples z [g, n] with labels y; steps v [g, n + k] move z on z . ones = 1 and real targets y, if y is real.
+    """How the gradient moves when the examples do, by products alone.
+
+    J at examples z [g, n] with labels y; steps v [g, n + k] move z on z . ones = 1 and real targets y, if y is real.
 
     J v = dF^T z + F^T dz, dF_i = H_i (W^T dz_i) + (dF / dy) dy_i, H_i the Hessian of the loss in the preactivations: delta
     is a gradient, so H_i is symmetric and reverse mode gives its products.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> at = Linearisation(mixture, z, y)
+    >>> at.push(torch.ones(4, 4).double()).shape, bool(at.left().abs().max() < 1e-10)
+    (torch.Size([80, 4]), True)
     """
 
     def __init__(self, mixture: Mixture, z: Tensor, y: Tensor) -> None:
@@ -34,6 +45,7 @@ class Linearisation:
         return self.mixture.U * self.mixture.S - self.F.T @ self.z
 
     def moved(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """z [g, n] and y after the step v [g, n + k]."""
         n = self.mixture.n
         return self.z + v[:, :n], self.y + v[:, n:] if self.columns.shape[2] else self.y
 

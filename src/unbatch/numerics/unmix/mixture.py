@@ -22,7 +22,17 @@ MOST_CLASSES = 128  # beyond which residuals have too many unknowns
 
 @dataclass(frozen=True)
 class Mixture:
-    """U S = sum_i delta_i z_i^T. `deltas` is a gradient with respect to its first argument, example by example."""
+    """A dense layer's gradient in few coordinates: the sum of one product for each example of the batch.
+
+    U S = sum_i delta_i z_i^T. `deltas` is a gradient with respect to its first argument, example by example.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> mixture.n, mixture.before(z).shape, mixture.F(z, y).shape
+    (4, torch.Size([4, 80]), torch.Size([4, 80]))
+    >>> (mixture.dual(mixture.F(z, y)) @ z.T).round(decimals=6).diagonal()  # q_i . z_i = 1
+    tensor([1., 1., 1., 1.], dtype=torch.float64)
+    """
 
     U: Tensor  # [m, n] orthonormal columns
     S: Tensor  # [n] descending
@@ -39,6 +49,7 @@ class Mixture:
 
     @property
     def n(self) -> int:
+        """How many examples are mixed."""
         return len(self.S)
 
     def before(self, z: Tensor) -> Tensor:
@@ -98,11 +109,19 @@ class Mixture:
 
 
 def misfits(mixture: Mixture, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """|F - U U^T F| / |F| [g], q . z - 1 [g], and how far A - F z~^T is from losing a rank [g], as a multiple of the noise.
+    """How badly candidates solve the equation of an example, in three measures.
+
+    |F - U U^T F| / |F| [g], q . z - 1 [g], and how far A - F z~^T is from losing a rank [g], as a multiple of the noise.
 
     (A - F z^T) q = (1 - q . z) F - (F - U U^T F), so the least singular value of the difference is at most the last
     over |q|. A phantom (F near 0, or F not of this batch) fails one of the first two. The noise is that of A, and that of
     F over |q|.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> outside, excess, drop = misfits(mixture, z, y)
+    >>> bool(outside.max() < 1e-10), bool(misfits(mixture, 1.1 * z, y)[0].min() > 1e-3)
+    (True, True)
     """
     F = mixture.F(z, y)
     q = mixture.dual(F)
@@ -114,7 +133,15 @@ def misfits(mixture: Mixture, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def label_misfits(mixture: Mixture, z: Tensor, classes: Tensor, *, chunk: int = 2**24) -> Tensor:
-    """|F - U U^T F| / |F| [g, k] of z [g, n] under each of the classes [k]."""
+    """How badly candidates solve the equation under each class.
+
+    |F - U U^T F| / |F| [g, k] of z [g, n] under each of the classes [k].
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> bool((label_misfits(mixture, z, torch.arange(4)).argmin(1) == y).all())
+    True
+    """
     g, k, m = len(z), len(classes), mixture.U.shape[0]
     found = []
     for part in torch.split(z, max(1, chunk // (k * m))):

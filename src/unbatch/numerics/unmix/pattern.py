@@ -1,7 +1,13 @@
-"""Pattern: which neurons an example switches on, from a rough guess, by a convex relaxation.
+"""Pattern: which neurons an example switches on, found from a rough guess by linear programs.
 
-Behind one layer of switches (relu, leaky relu, hardtanh) every row of a delta is one of two values, off_j . a or on_j . a,
-with a the residual: off a + s (on - off) a with s in {0, 1}^m. It lies in the range of U, which has n of m dimensions;
+An exact pattern gives the example exactly, since the network is linear as long as no neuron switches. Few guesses are good
+enough to have it, but a guess with one neuron in six on the wrong side leads to it, in three steps: each neuron's odds to
+be on are read off the guess; a linear program finds the pattern that suits these odds best among all that the gradient
+allows; least absolute deviations and rounding mend the last neurons.
+
+Why a program: behind one layer of switches (relu, leaky relu, hardtanh) every row of a delta is one of two values,
+off_j . a or on_j . a, with a the residual: off a + s (on - off) a with s in {0, 1}^m. It lies in the range of U, which has
+n of m dimensions;
 a generic subspace of n < m / 2 dimensions would hold of the cube but its corner 0, so what it does hold, the examples'
 patterns span. Hence maximise sum_j l_j s_j over the cube, l the log odds that a guess gives the neurons: a linear program,
 whose maximum is about an example's pattern even where one sign in six of the guess is wrong. The pattern is also that of
@@ -51,7 +57,17 @@ ROUGH_DISTANCE = 0.15  # relative distance to a pattern's delta above which what
 
 @dataclass(frozen=True)
 class Switches:
-    """The two values of the deltas' rows: off_j . a and on_j . a, a [k] a residual."""
+    """The two values that each neuron's delta takes: with the neuron off, and with it on.
+
+    The two values of the deltas' rows: off_j . a and on_j . a, a [k] a residual.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> two = switches(mixture, rng)
+    >>> two.at(torch.tensor([[-1.0] * 80, [1.0] * 80]).double()).double().mean(1)  # relu: on above 0
+    tensor([0., 1.], dtype=torch.float64)
+    """
 
     off: Tensor  # [m, k]
     on: Tensor  # [m, k]
@@ -94,7 +110,15 @@ class Switches:
 
 
 def switches(mixture: Mixture, rng: torch.Generator) -> Switches | None:
-    """The two values, if the difference of two labels' deltas has two values a row and no more, whatever other rows do."""
+    """What a layer of switches does, found by trying; None where the activation is no switch.
+
+    The two values, if the difference of two labels' deltas has two values a row and no more, whatever other rows do.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> switches(made_mixture(4)[0], rng) is None, switches(made_mixture(4, torch.relu)[0], rng) is None
+    (True, False)
+    """
     if not 2 <= mixture.classes <= MOST_CLASSES:
         return None
     m = mixture.U.shape[0]
@@ -130,7 +154,14 @@ def switches(mixture: Mixture, rng: torch.Generator) -> Switches | None:
 
 @dataclass(frozen=True)
 class Corners:
-    """Corners of the cube that programs ended near, one a guess."""
+    """Patterns of on and off that guesses led to.
+
+    Corners of the cube that programs ended near, one a guess.
+
+    >>> none = torch.zeros(0, 5)
+    >>> len(Corners(none.bool(), none, none.sum(1), torch.zeros(0, 2)).pattern)
+    0
+    """
 
     pattern: Tensor  # [g, m]
     delta: Tensor  # [g, m] what the programs ended at
@@ -142,7 +173,17 @@ class Corners:
 
 
 def relax(mixture: Mixture, rest: Mixture, two: Switches, z: Tensor, y: Tensor) -> Corners:
-    """Corners near the patterns of guesses z [g, n] with labels y; `rest` is the mixture less the examples found."""
+    """The patterns of on and off to which guesses lead.
+
+    Corners near the patterns of guesses z [g, n] with labels y; `rest` is the mixture less the examples found.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> corners = relax(mixture, mixture, switches(mixture, rng), z, y)
+    >>> bool((corners.pattern == (mixture.before(z) > 0)).double().mean() > 0.95)
+    True
+    """
     if not len(z):  # a start may have no guess
         none = z.new_zeros(0, len(mixture.U))
         return Corners(none.bool(), none, none.sum(1), z @ rest.basis.T)
@@ -157,10 +198,20 @@ def relax(mixture: Mixture, rest: Mixture, two: Switches, z: Tensor, y: Tensor) 
 
 
 def turned(mixture: Mixture, rest: Mixture, two: Switches, corners: Corners, programs: tuple[int, int]) -> Corners:
-    """Corners that the same guesses lead to by TURNS more of `programs`, rounds and steps.
+    """The same patterns, after the guesses were brought to agree with them a few times.
+
+    Corners that the same guesses lead to by TURNS more of `programs`, rounds and steps.
 
     Programs know the deltas' space alone, and end at examples that are found, too. In between the guesses are brought to
     agree with their patterns in the space of the others' preactivations.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> two = switches(mixture, rng)
+    >>> later = turned(mixture, mixture, two, relax(mixture, mixture, two, z, y), SHORT_PROGRAMS)
+    >>> bool((later.pattern == (mixture.before(z) > 0)).double().mean() > 0.9)
+    True
     """
     if not len(corners.x):
         return corners
@@ -177,7 +228,17 @@ def turned(mixture: Mixture, rest: Mixture, two: Switches, corners: Corners, pro
 
 
 def own(two: Switches, before: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Patterns of preactivations [g, m] and the deltas [g, m] with them that are nearest to given ones."""
+    """The patterns that guesses have as they are.
+
+    Patterns of preactivations [g, m] and the deltas [g, m] with them that are nearest to given ones.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> pattern, delta = own(switches(mixture, rng), mixture.before(z), mixture.F(z, y))
+    >>> torch.equal(pattern, mixture.before(z) > 0), torch.allclose(delta, mixture.F(z, y))
+    (True, True)
+    """
     pattern = two.at(before)
     off, on = two.ends(two.residual(pattern, delta))
     return pattern, torch.where(pattern, on, off)
@@ -194,10 +255,19 @@ def _in_parts(ends: Callable[[Tensor], Corners], g: int, chunk: int = 512) -> Co
 
 
 def agreeing(rest: Mixture, two: Switches, pattern: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [g, r] in the rest, and its preactivations [g, m], moved towards those that have the pattern [g, m].
+    """Guesses moved towards examples that have a given pattern of on and off.
+
+    x [g, r] in the rest, and its preactivations [g, m], moved towards those that have the pattern [g, m].
 
     Expectation and maximisation of a probit model: preactivations are x W with a normal error of AGREEMENT_SPREAD
     deviations, and what is known of them is the pattern, right or wrong. One product with the same matrix a step for all.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> x, before = agreeing(mixture, switches(mixture, rng), mixture.before(z) > 0, z)
+    >>> x.shape, before.shape
+    (torch.Size([4, 4]), torch.Size([4, 80]))
     """
     G = rest.W @ rest.W.T
     G.diagonal().add_(1e-9 * G.diagonal().mean() + 1e-300)
@@ -256,11 +326,20 @@ def _odds(two: Switches, before: Tensor) -> Tensor:
 
 
 def finish(mixture: Mixture, two: Switches, pattern: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Dual vectors q [g, n] beside rough patterns and deltas [g, m], their own patterns, and the share [g] of exact rows.
+    """Rough patterns made exact, and with them the dual vectors of examples.
+
+    Dual vectors q [g, n] beside rough patterns and deltas [g, m], their own patterns, and the share [g] of exact rows.
 
     Least absolute deviations mend most of the wrong rows. Then the pattern is what U S q rounds to, and its residual
     the one with which its delta lies in the range of U: the least singular vector of (I - U U^T) columns(pattern). Where
     not SURE_SHARE of the rows are exact then, deviations begin anew from that pattern.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> q, pattern, share = finish(mixture, switches(mixture, rng), mixture.before(z) > 0, mixture.F(z, y))
+    >>> bool((share > SURE_SHARE).all()), torch.equal(pattern, mixture.before(z) > 0)
+    (True, True)
     """
     c, pattern, share = _finish(mixture, two, pattern, delta @ mixture.U)
     for _ in range(PATTERN_RESTARTS):
@@ -301,7 +380,15 @@ def _rounded(mixture: Mixture, two: Switches, pattern: Tensor, c: Tensor) -> tup
 
 
 def apart(corners: Corners, known: Tensor, most: int, *, near: float = NEAR_PATTERN) -> Corners:
-    """Up to `most` corners, the least far off first, near neither a known pattern [f, m] nor each other."""
+    """The best of the patterns that are not of one example.
+
+    Up to `most` corners, the least far off first, near neither a known pattern [f, m] nor each other.
+
+    >>> pattern = torch.tensor([[True] * 50, [True] * 50, [False] * 50])
+    >>> corners = Corners(pattern, pattern.double(), torch.tensor([0.02, 0.01, 0.03]), torch.zeros(3, 2))
+    >>> apart(corners, pattern[:0], 3).off
+    tensor([0.0100, 0.0300])
+    """
     rows, off = corners.pattern.float(), corners.off
     kept: list[int] = []
     gone = ~(off <= ROUGH_DISTANCE)

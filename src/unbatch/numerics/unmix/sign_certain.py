@@ -1,4 +1,4 @@
-"""Sign-certain rows: dual vectors of a mixture under a piecewise linear activation.
+"""Sign-certain rows: examples isolated exactly where the network is linear between kinks, as with relu.
 
 Where the activation is piecewise linear, delta_i = G(z_i) a for a few columns G(z) that depend on z through the signs of
 the preactivations only. A rough z gives most signs right, so U c = G a holds exactly on most rows and is broken by the
@@ -20,7 +20,15 @@ EXACT_STEPS = 4  # last of the reweighted steps that are taken in float64; those
 
 
 def piecewise_linear(mixture: Mixture, rng: torch.Generator) -> bool:
-    """Whether deltas are piecewise constant up to the residual: two labels' difference stays as z moves a little."""
+    """Whether the network is linear between kinks, as with relu.
+
+    Whether deltas are piecewise constant up to the residual: two labels' difference stays as z moves a little.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> piecewise_linear(made_mixture(4, torch.relu)[0], rng), piecewise_linear(made_mixture(4)[0], rng)
+    (True, False)
+    """
     z = torch.randn(2, mixture.n, generator=rng, dtype=torch.float64).to(mixture.U)
     z = mixture.scaled(z) if mixture.ones is not None else z
     a, b = fan(mixture, z, None), fan(mixture, z * (1 + 1e-7), None)
@@ -30,7 +38,16 @@ def piecewise_linear(mixture: Mixture, rng: torch.Generator) -> bool:
 
 
 def layered(mixture: Mixture, rng: torch.Generator) -> bool:
-    """Whether kinks above the layer's own change its active rows too, so that only rows of exact zeros are certain."""
+    """Whether layers above have kinks of their own.
+
+    Whether kinks above the layer's own change its active rows too, so that only rows of exact zeros are certain.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> layered(mixture, rng)
+    False
+    """
     z = torch.randn(4, mixture.n, generator=rng, dtype=torch.float64).to(mixture.U)
     near = mixture.scaled(z * (1 + 0.1 * torch.randn(z.shape, generator=rng, dtype=torch.float64).to(z)))
     z = mixture.scaled(z)
@@ -42,14 +59,30 @@ def layered(mixture: Mixture, rng: torch.Generator) -> bool:
 
 
 def zeroed(mixture: Mixture, rng: torch.Generator) -> bool:
-    """Whether a good part of a delta's entries is exactly zero, as behind relu and hardtanh."""
+    """Whether neurons that are off give exact zeros.
+
+    Whether a good part of a delta's entries is exactly zero, as behind relu and hardtanh.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> zeroed(made_mixture(4, torch.relu)[0], rng), zeroed(made_mixture(4)[0], rng)
+    (True, False)
+    """
     z = torch.randn(4, mixture.n, generator=rng, dtype=torch.float64).to(mixture.U)
     F = mixture.F(mixture.scaled(z), torch.zeros(4, dtype=torch.long, device=z.device))
     return float((F == 0).double().mean()) > 0.1
 
 
 def fan(mixture: Mixture, z: Tensor, y: Tensor | None) -> Tensor:
-    """Columns [g, m, k] whose combinations the delta of z is: one a class, or one an entry of a real target."""
+    """The few columns of which an example's delta is a combination.
+
+    Columns [g, m, k] whose combinations the delta of z is: one a class, or one an entry of a real target.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> fan(mixture, z, None).shape  # one for each class
+    torch.Size([4, 80, 4])
+    """
     if mixture.classes and (mixture.classes <= RESIDUAL_COLUMNS or y is None):
         classes = torch.arange(min(mixture.classes, RESIDUAL_COLUMNS), device=z.device)
         return torch.stack([mixture.F(z, c.expand(len(z))) for c in classes], 2)
@@ -63,10 +96,19 @@ def fan(mixture: Mixture, z: Tensor, y: Tensor | None) -> Tensor:
 def isolate(
     mixture: Mixture, z: Tensor, y: Tensor | None = None, *, steps: int = 15, spread: float = 0.3, zeros: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Dual vectors q [g, n], q . z = 1, and the share [g] of live rows on which U S q = G a holds exactly.
+    """Exact dual vectors of examples from rough guesses, where the network is linear between kinks.
+
+    Dual vectors q [g, n], q . z = 1, and the share [g] of live rows on which U S q = G a holds exactly.
 
     Weights begin at 1 / P(sign of row j is wrong) under an error of z whose preactivations have `spread` times their own
     standard deviation. With `zeros` only rows on which G vanishes count.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(2, torch.relu)
+    >>> q, share = isolate(mixture, z)
+    >>> (q @ z.T).round(decimals=6).abs()
+    tensor([[1., 0.],
+            [0., 1.]], dtype=torch.float64)
     """
     parts = _parts(mixture, len(z))
     found = [_isolate(mixture, z[i], None if y is None else y[i], steps, spread, zeros, pairs) for i, pairs in parts]
@@ -92,7 +134,17 @@ def _isolate(
 def deviations(
     mixture: Mixture, columns: Callable[[Tensor], Tensor], tie: Tensor, *, steps: int = 12
 ) -> tuple[Tensor, Tensor]:
-    """The same with G = columns(numbers) [g, m, k] given: c = S q [g, n] on the side of tie [g, n], and the share [g]."""
+    """Combinations of the gradient's columns that agree exactly with given columns on as many rows as can be.
+
+    The same with G = columns(numbers) [g, m, k] given: c = S q [g, n] on the side of tie [g, n], and the share [g].
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> G = fan(mixture, z, None)
+    >>> c, share = deviations(mixture, lambda which: G[which], mixture.dual(mixture.F(z, y)) * mixture.S)
+    >>> bool((share > 0.9).all())
+    True
+    """
     found = []
     for i, pairs in _parts(mixture, len(tie)):
         G = columns(i)
@@ -171,7 +223,16 @@ def _deviations(
 
 
 def exact_rows(mixture: Mixture, c: Tensor, error: Tensor) -> Tensor:
-    """Share [g] of live rows whose error [g, m] of U c is rounding."""
+    """How many rows agree to rounding.
+
+    Share [g] of live rows whose error [g, m] of U c is rounding.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> c = mixture.dual(mixture.F(z, y)) * mixture.S
+    >>> exact_rows(mixture, c, torch.zeros(4, 80).double())
+    tensor([1., 1., 1., 1.], dtype=torch.float64)
+    """
     alive = mixture.U.norm(dim=1) > 1e-9
     scale = mixture.U.shape[0] ** 0.5
     fits = _fits(mixture, c, scale * error.abs(), c.norm(dim=1, keepdim=True))  # |U c| = |c|

@@ -60,7 +60,13 @@ LABELS_TRIED = 10  # tried with every guess, those that fit it best
 
 @dataclass
 class Separation:
-    """Examples that fit, in the whole mixture's coordinates, and what was left."""
+    """What an unmixing found.
+
+    Examples that fit, in the whole mixture's coordinates, and what was left.
+
+    >>> Separation(torch.zeros(0, 4), torch.zeros(0)).joint
+    False
+    """
 
     z: Tensor  # [f, n]
     labels: Tensor  # [f] or [f, k]
@@ -79,10 +85,21 @@ def unmix(
     copies: int = 1,
     tick: Tick = lambda share: True,
 ) -> Separation:
-    """Examples of the mixture: guess, polish, accept, subtract, and again with the rest.
+    """Every example of a mixture, from rough guesses.
+
+    Examples of the mixture: guess, polish, accept, subtract, and again with the rest.
 
     `starts` are tried in turn, from the first one again after each success, until all of them failed `attempts` times.
     Then examples that occur twice are looked for, and so on up to `copies` times: their labels are mixture.classes more.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> def random(mixture, rng):
+    ...     return torch.randn(40, mixture.n, generator=rng, dtype=torch.float64)
+    >>> mixture, z, y = made_mixture(3)
+    >>> found = unmix(mixture, [("random", random)], rng)
+    >>> bool(torch.cdist(z, found.z).amin(1).max() < 1e-6)
+    True
     """
     if classes is None:
         classes = torch.arange(mixture.classes, device=mixture.U.device)
@@ -113,7 +130,19 @@ def by_polish(
     copies: int,
     tick: Tick,
 ) -> Separation:
-    """The smooth way: every accepted example is subtracted, which leaves a smaller mixture of the same form."""
+    """Every example of a smooth network's mixture, one after the other.
+
+    The smooth way: every accepted example is subtracted, which leaves a smaller mixture of the same form.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> def random(mixture, rng):
+    ...     return torch.randn(40, mixture.n, generator=rng, dtype=torch.float64)
+    >>> mixture, z, y = made_mixture(3)
+    >>> found = by_polish(mixture, [("random", random)], rng, torch.arange(4), 3, 1, lambda share: True)
+    >>> bool(torch.cdist(z, found.z).amin(1).max() < 1e-6)
+    True
+    """
     rest, z, y = whole, whole.U.new_zeros(0, whole.n), None
     log: list[dict[str, object]] = []
     guesses, misses, times, once = z, 0, 1, classes
@@ -129,11 +158,7 @@ def by_polish(
             tried = rest.scaled(start(rest, left, rng, partial(tick, 1 - rest.n / whole.n)))
             spare = tried[:0]
         else:
-            tried = rest.scaled(start(rest, rng))
-            tried = placed(rest, tried, classes) if rest.ones is None else tried
-            if rest.n > FEW_EXAMPLES and (ties := slopes(rest, tried, rng)) is not None:
-                tried = best_apart(rest, approach(rest, ties, tried, choose_labels(rest, tried, classes)), classes)
-            tried, spare = tried.tensor_split([max(POLISHED_GUESSES, rest.n // 4)])
+            tried, spare = _guessed(rest, start, classes, rng)
         labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
         tried, labels, _ = polish(rest, tried, labels, steps=40, gain=0.002)
         chosen = accept(rest, tried, labels)
@@ -163,8 +188,26 @@ def by_polish(
     return Separation(z, y, log, guesses)
 
 
+def _guessed(rest: Mixture, start: GuessMaker, classes: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A start's guesses [g, n] that are to be polished, and those beyond."""
+    tried = rest.scaled(start(rest, rng))
+    tried = placed(rest, tried, classes) if rest.ones is None else tried
+    if rest.n > FEW_EXAMPLES and (ties := slopes(rest, tried, rng)) is not None:
+        tried = best_apart(rest, approach(rest, ties, tried, choose_labels(rest, tried, classes)), classes)
+    polished, spare = tried.tensor_split([max(POLISHED_GUESSES, rest.n // 4)])
+    return polished, spare
+
+
 def best_apart(mixture: Mixture, z: Tensor, classes: Tensor) -> Tensor:
-    """Guesses z [g, n], those that some label fits best first; of two that are nearly parallel the better one."""
+    """The best guesses, and of guesses that are almost alike the best alone.
+
+    Guesses z [g, n], those that some label fits best first; of two that are nearly parallel the better one.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> len(best_apart(mixture, torch.cat([z, 1.001 * z]), torch.arange(4)))
+    4
+    """
     z = z[z.isfinite().all(1)]
     order = label_misfits(mixture, z, classes).amin(1).argsort()
     unit, gone = torch.nn.functional.normalize(z, dim=1), torch.zeros(len(z), dtype=torch.bool, device=z.device)
@@ -185,9 +228,20 @@ def by_signs(
     copies: int,
     tick: Tick,
 ) -> Separation:
-    """The piecewise linear way: exact dual vectors one by one; all of them together give the examples, Z = Q^-1.
+    """Every example of a relu network's mixture, by exact dual vectors.
+
+    The piecewise linear way: exact dual vectors one by one; all of them together give the examples, Z = Q^-1.
 
     Examples not found yet are orthogonal to the dual vectors that are, which makes the next guesses easier.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> def random(mixture, rng):
+    ...     return torch.randn(40, mixture.n, generator=rng, dtype=torch.float64)
+    >>> mixture, z, y = made_mixture(3, torch.relu)
+    >>> found = by_signs(mixture, [("random", random)], rng, torch.arange(4), 3, 1, lambda share: True)
+    >>> bool(torch.cdist(z, found.z).amin(1).max() < 1e-6)
+    True
     """
     n = whole.n
     many = whole.classes > RESIDUAL_COLUMNS and zeroed(
@@ -221,15 +275,7 @@ def by_signs(
             tried = (
                 torch.cat([tried, -tried]) if whole.ones is None else placed(whole, tried, classes, within=rest.basis)
             )
-        q, share = isolate(whole, tried, zeros=zeros)
-        order = _fitting(share, need)
-        chosen = distinct(Q * whole.S, q * whole.S, order)[: n - len(Q)]
-        if len(chosen) < rest.n / 4:
-            sharper = soften(whole, tried, classes, rest.basis)
-            again, share = isolate(whole, sharper, zeros=zeros)
-            q, tried = torch.cat([q[chosen], again]), torch.cat([tried[chosen], sharper])
-            order = torch.cat([torch.arange(len(chosen)).to(order), len(chosen) + _fitting(share, need)])
-            chosen = distinct(Q * whole.S, q * whole.S, order)[: n - len(Q)]
+        q, tried, chosen = _isolated(whole, rest, tried, Q, classes, need, zeros)
         log.append({"start": name, "left": n - len(Q), "guesses": len(tried), "found": len(chosen)})
         misses, settled = (0, False) if len(chosen) else (misses + 1, settled)
         guesses = tried
@@ -237,6 +283,22 @@ def by_signs(
     if len(Q) < n:
         return Separation(Q[:0], _no_labels(whole, classes), log, torch.cat([Z, guesses]), joint=True)
     return _whole(whole, Z, classes, copies, log)
+
+
+def _isolated(
+    whole: Mixture, rest: Mixture, tried: Tensor, Q: Tensor, classes: Tensor, need: float, zeros: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dual vectors q [g, n] beside guesses [g, n], and which of them are new examples'; once more from softened guesses."""
+    most, (q, share) = whole.n - len(Q), isolate(whole, tried, zeros=zeros)
+    order = _fitting(share, need)
+    chosen = distinct(Q * whole.S, q * whole.S, order)[:most]
+    if len(chosen) < rest.n / 4:
+        sharper = soften(whole, tried, classes, rest.basis)
+        again, share = isolate(whole, sharper, zeros=zeros)
+        q, tried = torch.cat([q[chosen], again]), torch.cat([tried[chosen], sharper])
+        order = torch.cat([torch.arange(len(chosen)).to(order), len(chosen) + _fitting(share, need)])
+        chosen = distinct(Q * whole.S, q * whole.S, order)[:most]
+    return q, tried, chosen
 
 
 def _whole(whole: Mixture, z: Tensor, classes: Tensor, copies: int, log: list[dict[str, object]]) -> Separation:
@@ -263,9 +325,21 @@ def by_patterns(
     copies: int,
     tick: Tick,
 ) -> Separation:
-    """One layer of switches: every guess under every label leads to a pattern, and the patterns to exact dual vectors.
+    """Every example of the mixture of a network with one layer of switches, by their patterns.
+
+    One layer of switches: every guess under every label leads to a pattern, and the patterns to exact dual vectors.
 
     Examples not found yet are orthogonal to the dual vectors that are; their patterns are not known ones.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> def random(mixture, rng):
+    ...     return torch.randn(40, mixture.n, generator=rng, dtype=torch.float64)
+    >>> mixture, z, y = made_mixture(3, torch.relu)
+    >>> two = switches(mixture, rng)
+    >>> found = by_patterns(mixture, two, [("random", random)], rng, torch.arange(4), 3, 1, lambda share: True)
+    >>> bool(torch.cdist(z, found.z).amin(1).max() < 1e-6)
+    True
     """
     n, Q, misses = whole.n, whole.U.new_zeros(0, whole.n), 0
     known = torch.zeros(0, whole.U.shape[0], dtype=torch.bool, device=whole.U.device)
@@ -303,7 +377,15 @@ def by_patterns(
 
 
 def soften(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> Tensor:
-    """z [g, n] polished on the equation of the network with its kinks rounded, more sharply step by step."""
+    """Guesses improved on a network whose kinks are rounded off.
+
+    z [g, n] polished on the equation of the network with its kinks rounded, more sharply step by step.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(3, torch.relu)
+    >>> soften(mixture, z, torch.arange(4), mixture.basis).shape
+    torch.Size([3, 3])
+    """
     for sharpness in KINK_SHARPNESS:
         soft = softened(whole, sharpness)
         labels = choose_labels(soft, z, classes) if whole.classes else choose_targets(soft, z)
@@ -312,10 +394,18 @@ def soften(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> Tensor:
 
 
 def settle(whole: Mixture, Q: Tensor, Z: Tensor, zeros: bool) -> tuple[Tensor, Tensor, bool]:
-    """Dual vectors Q and guesses Z [f, n] held against each other until they stand still; those that clash are dropped.
+    """Dual vectors and guesses made consistent with each other.
+
+    Dual vectors Q and guesses Z [f, n] held against each other until they stand still; those that clash are dropped.
 
     q_j . z_i = [i = j] corrects the guesses (gives them, if f = n), and better guesses have better signs: a mixture of
     two examples that share most signs passes for one only until the others are known. Third: whether all n stand.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(3, torch.relu)
+    >>> Q, found, whole = settle(mixture, mixture.dual(mixture.F(z, y)), z, zeros=False)
+    >>> whole, torch.allclose(found, z)
+    (True, True)
     """
     n, noise = whole.n, 10 * whole.noise / float(whole.S[-1])
     for _ in range(SETTLING_ROUNDS):
@@ -348,7 +438,15 @@ def _fitting(share: Tensor, need: float) -> Tensor:
 
 
 def softened(mixture: Mixture, sharpness: float) -> Mixture:
-    """The same mixture seen through a network whose kinks are rounded."""
+    """A mixture seen through rounded kinks.
+
+    The same mixture seen through a network whose kinks are rounded.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> bool((softened(mixture, 8.0).F(z, y) - mixture.F(z, y)).abs().max() > 1e-6)
+    True
+    """
     mode, deltas = Softened(sharpness), mixture.deltas
 
     def rounded(before: Tensor, y: Tensor) -> Tensor:
@@ -359,7 +457,13 @@ def softened(mixture: Mixture, sharpness: float) -> Mixture:
 
 
 def distinct(known: Tensor, tried: Tensor, order: Tensor) -> Tensor:
-    """Those of tried [g, n] numbered in `order` that are parallel neither to a known row [f, n] nor to one before them."""
+    """Which vectors are new.
+
+    Those of tried [g, n] numbered in `order` that are parallel neither to a known row [f, n] nor to one before them.
+
+    >>> distinct(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
+    tensor([1])
+    """
     rows = [torch.nn.functional.normalize(known, dim=1)] if len(known) else []
     unit, kept = torch.nn.functional.normalize(tried, dim=1), []
     for i in order.tolist():
