@@ -89,6 +89,7 @@ def test_nothing_that_does_not_help_is_proposed(exchange: Exchange) -> None:
     found = SaferDesign(most=9)(obs)
     changes = {v.name.split(": ")[1] for v in found}
     values = {v.name: v.value for v in found}
+    assert len(changes) > 1
     for change in changes:
         assert values.get(f"c(M): {change}", 0) < 0 or values[f"determined share: {change}"] < share - 0.01
     tiny = exchange(normal(nn.Conv2d(1, 1, 8), nn.Tanh(), nn.Flatten(), nn.Linear(1, 2)), shape=(1, 8, 8))[0]

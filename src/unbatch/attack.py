@@ -85,7 +85,7 @@ class Attack(Plugin, ABC):
         view = View.of(obs.only(*(self.needs | self.uses)))
         with torch.random.fork_rng(devices=[]):  # an attack that reads the global generator must not disturb the caller
             found = self.run(view, torch.Generator().manual_seed(seed))
-        self._judge(view.obs, found)
+        self._judge(obs, found)
         return found
 
     @final
