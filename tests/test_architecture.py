@@ -11,20 +11,11 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from rooms import ROOMS
 
 from unbatch import UnbatchError
 
 ROOT = Path(__file__).parents[1] / "src" / "unbatch"
-ROOMS = [  # a module imports from its own row and from rows above it
-    {"numerics", "errors", "files", "progress", "loss", "plugin", "privacy"},
-    {"network", "models"},
-    {"protocol", "knowledge", "likelihood", "bundle", "observation", "reconstruction", "domain", "truth"},
-    {"layer", "layers", "inversion", "analysis", "attack", "case", "defence", "metric", "adapters"},
-    {"attacks", "analyses", "defences", "metrics", "cases"},
-    {"reporting"},
-    {"auditing"},
-    {"testing", "command", "benchmarks", "__main__"},
-]
 ROW = {name: number for number, names in enumerate(ROOMS) for name in names}
 OPEN_SETS = {"attacks", "analyses", "defences", "metrics", "cases", "layers"}
 BLIND = {"numerics", "network", "inversion", "layers", "attacks", "analyses"}  # the server's side of the boundary
@@ -224,3 +215,38 @@ def test_public_names_survive_the_import_of_every_module() -> None:
         "assert not [n for n in unbatch.__all__ if isinstance(getattr(unbatch, n), types.ModuleType)]"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+LONG = 60  # lines of a function without its docstring: one screen
+TOO_LONG = {
+    "command/cli.py audit",
+    "inversion/backward/affine_runs.py read",
+    "inversion/determined_share.py determined",
+}
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of code, the docstring left out."""
+    first, whole = function.body[0], (function.end_lineno or 0) - function.lineno + 1
+    return whole - ((first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(function) else 0)
+
+
+def test_a_function_is_one_screen() -> None:
+    """Those that are longer are named; the list may only become shorter."""
+    found = {
+        f"{path.relative_to(ROOT)} {node.name}"
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and length(node) > LONG
+    }
+    assert found <= TOO_LONG, sorted(found - TOO_LONG)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda path: path.stem)
+def test_test_modules_stand_alone(path: Path) -> None:
+    """What two of them share is a module or a fixture; `exchange` is the one in conftest."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not (node.module or "").startswith("test_"), f"line {node.lineno} imports {node.module}"
+        if isinstance(node, ast.FunctionDef):
+            assert node.name != "exchange", f"line {node.lineno}"

@@ -23,7 +23,7 @@ import pytest
 import torch
 import typer
 from rich.console import Console
-from test_architecture import ROOMS
+from rooms import ROOMS
 
 import unbatch
 from unbatch import Analysis, Attack, Case, Defence, audit, benchmarks

@@ -1,0 +1,12 @@
+"""The rooms of the package, drawn once: tests hold the code and the page on architecture to them."""
+
+ROOMS = [  # a module imports from its own row and from rows above it
+    {"numerics", "errors", "files", "progress", "loss", "plugin", "privacy"},
+    {"network", "models"},
+    {"protocol", "knowledge", "likelihood", "bundle", "observation", "reconstruction", "domain", "truth"},
+    {"layer", "layers", "inversion", "analysis", "attack", "case", "defence", "metric", "adapters"},
+    {"attacks", "analyses", "defences", "metrics", "cases"},
+    {"reporting"},
+    {"auditing"},
+    {"testing", "command", "benchmarks", "__main__"},
+]
