@@ -1,11 +1,13 @@
 """Every plugin, found and not listed, keeps what it declares."""
 
+from typing import ClassVar, final
+
 import pytest
 
 from unbatch.analysis import Analysis
 from unbatch.attack import Attack
 from unbatch.case import Case
-from unbatch.defence import Defence
+from unbatch.defence import Defence, Step
 from unbatch.layer import LayerRule
 from unbatch.metric import Metric
 from unbatch.plugin import Plugin
@@ -46,3 +48,20 @@ def test_one_plugin_a_file_named_after_it(kind: type[Plugin]) -> None:
     for name, plugin in found.items():
         check_plugin(plugin)
         assert plugin.__module__ == f"unbatch.{kind.folder}.{name.replace('-', '_')}"
+
+
+@final
+class Boastful(Defence):
+    """Does nothing, and says that it clips."""
+
+    paper: ClassVar[str] = "none"
+    identity: ClassVar[str] = "boastful"
+    clips = property(lambda self: True)
+
+    def wrap(self, step: Step) -> Step:
+        return step
+
+
+def test_a_defence_that_does_nothing_says_so() -> None:
+    with pytest.raises(AssertionError, match="defence boastful 'boastful' says of itself clips"):
+        check_defence(Boastful)

@@ -17,9 +17,10 @@ from unbatch.auditing.harden import Family, Hardening, Tried, families, harden
 from unbatch.auditing.utility import scene_of
 from unbatch.command.cli import main
 from unbatch.defence import Step
+from unbatch.errors import NotApplicable
+from unbatch.inversion.view import View
 from unbatch.loss import loss_named
 from unbatch.models import small
-from unbatch.observation import Observation
 
 CASE = "digits:batch=2,width=16,activation=tanh"
 
@@ -30,16 +31,14 @@ class KnownNoise(Analysis):
 
     paper: ClassVar[str] = "none"
 
-    def run(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
-    ) -> Sequence[Bound]:
-        if "noise" not in obs.knowledge:
-            raise ValueError("no noise is known.")
-        value = min(float(obs.knowledge.noise) / 0.1, 0.25)
-        name = "zCDP information" if "privacy" in obs.knowledge else "known noise"
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
+        if "noise" not in view.knowledge:
+            raise NotApplicable("no noise is known.")
+        value = min(float(view.knowledge.noise) / 0.1, 0.25)
+        name = "zCDP information" if "privacy" in view.knowledge else "known noise"
         unbiased = Bound(name="unbiased", value=10.0, scope="unbiased", assumptions="none", source="none")
         held = Bound(name=name, value=value, scope="any", assumptions="none", source="none")
-        whole = [held.model_copy(update={"covers": "training"})] if "privacy" in obs.knowledge else []
+        whole = [held.model_copy(update={"covers": "training"})] if "privacy" in view.knowledge else []
         return [held, *whole, unbiased]
 
 
@@ -108,9 +107,7 @@ class Overclaims(Analysis):
 
     paper: ClassVar[str] = "none"
 
-    def run(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
-    ) -> Sequence[Bound]:
+    def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
         return [Bound(name="overclaim", value=0.25, scope="any", assumptions="none", source="none")]
 
 

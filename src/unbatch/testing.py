@@ -93,7 +93,9 @@ def check_attack(attack: type[Attack]) -> None:
 
 
 def check_defence(defence: type[Defence]) -> None:
-    """The plugin contract; the identity at zero strength, bitwise; the same update for one seed; no trace on the model."""
+    """The plugin contract; the identity at zero strength, bitwise and by its own word; the same update for one seed; no
+    trace on the model.
+    """
     check_plugin(defence)
     _hold(bool(defence.paper), defence, "names no paper")
     setting = Case.parse("digits:batch=4,width=16").setting()
@@ -108,6 +110,7 @@ def check_defence(defence: type[Defence]) -> None:
     clean = sent(None)
     still = defence.parse(defence.identity) if defence.name in defence.find() else defence()
     _hold(_equal(sent(still), clean), defence, f"{defence.identity!r} changes the update")
+    _hold(not still.effects(), defence, f"{defence.identity!r} says of itself {', '.join(still.effects())}")
     made = defence()
     _hold(_equal(sent(made), sent(made)), defence, "gives two updates for one seed")
     _hold(set(sent(made)) == set(clean), defence, "changes the names in the update")
