@@ -1,4 +1,4 @@
-"""affine_runs.read against autograd: what each run of layers says of its input, and how it follows a changed update."""
+"""Readings against autograd: what each run of layers says of its input, and how a reading follows a changed update."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbatch.inversion.backward.affine_runs import read
-from unbatch.inversion.backward.reading import Reading, Start, Unreadable
+from unbatch.inversion.backward.fold import Improve, readings
+from unbatch.inversion.backward.reading import KnownOutput, Reading, Unreadable
+from unbatch.inversion.backward.runs import runs
 from unbatch.network.chain import Link, chain, follow
 
 SHAPE = (2, 7, 7)
@@ -47,13 +48,12 @@ class Backward:
         self.grads = found[len(named) :]
         self.states = [state.detach() for state in self.states]
 
-    def start(self, update: Mapping[str, Tensor] | None = None) -> Start:
-        return Start(self.states[-1], self.grads[-1], update or self.update)
-
-    def read(self, *updates: Mapping[str, Tensor], forward: bool = True) -> list[Reading]:
+    def read(
+        self, *updates: Mapping[str, Tensor], forward: bool = True, improve: Improve = lambda reading: None
+    ) -> list[Reading]:
         """From the first update, or the true one; the others are followed."""
-        first, *others = updates or (self.update,)
-        return list(read(self.links, self.start(first), [self.start(u) for u in others], forward=forward))
+        first, *others = [KnownOutput(self.states[-1], self.grads[-1], u) for u in updates or (self.update,)]
+        return list(readings(runs(self.links), first, others, forward=forward, improve=improve))
 
     def at(self, link: Link) -> int:
         return next(i for i, other in enumerate(self.links) if other is link)
@@ -125,18 +125,22 @@ def test_a_weight_that_sent_nothing_gives_no_gradient_equations() -> None:
     assert true.read(forward=False)[0].system.equations == 8 * 54
 
 
-def test_a_better_solution_that_is_sent_is_used_below() -> None:
+def test_a_better_solution_is_used_below() -> None:
     act = nn.LeakyReLU(0.2)
     model = drawn(nn.Conv2d(2, 12, 3, padding=1), act, nn.Conv2d(12, 3, 3, padding=1), nn.LeakyReLU(0.2))
     true = Backward(model)
-    walk = read(true.links, true.start())
-    first = next(walk)
+    asked = list[str]()
+
+    def improve(reading: Reading) -> Tensor | None:
+        asked.append(reading.layers)
+        return true.states[2] if reading.deficit else None
+
+    first, last = true.read(improve=improve)
+    assert asked == ["2", "0"]
     assert first.deficit
     assert first.deficit > 0
-    last = walk.send(true.states[2])
+    close(first.x, true.states[2], 0.0)
     close(last.x, true.states[0])
-    with pytest.raises(StopIteration):
-        next(walk)
     assert float((true.read()[-1].x - true.states[0]).norm()) > 1e-3 * float(true.states[0].norm())
 
 

@@ -33,17 +33,21 @@ class LayerRule(Plugin, ABC):
 
     @abstractmethod
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """A x = b that `output` imposes. Raises ValueError: the layer does not give such an output."""
+        """A x = b that `output` imposes. Raises UnbatchError: the layer does not give such an output."""
 
     @abstractmethod
     def gradient_equations(
         self, layer: nn.Module, shape: tuple[int, ...], grad_output: Tensor, grad_weight: Tensor
     ) -> LinearSystem:
-        """A x = b that `grad_weight` imposes, given `grad_output`. Raises ValueError: the shapes are not the layer's."""
+        """A x = b that `grad_weight` imposes, given `grad_output`. Raises UnbatchError: the shapes are not the layer's."""
 
     @abstractmethod
     def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
-        """dL/dx [*shape], given the output and the gradient with respect to it. Raises ValueError: they do not tell it."""
+        """dL/dx [*shape], given the output and dL/d(output). Raises UnbatchError: they do not tell it."""
+
+    def no_way_back(self, layer: nn.Module, shape: tuple[int, ...]) -> str:
+        """Why `grad_input` refuses this layer whatever its output is, in words; empty where that depends on the output."""
+        return ""
 
     def weights(self, layer: nn.Module) -> tuple[str, ...]:
         """Names of the parameters whose gradients, flat and one after the other, are the `grad_weight` of its equations."""
@@ -57,7 +61,7 @@ class LayerRule(Plugin, ABC):
 def shaped(tensor: Tensor, shape: tuple[int, ...], name: str, *, batch: bool = True) -> Tensor:
     """A tensor in float64 and of that shape; with `batch` it may have a first side of 1, for the one example.
 
-    Raises ValueError: it has another shape.
+    Raises UnbatchError: it has another shape.
     """
     if tuple(tensor.shape) not in ((tuple(shape), (1, *shape)) if batch else (tuple(shape),)):
         raise UnbatchError(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from itertools import count
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
@@ -15,10 +13,10 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.errors import NotApplicable
-from unbatch.inversion.backward.affine_runs import read
 from unbatch.inversion.backward.first_dense import FirstDense
+from unbatch.inversion.backward.fold import readings
 from unbatch.inversion.backward.nonlinear_runs import flat_roots
-from unbatch.inversion.backward.reading import Reading, Start, Unreadable
+from unbatch.inversion.backward.reading import KnownOutput, Reading, Unreadable
 from unbatch.inversion.rounds import restored, sharpened, unseen
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
@@ -31,12 +29,12 @@ from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
 Method = Literal["auto", "copa", "hybrid", "r-gap", "r-conv"]
-MOST = 4  # examples of a batch
-DRAWS = 3  # of the update's rounding, which show how far it moves what was read
-SAFETY = 4.0  # times the farthest of them, or twice what the update is off by, in units of what was drawn
-FIRST_ORDER = 0.1  # relative move beyond which its first order says nothing
-SMOOTH = 16  # pixels of a side, below which a photograph's likeliest root is nearer than its smoothest
-COARSE = 0.1  # relative misfit of a tensor that is no rounding, whatever the precision
+LARGEST_BATCH = 4  # examples
+ROUNDING_DRAWS = 3  # of the update's rounding, which show how far it moves what was read
+BOUND_FACTOR = 4.0  # times the farthest of them, or twice what the update is off by, in units of what was drawn
+FIRST_ORDER_MOVE = 0.1  # relative; beyond it the first order says nothing
+LIKELY_ROOT_SIDE = 16  # pixels, below which a photograph's likeliest root is nearer than its smoothest
+ROUNDING_MISFIT = 0.1  # relative, of a tensor: more is no rounding, whatever the precision
 HYBRID = (((1.0, 1.0, 0.05), 10_000), ((1.0, 1.0, 0.1), 8_000), ((10.0, 0.1, 1.0), 1_000))  # first layer, second, later
 
 
@@ -82,9 +80,9 @@ class LayerByLayer(Attack):
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         n, law, hidden = view.knowledge.get("batch_size", 1), Likelihood.of(view.knowledge), unseen(view.obs)
-        if n > MOST:
+        if n > LARGEST_BATCH:
             raise NotApplicable(
-                f"the batch has {n} examples, and their gradients mix in every convolution; it reads up to {MOST}."
+                f"the batch has {n} examples, and their gradients mix in every convolution; it reads up to {LARGEST_BATCH}."
             )
         if view.steps:
             raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
@@ -96,54 +94,32 @@ class LayerByLayer(Attack):
         return sharpened(view.obs, found, rng)
 
     def _backward(self, view: View, rng: torch.Generator, hidden: Mapping[str, Tensor]) -> Reconstruction:
-        try:
-            first = FirstDense(view)
-        except NotApplicable:
-            raise
-        except ValueError as error:
-            raise NotApplicable(str(error)) from error
-        obs, trace = view.obs, dict[str, Any](method=self.method)
-        update = {name: tensor.double() for name, tensor in obs.update.items()}
-        own = {first.dense.weight, first.dense.bias}  # which is filled
-        update = {k: t if k in own else torch.where(hidden[k], torch.nan, t) for k, t in update.items()}
+        """The reading of the input, whatever it determines; `hidden` entries of the update count as not sent."""
+        first, obs, trace = FirstDense(view), view.obs, dict[str, Any](method=self.method)
         errors = {name: _error(tensor, float(obs.knowledge.get("noise", 0.0))) for name, tensor in obs.update.items()}
-        readings: list[Reading] = []
-        label: Tensor | None = None
+        found, label = list[Reading](), None
         try:
-            start, label = first.start(update, rng)
-            starts = [start]
-            for _ in range(DRAWS):
-                noise = {k: errors[k] * torch.randn(t.shape, generator=rng, dtype=t.dtype) for k, t in update.items()}
-                moved = {k: t + noise[k].to(t.device) for k, t in update.items()}
-                starts.append(first.moved(start, label, moved, rng))
-            for reading in self._read(obs, first, starts):
-                readings.append(reading)
+            known, label = _known(first, errors, hidden, rng)
+            for reading in self._read(obs, first, known):
+                found.append(reading)
         except Unreadable as error:
             trace["stopped"] = str(error)
-        trace["readings"] = [_row(reading) for reading in readings]
-        open_ = [reading for reading in readings if reading.deficit != 0]
-        trace["deficient"] = [reading.layers for reading in open_]
-        if not readings or readings[-1].links[0] is not first.below[0]:
+        trace["readings"] = [_row(reading) for reading in found]
+        trace["deficient"] = [reading.layers for reading in found if reading.deficit != 0]
+        if not found or found[-1].links[0] is not first.below[0]:
             trace.setdefault("stopped", "it was stopped before it reached the input.")
             nothing = torch.zeros(0, *obs.knowledge.input_shape)
             return Reconstruction(inputs=nothing, bound=nothing.new_zeros(0), trace=trace)
-        last = readings[-1]
-        settled = last.deficit is not None and (open_[:1] in ([], [last]) or (self._curved and len(last.x) == 1))
-        share = last.deficit / last.system.unknowns if settled and last.deficit is not None else None
-        inputs, others = (last.x, [x for x, _ in last.others]) if share == 0 else (self._completed(obs, last), [])
-        if open_:
-            trace["undetermined"] = share
+        last, open_ = found[-1], self._open(found)
+        inputs = last.x if open_ == 0 else self._completed(obs, last)
+        if trace["deficient"]:
+            trace["undetermined"] = open_
         labels = label if label is not None else first.label(inputs)
         bound = torch.full((len(inputs),), torch.inf, dtype=torch.float64)
         if labels is not None:
             trace["residual"], misfits = _misfits(obs, inputs, labels)
-            allowed = {k: min(1e3 * _eps(obs), COARSE) * size + errors[k] for k, (_, size) in misfits.items()}
-            if share == 0 and all(off <= allowed[k] for k, (off, _) in misfits.items()):
-                x = inputs.flatten(1)
-                moves = [(other.view_as(x) - x).norm(dim=1) / x.norm(dim=1) for other in others]
-                far = torch.stack(moves).max(0).values.cpu()
-                beyond = max([off / errors[k] for k, (off, _) in misfits.items() if errors[k]], default=1.0)
-                bound = torch.where(far < FIRST_ORDER, max(SAFETY, 2 * beyond) * far, torch.inf)
+            if open_ == 0:
+                bound = _bound(obs, last, misfits, errors)
         return Reconstruction(inputs=inputs, labels=labels, bound=bound, trace=trace)
 
     @property
@@ -151,21 +127,29 @@ class LayerByLayer(Attack):
         """Whether what no linear system determines is read by the layers before it as well."""
         return self.method in ("auto", "copa")
 
-    def _read(self, obs: Observation, first: FirstDense, starts: Sequence[Start]) -> Iterator[Reading]:
+    def _open(self, found: Sequence[Reading]) -> float | None:
+        """The share of the input that is left open; None where it was not counted, or a later layer is deficient."""
+        last, deficient = found[-1], [reading for reading in found if reading.deficit != 0]
+        settled = all(reading is last for reading in deficient[:1]) or (self._curved and len(last.x) == 1)
+        return last.deficit / last.system.unknowns if settled and last.deficit is not None else None
+
+    def _read(self, obs: Observation, first: FirstDense, known: Sequence[KnownOutput]) -> Iterator[Reading]:
         """The readings; the hybrid's have its own x where the system is deficient, and the layers before follow it."""
         box = obs.knowledge.get("input_range", (0.0, 1.0)) if self._curved else None
+
+        def going(reading: Reading) -> bool:
+            return tick(1 - first.below.index(reading.links[0]) / len(first.below))
+
+        def improve(reading: Reading) -> Tensor | None:
+            if self.method != "hybrid" or reading.deficit == 0 or len(reading.x) > 1:
+                return None
+            return self._searched(obs, first, reading, first.likely()) if going(reading) else reading.x
+
         wide = self.method != "r-conv"
-        walk, better = read(first.below, starts[0], starts[1:], forward=wide, box=box), None
-        with suppress(StopIteration):
-            for i in count(1):
-                reading, better = walk.send(better), None
-                going = tick(i / (1 + len(first.below)))
-                if self.method == "hybrid" and reading.deficit != 0 and len(reading.x) == 1:
-                    better = self._searched(obs, first, reading, first.likely()) if going else reading.x
-                    reading = replace(reading, x=better)
-                yield reading
-                if not going and self.method != "hybrid":  # a stopped search still reads on from where it is
-                    return
+        for reading in readings(first.runs, known[0], known[1:], forward=wide, box=box, improve=improve):
+            yield reading
+            if not going(reading) and self.method != "hybrid":  # a stopped search still reads on from where it is
+                return
 
     def _completed(self, obs: Observation, last: Reading) -> Tensor:
         """The smoothest picture that the equations allow, where that is asked for, and they hold of one."""
@@ -175,7 +159,7 @@ class LayerByLayer(Attack):
         x, pullback = last.x.flatten(), last.pullback
         if pullback is None or flat_roots(last):
             x = smoothest(x, last.solution.free, shape, box, tick=tick)
-        elif min(shape[1:]) >= SMOOTH:
+        elif min(shape[1:]) >= LIKELY_ROOT_SIDE:
             x = smoothest_root(pullback, x, shape, box, tick=tick)
         return x.view(last.x.shape)
 
@@ -212,8 +196,39 @@ class LayerByLayer(Attack):
         return point.view_as(reading.x)
 
 
-def _eps(obs: Observation) -> float:
-    return float(torch.finfo(obs.dtype).eps)
+def _known(
+    first: FirstDense, errors: Mapping[str, float], hidden: Mapping[str, Tensor], rng: torch.Generator
+) -> tuple[list[KnownOutput], Tensor | None]:
+    """What is known before the first dense layer, by the update and by draws of its rounding; the labels, if they come."""
+    update = {name: tensor.double() for name, tensor in first.obs.update.items()}
+    own = {first.dense.weight, first.dense.bias}  # which is filled
+    update = {k: t if k in own else torch.where(hidden[k], torch.nan, t) for k, t in update.items()}
+    features = first.features(update, rng)
+    found = [features.known]
+    for _ in range(ROUNDING_DRAWS):
+        noise = {k: errors[k] * torch.randn(t.shape, generator=rng, dtype=t.dtype) for k, t in update.items()}
+        moved = {k: t + noise[k].to(t.device) for k, t in update.items()}
+        layers = first.statistics(rng)
+        found.append(replace(features.again(moved, rng), layers=layers))
+    return found, features.labels
+
+
+def _bound(
+    obs: Observation, last: Reading, misfits: Mapping[str, tuple[float, float]], errors: Mapping[str, float]
+) -> Tensor:
+    """The largest relative error [n] of a determined input, from how far the update's rounding moves it; inf: no claim.
+
+    None is made where a tensor of the update misfits by more than rounding.
+    """
+    n, eps = len(last.x), float(torch.finfo(obs.dtype).eps)
+    allowed = {k: min(1e3 * eps, ROUNDING_MISFIT) * size + errors[k] for k, (_, size) in misfits.items()}
+    if any(not off <= allowed[k] for k, (off, _) in misfits.items()):
+        return torch.full((n,), torch.inf, dtype=torch.float64)
+    x = last.x.flatten(1)
+    moves = [(other.view_as(x) - x).norm(dim=1) / x.norm(dim=1) for other, _ in last.others]
+    far = torch.stack(moves).max(0).values.cpu()
+    beyond = max([off / errors[k] for k, (off, _) in misfits.items() if errors[k]], default=1.0)
+    return torch.where(far < FIRST_ORDER_MOVE, max(BOUND_FACTOR, 2 * beyond) * far, torch.inf)
 
 
 def _error(t: Tensor, noise: float) -> float:

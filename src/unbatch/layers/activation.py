@@ -13,9 +13,9 @@ from unbatch.errors import UnbatchError
 from unbatch.layer import LayerRule, shaped
 from unbatch.numerics.linear.linsys import LinearSystem
 
-FAR = 1e3  # an input beyond it is not looked for
-HALVINGS = 80  # of an interval of that length, to the last digit
-SURE = 1e-4  # error, relative or below 1, that the output's own rounding may have caused in an input
+FARTHEST_INPUT = 1e3  # one beyond it is not looked for
+BISECTIONS = 80  # of an interval of that length, to the last digit
+INPUT_ERROR = 1e-4  # relative or below 1: what the output's own rounding may have caused
 
 
 @final
@@ -60,7 +60,7 @@ class Activation(LayerRule):
         return super().accepts(layer) and not (isinstance(layer, nn.Softplus) and layer.threshold < 20)
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """x_j = s^-1(z_j) for the entries of `output` z that have one input. Raises ValueError: z is not of `shape`."""
+        """x_j = s^-1(z_j) for the entries of `output` z that have one input. Raises UnbatchError: z is not of `shape`."""
         x, sure, _ = _inverted(layer, shape, output)
         which = sure.flatten().nonzero()[:, 0]
         return LinearSystem.some(which, x.flatten()[which], x.numel())
@@ -74,7 +74,7 @@ class Activation(LayerRule):
     def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
         """dz s'(s^-1(z)), and 0 where s is flat.
 
-        Raises ValueError: an entry of `output` with a gradient has two inputs, of different slopes.
+        Raises UnbatchError: an entry of `output` with a gradient has two inputs, of different slopes.
         """
         _, sure, slope = _inverted(layer, shape, output)
         dz = shaped(grad_output, shape, "grad_output")
@@ -97,7 +97,7 @@ class Activation(LayerRule):
         x = s.inverse(z, low, high)
         bottom, top = s(low), s(high)
         lost = (z < bottom + error) | (z > top - error)
-        lost |= error > max(SURE, 100 * error) * s.slope(x) * x.abs().clamp_min(1.0)
+        lost |= error > max(INPUT_ERROR, 100 * error) * s.slope(x) * x.abs().clamp_min(1.0)
         if isinstance(layer, _TURNS):
             lost &= z > -error  # a negative output is no end: it has two inputs
         end = torch.where(z - bottom < top - z, bottom, top)
@@ -111,12 +111,12 @@ def _inverted(layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> tuple
     low, high = _ends(layer, z)
     x = s.inverse(z, low, high)
     slope = s.slope(x)
-    return x, (z > s(low)) & (z < s(high)) & (eps * z.abs() < SURE * slope * x.abs().clamp_min(1.0)), slope
+    return x, (z > s(low)) & (z < s(high)) & (eps * z.abs() < INPUT_ERROR * slope * x.abs().clamp_min(1.0)), slope
 
 
 def _ends(layer: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
     """Between which inputs s is inverted; the turning ones fall first below 0, or have no slope there."""
-    return torch.full_like(z, 0.0 if isinstance(layer, _TURNS) else -FAR), torch.full_like(z, FAR)
+    return torch.full_like(z, 0.0 if isinstance(layer, _TURNS) else -FARTHEST_INPUT), torch.full_like(z, FARTHEST_INPUT)
 
 
 class _Elementwise:
@@ -137,7 +137,7 @@ class _Elementwise:
 
     def inverse(self, z: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The x between low and high with s(x) = z, halved down to rounding."""
-        for _ in range(HALVINGS):
+        for _ in range(BISECTIONS):
             middle = (low + high) / 2
             short = self(middle) < z
             low, high = torch.where(short, middle, low), torch.where(short, high, middle)

@@ -87,7 +87,7 @@ class Affine(LayerRule):
         return super().accepts(layer)
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """A x = z - f(0) for `output` z. Raises ValueError: z, or `shape`, is not the layer's."""
+        """A x = z - f(0) for `output` z. Raises UnbatchError: z, or `shape`, is not the layer's."""
         f = _Function(layer, shape, output)
         return affine(lambda x: f(x), shape, shaped(output, f.shape, "output"))
 
@@ -124,7 +124,7 @@ class Affine(LayerRule):
         return LinearSystem(push, pull, (dW - offset).flatten(), f.zero.numel(), shape[0] if one else 1)
 
     def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
-        """A^T dz. Raises ValueError: `grad_output` is not the layer's."""
+        """A^T dz. Raises UnbatchError: `grad_output` is not the layer's."""
         return self.forward_equations(layer, shape, grad_output).pull(grad_output.double().reshape(1, -1)).view(shape)
 
 

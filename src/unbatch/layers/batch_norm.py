@@ -27,7 +27,7 @@ class BatchNorm(LayerRule):
     reads_output: ClassVar[bool] = True
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """One equation an entry. Raises ValueError: `output` is not of `shape`, or the statistics are of no use."""
+        """One equation an entry. Raises UnbatchError: `output` is not of `shape`, or the statistics are of no use."""
         z = shaped(output, shape, "output")
         mean, scale, bias = _parts(layer, z)
         return affine(lambda x: (x - mean) * scale + bias, shape, z)
@@ -39,7 +39,7 @@ class BatchNorm(LayerRule):
         return LinearSystem.none(grad_output.numel(), grad_output)
 
     def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
-        """As above. Raises ValueError: an entry of the output is not known (NaN), or the statistics are of no use."""
+        """As above. Raises UnbatchError: an entry of the output is not known (NaN), or the statistics are of no use."""
         z, dz = shaped(output, shape, "output"), shaped(grad_output, shape, "grad_output")
         _, scale, bias = _parts(layer, z)
         own = layer.weight if isinstance(layer.weight, Tensor) else None
@@ -54,10 +54,15 @@ class BatchNorm(LayerRule):
         mean, slope = dz.mean(sides, keepdim=True), (dz * normal).mean(sides, keepdim=True)
         return scale * (dz - mean - normal * slope)
 
+    def no_way_back(self, layer: nn.Module, shape: tuple[int, ...]) -> str:
+        """The statistics are of no use."""
+        return layer.flaw if isinstance(layer, KnownBatchNorm) else ""
+
 
 def _parts(layer: nn.Module, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """mean, w / std and b beside every entry of z."""
-    assert isinstance(layer, KnownBatchNorm)  # the only kind
+    if not isinstance(layer, KnownBatchNorm):
+        raise UnbatchError(f"the statistics of a {type(layer).__name__} are not known.")
     if layer.flaw:
         raise UnbatchError(layer.flaw)
     scale = beside(layer.weight, 1.0, z) / beside((layer.var + layer.eps).sqrt(), 1.0, z)

@@ -35,13 +35,11 @@ class MaxPool(LayerRule):
         return super().accepts(layer) and not layer.return_indices
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """Equations for the windows of one entry alone. Raises ValueError: `output` is not the layer's."""
-        entries = int(torch.Size(shape).numel())
-        at = torch.arange(entries, dtype=torch.float64, device=output.device).view(1, *shape)
-        last, first = layer(at), -layer(-at)  # numbers of the last and of the first entry of each window
-        z = shaped(output, tuple(last.shape[1:]), "output").flatten()
-        alone = (last == first).flatten().nonzero()[:, 0]
-        return LinearSystem.some(last.flatten()[alone].long(), z[alone], entries)
+        """Equations for the windows of one entry alone. Raises UnbatchError: `output` is not the layer's."""
+        last, alone = _windows(layer, shape, output.device)
+        which = alone.flatten().nonzero()[:, 0]
+        z = shaped(output, tuple(last.shape), "output").flatten()
+        return LinearSystem.some(last.flatten()[which], z[which], int(torch.Size(shape).numel()))
 
     def gradient_equations(
         self, layer: nn.Module, shape: tuple[int, ...], grad_output: Tensor, grad_weight: Tensor
@@ -50,8 +48,20 @@ class MaxPool(LayerRule):
         return LinearSystem.none(int(torch.Size(shape).numel()), grad_output)
 
     def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
-        """dz at the entries that are read. Raises ValueError: a window has several, and which is the largest is open."""
+        """dz at the entries that are read. Raises UnbatchError: a window has several, and which is the largest is open."""
+        if why := self.no_way_back(layer, shape):
+            raise UnbatchError(why)
         read = self.forward_equations(layer, shape, grad_output)
-        if read.equations < grad_output.numel():
-            raise UnbatchError("which entry of a window was the largest cannot be read off its output.")
         return read.pull(read.b[None]).view(shape)
+
+    def no_way_back(self, layer: nn.Module, shape: tuple[int, ...]) -> str:
+        """A window has several entries."""
+        alone = _windows(layer, shape, torch.device("cpu"))[1]
+        return "" if bool(alone.all()) else "which entry of a window was the largest cannot be read off its output."
+
+
+def _windows(layer: nn.Module, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The number of the last entry of every window [*after], and whether it is the only one."""
+    at = torch.arange(torch.Size(shape).numel(), dtype=torch.float64, device=device).view(1, *shape)
+    last, first = layer(at)[0], -layer(-at)[0]
+    return last.long(), last == first

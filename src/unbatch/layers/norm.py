@@ -41,15 +41,11 @@ class Norm(LayerRule):
         return super().accepts(layer) and not kept
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """(I - P) x = 0, group by group. Raises ValueError: `output` is not of `shape`."""
+        """(I - P) x = 0, group by group. Raises UnbatchError: `output` is not of `shape`."""
         z = shaped(output, shape, "output")
-        own, channels = (
-            (getattr(layer, "weight", None), getattr(layer, "bias", None)),
-            not isinstance(layer, nn.LayerNorm),
-        )
-        weight, bias = (
-            beside(side, default, z, channels=channels) for side, default in zip(own, (1.0, 0.0), strict=True)
-        )
+        channels = not isinstance(layer, nn.LayerNorm)
+        weight = beside(getattr(layer, "weight", None), 1.0, z, channels=channels)
+        bias = beside(getattr(layer, "bias", None), 0.0, z, channels=channels)
         x = ((z - bias) / weight).nan_to_num(0.0, 0.0, 0.0).reshape(_groups(layer, shape), -1)
         known = (weight != 0).reshape(x.shape).all(1)
         basis = torch.linalg.qr(torch.stack([x, torch.ones_like(x)], 2)).Q  # [groups, entries, 2]
@@ -68,10 +64,14 @@ class Norm(LayerRule):
         return LinearSystem.none(grad_output.numel(), grad_output)
 
     def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
-        """Raises ValueError: dL/dx is divided by the standard deviation, which the output does not hold."""
+        """Raises UnbatchError: dL/dx is divided by the standard deviation, which the output does not hold."""
+        raise UnbatchError(self.no_way_back(layer, shape))
+
+    def no_way_back(self, layer: nn.Module, shape: tuple[int, ...]) -> str:
+        """The standard deviation is missing."""
         sent = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_mean is not None
         hint = "; its running statistics after the step (buffers) would, and are not known" if sent else ""
-        raise UnbatchError(f"its output does not hold the standard deviation by which its gradient was divided{hint}.")
+        return f"its output does not hold the standard deviation by which its gradient was divided{hint}."
 
 
 def _groups(layer: nn.Module, shape: tuple[int, ...]) -> int:

@@ -45,7 +45,7 @@ class Residual(LayerRule):
         return tuple(name for name, _ in layer.named_parameters() if name.split(".")[-1] == "weight")
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """(A + F) x = z - c for `output` z. Raises ValueError: z, or `shape`, is not the block's."""
+        """(A + F) x = z - c for `output` z. Raises UnbatchError: z, or `shape`, is not the block's."""
         f = _Function(layer, shape, output)
         return affine(lambda x: f(x, {}), shape, shaped(output, f.shape, "output"))
 
@@ -80,7 +80,7 @@ class Residual(LayerRule):
         return LinearSystem(push, pull, dW - offset, f.zero.numel())
 
     def grad_input(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor, grad_output: Tensor) -> Tensor:
-        """(A + F)^T dz. Raises ValueError: `grad_output` is not the block's."""
+        """(A + F)^T dz. Raises UnbatchError: `grad_output` is not the block's."""
         return self.forward_equations(layer, shape, grad_output).pull(grad_output.double().reshape(1, -1)).view(shape)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unbatch.network.chain import Link
 
-Norm = nn.BatchNorm1d | nn.BatchNorm2d
+BatchNormLayer = nn.BatchNorm1d | nn.BatchNorm2d
 
 
 class KnownBatchNorm(nn.Module):
@@ -25,7 +25,9 @@ class KnownBatchNorm(nn.Module):
     var: Tensor
     errors: tuple[Tensor, Tensor]
 
-    def __init__(self, layer: Norm, mean: Tensor, var: Tensor, errors: tuple[Tensor, Tensor], flaw: str = "") -> None:
+    def __init__(
+        self, layer: BatchNormLayer, mean: Tensor, var: Tensor, errors: tuple[Tensor, Tensor], flaw: str = ""
+    ) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
         self.register_buffer("mean", mean)
@@ -62,17 +64,23 @@ def known_batch_norms(
     found = []
     for link in links:
         names = [f"{link.name}.{kind}".removeprefix(".") for kind in ("running_mean", "running_var")]
-        if type(link.module) in (nn.BatchNorm1d, nn.BatchNorm2d) and all(name in after for name in names):
-            link = replace(link, module=_known(link, before, after, names, examples))
+        layer = link.module
+        own = type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d)  # a subclass may compute something else
+        if isinstance(layer, BatchNormLayer) and not own and all(name in after for name in names):
+            link = replace(link, module=_known(layer, link, before, after, names, examples))
         found.append(link)
     return found
 
 
 def _known(
-    link: Link, before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Sequence[str], examples: int
+    layer: BatchNormLayer,
+    link: Link,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    names: Sequence[str],
+    examples: int,
 ) -> KnownBatchNorm:
-    layer, count = link.module, f"{link.name}.num_batches_tracked".removeprefix(".")
-    assert isinstance(layer, Norm)  # known_batch_norms has looked
+    count = f"{link.name}.num_batches_tracked".removeprefix(".")
     start = before.get(count)
     m = layer.momentum if layer.momentum is not None else 1 / (1 + float(start if start is not None else 0))
     N = examples * torch.Size(link.before[1:]).numel()

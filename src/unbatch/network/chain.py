@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unbatch.errors import UnbatchError
+from unbatch.errors import NotApplicable
 from unbatch.network.dense import forward
 
 
@@ -43,8 +43,9 @@ def chain(model: nn.Module, input_shape: tuple[int, ...], mode: Literal["train",
     """The links from the network's input to its output; what only reshapes between modules belongs to the next link.
 
     A module whose children do not feed each other in a row (a residual block) is one link by itself. The modules are those
-    of a copy, in the mode given. Raises ValueError: the network as a whole is no chain, and where it breaks, or two of its
-    layers share a weight, whose gradient then is a sum over both.
+    of a copy, in the mode given.
+    Raises NotApplicable: the network as a whole is no chain, and where it breaks, or two of its layers share a weight,
+    whose gradient then is a sum over both.
     """
     model = copy.deepcopy(model).train(mode == "train")  # a copy, since in train mode batch norm writes its statistics
     calls: dict[nn.Module, _Call] = {}
@@ -70,14 +71,18 @@ def chain(model: nn.Module, input_shape: tuple[int, ...], mode: Literal["train",
     finally:
         for hook in hooks:
             hook.remove()
-    if calls[model].given is None or (list(model.children()) and (broken := _break(calls[model], calls))):
-        where = "it takes other than one tensor" if calls[model].given is None else broken
-        raise UnbatchError(f"the network is no chain of layers: {where}.")
-    links = list(_expanded(calls[model], calls))
+    whole, inner = calls[model], _inner(calls[model], calls)
+    if whole.given is None or whole.gave is None:
+        raise NotApplicable("the network is no chain of layers: it takes other than one tensor.")
+    if isinstance(inner, str):
+        raise NotApplicable(f"the network is no chain of layers: {inner}.")
+    links = list(_expanded(whole, whole.given, whole.gave, calls))
     for i, link in enumerate(links):
         for other in links[:i]:
             if {id(p) for p in link.module.parameters()} & {id(p) for p in other.module.parameters()}:
-                raise UnbatchError(f"{other.name!r} and {link.name!r} share a weight: its gradient is a sum over both.")
+                raise NotApplicable(
+                    f"{other.name!r} and {link.name!r} share a weight: its gradient is a sum over both."
+                )
     return links
 
 
@@ -118,20 +123,20 @@ def _children(module: nn.Module, calls: dict[nn.Module, _Call]) -> list[_Call]:
     return sorted(inside, key=lambda call: order.index(call.module))
 
 
-def _expanded(call: _Call, calls: dict[nn.Module, _Call]) -> Iterator[Link]:
-    children = _children(call.module, calls)
-    if children and _break(call, calls) is None:
-        for child in children:
-            yield from _expanded(child, calls)
+def _expanded(call: _Call, given: Tensor, gave: Tensor, calls: dict[nn.Module, _Call]) -> Iterator[Link]:
+    """The links of a module that was given one tensor and gave another: its children's, or it is one by itself."""
+    inner = _inner(call, calls)
+    if isinstance(inner, str) or not inner:
+        yield Link(call.name, call.module, tuple(given.shape[1:]), tuple(gave.shape[1:]))
         return
-    assert call.given is not None
-    assert call.gave is not None  # _break of the parent has seen to it
-    yield Link(call.name, call.module, tuple(call.given.shape[1:]), tuple(call.gave.shape[1:]))
+    for child, before, after in inner:
+        yield from _expanded(child, before, after, calls)
 
 
-def _break(call: _Call, calls: dict[nn.Module, _Call]) -> str | None:
-    """Where a module's children do not feed each other in a row, in words."""
+def _inner(call: _Call, calls: dict[nn.Module, _Call]) -> list[tuple[_Call, Tensor, Tensor]] | str:
+    """A module's children in a row, with what each was given and gave; or where they do not feed each other, in words."""
     at, version, last = call.given, call.version, "the input"
+    found = list[tuple[_Call, Tensor, Tensor]]()
     for child in _children(call.module, calls):
         if child.times > 1:
             return f"{child.name!r} runs {child.times} times; give every place a module of its own"
@@ -144,10 +149,11 @@ def _break(call: _Call, calls: dict[nn.Module, _Call]) -> str | None:
             )
         if len(child.given) != len(child.gave):
             return f"{child.name!r} folds examples into each other"
+        found.append((child, child.given, child.gave))
         at, version, last = child.gave, child.left, repr(child.name)
-    if call.gave is None or not _same(at, call.gave, version, call.left):
+    if list(call.module.children()) and (call.gave is None or not _same(at, call.gave, version, call.left)):
         return f"something that is no module follows {last}"
-    return None
+    return found
 
 
 def _same(a: Tensor | None, b: Tensor, before: int, after: int) -> bool:

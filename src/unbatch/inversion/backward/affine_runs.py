@@ -1,194 +1,188 @@
-"""Trunk: the layers below a network's first dense layer, read backward by the equations that each of them obeys."""
+"""Affine runs: what is known of a run's output as linear equations on its input, through one layer after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unbatch.errors import UnbatchError
-from unbatch.inversion.backward.nonlinear_runs import Box, Curve
-from unbatch.inversion.backward.reading import Known, Reading, Start, Unreadable
-from unbatch.layer import LayerRule, rule_for
+from unbatch.inversion.backward.reading import KnownEquations, KnownOutput, Reading, Unreadable
+from unbatch.inversion.backward.runs import ActivationRun, AffineRun, Ruled, refusal
+from unbatch.layer import LayerRule
 from unbatch.layers.activation import Activation
-from unbatch.layers.residual import bend
 from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import LinearSystem, Solution
 
-DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d  # in eval mode
-RESHAPES = nn.Flatten, nn.Unflatten, nn.Identity, *DROPOUTS
-
-
-def read(
-    links: Sequence[Link],
-    start: Start,
-    others: Sequence[Start] = (),
-    *,
-    forward: bool = True,
-    box: Box | None = None,
-) -> Generator[Reading, Tensor | None, None]:
-    """From the last link's output to the network's input, a reading before each activation.
-
-    A run of affine layers between two activations is one linear system: what is known of the run's output, through all of
-    them, and for each layer with a weight its gradient equations sum_i K_i x_i = dL/dW; without `forward` those alone
-    where there are any (R-CONV). The caller may send a better x than a deficient system's: the layers before are read
-    from it. `others` are starts of nearly the same update: they are followed along the first one's factors, x' = x +
-    A^+ (b' - A' x), and their spread tells which outputs of an activation cannot be told from a flat end of its range.
-
-    With `box`, the range of the network's inputs, and for one example: what a deficient system leaves open, and a layer
-    that has no linear way back (a residual block, max pooling, a layer norm, GELU), is read together with the layers before
-    it (`Curve`), with as many of them as give enough equations. Then only the last reading may be deficient.
-
-    Raises Unreadable.
-    """
-    states = [_State(each) for each in (start, *others)]
-    box = box if states[0].n == 1 else None
-    run: list[Link] = []
-    lone: list[Link] = []  # an activation, until an affine layer comes before it
-    curve: Curve | None = None
-    for i, link in reversed(list(enumerate(links))):
-        kind, rule = type(link.module).__name__, rule_for(link.module)
-        if curve is not None and isinstance(rule, Activation) and (found := curve.determined(link)) is not None:
-            for state, (x, grad) in zip(states, ((found.x, found.grad), *found.others), strict=True):
-                state.grad = grad.reshape(1, *link.after)
-                state.know(x.reshape(1, *link.after))
-            yield found
-            curve = None
-        if curve is not None:
-            curve.links.insert(0, link)
-            continue
-        if isinstance(link.module, RESHAPES) and rule is not None:
-            for state in states:
-                state.reshape(link.before, within=bool(run or lone))
-            run, lone = ([link, *run] if run else run), ([link, *lone] if lone else lone)
-            continue
-        if isinstance(rule, Activation) and (run or lone):
-            reading = _solved(run or lone, states)
-            better = yield reading
-            for state, (x, _) in zip(states, ((reading.x, reading.grad), *reading.others), strict=True):
-                state.know((x if better is None else better).reshape(len(x), *link.after))
-            run, lone = [], []
-            if box is not None and reading.deficit:
-                for state in states:
-                    state.top = reading.solution.held(state.x.flatten()), state.grad
-                if not (wanted := Curve([link], [state.seen for state in states])).too_large(links[:i]):
-                    curve = wanted
-                    continue
-                box = None
-        if isinstance(rule, Activation):
-            spread = max((float((state.x - states[0].x).abs().max()) for state in states[1:]), default=0.0)
-            error = max(2 * spread, float(torch.finfo(torch.float64).eps))
-            same = zip(*(state.x for state in states), strict=True)  # one example in all states
-            settled = [rule.settled(link.module, outputs, error) for outputs in same]
-            for state, examples in zip(states, zip(*settled, strict=True), strict=True):
-                x, state.x = state.x, torch.stack(examples)
-                state.raw = link, torch.where((x - state.x).abs() > 2 * error, x, state.x), state.grad
-        try:
-            if rule is None:
-                raise UnbatchError(bend(link.module) or "it has no rule to read it backward by.")
-            for state in states:
-                if isinstance(rule, Activation):
-                    state.invert(rule, link)
-                else:
-                    state.extend(rule, link, forward=forward)
-        except ValueError as error_:
-            why = str(error_)
-            if box is not None:
-                curve = Curve([link, *(run or lone[:-1])], [state.seen for state in states])
-                if not (large := curve.too_large(links[:i])):
-                    run, lone = [], []
-                    continue
-                why = f"{why[:-1]}, and {large}."
-            raise Unreadable(f"layer {link.name!r} ({kind}) cannot be read backward: {why}") from error_
-        if isinstance(rule, Activation):
-            lone = [link]
-        else:
-            run.insert(0, link)
-    if curve is not None and box is not None:
-        yield curve.solved(sum(box) / 2, box)
-    elif run or lone:
-        yield _solved(run or lone, states)
-
 
 def everything(x: Tensor) -> LinearSystem:
-    """Every entry of x, known."""
+    """The equations of a tensor that is known entry by entry: the identity.
+
+    >>> everything(torch.tensor([1.0, 2.0], dtype=torch.float64)).matrix().tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
     return LinearSystem.some(torch.arange(x.numel(), device=x.device), x.flatten(), x.numel())
 
 
 def held(rule: LayerRule, link: Link, system: LinearSystem, n: int = 1) -> LinearSystem:
-    """The layer's own map of its input, of n inputs one after the other, as equations that hold its output to 0."""
+    """A layer's own map F x + c of its input, as equations that hold its output to 0: F x = -c.
+
+    Of n inputs, one after the other; on the device of `system`, which can then go `through` them.
+    Raises UnbatchError: the layer's rule refuses.
+    """
     zero = torch.zeros(link.after, dtype=torch.float64, device=system.b.device)
     one = rule.forward_equations(link.module, link.before, zero)
     return LinearSystem.beside([one] * n)
 
 
-class _State:
-    """One start's way back: x [n, *shape], if it is known as a whole, dL/dx, and what is known of the current tensor."""
+@dataclass(frozen=True)
+class Place:
+    """One tensor inside a run, read backward: what is known of the run's output, as equations on this tensor."""
 
-    def __init__(self, start: Start) -> None:
-        self.update, self.grad, self.layers = start.update, start.grad.double(), start.layers
-        self.know(start.output.double())
+    known: KnownOutput  # of the run's output
+    grad: Tensor  # [n, *shape] dL/d of the tensor
+    systems: tuple[LinearSystem, ...]  # of each example's tensor: what its output tells
+    gradients: tuple[
+        LinearSystem, ...
+    ] = ()  # of all examples' tensors: what the weights' gradients tell, layer by layer
+    behind: tuple[Ruled, Tensor, Tensor] | None = (
+        None  # the activation, its output but for its range's ends, dL/d of it
+    )
+    inner: bool = False  # affine layers lie between the tensor and what is known entry by entry
 
-    def know(self, x: Tensor) -> None:
-        self.x, self.n = x, len(x)
-        self.raw: tuple[Link, Tensor, Tensor] | None = None  # the activation after, its output but for ends, dL/d of it
-        self.hidden = False  # affine layers lie between the current tensor and what is known entry by entry
-        self.known = [everything(part) for part in x]
-        self.extra: list[LinearSystem] = []
-        self.top = self.known[0], self.grad  # of the run that begins here
+    @classmethod
+    def at(cls, known: KnownOutput, shape: tuple[int, ...]) -> Place:
+        """The run's output itself, of that shape."""
+        n = len(known.output)
+        known = replace(known, output=known.output.double().reshape(n, *shape), grad=known.grad.double())
+        return cls(known, known.grad.reshape(n, *shape), tuple(everything(x) for x in known.output))
 
     @property
-    def seen(self) -> Known:
-        """What is known of the run's output, or of an activation's."""
-        return *self.top, self.update
+    def n(self) -> int:
+        """How many examples there are."""
+        return len(self.systems)
 
-    def reshape(self, shape: tuple[int, ...], *, within: bool) -> None:
-        self.grad = self.grad.reshape(self.n, *shape)
-        if not within:
-            self.x = self.x.reshape(self.n, *shape)
+    @property
+    def equations(self) -> KnownEquations:
+        """What is known of the first example's tensor."""
+        return KnownEquations(self.systems[0], self.grad, self.known.update)
 
-    def invert(self, rule: LayerRule, link: Link) -> None:
-        """An activation's input, entry by entry."""
-        self.grad = self._back(rule, link, self.x)
-        self.known = [rule.forward_equations(link.module, link.before, part) for part in self.x]
-        self.top = self.known[0], self.grad
+    def reshaped(self, shape: tuple[int, ...]) -> Place:
+        """Before a layer that only reshapes its input from that shape."""
+        known = self.known
+        if self.behind is None and not self.inner:
+            known = replace(known, output=known.output.reshape(self.n, *shape))
+        return replace(self, known=known, grad=self.grad.reshape(self.n, *shape))
 
-    def extend(self, rule: LayerRule, link: Link, *, forward: bool) -> None:
-        """One affine layer more in the run."""
-        link = replace(link, module=self.layers.get(link.name, link.module))
-        grad = self._back(rule, link, self._whole() if rule.reads_output else self.grad)
-        self.known = [system.through(held(rule, link, system)) for system in self.known]
-        self.extra = [system.through(held(rule, link, system, self.n)) for system in self.extra]
-        weight = _sent(rule, link, self.update)
-        if weight is not None:
-            own = [rule.gradient_equations(link.module, link.before, part, weight) for part in self.grad]
-            if own[0].equations:
-                b = torch.stack([system.b for system in own]).sum(0) - (self.n - 1) * weight.double().flatten()
-                sent = b.isfinite()  # NaN stands for an entry that was not sent
-                system = LinearSystem.summed(own, b)
-                self.extra.append(system if bool(sent.all()) else system.among(sent.nonzero()[:, 0]))
-                if not forward:
-                    self.known = [LinearSystem.none(system.unknowns, weight) for system in self.known]
-        self.grad, self.hidden = grad, True
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """The tensor [n, ...], NaN where it is not known, and dL/d of it taken there, not where it was settled."""
+        if self.inner:
+            return torch.full_like(self.grad, torch.nan), self.grad
+        if self.behind is None:
+            return self.known.output, self.grad
+        layer, output, grad = self.behind
+        grad = _grad_input(layer.rule, layer.link, output, grad)
+        systems = [layer.rule.forward_equations(layer.link.module, layer.link.before, z) for z in output]
+        pairs = [system.pull(torch.stack([system.b, torch.ones_like(system.b)])) for system in systems]
+        return torch.stack([torch.where(seen > 0, x, torch.nan) for x, seen in pairs]), grad
 
-    def _whole(self) -> Tensor:
-        """The current tensor [n, ...], NaN where it is not known; dL/d of it is taken there, not where it was settled."""
-        if self.hidden:
-            return torch.full_like(self.grad, torch.nan)
-        if self.raw is None:
-            return self.x
-        link, x, self.grad = self.raw
-        rule = Activation()
-        self.grad = self._back(rule, link, x)
-        known = [rule.forward_equations(link.module, link.before, part) for part in x]
-        pairs = [system.pull(torch.stack([system.b, torch.ones_like(system.b)])) for system in known]
-        return torch.stack([torch.where(seen > 0, z, torch.nan) for z, seen in pairs])
+    def before(self, layer: Ruled, *, forward: bool) -> Place:
+        """Before an affine layer; without `forward`, its weight's gradient, where it was sent, is all that counts.
 
-    def _back(self, rule: LayerRule, link: Link, output: Tensor) -> Tensor:
-        pairs = zip(*(t.reshape(self.n, *link.after) for t in (output, self.grad)), strict=True)
-        return torch.stack([rule.grad_input(link.module, link.before, z, dz) for z, dz in pairs])
+        Raises UnbatchError: the layer's rule refuses.
+        """
+        link, rule = replace(layer.link, module=self.known.layers.get(layer.link.name, layer.link.module)), layer.rule
+        output, ahead = self.whole() if rule.reads_output else (self.grad, self.grad)
+        grad = _grad_input(rule, link, output, ahead)
+        systems = tuple(system.through(held(rule, link, system)) for system in self.systems)
+        gradients = tuple(system.through(held(rule, link, system, self.n)) for system in self.gradients)
+        own = _weight_equations(layer, link, ahead.reshape(self.n, *link.after), self.known.update)
+        if own is not None:
+            gradients = (*gradients, own)
+            if not forward:
+                systems = tuple(LinearSystem.none(system.unknowns, system.b) for system in systems)
+        return replace(self, grad=grad, systems=systems, gradients=gradients, inner=True)
+
+
+def entered(layers: Sequence[Ruled], known: Sequence[KnownOutput], shape: tuple[int, ...]) -> tuple[Place, ...]:
+    """What stands behind a run undone: reshapes, and at most one activation, whose input is told entry by entry.
+
+    `known` is of the last one's output, of that shape: of one update and of nearly the same ones, whose spread tells which
+    outputs of the activation cannot be told from a flat end of its range.
+    Raises Unreadable: an output has two inputs.
+    """
+    places = tuple(Place.at(each, shape) for each in known)
+    for layer in reversed(layers):
+        if isinstance(layer.rule, Activation):
+            places = _inverted(layer, layer.rule, places)
+        else:
+            places = tuple(place.reshaped(layer.link.before) for place in places)
+    return places
+
+
+def solved(run: AffineRun | ActivationRun, places: Sequence[Place], *, forward: bool = True) -> Reading:
+    """The run's input from the places before what stands behind it, by one linear system: see `Place.before`.
+
+    The first place's system is solved; the others are followed along its factors, x' = x + A^+ (b' - A' x).
+    Raises Unreadable: a layer's rule refuses.
+    """
+    for layer in reversed(run.layers if isinstance(run, AffineRun) else ()):
+        if layer.reshapes:
+            places = [place.reshaped(layer.link.before) for place in places]
+            continue
+        try:
+            places = [place.before(layer, forward=forward) for place in places]
+        except ValueError as error:
+            raise Unreadable(refusal(layer.link, str(error))) from error
+    first, shape = places[0], run.links[0].before
+    systems = [LinearSystem.beside(place.systems) for place in places]
+    solution = _apart(first.systems) if first.n > 1 else None
+    if solution is None:
+        systems = [_joined(system, place.gradients) for system, place in zip(systems, places, strict=True)]
+        solution = systems[0].solve()
+    moved = [solution.x + solution.inverse(system.residual(solution.x)) for system in systems[1:]]
+    others = tuple((x.view(-1, *shape), place.grad) for x, place in zip(moved, places[1:], strict=True))
+    return Reading(run.links, solution.x.view(-1, *shape), first.grad, systems[0], solution, others)
+
+
+def _inverted(layer: Ruled, rule: Activation, places: Sequence[Place]) -> tuple[Place, ...]:
+    """The places before an activation."""
+    link, outputs = layer.link, [place.known.output for place in places]
+    spread = max((float((output - outputs[0]).abs().max()) for output in outputs[1:]), default=0.0)
+    error = max(2 * spread, float(torch.finfo(torch.float64).eps))
+    same = [rule.settled(link.module, examples, error) for examples in zip(*outputs, strict=True)]  # one example in all
+    found = list[Place]()
+    for place, examples in zip(places, zip(*same, strict=True), strict=True):
+        output, settled = place.known.output, torch.stack(examples)
+        raw = torch.where((output - settled).abs() > 2 * error, output, settled)
+        try:
+            grad = _grad_input(rule, link, settled, place.grad)
+            systems = tuple(rule.forward_equations(link.module, link.before, z) for z in settled)
+        except ValueError as error_:
+            raise Unreadable(refusal(link, str(error_))) from error_
+        found.append(Place(place.known, grad, systems, behind=(layer, raw, place.grad)))
+    return tuple(found)
+
+
+def _grad_input(rule: LayerRule, link: Link, output: Tensor, grad: Tensor) -> Tensor:
+    """dL/d of a layer's inputs [n, *before]."""
+    pairs = zip(*(t.reshape(len(t), *link.after) for t in (output, grad)), strict=True)
+    return torch.stack([rule.grad_input(link.module, link.before, z, dz) for z, dz in pairs])
+
+
+def _weight_equations(layer: Ruled, link: Link, grad: Tensor, update: Mapping[str, Tensor]) -> LinearSystem | None:
+    """What the gradient of a layer's weight tells of all examples' inputs; None where it was not sent, or tells nothing."""
+    weight, n = _sent(layer.rule, link, update), len(grad)
+    if weight is None:
+        return None
+    own = [layer.rule.gradient_equations(link.module, link.before, part, weight) for part in grad]
+    if not own[0].equations:
+        return None
+    b = torch.stack([system.b for system in own]).sum(0) - (n - 1) * weight.double().flatten()
+    sent = b.isfinite()  # NaN stands for an entry that was not sent
+    system = LinearSystem.summed(own, b)
+    return system if bool(sent.all()) else system.among(sent.nonzero()[:, 0])
 
 
 def _sent(rule: LayerRule, link: Link, update: Mapping[str, Tensor]) -> Tensor | None:
@@ -202,18 +196,6 @@ def _sent(rule: LayerRule, link: Link, update: Mapping[str, Tensor]) -> Tensor |
     parts = dict(link.module.named_parameters())
     flat = [torch.full_like(parts[k], torch.nan) if t is None else t for k, t in found.items()]
     return torch.cat([tensor.flatten().double() for tensor in flat])
-
-
-def _solved(run: Sequence[Link], states: Sequence[_State]) -> Reading:
-    shape = run[0].before
-    systems = [LinearSystem.beside(state.known) for state in states]
-    solution = _apart(states[0].known) if states[0].n > 1 else None
-    if solution is None:
-        systems = [_joined(system, state.extra) for system, state in zip(systems, states, strict=True)]
-        solution = systems[0].solve()
-    moved = [solution.x + solution.inverse(system.residual(solution.x)) for system in systems[1:]]
-    others = tuple((x.view(-1, *shape), state.grad) for x, state in zip(moved, states[1:], strict=True))
-    return Reading(tuple(run), solution.x.view(-1, *shape), states[0].grad, systems[0], solution, others)
 
 
 def _joined(system: LinearSystem, extra: Sequence[LinearSystem]) -> LinearSystem:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unbatch.errors import NotApplicable
-from unbatch.inversion.backward.reading import Start, Unreadable
+from unbatch.inversion.backward.reading import KnownOutput, Unreadable
+from unbatch.inversion.backward.runs import runs
 from unbatch.inversion.label_fit import labels, nearest
 from unbatch.inversion.unmixing import unmixed
 from unbatch.inversion.view import View
@@ -19,22 +20,60 @@ from unbatch.layers.residual import split
 from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.network.chain import chain, follow
 
-SIZES = (1e-3, 1e4, 200)  # of the input of a layer without a bias: from, to, and how many are tried
-RANK_ONE = 64  # roundings of the update that may be left beside one outer product
+INPUT_SIZES = (1e-3, 1e4, 200)  # of a layer without a bias: from, to, and how many are tried
+NEARBY = 1.1  # factor on the size of its input within which nearly the same update's is looked for
+NEARBY_SIZES = 4  # tried between
+RANK_ONE_ROUNDINGS = 64  # of the update, that may be left beside one outer product
+SIZE_MISFIT = 1e-3  # relative, of the gradient at the size that explains it best: more is no explanation
+
+
+@dataclass(frozen=True)
+class Features:
+    """The inputs of the dense layer, and how to find those of nearly the same update."""
+
+    known: KnownOutput  # of the layers below it
+    labels: Tensor | None  # [n], where they come with the inputs
+    again: Callable[[Mapping[str, Tensor], torch.Generator], KnownOutput]  # of a nearby update
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The nearest size u v^T to a matrix, u and v of unit length."""
+
+    u: Tensor  # [rows]
+    v: Tensor  # [columns]
+    size: float
+    rest: float  # |matrix - size u v^T| / |matrix|
+
+    @classmethod
+    def of(cls, A: Tensor) -> Outer:
+        """By the singular value decomposition of A [rows, columns].
+
+        >>> outer = Outer.of(torch.tensor([[0.0, 3.0], [0.0, 0.0]]))
+        >>> outer.size, outer.rest
+        (3.0, 0.0)
+        """
+        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+        rest = float(S[1:].norm() / S.norm()) if S.norm() > 0 else 0.0
+        u, v = U[:, 0], Vh[0]
+        return cls(u, v, float(u @ A @ v), rest)
 
 
 class FirstDense:
-    """The first dense layer that sent its gradient, the links below it and those above it, in float64.
+    """The first dense layer that sent its gradient: from it alone its inputs are known, where the way back begins.
 
     With a bias dL/dW = dz x^T and dL/db = dz give x and dz of one example; without, only their directions, and the size at
-    which the model's own dz fits. Up to four examples by `unmix`.
-    Raises NotApplicable: there is none that gives its input, or the network is no chain.
+    which the model's own dz fits. Up to four examples by `unmix`. `links` are the network's, `below` those before the
+    layer, cut into `runs`, `above` from it on, all in float64.
+
+    view: an exchange whose input_shape is known. Raises NotApplicable: there is no such layer, nothing lies before it, or
+    the network is no chain.
+    Source: the outer product of one example, Phong et al., 2017; its size without a bias, R-GAP, ICLR 2021.
     """
 
     def __init__(self, view: View) -> None:
         obs = view.obs
         self.view, self.obs, self.n = view, obs, obs.knowledge.get("batch_size", 1)
-        self.bound = torch.zeros(0)  # of the features' error, l2, where unmix gives them
         model = copy.deepcopy(obs.model).double()
         sent = obs.knowledge.get("buffers", {})
         for name, buffer in model.named_buffers():
@@ -50,74 +89,72 @@ class FirstDense:
         self.dense, self.below, self.above = first, self.links[:place], self.links[place:]
         self.W: Tensor = dict(model.named_parameters())[self.dense.weight].detach()
         self.labels = [y.double() if y.is_floating_point() else y for y in labels(view)]
-        self._check()
+        self.runs = runs(self.below)
+        if not self.runs:
+            raise NotApplicable(
+                f"nothing lies before the dense layer {first.name!r}: bias-ratio and unmix read its inputs."
+            )
 
-    def _check(self) -> None:
-        """Raise NotApplicable, saying why, unless the layer gives its input."""
-        name = self.dense.name
-        if not self.below:
-            raise NotApplicable(f"nothing lies before the dense layer {name!r}: bias-ratio and unmix read its inputs.")
+    def features(self, update: Mapping[str, Tensor], rng: torch.Generator) -> Features:
+        """What is known of the layer's inputs [n, p] by an update in float64, and the labels where they come with it.
+
+        Raises NotApplicable: its gradient is zero, or not one example's. Raises Unreadable: no size of the input explains
+        the gradient, or unmix finds too few examples.
+        """
         if self.n > 1:
-            return  # unmix says by itself whether it does
-        dW = self.obs.update[self.dense.weight].double()
+            return self._several(update, rng)
+        dW, name = update[self.dense.weight].double(), self.dense.name
         if not bool(dW.any()):
             raise NotApplicable(f"the gradient of {name!r} is zero: the example does not reach that layer.")
-        if self.dense.bias not in self.obs.update and not self.labels:
+        if self.dense.bias not in update and not self.labels:
             raise NotApplicable(
                 f"{name!r} sent no bias gradient, and without one only the label tells the size of its input."
             )
-        rest = _rank_one(dW)[2]
-        if rest > RANK_ONE * torch.finfo(self.obs.dtype).eps:
+        outer = Outer.of(dW)
+        if outer.rest > RANK_ONE_ROUNDINGS * torch.finfo(self.obs.dtype).eps:
             raise NotApplicable(
-                f"the gradient of {name!r} is not of rank one (relative rest {rest:.1e}): more than one example, noise, "
-                "pruning, or an update computed in less precision than it is stored in."
+                f"the gradient of {name!r} is not of rank one (relative rest {outer.rest:.1e}): more than one example, "
+                "noise, pruning, or an update computed in less precision than it is stored in."
             )
+        known = self._divided(update)
+        if known is None:
+            return self._scaled(outer, update)
+        return Features(known, self.obs.knowledge.get("labels"), lambda moved, rng: self._again(known, moved))
 
-    def start(self, update: Mapping[str, Tensor], rng: torch.Generator) -> tuple[Start, Tensor | None]:
-        """What is known of the layer's inputs, and the labels where they come with it.
+    def _again(self, known: KnownOutput, update: Mapping[str, Tensor]) -> KnownOutput:
+        """By a bias whose gradient moved; where it vanished, what was known."""
+        return self._divided(update) or known
 
-        Raises Unreadable: no size of the input explains the gradient, or unmix finds too few examples.
-        """
-        dW = update[self.dense.weight].double()
-        if self.n > 1:
-            return self._several(update, rng)
-        if self.dense.bias in update and bool(update[self.dense.bias or ""].any()):
-            delta = update[self.dense.bias or ""].double()
-            x, label = (delta @ dW) / (delta @ delta), self.obs.knowledge.get("labels")
-        else:
-            x, delta, label = self._scaled(dW, self.labels)
-        return Start(x[None], (delta @ self.W)[None], update), label
+    def _divided(self, update: Mapping[str, Tensor]) -> KnownOutput | None:
+        """One example's x = dz^T dW / |dz|^2; None without a bias, or where its gradient dz is zero."""
+        delta = update.get(self.dense.bias or "")
+        if delta is None or not bool(delta.any()):
+            return None
+        delta, dW = delta.double(), update[self.dense.weight].double()
+        x = (delta @ dW) / (delta @ delta)
+        return KnownOutput(x[None], (delta @ self.W)[None], update)
 
-    def moved(self, start: Start, label: Tensor | None, update: Mapping[str, Tensor], rng: torch.Generator) -> Start:
-        """The start of nearly the same update, and of nearly the same batch statistics where they were sent."""
-        norms = {link.name: link.module for link in self.below if isinstance(link.module, KnownBatchNorm)}
-        layers = {name: norm.drawn(rng) for name, norm in norms.items()}
-        return replace(self._moved(start, label, update, rng), layers=layers)
+    def _scaled(self, outer: Outer, update: Mapping[str, Tensor]) -> Features:
+        """One example's, by the direction of its input and the label whose gradient fits."""
+        x, delta, label = self._sized(outer, self.labels, INPUT_SIZES)
+        size = float(x.norm())
+        near = (size / NEARBY, size * NEARBY, NEARBY_SIZES)
 
-    def _moved(self, start: Start, label: Tensor | None, update: Mapping[str, Tensor], rng: torch.Generator) -> Start:
-        if self.n > 1:
-            assert label is not None  # _several gives them
-            x = start.output + self.bound[:, None] * torch.nn.functional.normalize(
-                torch.randn(start.output.shape, generator=rng, dtype=torch.float64).to(start.output), dim=1
-            )
-            return Start(x, self.delta(x, label) @ self.W, update)
-        if self.dense.bias in update and bool(update[self.dense.bias or ""].any()):
-            return self.start(update, rng)[0]
-        assert label is not None  # _scaled gives it
-        size = float(start.output.norm())
-        x, delta, _ = self._scaled(update[self.dense.weight].double(), [label], (size / 1.1, size * 1.1, 4))
-        return Start(x[None], (delta @ self.W)[None], update)
+        def again(update: Mapping[str, Tensor], rng: torch.Generator) -> KnownOutput:
+            x, delta, _ = self._sized(Outer.of(update[self.dense.weight].double()), [label], near)
+            return KnownOutput(x[None], (delta @ self.W)[None], update)
 
-    def _scaled(
-        self, dW: Tensor, labels: list[Tensor], sizes: tuple[float, float, int] = SIZES
+        return Features(KnownOutput(x[None], (delta @ self.W)[None], update), label, again)
+
+    def _sized(
+        self, outer: Outer, candidates: list[Tensor], sizes: tuple[float, float, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x, dz and the label of dW = dz x^T: the size of x at which the model's own dz is that of dW / |x|."""
+        """x [p], dz [m] and the label of dW = dz x^T: the size of x at which the model's own dz is that of dW / |x|."""
         from scipy.optimize import brentq
 
-        u, v, _ = _rank_one(dW)
-        size, grid = float(u @ dW @ v), np.geomspace(*sizes)
+        u, v, size, grid = outer.u, outer.v, outer.size, np.geomspace(*sizes)
         best: tuple[float, float, float, Tensor] | None = None
-        for y in labels:
+        for y in candidates:
             for sign in (1.0, -1.0):
 
                 def along(t: float, y: Tensor = y, sign: float = sign) -> float:  # t <dz, u> - size
@@ -129,14 +166,14 @@ class FirstDense:
                         t = brentq(along, low, high, xtol=1e-300, rtol=8.9e-16)
                         gap = float((t * self.delta(sign * t * v[None], y)[0] - size * sign * u).norm()) / size
                         best = min(best or (np.inf, t, sign, y), (gap, t, sign, y), key=lambda found: found[0])
-        if best is None or best[0] > 1e-3:
+        if best is None or best[0] > SIZE_MISFIT:
             raise Unreadable(
                 f"no size of the input of {self.dense.name!r}, which has no bias, explains its gradient: clipped or scaled."
             )
         _, t, sign, y = best
         return sign * t * v, sign * size / t * u, y
 
-    def _several(self, update: Mapping[str, Tensor], rng: torch.Generator) -> tuple[Start, Tensor]:
+    def _several(self, update: Mapping[str, Tensor], rng: torch.Generator) -> Features:
         """The features that `unmix` proves, their gradients by the layers above, and how far off unmix says they can be."""
         found = unmixed(self.view, rng)
         labels, stretch = found.labels, 1.0
@@ -150,8 +187,19 @@ class FirstDense:
             size = x.norm(dim=1)
         if len(x) != self.n or labels is None:
             raise Unreadable(f"unmix proves the features of {len(x)} of {self.n} examples before {self.dense.name!r}.")
-        self.bound = found.bound.to(x) * size * stretch
-        return Start(x, self.delta(x, labels) @ self.W, update), labels
+        bound, own = found.bound.to(x) * size * stretch, labels  # [n] l2
+
+        def again(update: Mapping[str, Tensor], rng: torch.Generator) -> KnownOutput:
+            way = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x)
+            moved = x + bound[:, None] * torch.nn.functional.normalize(way, dim=1)
+            return KnownOutput(moved, self.delta(moved, own) @ self.W, update)
+
+        return Features(KnownOutput(x, self.delta(x, own) @ self.W, update), own, again)
+
+    def statistics(self, rng: torch.Generator) -> dict[str, torch.nn.Module]:
+        """By link's name, the batch norms below whose statistics were sent, these moved by their rounding."""
+        norms = {link.name: link.module for link in self.below if isinstance(link.module, KnownBatchNorm)}
+        return {name: norm.drawn(rng) for name, norm in norms.items()}
 
     def delta(self, x: Tensor, labels: Tensor) -> Tensor:
         """dL/dz [n, m] of the dense layer's outputs for its inputs x [n, p], by the layers above it."""
@@ -170,14 +218,7 @@ class FirstDense:
         return self.obs.update[self.dense.bias or ""].abs().argmax()[None] if cross_entropy else None
 
     def label(self, inputs: Tensor) -> Tensor | None:
-        """The label [1] of one example whose gradient at `inputs` explains the update best; None of no choice."""
+        """The label [1] of one example whose gradient at `inputs` [1, *shape] explains the update best, or None."""
         likely = self.likely()
         ordered = sorted(self.labels, key=lambda y: likely is not None and not torch.equal(y, likely))
         return nearest(self.obs, inputs, ordered) if len(inputs) == 1 else None
-
-
-def _rank_one(A: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Unit u, v of the nearest s u v^T to A, and the relative rest."""
-    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-    rest = float(S[1:].norm() / S.norm()) if S.norm() > 0 else 0.0
-    return U[:, 0], Vh[0], rest

@@ -1,15 +1,16 @@
-"""Curve: a run of layers that is not linear, read backward by Gauss and Newton."""
+"""Nonlinear runs: layers that have no linear way back, or not enough equations alone, read together by Gauss and Newton."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from unbatch.inversion.backward.pullback import ROUNDING_FLOOR, Fit, Pullback
-from unbatch.inversion.backward.reading import Known, Reading, Unreadable
+from unbatch.inversion.backward.reading import KnownEquations, Reading, Unreadable
 from unbatch.network.chain import Link
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.linear.linsys import MATRIX_ENTRIES
@@ -17,13 +18,13 @@ from unbatch.numerics.search.annealing import FIRST_SHARPNESS, annealed
 from unbatch.numerics.search.softening import Softened
 from unbatch.progress import tick
 
-SPREAD = 0.25  # of a random point around the middle
-DRAWN = 4  # starts of the prior
-LEVELS = {True: 30, False: 12}  # of annealing, with kinks and without
-OPEN = 6, 1e-3, 1  # levels, least deviation and steps of it without kinks, where a whole set of roots is left open
-FITS = 10.0  # times what nearly the same updates change in a residual: no more than rounding
-NEAR = 1e-8  # where there are none
-Box = tuple[float, float]
+START_DEVIATION = 0.25  # of a random point around the middle
+PRIOR_STARTS = 4  # draws of the prior from which annealing begins
+KINKED_LEVELS, SMOOTH_LEVELS = 30, 12  # of annealing, with kinks and without
+OPEN_LEVELS, OPEN_DEVIATION, OPEN_STEPS = 6, 1e-3, 1  # without kinks, where a whole set of roots is left open
+ROOT_ROUNDINGS = 10.0  # times what nearly the same updates change in a residual: no more than rounding
+LONE_RESIDUAL = 1e-8  # what counts as that where there are no such updates
+Box = tuple[float, float]  # least and greatest value of the network's inputs
 
 
 def flat_roots(reading: Reading) -> bool:
@@ -33,68 +34,86 @@ def flat_roots(reading: Reading) -> bool:
     x = reading.x.flatten()
     draw = torch.rand(1, x.numel(), generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x) - 0.5
     moved = x + reading.solution.free(draw)[0]
-    return float(reading.pullback(moved).norm()) <= FITS * max(float(reading.system.b.norm()), ROUNDING_FLOOR)
+    return float(reading.pullback(moved).norm()) <= ROOT_ROUNDINGS * max(float(reading.system.b.norm()), ROUNDING_FLOOR)
 
 
-class Curve:
-    """A run of links that is not linear, first to last, below what is known of its output; one example.
+@dataclass(frozen=True)
+class OpenRun:
+    """Layers that are read together, one example at a time, because no linear system gives their input.
 
-    `known` is what the update says of the output, and then what nearly the same updates say of it.
+    Equations are known of their output, and the gradients of their weights; their input is where Gauss and Newton find
+    both to hold (`Pullback`).
     """
 
-    def __init__(self, links: list[Link], known: Sequence[Known]) -> None:
-        self.links, self.known = links, known
+    links: tuple[Link, ...]  # first to last; none yet, if the equations are on the next run's output
+    known: tuple[KnownEquations, ...]  # of the output: by the update, then by nearly the same ones
+    box: Box  # range of the network's inputs
+
+    def after(self, links: tuple[Link, ...]) -> OpenRun:
+        """With the layers before it taken in."""
+        return replace(self, links=links + self.links)
 
     def equations(self, before: Sequence[Link] = ()) -> int:
-        """Those of the run and the links `before` it."""
+        """How many equations it has, and the layers `before` it."""
         names = tuple(f"{link.name}." for link in (*before, *self.links))
-        output, _, update = self.known[0]
-        sent = (t.isfinite().sum() for name, t in update.items() if name.startswith(names))
-        return output.equations + int(sum(sent))
+        sent = (t.isfinite().sum() for name, t in self.known[0].update.items() if name.startswith(names))
+        return self.known[0].system.equations + int(sum(sent))
 
     def too_large(self, before: Sequence[Link] = ()) -> str:
-        """Why the run cannot be followed down to the network's input, in words; empty where it can."""
+        """Why it cannot be followed down to the network's input, in words; empty where it can."""
         equations, unknowns = self.equations(before), [*before, *self.links][0].unknowns
         if equations * unknowns <= MATRIX_ENTRIES:
             return ""
         return f"the {equations:,} equations from there on for {unknowns:,} numbers are too many for Gauss and Newton"
 
     def determined(self, last: Link) -> Reading | None:
-        """The reading of the run's input, the output of `last`, where the run alone determines it; None: it stays open."""
+        """The reading of its input, the output of the activation `last`, where it determines that; None: it stays open.
+
+        Raises Unreadable: a layer draws at random.
+        """
         unknowns = self.links[0].unknowns
         if not unknowns <= self.equations() <= MATRIX_ENTRIES / unknowns:
             return None
-        zero = torch.zeros(1, *last.before, dtype=torch.float64, device=self.known[0][0].b.device)
+        zero = torch.zeros(1, *last.before, dtype=torch.float64, device=self.known[0].system.b.device)
         middle = float(last.module(zero).mean())
-        at = middle + SPREAD * torch.randn(unknowns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        system = self._pullbacks()[0].system(at.to(zero))
+        draw = torch.randn(unknowns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        pullbacks = self._pullbacks()
+        system = pullbacks[0].system((middle + START_DEVIATION * draw).to(zero))
         if bool(system.b.isfinite().all()) and system.rank() < unknowns:  # and so nearly everywhere
             return None
-        reading = self.solved(middle)
+        reading = self._root(pullbacks, middle, likely=False)
         return reading if reading.deficit == 0 else None
 
-    def solved(self, middle: float, box: Box | None = None) -> Reading:
+    def likeliest(self) -> Reading:
+        """The reading of the network's input, in its box: where equations leave it open, the likeliest picture.
+
+        Raises Unreadable: a layer draws at random.
+        """
+        return self._root(self._pullbacks(), sum(self.box) / 2, likely=True)
+
+    def _root(self, pullbacks: Sequence[Pullback], middle: float, *, likely: bool) -> Reading:
         """The root of least residual, by Gauss and Newton from a few starts: the first that fits is taken.
 
-        The run's own output, if it has the input's shape, as in a residual block; grey; and for the network's input, in its
-        `box`, what is likeliest by annealing, from grey and from draws of the prior.
+        The run's own output, if it has the input's shape, as in a residual block; grey; and if asked for, what is likeliest
+        by annealing, from grey and from draws of the prior.
         """
-        pullbacks = self._pullbacks()
-        shape, output = self.links[0].before, self.known[0][0]
+        shape, output = self.links[0].before, self.known[0].system
         flat = torch.full(shape, middle, dtype=torch.float64, device=output.b.device)
         near: list[Callable[[Pullback], Tensor]] = [partial(_near, start=flat)]
         if output.unknowns == output.equations == flat.numel():
             near.insert(0, partial(_near, start=output.pull(output.b[None]).view(shape)))
-        likely: list[Callable[[Pullback], Tensor]] = []
+        prior: list[Callable[[Pullback], Tensor]] = []
         open_ = self.equations() < flat.numel()  # whatever the root: then only the likeliest counts, and it comes first
-        if box is not None:
+        if likely:
             rng = torch.Generator().manual_seed(0)
-            drawn = SPREAD * torch.randn(DRAWN, flat.numel(), generator=rng, dtype=torch.float64).to(flat)
-            likely = [partial(_likeliest, z=z, box=box, open_=open_) for z in (torch.zeros_like(drawn[0]), *drawn)]
+            drawn = START_DEVIATION * torch.randn(PRIOR_STARTS, flat.numel(), generator=rng, dtype=torch.float64).to(
+                flat
+            )
+            prior = [partial(_likeliest, z=z, box=self.box, open_=open_) for z in (torch.zeros_like(drawn[0]), *drawn)]
         found = list[Reading]()
-        for start in (*likely, *near) if open_ else (*near, *likely):
+        for start in (*prior, *near) if open_ else (*near, *prior):
             found.append(self._reading(pullbacks[0].solve(start(pullbacks[0]).view(shape), tick), pullbacks))
-            enough = found[-1].deficit == 0 or start in likely or not likely or flat_roots(found[-1])
+            enough = found[-1].deficit == 0 or start in prior or not prior or flat_roots(found[-1])
             if (found[-1].fits and enough) or not tick(0.0):
                 break
         fits = [each for each in found if each.fits]
@@ -102,7 +121,7 @@ class Curve:
 
     def _pullbacks(self) -> list[Pullback]:
         try:
-            return [Pullback(self.links, *known) for known in self.known]
+            return [Pullback(self.links, known.system, known.grad, known.update) for known in self.known]
         except ValueError as error:
             raise Unreadable(str(error)) from error
 
@@ -110,20 +129,20 @@ class Curve:
         shape, x = fit.x.shape, fit.x.flatten()
         moved = [x - fit.solution.inverse(each(x).detach()) for each in pullbacks[1:]]
         r = pullbacks[0](x).detach()
-        rounding = max((float((each(x).detach() - r).norm()) for each in pullbacks[1:]), default=NEAR)
+        rounding = max((float((each(x).detach() - r).norm()) for each in pullbacks[1:]), default=LONE_RESIDUAL)
         others = [
             (at.view(1, *shape), own.grad_input(at).view(1, *shape))
             for at, own in zip(moved, pullbacks[1:], strict=True)
         ]
         return Reading(
-            tuple(self.links),
+            self.links,
             fit.x[None],
             pullbacks[0].grad_input(x).view(1, *shape),
             pullbacks[0].system(x),
             fit.solution,
             tuple(others),
             pullbacks[0],
-            fit.residual <= FITS * max(rounding, ROUNDING_FLOOR),
+            fit.residual <= ROOT_ROUNDINGS * max(rounding, ROUNDING_FLOOR),
         )
 
 
@@ -158,7 +177,8 @@ def _likeliest(pullback: Pullback, z: Tensor, box: Box, open_: bool) -> Tensor:
 
     at(z, FIRST_SHARPNESS)
     search = partial(annealed, residual, jacobian, z, tick=tick)
-    levels, tight, steps = OPEN
     if open_ and not soft.rounds:
-        return prior.middle + prior.push(search(levels=levels, tight=tight, steps=steps))
-    return prior.middle + prior.push(search(levels=LEVELS[soft.rounds]))
+        found = search(levels=OPEN_LEVELS, tight=OPEN_DEVIATION, steps=OPEN_STEPS)
+    else:
+        found = search(levels=KINKED_LEVELS if soft.rounds else SMOOTH_LEVELS)
+    return prior.middle + prior.push(found)

@@ -10,8 +10,9 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor, nn
 
-from unbatch.inversion.backward.affine_runs import RESHAPES, everything, held
+from unbatch.inversion.backward.affine_runs import everything, held
 from unbatch.inversion.backward.pullback import Pullback
+from unbatch.inversion.backward.runs import RESHAPES
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
 from unbatch.layers.affine import Affine

@@ -12,33 +12,43 @@ from unbatch.inversion.backward.pullback import Pullback
 from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import LinearSystem, Solution
 
-Known = tuple[LinearSystem, Tensor, Mapping[str, Tensor]]  # A t = b of a tensor t, dL/dt, and the update below it
-
 
 class Unreadable(UnbatchError):  # noqa: N818 (a layer that has no way back, named for it)
-    """A layer that cannot be read backward; the message names it."""
+    """A layer cannot be read backward, or what the reading starts from is not known; the message names it."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """What is known of the last link: its output [n, *shape], dL/d(output) and the update below it, NaN where it is not."""
+class KnownOutput:
+    """What is known of a layer's output: its value, the loss's gradient there, and the update of the layers up to it."""
 
-    output: Tensor
-    grad: Tensor
-    update: Mapping[str, Tensor]
+    output: Tensor  # [n, *shape]
+    grad: Tensor  # [n, *shape] dL/d(output)
+    update: Mapping[str, Tensor]  # by parameter name, NaN where an entry was not sent
     layers: Mapping[str, nn.Module] = field(default_factory=dict)  # by link's name, where it has another than the link
 
 
 @dataclass(frozen=True)
+class KnownEquations:
+    """What is known of one example's tensor t that is not known entry by entry: equations A t = b, and dL/dt."""
+
+    system: LinearSystem
+    grad: Tensor  # of t's entries
+    update: Mapping[str, Tensor]  # of the layers up to t, as in `KnownOutput`
+
+
+@dataclass(frozen=True)
 class Reading:
-    """What a run of affine layers, or a lone activation, tells of its input; or a run that is not linear, near a root."""
+    """What one run of layers tells of its input.
+
+    The run is affine or a lone activation, and the equations are linear; or it is not linear, and they are linear near x.
+    """
 
     links: tuple[Link, ...]  # the run, first to last
     x: Tensor  # [n, *shape] its input: the least-squares solution of least norm
     grad: Tensor  # [n, *shape] dL/dx, which the later layers give whether or not x is determined
     system: LinearSystem
     solution: Solution
-    others: tuple[tuple[Tensor, Tensor], ...] = ()  # x and dL/dx of the other starts, to first order
+    others: tuple[tuple[Tensor, Tensor], ...] = ()  # x and dL/dx of nearly the same updates, to first order
     pullback: Pullback | None = None  # the equations of a run that is not linear: `system` is theirs at x
     fits: bool = True  # x solves them, up to rounding
 
@@ -49,5 +59,5 @@ class Reading:
 
     @property
     def layers(self) -> str:
-        """The names of the run's layers."""
+        """The names of the run's layers, first to last, with commas between them."""
         return ", ".join(link.name for link in self.links)
