@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unbatch import Observation
 from unbatch.inversion.above_layer import Rounding
-from unbatch.inversion.unmixing import Problem, layer_span
+from unbatch.inversion.unmixing import Unmixing, layer_span
 from unbatch.inversion.view import View
 from unbatch.numerics.unmix.certificate import mixture_radius
 from unbatch.numerics.unmix.equation import accept, polish
@@ -58,12 +58,12 @@ def drawn(exchange: Exchange, seed: int, *, crowded: bool) -> tuple[Observation,
     return replace(obs, update=sent), x, y
 
 
-def posed(obs: Observation, rng: torch.Generator) -> Problem:
+def posed(obs: Observation, rng: torch.Generator) -> Unmixing:
     """The problem of an exchange, also where it is too large to be taken on."""
     view = View.of(obs)
     assert view.first is not None
     assert view.form is not None
-    return Problem(view, view.first, view.form, layer_span(view, view.first, rng))
+    return Unmixing(view, view.first, view.form, layer_span(view, view.first, rng))
 
 
 def judge(exchange: Exchange, seed: int, kind: str = "") -> Judged | None:

@@ -10,7 +10,7 @@ import torch
 from clients import Exchange
 from torch import Tensor, nn
 
-from unbatch.attacks.feature_inversion import Coarse, FeatureInversion
+from unbatch.attacks.feature_inversion import CoarseToFine, FeatureInversion
 from unbatch.attacks.unmix import Unmix
 from unbatch.auditing.client import observe
 from unbatch.case import Case
@@ -134,7 +134,7 @@ def test_dropout_before_the_dense_layer_leaves_no_one_picture() -> None:
 
 def test_nothing_found_gives_no_pictures(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
     obs, x, _ = exchange(SMALL, **KNOWN)
-    monkeypatch.setattr("unbatch.attacks.feature_inversion.EXACT", 0.0)  # no bound is as small
+    monkeypatch.setattr("unbatch.attacks.feature_inversion.LARGEST_FEATURE_BOUND", 0.0)  # no bound is as small
     found = FeatureInversion(iterations=5)(obs)
     assert found.inputs is not None
     assert found.inputs.shape == (0, *x.shape[1:])
@@ -186,7 +186,7 @@ def test_the_best_point_is_returned_not_the_last(exchange: Exchange, monkeypatch
 
 def test_flat_pictures_come_first_and_the_score_does_not_change_its_weight() -> None:
     target = torch.rand(2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    search = Coarse(lambda p: (p - target).norm(dim=1), (3, 2, 2), 0.01, 10)
+    search = CoarseToFine(lambda p: (p - target).norm(dim=1), (3, 2, 2), 0.01, 10)
     values = []
     for _ in range(10):
         values.append(float(search(target)))

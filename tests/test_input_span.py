@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unbatch import Observation
-from unbatch.inversion.input_span import reduce
+from unbatch.inversion.input_span import in_input_span
 from unbatch.inversion.view import View
 from unbatch.models.small import build
 
@@ -27,7 +27,7 @@ CLIENT = {
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 def test_the_reduced_network_trains_on_z_as_the_whole_one_on_x(exchange: Exchange, protocol: dict[str, Any]) -> None:
     obs, x, y = exchange(**CLIENT, **protocol)
-    found = reduce(View.of(obs), torch.Generator().manual_seed(0))
+    found = in_input_span(View.of(obs), torch.Generator().manual_seed(0))
     assert found is not None
     assert found.exact
     assert found.rows.shape == (4, 192)
@@ -41,7 +41,9 @@ def test_a_noisy_update_is_reduced_and_said_to_be_inexact(exchange: Exchange) ->
     obs, _, _ = exchange(**CLIENT)
     rng = torch.Generator().manual_seed(1)
     noisy = {k: t + 1e-4 * torch.randn(t.shape, generator=rng, dtype=t.dtype) for k, t in obs.update.items()}
-    found = reduce(View.of(Observation(model=obs.model, loss=obs.loss, update=noisy, knowledge=obs.knowledge)), rng)
+    found = in_input_span(
+        View.of(Observation(model=obs.model, loss=obs.loss, update=noisy, knowledge=obs.knowledge)), rng
+    )
     assert found is not None
     assert not found.exact
 
@@ -53,7 +55,7 @@ def test_a_noisy_update_is_reduced_and_said_to_be_inexact(exchange: Exchange) ->
 )
 def test_updates_with_other_rows_than_the_inputs_are_left_alone(exchange: Exchange, protocol: dict[str, Any]) -> None:
     obs, _, _ = exchange(**CLIENT, **protocol)
-    assert reduce(View.of(obs), torch.Generator().manual_seed(0)) is None
+    assert in_input_span(View.of(obs), torch.Generator().manual_seed(0)) is None
 
 
 class Normalised(nn.Module):
@@ -73,4 +75,4 @@ def test_networks_that_do_more_than_flatten_are_left_alone(exchange: Exchange, k
     rng = torch.Generator().manual_seed(0)
     model = build("convnet", (3, 8, 8), 5, rng=rng) if kind == "convolution" else Normalised()
     obs, _, _ = exchange(**CLIENT | {"client": model})
-    assert reduce(View.of(obs), torch.Generator().manual_seed(0)) is None
+    assert in_input_span(View.of(obs), torch.Generator().manual_seed(0)) is None

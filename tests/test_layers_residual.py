@@ -111,7 +111,7 @@ def test_the_sum_is_told_from_the_activation_behind_it() -> None:
 
 
 def test_a_branch_with_an_activation_is_refused_in_words() -> None:
-    own = small.Residual(3, 3, 1, nn.ReLU).eval()
+    own = small.ResidualBlock(3, 3, 1, nn.ReLU).eval()
     assert parsed(own).after == "act2"
     assert rule_for(own) is None
     assert "'act1' (ReLU)" in bend(own)

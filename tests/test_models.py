@@ -174,7 +174,7 @@ def test_depth_and_width() -> None:
     assert [tuple(p.shape)[:2] for p in convnet.parameters() if p.ndim == 4] == [(4, 3), (4, 4), (8, 4), (8, 8)]
     assert convnet.get_submodule("dense1").weight.shape == (16, 8 * 4 * 4)
     resnet = build("resnet-small", (3, 16, 16), 2, depth=2, width=4, rng=rng())
-    blocks = [m for m in resnet.modules() if isinstance(m, small.Residual)]
+    blocks = [m for m in resnet.modules() if isinstance(m, small.ResidualBlock)]
     identity = [isinstance(block.shortcut, nn.Identity) for block in blocks]
     assert identity == [True, True, False, True, False, True]
 

@@ -11,7 +11,7 @@ from unbatch.analysis import Analysis
 from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.auditing.client import observe
 from unbatch.inversion.backward.rank_count import c_of, constraints
-from unbatch.models.small import Residual, build, initialise
+from unbatch.models.small import ResidualBlock, build, initialise
 from unbatch.network.chain import chain
 from unbatch.protocol import Protocol
 
@@ -187,7 +187,7 @@ def test_the_published_metric_is_silent_of_residual_networks(mode: str) -> None:
     obs, _ = observe(model, LOSS, x, torch.tensor([0]), protocol=Protocol(mode=mode))
     (share,) = Analysis.parse("security-metric")(obs)
     assert share.name == "determined share"
-    assert "'block1' (Residual), 'block2' (Residual), 'block3' (Residual)" in share.words
+    assert "'block1' (ResidualBlock), 'block2' (ResidualBlock), 'block3' (ResidualBlock)" in share.words
     rows = {risk.layer: risk for risk in Analysis.parse("layer-equations")(obs)}
     assert {"conv1", "norm1", "block1", "block2", "block3", "head"} < set(rows)
     assert not any("nothing is left" in risk.words for name, risk in rows.items() if name != "head")
@@ -215,7 +215,7 @@ def test_under_padding_the_rank_of_the_weights_is_measured(exchange: Exchange) -
 def test_a_residual_block_has_the_rank_of_the_equations_that_the_attack_solves() -> None:
     rng = torch.Generator().manual_seed(0)
     model = nn.Sequential(
-        *(nn.Conv2d(1, 3, 3), nn.Tanh(), Residual(3, 3, 1, nn.Softplus), nn.Tanh()),
+        *(nn.Conv2d(1, 3, 3), nn.Tanh(), ResidualBlock(3, 3, 1, nn.Softplus), nn.Tanh()),
         *(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)),
     )
     model = initialise(model, rng).double()
@@ -227,10 +227,12 @@ def test_a_residual_block_has_the_rank_of_the_equations_that_the_attack_solves()
     rows = {risk.layer: risk for risk in Analysis.parse("layer-equations")(obs, at=(x, torch.tensor([0])))}
     assert rows["2"].rank == readings["2"]["rank"]
     assert rows["2"].level != "exact"
-    assert "To first order at the batch's first example: '2' (Residual) has no rule" in rows["2"].words
+    assert "To first order at the batch's first example: '2' (ResidualBlock) has no rule" in rows["2"].words
     large = Analysis.parse("layer-equations:condition=70")(obs)[1]
     assert large.level == "unknown"
-    assert "'2' (Residual) has no rule to read it backward by: its branch is not affine in x at 'act1'" in large.words
+    assert (
+        "'2' (ResidualBlock) has no rule to read it backward by: its branch is not affine in x at 'act1'" in large.words
+    )
     assert "and 75 unknowns are more than condition=70" in large.words
 
 

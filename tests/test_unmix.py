@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unbatch.attacks.unmix import Unmix
 from unbatch.case import Case
 from unbatch.errors import NotApplicable
-from unbatch.inversion.unmixing import Counted, Problem
+from unbatch.inversion.unmixing import RemainingLabels, Unmixing
 from unbatch.inversion.view import View
 from unbatch.loss import loss_named
 from unbatch.numerics.unmix import solver as solver
@@ -176,11 +176,11 @@ def test_one_class_and_repeated_labels(exchange: Exchange) -> None:
 def test_labels_of_the_rest_are_counted_for_a_descent(exchange: Exchange, knowledge: str) -> None:
     model, loss, x, y = client("photos:batch=16,size=16,width=200,activation=gelu")
     obs = exchange(model, loss, x, y, **({"labels": y} if knowledge == "known" else {}))[0]
-    problem = Problem.of(View.of(obs), torch.Generator().manual_seed(0))
+    problem = Unmixing.of(View.of(obs), torch.Generator().manual_seed(0))
     layer, span, tail = problem.layer, problem.span, problem.tail(16)
     mixture = problem.mixture(tail)
     z = torch.cat([x.flatten(1) * layer.feeds.scale + layer.feeds.shift, torch.ones(16, 1)], 1).double() @ span.rows.T
-    counted = Counted(problem.view, problem.form, mixture, tail)
+    counted = RemainingLabels(problem.view, problem.form, mixture, tail)
     for found in (0, 6, 12):
         left = counted(z[:found], y[:found])
         wrong = (torch.bincount(left, minlength=9) - torch.bincount(y[found:], minlength=9)).abs().sum() / 2
@@ -195,7 +195,7 @@ def test_a_table_of_which_components_are_a_poor_guess_is_polished_to_the_truth(e
 
 
 def test_a_descent_alone_finds_a_batch(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Problem, "starts", lambda self: iter(()))
+    monkeypatch.setattr(Unmixing, "starts", lambda self: iter(()))
     model, loss, x, y = client("tables:dataset=breast-cancer,batch=16,width=300,activation=softplus", torch.float32)
     found = Unmix()(exchange(model, loss, x, y)[0])
     holds(found, x)
@@ -206,8 +206,8 @@ def test_a_descent_alone_finds_a_batch(exchange: Exchange, monkeypatch: pytest.M
 def test_draws_of_the_prior_alone_find_a_batch(
     exchange: Exchange, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Problem.starts
-    monkeypatch.setattr(Problem, "starts", lambda self: (start for start in whole(self) if start[0] == "prior"))
+    whole = Unmixing.starts
+    monkeypatch.setattr(Unmixing, "starts", lambda self: (start for start in whole(self) if start[0] == "prior"))
     monkeypatch.setattr(
         "unbatch.inversion.unmixing.Descent", lambda labels: lambda left, rng: left.U.new_zeros(0, left.n)
     )

@@ -1,4 +1,4 @@
-"""Attack: what reads examples out of an observation."""
+"""Attack: what reads examples of a private batch out of an exchange, and the contract that it must keep."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from unbatch.reconstruction import Reconstruction
 
 
 class Guarantee(StrEnum):
-    """What an attack promises of what it returns; decides which tests it must pass."""
+    """How much an attack promises of the examples that it returns; this decides which tests it must pass.
+
+    >>> from unbatch.attacks import GradientMatching, Unmix
+    >>> Unmix.guarantee, str(GradientMatching.guarantee)
+    (<Guarantee.EXACT: 'exact'>, 'heuristic')
+    """
 
     EXACT = "exact"  # every example it returns is within its bound, at rounding error
     BOUNDED = "bounded"  # every example carries a predicted error that holds
@@ -28,7 +33,14 @@ class Guarantee(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """The smallest case on which an attack must work: a case's spelling, and a floor for each metric's worst example."""
+    """The smallest case on which an attack must work, and how well it must do there.
+
+    `case` is the spelling of a case; `floors` gives for each metric the score that even the worst example must reach.
+
+    >>> from unbatch.attacks import BiasRatio
+    >>> BiasRatio.demo.case, BiasRatio.demo.floors["psnr"]
+    ('photos:width=16', 80.0)
+    """
 
     case: str
     floors: dict[str, float] = field(default_factory=dict)  # metric -> worst score allowed
@@ -38,9 +50,27 @@ class Demo:
 
 
 class Attack(Plugin, ABC):
-    """Reads a batch out of one exchange. Final subclasses; their fields are their options.
+    """Reads examples of a private batch out of one exchange between client and server.
 
-    A subclass gives the class attributes below and `run`. It is handed only the knowledge that it declares, as a `View`.
+    A subclass is final; its fields are its options. It gives the class attributes below and `run`, and is handed only the
+    knowledge that it declares, as a `View`. Calling an attack runs it and holds what it returns to its declaration.
+
+    >>> from unbatch.knowledge import Knowledge
+    >>> class Grey(Attack):
+    ...     'Guesses that every input is grey.'
+    ...     family: ClassVar[str] = "chance"
+    ...     guarantee: ClassVar[Guarantee] = Guarantee.HEURISTIC
+    ...     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
+    ...     def run(self, view, rng):
+    ...         return Reconstruction(inputs=torch.full((1, *view.knowledge.input_shape), 0.5))
+    >>> seen = Observation(
+    ...     model=nn.Linear(2, 3),
+    ...     loss=nn.functional.cross_entropy,
+    ...     update={"bias": torch.ones(3)},
+    ...     knowledge=Knowledge(input_shape=(2,)),
+    ... )
+    >>> Grey.name, Grey()(seen).inputs
+    ('grey', tensor([[0.5000, 0.5000]]))
     """
 
     kind: ClassVar[str] = "attack"
@@ -73,11 +103,13 @@ class Attack(Plugin, ABC):
         Raises NotApplicable: it cannot run here; the message says why.
 
         >>> import unbatch
-        >>> client = unbatch.Case.parse("digits:width=16").setting()
-        >>> seen, truth = unbatch.observe(client.model, client.loss, client.inputs, client.labels)
+        >>> from unbatch.models.small import build
+        >>> rng = torch.Generator().manual_seed(0)
+        >>> model, x = build("mlp", (4,), 3, width=8, rng=rng), torch.rand(1, 4, generator=rng)
+        >>> seen, truth = unbatch.observe(model, nn.functional.cross_entropy, x, torch.tensor([2]))
         >>> found = Attack.parse("bias-ratio")(seen)
-        >>> bool(torch.allclose(found.inputs.float(), truth.inputs, atol=1e-3)), bool(found.labels == truth.labels)
-        (True, True)
+        >>> torch.allclose(found.inputs, x.double(), rtol=1e-6), found.labels == truth.labels
+        (True, tensor([True]))
         """
         missing = sorted(self.needs - set(obs.knowledge))
         if missing:
@@ -109,7 +141,14 @@ class Attack(Plugin, ABC):
 
 
 class ActiveAttack(Attack):
-    """A server that also chooses the parameters or the architecture before the client's step."""
+    """An attack by a server that does not only look: it also chooses the model's parameters, or its architecture.
+
+    The audit hands `plant`'s model to the client in place of its own, and `run` sees what comes back.
+
+    >>> from unbatch.attacks import TensorMomentDeep, Unmix
+    >>> issubclass(TensorMomentDeep, ActiveAttack), issubclass(Unmix, ActiveAttack)
+    (True, False)
+    """
 
     threat_model: ClassVar[str] = "malicious server (chooses the parameters)"
 

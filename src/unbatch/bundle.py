@@ -25,7 +25,7 @@ FORMAT, SCHEMA = "unbatch-observation", "1"
 _CALLABLES = {"log_prob"}
 
 
-def write(path: Path, model: nn.Module, update: Update, knowledge: Knowledge) -> None:
+def write_bundle(path: Path, model: nn.Module, update: Update, knowledge: Knowledge) -> None:
     """Write update, model state and knowledge; callables are left out, since a file that holds code is not safe."""
     tensors: dict[str, Tensor] = {f"update/{name}": tensor for name, tensor in update.items()}
     tensors |= {f"state/{name}": tensor for name, tensor in model.state_dict().items()}
@@ -47,7 +47,7 @@ def write(path: Path, model: nn.Module, update: Update, knowledge: Knowledge) ->
     write_atomically(path, save(solid, metadata))
 
 
-def read(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Knowledge]:
+def read_bundle(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Knowledge]:
     """A copy of `model` with the bundle's parameters and buffers in it, the update on its device, and what is known.
 
     Raises ValueError: no bundle, a truncated one, a pickle, another schema, or a state that is not of `model`.

@@ -123,12 +123,12 @@ class Observation:
 
     def save(self, path: str | Path) -> None:
         """Write a bundle (docs/bundle-format.md). Callables, such as a likelihood, are not written."""
-        bundle.write(Path(path), self.model, self.update, self.knowledge)
+        bundle.write_bundle(Path(path), self.model, self.update, self.knowledge)
 
     @classmethod
     def load(cls, path: str | Path, *, model: nn.Module, loss: Loss) -> Observation:
         """Read a bundle; the parameters and buffers in it are loaded into a copy of `model`."""
-        held, update, known = bundle.read(Path(path), model)
+        held, update, known = bundle.read_bundle(Path(path), model)
         return cls(model=held, loss=loss, update=update, knowledge=known)
 
 

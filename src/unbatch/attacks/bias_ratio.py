@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.errors import NotApplicable
-from unbatch.inversion.label_fit import labels, nearest
+from unbatch.inversion.label_fit import explaining_label, possible_labels
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
 from unbatch.network.dense import Dense
@@ -30,6 +30,18 @@ class BiasRatio(Attack):
 
     Bound: let each of dL/dW, dL/db carry relative error at most e; then |x' - x| / |x'| <= e (1 + sqrt(1 + r^2)) /
     (1 - e), r the relative residual of the rank-one fit; e is taken as the larger of r and the rounding of the update.
+
+    >>> import torch, unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model = build("mlp", (4,), 3, width=8, rng=rng)  # one dense layer of 8 relu units, and the head
+    >>> x, y = torch.rand(1, 4, generator=rng), torch.tensor([2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> found = unbatch.attacks.BiasRatio()(seen)
+    >>> found
+    <Reconstruction: 1 examples [4], with labels, bounds up to 9.5e-07>
+    >>> torch.allclose(found.inputs, x.double(), rtol=1e-6), found.labels
+    (True, tensor([2]))
     """
 
     family: ClassVar[str] = "linear"
@@ -64,7 +76,7 @@ class BiasRatio(Attack):
         inputs, bound, name = view.undo(layer, z, bound)
         label, explained, trace = None, None, {"layer": layer.name, "rank-one residual": residual}
         if not name:
-            label = nearest(view.obs, inputs, labels(view))
+            label = explaining_label(view.obs, inputs, possible_labels(view))
             explained = view.obs.residual(inputs, label) if label is not None else None
             trace["residual with the label found"] = explained
         bound = self._claim(view.obs, bound, explained)

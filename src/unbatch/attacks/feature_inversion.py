@@ -21,9 +21,9 @@ from unbatch.numerics.search.matching import signed_adam, total_variation
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
-COARSE = 1.0  # weight of total variation at the start: pictures as flat as grey itself
-EXACT = 0.01  # largest bound of features that are inverted: a search leaves a misfit of about as much
-SETTLED = 0.7  # share of the steps after which it is down to `tv`
+STARTING_TV_WEIGHT = 1.0  # weight of total variation at the start: pictures as flat as grey itself
+LARGEST_FEATURE_BOUND = 0.01  # largest bound of features that are inverted: a search leaves a misfit of about as much
+FALLING_SHARE = 0.7  # share of the steps after which it is down to `tv`
 
 
 @final
@@ -35,7 +35,19 @@ class FeatureInversion(Attack):
     The features f_i [d] of every example are what `unmix` proves of a network whose first dense layer comes after
     convolutions; they are exact, the pictures are a guess: what f does not keep is filled in by total variation (Mahendran,
     Vedaldi, Understanding Deep Image Representations by Inverting Them, CVPR 2015). Signed Adam within the range, from
-    flat pictures to detailed ones: the weight of total variation starts at COARSE and falls to `tv`.
+    flat pictures to detailed ones: the weight of total variation starts at 1 and falls to `tv`.
+
+    >>> import torch, unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model = build("convnet", (1, 4, 4), 3, width=4, activation="gelu", rng=rng)
+    >>> x, y = torch.rand(1, 1, 4, 4, generator=rng), torch.tensor([0])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> found = unbatch.attacks.FeatureInversion(iterations=20)(seen)
+    >>> found.inputs.shape, found.trace["layer"], found.trace["features"]
+    (torch.Size([1, 1, 4, 4]), 'dense1', 16)
+    >>> found.trace["misfit"][0] < 0.5  # of what grey leaves, after 20 steps
+    True
     """
 
     family: ClassVar[str] = "span"
@@ -66,7 +78,7 @@ class FeatureInversion(Attack):
         inputs, bound = found.inputs, found.bound
         if inputs is None or bound is None:
             return found
-        sure = bound <= EXACT  # without features that their bounds leave open
+        sure = bound <= LARGEST_FEATURE_BOUND  # without features that their bounds leave open
         features = inputs[sure.to(inputs.device)].to(view.obs.device, view.obs.dtype)
         labels = None if found.labels is None else found.labels[sure.to(found.labels.device)]
         shape, n = view.knowledge.input_shape, len(features)
@@ -82,7 +94,7 @@ class FeatureInversion(Attack):
         if n:
             with torch.no_grad():  # what all pictures share in their features is most of |f_i| and tells nothing
                 size = (below(pictures(0 * start)) - features).norm(dim=1).clamp_min(torch.finfo(features.dtype).tiny)
-            search = Coarse(
+            search = CoarseToFine(
                 lambda p: (below(pictures(p)) - features).norm(dim=1) / size, shape, self.tv, self.iterations
             )
             for step, (_, latest) in enumerate(signed_adam(search, start, steps=self.iterations, box=2.0)):
@@ -118,11 +130,23 @@ class FeatureInversion(Attack):
         return below
 
 
-class Coarse:
-    """An objective of points [n, p]: |gap|^2 and total variation, whose weight falls from call to call."""
+class CoarseToFine:
+    """What a search for pictures minimises: their misfit, and a total variation that counts for less from call to call.
+
+    |gap|^2 + w TV over points [n, p] of pictures of `shape`, gap [n] the misfits. w falls geometrically from 1 to `tv`
+    within the first 70 % of `calls`, so that flat pictures come first and details later. After each call `score` is the
+    value at the final weight, which can be compared from call to call, and `misfit` the gaps.
+
+    >>> target = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
+    >>> objective = CoarseToFine(lambda point: (point - target).norm(dim=1), (1, 2, 2), tv=0.0, calls=2)
+    >>> float(objective(target)) > 0, float(objective(target)) > 0, float(objective(target))  # flat, flat, the target
+    (True, True, 0.0)
+    >>> objective.score
+    0.0
+    """
 
     def __init__(self, gap: Callable[[Tensor], Tensor], shape: tuple[int, ...], tv: float, calls: int) -> None:
-        self.gap, self.shape, self.tv, self.falls = gap, shape, tv, max(1, math.ceil(SETTLED * calls))
+        self.gap, self.shape, self.tv, self.falls = gap, shape, tv, max(1, math.ceil(FALLING_SHARE * calls))
         self.calls = 0
         self.score = math.inf  # of the last point, at the final weight: comparable from call to call
         self.misfit: list[float] = []  # of the last point, example by example
@@ -134,6 +158,6 @@ class Coarse:
         self.score = float((rest + self.tv * variation).detach())
         to_go = max(0.0, 1 - self.calls / self.falls)
         self.calls += 1
-        end = max(self.tv, 1e-3 * COARSE)  # tv may be zero, which no geometric fall reaches
-        weight = end * (COARSE / end) ** to_go if to_go else self.tv
+        end = max(self.tv, 1e-3 * STARTING_TV_WEIGHT)  # tv may be zero, which no geometric fall reaches
+        weight = end * (STARTING_TV_WEIGHT / end) ** to_go if to_go else self.tv
         return rest + weight * variation

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from unbatch.attack import Attack, Demo, Guarantee
-from unbatch.inversion.matching import Matching
+from unbatch.inversion.matching import UpdateMatching
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
 from unbatch.reconstruction import Reconstruction
@@ -27,6 +27,16 @@ class GradientMatching(Attack):
     Adam within the range, in units of a quarter of it. Guesses are chosen by the match (and total variation) alone.
 
     Labels are used where known, else counted from the head's gradient, else (dlg: always) optimised as soft ones.
+
+    >>> import torch, unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model = build("mlp", (6,), 3, width=20, activation="gelu", rng=rng)
+    >>> x, y = torch.rand(2, 6, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> found = unbatch.attacks.GradientMatching()(seen)
+    >>> found.trace["converged"], torch.allclose(found.inputs, x.double(), atol=1e-3), found.labels
+    (True, True, tensor([0, 2]))
     """
 
     family: ClassVar[str] = "matching"
@@ -50,5 +60,5 @@ class GradientMatching(Attack):
     tv: Annotated[float, Field(ge=0, description="weight of total variation, for pictures only")] = 0.01
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
-        search = Matching(preset=self.preset, iterations=self.iterations, restarts=self.restarts, tv=self.tv)
+        search = UpdateMatching(preset=self.preset, iterations=self.iterations, restarts=self.restarts, tv=self.tv)
         return search.run(view, rng)

@@ -23,13 +23,10 @@ from unbatch.network.dense import Dense, anatomy
 from unbatch.observation import Observation
 from unbatch.reconstruction import Reconstruction
 
-GAIN = (
-    0.25  # of the first layer at an entry of typical size, where activations bend: nearly straight, far from rounding
-)
-
-SPREAD = (
-    0.1  # of preactivations in the last hidden layer: high orders, which are noise, fall off fastest where it is low
-)
+# of an entry of typical size in the first layer, where activations bend: nearly straight, far from rounding
+FIRST_LAYER_PREACTIVATION = 0.25
+# of preactivations in the last hidden layer: high orders, which are noise, fall off fastest where it is low
+LAST_LAYER_SPREAD = 0.1
 
 
 @final
@@ -48,6 +45,16 @@ class TensorMomentDeep(ActiveAttack):
     outputs within M / 2, so that no example is without one.
 
     Bound: that of `tensor-moment`, stretched by the steepest entry of the inverse.
+
+    >>> import torch, unbatch
+    >>> from unbatch.models.small import build
+    >>> rng, attack = torch.Generator().manual_seed(0), unbatch.attacks.TensorMomentDeep()
+    >>> model = attack.plant(build("mlp", (3,), 3, depth=2, width=500, activation="tanh", rng=rng), rng)
+    >>> x, y = torch.rand(2, 3, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> found = attack(seen)
+    >>> torch.allclose(found.inputs[found.labels.argsort()], x.double(), atol=0.02)
+    True
     """
 
     family: ClassVar[str] = "tensor"
@@ -83,7 +90,9 @@ class TensorMomentDeep(ActiveAttack):
                     parameters[layer.bias].zero_()
             straight = all(_homogeneous(s) for s in chain.between[:-1])
             first = parameters[chain.layers[0].weight]
-            _pairs(first, chain.d, 1.0 if straight else GAIN * chain.d**0.5 / typical, through=False)
+            _pairs(
+                first, chain.d, 1.0 if straight else FIRST_LAYER_PREACTIVATION * chain.d**0.5 / typical, through=False
+            )
             for layer, s in zip(chain.layers[1:-2], chain.between, strict=False):
                 if straight:
                     parameters[layer.weight].fill_diagonal_(1.0)
@@ -92,7 +101,7 @@ class TensorMomentDeep(ActiveAttack):
                     _pairs(parameters[layer.weight], chain.d, 1 / _odd_slope(s), through=True)
             last, head = parameters[chain.layers[-2].weight], parameters[chain.layers[-1].weight]
             m = len(last)
-            Z = SPREAD * _normal((m, chain.d), rng) / (_Map(made, chain).slope * typical)
+            Z = LAST_LAYER_SPREAD * _normal((m, chain.d), rng) / (_Map(made, chain).slope * typical)
             last[:, : chain.d], last[:, chain.d : 2 * chain.d] = Z.to(last), -Z.to(last)
             head.copy_(torch.full((1, m), 1 / m) if len(head) == 1 else _normal(tuple(head.shape), rng) / m**0.5)
             if chain.layers[-1].bias:

@@ -27,6 +27,18 @@ class Unmix(Attack):
 
     Examples must not interact above the layer, and the batch must be smaller than half the layer's width and than its
     inputs. Where layers before it are not a mere normalisation, their exact outputs (features) are returned.
+
+    >>> import torch, unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model = build("mlp", (6,), 3, width=20, activation="gelu", rng=rng)
+    >>> x, y = torch.rand(2, 6, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> found = unbatch.attacks.Unmix()(seen)
+    >>> found
+    <Reconstruction: 2 examples [6], with labels, bounds up to 1.6e-06>
+    >>> torch.allclose(found.inputs[found.labels.argsort()], x.double(), atol=1e-5)
+    True
     """
 
     family: ClassVar[str] = "span"

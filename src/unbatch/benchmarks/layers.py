@@ -32,7 +32,7 @@ from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, psnr, store, stored
 from unbatch.benchmarks.pictures import pool
 from unbatch.inversion.backward.rank_count import c_of
-from unbatch.inversion.matching import EVALUATIONS
+from unbatch.inversion.matching import STEPS_A_RESTART
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.models import published, small
@@ -292,7 +292,7 @@ def _pace(method: str, obs: Observation, seed: int) -> Pace:
     try:
         with watching(watch):
             found = Attack.parse(f"{METHODS[method]},iterations={PROBE}")(obs, seed=seed)
-        steps = [EVALUATIONS["inverting-gradients"]]
+        steps = [STEPS_A_RESTART["inverting-gradients"]]
         if method == "hybrid":
             places = [_convolutions(obs).index(name) for name in found.trace["deficient"]]
             steps = [HYBRID[min(place, len(HYBRID) - 1)][1] for place in places]

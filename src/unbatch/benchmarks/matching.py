@@ -21,7 +21,7 @@ from unbatch.auditing.client import observe
 from unbatch.benchmarks import clock, matched, store
 from unbatch.benchmarks.pictures import pool, source
 from unbatch.domain import Images
-from unbatch.inversion.matching import EVALUATIONS, Matching, Preset
+from unbatch.inversion.matching import STEPS_A_RESTART, Preset, UpdateMatching
 from unbatch.inversion.search_point import Candidate
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
@@ -125,7 +125,7 @@ def speed(obs: Observation, steps: int = 30) -> float | None:
     """
     if obs.protocol.steps(obs.knowledge.batch_size):
         return None
-    attack = Matching(preset="inverting-gradients", iterations=10**6)
+    attack = UpdateMatching(preset="inverting-gradients", iterations=10**6)
     loops: list[Iterator[Any]] = [attack.search(View.of(obs), torch.Generator().manual_seed(0)), plain(obs, attack.tv)]
     spent: list[list[float]] = [[], []]
     for _ in range(steps + 2):
@@ -157,12 +157,12 @@ def plain(obs: Observation, tv: float) -> Iterator[float]:
 
 def _measure(obs: Observation, truth: Truth, preset: Preset, seconds: float, seed: int) -> Row:
     """The curve of one preset; its number of steps is what half the time allows, at most its own."""
-    attack = Matching(preset="inverting-gradients", iterations=10**6)
+    attack = UpdateMatching(preset="inverting-gradients", iterations=10**6)
     begun, probe = clock(), attack.search(View.of(obs), torch.Generator().manual_seed(seed))
     for _ in range(5):
         next(probe)
     fit = int(0.5 * seconds * 5 / (clock() - begun))
-    attack = Matching(preset=preset, iterations=max(20, min(EVALUATIONS[preset], fit)), restarts=10**6)
+    attack = UpdateMatching(preset=preset, iterations=max(20, min(STEPS_A_RESTART[preset], fit)), restarts=10**6)
     begun, held = clock(), list[Candidate]()
     search = attack.search(View.of(obs), torch.Generator().manual_seed(seed))
     best, steps = next(search), 1

@@ -28,7 +28,7 @@ from unbatch.inversion.determined_share import determined
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.models import small
-from unbatch.models.small import Residual
+from unbatch.models.small import ResidualBlock
 from unbatch.observation import Observation
 from unbatch.progress import watching
 from unbatch.protocol import Protocol
@@ -60,7 +60,7 @@ def architecture(shape: tuple[int, ...], rng: np.random.Generator) -> nn.Sequent
             norm = rng.choice(["batch", "group", "", "", "", ""])
             average = bool(rng.integers(2))
             if kind == "residual":
-                layers.append(Residual(before, after, stride, act))
+                layers.append(ResidualBlock(before, after, stride, act))
             else:
                 stride = 1 if kind == "pooled" else stride
                 layers.append(nn.Conv2d(before, after, side, stride, side // 2 if kept else 0))

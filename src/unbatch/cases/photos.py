@@ -17,7 +17,7 @@ from unbatch.case import Case, Examples
 from unbatch.domain import Images
 from unbatch.errors import MissingExtra
 
-VIEWS = 64  # of every photograph
+VIEWS_A_PHOTO = 64  # of every photograph
 
 _Pixels = npt.NDArray[np.float32]
 
@@ -65,10 +65,12 @@ class Photos(Case):
     size: Annotated[int, Field(ge=8, le=128, description="pixels a side")] = 32
 
     def pool(self, rng: torch.Generator) -> Examples:
-        labels = torch.stack([torch.randperm(len(PHOTOS), generator=rng) for _ in range(VIEWS)])  # [VIEWS, k]
-        views = torch.stack([_views(photo, self.size, rng) for photo in PHOTOS])  # [k, VIEWS, 3, size, size]
+        labels = torch.stack(
+            [torch.randperm(len(PHOTOS), generator=rng) for _ in range(VIEWS_A_PHOTO)]
+        )  # [VIEWS_A_PHOTO, k]
+        views = torch.stack([_views(photo, self.size, rng) for photo in PHOTOS])  # [k, VIEWS_A_PHOTO, 3, size, size]
         return Examples(
-            inputs=views[labels, torch.arange(VIEWS).unsqueeze(1)].flatten(0, 1),
+            inputs=views[labels, torch.arange(VIEWS_A_PHOTO).unsqueeze(1)].flatten(0, 1),
             labels=labels.flatten(),
             classes=[photo.label for photo in PHOTOS],
             domain=Images(shape=(3, self.size, self.size)),
@@ -76,9 +78,9 @@ class Photos(Case):
 
 
 def _views(photo: Photo, size: int, rng: torch.Generator) -> Tensor:
-    """Views [VIEWS, 3, size, size] of one photograph, nearly the whole first; one too close to an earlier is redrawn."""
+    """Views [v, 3, size, size] of one photograph, nearly the whole first; one too close to an earlier is redrawn."""
     views: list[_Pixels] = []
-    while len(views) < VIEWS:
+    while len(views) < VIEWS_A_PHOTO:
         view = _view(photo, size, not views, rng)
         if all(np.linalg.norm(view - other) >= 0.05 * np.linalg.norm(view) for other in views):
             views.append(view)

@@ -10,7 +10,7 @@ from pydantic import Field
 from unbatch.case import Case, Examples
 from unbatch.domain import Table
 
-RANGE = 5.0  # standard deviations
+CUT_AT_DEVIATIONS = 5.0  # standard deviations
 
 
 @final
@@ -53,8 +53,8 @@ class Tables(Case):
         order = torch.randperm(len(rows), generator=rng)
         columns = [str(name).replace("_", " ").removesuffix(" (cm)") for name in data.feature_names]
         return Examples(
-            inputs=rows[order].clamp(-RANGE, RANGE),
+            inputs=rows[order].clamp(-CUT_AT_DEVIATIONS, CUT_AT_DEVIATIONS),
             labels=labels[order],
             classes=classes,
-            domain=Table(shape=(rows.shape[1],), low=-RANGE, high=RANGE, columns=columns),
+            domain=Table(shape=(rows.shape[1],), low=-CUT_AT_DEVIATIONS, high=CUT_AT_DEVIATIONS, columns=columns),
         )

@@ -1,4 +1,4 @@
-"""Tail: the model above a dense layer, as what it makes of the layer's output."""
+"""What the part of a model above a dense layer sends back to that layer, and how the client's precision changes it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,26 @@ from unbatch.observation import Observation
 
 
 class Tail:
-    """The model above a dense layer: deltas(preactivations [g, m], labels) = dL/d(preactivations) in a batch of n.
+    """The part of a model above one of its dense layers, which says what gradient flows back to the layer's output.
 
-    The label y + c classes is that of an example that occurs c + 1 times.
+    tail(before [g, m], labels [g, ...]) = dL/d(before) [g, m]: the deltas of examples whose output of the layer (before its
+    activation) is `before`, in a batch of n. `check` makes sure that each row depends on its own example alone. The label
+    y + c classes is that of an example that occurs c + 1 times, whose delta counts as often.
+
+    `targets` is the number of entries of one example's output, `classes` the number of class labels (0: labels are real
+    targets), `m` the layer's width.
+
+    >>> import unbatch
+    >>> from unbatch.inversion.view import View
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x, y = build("mlp", (4,), 3, width=8, rng=rng), torch.rand(1, 4, generator=rng), torch.tensor([2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> view = View.of(seen)
+    >>> tail = Tail(seen, view.first, view.form, n=1)
+    >>> delta = tail(model.dense1(x).double(), y)  # of one example: the gradient of the layer's bias
+    >>> torch.allclose(delta[0].float(), seen.update["dense1.bias"], atol=1e-7), tail.classes
+    (True, 3)
     """
 
     def __init__(
@@ -52,6 +69,8 @@ class Tail:
         return found
 
     def __call__(self, before: Tensor, y: Tensor) -> Tensor:
+        """The deltas [g, m] of examples with the layer's outputs `before` [g, m]; with a graph if `before` has one."""
+
         live = before if before.requires_grad else before.detach().requires_grad_()
         with torch.enable_grad():
             share = len(before) / self.n if self.form.reduction == "mean" else 1.0
@@ -90,7 +109,22 @@ class Tail:
 
 
 class Rounding:
-    """What the client's precision changes in the deltas [f, m] of examples with coordinates z [f, n]."""
+    """By how much the deltas of given examples change when the client computes in its own precision and not in float64.
+
+    rounding(z [f, n], labels [f, ...]) = deltas in the client's precision - deltas in float64, [f, m], for examples whose
+    inputs to the layer are z `rows`; `rows` has d columns, or d + 1, of which the last is the bias's and left out.
+
+    >>> import unbatch
+    >>> from unbatch.inversion.view import View
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x, y = build("mlp", (4,), 3, width=8, rng=rng), torch.rand(1, 4, generator=rng), torch.tensor([2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> view = View.of(seen)
+    >>> rounding = Rounding(seen, view.first, view.form, torch.eye(4).double(), n=1)
+    >>> 0 < float(rounding(x.double(), y).abs().max()) < 1e-6
+    True
+    """
 
     def __init__(self, obs: Observation, layer: Dense, form: LossForm, rows: Tensor, n: int) -> None:
         parameters = dict(obs.model.named_parameters(remove_duplicate=False))
@@ -100,6 +134,8 @@ class Rounding:
         self.tails = [Tail(obs, layer, form, n, dtype) for dtype in (self.own, torch.float64)]
 
     def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        """What the client's precision adds to the deltas [f, m] of examples with coordinates z [f, n]."""
+
         x = (z @ self.rows)[:, : self.W.shape[1]].to(self.own)  # what such a client would hold
         found = []
         for tail, dtype in zip(self.tails, (self.own, torch.float64), strict=True):

@@ -1,4 +1,4 @@
-"""Reduction: an exchange with its inputs written in the span that the first dense layer's update gives away.
+"""An exchange with its inputs written in the span that the first dense layer's update gives away.
 
 With W [m, d] the first layer's weight, its gradient is sum_i delta_i x_i^T, so the rows of the update, also after local
 steps of SGD, span the inputs: x_i = P^T z_i, P [r, d] orthonormal. As W x = (W P^T) z, the same network with W P^T in
@@ -23,8 +23,20 @@ from unbatch.observation import Observation
 
 
 @dataclass(frozen=True)
-class Reduction:
-    """A smaller exchange and the way back from its inputs."""
+class SpanReduction:
+    """An exchange that was made smaller by writing its inputs in a few directions, and the way back from its inputs.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x, y = build("mlp", (6,), 3, width=8, rng=rng), torch.rand(2, 6, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, nn.functional.cross_entropy, x, y)
+    >>> small = in_input_span(View.of(seen), rng)
+    >>> small.rows.shape, small.shape
+    (torch.Size([2, 6]), (6,))
+    >>> torch.allclose(small.inputs(x.double() @ small.rows.T), x.double(), atol=1e-5)  # there and back
+    True
+    """
 
     obs: Observation  # with inputs z [n, r]
     rows: Tensor  # P [r, d], float64
@@ -32,14 +44,24 @@ class Reduction:
     exact: bool  # the update has no other rows than these, beyond rounding
 
     def inputs(self, z: Tensor) -> Tensor:
-        """x = z P [n, *shape]."""
+        """The whole network's inputs x = z P [n, *shape] behind inputs z [n, r] of the smaller one."""
         return (z @ self.rows.to(z)).reshape(-1, *self.shape)
 
 
-def reduce(view: View, rng: torch.Generator) -> Reduction | None:
-    """The reduced exchange of `batch_size` directions; None where inputs do not reach a dense layer as they are.
+def in_input_span(view: View, rng: torch.Generator) -> SpanReduction | None:
+    """The same exchange for inputs in the span of the first dense layer's update: `batch_size` unknowns an example, not d.
 
-    None as well after Adam or weight decay, whose updates have other rows than the inputs.
+    None where inputs do not reach a dense layer as they are, and after Adam or weight decay, whose updates have other rows
+    than the inputs.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x, y = build("mlp", (6,), 3, width=8, rng=rng), torch.rand(2, 6, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, nn.functional.cross_entropy, x, y)
+    >>> small = in_input_span(View.of(seen), rng)
+    >>> small.obs.knowledge.input_shape, small.exact
+    ((2,), True)
     """
     obs, known, protocol = view.obs, view.knowledge, view.protocol
     n = known.batch_size
@@ -75,4 +97,4 @@ def reduce(view: View, rng: torch.Generator) -> Reduction | None:
     told = Knowledge(input_shape=(len(P),), **({"earlier": past} if past else {}))
     moved = replace(obs, model=model, update=cut(obs.update), knowledge=known | told)
     exact = span.noise <= 2 * rank_tolerance(W, torch.finfo(W.dtype).eps)
-    return Reduction(moved, P, tuple(shape), exact)
+    return SpanReduction(moved, P, tuple(shape), exact)

@@ -1,4 +1,4 @@
-"""Label: which label explains the update of one example, once its input is known."""
+"""Which label explains the update of one example, once its input is known."""
 
 from __future__ import annotations
 
@@ -12,11 +12,24 @@ from unbatch.inversion.view import View
 from unbatch.loss import Loss
 from unbatch.observation import Observation
 
-DIGITS = 4  # of a fit that count: two classes share a gradient up to sign, and then their fits differ by rounding
+DIGITS_OF_A_FIT = (
+    4  # of a fit that count: two classes share a gradient up to sign, and then their fits differ by rounding
+)
 
 
-def labels(view: View) -> list[Tensor]:
-    """The labels [1] that one example may have: as known, else every class; none where there is no finite number."""
+def possible_labels(view: View) -> list[Tensor]:
+    """The labels that one example may have, each as a tensor [1]: the known one, else every class.
+
+    Empty where there is no finite number of them (real targets) or the loss is of no known form.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x, y = build("mlp", (4,), 3, width=8, rng=rng), torch.rand(1, 4, generator=rng), torch.tensor([2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> possible_labels(View.of(seen))
+    [tensor([0]), tensor([1]), tensor([2])]
+    """
     known, device, form = view.knowledge.get("labels"), view.obs.device, view.form
     if known is not None:
         return [known.to(device)]
@@ -28,17 +41,25 @@ def labels(view: View) -> list[Tensor]:
     return []
 
 
-def nearest(obs: Observation, inputs: Tensor, candidates: Sequence[Tensor]) -> Tensor | None:
+def explaining_label(obs: Observation, inputs: Tensor, candidates: Sequence[Tensor]) -> Tensor | None:
     """The candidate whose gradient at `inputs` [1, *shape] explains the update best up to a factor; None of none.
 
     Where two classes share a gradient up to sign, the factor that is nearest to 1 tells them apart. The first of more than
     two that fits to rounding is taken.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x, y = build("mlp", (4,), 3, width=8, rng=rng), torch.rand(1, 4, generator=rng), torch.tensor([2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> explaining_label(seen, x, possible_labels(View.of(seen)))
+    tensor([2])
     """
     best: tuple[float, float, Tensor | None] = (torch.inf, torch.inf, None)
     kind = next(obs.model.parameters()).dtype
     for y in candidates:
         factor, fit = obs.fit(inputs, y.to(kind) if y.is_floating_point() else y)
-        best = min(best, (round(fit, DIGITS), abs(factor - 1), y), key=lambda found: found[:2])
+        best = min(best, (round(fit, DIGITS_OF_A_FIT), abs(factor - 1), y), key=lambda found: found[:2])
         if len(candidates) > 2 and fit < 1e3 * torch.finfo(obs.dtype).eps:
             break
     return best[2]

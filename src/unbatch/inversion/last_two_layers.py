@@ -1,4 +1,4 @@
-"""Twolayer: the two dense layers that end a model and the activation between them, found by running it."""
+"""The two dense layers that end a model and the activation between them, found by running it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,27 @@ from unbatch.network.dense import Call, Dense, LinearCalls, in_mode
 from unbatch.numerics.moments.hermite import coefficients
 from unbatch.observation import Observation
 
-ROWS = 4096  # of a matrix that is brought to float64 at a time
+ROWS_AT_A_TIME = 4096  # of a matrix that is brought to float64 at a time
 
 
 @dataclass
-class Pair:
-    """The two dense layers that end a model, the elementwise activation between them, and what the attack reads of them."""
+class LayerPair:
+    """The two dense layers that end a model, the elementwise activation between them, and what the attack reads of them.
+
+    z = W x + b and outputs = V s(z) + c, for inputs x [d] of about the l2 norm `norm`. Where b is random it counts as one
+    more weight, of an input that is 1.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x, y = build("mlp", (4,), 3, width=8, rng=rng), torch.rand(1, 4, generator=rng), torch.tensor([2])
+    >>> seen, truth = unbatch.observe(model, nn.functional.cross_entropy, x, y)
+    >>> pair = last_two_layers(View.of(seen), norm=1.0)
+    >>> pair.W.shape, pair.V.shape, pair.width
+    (torch.Size([8, 4]), torch.Size([3, 8]), 5)
+    >>> torch.allclose(pair.before(x.double()).float(), model.dense1(x))
+    True
+    """
 
     first: Dense
     head: Dense
@@ -92,13 +107,22 @@ class Pair:
 
 def _product(W: Tensor, P: Tensor) -> Tensor:
     """W P^T [m, r] in float64 for W [m, d] of any precision, a part of the rows at a time."""
-    return torch.cat([rows.double() @ P.T for rows in torch.split(W, ROWS)])
+    return torch.cat([rows.double() @ P.T for rows in torch.split(W, ROWS_AT_A_TIME)])
 
 
-def last_two_layers(view: View, norm: float) -> Pair:
+def last_two_layers(view: View, norm: float) -> LayerPair:
     """The two dense layers that end the model, for inputs of typical l2 norm `norm`.
 
     Raises NotApplicable: the network does not end in two, or more than an elementwise activation lies between them.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x, y = build("mlp", (4,), 3, width=8, rng=rng), torch.rand(1, 4, generator=rng), torch.tensor([2])
+    >>> seen, truth = unbatch.observe(model, nn.functional.cross_entropy, x, y)
+    >>> pair = last_two_layers(View.of(seen), norm=1.0)
+    >>> pair.first.name, pair.head.name
+    ('dense1', 'head')
     """
     obs, layers = view.obs, view.layers
     if view.steps:
@@ -119,11 +143,21 @@ def last_two_layers(view: View, norm: float) -> Pair:
         raise NotApplicable(f"all weights of {first.name!r} are equal, so its neurons all say the same.")
     c = parameters[head.bias].double() if head.bias else torch.zeros(len(V)).to(V)
     b = parameters[first.bias] if first.bias else None
-    return Pair(first, head, s, W, b, V, c, view.outputs, norm)
+    return LayerPair(first, head, s, W, b, V, c, view.outputs, norm)
 
 
 class MiddleActivation:
-    """s between two dense layers, at any numbers: the first layer's output is replaced, the head's input is read."""
+    """The activation between two dense layers, as a function that can be asked at any numbers.
+
+    The model is run with the first layer's output replaced, and the head's input is read, so that any module or function
+    between the two counts, whatever its name.
+
+    >>> from unbatch.network.dense import anatomy
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> s = MiddleActivation(model, *anatomy(model, (2,)).layers, (2,))
+    >>> s(torch.tensor([-1.0, 0.5, 2.0])).tolist(), s.elementwise("train")
+    ([0.0, 0.5, 2.0], True)
+    """
 
     def __init__(self, model: nn.Module, first: Dense, head: Dense, input_shape: tuple[int, ...]) -> None:
         self.model, self.shape = model, input_shape

@@ -1,4 +1,4 @@
-"""Matching: inputs whose simulated update comes nearest to the one that was sent, by optimisation."""
+"""Matching: the search for inputs whose simulated update comes nearest to the one that was sent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.rounds import sharpened
-from unbatch.inversion.search_point import Candidate, Unknowns, like
+from unbatch.inversion.search_point import Candidate, Unknowns, in_precision
 from unbatch.inversion.view import View
 from unbatch.numerics.search import matching
 from unbatch.numerics.search.least_squares import minimise_by_products, resized
@@ -21,24 +21,34 @@ from unbatch.numerics.search.softening import Softened, has_kinks
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
-EVALUATIONS = {"default": 4000, "dlg": 6000, "inverting-gradients": 4800}  # of a restart; the papers' own
-EXPLAINED = 1e-4  # share of |update|^2 left from which on the match alone decides between candidates
-DRAWN = 0.1  # the same at most, where noise is known to make it
-GENTLE = (10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)
-SHARPNESS = (2.0, 30.0, 100.0, 300.0, math.inf, 1000.0, math.inf)
-STARTS = 16  # in the span of the first layer's update, where one takes about a second
-SOLVED = 1e-9  # the same, for success: above the rounding of a float32 update, far below any wrong picture
-
+STEPS_A_RESTART = {"default": 4000, "dlg": 6000, "inverting-gradients": 4800}  # first-order ones; the papers' own
+EXPLAINED_SHARE = 1e-4  # share of |update|^2 left from which on the match alone decides between candidates
+LARGEST_DRAWN_SHARE = 0.1  # the same at most, where noise is known to make it
+SOLVED_SHARE = 1e-9  # the same, for success: above the rounding of a float32 update, far below any wrong picture
+# sharpness of the rounded kinks, rung by rung; inf is the network itself
+SHARPNESS_LADDER = (2.0, 30.0, 100.0, 300.0, math.inf, 1000.0, math.inf)
+GENTLE_SHARPNESS_LADDER = (10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)
+STARTS_IN_SPAN = 16  # in the span of the first layer's update, where one takes about a second
 
 Preset = Literal["default", "dlg", "inverting-gradients"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Matching:
-    """The search for a whole batch whose simulated update is the one that was sent; see the attack gradient-matching.
+class UpdateMatching:
+    """Searches for a whole batch whose simulated update is the one that was sent, as the attack gradient-matching does.
 
     `preset`: ours, or a published method. `iterations`: first-order steps a restart, None for the preset's own.
     `restarts`: starts, later ones only while none is exact. `tv`: weight of total variation, for pictures only.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model = build("mlp", (6,), 3, width=20, activation="gelu", rng=rng)
+    >>> x, y = torch.rand(2, 6, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> found = UpdateMatching().run(View.of(seen), rng)
+    >>> torch.allclose(found.inputs, x.double(), atol=1e-3), found.trace["labels"], found.trace["residual"] < 1e-5
+    (True, 'counted', True)
     """
 
     preset: Preset = "default"
@@ -64,7 +74,7 @@ class Matching:
                 break
         if best is None:
             raise RuntimeError("a search ended without its start; this is a defect of unbatch.")
-        residual = view.obs.residual(best.inputs, like(best.labels, problem.seen[0].dtype))
+        residual = view.obs.residual(best.inputs, in_precision(best.labels, problem.seen[0].dtype))
         found = Reconstruction(
             inputs=best.inputs,
             labels=None if best.fresh else problem.answer(best.labels),
@@ -110,12 +120,12 @@ class Matching:
             for candidate in self._ours(problem, rng) if self.preset == "default" else self._published(problem, rng):
                 best = min(best, candidate.loss)
                 yield replace(candidate, restart=restart)
-            if best < SOLVED:
+            if best < SOLVED_SHARE:
                 return
 
     @property
     def _steps(self) -> int:
-        return self.iterations or EVALUATIONS[self.preset]
+        return self.iterations or STEPS_A_RESTART[self.preset]
 
     def _published(self, problem: Unknowns, rng: torch.Generator) -> Iterator[Candidate]:
         start = problem.start(rng, 1.0)
@@ -139,7 +149,9 @@ class Matching:
         enough = _explained(fine)
         if inside is not None and (yield from self._in_span(inside, rng, bent)) < enough:
             return
-        ladder = [(fine, sharpness) for sharpness in SHARPNESS] if bent else [(rough, math.inf), (fine, math.inf)]
+        ladder = (
+            [(fine, sharpness) for sharpness in SHARPNESS_LADDER] if bent else [(rough, math.inf), (fine, math.inf)]
+        )
         if (yield from self._squares(ladder, start, start, rng, patience=0)) < enough:
             return
         point = yield from self._adam(rough, start, soften=bent)
@@ -148,9 +160,9 @@ class Matching:
     def _in_span(self, problem: Unknowns, rng: torch.Generator, bent: bool) -> Generator[Candidate, None, float]:
         """Least squares from start after start, each from its own sharpness; returns the best score."""
         best = math.inf
-        for number in range(STARTS if bent and problem.in_span else 2):
+        for number in range(STARTS_IN_SPAN if bent and problem.in_span else 2):
             start = problem.start(rng, 0.1)
-            rungs = (SHARPNESS, GENTLE)[number % 2] if bent else (math.inf,)
+            rungs = (SHARPNESS_LADDER, GENTLE_SHARPNESS_LADDER)[number % 2] if bent else (math.inf,)
             score = yield from self._squares([(problem, b) for b in rungs], start, start, rng, patience=len(rungs))
             best = min(best, score)
             if best < _solved(problem):
@@ -229,11 +241,11 @@ class Matching:
 
 def _explained(problem: Unknowns) -> float:
     """The share left from which on the match alone decides: half more than what is drawn, where that is known and small."""
-    return max(EXPLAINED, min(1.5 * problem.drawn, DRAWN))
+    return max(EXPLAINED_SHARE, min(1.5 * problem.drawn, LARGEST_DRAWN_SHARE))
 
 
 def _solved(problem: Unknowns) -> float:
-    return max(SOLVED, min(1.1 * problem.drawn, DRAWN))
+    return max(SOLVED_SHARE, min(1.1 * problem.drawn, LARGEST_DRAWN_SHARE))
 
 
 def _flat(update: list[Tensor]) -> Tensor:

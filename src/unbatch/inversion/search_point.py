@@ -1,4 +1,4 @@
-"""Unknowns: what a search does not know, as one point, and what a point explains of the update."""
+"""What a search does not know, written as one tensor, and what a guess of it explains of the update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import UnbatchError
-from unbatch.inversion.input_span import Reduction, reduce
+from unbatch.inversion.input_span import SpanReduction, in_input_span
 from unbatch.inversion.rounds import averaged, each_restored
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
@@ -26,7 +26,13 @@ from unbatch.observation import Observation
 
 @dataclass(frozen=True)
 class Candidate:
-    """A guess on the way; of one preset's candidates the one with the lowest loss is the best."""
+    """One guess that a search made on its way; of one preset's guesses the one with the lowest loss is the best.
+
+    >>> early = Candidate(0.5, torch.zeros(1, 4), torch.tensor([2]), phase="start")
+    >>> later = Candidate(0.1, torch.ones(1, 4), torch.tensor([2]), phase="least squares")
+    >>> min(early, later, key=lambda guess: guess.loss).phase
+    'least squares'
+    """
 
     loss: float
     inputs: Tensor  # [n, *input_shape]
@@ -38,7 +44,25 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Unknowns:
-    """What is unknown as a point [n, d + t], inputs in `scale` from `middle` beside t soft labels, and what it explains."""
+    """The unknown inputs (and labels) of an exchange written as one tensor to search over, and what a guess of it explains.
+
+    A point [n, d + t] holds for each of n examples its input, in units of `scale` from `middle`, and beside it t logits of
+    soft labels where labels are not known and cannot be counted. `inputs` and `targets` read it, and `update` simulates
+    what the client would then have sent. Where the law of a defence is known, updates are as it is expected to leave
+    them, in units of its spread.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x, y = build("mlp", (4,), 3, width=8, rng=rng), torch.rand(2, 4, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> problem = Unknowns.of(View.of(seen), "default")
+    >>> problem.start(rng, 0.1).shape, problem.source, problem.labels
+    (torch.Size([2, 4]), 'counted', tensor([0, 2]))
+    >>> point = (x - problem.middle) / problem.scale  # the private batch itself
+    >>> all(torch.allclose(a, b, atol=1e-7) for a, b in zip(problem.clean(point), problem.seen, strict=True))
+    True
+    """
 
     view: View
     middle: float | Tensor
@@ -49,15 +73,16 @@ class Unknowns:
     squash: Literal["softmax", "sigmoid", "none"] = "none"
     seen: list[Tensor] = field(default_factory=list)
     sent: View = field(kw_only=True)  # the exchange as it was sent, rounds at the same parameters averaged
-    span: Reduction | None = None  # with it, obs is its exchange
+    span: SpanReduction | None = None  # with it, obs is its exchange
     whole: Unknowns | None = None  # what was reduced
     law: Likelihood | None = None  # of the update as sent, if it is known
     roots: list[Tensor] = field(default_factory=list)  # of the law's weights: `seen` and updates are in these units
 
     @classmethod
     def of(cls, view: View, preset: str, dtype: torch.dtype | None = None) -> Unknowns:
-        """All rounds that are known are to be explained; those at the same parameters by their mean.
+        """The problem that an exchange poses to a search.
 
+        All rounds that are known are to be explained; those at the same parameters by their mean.
         Raises ValueError: the model or the loss does not take such inputs or soft labels.
         """
         view = view.on(averaged(view.obs))
@@ -93,7 +118,7 @@ class Unknowns:
         obs = self.sent.obs
         known, model = obs.knowledge, copy.deepcopy(obs.model).to(dtype)
         if "buffers" in known:
-            known = known | Knowledge(buffers={name: like(b, dtype) for name, b in known.buffers.items()})
+            known = known | Knowledge(buffers={name: in_precision(b, dtype) for name, b in known.buffers.items()})
         update = {name: tensor.to(dtype) for name, tensor in obs.update.items()}
         moved = replace(obs, model=model, update=update, knowledge=known)
         law = Likelihood.of(known)
@@ -101,12 +126,12 @@ class Unknowns:
         seen = [t for one in updates for t in one.values()]
         roots = [w.sqrt().to(dtype) for one in updates for w in law.weights(one).values()] if law else []
         seen = [t * w for t, w in zip(seen, roots, strict=True)] if law else seen
-        view, labels = self.sent.like(moved), like(self.labels, dtype)
+        view, labels = self.sent.like(moved), in_precision(self.labels, dtype)
         return replace(self, view=view, labels=labels, seen=seen, law=law, roots=roots)
 
     def reduced(self, rng: torch.Generator) -> Unknowns | None:
         """The same problem for inputs in the span of the first layer's update; starts keep their size and their middle."""
-        span = reduce(each_restored(self.view), rng)
+        span = in_input_span(each_restored(self.view), rng)
         if span is None:
             return None
         small = [t for one in span.obs.exchanges for t in one.update.values()]
@@ -141,17 +166,21 @@ class Unknowns:
 
     @property
     def image(self) -> bool:
+        """Whether the inputs are pictures, so that total variation means something: as told, else by their shape."""
+
         known = (self.whole or self).obs.knowledge
         domain = known.get("domain")
         return domain == "images" or (domain is None and len(known.input_shape) == 3)
 
     @cached_property
     def exchanges(self) -> tuple[Observation, ...]:
+        """Every round that is to be explained."""
+
         return self.obs.exchanges
 
     @cached_property
     def size(self) -> Tensor:
-        """|update|^2."""
+        """|update|^2, in the units of `seen`."""
         return norm_squared(self.seen)
 
     @cached_property
@@ -164,34 +193,39 @@ class Unknowns:
         return sum(float((w.square().expand_as(t)).sum()) * s**2 for t, w, s in pairs) / float(self.size)
 
     def start(self, rng: torch.Generator, spread: float) -> Tensor:
-        """Normal noise of that spread."""
+        """A random point [n, d + t] to start from: normal noise of that spread."""
         d = math.prod(self.obs.knowledge.input_shape)
         t = self.labels[0].numel() if self.source == "optimised" else 0
         noise = torch.randn(self.obs.knowledge.batch_size, d + t, generator=rng, dtype=torch.float64)
         return (spread * noise).to(self.seen[0])
 
     def inputs(self, point: Tensor) -> Tensor:
-        """What this problem's model takes."""
+        """The inputs [n, *shape] at a point, as this problem's model takes them: in the span if it was reduced to it."""
         shape = self.obs.knowledge.input_shape
         return self.middle + self.scale * point[:, : math.prod(shape)].reshape(len(point), *shape)
 
     def originals(self, point: Tensor) -> Tensor:
-        """What the whole network takes."""
+        """The inputs [n, *input_shape] at a point, as the whole network takes them."""
         return self.inputs(point) if self.span is None else self.span.inputs(self.inputs(point))
 
     def pictures(self, point: Tensor) -> Tensor:
-        """The same in units of a quarter of the range."""
+        """The inputs of the whole network in units of a quarter of their range, of which total variation is taken."""
         whole = self.whole or self
         return (self.originals(point) - whole.middle) / whole.scale
 
     def targets(self, point: Tensor) -> Tensor:
+        """The labels at a point as the loss takes them: the known or counted ones, else those that are searched for."""
+
         if self.source != "optimised":
             return self.labels
         free = point[:, math.prod(self.obs.knowledge.input_shape) :].reshape(self.labels.shape)
         return free.softmax(1) if self.squash == "softmax" else free.sigmoid() if self.squash == "sigmoid" else free
 
     def update(self, point: Tensor, *, create_graph: bool = True) -> list[Tensor]:
-        """In the units of `seen`, and as the defence is expected to leave it."""
+        """The update that the client would have sent at a point, in the units of `seen`.
+
+        Where a defence is known, as it is expected to leave the update.
+        """
         x, y, law = self.inputs(point), self.targets(point), self.law
         made = [one.simulate(x, y, create_graph=create_graph) for one in self.exchanges]
         if law is None:
@@ -200,9 +234,13 @@ class Unknowns:
         return [t * w for t, w in zip(found, self.roots, strict=True)]
 
     def clean(self, point: Tensor) -> list[Tensor]:
+        """The same without a graph."""
+
         return self.update(point, create_graph=False)
 
     def candidate(self, loss: float, point: Tensor, start: Tensor, phase: str) -> Candidate:
+        """A point as a guess to return: inputs of the whole network, cut to their range if that is known."""
+
         inputs = self.originals(point)
         inputs = inputs.clamp(*self.obs.knowledge.input_range) if "input_range" in self.obs.knowledge else inputs
         d = math.prod(self.obs.knowledge.input_shape)
@@ -247,6 +285,10 @@ def _counted(view: View) -> Tensor | None:
     return torch.arange(len(estimate)).repeat_interleave(estimate)
 
 
-def like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in that precision if it holds real numbers; classes stay what they are."""
+def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that precision if it holds real numbers; class labels stay the integers that they are.
+
+    >>> in_precision(torch.ones(2), torch.float64).dtype, in_precision(torch.tensor([0, 2]), torch.float64).dtype
+    (torch.float64, torch.int64)
+    """
     return tensor.to(dtype) if tensor.is_floating_point() else tensor

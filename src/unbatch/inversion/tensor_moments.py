@@ -1,4 +1,4 @@
-"""Tensor moments: the batch behind a two-layer network's gradient, from moment tensors over its neurons."""
+"""The batch behind a two-layer network's gradient, from moment tensors over its neurons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable
-from unbatch.inversion.last_two_layers import Pair, last_two_layers
+from unbatch.inversion.last_two_layers import LayerPair, last_two_layers
 from unbatch.inversion.view import View
 from unbatch.numerics.linear.span import Span, leading_span
 from unbatch.numerics.moments.cp import compress, diagonalise, misfit, response, tangent_misfit
@@ -25,15 +25,30 @@ from unbatch.numerics.moments.moments import (
 )
 from unbatch.reconstruction import Reconstruction
 
-SIGMAS = 3.5  # of the measured error; 20 groups measure it within a third, and errors of few dimensions have tails
-ZERO = 1e-8  # share of the activation below which a Hermite coefficient is rounding
-IMPLAUSIBLE = 1.0  # distance of a residual from what any class would leave: it is of no example
-SKEWED = 0.1  # non-Gaussianity of the weights above which Stein's identity is not relied on
+BOUND_IN_SIGMAS = (
+    3.5  # of the measured error; 20 groups measure it within a third, and errors of few dimensions have tails
+)
+LEAST_HERMITE_SHARE = 1e-8  # share of the activation below which a Hermite coefficient is rounding
+LARGEST_LABEL_GAP = 1.0  # distance of a residual from what any class would leave: it is of no example
+LARGEST_NON_GAUSSIANITY = 0.1  # non-Gaussianity of the weights above which Stein's identity is not relied on
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorMoments:
-    """The decomposition that the attack tensor-moment runs, whose options these are, for whoever has such a network."""
+    """Reads the batch of a two-layer network with random weights out of the moments of its gradient over the neurons.
+
+    The attack tensor-moment, whose options these are and where the method is described, for whoever has such a network.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model = build("mlp", (3,), 3, width=500, activation="gelu", rng=rng)
+    >>> x, y = torch.rand(2, 3, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, nn.functional.cross_entropy, x, y)
+    >>> found = TensorMoments().run(View.of(seen), rng)
+    >>> found.trace["examples"], found.trace["order"], bool(found.bound.max() < 0.01)
+    (2, 4, True)
+    """
 
     gradient: Literal["auto", "first", "head", "both"] = "auto"
     order: Literal["auto", "2", "3", "4"] = "auto"
@@ -51,6 +66,9 @@ class TensorMoments:
         A = pair.stacked(obs) if pair.first.weight in update else None  # [m, d']
         span, n, (order, why) = self._counted(pair, view, A, rng)
         g = update[pair.head.weight].double().T if pair.head.weight in update else None  # [m, k]
+        seen = A if A is not None else g
+        if seen is None:
+            raise NotApplicable("neither the first layer nor the head sent its gradient.")
         head_only = self.gradient == "head" or A is None
         of_head = g if head_only or self.gradient == "both" or (self.gradient == "auto" and len(pair.V) > 1) else None
         of_first = None if head_only else A
@@ -58,21 +76,21 @@ class TensorMoments:
         if self.subspace == "span" and span is not None:
             P, floor, drift = span.rows, span.noise, torch.zeros(GROUPS, n, pair.width).to(pair.V)
             trace["singular values"] = span.values.tolist()
-        elif (Y := of_head if of_head is not None else A) is not None:
-            seen = [p for p in (2, 3) if pair.shares()[p] > ZERO]
+        else:
+            orders = [p for p in (2, 3) if pair.shares()[p] > LEAST_HERMITE_SHARE]
+            Y = seen if of_head is None else of_head
             route: Literal["first", "head"] = "first" if of_head is None else "head"
-            P, values, drift = moment_subspace(Y, pair.V.T, pair.whitened_weights(), n, seen, rng, route=route)
+            P, values, drift = moment_subspace(Y, pair.V.T, pair.whitened_weights(), n, orders, rng, route=route)
             lost = len(values) > n and not values[n] < values[n - 1] / 2  # in the noise: no claim
             floor = torch.inf if lost else 0.0
-            trace |= {"orders of the subspace": seen, "its eigenvalues": values[: n + 1].tolist()}
-        else:
-            raise NotApplicable("neither the first layer nor the head sent its gradient.")
+            trace |= {"orders of the subspace": orders, "its eigenvalues": values[: n + 1].tolist()}
         U, L = _whiten(pair.projected_weights(P))  # [m, n], [n, n]
         trace["non-Gaussianity of the weights"] = off = non_gaussianity(U, rng)
-        if off > SKEWED and (n > 1 or self.subspace == "moment"):
+        if off > LARGEST_NON_GAUSSIANITY and (n > 1 or self.subspace == "moment"):
             raise NotApplicable(
                 f"the weights of {pair.first.name!r} are too far from Gaussian for Stein's identity (their normalised "
-                f"third and fourth moments along the inputs are {off:.2g} off, at most {SKEWED:g}): a trained network?"
+                f"third and fourth moments along the inputs are {off:.2g} off, at most "
+                f"{LARGEST_NON_GAUSSIANITY:g}): a trained network?"
             )
         V, changes = torch.ones(1, 1).to(U), torch.zeros(GROUPS, 1, 1).to(U)
         if n > 1:
@@ -84,10 +102,11 @@ class TensorMoments:
         back = torch.linalg.inv(L)  # v = L^T z
         X = V.T @ back @ P  # [n, d'] up to scale
         dX = changes.mT @ back @ P + V.T @ back @ drift  # [groups, n, d']
-        return _finish(view, pair, X, dX, A, g, floor, self.norm, trace)
+        by: Literal["first", "head"] = "first" if A is not None else "head"
+        return _finish(view, pair, X, dX, seen, by, floor, self.norm, trace)
 
     def _counted(
-        self, pair: Pair, view: View, A: Tensor | None, rng: torch.Generator
+        self, pair: LayerPair, view: View, A: Tensor | None, rng: torch.Generator
     ) -> tuple[Span | None, int, tuple[int, str]]:
         """The span of the first layer's gradient where it was sent, the number of examples, and the order of the tensors.
 
@@ -129,7 +148,7 @@ class TensorMoments:
         return span, n, (1, "one example needs no moments") if n == 1 else (order, why)
 
     def _separate(
-        self, pair: Pair, g: Tensor | None, G: Tensor | None, U: Tensor, order: int, rng: torch.Generator
+        self, pair: LayerPair, g: Tensor | None, G: Tensor | None, U: Tensor, order: int, rng: torch.Generator
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Directions [n, n], their changes a group of neurons, and how they were found."""
         fit = self.estimate == "regression"
@@ -140,10 +159,10 @@ class TensorMoments:
         noise = {f"{q.route}, order {q.order}": q.noise for q in used}
         return V, changes, {"estimate": self.estimate, "noise of the moments": noise, "misfit over noise": excess}
 
-    def _order(self, pair: Pair) -> tuple[int, str]:
+    def _order(self, pair: LayerPair) -> tuple[int, str]:
         """The highest order of tensors to use and why, in words; order 0 where none separates the inputs."""
         share, outputs = pair.shares(), whitened(pair.V.T).shape[1]
-        zero = [part <= ZERO for part in share]
+        zero = [part <= LEAST_HERMITE_SHARE for part in share]
         values = [0.0 if none else c for none, c in zip(zero, pair.hermite(), strict=True)]
         words = "E s^(p) for p = 1 ... 4: " + ", ".join(f"{c:.3g}" for c in values[1:])
         if all(zero[2:]):
@@ -190,27 +209,29 @@ def _diagonalised(moments: Sequence[Moment], rng: torch.Generator) -> tuple[Tens
 
 def _finish(
     view: View,
-    pair: Pair,
+    pair: LayerPair,
     X: Tensor,
     dX: Tensor,
-    A: Tensor | None,
-    g: Tensor | None,
+    seen: Tensor,
+    by: Literal["first", "head"],
     floor: float,
     norm: float | None,
     trace: dict[str, Any],
 ) -> Reconstruction:
-    """Scale, sign, residuals, labels and bound for directions X [n, d'] and their changes [groups, n, d']."""
+    """Scale, sign, residuals, labels and bound for directions X [n, d'] and their changes [groups, n, d'].
+
+    `seen` is the gradient of the first layer [m, d'] or, with `by` head, of the head [m, k].
+    """
     obs = view.obs
     t: Tensor | None = None  # X @ t is the last coordinate of (x, 1), by the bias's gradient
-    delta: Tensor | None = None
     rows = torch.zeros(len(X)).to(X)
-    if A is not None:
-        delta = A @ torch.linalg.pinv(X)  # [m, n]
-        rows = torch.linalg.pinv(delta).norm(dim=1)  # [n] error of X per unit of error in A
+    if by == "first":
+        seen = seen @ torch.linalg.pinv(X)  # [m, n] the deltas
+        rows = torch.linalg.pinv(seen).norm(dim=1)  # [n] error of X per unit of error in the gradient
         if pair.first.bias and pair.first.bias in obs.update:
             t = (
                 torch.linalg.pinv(X)
-                @ torch.linalg.lstsq(delta, obs.update[pair.first.bias].double()[:, None]).solution[:, 0]
+                @ torch.linalg.lstsq(seen, obs.update[pair.first.bias].double()[:, None]).solution[:, 0]
             )
     elif pair.spread_b:
         t = torch.zeros(X.shape[1]).to(X)
@@ -221,16 +242,16 @@ def _finish(
         return x / (X @ t)[..., None] if t is not None else (norm or 1.0) * x / x.norm(dim=-1, keepdim=True)
 
     x = scaled(X)  # [n, d]
-    error = (scaled(X + dX) - x).square().sum((0, 2)).sqrt() * SIGMAS / x.norm(dim=1)
+    error = (scaled(X + dX) - x).square().sum((0, 2)).sqrt() * BOUND_IN_SIGMAS / x.norm(dim=1)
     stretch = 1 / X[:, : pair.d].norm(dim=1) + (t.norm() / (X @ t).abs() if t is not None else 0.0)
     error = error + torch.nan_to_num(floor * rows * stretch, nan=torch.inf)  # the span's own error
     factor = X @ t if t is not None else X[:, : pair.d].norm(dim=1) / pair.spread / (norm or 1.0)
-    delta = delta * factor if delta is not None else None  # dL/dz, now that the scale is known
-    sign, R, unsure = _signs(view, pair, x, delta, g, fixed=t is not None)
+    seen = seen * factor if by == "first" else seen  # dL/dz, now that the scale is known
+    sign, R, unsure = _signs(view, pair, x, seen, by, fixed=t is not None)
     x = sign[:, None] * x
     found = _labels(view, pair, x, R)
     apart = 1 / torch.linalg.pinv(x / x.norm(dim=1, keepdim=True)).norm(dim=0)  # [n] from the span of the others
-    told = (error < apart / 2) & ((found[1] < IMPLAUSIBLE) | found[1].isinf())  # else first order does not hold
+    told = (error < apart / 2) & ((found[1] < LARGEST_LABEL_GAP) | found[1].isinf())  # else first order does not hold
     up_to = {"permutation"} | ({"sign"} if unsure else set()) | ({"scale"} if t is None and norm is None else set())
     bound = torch.where(told & (error < 1), error, torch.inf).cpu()
     trace |= {"predicted error": error, "residuals": R}
@@ -239,7 +260,7 @@ def _finish(
 
 
 def _signs(
-    view: View, pair: Pair, x: Tensor, delta: Tensor | None, g: Tensor | None, *, fixed: bool
+    view: View, pair: LayerPair, x: Tensor, seen: Tensor, by: Literal["first", "head"], *, fixed: bool
 ) -> tuple[Tensor, Tensor, bool]:
     """Signs [n], residuals [n, k] at these signs, and whether a sign is left open.
 
@@ -247,18 +268,18 @@ def _signs(
     or the head's bias, whose gradient is their sum; if it is odd, so that s is even, nothing does.
     """
     ones = torch.ones(len(x)).to(x)
-    R, gap = _residuals(pair, x, delta, g)
+    R, gap = _residuals(pair, x, seen, by)
     if fixed:
         return ones, R, False
-    other, gap_other = _residuals(pair, -x, None if delta is None else -delta, g)
+    other, gap_other = _residuals(pair, -x, -seen if by == "first" else seen, by)
     z = pair.before(x)
     slope, mirrored = pair.s.derivative(z), pair.s.derivative(pair.before(-x))
     even, odd = (bool((slope + c * mirrored).abs().max() <= 1e-9 * slope.abs().max()) for c in (-1, 1))
     if even:
         gap, gap_other = _labels(view, pair, x, R)[1], _labels(view, pair, -x, other)[1]
-    elif delta is None:
+    elif by == "head":
         H = torch.cat([pair.s(z), pair.s(pair.before(-x))]).T  # [m, 2 n]
-        both = torch.linalg.lstsq(H, g).solution.norm(dim=1)
+        both = torch.linalg.lstsq(H, seen).solution.norm(dim=1)
         gap, gap_other = both[len(x) :], both[: len(x)]
     sign = torch.where(gap_other < gap, -ones, ones)
     told = torch.minimum(gap, gap_other) < 0.5 * torch.maximum(gap, gap_other)  # false where both are infinite
@@ -270,23 +291,25 @@ def _signs(
         best, second = gaps.sort().values[:2].tolist()
         if best < second / 2:
             sign, unsure = signs[gaps.argmin()], False
-    if delta is None:
-        return sign, _residuals(pair, sign[:, None] * x, None, g)[0], unsure
+    if by == "head":
+        return sign, _residuals(pair, sign[:, None] * x, seen, by)[0], unsure
     return sign, torch.where((sign > 0)[:, None], R, other), unsure
 
 
-def _residuals(pair: Pair, x: Tensor, delta: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor]:
-    """r [n, k] and misfits [n], least squares in delta_i = s'(z_i) V^T r_i, or without delta in g = sum_i r_i s(z_i)."""
+def _residuals(pair: LayerPair, x: Tensor, seen: Tensor, by: Literal["first", "head"]) -> tuple[Tensor, Tensor]:
+    """r [n, k] and misfits [n], least squares in delta_i = s'(z_i) V^T r_i of the first layer's deltas [m, n].
+
+    By the head's gradient [m, k] in sum_i r_i s(z_i), which always fits.
+    """
     z = pair.before(x)  # [n, m]
-    if delta is None:
-        assert g is not None
-        return torch.linalg.lstsq(pair.s(z).T, g).solution, torch.zeros(len(x)).to(x)
+    if by == "head":
+        return torch.linalg.lstsq(pair.s(z).T, seen).solution, torch.zeros(len(x)).to(x)
     D = pair.s.derivative(z)[:, :, None] * pair.V.T  # [n, m, k]
-    R = (torch.linalg.pinv(D) @ delta.T[:, :, None])[..., 0]
-    return R, ((D @ R[:, :, None])[..., 0] - delta.T).norm(dim=1)
+    R = (torch.linalg.pinv(D) @ seen.T[:, :, None])[..., 0]
+    return R, ((D @ R[:, :, None])[..., 0] - seen.T).norm(dim=1)
 
 
-def _labels(view: View, pair: Pair, x: Tensor, R: Tensor) -> tuple[Tensor | None, Tensor]:
+def _labels(view: View, pair: LayerPair, x: Tensor, R: Tensor) -> tuple[Tensor | None, Tensor]:
     """Labels that residuals R [n, k] at inputs x [n, d] mean under the loss, and how far they are from fitting [n].
 
     cross entropy: r / c = softmax(o) - y; binary: sigmoid(o) - y; squared error: 2 (o - y), o the outputs.

@@ -1,7 +1,7 @@
-"""Unmixing: every example of a batch out of the gradient of the first dense layer, each certified on its own.
+"""Every example of a batch out of the gradient of the first dense layer, each certified on its own.
 
-What `unmix` does, as a function for whoever needs the inputs of that layer: under the caller's own knowledge, judged by
-the same bounds.
+What the attack `unmix` does, as a function for whoever needs the inputs of that layer: under the caller's own knowledge,
+judged by the same bounds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.above_layer import Rounding, Tail
-from unbatch.inversion.matching import Matching
+from unbatch.inversion.matching import UpdateMatching
 from unbatch.inversion.rounds import restored, sharpened, unseen
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
@@ -33,21 +33,31 @@ from unbatch.numerics.unmix.solver import GuessMaker, Separation, unmix
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction, certified
 
-DUPLICATES = 2  # copies beyond the rank that are looked for, where nothing fits without
-ARITHMETIC = 8 * torch.finfo(torch.float64).eps  # what reading A adds to its error
-BENT = 0.05  # share of the deltas' span below which too few kinks are met: measured .03 finds none, .08 all
-ROUNDINGS = 4  # relative error of a delta, in units of rounding: measured ones are 1 to 3
+MOST_COPIES_BEYOND_RANK = 2  # copies beyond the rank that are looked for, where nothing fits without
+READING_ERROR = 8 * torch.finfo(torch.float64).eps  # what reading A adds to its error
+LEAST_BENT_SHARE = 0.05  # share of the deltas' span below which too few kinks are met: measured .03 finds none, .08 all
+DELTA_ERROR_IN_ROUNDINGS = 4  # relative error of a delta, in units of rounding: measured ones are 1 to 3
 
 
 def unmixed(view: View, rng: torch.Generator, *, attempts: int = 3, partial: bool = False) -> Reconstruction:
-    """The certified examples of the batch behind the first dense layer's gradient; with `partial` guesses as well.
+    """The examples of the batch behind the first dense layer's gradient that are certified; with `partial` guesses as well.
 
     Where a defence's law is known the update is restored by it first, what was found is moved to where the update is
     likeliest, and what is still missing is looked for by matching the whole batch at once.
     Raises NotApplicable: no dense layer's gradient isolates the examples; the message says why.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model = build("mlp", (6,), 3, width=20, activation="gelu", rng=rng)
+    >>> x, y = torch.rand(2, 6, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> found = unmixed(View.of(seen), rng)
+    >>> found.labels.sort().values, bool(found.bound.max() < 1e-5)
+    (tensor([0, 2]), True)
     """
     law, n = Likelihood.of(view.knowledge), view.knowledge.get("batch_size")
-    problem = Problem.of(view if law is None else restored(view), rng)
+    problem = Unmixing.of(view if law is None else restored(view), rng)
     if law is None:
         found = _separated(problem, rng, attempts, partial)
         return found if partial else certified(found)
@@ -62,13 +72,28 @@ def unmixed(view: View, rng: torch.Generator, *, attempts: int = 3, partial: boo
         found = sharpened(view.obs, found, rng)
     if n is not None and len(certified(found)) < n and reads and tick(0.0):  # all at once, by the likelihood
         told = view.on(replace(view.obs, knowledge=view.knowledge | Knowledge(log_prob=law)))
-        found = _longer(found, sharpened(view.obs, Matching().run(told, rng), rng))
+        found = _longer(found, sharpened(view.obs, UpdateMatching().run(told, rng), rng))
     return found if partial else certified(found)
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The span of a first dense layer's gradient, and what is known of the network above it."""
+class Unmixing:
+    """The equations that one exchange gives for every example of its batch by itself.
+
+    The row space of a first dense layer's gradient [dL/dW, dL/db] is the span of the examples, and the model above the
+    layer says which gradient each of them must have sent back: `mixture` puts the two together, and `starts` guesses where
+    to begin.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model = build("mlp", (6,), 3, width=20, activation="gelu", rng=rng)
+    >>> x, y = torch.rand(2, 6, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> problem = Unmixing.of(View.of(seen), rng)
+    >>> problem.rank, problem.layer.name, [name for name, _ in problem.starts()]
+    (2, 'dense1', ['raw', 'fast ica', 'moments', 'random'])
+    """
 
     view: View
     layer: Dense
@@ -76,7 +101,7 @@ class Problem:
     span: Span
 
     @classmethod
-    def of(cls, view: View, rng: torch.Generator) -> Problem:
+    def of(cls, view: View, rng: torch.Generator) -> Unmixing:
         """The problem that an exchange poses. Raises NotApplicable: its examples cannot be separated; it says why."""
         if view.steps:
             raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
@@ -140,9 +165,9 @@ class Problem:
             classes=tail.classes,
             targets=tail.targets,
             noise=min(span.noise, 2 * span.beyond) if once else span.noise,
-            rounding=ROUNDINGS * max(eps, torch.finfo(torch.float64).eps),
+            rounding=DELTA_ERROR_IN_ROUNDINGS * max(eps, torch.finfo(torch.float64).eps),
             basis=torch.eye(len(P)).to(P),
-            outside=span.beyond + span.arithmetic + ARITHMETIC * float(span.values[0]),
+            outside=span.beyond + span.arithmetic + READING_ERROR * float(span.values[0]),
         )
 
     def starts(self) -> Iterator[tuple[str, GuessMaker]]:
@@ -196,7 +221,21 @@ def _longer(first: Reconstruction, second: Reconstruction) -> Reconstruction:
 
 
 def layer_span(view: View, layer: Dense, rng: torch.Generator) -> Span:
-    """The row space of [dL/dW, dL/db] of a dense layer, the span of its inputs, down to rounding and the known noise."""
+    """The row space of a dense layer's gradient [dL/dW, dL/db]: the span of its inputs, down to rounding and known noise.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x, y = build("mlp", (6,), 3, width=20, rng=rng), torch.rand(2, 6, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> view = View.of(seen)
+    >>> rows = layer_span(view, view.first, rng).rows  # orthonormal, of the inputs with a 1 beside them for the bias
+    >>> rows.shape
+    torch.Size([2, 7])
+    >>> examples = torch.cat([x, torch.ones(2, 1)], 1).double()
+    >>> torch.allclose(examples @ rows.T @ rows, examples, atol=1e-5)
+    True
+    """
     A = view.update[layer.weight].double()
     if layer.bias in view.update and layer.bias is not None:
         A = torch.cat([A, view.update[layer.bias].double()[:, None]], 1)
@@ -204,20 +243,20 @@ def layer_span(view: View, layer: Dense, rng: torch.Generator) -> Span:
     return leading_span(A, rng, eps=torch.finfo(view.obs.dtype).eps, noise=noise)
 
 
-def _separated(problem: Problem, rng: torch.Generator, attempts: int, partial: bool) -> Reconstruction:
+def _separated(problem: Unmixing, rng: torch.Generator, attempts: int, partial: bool) -> Reconstruction:
     """What the span alone gives, with bounds."""
     view, form, rank = problem.view, problem.form, problem.rank
     known = view.knowledge.get("labels")
     classes = known.unique().to(view.obs.device) if known is not None and form.classes else None
     starts = list(problem.starts())
     # exact duplicates count once in the rank and once each in the mean: then the batch is larger than the rank
-    for size in range(rank, rank + (DUPLICATES if form.reduction == "mean" else 0) + 1):
+    for size in range(rank, rank + (MOST_COPIES_BEYOND_RANK if form.reduction == "mean" else 0) + 1):
         tail = problem.tail(size)
         mixture = problem.mixture(tail)
         ways: list[tuple[str, GuessMaker | Descent]] = [*starts]
         if mixture.classes:  # second: on pictures and most tables components are faster where they work
-            ways.insert(1, ("descent", Descent(Counted(view, form, mixture, tail))))
-        copies = 1 + (size - rank if form.reduction == "mean" else DUPLICATES)
+            ways.insert(1, ("descent", Descent(RemainingLabels(view, form, mixture, tail))))
+        copies = 1 + (size - rank if form.reduction == "mean" else MOST_COPIES_BEYOND_RANK)
         tries = attempts if size == rank else 1
         found = unmix(mixture, ways, rng, classes=classes, attempts=tries, copies=copies, tick=tick)
         if len(found.z):
@@ -237,7 +276,7 @@ def _separated(problem: Problem, rng: torch.Generator, attempts: int, partial: b
 
 
 def _returned(
-    problem: Problem, found: Separation, classes: int, reach: Tensor, trace: dict[str, Any], partial: bool
+    problem: Unmixing, found: Separation, classes: int, reach: Tensor, trace: dict[str, Any], partial: bool
 ) -> Reconstruction:
     """What was found in the span's coordinates, as inputs with relative bounds; an example that occurs twice, twice."""
     view, z, labels = problem.view, found.z, found.labels
@@ -269,7 +308,9 @@ def _returned(
 def _shortfall(mixture: Mixture, tail: Tail, found: Separation, rank: int, n: int | None) -> str:
     """Why fewer examples were found than the gradient has rank, as far as the gradient tells."""
     words, bent = f"{len(found.z)} of {rank} examples were found.", _bend(mixture, tail)
-    lost = BENT if found.joint else float(mixture.noise / mixture.S[-1]) ** 2  # a smooth bend is seen down to the noise
+    lost = (
+        LEAST_BENT_SHARE if found.joint else float(mixture.noise / mixture.S[-1]) ** 2
+    )  # a smooth bend is seen down to the noise
     if n is not None and n > rank:
         words += (
             f" The batch has {n}, so examples depend linearly on each other (duplicates, three constant images), and the "
@@ -300,8 +341,24 @@ def _bend(mixture: Mixture, tail: Tail) -> float:
     return float((1 - (Q @ mixture.U).square().sum() / n) / (1 - len(Q) / m))
 
 
-class Counted:
-    """Labels of the examples not found yet, in any order: as known, or as the head's gradient counts them."""
+class RemainingLabels:
+    """The labels of the examples that have not been found yet: as known, or as the head's gradient counts them.
+
+    In any order.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model = build("mlp", (6,), 3, width=20, activation="gelu", rng=rng)
+    >>> x, y = torch.rand(2, 6, generator=rng), torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> problem = Unmixing.of(View.of(seen), rng)
+    >>> tail = problem.tail(2)
+    >>> remaining = RemainingLabels(problem.view, problem.form, problem.mixture(tail), tail)
+    >>> nothing_found = torch.zeros(0, 2).double(), torch.zeros(0, dtype=torch.int64)
+    >>> remaining(*nothing_found)
+    tensor([0, 2])
+    """
 
     def __init__(self, view: View, form: LossForm, mixture: Mixture, tail: Tail) -> None:
         self.form, self.mixture, self.tail = form, mixture, tail
@@ -310,6 +367,8 @@ class Counted:
         self.weight, self.bias = (view.update.get(name) if name else None for name in names)
 
     def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        """The labels left, where the examples of coordinates z [f, n] and labels y [f] (as `Tail` takes them) are found."""
+
         k, n, left = self.mixture.classes, self.tail.n, self.mixture.n - len(z)
         z, y = z.repeat_interleave(y // k + 1, 0), (y % k).repeat_interleave(y // k + 1)
         if self.known is not None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from unbatch.domain import Domain, Images
 from unbatch.metric import Metric
 
-FLOOR = 0.01  # least similarity of the prior that is divided by
+LEAST_PRIOR_SIMILARITY = 0.01  # least similarity of the prior that is divided by
 
 
 @final
@@ -53,7 +53,11 @@ class RelativeLeakage(Metric):
             return found.new_zeros(0, dtype=torch.float64)
         domain = Images(shape=tuple(true.shape[1:]), low=self.low, high=self.high)
         drawn = domain.prior(self.draws, torch.Generator().manual_seed(0)).to(true.device)
-        alone = torch.stack([self._similarity(p.expand_as(true), true) for p in drawn]).amax(0).clamp_min(FLOOR)
+        alone = (
+            torch.stack([self._similarity(p.expand_as(true), true) for p in drawn])
+            .amax(0)
+            .clamp_min(LEAST_PRIOR_SIMILARITY)
+        )
         return (self._similarity(found, true) - alone) / alone
 
     def _similarity(self, a: Tensor, b: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def _six(first: int, second: int, third: int, fourth: int, fifth: int, sixth: in
     return Network("leaky-relu", tuple(Convolution(c, *s) for c, s in zip(channels, shapes, strict=True)))
 
 
-SLOPE = 0.2  # of the six-layer networks' leaky relu
+LEAKY_RELU_SLOPE = 0.2  # of the six-layer networks' leaky relu
 
 # cnn2 to cnn4: Chen and Campbell, 2021, variants by their numbers (a dense layer counts as the second, third or fourth).
 # cnn6 and cnn6-narrow: Zhu and Blaschko, R-GAP, ICLR 2021, there CNN6 and CNN6d; cnn6-wide, ours, has twice the channels.
@@ -72,12 +72,12 @@ NETWORKS: dict[str, Network] = {
 }
 
 
-def layers(name: str, channels: int, act: type[nn.Module] | None, bias: bool) -> list[nn.Module]:
+def published_layers(name: str, channels: int, act: type[nn.Module] | None, bias: bool) -> list[nn.Module]:
     """The network's layers for pictures of so many channels, without its head; `act` None takes its own activation."""
     network = NETWORKS[name]
     stack: list[nn.Module] = []
     for each in network.convolutions:
-        own = nn.Tanh() if network.activation == "tanh" else nn.LeakyReLU(SLOPE)
+        own = nn.Tanh() if network.activation == "tanh" else nn.LeakyReLU(LEAKY_RELU_SLOPE)
         conv = nn.Conv2d(channels, each.channels, each.kernel, each.stride, each.padding, bias=bias)
         stack += [conv, own if act is None else act()]
         channels = each.channels

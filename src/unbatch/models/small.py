@@ -138,12 +138,12 @@ def resnet_small(shape: _Shape, outputs: int, depth: int, width: int, act: type[
     for stage in range(3):
         for block in range(depth):
             stride = 2 if stage and not block else 1
-            layers.append(Residual(channels, width * 2**stage, stride, act))
+            layers.append(ResidualBlock(channels, width * 2**stage, stride, act))
             channels = width * 2**stage
     return _stack([*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs, bias)])
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """act(norm(conv(act(norm(conv x)))) + shortcut x), the shortcut the identity unless the shape changes."""
 
     def __init__(self, before: int, after: int, stride: int, act: type[nn.Module]) -> None:
@@ -166,7 +166,7 @@ class Residual(nn.Module):
 
 
 def _published(name: str, shape: _Shape, outputs: int, act: type[nn.Module] | None, bias: bool) -> nn.Module:
-    layers = published.layers(name, shape[0], act, bias)
+    layers = published.published_layers(name, shape[0], act, bias)
     try:
         size = _size(layers, shape)
     except RuntimeError as error:
@@ -174,7 +174,7 @@ def _published(name: str, shape: _Shape, outputs: int, act: type[nn.Module] | No
     return _stack([*layers, nn.Linear(size, outputs)])
 
 
-_KINDS = {nn.Conv2d: "conv", nn.Linear: "dense", nn.BatchNorm2d: "norm", Residual: "block"}
+_KINDS = {nn.Conv2d: "conv", nn.Linear: "dense", nn.BatchNorm2d: "norm", ResidualBlock: "block"}
 
 
 def _stack(layers: Iterable[nn.Module]) -> nn.Sequential:

@@ -13,7 +13,7 @@ from torch import Tensor
 from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.reading import KnownOutput, Unreadable
 from unbatch.inversion.backward.runs import runs
-from unbatch.inversion.label_fit import labels, nearest
+from unbatch.inversion.label_fit import explaining_label, possible_labels
 from unbatch.inversion.unmixing import unmixed
 from unbatch.inversion.view import View
 from unbatch.layers.residual import split
@@ -88,7 +88,7 @@ class FirstDense:
             raise NotApplicable("no dense layer that sent its gradient stands in the network's chain of layers.")
         self.dense, self.below, self.above = first, self.links[:place], self.links[place:]
         self.W: Tensor = dict(model.named_parameters())[self.dense.weight].detach()
-        self.labels = [y.double() if y.is_floating_point() else y for y in labels(view)]
+        self.labels = [y.double() if y.is_floating_point() else y for y in possible_labels(view)]
         self.runs = runs(self.below)
         if not self.runs:
             raise NotApplicable(
@@ -221,4 +221,4 @@ class FirstDense:
         """The label [1] of one example whose gradient at `inputs` [1, *shape] explains the update best, or None."""
         likely = self.likely()
         ordered = sorted(self.labels, key=lambda y: likely is not None and not torch.equal(y, likely))
-        return nearest(self.obs, inputs, ordered) if len(inputs) == 1 else None
+        return explaining_label(self.obs, inputs, ordered) if len(inputs) == 1 else None
