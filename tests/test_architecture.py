@@ -250,3 +250,26 @@ def test_test_modules_stand_alone(path: Path) -> None:
             assert not (node.module or "").startswith("test_"), f"line {node.lineno} imports {node.module}"
         if isinstance(node, ast.FunctionDef):
             assert node.name != "exchange", f"line {node.lineno}"
+
+
+CONTRACT = {"run", "table"}  # what every module of benchmarks gives
+NAMESAKES = {  # names that two things still share, and why
+    "Problem": "each benchmark has problems of its own; to be named by what they are",
+    "problems": "the same",
+    "audit": "the command is called as the function that it runs",
+    "harden": "the same",
+    "show": "a command, and the view of a hardening; the second to be named by what it shows",
+    "summary": "of a plugin, of a report and of a benchmark; to be named by what they sum up",
+}
+
+
+def test_no_two_public_things_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if room(module) != "benchmarks" or node.name not in CONTRACT:
+                places.setdefault(node.name, []).append(module)
+    shared = {name: found for name, found in places.items() if len(found) > 1}
+    assert set(shared) == set(NAMESAKES), shared

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch.network.dense import Features, anatomy, forward, layer_inputs
+from unbatch.network.dense import DenseFeatures, anatomy, forward, layer_inputs
 
 
 class Custom(nn.Module):
@@ -76,7 +76,7 @@ def behind_a_convolution() -> nn.Module:
 def test_features_are_the_layer_inputs_and_differentiable(name: str, mode: Literal["train", "eval"]) -> None:
     model, rng = behind_a_convolution(), torch.Generator().manual_seed(1)
     x = torch.randn(3, 2, 4, 4, generator=rng, dtype=torch.float64, requires_grad=True)
-    features = Features(model, name, mode)
+    features = DenseFeatures(model, name, mode)
     expected = layer_inputs(model, name, x.detach(), mode)
     torch.testing.assert_close(features(x).detach(), expected)
     assert torch.autograd.gradcheck(features, (x,))
@@ -87,20 +87,20 @@ def test_features_are_the_layer_inputs_and_differentiable(name: str, mode: Liter
 
 def test_features_of_a_free_weight() -> None:
     x = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(Features(Custom(), "first")(x).detach(), (x - 0.5) / 0.25)
+    torch.testing.assert_close(DenseFeatures(Custom(), "first")(x).detach(), (x - 0.5) / 0.25)
     model = Custom()
-    torch.testing.assert_close(Features(model, "W")(x).detach(), layer_inputs(model, "W", x))
+    torch.testing.assert_close(DenseFeatures(model, "W")(x).detach(), layer_inputs(model, "W", x))
 
 
 def test_features_put_modes_back_and_refuse_unknown_layers() -> None:
     model = behind_a_convolution()
     model[1].eval()
     before = [module.training for module in model.modules()]
-    Features(model, "4", "eval")(torch.ones(1, 2, 4, 4).double())
+    DenseFeatures(model, "4", "eval")(torch.ones(1, 2, 4, 4).double())
     assert [module.training for module in model.modules()] == before
     for name in ("0", "x"):  # a convolution is no dense layer
         with pytest.raises(ValueError, match=f"no dense layer called '{name}'"):
-            Features(model, name)(torch.ones(1, 2, 4, 4).double())
+            DenseFeatures(model, name)(torch.ones(1, 2, 4, 4).double())
     assert [module.training for module in model.modules()] == before
     with pytest.raises(ValueError, match="never"):
-        Features(Custom(), "never")(torch.ones(1, 8))
+        DenseFeatures(Custom(), "never")(torch.ones(1, 8))

@@ -26,7 +26,19 @@ _CALLABLES = {"log_prob"}
 
 
 def write_bundle(path: Path, model: nn.Module, update: Update, knowledge: Knowledge) -> None:
-    """Write update, model state and knowledge; callables are left out, since a file that holds code is not safe."""
+    """Writes what a server holds of an exchange to a file: the update, the model's state and what is known besides.
+
+    Callables are left out, since a file that holds code is not safe.
+
+    >>> import tempfile
+    >>> model, sent = nn.Linear(2, 3).eval(), {"bias": Tensor([1.0, 2.0, 3.0])}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "seen.safetensors"
+    ...     write_bundle(path, model, sent, Knowledge(batch_size=4))
+    ...     held, update, known = read_bundle(path, model)
+    >>> update, known
+    ({'bias': tensor([1., 2., 3.])}, Knowledge(batch_size=4))
+    """
     tensors: dict[str, Tensor] = {f"update/{name}": tensor for name, tensor in update.items()}
     tensors |= {f"state/{name}": tensor for name, tensor in model.state_dict().items()}
     facts: dict[str, Any] = {}
@@ -51,6 +63,16 @@ def read_bundle(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tens
     """A copy of `model` with the bundle's parameters and buffers in it, the update on its device, and what is known.
 
     Raises ValueError: no bundle, a truncated one, a pickle, another schema, or a state that is not of `model`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "seen.safetensors"
+    ...     write_bundle(path, nn.Linear(2, 3), {"bias": Tensor([1.0, 2.0, 3.0])}, Knowledge())
+    ...     try:
+    ...         read_bundle(path, nn.Sequential(nn.Linear(2, 3)))
+    ...     except ValueError as error:
+    ...         print("captured from another model (Linear)" in str(error))
+    True
     """
     tensors, metadata = _open(path)
     update = _part(tensors, "update/")
@@ -88,7 +110,15 @@ def read_bundle(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tens
 
 
 def model_name(path: Path) -> str:
-    """The name of the model that the bundle was captured from: shown to people, never imported."""
+    """The name of the model that the bundle was captured from: shown to people, never imported.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "seen.safetensors"
+    ...     write_bundle(path, nn.Linear(2, 3), {"bias": Tensor([1.0, 2.0, 3.0])}, Knowledge())
+    ...     model_name(path)
+    'Linear'
+    """
     return _open(path)[1].get("model", "unnamed")
 
 

@@ -1,4 +1,4 @@
-"""Case and Setting: clients with a known truth."""
+"""Clients whose private batch is known, so that attacks on them can be judged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,16 @@ from unbatch.protocol import Protocol
 class Setting:
     """One client: the global model, the loss, and the private batch that an audit tries to recover.
 
-    Raises ValueError where they do not fit together: shapes, classes, values that are not finite, a failing forward.
+    Raises UnbatchError where they do not fit together: shapes, classes, values that are not finite, a failing forward.
+
+    >>> Setting(
+    ...     model=nn.Linear(4, 3),
+    ...     loss=nn.functional.cross_entropy,
+    ...     inputs=torch.zeros(2, 4),
+    ...     labels=torch.tensor([0, 2]),
+    ...     name="mine",
+    ... )
+    <Setting mine: 2 table [4], Linear of 15 parameters>
     """
 
     model: nn.Module
@@ -80,7 +89,7 @@ class Setting:
                 raise UnbatchError(f"labels run from {low} to {high}, but the model has {k} classes, 0 to {k - 1}.")
 
     def label_name(self, label: Tensor) -> str:
-        """A label in words."""
+        """A label in words, as the report shows it; its number where the classes have no names."""
         number = label.tolist()
         if isinstance(number, int) and 0 <= number < len(self.classes):
             return self.classes[number]
@@ -89,7 +98,14 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Examples:
-    """Data that a case draws from."""
+    """All the data that a case deals out to its clients, with the names of the classes.
+
+    >>> pictures = torch.zeros(2, 1, 8, 8)
+    >>> Examples(
+    ...     inputs=pictures, labels=torch.tensor([0, 1]), classes=["no tumour", "tumour"], domain=domain_of(pictures)
+    ... )
+    <Examples: 2 images [1, 8, 8], 2 classes>
+    """
 
     inputs: Tensor  # [n, *shape]
     labels: Tensor  # [n]
@@ -102,9 +118,15 @@ class Examples:
 
 
 class Case(Plugin, ABC):
-    """A family of clients on bundled real data, crossed with unbatch's own small models.
+    """A family of clients on real data that comes along, each with one of unbatch's own small models.
 
     A subclass gives `pool`. All clients of a case share the global model and hold different examples.
+
+    >>> client = Case.parse("tables:dataset=iris,batch=2,width=16").setting()
+    >>> client
+    <Setting tables:batch=2,width=16,dataset=iris: 2 table [4], Sequential of 131 parameters>
+    >>> [client.label_name(label) for label in client.labels]
+    ['setosa', 'versicolor']
     """
 
     kind: ClassVar[str] = "case"
@@ -149,7 +171,7 @@ class Case(Plugin, ABC):
 
         The loss is on one output a class; binary cross entropy takes one output where there are two classes, and is
         summed over one output a class (one against the rest) where there are more.
-        Raises ValueError: no such client, more examples asked for than there are, a model that cannot take them.
+        Raises UnbatchError: no such client, more examples asked for than there are, a model that cannot take them.
         """
         if not 0 <= client < self.clients:
             raise UnbatchError(f"{self}: there is no client {client}; they are numbered 0 to {self.clients - 1}.")

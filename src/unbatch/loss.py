@@ -19,11 +19,14 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LossForm:
-    """What a loss computes, as its values and gradients say.
+    """Which of the known losses a loss is, as its values and gradients say.
 
     L = factor * sum_i l(outputs_i, labels_i), with factor = scale / n for the mean (over examples) and factor = scale for
     the sum; l is cross entropy (natural logarithm, with `smoothing`), binary cross entropy on logits summed over the
     outputs, or the squared error summed over the outputs.
+
+    >>> str(identify(lambda outputs, labels: 3 * F.cross_entropy(outputs, labels, label_smoothing=0.1), (2, 5)))
+    'cross-entropy (mean, scale 3, label smoothing 0.1)'
     """
 
     name: Literal["cross-entropy", "binary-cross-entropy", "squared-error"]
@@ -43,6 +46,10 @@ def draw_labels(loss: Loss, outputs: Tensor, rng: torch.Generator) -> Tensor:
 
     A form that the loss only takes by broadcasting is refused, since that would mix the examples.
     Raises ValueError: the loss takes none of these.
+
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> draw_labels(F.cross_entropy, torch.zeros(4, 3), rng).dtype, draw_labels(F.mse_loss, torch.zeros(4, 3), rng).shape
+    (torch.int64, torch.Size([4, 3]))
     """
     n = len(outputs)
     forms = [
@@ -74,6 +81,12 @@ def identify(loss: Loss, outputs_shape: tuple[int, ...], *, device: torch.device
     Values and gradients are compared with each reference at random outputs and labels in float64 (to 1e-6), for two
     batch sizes to tell the mean from the sum. Label smoothing is solved for from the gradient of cross entropy,
     c (p_j - (1 - s) [j = y] - s / k).
+
+    >>> form = identify(F.cross_entropy, (2, 3))
+    >>> form.name, form.reduction, form.scale, form.classes
+    ('cross-entropy', 'mean', 1.0, True)
+    >>> identify(lambda outputs, labels: outputs.exp().mean(), (2, 3)) is None
+    True
     """
     rng = torch.Generator().manual_seed(0)
     k = outputs_shape[1] if len(outputs_shape) > 1 else 1
@@ -144,7 +157,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def reduction(loss: Loss, outputs: Tensor, labels: Tensor) -> Literal["mean", "sum"] | None:
-    """Whether the loss is a mean or a sum over the batch: the batch taken twice leaves it, or doubles it. None: neither."""
+    """Whether the loss is a mean or a sum over the batch: the batch taken twice leaves it, or doubles it. None: neither.
+
+    >>> outputs, labels = torch.tensor([[1.0, 2.0]]), torch.tensor([0])
+    >>> reduction(F.cross_entropy, outputs, labels), reduction(loss_named("cross-entropy", "sum"), outputs, labels)
+    ('mean', 'sum')
+    """
     once = float(loss(outputs, labels))
     twice = float(loss(torch.cat([outputs, outputs]), torch.cat([labels, labels])))
     if math.isclose(twice, once, rel_tol=1e-4, abs_tol=1e-9):
@@ -157,6 +175,9 @@ def loss_named(name: str, reduction: Literal["mean", "sum"] = "mean") -> Loss:
 
     squared-error is sum_j (output_j - onehot_j)^2 per example, binary-cross-entropy is on logits.
     Raises ValueError: unknown name.
+
+    >>> loss_named("squared-error")(torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([0]))
+    tensor(4.)
     """
     kinds: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "cross-entropy": lambda o, y: F.cross_entropy(o, y, reduction="none"),

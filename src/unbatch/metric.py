@@ -1,4 +1,4 @@
-"""Metric: how near a recovered example is to the private one; and the one matching that every metric shares."""
+"""How near a recovered example is to the private one, and the one matching of the two that every metric shares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from unbatch.truth import Truth
 
 
 class Metric(Plugin, ABC):
-    """Scores matched pairs."""
+    """Says how near recovered examples are to the private ones that they were matched with.
+
+    A subclass gives `score` and the class attributes below.
+
+    >>> from unbatch.metrics import L2Error
+    >>> L2Error().score(torch.tensor([[3.0, 4.5]]), torch.tensor([[3.0, 4.0]]))  # off by 0.5 of 5
+    tensor([0.1000], dtype=torch.float64)
+    """
 
     kind: ClassVar[str] = "metric"
     folder: ClassVar[str] = "metrics"
@@ -37,7 +44,15 @@ class Metric(Plugin, ABC):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Matching:
-    """A one-to-one assignment of recovered to private examples, with sign and scale resolved where `up_to` allows."""
+    """Which recovered example stands for which private one, with sign and scale resolved where `up_to` allows.
+
+    >>> from unbatch.domain import domain_of
+    >>> truth = Truth(inputs=torch.tensor([[1.0, 0.0], [0.0, 1.0]]), labels=torch.tensor([0, 1]))
+    >>> found = Reconstruction(inputs=torch.tensor([[0.0, -0.9]]), up_to=frozenset({"permutation", "sign"}))
+    >>> pairs = match(found, truth, domain_of(truth.inputs))
+    >>> pairs, pairs.true, pairs.inputs, pairs.factor.tolist()
+    (<Matching of 1 pairs>, tensor([1]), tensor([[-0.0000, 0.9000]], dtype=torch.float64), [-1.0])
+    """
 
     found: Tensor  # [p] indices into the reconstruction
     true: Tensor  # [p] indices into the truth
@@ -49,11 +64,18 @@ class Matching:
 
 
 def match(found: Reconstruction, truth: Truth, domain: Domain) -> Matching:
-    """Assign recovered to private examples, one to one, at the least total distance of the domain.
+    """Assigns recovered to private examples, one to one, at the least total distance of the domain.
 
     Sign (scale) is chosen per pair, only where `found.up_to` holds it. An attack on labels alone is matched by label.
     Where `found` holds a layer's features, `truth` must hold the true features, and `domain` be theirs.
     p = min(k, n): further private examples stay unmatched, further guesses count for nothing.
+
+    >>> from unbatch.domain import domain_of
+    >>> truth = Truth(inputs=torch.tensor([[1.0, 0.0], [0.0, 1.0]]), labels=torch.tensor([0, 1]))
+    >>> found = Reconstruction(inputs=torch.tensor([[0.1, 0.9], [0.8, 0.0]]))
+    >>> pairs = match(found, truth, domain_of(truth.inputs))
+    >>> pairs.found, pairs.true
+    (tensor([0, 1]), tensor([1, 0]))
     """
     from scipy.optimize import linear_sum_assignment  # on use: a client that only observes needs no scipy
 

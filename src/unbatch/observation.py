@@ -25,6 +25,15 @@ class Observation:
     subset of them (frozen layers send nothing): the gradient, or after local steps the difference of parameters.
     Earlier rounds of the same batch are knowledge (`earlier`), and each an exchange of its own in `exchanges`.
     Raises UnbatchError where an update does not belong to the model.
+
+    >>> model, loss = nn.Linear(2, 3), nn.functional.cross_entropy
+    >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([0])
+    >>> weight, bias = torch.autograd.grad(loss(model(x), y), [model.weight, model.bias])
+    >>> seen = Observation(model=model, loss=loss, update={"weight": weight, "bias": bias})
+    >>> seen
+    <Observation of Linear: 9 entries; known besides: nothing>
+    >>> seen.residual(x, y) < 1e-6, seen.residual(x, torch.tensor([1])) < 1e-6  # only the right label explains it
+    (True, False)
     """
 
     model: nn.Module
@@ -53,6 +62,8 @@ class Observation:
 
     @property
     def device(self) -> torch.device:
+        """The device that the update lies on."""
+
         return next(iter(self.update.values())).device
 
     @property
@@ -62,7 +73,7 @@ class Observation:
 
     @property
     def exchanges(self) -> tuple[Observation, ...]:
-        """Every round of this batch that is known, as an exchange by itself, this one last.
+        """The known rounds in which this batch was sent, each as an exchange of its own; this one comes last.
 
         Rounds at one state share a model. Buffers that are known besides the model's are those of this round's step.
         """
@@ -133,7 +144,14 @@ class Observation:
 
 
 def check_update(model: nn.Module, update: Update) -> None:
-    """Raise UnbatchError, saying what is off, unless `update` has the names and shapes of the model's parameters."""
+    """Raises UnbatchError, saying what is off, unless `update` has the names and shapes of the model's parameters.
+
+    >>> try:
+    ...     check_update(nn.Linear(2, 3), {"weight": torch.zeros(2, 3)})
+    ... except UnbatchError as error:
+    ...     print(error)
+    the update's 'weight' has shape (2, 3), the model's (3, 2). It is the transpose.
+    """
     parameters = dict(model.named_parameters())
     if not update:
         raise UnbatchError("the update is empty; it maps parameter names to tensors, as named_parameters() does.")
@@ -163,7 +181,18 @@ def check_update(model: nn.Module, update: Update) -> None:
 
 
 def check_round(model: nn.Module, update: Update, past: Earlier) -> None:
-    """Raise UnbatchError, saying what is off, unless the round's state is one of `model`, and its update like `update`."""
+    """Raises UnbatchError, saying what is off, unless an earlier round fits the model and what was sent in this one.
+
+    Its state must be one of `model`, and its update hold the tensors that `update` holds.
+
+    >>> model = nn.Linear(2, 3)
+    >>> past = Earlier(state=model.state_dict(), update={"bias": torch.zeros(3)})
+    >>> try:
+    ...     check_round(model, {"weight": torch.zeros(3, 2)}, past)
+    ... except UnbatchError as error:
+    ...     print(error)
+    it holds the tensors 'bias', this round 'weight'.
+    """
     check_update(model, past.update)
     if set(past.update) != set(update):
         raise UnbatchError(f"it holds the tensors {_some(list(past.update))}, this round {_some(list(update))}.")

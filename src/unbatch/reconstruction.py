@@ -11,7 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Reconstruction:
-    """What an attack read out of an observation: k examples, which need not be as many as the batch has."""
+    """What an attack read out of an observation: k examples, which need not be as many as the batch has.
+
+    >>> import torch
+    >>> pictures, labels = torch.zeros(2, 1, 8, 8), torch.tensor([3, 1])
+    >>> found = Reconstruction(inputs=pictures, labels=labels, bound=torch.tensor([1e-6, 2e-6]))
+    >>> found, len(found)
+    (<Reconstruction: 2 examples [1, 8, 8], with labels, bounds up to 2e-06>, 2)
+    """
 
     inputs: Tensor | None  # [k, *shape]; None for an attack on labels alone
     labels: Tensor | None = None  # [k]
@@ -33,7 +40,13 @@ class Reconstruction:
 
 
 def certified(found: Reconstruction) -> Reconstruction:
-    """The examples with a finite bound."""
+    """The examples of a reconstruction that come with a finite bound: those about which the attack claims something.
+
+    >>> import torch
+    >>> found = Reconstruction(inputs=torch.tensor([[0.5], [0.7]]), bound=torch.tensor([1e-6, torch.inf]))
+    >>> certified(found).inputs
+    tensor([[0.5000]])
+    """
     if found.inputs is None or found.bound is None:
         return found
     sure = found.bound.isfinite()

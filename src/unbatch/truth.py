@@ -1,4 +1,4 @@
-"""Truth: what only the judge knows."""
+"""The private batch, which only the judge knows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Truth:
-    """The private batch, held by the runner only; no attack, analysis, layer rule or numerics can import this module."""
+    """The private batch, held by the runner only; no attack, analysis, layer rule or numerics can import this module.
+
+    >>> import torch
+    >>> Truth(inputs=torch.zeros(2, 1, 8, 8), labels=torch.tensor([3, 1]))
+    <Truth: 2 examples [1, 8, 8]>
+    """
 
     inputs: Tensor  # [n, *input_shape]
     labels: Tensor  # [n]

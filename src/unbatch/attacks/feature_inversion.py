@@ -16,7 +16,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.unmixing import unmixed
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
-from unbatch.network.dense import Features
+from unbatch.network.dense import DenseFeatures
 from unbatch.numerics.search.matching import signed_adam, total_variation
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
@@ -114,12 +114,12 @@ class FeatureInversion(Attack):
         )
 
     @staticmethod
-    def _below(view: View) -> Features:
+    def _below(view: View) -> DenseFeatures:
         """The network below its first dense layer, as a function. Raises NotApplicable: none, or it draws at random."""
         if view.first is None:
             raise NotApplicable("no dense layer sent its gradient.")
         name = view.first.name
-        below = Features(copy.deepcopy(view.model), name, view.protocol.mode)
+        below = DenseFeatures(copy.deepcopy(view.model), name, view.protocol.mode)
         shape = (2, *view.knowledge.input_shape)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             first, again = (below(torch.ones(shape, device=view.obs.device, dtype=view.obs.dtype)) for _ in range(2))

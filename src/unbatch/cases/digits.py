@@ -15,6 +15,10 @@ class Digits(Case):
     """Handwritten digits of 8 by 8 pixels.
 
     1,797 handwritten digits [1, 8, 8] in 17 grey levels, scaled to [0, 1]; ten classes.
+
+    >>> import unbatch
+    >>> unbatch.cases.Digits(batch=4).setting()
+    <Setting digits:batch=4: 4 images [1, 8, 8], Sequential of 4,810 parameters>
     """
 
     source: ClassVar[str] = (

@@ -18,6 +18,11 @@ class Faces(Case):
     """Grey patches of 25 by 25 pixels, half of them faces of people.
 
     100 faces of people and 100 patches of their background, [1, 25, 25] in [0, 1]; two classes.
+
+    >>> import unbatch
+    >>> client = unbatch.cases.Faces(batch=3).setting()
+    >>> [client.label_name(label) for label in client.labels]
+    ['face', 'face', 'not a face']
     """
 
     source: ClassVar[str] = (

@@ -23,7 +23,11 @@ _Pixels = npt.NDArray[np.float32]
 
 
 class Photo(NamedTuple):
-    """What a photograph shows, who ships it, and the middle of its subject as fractions of width and height."""
+    """What a photograph shows, who ships it, and the middle of its subject as fractions of width and height.
+
+    >>> PHOTOS[1].label, PHOTOS[1].middle
+    ('cat', (0.52, 0.45))
+    """
 
     label: str
     shipper: str
@@ -53,6 +57,10 @@ class Photos(Case):
     The pool runs in rounds with one view of every photograph each, in random order. The first round shows nearly the
     whole; later ones are smaller crops (45 to 85% of the short side) about the subject, half of them mirrored. No two
     views differ by less than 5% of their norm, so that near duplicates come from the option of that name alone.
+
+    >>> import unbatch
+    >>> str(unbatch.cases.Photos(batch=4, size=16))  # as the command line takes it: unbatch audit photos:batch=4,size=16
+    'photos:batch=4,size=16'
     """
 
     source: ClassVar[str] = (

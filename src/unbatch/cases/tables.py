@@ -22,6 +22,11 @@ class Tables(Case):
     breast-cancer: 569 tumours, 30 columns, malignant or benign. diabetes: 442 patients, 10 columns (age, sex, blood
     values), progression a year later below or above the median. wine: 178 wines, 13 columns, three growers. iris: 150
     flowers, 4 columns, three species. The range is known without the data: that of any standardised, cut column.
+
+    >>> import unbatch
+    >>> client = unbatch.cases.Tables(dataset="iris", batch=4).setting()
+    >>> client.domain.columns
+    ['sepal length', 'sepal width', 'petal length', 'petal width']
     """
 
     source: ClassVar[str] = (

@@ -83,7 +83,7 @@ class Unknowns:
         """The problem that an exchange poses to a search.
 
         All rounds that are known are to be explained; those at the same parameters by their mean.
-        Raises ValueError: the model or the loss does not take such inputs or soft labels.
+        Raises UnbatchError: the model or the loss does not take such inputs or soft labels.
         """
         view = view.on(averaged(view.obs))
         obs = view.obs

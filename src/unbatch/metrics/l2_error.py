@@ -15,6 +15,10 @@ class L2Error(Metric):
     """Distance of the recovered example from the private one, in units of the private one's length; 0 is exact.
 
     |found - true| / |true| per pair; for an all-zero true example |found|.
+
+    >>> import torch, unbatch
+    >>> unbatch.metrics.L2Error().score(torch.tensor([[3.0, 4.5]]), torch.tensor([[3.0, 4.0]]))  # off by 0.5 of 5
+    tensor([0.1000], dtype=torch.float64)
     """
 
     higher_is_better: ClassVar[bool] = False

@@ -14,6 +14,10 @@ class LabelAccuracy(Metric):
     """Whether the recovered label is right.
 
     1 where the matched label is right, else 0; labels are matched with their examples, or alone by value.
+
+    >>> import torch, unbatch
+    >>> unbatch.metrics.LabelAccuracy().score(torch.tensor([3, 1]), torch.tensor([3, 2]))
+    tensor([1., 0.], dtype=torch.float64)
     """
 
     subject: ClassVar = "labels"

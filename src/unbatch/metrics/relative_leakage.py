@@ -27,6 +27,13 @@ class RelativeLeakage(Metric):
     prior draws (seed 0); the paper has one prior picture, draws=1. SIM(x, p) counts as at least .01, since a ratio with
     zero says nothing. The paper's value for a client is the largest over recovered pictures of each private one; here
     every private example is matched with one. A picture's own score, 1 / SIM(x, p) - 1, differs from picture to picture.
+
+    >>> import torch, unbatch
+    >>> true = torch.eye(8).view(1, 1, 8, 8)
+    >>> metric = unbatch.metrics.RelativeLeakage(similarity="cosine")
+    >>> exact, grey = metric.score(true, true), metric.score(torch.full_like(true, 0.5), true)
+    >>> f"{float(exact):.2f}", f"{float(grey):.2f}"  # grey says less than the prior's best
+    ('1.38', '-0.16')
     """
 
     higher_is_better: ClassVar[bool] = True

@@ -18,6 +18,12 @@ class Ssim(Metric):
     Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004), Gaussian window of 11 pixels, per pair.
 
     None on pictures that are smaller than the window, and on anything that is no picture.
+
+    >>> import torch, unbatch
+    >>> true = torch.eye(16).view(1, 1, 16, 16)
+    >>> metric = unbatch.metrics.Ssim()
+    >>> f"{float(metric.score(true, true)):.2f}", float(metric.score(0.5 * true, true)) < 0.9
+    ('1.00', True)
     """
 
     higher_is_better: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Published: the convolutional networks of the papers that read gradients layer by layer."""
+"""The convolutional networks of the papers that read gradients layer by layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ PublishedName = Literal[
 
 
 class Convolution(NamedTuple):
-    """Square kernels."""
+    """One convolution of a published network; kernels are square.
+
+    >>> Convolution(6, kernel=4, stride=2)
+    Convolution(channels=6, kernel=4, stride=2, padding=0)
+    """
 
     channels: int  # that it gives
     kernel: int
@@ -34,7 +38,11 @@ class Convolution(NamedTuple):
 
 
 class Network(NamedTuple):
-    """Convolutions, each followed by the activation, and a dense head."""
+    """A published network: convolutions, each followed by the activation, and a dense head.
+
+    >>> NETWORKS["cnn2-c2"]
+    Network(activation='tanh', convolutions=(Convolution(channels=6, kernel=4, stride=2, padding=0),))
+    """
 
     activation: Literal["tanh", "leaky-relu"]
     convolutions: tuple[Convolution, ...]
@@ -73,7 +81,13 @@ NETWORKS: dict[str, Network] = {
 
 
 def published_layers(name: str, channels: int, act: type[nn.Module] | None, bias: bool) -> list[nn.Module]:
-    """The network's layers for pictures of so many channels, without its head; `act` None takes its own activation."""
+    """The layers of the published network called `name`, without its head, for pictures of so many channels.
+
+    `act` None takes the network's own activation.
+
+    >>> [type(layer).__name__ for layer in published_layers("cnn3-c1", 1, None, True)]
+    ['Conv2d', 'Tanh', 'Conv2d', 'Tanh', 'Flatten']
+    """
     network = NETWORKS[name]
     stack: list[nn.Module] = []
     for each in network.convolutions:

@@ -1,4 +1,4 @@
-"""Models: small networks of unbatch's own, drawn from a given generator by PyTorch's default law."""
+"""Small networks of unbatch's own, drawn from a given generator by PyTorch's default law."""
 
 from __future__ import annotations
 
@@ -49,7 +49,13 @@ def build(
     `depth` and `width` mean what the model's own function says. No activation takes the model's own, relu unless it is a
     published network with another; those have a head with a bias in any case. Every weight and bias is uniform in
     +-1/sqrt(fan_in), which is what nn.Linear and nn.Conv2d draw, but from `rng`; batch norm starts as the identity.
-    Raises ValueError: unknown name or activation, or a model that cannot take such inputs.
+    Raises UnbatchError: unknown name or activation, or a model that cannot take such inputs.
+
+    >>> model = build("mlp", (1, 8, 8), 10, depth=2, width=32, activation="tanh", rng=torch.Generator().manual_seed(0))
+    >>> [name for name, _ in model.named_children()]
+    ['flatten1', 'dense1', 'tanh1', 'dense2', 'tanh2', 'head']
+    >>> model(torch.zeros(5, 1, 8, 8)).shape
+    torch.Size([5, 10])
     """
     if name not in (*_MODELS, *published.NETWORKS):
         raise UnbatchError(f"unknown model {name!r}; known: {', '.join((*_MODELS, *published.NETWORKS))}.")
@@ -68,9 +74,14 @@ def build(
 
 @torch.no_grad()
 def initialise(model: nn.Module, rng: torch.Generator) -> nn.Module:
-    """Draw every dense and convolutional layer anew, reset every normalisation and prelu, in place.
+    """Draws every dense and convolutional layer of a model anew from `rng`, in place.
 
-    Raises ValueError: a layer with parameters of another kind.
+    Every normalisation and prelu is reset to its constants.
+    Raises UnbatchError: a layer with parameters of another kind.
+
+    >>> one, other = (initialise(nn.Linear(2, 3), torch.Generator().manual_seed(0)) for _ in range(2))
+    >>> torch.equal(one.weight, other.weight)
+    True
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
@@ -85,7 +96,11 @@ def initialise(model: nn.Module, rng: torch.Generator) -> nn.Module:
 
 
 def mlp(shape: _Shape, outputs: int, depth: int, width: int, act: type[nn.Module], bias: bool) -> nn.Module:
-    """`depth` dense layers of `width` units, each with its activation, and a dense head; tables and pictures alike."""
+    """`depth` dense layers of `width` units, each with its activation, and a dense head; tables and pictures alike.
+
+    >>> [type(layer).__name__ for layer in mlp((4,), 3, 1, 8, nn.Tanh, True)]
+    ['Flatten', 'Linear', 'Tanh', 'Linear']
+    """
     sizes = [math.prod(shape)] + [width] * depth
     hidden = (layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b, bias), act()))
     return _stack([nn.Flatten(), *hidden, nn.Linear(sizes[-1], outputs, bias)])
@@ -95,6 +110,9 @@ def lenet(shape: _Shape, outputs: int, depth: int, width: int, act: type[nn.Modu
     """Three 5x5 convolutions of 12 channels, strides 2, 2 and 1, and a dense head; `depth` and `width` change nothing.
 
     The LeNet of Zhu, Liu and Han, Deep Leakage from Gradients (NeurIPS 2019), for any size of picture.
+
+    >>> lenet((1, 8, 8), 10, 1, 64, nn.Sigmoid, True).head
+    Linear(in_features=48, out_features=10, bias=True)
     """
     layers: list[nn.Module] = []
     for channels, stride in ((shape[0], 2), (12, 2), (12, 1)):
@@ -107,6 +125,11 @@ def convnet(shape: _Shape, outputs: int, depth: int, width: int, act: type[nn.Mo
     """`depth` blocks of two 3x3 convolutions and a 2x2 max pooling, a dense layer of 4 `width` units, a dense head.
 
     The first block has `width` channels, each later one twice as many: a small VGG (Simonyan and Zisserman, ICLR 2015).
+    Raises UnbatchError: that many poolings leave less than a pixel.
+
+    >>> model = convnet((1, 8, 8), 10, 2, 4, nn.ReLU, True)
+    >>> model.conv4, model.dense1
+    (Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)), Linear(in_features=32, out_features=16, bias=True))
     """
     most = int(math.log2(min(shape[1:])))
     if depth > most:
@@ -132,6 +155,10 @@ def resnet_small(shape: _Shape, outputs: int, depth: int, width: int, act: type[
 
     Batch norm after every convolution, which therefore has no bias of its own: `bias` is the head's. The later stages
     halve the picture; global average pooling feeds the head. The CIFAR network of He et al. (CVPR 2016).
+
+    >>> model = resnet_small((3, 32, 32), 10, 1, 4, nn.ReLU, True)
+    >>> [name for name, _ in model.named_children()]
+    ['conv1', 'norm1', 'relu1', 'block1', 'block2', 'block3', 'adaptiveavgpool2d1', 'flatten1', 'head']
     """
     layers = [nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), act()]
     channels = width
@@ -144,7 +171,13 @@ def resnet_small(shape: _Shape, outputs: int, depth: int, width: int, act: type[
 
 
 class ResidualBlock(nn.Module):
-    """act(norm(conv(act(norm(conv x)))) + shortcut x), the shortcut the identity unless the shape changes."""
+    """A residual block of two convolutions: act(norm(conv(act(norm(conv x)))) + shortcut x).
+
+    The shortcut is the identity unless the shape changes, and then a 1x1 convolution with batch norm.
+
+    >>> ResidualBlock(4, 8, 2, nn.ReLU)(torch.zeros(1, 4, 6, 6)).shape
+    torch.Size([1, 8, 3, 3])
+    """
 
     def __init__(self, before: int, after: int, stride: int, act: type[nn.Module]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Network: which dense layers a model runs, and what feeds them, found by running it."""
+"""Which dense layers a model runs, in which order, and what feeds them: found by running it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from unbatch.errors import UnbatchError
 
 @contextmanager
 def in_mode(model: nn.Module, mode: Literal["train", "eval"]) -> Iterator[nn.Module]:
-    """The model in that mode inside the block; every module's own flag is put back after it."""
+    """Puts a model into training or evaluation mode inside the block, and every module's own flag back after it.
+
+    >>> model = nn.Dropout()
+    >>> with in_mode(model, "eval"):
+    ...     model.training
+    False
+    >>> model.training
+    True
+    """
     train = mode == "train"
     others = [module for module in model.modules() if module.training != train]
     try:
@@ -33,6 +41,9 @@ def forward(model: nn.Module, inputs: Tensor, mode: Literal["train", "eval"] = "
     """The model's outputs in that mode, on its parameters' device and in their precision, without a graph.
 
     Raises UnbatchError: the forward fails, or does not return one tensor.
+
+    >>> forward(nn.Linear(2, 3), torch.zeros(5, 2)).shape
+    torch.Size([5, 3])
     """
     first = next(model.parameters(), inputs)
     x = inputs.to(first.device, first.dtype) if inputs.is_floating_point() else inputs.to(first.device)
@@ -48,7 +59,12 @@ def forward(model: nn.Module, inputs: Tensor, mode: Literal["train", "eval"] = "
 
 @dataclass(frozen=True)
 class Normalisation:
-    """The elementwise map by which the network's input reaches a dense layer: scale_j x_j + shift_j, x flattened."""
+    """The elementwise map by which the network's input reaches a dense layer: scale_j x_j + shift_j, x flattened.
+
+    >>> seen = Normalisation(scale=torch.tensor([2.0, 4.0]), shift=torch.tensor([1.0, 0.0]))
+    >>> seen.invert(torch.tensor([[5.0, 2.0]]))
+    tensor([[2.0000, 0.5000]])
+    """
 
     scale: Tensor  # [d]
     shift: Tensor  # [d]
@@ -60,7 +76,14 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Dense:
-    """One dense layer as the model runs it: z = W x + b on one vector an example."""
+    """One dense layer as the model runs it, z = W x + b on one vector an example, by the names of its parameters.
+
+    >>> first, head = anatomy(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), (1, 2, 2)).layers
+    >>> first.name, first.weight, first.bias, first.feeds is not None, first.head
+    ('1', '1.weight', '1.bias', True, False)
+    >>> head.feeds is None, head.head  # more than a normalisation lies before it, and its output is the network's
+    (True, True)
+    """
 
     name: str  # the module's, or the weight's without ".weight"
     weight: str  # parameter names
@@ -104,7 +127,12 @@ class LinearCalls(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What one look at a running model tells: its dense layers in the order in which they run, and its outputs' shape."""
+    """What one look at a running model tells: its dense layers in the order in which they run, and its outputs' shape.
+
+    >>> found = anatomy(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), (1, 2, 2))
+    >>> [layer.name for layer in found.layers], found.outputs
+    (['1', '3'], (2,))
+    """
 
     layers: tuple[Dense, ...]  # applied to one vector an example, once; others are left out
     outputs: tuple[int, ...]  # the shape of one example's outputs
@@ -140,6 +168,11 @@ def layer_inputs(model: nn.Module, name: str, inputs: Tensor, mode: Literal["tra
     """What the dense layer called `name` receives for `inputs` [n, ...]: its features [n, d].
 
     Raises UnbatchError: no dense layer of that name runs.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> features = layer_inputs(model, "2", torch.ones(5, 2))
+    >>> features.shape, bool((features >= 0).all())  # what relu lets through
+    (torch.Size([5, 3]), True)
     """
     model = copy.deepcopy(model)  # in train mode batch norm writes its statistics
     for call in _heard(model, inputs, mode)[0]:
@@ -148,13 +181,13 @@ def layer_inputs(model: nn.Module, name: str, inputs: Tensor, mode: Literal["tra
     raise UnbatchError(f"no dense layer called {name!r} runs in this model.")
 
 
-class Features:
+class DenseFeatures:
     """The inputs [n, d] of the dense layer called `name`, as a differentiable function of the model's inputs [n, ...].
 
     Raises UnbatchError on a call: no dense layer of that name runs.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> Features(model, "2")(torch.ones(5, 2)).shape
+    >>> DenseFeatures(model, "2")(torch.ones(5, 2)).shape
     torch.Size([5, 3])
     """
 
