@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test suite slow slow-part coverage lint types pages hooks fmt bench docs
+.PHONY: setup demo test suite slow slow-part coverage lint types pages hooks fmt bench docs house
 
 setup: $(READY)
 
@@ -46,6 +46,10 @@ pages: $(READY)
 
 hooks: $(READY)
 	$(BIN)/pre-commit install
+
+# How large the house is, and what its public docstrings show.
+house: $(READY)
+	$(BIN)/python docs/house.py
 
 fmt: $(READY)
 	$(BIN)/ruff check --fix .

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unbatch.errors import NotApplicable
+from unbatch.errors import NotApplicable, Unknown
 from unbatch.inversion.rounds import sharpened
 from unbatch.inversion.search_point import Candidate, Unknowns, in_precision
 from unbatch.inversion.view import View
@@ -107,6 +107,8 @@ class UpdateMatching:
             raise NotApplicable("the update is zero everywhere, so there is nothing to match.")
         try:
             return Unknowns.of(view, self.preset, dtype)
+        except Unknown:  # it read what it did not declare: a defect, and nothing about the exchange
+            raise
         except ValueError as error:
             raise NotApplicable(f"its guesses do not fit the model and the loss: {error}") from error
 
