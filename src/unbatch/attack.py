@@ -94,7 +94,11 @@ class Attack(Plugin, ABC):
 
     @abstractmethod
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
-        """What it reads out of the exchange. Raises NotApplicable: it cannot run here; the message says why."""
+        """The examples that the attack reads out of the exchange; implemented by each attack, called by `__call__` alone.
+
+        `view` holds only the knowledge that the attack declares, and `rng` is the one source of its random numbers.
+        Raises NotApplicable: it cannot run here; the message says why, in words for the report.
+        """
 
     @final
     def __call__(self, obs: Observation, *, seed: int = 0) -> Reconstruction:
@@ -154,4 +158,7 @@ class ActiveAttack(Attack):
 
     @abstractmethod
     def plant(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
-        """A copy of `model` with the parameters that the server sends out."""
+        """A copy of `model` with the parameters that the server sends out in place of its own.
+
+        Raises NotApplicable: the attack's parameters do not fit such a model; the message says why.
+        """

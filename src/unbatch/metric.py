@@ -35,10 +35,10 @@ class Metric(Plugin, ABC):
 
     @abstractmethod
     def score(self, found: Tensor, true: Tensor) -> Tensor:
-        """Scores of matched pairs: [p, ...], [p, ...] -> [p]."""
+        """How near each recovered example is to the private one beside it: pairs [p, ...], [p, ...] -> [p]."""
 
     def on(self, domain: Domain) -> Self | None:
-        """This metric with its scale set for the domain; None where it has no meaning there."""
+        """This metric with its scale set for examples of that domain; None where it has no meaning there."""
         return self
 
 

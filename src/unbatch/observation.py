@@ -68,7 +68,7 @@ class Observation:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The least precise floating type in the update."""
+        """The least precise floating type in the update, which says how finely it was rounded."""
         return max((t.dtype for t in self.update.values()), key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
@@ -133,12 +133,18 @@ class Observation:
         return flatten(self.update, self.update), flatten(again, self.update)
 
     def save(self, path: str | Path) -> None:
-        """Write a bundle (docs/bundle-format.md). Callables, such as a likelihood, are not written."""
+        """Writes the exchange to a file, a bundle (docs/bundle-format.md).
+
+        Callables, such as a likelihood, are left out.
+        """
         bundle.write_bundle(Path(path), self.model, self.update, self.knowledge)
 
     @classmethod
     def load(cls, path: str | Path, *, model: nn.Module, loss: Loss) -> Observation:
-        """Read a bundle; the parameters and buffers in it are loaded into a copy of `model`."""
+        """Reads an exchange from a bundle; the parameters and buffers in it are loaded into a copy of `model`.
+
+        Raises UnbatchError: no bundle, or one that was captured from another model.
+        """
         held, update, known = bundle.read_bundle(Path(path), model)
         return cls(model=held, loss=loss, update=update, knowledge=known)
 

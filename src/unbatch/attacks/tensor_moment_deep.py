@@ -33,7 +33,8 @@ LAST_LAYER_SPREAD = 0.1
 class TensorMomentDeep(ActiveAttack):
     """Recovers the inputs of a deep dense network whose parameters the server chose for that.
 
-    By the moments of its last two layers.
+    The server plants parameters that carry every input to the last hidden layer; the moments of the last two layers'
+    gradients then give the inputs away.
 
     For relu and leaky relu (s(c t) = c s(t), c > 0): W_1 = [I, -I, 0]^T, identity middle layers, and every row of the last
     hidden layer [z, -z, 0], z ~ N(0, I) over the typical norm of an input. With L layers below, z . (s^L(x) - s^L(-x)) is
@@ -75,7 +76,10 @@ class TensorMomentDeep(ActiveAttack):
     ] = None
 
     def plant(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
-        """A copy of `model` with the parameters above. Raises NotApplicable: no chain of dense layers, or a narrow one."""
+        """A copy of `model` with the parameters that carry an input through to the last hidden layer.
+
+        Raises NotApplicable: the model is no chain of dense layers, or one of them is too narrow.
+        """
         made = copy.deepcopy(model)
         shape = _shape(made)
         chain = _chain(made, shape, anatomy(made, shape).layers)

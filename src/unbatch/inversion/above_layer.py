@@ -57,7 +57,10 @@ class Tail:
         self.classes = self.targets if form.classes else 2 if binary else 0
 
     def outputs(self, before: Tensor, inputs: float = 0.0) -> Tensor:
-        """The model's outputs [g, ...] where the layer gives `before`; the network's own inputs are then of no account."""
+        """The model's outputs [g, ...] where the layer gives `before` [g, m].
+
+        Everything below the layer is run on constant `inputs` and overruled, so that they are of no account.
+        """
         x = torch.full((1, *self.shape), inputs, dtype=before.dtype, device=before.device)
         x = x.expand(len(before), *self.shape)
 
@@ -83,7 +86,11 @@ class Tail:
         return y if self.form.classes else y.to(self.state[self.weight].dtype).reshape(-1, *self.output)
 
     def check(self) -> None:
-        """Raise NotApplicable, saying why, unless the deltas of an example are its own function of the layer's output."""
+        """Makes sure that what an example sends back depends on its own output of the layer and on nothing else.
+
+        Raises NotApplicable, saying why: the model draws at random, examples interact above the layer, the input bypasses
+        it, or everything above is linear, so that the gradient tells the span of the inputs and nothing more.
+        """
         rng = torch.Generator().manual_seed(0)
         before = torch.randn(4, self.m, generator=rng, dtype=torch.float64).to(self.obs.device)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -42,10 +42,10 @@ def possible_labels(view: View) -> list[Tensor]:
 
 
 def explaining_label(obs: Observation, inputs: Tensor, candidates: Sequence[Tensor]) -> Tensor | None:
-    """The candidate whose gradient at `inputs` [1, *shape] explains the update best up to a factor; None of none.
+    """The candidate label with which the gradient at `inputs` [1, *shape] explains the update best, up to a factor.
 
     Where two classes share a gradient up to sign, the factor that is nearest to 1 tells them apart. The first of more than
-    two that fits to rounding is taken.
+    two that fits to rounding is taken. None where there are no candidates.
 
     >>> import unbatch
     >>> from unbatch.models.small import build

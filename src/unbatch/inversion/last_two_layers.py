@@ -57,11 +57,11 @@ class LayerPair:
 
     @property
     def width(self) -> int:
-        """d' = d + 1 where a random bias counts as one more weight, else d."""
+        """The number d' of weights of a neuron: d + 1 where a random bias counts as one more weight, else d."""
         return self.d + bool(self.spread_b)
 
     def whitened_weights(self) -> Tensor:
-        """W, and b if it is random, at unit variance: [m, d'], float64."""
+        """The first layer's weights, and its bias if that is random, scaled to unit variance: [m, d'], float64."""
         return self._joined(self.W, self.b, 1 / self.spread, 1 / (self.spread_b or 1.0))
 
     def projected_weights(self, P: Tensor) -> Tensor:
@@ -70,7 +70,10 @@ class LayerPair:
         return U + torch.outer(self.b.double() / self.spread_b, P[:, -1]) if self.b is not None and self.spread_b else U
 
     def stacked(self, obs: Observation, *, step: int = 1) -> Tensor:
-        """Their gradient [m, d'], float64: its rows are sums of (spread x_i, spread_b). Of every `step`-th neuron."""
+        """The first layer's gradient in units in which the whitened weights count: [m, d'], float64.
+
+        Its rows are sums of (spread x_i, spread_b), for every `step`-th neuron.
+        """
         of_bias = obs.update[self.first.bias][::step] if self.first.bias and self.spread_b else None
         return self._joined(obs.update[self.first.weight][::step], of_bias, self.spread, self.spread_b)
 
@@ -84,17 +87,20 @@ class LayerPair:
         return whole
 
     def hermite(self) -> list[float]:
-        """E s^(p) at a typical preactivation, p = 0 ... 4."""
+        """The activation's Hermite coefficients E s^(p) at a typical preactivation, p = 0 ... 4."""
         return [float(c) for c in coefficients(self.s, scale=self._scale(), mean=self._mean())]
 
     def shares(self) -> list[float]:
-        """|E s He_p| / sqrt(p!) at a typical preactivation, relative to those of p = 1 ... 4 together."""
+        """How much of the activation each Hermite order makes at a typical preactivation, p = 0 ... 4.
+
+        |E s He_p| / sqrt(p!), relative to those of p = 1 ... 4 together.
+        """
         parts = [abs(c) * self._scale() ** p / math.factorial(p) ** 0.5 for p, c in enumerate(self.hermite())]
         whole = math.hypot(*parts[1:]) or 1.0
         return [part / whole for part in parts]
 
     def before(self, x: Tensor) -> Tensor:
-        """z = W x + b: [n, m]."""
+        """The preactivations z = W x + b [n, m] of inputs x [n, d], float64."""
         z = _product(self.W, x).T
         return z + self.b.double() if self.b is not None else z
 
@@ -188,14 +194,17 @@ class MiddleActivation:
         return seen[-1].flatten()[: t.numel()].view(t.shape).to(t.device)
 
     def derivative(self, t: Tensor) -> Tensor:
-        """s'(t), elementwise."""
+        """The activation's slope s'(t) at t of any shape."""
         with torch.enable_grad():
             live = t.detach().clone().requires_grad_()
             (slope,) = torch.autograd.grad(self(live).sum(), live)
         return slope
 
     def elementwise(self, mode: Literal["train", "eval"]) -> bool:
-        """Whether s acts on each number alone, the same in the client's mode as in eval mode."""
+        """Whether the activation acts on each number alone, and in the client's mode as in evaluation mode.
+
+        False of dropout, of a norm, and of anything else that mixes units or examples.
+        """
         rng = torch.Generator().manual_seed(0)
         t = torch.randn(3 * self.m, generator=rng, dtype=torch.float64)
         order = torch.randperm(len(t), generator=rng)

@@ -57,7 +57,11 @@ class UpdateMatching:
     tv: float = 0.01
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
-        """The best guess. Raises NotApplicable: nothing can be matched here; the message says why."""
+        """Searches until its steps or its time are spent, and returns the best guess.
+
+        The trace tells how well it matches (`residual`), whether that is a solution (`converged`), and whence labels come.
+        Raises NotApplicable: nothing can be matched here; the message says why.
+        """
         problem = self.problem(view)
         planned, count, begun = self.restarts * self._steps, 0, time.monotonic()
         best: Candidate | None = None
@@ -113,7 +117,10 @@ class UpdateMatching:
             raise NotApplicable(f"its guesses do not fit the model and the loss: {error}") from error
 
     def search(self, view: View, rng: torch.Generator) -> Iterator[Candidate]:
-        """Every guess as it is made, restart after restart. Raises NotApplicable as `run` does."""
+        """Every guess as it is made, restart after restart, for a caller who measures progress.
+
+        Raises NotApplicable as `run` does.
+        """
         return self._guesses(self.problem(view), rng)
 
     def _guesses(self, problem: Unknowns, rng: torch.Generator) -> Iterator[Candidate]:

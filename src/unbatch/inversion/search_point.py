@@ -114,7 +114,7 @@ class Unknowns:
         return cls(view, middle, scale, box, known_labels, source, squash, sent=view).to(dtype or first.dtype)
 
     def to(self, dtype: torch.dtype) -> Unknowns:
-        """The same problem in another precision, of the update as it was sent."""
+        """The same problem in another precision, read anew from the update as it was sent."""
         obs = self.sent.obs
         known, model = obs.knowledge, copy.deepcopy(obs.model).to(dtype)
         if "buffers" in known:
@@ -130,7 +130,10 @@ class Unknowns:
         return replace(self, view=view, labels=labels, seen=seen, law=law, roots=roots)
 
     def reduced(self, rng: torch.Generator) -> Unknowns | None:
-        """The same problem for inputs in the span of the first layer's update; starts keep their size and their middle."""
+        """The same problem for inputs in the span of the first layer's update.
+
+        Starts keep their size and their middle. None where the update gives no such span away.
+        """
         span = in_input_span(each_restored(self.view), rng)
         if span is None:
             return None
@@ -161,7 +164,7 @@ class Unknowns:
 
     @property
     def in_span(self) -> bool:
-        """Whether the inputs are known to lie where it looks: too few unknowns are left to fit noise with."""
+        """Whether the private inputs are known to lie where the search looks, so that it cannot fit noise instead."""
         return self.span is not None and self.span.exact
 
     @property
@@ -234,7 +237,7 @@ class Unknowns:
         return [t * w for t, w in zip(found, self.roots, strict=True)]
 
     def clean(self, point: Tensor) -> list[Tensor]:
-        """The same without a graph."""
+        """The update at a point, as `update` gives it, without a graph."""
 
         return self.update(point, create_graph=False)
 
@@ -248,7 +251,10 @@ class Unknowns:
         return Candidate(loss, inputs, self.targets(point), phase=phase, fresh=fresh)
 
     def answer(self, labels: Tensor) -> Tensor:
-        """Labels as a user reads them: soft ones, and targets that are nearly one-hot, as the likeliest class."""
+        """Labels as a user reads them: where soft ones were searched for, the likeliest class of each.
+
+        Real targets stay as they are, unless they are all but one-hot.
+        """
         if self.source != "optimised":
             return labels
         if self.squash == "none" and labels.ndim == 2 and labels.shape[1] > 1:

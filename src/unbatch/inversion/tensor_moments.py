@@ -57,7 +57,7 @@ class TensorMoments:
     norm: float | None = None
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
-        """All inputs, with residuals, labels and bounds.
+        """The inputs of the whole batch, with residuals, labels and bounds.
 
         Raises NotApplicable: the network is none of two layers, or moments do not separate these inputs; it says why.
         """

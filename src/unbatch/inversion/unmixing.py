@@ -102,7 +102,10 @@ class Unmixing:
 
     @classmethod
     def of(cls, view: View, rng: torch.Generator) -> Unmixing:
-        """The problem that an exchange poses. Raises NotApplicable: its examples cannot be separated; it says why."""
+        """The equations of an exchange, after a look at whether they can tell its examples apart.
+
+        Raises NotApplicable: they cannot; the message says why.
+        """
         if view.steps:
             raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
         layer, form = view.first, view.form
@@ -133,11 +136,11 @@ class Unmixing:
 
     @property
     def rank(self) -> int:
-        """Of the gradient: the number of examples, but for those that depend linearly on each other."""
+        """The rank of the gradient: the number of examples, but for those that depend linearly on each other."""
         return len(self.span.values)
 
     def tail(self, size: int) -> Tail:
-        """What a batch of `size` examples makes of the layer's output."""
+        """The model above the layer, which says what gradient an example of a batch of `size` sends back."""
         return Tail(self.view.obs, self.layer, self.form, size)
 
     def mixture(self, tail: Tail) -> Mixture:

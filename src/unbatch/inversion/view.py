@@ -1,4 +1,4 @@
-"""View: one exchange as an attack or an analysis looks at it, each fact found once."""
+"""One exchange as an attack or an analysis looks at it, each fact found once."""
 
 from __future__ import annotations
 
@@ -66,13 +66,19 @@ class View:
         return cls(obs, _Network(obs.model, obs.loss, obs.knowledge.get("input_shape")))
 
     def on(self, obs: Observation) -> View:
-        """The view of another exchange; what is known of the model is kept where the model is the same one."""
+        """The view of another exchange; what is known of the model is kept where the model is the same one.
+
+        The loss and the shape of an input must be the same as well.
+        """
         same = obs.model is self.obs.model and obs.loss is self.obs.loss
         kept = same and obs.knowledge.get("input_shape") == self.network.input_shape
         return View(obs, self.network) if kept else View.of(obs)
 
     def like(self, obs: Observation) -> View:
-        """The view of an exchange of the same network in another precision, or at other parameters: its layers stay."""
+        """The view of an exchange of the same network in another precision, or at other parameters.
+
+        Layers, outputs and the loss's form are taken over and not looked at again.
+        """
         return View(obs, self.network)
 
     def only(self, *names: str) -> View:
@@ -106,7 +112,10 @@ class View:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the client, of a batch of one where its size is not known; 0: one gradient was sent."""
+        """How many optimiser steps the client took; 0 where it sent one gradient.
+
+        Where the size of the batch is not known and steps are counted by epochs, those of a batch of one.
+        """
         return self.protocol.steps(self.knowledge.get("batch_size", 1))
 
     @property
@@ -121,12 +130,12 @@ class View:
 
     @property
     def head(self) -> Dense | None:
-        """The dense layer whose output is the network's."""
+        """The dense layer whose output is the network's; None where the network ends otherwise."""
         return next((layer for layer in self.layers if layer.head), None)
 
     @property
     def first(self) -> Dense | None:
-        """The first dense layer that sent its weight's gradient."""
+        """The first dense layer that sent its weight's gradient; None where none did."""
         return next((layer for layer in self.layers if layer.weight in self.update), None)
 
     @property
@@ -140,14 +149,15 @@ class View:
         return domain_told(self.knowledge)
 
     def stand_in(self, n: int, rng: torch.Generator) -> Tensor:
-        """Inputs [n, *input_shape] that look like examples and know nothing of the private ones: the domain's prior."""
+        """Inputs [n, *input_shape] that look like examples but know nothing of the private ones: the domain's prior."""
         return self.domain.prior(n, rng).to(self.obs.device)
 
     def undo(self, layer: Dense, received: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, str]:
-        """The network's inputs [n, *input_shape] behind what a dense layer received [n, d], with their bounds [n].
+        """The network's inputs [n, *input_shape] behind what a dense layer received [n, d], with their relative bounds [n].
 
-        Of a layer that more than a normalisation lies before, what it received and its name. Relative errors stretch by
-        |z| / (|x| min |scale|) at most where z = scale x + shift, and are never taken to shrink.
+        Where nothing but a normalisation z = scale x + shift lies before the layer it is undone; relative errors then
+        stretch by |z| / (|x| min |scale|) at most, and are never taken to shrink. Otherwise what the layer received is
+        returned. The third value is the layer's name then, and empty where these are the network's own inputs.
         """
         if layer.feeds is None:
             return received, bound, layer.name

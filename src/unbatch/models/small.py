@@ -192,7 +192,7 @@ class ResidualBlock(nn.Module):
         self.act2 = act()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, before, h, w] -> [n, after, h / stride, w / stride], rounded up."""
+        """Pictures [n, before, h, w] to pictures [n, after, h / stride, w / stride], sides rounded up."""
         inner = self.act1(self.norm1(self.conv1(x)))
         out: Tensor = self.act2(self.norm2(self.conv2(inner)) + self.shortcut(x))
         return out
