@@ -12,7 +12,12 @@ import unbatch
 from unbatch.errors import MissingExtra
 
 MODULES = ["unbatch", *(found.name for found in pkgutil.walk_packages(unbatch.__path__, "unbatch."))]
-NUMERICS = sorted((Path(unbatch.__path__[0]) / "numerics").rglob("*.py"))
+PACKAGE = Path(unbatch.__path__[0])
+SHOWN = (  # rooms, and modules at the top level, in which everything public comes with an example
+    *("attack", "bundle", "case", "cases", "loss", "metric", "metrics", "models", "numerics", "observation"),
+    *("reconstruction", "truth"),
+)
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).with_suffix("").parts[0] in SHOWN)
 EXTRAS = {"matplotlib", "opacus", "pandas", "skimage", "sklearn", "IPython"}
 
 
@@ -40,8 +45,8 @@ def test_examples_are_found() -> None:
     assert sum(len(one.examples) for one in found) > 5
 
 
-@pytest.mark.parametrize("path", NUMERICS, ids=lambda path: path.stem)
-def test_numerics_shows_what_it_does_by_example(path: Path) -> None:
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_public_shows_what_it_does_by_example(path: Path) -> None:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             protocol = isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Protocol" for base in node.bases)
