@@ -221,7 +221,7 @@ def test_gate_and_report(here: Path, capsys) -> None:
     audit("digits:width=16", "--attack", "bias-ratio")
     assert call("gate", "audit/audit.json", "--max-recovered", "1") == 0
     assert call("gate", "audit/audit.json", "--max-recovered", "0", "--max-psnr", "20") == 1
-    assert "breach: 1 examples recovered exactly" in capsys.readouterr().err
+    assert "breach: 1 example recovered exactly" in capsys.readouterr().err
     assert call("gate", "audit/audit.json", "--max-recovered", "1", "--require-bound-psnr", "20") == 1
     assert "no lower bound holds for any attacker" in capsys.readouterr().err
     assert call("report", "audit/audit.json", "--out", "again.html") == 0

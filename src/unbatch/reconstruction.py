@@ -17,7 +17,7 @@ class Reconstruction:
     >>> pictures, labels = torch.zeros(2, 1, 8, 8), torch.tensor([3, 1])
     >>> found = Reconstruction(inputs=pictures, labels=labels, bound=torch.tensor([1e-6, 2e-6]))
     >>> found, len(found)
-    (<Reconstruction: 2 examples [1, 8, 8], with labels, bounds up to 2e-06>, 2)
+    (<Reconstruction: 2 examples [1, 8, 8], with labels, bounds up to ...>, 2)
     """
 
     inputs: Tensor | None  # [k, *shape]; None for an attack on labels alone
@@ -32,7 +32,8 @@ class Reconstruction:
         return 0 if held is None else len(held)
 
     def __repr__(self) -> str:
-        what = f"examples {list(self.inputs.shape[1:])}" if self.inputs is not None else "labels alone"
+        noun = "example" if len(self) == 1 else "examples"
+        what = f"{noun} {list(self.inputs.shape[1:])}" if self.inputs is not None else "labels alone"
         where = f" as they enter {self.layer}" if self.layer else ""
         labels = ", with labels" if self.inputs is not None and self.labels is not None else ""
         bound = f", bounds up to {float(self.bound.max()):.2g}" if self.bound is not None and len(self.bound) else ""

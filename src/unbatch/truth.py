@@ -23,4 +23,5 @@ class Truth:
         return len(self.inputs)
 
     def __repr__(self) -> str:
-        return f"<Truth: {len(self)} examples {list(self.inputs.shape[1:])}>"
+        noun = "example" if len(self) == 1 else "examples"
+        return f"<Truth: {len(self)} {noun} {list(self.inputs.shape[1:])}>"

@@ -39,7 +39,7 @@ class BiasRatio(Attack):
     >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
     >>> found = unbatch.attacks.BiasRatio()(seen)
     >>> found
-    <Reconstruction: 1 examples [4], with labels, bounds up to 9.5e-07>
+    <Reconstruction: 1 example [4], with labels, bounds up to ...>
     >>> torch.allclose(found.inputs, x.double(), rtol=1e-6), found.labels
     (True, tensor([2]))
     """

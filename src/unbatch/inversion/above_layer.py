@@ -73,7 +73,6 @@ class Tail:
 
     def __call__(self, before: Tensor, y: Tensor) -> Tensor:
         """The deltas [g, m] of examples with the layer's outputs `before` [g, m]; with a graph if `before` has one."""
-
         live = before if before.requires_grad else before.detach().requires_grad_()
         with torch.enable_grad():
             share = len(before) / self.n if self.form.reduction == "mean" else 1.0

@@ -12,9 +12,8 @@ from unbatch.inversion.view import View
 from unbatch.loss import Loss
 from unbatch.observation import Observation
 
-DIGITS_OF_A_FIT = (
-    4  # of a fit that count: two classes share a gradient up to sign, and then their fits differ by rounding
-)
+# Two classes may share a gradient up to sign, and then their fits differ by rounding: so many digits count.
+DIGITS_OF_A_FIT = 4
 
 
 def possible_labels(view: View) -> list[Tensor]:

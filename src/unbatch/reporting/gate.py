@@ -24,7 +24,7 @@ def breaches(
     >>> import unbatch
     >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=())
     >>> breaches(audit, max_recovered=0)
-    ['1 examples recovered exactly, at most 0 allowed.']
+    ['1 example recovered exactly, at most 0 allowed.']
     >>> breaches(audit, max_recovered=1)
     []
 
@@ -46,7 +46,8 @@ def breaches(
     if failed:
         found.append(f"{', '.join(sorted(set(failed)))} failed; what it would have found is not known.")
     if max_recovered is not None and len(audit.recovered()) > max_recovered:
-        found.append(f"{len(audit.recovered())} examples recovered exactly, at most {max_recovered} allowed.")
+        recovered = "1 example" if len(audit.recovered()) == 1 else f"{len(audit.recovered())} examples"
+        found.append(f"{recovered} recovered exactly, at most {max_recovered} allowed.")
     if require_bound_psnr is not None:
         found += _unbounded(audit, require_bound_psnr)
     if max_psnr is not None:
