@@ -7,7 +7,7 @@ Neuron j has Gaussian weights u_j [n] and sends, of a batch v_1 ... v_n in R^n w
 where a_j [k] are its outgoing weights. By Stein's identity their Hermite coefficients are the symmetric tensors
 T_p = sum_i r_i E s^(p) v_i^{x p}: of degree p in g, and of degree p - 1 in G.
 
-They are read by least squares on the Hermite polynomials of degree <= top, or by plain averages (Stein). Both have an
+They are read by least squares on the Hermite polynomials of degree <= most, or by plain averages (Stein). Both have an
 error of order 1 / sqrt(m); least squares removes what low degrees add to the noise of high ones, is exact for polynomial
 s, and needs Gaussian weights only as far as s is no polynomial of that degree.
 """
@@ -74,10 +74,10 @@ class Moment:
         return unit
 
 
-def head_moments(g: Tensor, U: Tensor, top: int, *, fit: bool = True) -> list[Moment]:
+def head_moments(g: Tensor, U: Tensor, most: int, *, fit: bool = True) -> list[Moment]:
     """The moment tensors of a batch, from the gradient of a last layer.
 
-    Tensors of order 1 ... top from dL/da: g [m, k], U [m, n] -> T_p [k, n, ..., n].
+    Tensors of order 1 ... most from dL/da: g [m, k], U [m, n] -> T_p [k, n, ..., n].
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> U = torch.randn(2000, 2, generator=rng, dtype=torch.float64)
@@ -85,15 +85,15 @@ def head_moments(g: Tensor, U: Tensor, top: int, *, fit: bool = True) -> list[Mo
     [1, 2, 3]
     """
     ones = torch.ones(len(U), 1, dtype=U.dtype, device=U.device)
-    found = _coefficients(g, ones, U, top, fit)
+    found = _coefficients(g, ones, U, most, fit)
     n = U.shape[1]
     return [Moment("head", p, n, c[0].T, e[:, 0].transpose(1, 2)) for p, (c, e) in enumerate(found) if p >= 1]
 
 
-def first_moments(G: Tensor, a: Tensor, U: Tensor, top: int, *, fit: bool = True) -> list[Moment]:
+def first_moments(G: Tensor, a: Tensor, U: Tensor, most: int, *, fit: bool = True) -> list[Moment]:
     """The moment tensors of a batch, from the gradient of a first layer.
 
-    Tensors of order 1 ... top from dL/dW: G [m, n], a [m, k], U [m, n] -> T_p [k, n, ..., n].
+    Tensors of order 1 ... most from dL/dW: G [m, n], a [m, k], U [m, n] -> T_p [k, n, ..., n].
 
     a is whitened first, so the k tensors are those of k independent combinations of the outputs.
 
@@ -104,7 +104,7 @@ def first_moments(G: Tensor, a: Tensor, U: Tensor, top: int, *, fit: bool = True
     >>> moments[1].tensor(moments[1].value).abs().argmax()  # along v v^T
     tensor(0)
     """
-    found = _coefficients(G, whitened(a), U, top - 1, fit)
+    found = _coefficients(G, whitened(a), U, most - 1, fit)
     return [Moment("first", p, U.shape[1], c, e) for p, (c, e) in enumerate(found)]
 
 
@@ -144,38 +144,38 @@ def non_gaussianity(U: Tensor, rng: torch.Generator) -> float:
     return math.sqrt(max(0.0, max(squares) - 1 / m))
 
 
-def fitted_degree(m: int, n: int, k: int, top: int) -> int:
+def fitted_degree(m: int, n: int, k: int, most: int) -> int:
     """The highest degree that so many neurons suffice to fit.
 
-    The highest degree <= top whose least squares has at least three neurons an unknown, and not too many unknowns.
+    The highest degree <= most whose least squares has at least three neurons an unknown, and not too many unknowns.
 
     -1 if none has. What averages over the rest then lose is little, since high degrees add little to each other's noise.
 
     >>> fitted_degree(1000, 4, 1, 4), fitted_degree(60, 4, 1, 4)
     (4, 2)
     """
-    sizes = [math.comb(n + p - 1, p) * k for p in range(top + 1)]
-    return max((p for p in range(top + 1) if sum(sizes[: p + 1]) <= min(m / 3, UNKNOWNS)), default=-1)
+    sizes = [math.comb(n + p - 1, p) * k for p in range(most + 1)]
+    return max((p for p in range(most + 1) if sum(sizes[: p + 1]) <= min(m / 3, UNKNOWNS)), default=-1)
 
 
-def _coefficients(Y: Tensor, a: Tensor, U: Tensor, top: int, fit: bool) -> list[tuple[Tensor, Tensor]]:
-    """Coefficients [k, C_p, c] and shares [groups, k, C_p, c] of Y_j = sum_kp a_jk <T_kp, H_p(u_j)>, p = 0 ... top.
+def _coefficients(Y: Tensor, a: Tensor, U: Tensor, most: int, fit: bool) -> list[tuple[Tensor, Tensor]]:
+    """Coefficients [k, C_p, c] and shares [groups, k, C_p, c] of Y_j = sum_kp a_jk <T_kp, H_p(u_j)>, p = 0 ... most.
 
     Degrees up to `fitted_degree` by least squares, the others by averages over what that leaves.
     """
     m, n = U.shape
     k, c = a.shape[1], Y.shape[1]
-    sizes = [math.comb(n + p - 1, p) * k for p in range(top + 1)]
-    low = sum(sizes[: fitted_degree(m, n, k, top) + 1]) if fit else 0
+    sizes = [math.comb(n + p - 1, p) * k for p in range(most + 1)]
+    low = sum(sizes[: fitted_degree(m, n, k, most) + 1]) if fit else 0
     normal = torch.zeros(low, low, dtype=U.dtype, device=U.device)
     right = torch.zeros(low, c, dtype=U.dtype, device=U.device)
-    for X, y in _chunks(Y, a, U, top if low == sum(sizes) else fitted_degree(m, n, k, top)) if low else ():
+    for X, y in _chunks(Y, a, U, most if low == sum(sizes) else fitted_degree(m, n, k, most)) if low else ():
         normal += X.T @ X
         right += X.T @ y
     factor = torch.linalg.cholesky(normal) if low else normal
     solved = torch.cholesky_solve(right, factor) if low else right
     counts, inside, outside = [], [], []
-    for X, y in _chunks(Y, a, U, top):
+    for X, y in _chunks(Y, a, U, most):
         left = y - X[:, :low] @ solved
         weight = 1 - torch.linalg.solve_triangular(factor, X[:, :low].T, upper=False).square().sum(0)  # 1 - leverage
         inside.append(X[:, :low].T @ (left / weight.clamp_min(0.05)[:, None]))  # a fit hides errors where it is pulled
@@ -193,10 +193,10 @@ def _coefficients(Y: Tensor, a: Tensor, U: Tensor, top: int, fit: bool) -> list[
     return [(v.reshape(k, -1, c), e.reshape(len(e), k, -1, c)) for v, e in parts]
 
 
-def _chunks(Y: Tensor, a: Tensor, U: Tensor, top: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(Y: Tensor, a: Tensor, U: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Orthonormal polynomials times multipliers [rows, sum_p k C_p], and Y's rows, one group of neurons after another."""
     n = U.shape[1]
-    scales = [variances(n, p).to(U).sqrt() for p in range(top + 1)]
+    scales = [variances(n, p).to(U).sqrt() for p in range(most + 1)]
     for y, b, u in zip(Y.tensor_split(GROUPS), a.tensor_split(GROUPS), U.tensor_split(GROUPS), strict=True):
         degrees = [entries(u, p) / scale for p, scale in enumerate(scales)]
         yield torch.cat([(b[:, :, None] * H[:, None, :]).flatten(1) for H in degrees], 1), y

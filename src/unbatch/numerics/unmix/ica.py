@@ -51,7 +51,7 @@ def whiten(signals: Tensor) -> tuple[Tensor, Tensor]:
     return (T @ flat).view_as(signals), T
 
 
-def fast_ica(signals: Tensor, rng: torch.Generator, *, iterations: int = 200, tolerance: float = 1e-3) -> Tensor:
+def fast_ica(signals: Tensor, rng: torch.Generator, *, steps: int = 200, tolerance: float = 1e-3) -> Tensor:
     """The combinations of signals that are as independent as FastICA makes them.
 
     W [n, n]: rows of W signals are as independent as FastICA (log cosh) makes them; signals [n, g, p] or [n, p].
@@ -65,7 +65,7 @@ def fast_ica(signals: Tensor, rng: torch.Generator, *, iterations: int = 200, to
     flat = signals.flatten(1)
     seed = int(torch.randint(2**31 - 1, (1,), generator=rng))
     search = FastICA(
-        len(flat), whiten="unit-variance", max_iter=iterations, tol=tolerance, random_state=seed, algorithm="parallel"
+        len(flat), whiten="unit-variance", max_iter=steps, tol=tolerance, random_state=seed, algorithm="parallel"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a start need not converge
