@@ -580,6 +580,8 @@ def test_exchanges_that_it_does_not_read_are_declined_in_words(exchange: Exchang
     refused(exchange(drawn(nn.Sequential(conv(3, 5, 8), nn.Flatten())))[0], "no dense layer")
     dense = drawn(nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5)))
     refused(exchange(dense, shape=(12,))[0], "nothing lies before the dense layer '0'")
+    flat = drawn(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)))
+    refused(exchange(flat, shape=(3, 4))[0], "nothing lies before the dense layer '1'")
     refused(exchange(network([conv(3, 8), nn.Tanh()], hidden=(5,)), n=3)[0], "'3' has rank 3, and 5 neurons")
     with pytest.raises(NotApplicable, match="needs input_shape"):
         LayerByLayer()(obs.only("batch_size"))

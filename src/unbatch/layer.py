@@ -61,7 +61,10 @@ class LayerRule(Plugin, ABC):
 def shaped(tensor: Tensor, shape: tuple[int, ...], name: str, *, batch: bool = True) -> Tensor:
     """A tensor in float64 and of that shape; with `batch` it may have a first side of 1, for the one example.
 
-    Raises UnbatchError: it has another shape.
+    Raises UnbatchError: it has another shape; the message calls it by `name`.
+
+    >>> shaped(torch.ones(1, 2), (2,), "output")
+    tensor([1., 1.], dtype=torch.float64)
     """
     if tuple(tensor.shape) not in ((tuple(shape), (1, *shape)) if batch else (tuple(shape),)):
         raise UnbatchError(
@@ -71,7 +74,11 @@ def shaped(tensor: Tensor, shape: tuple[int, ...], name: str, *, batch: bool = T
 
 
 def beside(own: Tensor | None, default: float, z: Tensor, *, channels: bool = True) -> Tensor:
-    """A layer's parameter beside every entry of z [c, ...]: one number a channel, or its last sides; or the default."""
+    """A layer's parameter beside every entry of z [c, ...]: one number a channel, or its last sides; or the default.
+
+    >>> beside(torch.tensor([1.0, 2.0]), 0.0, torch.zeros(2, 3)).tolist()
+    [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
+    """
     if own is None:
         return torch.full_like(z, default)
     side = own.detach().to(z)
@@ -79,5 +86,9 @@ def beside(own: Tensor | None, default: float, z: Tensor, *, channels: bool = Tr
 
 
 def rule_for(layer: nn.Module) -> LayerRule | None:
-    """The rule for a layer, or None."""
+    """The rule by which a layer is read backward, or None.
+
+    >>> [rule and rule.name for rule in map(rule_for, (nn.Linear(2, 2), nn.ReLU(), nn.LayerNorm(2), nn.GLU()))]
+    ['affine', 'activation', 'norm', None]
+    """
     return next((rule for found in LayerRule.find().values() if (rule := found()).accepts(layer)), None)

@@ -40,20 +40,22 @@ HYBRID = (((1.0, 1.0, 0.05), 10_000), ((1.0, 1.0, 0.1), 8_000), ((10.0, 0.1, 1.0
 
 @final
 class LayerByLayer(Attack):
-    """Solves the network backward from its first dense layer to its input, one linear system a layer.
+    """Solves the network backward from its first dense layer to its input, one linear system a run of layers.
 
-    Backward from the first dense layer: x_i from [W; K] x_i = [s^-1(x_{i+1}); dL/dW_i], layer by layer.
-
-    The dense layer gives its input and dL/dx (n = 1: as bias-ratio does, up to 4 examples by `unmix`). Each run of affine
-    layers below it is one linear system: W, its forward equations for what is known of its output (weight constraint), and
-    K, those of its weight's gradient (gradient constraint), linear in x since dL/dz is known; dL/dx = W^T dL/dz.
+    The dense layer's gradient gives its input and the loss's gradient there (one example as by bias-ratio, up to 4 by
+    `unmix`). Below it each activation is inverted entry by entry, and each run of affine layers is one linear system
+    [W; K] x = [z; dL/dW] for its input x: W, its forward equations for what is known of its output z (weight constraint),
+    and K, those of its weights' gradients (gradient constraint), linear in x since dL/dz is known; dL/dx = W^T dL/dz.
     Where every system has full column rank the image is exact; otherwise it is a guess, and the layers are named.
 
-    r-gap: at the solution of least norm, whatever the rank. copa: where an inner system is deficient, also the pull-back
-    constraint, that its solution come from the layers before, with their gradients; so are layers read that are not linear
-    on the way back (residual blocks, max pooling, layer norms, GELU), where they are likeliest. auto: and where all that
-    leaves pictures open, the smoothest of them. hybrid: a deficient layer's input by the published soft penalties instead.
-    r-conv: where a layer has a weight, its gradient's equations alone.
+    The methods differ in what they do with a system that leaves something open.
+    r-gap: takes the solution of least norm, whatever the rank.
+    copa: also asks that an inner system's solution come from the layers before it, with their gradients (pull-back
+    constraint), and takes the likeliest image of those that do; so it reads layers that are not linear on the way back
+    (residual blocks, max pooling, layer norms, GELU).
+    auto: does as copa, and takes the smoothest image where all that leaves images open.
+    hybrid: looks for a deficient layer's input by the published soft penalties instead.
+    r-conv: where a layer has a weight, takes its gradient's equations alone.
     """
 
     family: ClassVar[str] = "layer-by-layer"

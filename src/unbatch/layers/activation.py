@@ -14,7 +14,7 @@ from unbatch.layer import LayerRule, shaped
 from unbatch.numerics.linear.linsys import LinearSystem
 
 FARTHEST_INPUT = 1e3  # one beyond it is not looked for
-BISECTIONS = 80  # of an interval of that length, to the last digit
+INVERSE_HALVINGS = 80  # of an interval of that length, to the last digit
 INPUT_ERROR = 1e-4  # relative or below 1: what the output's own rounding may have caused
 
 
@@ -60,7 +60,11 @@ class Activation(LayerRule):
         return super().accepts(layer) and not (isinstance(layer, nn.Softplus) and layer.threshold < 20)
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """x_j = s^-1(z_j) for the entries of `output` z that have one input. Raises UnbatchError: z is not of `shape`."""
+        """x_j = s^-1(z_j) for the entries of `output` z that have one input. Raises UnbatchError: z is not of `shape`.
+
+        >>> Activation().forward_equations(nn.ReLU(), (3,), torch.tensor([0.0, 2.0, 0.0])).matrix().tolist()
+        [[0.0, 1.0, 0.0]]
+        """
         x, sure, _ = _inverted(layer, shape, output)
         which = sure.flatten().nonzero()[:, 0]
         return LinearSystem.some(which, x.flatten()[which], x.numel())
@@ -137,7 +141,7 @@ class _Elementwise:
 
     def inverse(self, z: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The x between low and high with s(x) = z, halved down to rounding."""
-        for _ in range(BISECTIONS):
+        for _ in range(INVERSE_HALVINGS):
             middle = (low + high) / 2
             short = self(middle) < z
             low, high = torch.where(short, middle, low), torch.where(short, high, middle)

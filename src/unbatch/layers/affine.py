@@ -87,7 +87,12 @@ class Affine(LayerRule):
         return super().accepts(layer)
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """A x = z - f(0) for `output` z. Raises UnbatchError: z, or `shape`, is not the layer's."""
+        """A x = z - f(0) for `output` z. Raises UnbatchError: z, or `shape`, is not the layer's.
+
+        >>> system = Affine().forward_equations(nn.AvgPool1d(2), (1, 4), torch.tensor([[3.0, 5.0]]))
+        >>> system.matrix().tolist(), system.b.tolist()
+        ([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]], [3.0, 5.0])
+        """
         f = _Function(layer, shape, output)
         return affine(lambda x: f(x), shape, shaped(output, f.shape, "output"))
 

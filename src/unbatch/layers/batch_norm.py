@@ -27,7 +27,13 @@ class BatchNorm(LayerRule):
     reads_output: ClassVar[bool] = True
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """One equation an entry. Raises UnbatchError: `output` is not of `shape`, or the statistics are of no use."""
+        """One equation an entry. Raises UnbatchError: `output` is not of `shape`, or the statistics are of no use.
+
+        >>> none = torch.zeros(1, dtype=torch.float64)
+        >>> known = KnownBatchNorm(nn.BatchNorm1d(1, eps=0.0), none + 2, none + 4, (none, none))
+        >>> BatchNorm().forward_equations(known, (1, 2), torch.tensor([[0.0, 1.0]])).solve().x.tolist()
+        [2.0, 4.0]
+        """
         z = shaped(output, shape, "output")
         mean, scale, bias = _parts(layer, z)
         return affine(lambda x: (x - mean) * scale + bias, shape, z)

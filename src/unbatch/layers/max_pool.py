@@ -35,7 +35,14 @@ class MaxPool(LayerRule):
         return super().accepts(layer) and not layer.return_indices
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """Equations for the windows of one entry alone. Raises UnbatchError: `output` is not the layer's."""
+        """Equations for the windows of one entry alone. Raises UnbatchError: `output` is not the layer's.
+
+        >>> output = torch.tensor([[7.0, 8.0]])
+        >>> MaxPool().forward_equations(nn.MaxPool1d(2), (1, 4), output).equations
+        0
+        >>> MaxPool().forward_equations(nn.MaxPool1d(1, stride=2), (1, 4), output).matrix().tolist()
+        [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
+        """
         last, alone = _windows(layer, shape, output.device)
         which = alone.flatten().nonzero()[:, 0]
         z = shaped(output, tuple(last.shape), "output").flatten()

@@ -41,7 +41,13 @@ class Norm(LayerRule):
         return super().accepts(layer) and not kept
 
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
-        """(I - P) x = 0, group by group. Raises UnbatchError: `output` is not of `shape`."""
+        """(I - P) x = 0, group by group. Raises UnbatchError: `output` is not of `shape`.
+
+        >>> layer, x = nn.LayerNorm(4), torch.tensor([1.0, 2.0, 4.0, 9.0])
+        >>> system = Norm().forward_equations(layer, (4,), layer(x))
+        >>> system.rank(), bool(system.residual((5 * x + 3).double()).norm() < 1e-5)  # mean and deviation stay open
+        (2, True)
+        """
         z = shaped(output, shape, "output")
         channels = not isinstance(layer, nn.LayerNorm)
         weight = beside(getattr(layer, "weight", None), 1.0, z, channels=channels)

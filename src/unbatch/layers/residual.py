@@ -86,7 +86,7 @@ class Residual(LayerRule):
 
 @dataclass(frozen=True)
 class Block:
-    """What a module computes: the sum of two branches of layers in a row, and an activation behind it or none."""
+    """A block of layers as the sum of two branches of layers in a row, with an activation behind it or none."""
 
     branches: tuple[tuple[tuple[str, nn.Module], ...], ...]  # by name, first to last; none for the identity
     after: str | None  # name of that activation
@@ -113,7 +113,15 @@ class Block:
 
 
 def parsed(module: nn.Module) -> Block | None:
-    """The block that a module is, by tracing it; None where it is none, or cannot be traced."""
+    """The block of two branches that a module is, by tracing it; None where it is none, or cannot be traced.
+
+    >>> from unbatch.models.small import ResidualBlock
+    >>> block = parsed(ResidualBlock(3, 3, 1, nn.Tanh))
+    >>> len(block.branches), block.after
+    (2, 'act2')
+    >>> parsed(nn.Conv2d(3, 3, 3)) is None
+    True
+    """
     if not any(True for _ in module.children()) or isinstance(module, nn.Sequential | nn.ModuleList):
         return None
     if any(parametrize.is_parametrized(each) for each in module.modules()):
@@ -138,13 +146,28 @@ def parsed(module: nn.Module) -> Block | None:
 
 
 def bend(module: nn.Module) -> str:
-    """Why a block of two branches has no rule, in words; empty for what is none."""
+    """Why a block of two branches has no rule, in words; empty for what is none.
+
+    >>> from unbatch.models.small import ResidualBlock
+    >>> bend(ResidualBlock(3, 3, 1, nn.Tanh).eval())
+    "its branch is not affine in x at 'act1' (Tanh), and a sum does not tell its sides."
+    """
     block = parsed(module)
     return "" if block is None else block.bend
 
 
 def split(links: Sequence[Link]) -> list[Link]:
-    """The links, blocks of affine branches with an activation behind their sum as two: the sum, and the activation."""
+    """The links of a chain, where blocks of affine branches with an activation behind their sum are two: sum, activation.
+
+    >>> class Block(nn.Module):
+    ...     def __init__(self) -> None:
+    ...         super().__init__()
+    ...         self.side, self.act = nn.Linear(4, 4), nn.Tanh()
+    ...     def forward(self, x: Tensor) -> Tensor:
+    ...         return self.act(self.side(x) + x)
+    >>> [link.name for link in split([Link("block", Block(), (4,), (4,))])]
+    ['block', 'block.act']
+    """
     found: list[Link] = []
     for link in links:
         block = parsed(link.module)

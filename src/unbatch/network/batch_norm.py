@@ -15,10 +15,16 @@ BatchNormLayer = nn.BatchNorm1d | nn.BatchNorm2d
 
 
 class KnownBatchNorm(nn.Module):
-    """z = w (x - mean) / sqrt(var + eps) + b per channel, mean and var those of x itself over examples and pixels.
+    """Batch norm in train mode, with what is known of the batch's statistics beside it.
 
+    z = w (x - mean) / sqrt(var + eps) + b per channel, mean and var those of x itself over examples and pixels.
     `forward` computes them from its input, as the network did, so that autograd goes through them; `mean` and `var` [c]
     are what is known of them, each up to its error [c]. `flaw` says in words why they are of no use, if they are not.
+
+    >>> zero = torch.zeros(1)
+    >>> known = KnownBatchNorm(nn.BatchNorm1d(1, eps=0.0), zero + 2, zero + 1, (zero, zero))
+    >>> known(torch.tensor([[1.0], [3.0]])).tolist()
+    [[-1.0], [1.0]]
     """
 
     mean: Tensor
@@ -56,10 +62,19 @@ class KnownBatchNorm(nn.Module):
 def known_batch_norms(
     links: Sequence[Link], before: Mapping[str, Tensor], after: Mapping[str, Tensor], examples: int
 ) -> list[Link]:
-    """The links, with a known norm in place of every batch norm whose running statistics after one step are in `after`.
+    """The links, with a known norm in place of every batch norm whose running statistics after one step were sent.
 
-    With momentum m, mean = (after - (1 - m) before) / m; the variance likewise, times (N - 1) / N for the N entries of a
+    before, after: running statistics by buffer name, before and after the step, of a batch of so many examples. With
+    momentum m, mean = (after - (1 - m) before) / m; the variance likewise, times (N - 1) / N for the N entries of a
     channel, since running variances are unbiased. Their error is the rounding of what was sent, divided by m.
+
+    >>> norm = nn.BatchNorm1d(1)
+    >>> before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    >>> _ = norm(torch.tensor([[[1.0, 3.0]]]))
+    >>> link = Link("", norm, (1, 2), (1, 2))
+    >>> [known] = known_batch_norms([link], before, dict(norm.named_buffers()), 1)
+    >>> round(float(known.module.mean), 5), round(float(known.module.var), 5)
+    (2.0, 1.0)
     """
     found = []
     for link in links:

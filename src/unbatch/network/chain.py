@@ -16,7 +16,11 @@ from unbatch.network.dense import forward
 
 @dataclass(frozen=True)
 class Link:
-    """One layer, and the shapes of one example before and after it."""
+    """One layer of a chain, and the shapes of one example before and after it.
+
+    >>> Link("dense", nn.Linear(6, 2), (2, 3), (2,)).unknowns
+    6
+    """
 
     name: str
     module: nn.Module
@@ -25,6 +29,7 @@ class Link:
 
     @property
     def unknowns(self) -> int:
+        """Numbers in its input."""
         return int(torch.Size(self.before).numel())
 
 
@@ -40,12 +45,16 @@ class _Call:
 
 
 def chain(model: nn.Module, input_shape: tuple[int, ...], mode: Literal["train", "eval"] = "eval") -> list[Link]:
-    """The links from the network's input to its output; what only reshapes between modules belongs to the next link.
+    """The layers of a network as links from its input to its output; what reshapes between modules belongs to the next one.
 
     A module whose children do not feed each other in a row (a residual block) is one link by itself. The modules are those
     of a copy, in the mode given.
     Raises NotApplicable: the network as a whole is no chain, and where it breaks, or two of its layers share a weight,
     whose gradient then is a sum over both.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    >>> [(link.name, link.after) for link in chain(model, (3, 8, 8))]
+    [('0', (4, 6, 6)), ('1', (4, 6, 6)), ('2', (144,)), ('3', (2,))]
     """
     model = copy.deepcopy(model).train(mode == "train")  # a copy, since in train mode batch norm writes its statistics
     calls: dict[nn.Module, _Call] = {}
@@ -87,7 +96,12 @@ def chain(model: nn.Module, input_shape: tuple[int, ...], mode: Literal["train",
 
 
 class Chained(nn.Module):
-    """The network that links make, one after the other."""
+    """The network that links make, one after the other.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    >>> Chained(chain(model, (4,))).named()
+    {'layers.0.weight': '0.weight', 'layers.0.bias': '0.bias'}
+    """
 
     def __init__(self, links: Sequence[Link]) -> None:
         super().__init__()
@@ -107,7 +121,12 @@ class Chained(nn.Module):
 
 
 def follow(links: Sequence[Link], x: Tensor) -> Tensor:
-    """The output [n, ...] of the links one after the other, for inputs x [n, *links[0].before]; x, if there are none."""
+    """The output [n, ...] of the links one after the other, for inputs x [n, *links[0].before]; x, if there are none.
+
+    >>> links = chain(nn.Sequential(nn.ReLU(), nn.AvgPool1d(2)), (1, 4))
+    >>> follow(links, torch.tensor([[[-1.0, 1.0, 2.0, 4.0]]]))
+    tensor([[[0.5000, 3.0000]]])
+    """
     for link in links:
         x = link.module(x.reshape(len(x), *link.before))
     return x

@@ -30,6 +30,14 @@ def held(rule: LayerRule, link: Link, system: LinearSystem, n: int = 1) -> Linea
 
     Of n inputs, one after the other; on the device of `system`, which can then go `through` them.
     Raises UnbatchError: the layer's rule refuses.
+
+    >>> from torch import nn
+    >>> from unbatch.layers.affine import Affine
+    >>> layer = nn.Linear(1, 1).double()
+    >>> _ = layer.weight.data.fill_(2.0), layer.bias.data.fill_(3.0)
+    >>> system = held(Affine(), Link("dense", layer, (1,), (1,)), everything(torch.zeros(1, dtype=torch.float64)))
+    >>> system.matrix().tolist(), system.b.tolist()
+    ([[2.0]], [-3.0])
     """
     zero = torch.zeros(link.after, dtype=torch.float64, device=system.b.device)
     one = rule.forward_equations(link.module, link.before, zero)

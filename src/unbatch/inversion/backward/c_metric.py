@@ -19,7 +19,7 @@ Kind = tuple[tuple[int, ...], tuple[str, ...]]  # the shape of a layer's input, 
 
 
 class Solvability(NamedTuple):
-    """c(M), in words too."""
+    """The number c(M) of a network, and what it means in words; the more negative, the more of an image stays open."""
 
     value: int
     words: str
@@ -35,10 +35,21 @@ def solvability(
     limit: str = "largest",
     found: dict[Kind, Constraints | Unread] | None = None,
 ) -> Solvability:
-    """c(M) of a chain, where every layer with parameters before the first dense one is a convolution or elementwise.
+    """How much of one image a network's convolutions leave open, as the published number c(M): 0 is nothing.
 
-    Ranks are measured up to `most` unknowns, an option by the name `limit`; layers of one kind have the same, and those
-    `found` are not looked at again. Raises ValueError: c(M) does not know the network, or ranks are too many to measure.
+    c(M) = sum over convolutions i of round[(D - 1 - i) / (D - 1) (rank [W_i; K_i] - n_i)]: D layers with the dense one, n_i
+    unknowns. Every layer with parameters before the first dense one must be a convolution or elementwise.
+    x [1, *shape], y [1]: the example at which ranks are measured, up to `most` unknowns, an option by the name `limit`.
+    Layers of one kind have the same; those in `found` are not looked at again, and what is found is written into it.
+    Raises UnbatchError: c(M) does not know the network, or ranks are too many to measure.
+    Source: Chen and Campbell, 2021.
+
+    >>> import torch
+    >>> from unbatch.network.chain import chain
+    >>> model = nn.Sequential(nn.Conv2d(1, 1, 2, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 2)).double()
+    >>> x, y = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0])
+    >>> solvability(chain(model, (1, 4, 4)), x, y, nn.functional.cross_entropy, most=100)
+    Solvability(value=-9, words='9 unknowns in all are left open, weighed by their depth')
     """
     trunk, found = links[: first_dense(links)], {} if found is None else found
     kinds = _kinds(trunk)

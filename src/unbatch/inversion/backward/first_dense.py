@@ -28,8 +28,8 @@ SIZE_MISFIT = 1e-3  # relative, of the gradient at the size that explains it bes
 
 
 @dataclass(frozen=True)
-class Features:
-    """The inputs of the dense layer, and how to find those of nearly the same update."""
+class KnownInputs:
+    """The inputs of the first dense layer, with their labels, and how to find those of nearly the same update."""
 
     known: KnownOutput  # of the layers below it
     labels: Tensor | None  # [n], where they come with the inputs
@@ -38,7 +38,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Outer:
-    """The nearest size u v^T to a matrix, u and v of unit length."""
+    """The outer product size u v^T nearest to a matrix, u and v of unit length: its largest singular value's part."""
 
     u: Tensor  # [rows]
     v: Tensor  # [columns]
@@ -69,6 +69,18 @@ class FirstDense:
     view: an exchange whose input_shape is known. Raises NotApplicable: there is no such layer, nothing lies before it, or
     the network is no chain.
     Source: the outer product of one example, Phong et al., 2017; its size without a bias, R-GAP, ICLR 2021.
+
+    >>> from torch import nn
+    >>> from unbatch.knowledge import Knowledge
+    >>> from unbatch.observation import Observation
+    >>> model = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3)).double()
+    >>> update = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    >>> known, loss = Knowledge(input_shape=(1, 4)), nn.functional.cross_entropy
+    >>> first = FirstDense(View.of(Observation(model=model, loss=loss, update=update, knowledge=known)))
+    >>> first.dense.name, [link.name for link in first.below]
+    ('3', ['0', '1', '2'])
+    >>> first.features(update, torch.Generator()).known.output
+    tensor([[1., 1., 1., 1., 1., 1.]], dtype=torch.float64)
     """
 
     def __init__(self, view: View) -> None:
@@ -95,7 +107,7 @@ class FirstDense:
                 f"nothing lies before the dense layer {first.name!r}: bias-ratio and unmix read its inputs."
             )
 
-    def features(self, update: Mapping[str, Tensor], rng: torch.Generator) -> Features:
+    def features(self, update: Mapping[str, Tensor], rng: torch.Generator) -> KnownInputs:
         """What is known of the layer's inputs [n, p] by an update in float64, and the labels where they come with it.
 
         Raises NotApplicable: its gradient is zero, or not one example's. Raises Unreadable: no size of the input explains
@@ -119,7 +131,7 @@ class FirstDense:
         known = self._divided(update)
         if known is None:
             return self._scaled(outer, update)
-        return Features(known, self.obs.knowledge.get("labels"), lambda moved, rng: self._again(known, moved))
+        return KnownInputs(known, self.obs.knowledge.get("labels"), lambda moved, rng: self._again(known, moved))
 
     def _again(self, known: KnownOutput, update: Mapping[str, Tensor]) -> KnownOutput:
         """By a bias whose gradient moved; where it vanished, what was known."""
@@ -134,7 +146,7 @@ class FirstDense:
         x = (delta @ dW) / (delta @ delta)
         return KnownOutput(x[None], (delta @ self.W)[None], update)
 
-    def _scaled(self, outer: Outer, update: Mapping[str, Tensor]) -> Features:
+    def _scaled(self, outer: Outer, update: Mapping[str, Tensor]) -> KnownInputs:
         """One example's, by the direction of its input and the label whose gradient fits."""
         x, delta, label = self._sized(outer, self.labels, INPUT_SIZES)
         size = float(x.norm())
@@ -144,7 +156,7 @@ class FirstDense:
             x, delta, _ = self._sized(Outer.of(update[self.dense.weight].double()), [label], near)
             return KnownOutput(x[None], (delta @ self.W)[None], update)
 
-        return Features(KnownOutput(x[None], (delta @ self.W)[None], update), label, again)
+        return KnownInputs(KnownOutput(x[None], (delta @ self.W)[None], update), label, again)
 
     def _sized(
         self, outer: Outer, candidates: list[Tensor], sizes: tuple[float, float, int]
@@ -173,10 +185,10 @@ class FirstDense:
         _, t, sign, y = best
         return sign * t * v, sign * size / t * u, y
 
-    def _several(self, update: Mapping[str, Tensor], rng: torch.Generator) -> Features:
+    def _several(self, update: Mapping[str, Tensor], rng: torch.Generator) -> KnownInputs:
         """The features that `unmix` proves, their gradients by the layers above, and how far off unmix says they can be."""
         found = unmixed(self.view, rng)
-        labels, stretch = found.labels, 1.0
+        own, stretch = found.labels, 1.0
         if found.inputs is None or found.bound is None:
             raise Unreadable(f"unmix gives no features before {self.dense.name!r}.")
         x = found.inputs.double()
@@ -185,16 +197,16 @@ class FirstDense:
             size, x = x.flatten(1).norm(dim=1), follow(self.below, x).flatten(1).detach()
         else:
             size = x.norm(dim=1)
-        if len(x) != self.n or labels is None:
+        if len(x) != self.n or own is None:
             raise Unreadable(f"unmix proves the features of {len(x)} of {self.n} examples before {self.dense.name!r}.")
-        bound, own = found.bound.to(x) * size * stretch, labels  # [n] l2
+        bound, y = found.bound.to(x) * size * stretch, own  # [n] l2
 
         def again(update: Mapping[str, Tensor], rng: torch.Generator) -> KnownOutput:
             way = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x)
             moved = x + bound[:, None] * torch.nn.functional.normalize(way, dim=1)
-            return KnownOutput(moved, self.delta(moved, own) @ self.W, update)
+            return KnownOutput(moved, self.delta(moved, y) @ self.W, update)
 
-        return Features(KnownOutput(x, self.delta(x, own) @ self.W, update), own, again)
+        return KnownInputs(KnownOutput(x, self.delta(x, y) @ self.W, update), y, again)
 
     def statistics(self, rng: torch.Generator) -> dict[str, torch.nn.Module]:
         """By link's name, the batch norms below whose statistics were sent, these moved by their rounding."""

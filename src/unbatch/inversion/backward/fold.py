@@ -10,7 +10,7 @@ from torch import Tensor
 from unbatch.inversion.backward.affine_runs import Place, entered, solved
 from unbatch.inversion.backward.nonlinear_runs import Box, OpenRun
 from unbatch.inversion.backward.reading import KnownEquations, KnownOutput, Reading, Unreadable
-from unbatch.inversion.backward.runs import NonlinearRun, Run
+from unbatch.inversion.backward.runs import LayerRun, NonlinearRun
 from unbatch.network.chain import Link
 
 Improve = Callable[[Reading], Tensor | None]  # a reading -> a better x [n, *shape] than its own, or None
@@ -35,7 +35,7 @@ class State:
 
 
 def readings(
-    runs: Sequence[Run],
+    runs: Sequence[LayerRun],
     known: KnownOutput,
     others: Sequence[KnownOutput] = (),
     *,
@@ -75,7 +75,12 @@ def readings(
 
 
 def step(
-    state: State, run: Run, before: Sequence[Run], *, forward: bool = True, improve: Improve = lambda reading: None
+    state: State,
+    run: LayerRun,
+    before: Sequence[LayerRun],
+    *,
+    forward: bool = True,
+    improve: Improve = lambda reading: None,
 ) -> tuple[Reading | None, State]:
     """The reading of a run, and what is known before it; no reading where it is left open, for the runs `before` it.
 
@@ -103,7 +108,11 @@ def step(
 
 
 def _merged(
-    state: State, links: tuple[Link, ...], known: tuple[KnownEquations, ...], before: Sequence[Run], why: Unreadable
+    state: State,
+    links: tuple[Link, ...],
+    known: tuple[KnownEquations, ...],
+    before: Sequence[LayerRun],
+    why: Unreadable,
 ) -> tuple[Reading | None, State]:
     """A run that is not linear, opened: below `known` equations on its output. Raises `why`: it cannot be."""
     if state.box is None:
@@ -114,7 +123,7 @@ def _merged(
     return _closed(replace(state, open=opened), before)
 
 
-def _left_open(state: State, reading: Reading, before: Sequence[Run]) -> State:
+def _left_open(state: State, reading: Reading, before: Sequence[LayerRun]) -> State:
     """After a deficient reading: the run before is read by what it sees of its x; or none is merged any more."""
     if state.box is None:
         return state
@@ -126,7 +135,7 @@ def _left_open(state: State, reading: Reading, before: Sequence[Run]) -> State:
     return replace(state, box=None) if opened.too_large(_links(before)) else replace(state, open=opened)
 
 
-def _closed(state: State, before: Sequence[Run]) -> tuple[Reading | None, State]:
+def _closed(state: State, before: Sequence[LayerRun]) -> tuple[Reading | None, State]:
     """The reading of the open run where it determines its input, or is the network's first; else it stays open."""
     if state.open is None:
         return None, state
@@ -134,5 +143,5 @@ def _closed(state: State, before: Sequence[Run]) -> tuple[Reading | None, State]
     return reading, state if reading is None else state.below(reading)
 
 
-def _links(before: Sequence[Run]) -> list[Link]:
+def _links(before: Sequence[LayerRun]) -> list[Link]:
     return [link for run in before for link in run.whole]

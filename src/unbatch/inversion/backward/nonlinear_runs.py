@@ -28,7 +28,10 @@ Box = tuple[float, float]  # least and greatest value of the network's inputs
 
 
 def flat_roots(reading: Reading) -> bool:
-    """Whether all roots near this one are one flat set, as where pixels reach no layer: then a search adds nothing."""
+    """Whether all inputs near a reading's that solve its equations form one flat set: a search among them adds nothing.
+
+    So it is where pixels reach no layer. Told by one random step along what the equations leave open: they still hold.
+    """
     if reading.pullback is None or not reading.fits or not reading.deficit:
         return False
     x = reading.x.flatten()
@@ -42,7 +45,17 @@ class OpenRun:
     """Layers that are read together, one example at a time, because no linear system gives their input.
 
     Equations are known of their output, and the gradients of their weights; their input is where Gauss and Newton find
-    both to hold (`Pullback`).
+    both to hold (`Pullback`). The fold makes one where a run has no linear way back or is deficient, and takes the runs
+    before into it until their equations suffice.
+
+    >>> from torch import nn
+    >>> from unbatch.network.chain import chain
+    >>> links = chain(nn.Sequential(nn.Conv2d(1, 2, 1), nn.MaxPool2d(2)).double(), (1, 4, 4))
+    >>> output = torch.ones(8, dtype=torch.float64)
+    >>> from unbatch.inversion.backward.affine_runs import everything
+    >>> run = OpenRun((links[1],), (KnownEquations(everything(output), output, {}),), (0.0, 1.0))
+    >>> run.equations(), run.links[0].unknowns, [link.name for link in run.after((links[0],)).links]
+    (8, 32, ['0', '1'])
     """
 
     links: tuple[Link, ...]  # first to last; none yet, if the equations are on the next run's output

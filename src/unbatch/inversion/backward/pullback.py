@@ -34,13 +34,21 @@ class Fit:
 
 
 class Pullback:
-    """r(x) = [A t(x) - b; dL/dW_l(x) - dL/dW_l ...], t(x) the output of a run of links as a function of their input x.
+    """How far an input of a run of layers is from explaining what is known of its output, and its weights' gradients.
 
+    r(x) = [A t(x) - b; dL/dW_l(x) - dL/dW_l ...], t(x) the output of the links as a function of their input x.
     `known` is A t = b, where A may have fewer rows than t has entries, and dL/dt, which does not depend on x, is
     `gradient`. The weights l are those of the links. Blocks are relative to their data; of a gradient with more than four
     entries an unknown, so many are drawn; NaN stands for one that was not sent. One example.
     Source: the pull-back constraint of Chen and Campbell, 2021, with the layers' own gradients beside it.
-    Raises ValueError: a link gives two outputs for one input, as dropout does in train mode.
+    Raises UnbatchError: a link gives two outputs for one input, as dropout does in train mode.
+
+    >>> link = Link("0", nn.Softplus(), (2,), (2,))
+    >>> x = torch.tensor([0.5, -0.5], dtype=torch.float64)
+    >>> known = LinearSystem.of(torch.eye(2), link.module(x))
+    >>> fit = Pullback([link], known, torch.zeros(2), {}).solve(torch.zeros(2))
+    >>> [round(value, 9) for value in fit.x.tolist()], fit.solution.rank
+    ([0.5, -0.5], 2)
     """
 
     def __init__(

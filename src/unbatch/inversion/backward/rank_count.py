@@ -86,12 +86,22 @@ class Unread:
 def constraints(
     links: Sequence[Link], x: Tensor, y: Tensor, loss: Loss, *, only: Container[str] | None = None
 ) -> list[Constraints | Unread]:
-    """For every layer of a chain that has parameters or begins a run of affine layers, or those named.
+    """How many independent equations each layer's output and gradient give on its input, at one example.
 
-    At the example x [1, *shape], y [1]. As `trunk.read`: a run's equations are what the activation after it lets through
-    and its layers' gradients, all taken through the layers before; their derivatives where one of those has no rule, as a
-    residual block. What follows the activation is held to be known, and so is the input of a dense layer, whose gradient
-    dL/dz x^T gives it whatever W is where dL/dz is known, as behind a bias.
+    Of every layer of a chain that has parameters or begins a run of affine layers, or of those named `only`, first to last.
+    As the attack reads them (`fold.readings`): a run's equations are what the activation after it lets through and its
+    layers' gradients, all taken through the layers before; their derivatives where one of those has no rule, as a residual
+    block. What follows the activation is held to be known, and so is the input of a dense layer, whose gradient dL/dz x^T
+    gives it whatever W is where dL/dz is known, as behind a bias.
+    links: a chain, moved to float64 in place; x [1, *shape], y [1].
+
+    >>> from unbatch.network.chain import chain
+    >>> model = nn.Sequential(nn.Conv2d(1, 1, 2, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 2))
+    >>> x, y = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0])
+    >>> for each in constraints(chain(model, (1, 4, 4)), x, y, nn.functional.cross_entropy):
+    ...     print(each.link.name, each.unknowns, each.weight, each.gradient, each.both)
+    0 16 4 4 7
+    3 4 2 4 4
     """
     inputs, links = list[Tensor](), split(links)
     with torch.enable_grad():
@@ -122,13 +132,24 @@ def constraints(
 
 
 def c_of(layers: Sequence[tuple[int, int]]) -> int:
-    """c(M) of convolutions (unknowns, rank), first to last, before one dense layer: see the analysis security-metric."""
+    """The published number c(M) of convolutions before one dense layer, by their (unknowns, rank), first to last.
+
+    sum_i round[(D - 1 - i) / (D - 1) (rank_i - unknowns_i)] for D - 1 convolutions. Source: Chen and Campbell, 2021.
+
+    >>> c_of([(100, 90), (50, 50)]), c_of([(100, 100), (50, 40)])
+    (-10, -5)
+    """
     D = len(layers) + 1
     return sum(round((D - 1 - i) / (D - 1) * (rank - unknowns)) for i, (unknowns, rank) in enumerate(layers))
 
 
 def elementwise(link: Link) -> bool:
-    """Whether a layer maps every entry by itself, one to one or as an activation does, or only reshapes."""
+    """Whether a layer maps every entry by itself, one to one or as an activation does, or only reshapes.
+
+    >>> pool, act = nn.AvgPool1d(2), nn.ReLU()
+    >>> elementwise(Link("act", act, (1, 4), (1, 4))), elementwise(Link("pool", pool, (1, 4), (1, 2)))
+    (True, False)
+    """
     rule = rule_for(link.module)
     return isinstance(rule, Activation) or (rule is not None and (isinstance(link.module, RESHAPES) or _single(link)))
 

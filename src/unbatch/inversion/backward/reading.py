@@ -41,6 +41,14 @@ class Reading:
     """What one run of layers tells of its input.
 
     The run is affine or a lone activation, and the equations are linear; or it is not linear, and they are linear near x.
+
+    >>> import torch
+    >>> system = LinearSystem.of(torch.tensor([[1.0, 1.0]]), torch.tensor([4.0]))
+    >>> link = Link("dense", nn.Linear(2, 1), (2,), (1,))
+    >>> solution = system.solve()
+    >>> reading = Reading((link,), solution.x[None], torch.zeros(1, 2), system, solution)
+    >>> reading.layers, reading.deficit, [round(x, 9) for x in reading.x[0].tolist()]
+    ('dense', 1, [2.0, 2.0])
     """
 
     links: tuple[Link, ...]  # the run, first to last

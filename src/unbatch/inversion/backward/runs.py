@@ -107,10 +107,10 @@ class NonlinearRun(Stretch):
         return self.layers
 
 
-Run = AffineRun | ActivationRun | NonlinearRun
+LayerRun = AffineRun | ActivationRun | NonlinearRun
 
 
-def runs(links: Sequence[Link]) -> tuple[Run, ...]:
+def runs(links: Sequence[Link]) -> tuple[LayerRun, ...]:
     """The runs that make up a chain of layers, first to last, told from the layers' rules alone.
 
     A run ends behind an activation; only reshapes may follow the last one's. Its kind is what its layers have before
@@ -133,11 +133,15 @@ def runs(links: Sequence[Link]) -> tuple[Run, ...]:
 
 
 def refusal(link: Link, why: str) -> str:
-    """The words for a layer that cannot be read backward, and why."""
+    """The words for a layer that cannot be read backward, and why.
+
+    >>> refusal(Link("pool", nn.MaxPool2d(2), (1, 4, 4), (1, 2, 2)), "its windows overlap.")
+    "layer 'pool' (MaxPool2d) cannot be read backward: its windows overlap."
+    """
     return f"layer {link.name!r} ({type(link.module).__name__}) cannot be read backward: {why}"
 
 
-def _run(pairs: Sequence[tuple[Link, LayerRule | None]]) -> Run | None:
+def _run(pairs: Sequence[tuple[Link, LayerRule | None]]) -> LayerRun | None:
     """The run of the layers between two cuts; None of reshapes alone."""
     body = [
         i + 1 for i, (link, rule) in enumerate(pairs) if not (isinstance(rule, Activation) or _reshapes(link, rule))

@@ -19,17 +19,26 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Variant:
-    """A changed network."""
+    """A network with one layer changed, and those behind it fitted to what it then gives."""
 
     words: str  # what was changed, by the layer's name
     links: tuple[Link, ...]
 
 
 def variants(links: Sequence[Link], rng: torch.Generator) -> Iterator[Variant]:
-    """Single changes to the convolutions before the first dense layer; what must change with them has fresh weights.
+    """The networks that differ from this one by one convolution that passes on less.
 
-    The stride doubled, the channels that it gives halved, or its output pooled by averages of 2 along each side. Changes
-    after which the layers do not fit each other, or the network's outputs are others, are left out.
+    Of every convolution before the first dense layer: its stride doubled, the channels that it gives halved, or its output
+    pooled by averages of 2 along each side. What must change with it has fresh weights, drawn by `rng`. Changes after which
+    the layers do not fit each other, or the network's outputs are others, are left out.
+
+    >>> from unbatch.network.chain import chain
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 2))
+    >>> for variant in variants(chain(model, (1, 8, 8)), torch.Generator().manual_seed(0)):
+    ...     print(variant.words, "->", variant.links[-1].before)
+    0 at stride 2 -> (36,)
+    0 with 2 of 4 channels -> (72,)
+    0 followed by average pooling of 2 along each side -> (36,)
     """
     for i, link in enumerate(links[: first_dense(links)]):
         layer = link.module
@@ -45,12 +54,22 @@ def variants(links: Sequence[Link], rng: torch.Generator) -> Iterator[Variant]:
 
 
 def first_dense(links: Sequence[Link]) -> int:
-    """The place of the first dense layer; behind the last link, if there is none."""
+    """The place of the first dense layer in a chain; behind the last link, if there is none.
+
+    >>> from unbatch.network.chain import chain
+    >>> first_dense(chain(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2)), (1, 4, 4)))
+    2
+    """
     return next((i for i, link in enumerate(links) if isinstance(link.module, nn.Linear)), len(links))
 
 
 def parameters(links: Sequence[Link]) -> int:
-    """Numbers in all weights and biases."""
+    """How many numbers all weights and biases of a chain hold.
+
+    >>> from unbatch.network.chain import chain
+    >>> parameters(chain(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), (4,)))
+    23
+    """
     return sum(p.numel() for link in links for p in link.module.parameters())
 
 
