@@ -321,6 +321,28 @@ def test_max_pooling_gives_the_windows_of_one_entry() -> None:
         check_layer_rule(rule, layer, x)
 
 
+def test_a_layer_without_a_way_back_says_so_before_it_is_asked_and_then() -> None:
+    x = drawn((2, 4, 4), 0)
+    for layer, words in (
+        (nn.MaxPool2d(2), "largest"),
+        (nn.LayerNorm((2, 4, 4)).double(), "standard deviation"),
+        (nn.BatchNorm2d(2).double(), "running statistics after the step"),
+        (trained(nn.BatchNorm2d(2, momentum=0.0).double(), x), "statistics"),
+    ):
+        rule, output = rule_for(layer), layer(x).detach()
+        assert words in rule.no_way_back(layer, (2, 4, 4))
+        with pytest.raises(ValueError, match=words):
+            rule.grad_input(layer, (2, 4, 4), output, torch.ones_like(output))
+    for layer in (nn.MaxPool2d(1, stride=2), nn.AvgPool2d(2), nn.GELU(), trained(nn.BatchNorm2d(2).double(), x)):
+        assert rule_for(layer).no_way_back(layer, (2, 4, 4)) == ""
+
+
+def test_a_rule_that_denies_a_way_back_that_it_has_breaks_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Affine, "no_way_back", lambda *_: "none.")
+    with pytest.raises(AssertionError, match="no way back"):
+        check_layer_rule(Affine(), nn.Linear(3, 2).double(), drawn((3,), 0))
+
+
 def test_rules_tell_batch_norm_by_its_mode_and_know_no_lstm() -> None:
     names = [
         rule.name if (rule := rule_for(layer)) else None for layer in (nn.BatchNorm2d(2), nn.BatchNorm2d(2).eval())

@@ -15,11 +15,11 @@ from unbatch.plugin import Plugin
 
 
 class LayerRule(Plugin, ABC):
-    """Equations on the input x [*shape] of one layer, for a single example.
+    """How one kind of layer is read backward: what its output and its gradient say of its input, as linear equations.
 
-    The forward equations (weight constraint) hold x to a known output; the gradient equations (gradient constraint) hold
-    it to a known gradient of the layer's weight, given the gradient with respect to its output. Both are in float64; a
-    layer is passed in the mode in which it ran.
+    All of it is for a single example, whose input is x [*shape]. The forward equations (weight constraint) hold x to a
+    known output; the gradient equations (gradient constraint) hold it to a known gradient of the layer's weight, given the
+    gradient with respect to its output. Both are in float64; a layer is passed in the mode in which it ran.
     Source: Zhu and Blaschko, R-GAP, ICLR 2021; Chen and Campbell, 2021.
     """
 
@@ -27,9 +27,7 @@ class LayerRule(Plugin, ABC):
     folder: ClassVar[str] = "layers"
 
     kinds: ClassVar[tuple[type[nn.Module], ...]]
-    reads_output: ClassVar[bool] = (
-        False  # whether `grad_input` of a layer that is no activation needs the output's values
-    )
+    reads_output: ClassVar[bool] = False  # whether `grad_input`, of a layer that is no activation, needs its values
 
     @abstractmethod
     def forward_equations(self, layer: nn.Module, shape: tuple[int, ...], output: Tensor) -> LinearSystem:
@@ -46,7 +44,10 @@ class LayerRule(Plugin, ABC):
         """dL/dx [*shape], given the output and dL/d(output). Raises UnbatchError: they do not tell it."""
 
     def no_way_back(self, layer: nn.Module, shape: tuple[int, ...]) -> str:
-        """Why `grad_input` refuses this layer whatever its output is, in words; empty where that depends on the output."""
+        """Why `grad_input` refuses this layer whatever its output is, in words; empty where it does not, or it depends.
+
+        A reading backward is planned by it: such a layer is read with those around it, by Gauss and Newton.
+        """
         return ""
 
     def weights(self, layer: nn.Module) -> tuple[str, ...]:

@@ -206,7 +206,8 @@ def check_analysis(analysis: type[Analysis]) -> None:
 def check_layer_rule(rule: LayerRule, layer: nn.Module, x: Tensor) -> None:
     """The true input x [1, ...] of `layer` (float64) satisfies the rule's forward and gradient equations.
 
-    Also: the products are each other's transposes, in float64, and an output of another shape is refused.
+    Also: the products are each other's transposes, in float64; an output of another shape is refused; and what the rule
+    says of a layer without a way back, `grad_input` says too.
     """
     kind, shape, rng = type(rule), tuple(x.shape[1:]), torch.Generator().manual_seed(0)
     output = layer(x.clone())
@@ -219,6 +220,7 @@ def check_layer_rule(rule: LayerRule, layer: nn.Module, x: Tensor) -> None:
     (input_grad,) = torch.autograd.grad(layer(live.clone()), live, out_grad)
     with suppress(ValueError):  # where the output does not tell it
         found = rule.grad_input(layer, shape, output.detach(), out_grad)
+        _hold(not rule.no_way_back(layer, shape), kind, "says that a layer has no way back, and gives its gradient")
         close = torch.allclose(found, input_grad[0], rtol=1e-6, atol=1e-8)
         _hold(close, kind, "gives another gradient of its input than autograd")
     for system in systems:
