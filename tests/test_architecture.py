@@ -254,12 +254,10 @@ def test_test_modules_stand_alone(path: Path) -> None:
 
 CONTRACT = {"run", "table"}  # what every module of benchmarks gives
 NAMESAKES = {  # names that two things still share, and why
-    "Problem": "each benchmark has problems of its own; to be named by what they are",
-    "problems": "the same",
     "audit": "the command is called as the function that it runs",
     "harden": "the same",
     "show": "a command, and the view of a hardening; the second to be named by what it shows",
-    "summary": "of a plugin, of a report and of a benchmark; to be named by what they sum up",
+    "summary": "of a plugin and of a report; to be named by what they sum up",
 }
 
 

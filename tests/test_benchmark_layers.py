@@ -6,14 +6,14 @@ import pytest
 from rich.console import Console
 
 from unbatch.benchmarks import find, layers
-from unbatch.benchmarks.layers import METHODS, Problem, problems
+from unbatch.benchmarks.layers import METHODS, PictureProblem, picture_problems
 
 
 def test_one_picture_is_exact_where_c_is_zero_and_a_guess_where_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 1)  # to start processes takes longer than to measure
-    wanted = [Problem(network=name, pictures=1, thinning=2) for name in ("cnn2-c1", "cnn2-c2")]
+    wanted = [PictureProblem(network=name, pictures=1, thinning=2) for name in ("cnn2-c1", "cnn2-c2")]
     rows = find("layers").run(seconds=0.5, out=tmp_path, wanted=wanted)
     assert [(row["network"], row["method"]) for row in rows] == [(p.name, m) for p in wanted for m in METHODS]
     assert all(math.isfinite(row["median"]) and row["worst"] <= row["median"] for row in rows)
@@ -43,7 +43,7 @@ def test_one_picture_is_exact_where_c_is_zero_and_a_guess_where_not(
 @pytest.mark.parametrize(("attack", "words"), [("tensor-moment", "NotApplicable"), ("label-count", "no picture")])
 def test_what_fails_is_scored_as_mid_grey_and_named(attack: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "r-conv", attack)
-    wanted = [Problem(network="cnn2-c4", pictures=1, thinning=4, methods=("auto", "r-conv"))]
+    wanted = [PictureProblem(network="cnn2-c4", pictures=1, thinning=4, methods=("auto", "r-conv"))]
     row = layers.run(wanted=wanted)[1]
     assert 0 < row["worst"] < 20
     assert words in row["failures"]["picture 0"]
@@ -53,7 +53,7 @@ def test_what_fails_is_scored_as_mid_grey_and_named(attack: str, words: str, mon
 
 
 def test_the_problems_are_the_published_networks() -> None:
-    found = problems()
+    found = picture_problems()
     assert len({problem.name for problem in found}) == len(found)
     assert len({problem.network for problem in found}) == 15
     assert {p.network for p in found if p.precision == "float32"} == {

@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import nn
 
 from unbatch.benchmarks import find, metric
-from unbatch.benchmarks.metric import ACTIVATIONS, architecture, summary
+from unbatch.benchmarks.metric import ACTIVATIONS, architecture, metric_summary
 
 
 def test_an_architecture_runs_and_is_the_same_for_the_same_draw() -> None:
@@ -33,8 +33,8 @@ def test_the_correlation_is_of_ranks_and_by_seed() -> None:
     rows += [{"seed": 1, "certified": True, "predicted psnr": x, "psnr": y} for x, y in noise]
     rows += [{"seed": 2, "certified": True, "predicted psnr": 1.0, "psnr": 2.0}] * 3  # too few to say
     rows += [{"seed": 3, "certified": False, "predicted psnr": 90.0, "psnr": y} for y in (20.0, 61.0)]
-    assert summary(rows)["reached"] == [1, 2]
-    found = summary(rows)["correlation"]
+    assert metric_summary(rows)["reached"] == [1, 2]
+    found = metric_summary(rows)["correlation"]
     assert found["seed 0"]["all"] == pytest.approx({"spearman": 1.0, "low": 1.0, "high": 1.0, "rows": 40})
     assert found["seed 0"]["uncertified"]["rows"] == 35
     assert found["seed 1"]["all"]["low"] < 0 < found["seed 1"]["all"]["high"]

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from unbatch.benchmarks import find, matching, store, unmix
 from unbatch.benchmarks.pictures import pool
-from unbatch.benchmarks.unmix import Problem, problems, scales
+from unbatch.benchmarks.unmix import BatchProblem, batch_problems, scales
 from unbatch.errors import UnbatchError
 from unbatch.reconstruction import Reconstruction
 
-SMALL = Problem(n=4, width=100, precision="float32", seeds=2)
+SMALL = BatchProblem(n=4, width=100, precision="float32", seeds=2)
 
 
 def test_a_problem_is_measured_printed_and_stored(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_the_last_step_of_a_growth_is_printed_beside_the_fit() -> None:
 
 
 def test_a_trained_network_says_how_well(tmp_path: Path) -> None:
-    problem = Problem(n=3, width=200, trained=True, seeds=2)
+    problem = BatchProblem(n=3, width=200, trained=True, seeds=2)
     (row,) = unmix.run(out=tmp_path, wanted=[problem])
     assert 0.9 < row["training accuracy"] <= 1
     assert json.loads((tmp_path / "unmix.json").read_text())["rows"][0]["training accuracy"] == row["training accuracy"]
@@ -59,7 +59,7 @@ def test_a_network_that_does_not_learn_is_no_trained_one() -> None:
 
 
 def test_peers_get_the_same_gradient_and_are_scored_alike() -> None:
-    problem = Problem(n=2, width=50, precision="float32", seeds=1, peers=True)
+    problem = BatchProblem(n=2, width=50, precision="float32", seeds=1, peers=True)
     (row,) = unmix.run(seconds=0.5, wanted=[problem])
     names = [peer["attack"] for peer in row["peers"]]
     assert names == [
@@ -85,18 +85,18 @@ def test_a_folder_of_data_is_read(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (20, 6, 6), dtype=np.uint8), rng.integers(0, 10, 20)
     np.savez(tmp_path / "mnist_test500.npz", images=images, labels=labels)
-    (row,) = unmix.run(tmp_path, wanted=[Problem(data="mnist", n=3, width=60, seeds=1)])
+    (row,) = unmix.run(tmp_path, wanted=[BatchProblem(data="mnist", n=3, width=60, seeds=1)])
     assert row["recovered"] == 1.0
     with pytest.raises(ValueError, match=r"fashion_mnist500\.npz does not exist"):
-        unmix.run(tmp_path, wanted=[Problem(data="fashion")])
-    assert unmix.run(wanted=[Problem(data="fashion")]) == []  # no folder, no such pictures
+        unmix.run(tmp_path, wanted=[BatchProblem(data="fashion")])
+    assert unmix.run(wanted=[BatchProblem(data="fashion")]) == []  # no folder, no such pictures
 
 
 def test_the_problems_are_those_of_the_literature_and_have_names_of_their_own() -> None:
-    names = [problem.name for problem in problems()]
+    names = [problem.name for problem in batch_problems()]
     assert len(set(names)) >= len(names) - 2  # those with peers are measured once more
-    assert {p.n for p in problems() if p.data == "cifar10"} >= {16, 32, 64, 128, 256}
-    assert {p.data for p in problems()} == {"cifar10", "mnist", "fashion", "photos64", "breast-cancer", "adult"}
+    assert {p.n for p in batch_problems() if p.data == "cifar10"} >= {16, 32, 64, 128, 256}
+    assert {p.data for p in batch_problems()} == {"cifar10", "mnist", "fashion", "photos64", "breast-cancer", "adult"}
     for points in scales().values():
         assert len({size for size, _ in points}) == len({problem for _, problem in points}) > 2
 
@@ -134,7 +134,7 @@ def test_a_run_that_was_cut_short_goes_on_where_it_stopped(tmp_path: Path, monke
     measured = unmix._measure
     asked: list[int] = []
 
-    def counted(problem: unmix.Problem, **kw: Any) -> unmix.Row:
+    def counted(problem: unmix.BatchProblem, **kw: Any) -> unmix.Row:
         asked.append(problem.n)
         return measured(problem, **kw)
 

@@ -214,7 +214,7 @@ def test_batch_norm_is_matched_in_the_clients_mode() -> None:
 
 def test_benchmark_gives_every_preset_the_same_problem_and_saves(tmp_path: Path) -> None:
     bench = find("matching")
-    problem = bench.Problem(name="tiny", model="mlp", activation="gelu", n=1, width=8)
+    problem = bench.SearchProblem(name="tiny", model="mlp", activation="gelu", n=1, width=8)
     rows = bench.run(None, seconds=0.3, seed=0, device="cpu", out=tmp_path, problems=(problem,))
     assert [row["preset"] for row in rows] == list(bench.PRESETS)
     saved = json.loads((tmp_path / "matching.json").read_text())

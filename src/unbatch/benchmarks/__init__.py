@@ -36,7 +36,13 @@ Result = TypeVar("Result")
 
 
 def find(name: str) -> ModuleType:
-    """The benchmark of that name. Raises UnbatchError: there is none; the message lists them."""
+    """The benchmark of that name, as a module with `run` and `table`.
+
+    Raises UnbatchError: there is none; the message lists them.
+
+    >>> find("unmix").__name__
+    'unbatch.benchmarks.unmix'
+    """
     modules = sorted(info.name for info in pkgutil.iter_modules(__path__))
     found = importlib.import_module(f"{__name__}.{name}") if name in modules else None
     if found is None or not hasattr(found, "run"):
@@ -46,12 +52,25 @@ def find(name: str) -> ModuleType:
 
 
 def clock() -> float:
-    """CPU seconds of this process where one thread does the work, which other work on the machine does not touch."""
+    """Seconds to measure methods by: of the processor where one thread does the work, else of the wall clock.
+
+    Other work on the machine does not touch the former.
+
+    >>> begun = clock()
+    >>> clock() >= begun
+    True
+    """
     return time.process_time() if _alone() else time.perf_counter()
 
 
 def allowance(seconds: float) -> Watch:
-    """A watch that stops what it listens to after that many seconds of `clock`."""
+    """A watch that stops what it listens to after that many seconds of `clock`.
+
+    >>> from unbatch.progress import tick, watching
+    >>> with watching(allowance(0.0)):
+    ...     tick(0.5)  # the time is spent
+    False
+    """
     watch, begun = Watch(), clock()
 
     def look(share: float, best: float | None) -> None:
@@ -67,6 +86,9 @@ def measured(
     """Every problem with what `measure` makes of it, as they come; on the CPU, processors / threads at once.
 
     Where that is two or more, each in a process of its own: `measure` must pickle.
+
+    >>> list(measured([4], lambda problem: problem**2, "cpu"))
+    [(4, 16)]
     """
     many = min(len(todo), (os.cpu_count() or 1) // torch.get_num_threads()) if device == "cpu" else 1
     if many < 2:
@@ -79,7 +101,12 @@ def measured(
 
 
 def psnr(found: Tensor, true: Tensor) -> float:
-    """In dB of one picture [1, ...] clipped to [0, 1]; -inf where it is not finite."""
+    """The peak signal-to-noise ratio of one picture [1, ...] in dB, cut to [0, 1]; -inf where it is not finite.
+
+    >>> true = torch.zeros(1, 1, 8, 8)
+    >>> f"{psnr(true + 0.1, true):.1f}", psnr(true / 0, true)
+    ('20.0', -inf)
+    """
     if not bool(found.isfinite().all()):
         return -float("inf")
     metric = Metric.find("psnr").model_validate({"peak": 1.0})
@@ -90,6 +117,12 @@ def matched(found: Reconstruction, truth: Truth, domain: Domain) -> tuple[Tensor
     """The matched examples as they were found, and the private ones, [p, ...] each, in float64 on the CPU.
 
     Raises UnbatchError: there are no examples, but labels alone.
+
+    >>> from unbatch.domain import domain_of
+    >>> truth = Truth(inputs=torch.tensor([[1.0, 0.0], [0.0, 1.0]]), labels=torch.tensor([0, 1]))
+    >>> found, true = matched(Reconstruction(inputs=torch.tensor([[0.0, 0.5]])), truth, domain_of(truth.inputs))
+    >>> found.tolist(), true.tolist()
+    ([[0.0, 0.5]], [[0.0, 1.0]])
     """
     pairs = match(found, truth, domain)
     if pairs.inputs is None:
@@ -98,9 +131,15 @@ def matched(found: Reconstruction, truth: Truth, domain: Domain) -> tuple[Tensor
 
 
 def store(name: str, rows: Sequence[Any], out: Path, *, wall: bool = False, **how: Any) -> None:
-    """Write out/NAME.json: how it was measured, on what, and the rows so far; `wall`: their seconds are not of `clock`.
+    """Writes out/NAME.json: how it was measured, on what, and the rows so far.
 
-    Raises UnbatchError as `stored` does.
+    `wall`: their seconds are not of `clock`. Raises UnbatchError as `stored` does.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store("mine", [{"n": 4, "psnr": 31.5}], Path(folder), complete=True)
+    ...     json.loads((Path(folder) / "mine.json").read_text())["rows"]
+    [{'n': 4, 'psnr': 31.5}]
     """
     where = {
         "torch": torch.__version__,
@@ -116,9 +155,16 @@ def store(name: str, rows: Sequence[Any], out: Path, *, wall: bool = False, **ho
 
 
 def stored(name: str, out: Path | None, **how: Any) -> list[Any]:
-    """The rows of a run that was cut short, if out/NAME.json holds one measured in the same way by this version; else none.
+    """The rows of a run that was cut short, to go on with; none where out/NAME.json holds no such run.
 
-    Raises UnbatchError: the file was measured on other data, so that this run would replace what it cannot compare with.
+    That is one measured in the same way by this version. Raises UnbatchError: the file was measured on other data, so that
+    this run would replace what it cannot compare with.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store("mine", [{"n": 4}], Path(folder), seconds=3.0, complete=False)
+    ...     stored("mine", Path(folder), seconds=3.0), stored("mine", Path(folder), seconds=9.0)
+    ([{'n': 4}], [])
     """
     record = {} if out is None else _held(name, out, how)
     same = all(record.get(key) == value for key, value in {**how, "version": __version__}.items())

@@ -85,8 +85,11 @@ def compare(
     device: str | None = None,
     rules: Rules | None = None,
 ) -> Row:
-    """What the attack makes of the same updates without and with the defence's likelihood, and rounds before the last that
-    the `rules` of the protocol ask for; labels as in its demo."""
+    """What an attack makes of the same updates with and without knowing how the defence draws.
+
+    That is the defence's likelihood, and the rounds before the last that the `rules` of the protocol ask for; labels as in
+    the attack's demo.
+    """
     held: dict[bool, list[Run]] = {False: [], True: []}
     for batch in range(seed, seed + batches):
         for found in _audited(attack, case, defence, batch, seconds, device, rules or {}).runs:

@@ -58,8 +58,12 @@ LIMIT = 150.0  # seconds of a method that does not search
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One network; its gradients differ by the picture and the weights' draw."""
+class PictureProblem:
+    """One network whose gradients of single pictures are to be inverted; they differ by the picture and the weights' draw.
+
+    >>> PictureProblem(network="cnn2-c2", thinning=2).name
+    'cnn2-c2, pixels / 4'
+    """
 
     network: small.Name
     precision: Literal["float64", "float32"] = "float64"
@@ -74,34 +78,39 @@ class Problem:
         return ", ".join(parts + [f"pixels / {self.thinning**2}"] * (self.thinning != 1))
 
 
-def problems() -> list[Problem]:
+def picture_problems() -> list[PictureProblem]:
     """The published networks, the dearest first; those of c(M) = 0, where pictures hardly differ, in float32 as well.
 
     Methods that do nothing else than another are left out: copa where one layer is open or none, as r-gap there; r-gap and
     r-conv on the dearest, as auto where every layer is determined. Six networks are given every other pixel for the 20
     pictures: the time goes with the third power of their number.
+
+    >>> "cnn6-wide" in {problem.network for problem in picture_problems()}
+    True
     """
     ours, alike = ("auto", "r-gap", "hybrid", "matching"), ("auto", "r-gap", "r-conv", "matching")
     every = tuple(METHODS)
     found = [
-        Problem(network="cnn6-narrow", pictures=1, methods=("auto",)),
-        Problem(network="cnn4-c1", pictures=1, methods=ours),
-        Problem(network="cnn4-c2", methods=ours, thinning=2),
-        Problem(network="cnn2-c2", methods=(*ours, "r-conv")),
-        Problem(network="cnn3-c1", methods=ours, thinning=2),
-        Problem(network="cnn3-c2", methods=every, thinning=2),
-        Problem(network="cnn4-c3", methods=ours, thinning=2),
-        Problem(network="cnn3-c4", methods=ours),
-        Problem(network="cnn4-c1", methods=ours, thinning=2),
-        Problem(network="cnn2-c4", methods=(*ours, "r-conv")),
-        Problem(network="cnn2-c6", pictures=4, methods=ours),
-        Problem(network="cnn3-c1", pictures=1, methods=ours),
-        Problem(network="cnn2-c6", methods=ours, thinning=2),
-        Problem(network="cnn3-c2", pictures=1, methods=ours),
+        PictureProblem(network="cnn6-narrow", pictures=1, methods=("auto",)),
+        PictureProblem(network="cnn4-c1", pictures=1, methods=ours),
+        PictureProblem(network="cnn4-c2", methods=ours, thinning=2),
+        PictureProblem(network="cnn2-c2", methods=(*ours, "r-conv")),
+        PictureProblem(network="cnn3-c1", methods=ours, thinning=2),
+        PictureProblem(network="cnn3-c2", methods=every, thinning=2),
+        PictureProblem(network="cnn4-c3", methods=ours, thinning=2),
+        PictureProblem(network="cnn3-c4", methods=ours),
+        PictureProblem(network="cnn4-c1", methods=ours, thinning=2),
+        PictureProblem(network="cnn2-c4", methods=(*ours, "r-conv")),
+        PictureProblem(network="cnn2-c6", pictures=4, methods=ours),
+        PictureProblem(network="cnn3-c1", pictures=1, methods=ours),
+        PictureProblem(network="cnn2-c6", methods=ours, thinning=2),
+        PictureProblem(network="cnn3-c2", pictures=1, methods=ours),
     ]
     for network in ("cnn6", "cnn3-c3", "lenet", "cnn2-c1", "cnn6-wide"):
         methods = alike if network in ("lenet", "cnn2-c1", "cnn6-wide") else ("auto", "matching")
-        exact = Problem(network=network, pictures=1, methods=methods, thinning=2 if network == "cnn6-wide" else 1)
+        exact = PictureProblem(
+            network=network, pictures=1, methods=methods, thinning=2 if network == "cnn6-wide" else 1
+        )
         found += [exact, replace(exact, precision="float32", methods=("auto",))]
     return found
 
@@ -112,7 +121,7 @@ def run(
     seed: int = 0,
     device: str = "cpu",
     out: Path | None = None,
-    wanted: Sequence[Problem] | None = None,
+    wanted: Sequence[PictureProblem] | None = None,
 ) -> list[Row]:
     """One row a network and method, saved in `out` as they come, with a chart; a run that was cut short goes on there.
 
@@ -120,19 +129,19 @@ def run(
     are used. With one thread a process (OMP_NUM_THREADS=1) as many networks run side by side as there are processors,
     and seconds are CPU seconds of each. Raises UnbatchError: no such file there.
     """
-    todo = list(problems() if wanted is None else wanted)
+    todo = list(picture_problems() if wanted is None else wanted)
     if data is None:
         todo = [replace(problem, data="photos") for problem in todo]
     for name in {problem.data for problem in todo}:
         pool(name, data)  # what is missing is said before anything runs
-    done: dict[Problem, list[Row]] = {}
+    done: dict[PictureProblem, list[Row]] = {}
     how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
     for row in stored("layers", out, **how):
         same = [problem for problem in todo if json.dumps(asdict(problem)) == json.dumps(row.get("settings"))]
         for problem in same:
             done.setdefault(problem, []).append(row)
 
-    def keep(problem: Problem, rows: list[Row]) -> None:
+    def keep(problem: PictureProblem, rows: list[Row]) -> None:
         done[problem] = rows
         if out is not None:
             store("layers", ordered(), out, **how, complete=wanted is None and len(done) == len(todo))
@@ -191,7 +200,11 @@ def table(rows: list[Row]) -> Table:
 
 @dataclass(frozen=True)
 class Try:
-    """What one method made of one picture."""
+    """What one method made of one picture: how near it came, in what time, or why it failed.
+
+    >>> Try(found=None, psnr=12.5, seconds=3.0, failure="two layers are open").bound is None
+    True
+    """
 
     found: Reconstruction | None
     psnr: float
@@ -203,7 +216,12 @@ class Try:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that a method takes for what it does once, and for one step of every search that it makes."""
+    """How long a method takes: seconds for what it does once, and for one step of every search that it makes.
+
+    >>> pace = Pace(once=2.0, step=0.5, published=100)
+    >>> pace.whole, pace.steps(12.0)
+    (52.0, 20)
+    """
 
     once: float
     step: float
@@ -220,7 +238,7 @@ class Pace:
         return max(1, min(self.published, fit))
 
 
-def _measure(problem: Problem, data: Path | None, seed: int, device: str, seconds: float) -> list[Row]:
+def _measure(problem: PictureProblem, data: Path | None, seed: int, device: str, seconds: float) -> list[Row]:
     tries: dict[str, list[Try]] = {method: [] for method in problem.methods}
     paces: dict[str, Pace] = {}
     metrics, begun = list[int](), clock()
@@ -317,7 +335,7 @@ def _convolutions(obs: Observation) -> list[str]:
 
 
 def _exchange(
-    problem: Problem, pictures: tuple[Tensor, Tensor], seed: int, i: int, device: str
+    problem: PictureProblem, pictures: tuple[Tensor, Tensor], seed: int, i: int, device: str
 ) -> tuple[Observation, Truth]:
     """The i-th picture's gradient, at weights drawn for it."""
     order = torch.randperm(len(pictures[0]), generator=torch.Generator().manual_seed(seed))[i : i + 1]

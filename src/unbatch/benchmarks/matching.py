@@ -42,8 +42,12 @@ RANGE = (-2.0, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One gradient to invert."""
+class SearchProblem:
+    """One gradient that searches are to invert: of which network, and of how many examples.
+
+    >>> SearchProblem(name="mlp gelu n=2", model="mlp", activation="gelu", n=2).width
+    64
+    """
 
     name: str
     model: small.Name
@@ -55,12 +59,12 @@ class Problem:
 
 
 PROBLEMS = (
-    Problem(name="mlp gelu n=16", model="mlp", activation="gelu", n=16, width=1000),
-    Problem(name="mlp relu n=4", model="mlp", activation="relu", n=4, width=1000),
-    Problem(name="lenet sigmoid n=1", model="lenet", activation="sigmoid", n=1),
-    Problem(name="convnet relu n=1", model="convnet", activation="relu", n=1, width=16, depth=2),
-    Problem(name="convnet relu n=4", model="convnet", activation="relu", n=4, width=16, depth=2),
-    Problem(name="mlp relu n=4, 4 local steps", model="mlp", activation="relu", n=4, width=1000, local_steps=4),
+    SearchProblem(name="mlp gelu n=16", model="mlp", activation="gelu", n=16, width=1000),
+    SearchProblem(name="mlp relu n=4", model="mlp", activation="relu", n=4, width=1000),
+    SearchProblem(name="lenet sigmoid n=1", model="lenet", activation="sigmoid", n=1),
+    SearchProblem(name="convnet relu n=1", model="convnet", activation="relu", n=1, width=16, depth=2),
+    SearchProblem(name="convnet relu n=4", model="convnet", activation="relu", n=4, width=16, depth=2),
+    SearchProblem(name="mlp relu n=4, 4 local steps", model="mlp", activation="relu", n=4, width=1000, local_steps=4),
 )
 
 
@@ -70,7 +74,7 @@ def run(
     seed: int = 0,
     device: str = "cpu",
     out: Path | None = None,
-    problems: tuple[Problem, ...] = PROBLEMS,
+    problems: tuple[SearchProblem, ...] = PROBLEMS,
 ) -> list[Row]:
     """One row a problem and preset: PSNR (mean and worst picture) at each share of `seconds`; saved in `out` as well.
 
@@ -208,7 +212,7 @@ def _relative(found: Tensor, truth: Truth) -> float:
 
 
 def _exchange(
-    problem: Problem, pictures: Tensor, labels: Tensor, k: int, seed: int, device: str
+    problem: SearchProblem, pictures: Tensor, labels: Tensor, k: int, seed: int, device: str
 ) -> tuple[Observation, Truth]:
     x, y = pictures[: problem.n].to(device), labels[: problem.n].to(device)
     model = small.build(

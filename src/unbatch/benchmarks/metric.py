@@ -44,12 +44,17 @@ ACTIVATIONS = nn.Tanh, nn.Sigmoid, nn.Softplus, nn.ELU, nn.LeakyReLU, nn.GELU, n
 
 
 def architecture(shape: tuple[int, ...], rng: np.random.Generator) -> nn.Sequential:
-    """One to three blocks, then a dense head of ten classes on all features, or (one in six) on their averages.
+    """A convolutional network drawn at random: one to three blocks, then a dense head of ten classes.
 
-    All is drawn evenly: an activation for the network, of ACTIVATIONS, and for every block 1, 2, 3, 4, 6, 8 or 12
-    channels, one of two kinds in four convolutions (side 1, 3 or 5; stride 1 or 2; padded to keep its size, or not), one
-    residual block (stride 1 or 2), one convolution and 2 x 2 average or maximum pooling; after a plain convolution, one
-    time in three, batch norm (in eval mode) or group norm of one group. What does not run on the shape is drawn anew.
+    The head reads all features, or (one in six) their averages. All is drawn evenly: an activation for the network, of
+    ACTIVATIONS, and for every block 1, 2, 3, 4, 6, 8 or 12 channels, one of two kinds in four convolutions (side 1, 3 or
+    5; stride 1 or 2; padded to keep its size, or not), one residual block (stride 1 or 2), one convolution and 2 x 2
+    average or maximum pooling; after a plain convolution, one time in three, batch norm (in eval mode) or group norm of
+    one group. What does not run on the shape is drawn anew.
+
+    >>> model = architecture((1, 8, 8), np.random.default_rng(0))
+    >>> model(torch.zeros(1, 1, 8, 8)).shape
+    torch.Size([1, 10])
     """
     while True:
         act, layers, before = ACTIVATIONS[rng.integers(len(ACTIVATIONS))], list[nn.Module](), shape[0]
@@ -101,7 +106,15 @@ def run(
         if out is not None:
             rows = [done[each] for each in todo if each in done]
             how: dict[str, Any] = {"seconds": seconds, "device": device}
-            store("metric", rows, out, **how, data=data is not None, complete=len(done) == len(todo), **summary(rows))
+            store(
+                "metric",
+                rows,
+                out,
+                **how,
+                data=data is not None,
+                complete=len(done) == len(todo),
+                **metric_summary(rows),
+            )
             _plot(rows, out / "metric.png")
 
     for each, row in measured(todo, partial(_measure, data=data, device=device, seconds=seconds), device):
@@ -109,7 +122,7 @@ def run(
     return [done[each] for each in todo]
 
 
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
+def metric_summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Spearman's rank correlation of predicted and recovered PSNR, seed by seed, with a 95 % bootstrap interval.
 
     And of the rows alone of which nothing is certified: two clusters far apart raise the correlation of all. `reached`: of
@@ -143,11 +156,11 @@ def table(rows: list[Row]) -> Table:
     """Prediction and result of every architecture, and how well their ranks agree."""
     said = "; ".join(
         f"{seed}, {which}: {each['spearman']:.2f} ({each['low']:.2f} to {each['high']:.2f})"
-        for seed, own in summary(rows)["correlation"].items()
+        for seed, own in metric_summary(rows)["correlation"].items()
         for which, each in own.items()
         if each
     )
-    reached, sure = summary(rows)["reached"]
+    reached, sure = metric_summary(rows)["reached"]
     shown = Table(
         title=f"metric: Spearman's correlation, {said}; {reached} of {sure} predicted above {SURE:g} dB recovered so"
     )

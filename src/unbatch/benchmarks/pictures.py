@@ -36,6 +36,10 @@ def pool(name: str, data: Path | None) -> tuple[Tensor, Tensor]:
     Of the folder `data`, which holds a file of FILES (npz with images uint8 [p, h, w, c] or [p, h, w], and labels; or a
     csv); the bundled ones of BUNDLED where no folder is given, or the name is no file's.
     Raises UnbatchError: the folder does not hold the file, or without a folder nothing takes its place.
+
+    >>> rows, labels = pool("breast-cancer", None)
+    >>> rows.shape, labels.shape
+    (torch.Size([300, 30]), torch.Size([300]))
     """
     if name in FILES and data is not None:
         path = data / FILES[name]

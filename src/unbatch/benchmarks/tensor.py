@@ -56,7 +56,13 @@ GRADIENTS = {"head": "dL/da", "first": "dL/dW"}
 
 
 class TwoLayer(nn.Module):
-    """sum_j a_j s(w_j . x) + c, no bias in the first layer; w_j drawn from N(0, I), a_j = 1 / m."""
+    """The two-layer network of the paper: sum_j a_j s(w_j . x) + c, w_j drawn from N(0, I), a_j = 1 / m.
+
+    The first layer has no bias.
+
+    >>> TwoLayer(torch.tanh, 3, 100, 0.5, torch.Generator().manual_seed(0))(torch.zeros(2, 3)).tolist()
+    [[0.5], [0.5]]
+    """
 
     def __init__(self, s: Callable[[Tensor], Tensor], d: int, m: int, c: float, rng: torch.Generator) -> None:
         super().__init__()
@@ -145,7 +151,14 @@ def table(rows: list[Row]) -> Table:
 def exchange(
     name: str, x: Tensor, m: int, seed: int, device: str = "cpu", bias: float = BIAS_TRICK
 ) -> tuple[Observation, Truth]:
-    """The paper's client: labels +-1, squared error, and an output raised by 2 M, so that no residual is near 0."""
+    """The update of the paper's client: labels +-1, squared error, and an output raised by 2 M.
+
+    So no residual is near 0.
+
+    >>> seen, truth = exchange("tanh", torch.rand(2, 3, generator=torch.Generator().manual_seed(0)), 50, seed=0)
+    >>> seen.update["first.weight"].shape, truth.labels.shape
+    (torch.Size([50, 3]), torch.Size([2, 1]))
+    """
     rng = torch.Generator().manual_seed(seed)
     model = TwoLayer(ACTIVATIONS[name], x[0].numel(), m, 2 * bias, rng).to(device)
     y = torch.randint(2, (len(x), 1), generator=rng).float() * 2 - 1

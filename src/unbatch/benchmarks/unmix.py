@@ -55,8 +55,12 @@ SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One setting; its gradients differ by the seed."""
+class BatchProblem:
+    """One setting whose batches are to be taken apart; its gradients differ by the seed.
+
+    >>> BatchProblem(n=16, activation="relu", width=200).name
+    'cifar10, unit, relu, n=16, float64, width 200'
+    """
 
     data: str = "cifar10"
     inputs: Literal["unit", "standardised"] = "unit"  # [0, 1], or zero mean and unit variance over the pool
@@ -80,30 +84,40 @@ class Problem:
         return ", ".join(parts)
 
 
-def problems() -> list[Problem]:
-    """The tables of the literature, then what else users bring. Small batches come first."""
+def batch_problems() -> list[BatchProblem]:
+    """The tables of the literature, then what else users bring. Small batches come first.
+
+    >>> batch_problems()[0].n
+    16
+    """
     smooth: tuple[small.ActivationName, ...] = ("gelu", "silu", "tanh", "elu", "sigmoid", "softplus")
     every = ("relu", *smooth)
-    found = [Problem(activation=a, n=n) for n in SIZES for a in every]
-    found += [Problem(activation=a, n=n, inputs="standardised") for n in SIZES[:-1] for a in every]
-    found += [Problem(activation=a, n=SIZES[-1], inputs="standardised") for a in ("relu", "gelu")]
-    found += [Problem(n=n, width=200) for n in (80, 90, 96)]  # towards half the width
-    found += [Problem(activation="relu", n=n, width=200) for n in (80, 90)]
-    found += [Problem(n=n, seeds=1) for n in (384, 448)] + [Problem(n=384, seeds=1, activation="relu")]
-    found += [Problem(activation=a, n=n, precision="float32") for n in SIZES for a in ("relu", "gelu", "tanh")]
-    found += [Problem(data=d, activation=a, n=n) for d in ("mnist", "fashion") for n in (32, 64, 128) for a in every]
-    found += [Problem(n=n, depth=depth, inputs="standardised") for depth in (3, 5) for n in (16, 32)]
-    found += [Problem(n=16, classes=1000), Problem(data="mnist", n=16, trained=True)]
-    found += [Problem(data="photos64", n=16), Problem(data="breast-cancer", classes=2, n=16)]
-    found += [Problem(data="adult", classes=2, n=32, activation=a) for a in ("relu", "gelu", "tanh")]
-    found += [Problem(n=32, activation=a, inputs="standardised", peers=True, seeds=1) for a in ("relu", "gelu")]
+    found = [BatchProblem(activation=a, n=n) for n in SIZES for a in every]
+    found += [BatchProblem(activation=a, n=n, inputs="standardised") for n in SIZES[:-1] for a in every]
+    found += [BatchProblem(activation=a, n=SIZES[-1], inputs="standardised") for a in ("relu", "gelu")]
+    found += [BatchProblem(n=n, width=200) for n in (80, 90, 96)]  # towards half the width
+    found += [BatchProblem(activation="relu", n=n, width=200) for n in (80, 90)]
+    found += [BatchProblem(n=n, seeds=1) for n in (384, 448)] + [BatchProblem(n=384, seeds=1, activation="relu")]
+    found += [BatchProblem(activation=a, n=n, precision="float32") for n in SIZES for a in ("relu", "gelu", "tanh")]
+    found += [
+        BatchProblem(data=d, activation=a, n=n) for d in ("mnist", "fashion") for n in (32, 64, 128) for a in every
+    ]
+    found += [BatchProblem(n=n, depth=depth, inputs="standardised") for depth in (3, 5) for n in (16, 32)]
+    found += [BatchProblem(n=16, classes=1000), BatchProblem(data="mnist", n=16, trained=True)]
+    found += [BatchProblem(data="photos64", n=16), BatchProblem(data="breast-cancer", classes=2, n=16)]
+    found += [BatchProblem(data="adult", classes=2, n=32, activation=a) for a in ("relu", "gelu", "tanh")]
+    found += [BatchProblem(n=32, activation=a, inputs="standardised", peers=True, seeds=1) for a in ("relu", "gelu")]
     # a run that is stopped has stored whole tables; the longest come last
     return sorted(found, key=lambda problem: (problem.n, problem.n == SIZES[-1] and problem.activation == "relu"))
 
 
-def scales() -> dict[str, list[tuple[int, Problem]]]:
-    """Sizes and problems that show how time grows with n, m and d: gelu, standardised pictures, float64."""
-    base = Problem(inputs="standardised", n=32, seeds=1)
+def scales() -> dict[str, list[tuple[int, BatchProblem]]]:
+    """Sizes and problems that show how time grows with n, m and d: gelu, standardised pictures, float64.
+
+    >>> [size for size, problem in scales()["n"]]
+    [8, 16, 32, 64, 128]
+    """
+    base = BatchProblem(inputs="standardised", n=32, seeds=1)
     return {
         "n": [(n, replace(base, n=n)) for n in (8, 16, 32, 64, 128)],
         "m": [(m, replace(base, width=m)) for m in (500, 1000, 2000, 4000)],
@@ -117,7 +131,7 @@ def run(
     seed: int = 0,
     device: str = "cpu",
     out: Path | None = None,
-    wanted: Sequence[Problem] | None = None,
+    wanted: Sequence[BatchProblem] | None = None,
 ) -> list[Row]:
     """One row a problem, and one a fitted exponent of the time; saved in `out` as they come.
 
@@ -128,21 +142,21 @@ def run(
     Raises UnbatchError: no such file there.
     """
 
-    def here(problem: Problem) -> Problem:
+    def here(problem: BatchProblem) -> BatchProblem:
         return replace(problem, data="photos") if data is None and problem.data == "cifar10" else problem
 
     series = {} if wanted is not None else scales()
     growth = {here(problem) for points in series.values() for _, problem in points}
-    listed = [here(problem) for problem in (problems() if wanted is None else wanted)]
+    listed = [here(problem) for problem in (batch_problems() if wanted is None else wanted)]
     listed = [problem for problem in listed if data is not None or problem.data not in FILES]
     large = next((i for i, problem in enumerate(listed) if problem.n == SIZES[-1]), len(listed))
     todo = [*listed[:large], *sorted(growth, key=lambda problem: problem.n), *listed[large:]]
     for name in {problem.data for problem in todo}:
         pool(name, data)  # what is missing is said before anything runs
-    done: dict[Problem, Row] = {}
+    done: dict[BatchProblem, Row] = {}
     how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
 
-    def keep(problem: Problem, row: Row) -> None:
+    def keep(problem: BatchProblem, row: Row) -> None:
         done[problem] = row
         if out is not None:
             store("unmix", rows(), out, **how, complete=wanted is None and len(done) == len(todo))
@@ -167,7 +181,13 @@ def run(
 
 
 def exponents(sizes: Sequence[int], seconds: Sequence[float]) -> Row:
-    """The exponent fitted to all sizes, and that of the last step alone, which small sizes do not flatter."""
+    """How time grows with a size: the exponent fitted to all sizes, and that of the last step alone.
+
+    The latter is what small sizes do not flatter.
+
+    >>> f"{exponents([10, 20, 40], [1.0, 2.0, 16.0])['last exponent']:.1f}"
+    '3.0'
+    """
     x, y = np.log(sizes), np.log(seconds)
     last = float((y[-1] - y[-2]) / (x[-1] - x[-2]))
     return {"exponent": float(np.polyfit(x, y, 1)[0]), "last exponent": last, "sizes": sizes, "seconds": seconds}
@@ -208,7 +228,7 @@ def table(rows: list[Row]) -> Table:
     return shown
 
 
-def _measure(problem: Problem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
+def _measure(problem: BatchProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
     examples = pool(problem.data, data)
     shares, certified, spent, ratios, logs, accuracies = [], [], [], [], [], []
     first = list[tuple[Observation, Truth, Domain]]()
@@ -282,7 +302,7 @@ def _peer(name: str, found: Reconstruction, truth: Truth, domain: Domain, second
 
 
 def _exchange(
-    problem: Problem, pool: tuple[Tensor, Tensor], seed: int, device: str
+    problem: BatchProblem, pool: tuple[Tensor, Tensor], seed: int, device: str
 ) -> tuple[Observation, Truth, Domain, float]:
     """The gradient, the truth, the domain, and the share of the pool that the network classifies rightly (trained only)."""
     pictures, labels = pool

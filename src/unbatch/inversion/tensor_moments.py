@@ -25,9 +25,8 @@ from unbatch.numerics.moments.moments import (
 )
 from unbatch.reconstruction import Reconstruction
 
-BOUND_IN_SIGMAS = (
-    3.5  # of the measured error; 20 groups measure it within a third, and errors of few dimensions have tails
-)
+# of the measured error: 20 groups measure it within a third, and errors of few dimensions have tails
+BOUND_IN_SIGMAS = 3.5
 LEAST_HERMITE_SHARE = 1e-8  # share of the activation below which a Hermite coefficient is rounding
 LARGEST_LABEL_GAP = 1.0  # distance of a residual from what any class would leave: it is of no example
 LARGEST_NON_GAUSSIANITY = 0.1  # non-Gaussianity of the weights above which Stein's identity is not relied on
