@@ -1,5 +1,6 @@
 """The audit: judging, chance, resuming, failing attacks, captured updates."""
 
+import pkgutil
 from typing import Annotated, ClassVar, final
 
 import pytest
@@ -10,9 +11,10 @@ from torch.nn import functional as F
 
 import unbatch
 from unbatch import Attack, Case, Knowledge, NotApplicable, Observation, Protocol, Reconstruction, Setting, observe
+from unbatch.analysis import Analysis, Verdict
 from unbatch.attack import ActiveAttack, Demo, Guarantee
 from unbatch.inversion.view import View
-from unbatch.progress import Watch, tick
+from unbatch.progress import Watch, afford_or_leave, tick
 from unbatch.reporting.results import Audit
 
 CALLS: list[int] = []
@@ -161,9 +163,139 @@ def test_budget_and_stop_end_a_run_with_the_best_it_has(setting: Setting) -> Non
     watch = Watch()
     watch.listener = lambda share, best: setattr(watch, "stop", True)
     attacks = [Chosen(answer="slow"), Chosen(answer="right")]
-    stopped = unbatch.audit(setting, attacks=attacks, watch=watch)
+    stopped = unbatch.audit(setting, attacks=attacks, analyses=(), watch=watch)
     assert [run.status for run in stopped.runs] == ["cut short"]
     assert not stopped.complete
+
+
+@final
+class Patient(Analysis):
+    """Counts to `steps`, a tick for each, and says how far it came: to see that it is watched."""
+
+    paper: ClassVar[str] = "none"
+
+    steps: Annotated[int, Field(description="ticks")] = 100
+    dear: Annotated[float, Field(description="operations in one piece, before the first of them")] = 0.0
+    fails: Annotated[str, Field(description="what it raises at the end")] = ""
+
+    def run(self, view: View, at: tuple[torch.Tensor, torch.Tensor] | None, rng: torch.Generator) -> list[Verdict]:
+        if self.dear:
+            afford_or_leave(self.dear, "a step of many operations")
+        done = 0
+        while done < self.steps and tick(done / self.steps):
+            done += 1
+        if self.fails:
+            raise {"defect": RuntimeError, "silent": NotApplicable}[self.fails]("it is so.")
+        return [Verdict(name="steps", value=done, words="made.")]
+
+
+def patient(setting: Setting, *analyses: Patient, **options) -> Audit:
+    return unbatch.audit(setting, attacks=[], analyses=analyses, **options)
+
+
+def test_an_analysis_obeys_the_budget_and_keeps_what_it_has(setting: Setting) -> None:
+    spent = patient(setting, Patient(), Patient(dear=1e12), Patient(), budget=1e-9)
+    assert [each.status for each in spent.analyses] == ["cut short"] * 3
+    assert "a step of many operations" in spent.analyses[1].words
+    assert [(v.name, v.value, v.analysis) for v in spent.verdicts] == [("steps", 0, "patient")] * 2
+    assert spent.complete
+    calm = patient(setting, Patient(), Patient(dear=1e12))
+    assert [each.status for each in calm.analyses] == ["done"] * 2
+    assert [v.value for v in calm.verdicts] == [100, 100]
+    assert calm.shortened() == []
+
+
+def test_an_analysis_is_heard_and_stopped_by_the_watch(setting: Setting) -> None:
+    heard: list[float] = []
+    names: list[str] = []
+
+    def listen(share: float, best: float | None) -> None:
+        heard.append(share)
+        watch.stop = len(heard) == 8
+
+    watch = Watch(listener=listen)
+    record = patient(setting, Patient(steps=5), Patient(steps=7), Patient(steps=9), watch=watch, announce=names.append)
+    assert heard == [0, 1 / 5, 2 / 5, 3 / 5, 4 / 5, 0, 1 / 7, 2 / 7]
+    assert [v.value for v in record.verdicts] == [5, 2]
+    assert [each.status for each in record.analyses] == ["done", "cut short"]
+    assert names == ["patient:steps=5, client 0", "patient:steps=7, client 0"]
+    assert not record.complete
+
+
+def test_what_analyses_say_is_sunk_one_by_one(setting: Setting) -> None:
+    seen: list[list[float]] = []
+
+    def sink(record: Audit) -> None:
+        seen.append([v.value for v in record.verdicts])
+
+    patient(setting, Patient(steps=1), Patient(steps=2), sink=sink)
+    assert seen == [[1], [1, 2], [1, 2]]
+
+
+def test_default_analyses_share_their_time_and_named_ones_take_what_they_need(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unbatch.auditing.findings.SHARED_SECONDS", 0.0)
+    plain = unbatch.audit(setting, attacks=[])
+    named = unbatch.audit(setting, attacks=[], analyses=["safer-design", "security-metric"])
+    free = unbatch.audit(setting, attacks=[], budget=float("inf"))
+    assert [each.analysis for each in plain.analyses] == sorted(Analysis.find())
+    assert "security-metric" in {each.title for each in plain.shortened()}
+    assert not any(v.name == "determined share" for v in plain.verdicts)
+    for record in (named, free):
+        assert record.shortened() == []
+        assert any(v.name == "determined share" for v in record.verdicts)
+
+
+def test_a_silent_analysis_is_on_record_and_a_failing_one_stops_nothing(setting: Setting) -> None:
+    named = patient(setting, Patient(fails="silent"), Patient(fails="defect"), Patient())
+    assert [each.status for each in named.analyses] == ["not applicable", "failed", "done"]
+    assert named.notes == ["patient: it is so.", "patient: RuntimeError: it is so."]
+    assert len(named.verdicts) == 1
+    plain = unbatch.audit(setting, attacks=[], budget=float("inf"))
+    assert plain.notes == []
+    assert {each.title for each in plain.silent()} >= {"van-trees", "cramer-rao", "dp-reconstruction"}
+    assert "no Gaussian noise" in next(each.words for each in plain.silent() if each.title == "van-trees")
+
+
+def test_an_audit_of_before_analyses_were_watched_is_read(setting: Setting) -> None:
+    told = patient(setting, Patient()).model_dump(mode="json")
+    del told["analyses"]
+    again = Audit.model_validate(told)
+    assert (again.analyses, again.silent(), again.shortened()) == ([], [], [])
+
+
+def test_the_default_analyses_of_one_audit_look_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the layers' constraints and at the determined share, which several of them tell."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    x, y = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1])
+    looks: list[str] = []
+    for place, name in (("analyses.layer_equations", "constraints"), ("analyses.security_metric", "constraints")):
+        whole = f"unbatch.{place}.{name}"
+        monkeypatch.setattr(whole, heard(looks, name, whole))
+    for module in ("security_metric", "safer_design"):
+        monkeypatch.setattr(
+            f"unbatch.analyses.{module}.share", heard(looks, "share", f"unbatch.analyses.{module}.share")
+        )
+    chains = heard(looks, "chain", "unbatch.inversion.view.chain")
+    monkeypatch.setattr("unbatch.inversion.view.chain", chains)
+    own = Setting(model=net, loss=F.cross_entropy, inputs=x, labels=y, protocol=Protocol(mode="eval"))
+    unbatch.audit(own, attacks=[], budget=float("inf"))
+    assert looks.count("constraints") == 1
+    assert looks.count("chain") == 1
+    changed = 3  # the stride, the channels, pooling
+    assert looks.count("share") == 1 + changed
+
+
+def heard(looks: list[str], name: str, place: str):
+    """The function at `place`, which notes in `looks` that it was called."""
+    whole = pkgutil.resolve_name(place)
+
+    def call(*args, **options):
+        looks.append(name)
+        return whole(*args, **options)
+
+    return call
 
 
 def test_several_clients_and_seeds() -> None:

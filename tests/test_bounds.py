@@ -31,6 +31,7 @@ from unbatch.benchmarks import bounds as noisy_gradients
 from unbatch.case import Setting
 from unbatch.errors import NotApplicable
 from unbatch.inversion.fisher import Imagined, Information, jumps
+from unbatch.inversion.view import View
 from unbatch.loss import loss_named
 from unbatch.models.small import ACTIVATIONS
 from unbatch.numerics.bounds.prior import GaussianPrior
@@ -213,7 +214,7 @@ def test_labels_that_nobody_knows_are_drawn_anew() -> None:
     """The bound is at most the mean of those at labels that are known; one draw of labels may be far off it."""
     x = GaussianPrior((1, 4, 4)).draw(4, torch.Generator().manual_seed(0))
     obs = seen(tanh((1, 4, 4), 24), LOSS, x, torch.arange(4), 0.1)
-    drawn = Imagined.of(obs, None, torch.Generator().manual_seed(0), 8)
+    drawn = Imagined.of(View.of(obs), None, torch.Generator().manual_seed(0), 8)
     assert len({tuple(y.tolist()) for _, y in drawn.batches}) > 4
     rng = torch.Generator().manual_seed(0)
     every = [torch.randint(6, (4,), generator=rng) for _ in range(12)]

@@ -18,7 +18,7 @@ from unbatch.numerics.label_counts import apportion, count_bounds, impulse, labe
 from unbatch.protocol import Protocol
 from unbatch.reconstruction import Reconstruction
 
-COUNT = Attack.parse("label-count:probes=64")
+COUNT = Attack.parse("label-count:stand_ins=64")
 
 
 def client(seed: int, n: int, k: int, *, scale: float = 1.0, **shape: object) -> tuple[nn.Module, Tensor, Tensor]:

@@ -89,10 +89,10 @@ def test_a_batch_is_no_single_example(exchange: Exchange) -> None:
 
 def test_what_is_too_large_to_measure_is_said(exchange: Exchange) -> None:
     obs, x, y = exchange("photos:size=16,model=cnn2-c1")
-    assert "more than largest=100" in Analysis.parse("layer-equations:largest=100")(obs, at=(x, y))[0].words
+    assert "more than exact=100" in Analysis.parse("layer-equations:exact=100")(obs, at=(x, y))[0].words
     with pytest.raises(ValueError, match=r"the ranks of conv1 cannot be counted.*operations, more than work=1.0e\+06"):
-        Analysis.parse("security-metric:largest=100,work=1e6")(obs, at=(x, y))
-    (verdict,) = Analysis.parse("security-metric:largest=100")(obs, at=(x, y))
+        Analysis.parse("security-metric:exact=100,work=1e6")(obs, at=(x, y))
+    (verdict,) = Analysis.parse("security-metric:exact=100")(obs, at=(x, y))
     assert verdict.name == "determined share"
     assert "the ranks of conv1 cannot be counted" in verdict.words
     (verdict,) = Analysis.parse("security-metric:work=1e6")(obs, at=(x, y))
@@ -207,7 +207,7 @@ def test_under_padding_the_rank_of_the_weights_is_measured(exchange: Exchange) -
     conv = Analysis.parse("layer-equations")(obs)[0]
     assert "weights give 45 equations" in conv.words
     assert "(counted, the weights' measured)" in conv.words
-    large = Analysis.parse("layer-equations:condition=0")(obs)[0]
+    large = Analysis.parse("layer-equations:exact=0")(obs)[0]
     assert "weights" not in large.words
     assert large.rank == conv.rank
 
@@ -228,12 +228,12 @@ def test_a_residual_block_has_the_rank_of_the_equations_that_the_attack_solves()
     assert rows["2"].rank == readings["2"]["rank"]
     assert rows["2"].level != "exact"
     assert "To first order at the batch's first example: '2' (ResidualBlock) has no rule" in rows["2"].words
-    large = Analysis.parse("layer-equations:condition=70")(obs)[1]
+    large = Analysis.parse("layer-equations:exact=70")(obs)[1]
     assert large.level == "unknown"
     assert (
         "'2' (ResidualBlock) has no rule to read it backward by: its branch is not affine in x at 'act1'" in large.words
     )
-    assert "and 75 unknowns are more than condition=70" in large.words
+    assert "and 75 unknowns are more than exact=70" in large.words
 
 
 def test_few_equations_on_many_unknowns_are_measured(exchange: Exchange) -> None:

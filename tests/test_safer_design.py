@@ -13,6 +13,7 @@ from unbatch.analyses.safer_design import METRICS, SaferDesign
 from unbatch.analysis import Analysis, Verdict
 from unbatch.auditing.client import observe
 from unbatch.case import Case
+from unbatch.errors import NotApplicable
 from unbatch.observation import Observation
 
 
@@ -48,7 +49,7 @@ def test_the_change_of_a_network_that_gives_all_away(exchange: Exchange) -> None
     assert "c(M) is 0 now." in found.words
     assert found.words.endswith(
         "conv1 with 3 of 6 channels, conv1 followed by average pooling of 2 along each side: not counted, since c(M): the "
-        "ranks of conv1 cannot be counted, and their unknowns are more than largest=1024 to measure."
+        "ranks of conv1 cannot be counted, and their unknowns are more than exact=1024 to measure."
     )
     found = proposed(exchange, "photos:model=cnn2-c1,size=16")
     assert [(v.name, v.value) for v in found] == [
@@ -106,16 +107,17 @@ def test_a_network_without_convolutions_is_told_so(exchange: Exchange) -> None:
     assert "no convolution lies before the first dense layer" in verdict.words
 
 
-def test_what_is_too_large_to_measure_is_said(exchange: Exchange) -> None:
+def test_what_is_too_large_to_measure_is_said(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
     obs, x, y = exchange("photos:size=16,model=cnn2-c1,activation=relu")
-    found = SaferDesign(own=100)(obs, at=(x, y))
+    found = SaferDesign(exact=100)(obs, at=(x, y))
     assert {v.name.split(":")[0] for v in found} == {"determined share"}
     assert "c(M) of the network as it is: not counted" in found[-1].words
-    with pytest.raises(ValueError, match=r"no change could be counted\..*4 networks take about 5.8e\+10 operations"):
-        SaferDesign(largest=100, work=1e9)(obs, at=(x, y))
-    with pytest.raises(ValueError, match="unknowns are more than own=100 to measure"):
-        SaferDesign(own=100, work=1e9)(obs, at=(x, y))
-    with pytest.raises(ValueError, match="input_shape"):
+    monkeypatch.setattr("unbatch.analyses.safer_design.CHANGED", 100)
+    with pytest.raises(NotApplicable, match=r"no change could be counted\..*4 networks take about 1.1e\+10 operations"):
+        SaferDesign(work=1e9)(obs, at=(x, y))
+    with pytest.raises(NotApplicable, match="unknowns are more than exact=100 to measure"):
+        SaferDesign(exact=100, work=1e9)(obs, at=(x, y))
+    with pytest.raises(NotApplicable, match="input_shape"):
         SaferDesign()(obs.only("batch_size"), at=(x, y))
 
 

@@ -126,11 +126,12 @@ class Analysis(Plugin, ABC):
 
     @final
     def __call__(
-        self, obs: Observation, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
+        self, obs: Observation | View, *, at: tuple[Tensor, Tensor] | None = None, rng: torch.Generator | None = None
     ) -> Sequence[Finding]:
         """What it says of an exchange.
 
-        `at` = (inputs [n, ...], labels [n]): the audit passes the truth; without it prior draws stand in, and it says so.
+        `obs`: the exchange, or a view of it that several analyses share. `at` = (inputs [n, ...], labels [n]): the audit
+        passes the truth; without it prior draws stand in, and it says so. `rng`: of everything random; none: seed 0.
         Raises NotApplicable: it has nothing to say of this exchange; the message says why.
 
         >>> import unbatch
@@ -143,4 +144,5 @@ class Analysis(Plugin, ABC):
 
         from unbatch.inversion.view import View
 
-        return self.run(View.of(obs), at, torch.Generator().manual_seed(0) if rng is None else rng)
+        view = obs if isinstance(obs, View) else View.of(obs)
+        return self.run(view, at, torch.Generator().manual_seed(0) if rng is None else rng)

@@ -49,6 +49,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    formerly: ClassVar[dict[str, str]] = {}  # options that had another name: that name, and the one that they have
+
     if not TYPE_CHECKING:  # which reads the options off the fields
 
         def __init__(self, /, **options: Any) -> None:
@@ -56,7 +58,7 @@ class Options(BaseModel):
             try:
                 super().__init__(**options)
             except ValidationError as error:
-                raise UnbatchError(f"{_words(error)} {self._options_in_words()}") from None
+                raise UnbatchError(f"{_words(error, self.formerly)} {self._options_in_words()}") from None
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:
@@ -251,11 +253,11 @@ def _kinds(annotation: Any) -> list[str]:
     return [annotation.__name__ if isinstance(annotation, type) else str(annotation)]
 
 
-def _words(error: ValidationError) -> str:
+def _words(error: ValidationError, formerly: dict[str, str]) -> str:
     def one(problem: Any) -> str:
         key = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
-            return f"unknown option {key!r}."
+            return f"unknown option {key!r}{f'; it is called {formerly[key]!r} now' if key in formerly else ''}."
         where = f"option {key}={_spell(problem['input'])}: " if key else ""
         return where + str(problem["msg"]).removeprefix("Value error, ") + "."
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from unbatch.analysis import Analysis, Bound
 from unbatch.domain import Images
-from unbatch.errors import UnbatchError
+from unbatch.errors import NotApplicable
 from unbatch.inversion.fisher import Information, check_noise, deviation, fitted, joined, jumps, premise
 from unbatch.inversion.probe import probe
 from unbatch.inversion.view import View
 from unbatch.numerics.linear.inverse_diagonal import InverseDiagonal, dense_inverse_diagonal, inverse_diagonal
 from unbatch.numerics.linear.inverse_trace import kronecker
 from unbatch.numerics.search.least_squares import example_gram
+from unbatch.progress import tick_or_leave
 
 ALWAYS, LARGE = 512, 4096  # unknowns up to which the matrix is formed, the latter within
 WORK = 2**26  # unknowns times entries: about ten seconds of one core
@@ -52,11 +53,12 @@ class CramerRao(Analysis):
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
         obs = view.obs
         check_noise(obs, follows=True)
-        x, y, whose = probe(obs, at, rng, whole=True)
+        x, y, whose = probe(view, at, rng, whole=True)
         if at is not None:
             fitted(obs, x, y)
         if why := jumps(obs, x, y, rng):
-            raise UnbatchError(why)
+            raise NotApplicable(why)
+        tick_or_leave(0.0, "the information was looked at")
         told = joined(obs)
         info, sigma = Information(told, x, y), deviation(told)
         low, high = obs.knowledge.get("input_range", (0.0, 1.0))
@@ -98,7 +100,7 @@ class CramerRao(Analysis):
             lost = f"the update leaves {moved:,} of the {unknowns:,} unknowns open (about {found.lost:,} directions)"
             return found, few or f"{lost}: {none}"
         one = float((found.error / found.diagonal.abs().clamp_min(1e-300)).median())
-        how = f"from {self.probes} random probes (standard error of the variance {found.spread / found.total:.1%}, of "
+        how = f"from {found.probes} random probes (standard error of the variance {found.spread / found.total:.1%}, of "
         how += f"one entry's {one:.0%} in the median)"
         if found.open:
             how += (

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Bound, Verdict
-from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.errors import NotApplicable
 from unbatch.inversion.fisher import statistics, uncounted
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge, shares
@@ -60,7 +60,7 @@ class DpReconstruction(Analysis):
         own = rounds * max(1, *(obs.protocol.steps(size) for size in shares(known.batch_size, known.get("clients", 1))))
         these = "this update" if rounds == 1 else f"these {rounds} updates"
         if own > steps:
-            raise UnbatchError(
+            raise NotApplicable(
                 f"{these} take{'s' * (rounds == 1)} {own} private steps, and {steps} are declared: nothing accounts for it."
             )
         told = f"noise multiplier {z:g}; all other examples known"

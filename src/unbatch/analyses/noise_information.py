@@ -15,8 +15,10 @@ from unbatch.inversion.fisher import Imagined, check_noise, deviation, doubled, 
 from unbatch.inversion.view import View
 from unbatch.numerics.bounds.rate_distortion import distortion
 from unbatch.observation import Observation
+from unbatch.progress import tick
 
 SURE = 0.975  # with which the sampling error that is added suffices
+FEWEST = 4  # draws: their spread has three degrees of freedom, or one where labels are drawn
 
 
 @final
@@ -39,23 +41,28 @@ class NoiseInformation(Analysis):
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
         obs = view.obs
         check_noise(obs)
-        n, drawn = obs.knowledge.batch_size, Imagined.of(obs, at, rng, self.draws, alike=2)
+        n, drawn = obs.knowledge.batch_size, Imagined.of(view, at, rng, self.draws, alike=2)
         behind, obs = premise(obs), joined(obs)
         told = at is not None or "labels" in obs.knowledge
         groups = [drawn.batches] if told else [drawn.batches[k : k + 2] for k in range(0, self.draws - 1, 2)]
-        variance, count = self._variance(obs, groups)
+        variance, count, draws = self._variance(obs, groups)
         nats = float((count * torch.log1p(variance / deviation(obs) ** 2)).sum()) / 2
         prior = drawn.prior
         value = math.sqrt(distortion(prior.variances, (nats + math.lgamma(n + 1)) / n) / prior.d) / prior.unit
         words = (
-            f"At most {nats:.4g} nats behind {behind}; {drawn.words} (of the variance's sampling error the "
+            f"At most {nats:.4g} nats behind {behind}; {drawn.words(draws)} (of the variance's sampling error the "
             f"97.5 % quantile added); {n} answers, matched to the truth afterwards."
         )
         return [Bound.of("noise information", value, "any", words, self.paper)]
 
-    def _variance(self, obs: Observation, groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-        """Of an entry of each tensor [t] about the mean of its group, its sampling error above the estimate, and how many
-        entries each has. Groups are independent; in one alone the draws nearly are."""
+    def _variance(
+        self, obs: Observation, groups: Sequence[Sequence[tuple[Tensor, Tensor]]]
+    ) -> tuple[Tensor, Tensor, int]:
+        """Of an entry of each tensor [t] about the mean of its group, its sampling error above the estimate; how many
+        entries each has; and from how many draws: those that there was time for, and `FEWEST` at least.
+
+        Groups are independent; in one alone the draws nearly are.
+        """
         from scipy.stats import t as student
 
         double = doubled(obs)
@@ -64,14 +71,21 @@ class NoiseInformation(Analysis):
         def clean(x: Tensor, y: Tensor) -> Tensor:
             return sent(double, x, y.double() if y.is_floating_point() else y).detach()
 
-        rows = list[Tensor]()
+        rows, draws = list[Tensor](), 0
         for group in groups:
-            mean = clean(*group[0])
+            if draws >= FEWEST and not tick(draws / self.draws):
+                break
+            group, mean = [*group], clean(*group[0])
             for k, batch in enumerate(group[1:], 2):
+                if len(groups) == 1 and k > FEWEST and not tick(k / self.draws):
+                    del group[k - 1 :]
+                    break
                 mean = mean + (clean(*batch) - mean) / k
+            draws += len(group)
             off = [[p.square().mean() for p in torch.split(clean(*batch) - mean, count)] for batch in group]
             each = torch.stack([torch.stack(row) for row in off]) * len(group) / (len(group) - 1)  # [draws, t]
             rows.append(each if len(groups) == 1 else each.mean(0, keepdim=True))
         found = torch.cat(rows)
         error = found.std(0) / len(found) ** 0.5
-        return found.mean(0) + float(student.ppf(SURE, len(found) - 1)) * error, torch.tensor(count).to(found)
+        above = float(student.ppf(SURE, len(found) - 1)) * error
+        return found.mean(0) + above, torch.tensor(count).to(found), draws

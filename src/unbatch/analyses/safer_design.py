@@ -11,46 +11,55 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Verdict
-from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.c_metric import Kind, solvability
-from unbatch.inversion.backward.rank_count import Constraints, Unread
+from unbatch.inversion.backward.rank_count import EACH_LAYER, Constraints, Unread, constraints
 from unbatch.inversion.backward.variants import Variant, first_dense, parameters, variants
-from unbatch.inversion.determined_share import share, work
+from unbatch.inversion.determined_share import SHARE, share, work
 from unbatch.inversion.probe import probe
 from unbatch.inversion.view import View
-from unbatch.network.chain import Chained, Link, chain
-from unbatch.observation import Observation
+from unbatch.network.chain import Chained, Link
+from unbatch.progress import tick_or_leave
+
+OWN, CHANGED = 4096, 1024  # unknowns up to which ranks are measured, of layers as they are and of changed ones
 
 
 @dataclass
 class _Place:
     """Where metrics look, up to what size they may measure, and what was found: layers of one kind have the same ranks."""
 
-    obs: Observation
+    view: View
     x: Tensor
     y: Tensor
     networks: int  # the one as it is, and the changed ones
     work: float
-    limit: str = "own"  # the option that says up to what size ranks are measured
     found: dict[Kind, Constraints | Unread] = field(default_factory=dict)
 
 
-def _published(links: Sequence[Link], at: _Place, largest: int) -> float:
-    """c(M). Raises ValueError."""
-    return solvability(links, at.x, at.y, at.obs.loss, most=largest, limit=at.limit, found=at.found).value
+def _published(links: Sequence[Link], at: _Place, exact: int) -> float:
+    """c(M). Raises NotApplicable."""
+    view, place = at.view, (at.x, at.y)
+
+    def read() -> Sequence[Constraints | Unread]:
+        return view.once(EACH_LAYER, place, lambda: constraints(links, *place, view.loss))
+
+    own = read if links is view.links else None
+    return solvability(links, *place, view.loss, most=exact, read=own, found=at.found).value
 
 
-def _share(links: Sequence[Link], at: _Place, largest: int) -> float:
-    """The determined share. Raises ValueError."""
+def _share(links: Sequence[Link], at: _Place, exact: int) -> float:
+    """The determined share. Raises NotApplicable."""
     if at.networks == 1:
-        raise UnbatchError("there is no change to compare it with")
-    model = Chained(links)
-    if (needed := at.networks * work(model, at.obs.loss, at.x, at.y)) > at.work:
-        raise UnbatchError(
+        raise NotApplicable("there is no change to compare it with")
+    model, obs = Chained(links), at.view.obs
+    if (needed := at.networks * work(model, obs.loss, at.x, at.y)) > at.work:
+        raise NotApplicable(
             f"the determined shares of {at.networks} networks take about {needed:.1e} operations, more than "
             f"work={at.work:.1e}"
         )
-    return share(at.obs, at.x, at.y, model).share
+    if links is at.view.links:
+        return at.view.once(SHARE, (at.x, at.y), lambda: share(obs, at.x, at.y)).share
+    return share(obs, at.x, at.y, model).share
 
 
 METRICS: dict[str, Callable[[Sequence[Link], _Place, int], float]] = {  # the lower, the safer; the first one orders
@@ -74,47 +83,31 @@ class SaferDesign(Analysis):
     paper: ClassVar[str] = "Chen, Campbell, 2021 (c(M))"
 
     most: Annotated[int, Field(gt=0, description="changes to propose")] = 5
-    largest: Annotated[
-        int,
-        Field(ge=0, description="unknowns up to which the ranks of changed layers are measured where counting fails"),
-    ] = 1024
-    own: Annotated[int, Field(ge=0, description="the same for the layers as they are")] = 4096
+    formerly: ClassVar[dict[str, str]] = {"largest": "exact", "own": "exact"}
+
+    exact: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="unknowns up to which a matrix is formed, to measure ranks where counting fails; none: 4,096 for "
+            "layers as they are, 1,024 for changed ones",
+        ),
+    ] = None
     work: Annotated[float, Field(ge=0, description="operations up to which the shares are computed, all together")] = (
         1e12
     )
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Verdict]:
-        obs = view.obs
-        if "input_shape" not in obs.knowledge:
-            raise NotApplicable("input_shape must be known, to run the model once.")
-        links = chain(obs.model, obs.knowledge.input_shape, obs.protocol.mode)
-        x, y, _ = probe(obs, at, rng)
+        links = view.links
+        x, y, _ = probe(view, at, rng)
         changes = list(variants(links, rng))
-        place = _Place(obs, x, y, 1 + len(changes), self.work)
-        own: dict[str, float] = {}
-        skipped: dict[str, list[str]] = {}
-        for name, metric in METRICS.items():
-            try:
-                own[name] = metric(links, place, self.own)
-            except ValueError as why:
-                skipped.setdefault(str(why).rstrip("."), []).append(f"{name} of the network as it is")
-        if not own:
-            raise UnbatchError(
-                "; ".join(f"{', '.join(names)}: not counted, since {why}" for why, names in skipped.items()) + "."
-            )
-        counted: list[tuple[dict[str, float], Variant]] = []
-        place.limit = "largest"
-        for variant in changes:
-            values: dict[str, float] = {}
-            for name in own:
-                try:
-                    values[name] = METRICS[name](variant.links, place, self.largest)
-                except ValueError as why:
-                    skipped.setdefault(str(why).rstrip("."), []).append(variant.words)
-            counted += [(values, variant)] if values else []
-        left = "; ".join(f"{', '.join(names)}: not counted, since {why}" for why, names in skipped.items())
+        place = _Place(view, x, y, 1 + len(changes), self.work)
+        skipped: dict[str, list[str]] = {}  # by the reason
+        own = self._own(links, place, skipped)
+        counted = self._counted(changes, own, place, skipped)
+        left = _left(skipped)
         if changes and skipped and not counted:
-            raise UnbatchError(f"no change could be counted. {left}.")
+            raise NotApplicable(f"no change could be counted. {left}")
         better = [each for each in counted if any(value < own[name] - LEAST for name, value in each[0].items())]
         better.sort(key=lambda each: ([each[0].get(name, own[name]) for name in own], each[1].words))
         found = [
@@ -127,8 +120,41 @@ class SaferDesign(Analysis):
             found = [Verdict(name=f"{name}: no change", value=value, words=words) for name, value in own.items()]
         if skipped:
             last = found.pop()
-            found.append(last.model_copy(update={"words": f"{last.words} {left}."}))
+            found.append(last.model_copy(update={"words": f"{last.words} {left}"}))
         return found
+
+    def _own(self, links: Sequence[Link], place: _Place, skipped: dict[str, list[str]]) -> dict[str, float]:
+        """Each metric of the network as it is. Raises NotApplicable: none can be counted."""
+        own: dict[str, float] = {}
+        for name, metric in METRICS.items():
+            try:
+                own[name] = metric(links, place, OWN if self.exact is None else self.exact)
+            except NotApplicable as why:
+                skipped.setdefault(str(why).rstrip("."), []).append(f"{name} of the network as it is")
+        if not own:
+            raise NotApplicable(_left(skipped))
+        return own
+
+    def _counted(
+        self, changes: Sequence[Variant], own: dict[str, float], place: _Place, skipped: dict[str, list[str]]
+    ) -> list[tuple[dict[str, float], Variant]]:
+        """The metrics that can be counted of each changed network; those that there is time for."""
+        counted: list[tuple[dict[str, float], Variant]] = []
+        for k, variant in enumerate(changes):
+            values: dict[str, float] = {}
+            for name in own:
+                try:
+                    tick_or_leave((k + 1) / (len(changes) + 1), "it was looked at")
+                    values[name] = METRICS[name](variant.links, place, CHANGED if self.exact is None else self.exact)
+                except NotApplicable as why:
+                    skipped.setdefault(str(why).rstrip("."), []).append(variant.words)
+            counted += [(values, variant)] if values else []
+        return counted
+
+
+def _left(skipped: dict[str, list[str]]) -> str:
+    """What was not counted, and why."""
+    return "; ".join(f"{', '.join(names)}: not counted, since {why}" for why, names in skipped.items()) + "."
 
 
 def _price(links: Sequence[Link], changed: Sequence[Link], name: str, own: dict[str, float]) -> str:

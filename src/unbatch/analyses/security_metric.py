@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Verdict
-from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.c_metric import solvability
-from unbatch.inversion.determined_share import share, work
+from unbatch.inversion.backward.rank_count import EACH_LAYER, constraints
+from unbatch.inversion.determined_share import SHARE, share, work
 from unbatch.inversion.probe import probe
 from unbatch.inversion.view import View
-from unbatch.network.chain import chain
-from unbatch.observation import Observation
+from unbatch.progress import tick
 
 
 @final
@@ -37,44 +37,54 @@ class SecurityMetric(Analysis):
 
     paper: ClassVar[str] = "Chen, Campbell, 2021 (c(M)); van Trees, 1968 (determined share)"
 
-    largest: Annotated[int, Field(gt=0, description="unknowns up to which ranks are measured where counting fails")] = (
-        4096
-    )
+    formerly: ClassVar[dict[str, str]] = {"largest": "exact"}
+
+    exact: Annotated[
+        int, Field(gt=0, description="unknowns up to which a matrix is formed, to measure ranks where counting fails")
+    ] = 4096
     work: Annotated[float, Field(ge=0, description="operations up to which the share is computed")] = 3e11
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Verdict]:
-        obs = view.obs
-        if "input_shape" not in obs.knowledge:
-            raise NotApplicable("input_shape must be known, to run the model once.")
-        x, y, whose = probe(obs, at, rng)
+        x, y, whose = probe(view, at, rng)
         found, refused = list[Verdict](), list[str]()
-        for number in (self._published, self._share):
+        for k, number in enumerate((self._published, self._share)):
+            tick(k / 2)
             try:
-                found.append(number(obs, x, y, whose))
-            except ValueError as error:
-                refused.append(str(error))
+                found.append(number(view, x, y, whose))
+            except NotApplicable as why:
+                refused.append(str(why))
         if not found:
-            raise UnbatchError(" ".join(refused))
+            raise NotApplicable(" ".join(refused))
         if refused:
             found[0] = found[0].model_copy(update={"words": f"{found[0].words} {refused[0]}"})
         return found
 
-    def _published(self, obs: Observation, x: Tensor, y: Tensor, whose: str) -> Verdict:
+    def _published(self, view: View, x: Tensor, y: Tensor, whose: str) -> Verdict:
         try:
-            links = chain(obs.model, obs.knowledge.input_shape, obs.protocol.mode)
-        except ValueError as error:
-            raise UnbatchError(f"c(M) does not know this network: {error}") from error
-        value, words = solvability(links, x, y, obs.loss, most=self.largest)
+            links = view.links
+        except NotApplicable as why:
+            raise NotApplicable(f"c(M) does not know this network: {why}") from why
+        value, words = solvability(
+            links,
+            x,
+            y,
+            view.loss,
+            most=self.exact,
+            read=lambda: view.once(EACH_LAYER, (x, y), lambda: constraints(links, x, y, view.loss)),
+        )
         return Verdict(name="c(M)", value=float(value), words=f"{words} (0: none; the more negative, the safer).")
 
-    def _share(self, obs: Observation, x: Tensor, y: Tensor, whose: str) -> Verdict:
-        needed = work(obs.model, obs.loss, x, y)
+    def _share(self, view: View, x: Tensor, y: Tensor, whose: str) -> Verdict:
+        needed = work(view.model, view.loss, x, y)
         if needed > self.work:
-            raise UnbatchError(
+            raise NotApplicable(
                 f"The determined share takes about {needed:.1e} operations, more than work={self.work:.1e}: a product with "
                 f"the Jacobian for each of {x.numel():,} unknowns."
             )
-        found = share(obs, x, y)
+        try:
+            found = view.once(SHARE, (x, y), lambda: share(view.obs, x, y))
+        except NotApplicable as why:
+            raise NotApplicable(f"The determined share was {why}") from why
         words = (
             f"of one input, by the whole gradient of it alone, to first order around {whose}: an attacker who finds the "
             f"place can expect about {found.psnr:.0f} dB of PSNR (1: all of it; 0: nothing beyond what inputs look like)."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
 import torch
@@ -11,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Bound
-from unbatch.errors import UnbatchError
+from unbatch.errors import NotApplicable
 from unbatch.inversion.fisher import Imagined, Information, check_noise, deviation, joined, jumps, premise
 from unbatch.inversion.view import View
 from unbatch.numerics.bounds.prior import GaussianPrior
@@ -20,13 +21,10 @@ from unbatch.numerics.callables import Apply
 from unbatch.numerics.linear.inverse_trace import dense_water_trace, inverse_trace, kronecker
 from unbatch.numerics.search.least_squares import example_gram
 from unbatch.observation import Observation
+from unbatch.progress import tick, tick_or_leave
 
 SURE = 0.975  # with which the sampling error that is taken off suffices
-LEAST = 4  # draws: their spread has three degrees of freedom
-
-Trace = Callable[
-    [float], tuple[float, float]
-]  # by t, below tr f(V), f(v) = v up to t / 4 and about a log beyond; its error
+FEWEST = 4  # draws: their spread has three degrees of freedom
 
 
 @final
@@ -58,88 +56,103 @@ class VanTrees(Analysis):
     steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 20
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
-        from scipy.stats import t as student
-
         obs = view.obs
         check_noise(obs)
         n, unknowns = obs.knowledge.batch_size, obs.knowledge.batch_size * math.prod(obs.knowledge.input_shape)
         small = unknowns <= self.exact
-        draws = self.draws if small else max(LEAST, self.draws // 4)
-        drawn, behind = Imagined.of(obs, at, rng, draws), premise(obs)
+        draws = self.draws if small else max(FEWEST, self.draws // 4)
+        drawn, behind = Imagined.of(view, at, rng, draws), premise(obs)
         obs = joined(obs)
         if why := jumps(obs, *drawn.batches[0], rng):
-            raise UnbatchError(why)
-        whole = [Information(obs, x, y) for x, y in drawn.batches]
-        matched = math.lgamma(n + 1)
-        t, trace = (
-            self._formed(obs, whole, drawn.prior, matched)
-            if small
-            else self._probed(obs, whole, drawn.prior, matched, rng)
-        )
-        total, error = trace(t)
-        off = float(student.ppf(SURE, (draws if small else min(draws, self.probes)) - 1)) * error
-        least = total - off - (t * matched / 2 if matched else 0.0)
+            raise NotApplicable(why)
+        prior, matched = drawn.prior, math.lgamma(n + 1)
+        found = (self._formed if small else self._probed)(obs, drawn, matched, rng)
+        least = found.total - found.off - (found.t * matched / 2 if matched else 0.0)
         if not least > 0:
-            raise UnbatchError(
-                f"{draws} prior draws differ too much to bound anything, or {n} answers matched to the truth fit it by "
-                f"themselves; raise draws={self.draws}."
+            raise NotApplicable(
+                f"{found.draws} prior draws differ too much to bound anything, or {n} answers matched to the truth fit it "
+                f"by themselves; raise draws={self.draws}."
             )
-        unit = drawn.prior.unit
         chance = -10 * math.log10(
-            float(drawn.prior.variances.mean()) / unit**2
+            float(prior.variances.mean()) / prior.unit**2
         )  # of an answer that is the prior's mean
-        how = "" if small else f" and {self.probes} random probes"
+        how = f" and {found.probes} random probes" if found.probes else ""
         words = (
-            f"{behind}; {drawn.words}{how} (standard error of the variance {error / total:.1%}, taken off "
-            f"{off / max(error, 1e-300):.1f} times); {n} answers, matched to the truth afterwards. The prior alone gives "
-            f"{chance:.1f} dB."
+            f"{behind}; {drawn.words(found.draws)}{how} (standard error of the variance {found.error / found.total:.1%}, "
+            f"taken off {found.off / max(found.error, 1e-300):.1f} times); {n} answers, matched to the truth afterwards. "
+            f"The prior alone gives {chance:.1f} dB."
         )
-        return [Bound.of("van Trees", math.sqrt(least / unknowns) / unit, "any", words, self.paper)]
+        return [Bound.of("van Trees", math.sqrt(least / unknowns) / prior.unit, "any", words, self.paper)]
 
-    def _formed(
-        self, obs: Observation, whole: list[Information], prior: GaussianPrior, matched: float
-    ) -> tuple[float, Trace]:
-        """t, and the trace by matrices: f(v) = v up to t / 4, t / 4 (1 + log(4 v / t)) beyond."""
-        n, sigma = obs.knowledge.batch_size, deviation(obs)
+    def _formed(self, obs: Observation, drawn: Imagined, matched: float, rng: torch.Generator) -> _Trace:
+        """By matrices: f(v) = v up to t / 4, t / 4 (1 + log(4 v / t)) beyond."""
+        prior, n, sigma = drawn.prior, obs.knowledge.batch_size, deviation(obs)
         half = prior.variances.to(obs.device).repeat(n).sqrt()
-        dense = [_whitened(each.matrix() / sigma**2, prior, n) / torch.outer(half, half) for each in whole]  # V^-1
+        dense = list[Tensor]()  # V^-1
+        for k, (x, y) in enumerate(drawn.batches):
+            if k >= FEWEST and not tick(k / len(drawn.batches)):
+                break
+            try:
+                F = Information(obs, x, y).matrix()
+            except NotApplicable:  # cut short in the middle of one
+                if k < FEWEST:
+                    raise
+                break
+            dense.append(_whitened(F / sigma**2, prior, n) / torch.outer(half, half))
         spectrum = 1 / torch.linalg.eigvalsh(torch.stack(dense).mean(0))
         t = 4 * water_level(spectrum, matched) if matched else math.inf
-        return t, lambda t: dense_water_trace([dense[i::4] for i in range(4)], t / 4)
+        total, error = dense_water_trace([dense[i::4] for i in range(4)], t / 4)
+        return _Trace(t, total, error, len(dense))
 
-    def _probed(
-        self,
-        obs: Observation,
-        whole: list[Information],
-        prior: GaussianPrior,
-        matched: float,
-        rng: torch.Generator,
-    ) -> tuple[float, Trace]:
-        """The same by products: f(v) = v t / (v + t), the inverse of V^-1 + I / t."""
-        n, sigma = obs.knowledge.batch_size, deviation(obs)
+    def _probed(self, obs: Observation, drawn: Imagined, matched: float, rng: torch.Generator) -> _Trace:
+        """By products: f(v) = v t / (v + t), the inverse of V^-1 + I / t."""
+        prior, n, sigma = drawn.prior, obs.knowledge.batch_size, deviation(obs)
         like = torch.zeros(n, prior.d, dtype=torch.float64, device=obs.device)
         variances = prior.variances.to(obs.device)
-        grams = [example_gram(each.push, like, len(each.sent), rng) for each in whole]
+        whole, grams = list[Information](), list[Tensor]()
+        for k, (x, y) in enumerate(drawn.batches):
+            if k >= FEWEST and not tick(k / len(drawn.batches)):
+                break
+            whole.append(Information(obs, x, y))
+            grams.append(example_gram(whole[-1].push, like, len(whole[-1].sent), rng))
         gram = torch.stack(grams).mean(0) / sigma**2
         spectrum = variances / (1 + torch.linalg.eigvalsh(gram).clamp_min(0)[:, None] * variances)
+        t = level(spectrum.flatten(), matched)
+        tick_or_leave(0.0, "any random probe was answered")
 
-        def trace(t: float) -> tuple[float, float]:
-            def told(each: Information) -> Apply:
-                return lambda z: z + variances * z / t + prior.pull(each.fisher(prior.push(z))) / sigma**2
+        def told(each: Information) -> Apply:
+            return lambda z: z + variances * z / t + prior.pull(each.fisher(prior.push(z))) / sigma**2
 
-            found = inverse_trace(
-                [[told(each) for each in whole[i::2]] for i in range(2)],
-                like,
-                rng,
-                probes=self.probes,
-                push=prior.push,
-                pull=prior.pull,
-                precondition=kronecker(gram + torch.eye(n).to(gram) / t, variances, 1.0),
-                steps=self.steps,
-            )
-            return found.value, found.error
+        found = inverse_trace(
+            [[told(each) for each in whole[i::2]] for i in range(2)],
+            like,
+            rng,
+            probes=self.probes,
+            push=prior.push,
+            pull=prior.pull,
+            precondition=kronecker(gram + torch.eye(n).to(gram) / t, variances, 1.0),
+            steps=self.steps,
+        )
+        return _Trace(t, found.value, found.error, len(whole), found.probes)
 
-        return level(spectrum.flatten(), matched), trace
+
+@dataclass(frozen=True)
+class _Trace:
+    """Below tr f(V), f(v) = v up to t / 4 and about a log beyond."""
+
+    t: float
+    total: float
+    error: float  # its standard error
+    draws: int
+    probes: int = 0  # random ones; 0 where matrices are formed
+
+    @property
+    def off(self) -> float:
+        """What is taken off for the sampling error."""
+        from scipy.stats import t as student
+
+        freedom = (min(self.draws, self.probes) if self.probes else self.draws) - 1
+        return float(student.ppf(SURE, freedom)) * self.error
 
 
 def _whitened(F: Tensor, prior: GaussianPrior, n: int) -> Tensor:

@@ -44,12 +44,14 @@ class LabelCount(Attack):
     uses: ClassVar[frozenset[str]] = frozenset({"clients", "input_range", "domain", "noise"}) | PROTOCOL_FIELDS
     demo: ClassVar[Demo] = Demo(case="digits:batch=4", floors={"label-accuracy": 1.0})
 
-    probes: Annotated[int, Field(gt=0, description="stand-in inputs behind the estimate")] = 256
+    formerly: ClassVar[dict[str, str]] = {"probes": "stand_ins"}
+
+    stand_ins: Annotated[int, Field(gt=0, description="stand-in inputs behind the estimate")] = 256
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         head, form = _head(view), _form(view)
         obs, n = view.obs, view.knowledge.batch_size
-        inputs = view.stand_in(self.probes, rng)
+        inputs = view.stand_in(self.stand_ins, rng)
         expected = n * _mean_answer(form, forward(obs.model, inputs).double().cpu().reshape(len(inputs), -1))
         features = layer_inputs(obs.model, head.name, inputs).cpu()
         reach = torch.tensor([0.1, 1.0, 10.0]).repeat(len(inputs))[: len(inputs)]

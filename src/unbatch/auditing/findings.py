@@ -2,43 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from unbatch.analysis import Analysis, Bound, LayerRisk, Verdict
+from unbatch.analysis import Analysis, Bound, Finding, LayerRisk, Verdict
 from unbatch.errors import NotApplicable
-from unbatch.observation import Observation
-from unbatch.reporting.results import Audit
+from unbatch.inversion.view import View
+from unbatch.progress import Watch, watching
+from unbatch.reporting.results import Analysed, Audit, Status
 from unbatch.truth import Truth
 
+SHARED_SECONDS = 3.0  # of all analyses together that nobody asked for by name, where no budget is given
+LARGEST_SHARE = 0.75  # of what is left of them, that one analysis may take
 
-def analyse(
-    analyses: Sequence[Analysis], obs: Observation, truth: Truth | None, record: Audit, *, client: int, named: bool
-) -> None:
-    """Everything of the first client, whose network is everybody's; of each other one its bounds.
 
-    What an analysis cannot say of an update is a note, if it was `named`, and left out if it was not.
+@dataclass(frozen=True)
+class Analyst:
+    """Runs analyses one after the other under a watch, and puts on record what they say, or why they say nothing.
+
+    Each analysis has `budget` seconds. Without one, analyses that were `named` take what they need, and the others share
+    `SHARED_SECONDS`. One that is cut short gives what it has. `kept` is called with the audit after each.
     """
-    bounding = {bound.analysis for bound in record.bounds}
-    at = (truth.inputs, truth.labels) if truth is not None else None
-    of = f" of client {client}" if client else ""
-    for analysis in analyses:
-        if client and analysis.name not in bounding:
-            continue
+
+    analyses: Sequence[Analysis]
+    named: bool
+    budget: float | None
+    watch: Watch
+    announce: Callable[[str], None] | None = None
+    kept: Callable[[Audit], None] | None = None
+
+    def read(self, record: Audit, view: View, truth: Truth | None, client: int) -> None:
+        """Put on record everything about the first client, whose network is everybody's; of each other one its bounds."""
+        bounding = {bound.analysis for bound in record.bounds}
+        at = (truth.inputs, truth.labels) if truth is not None else None
+        end = time.monotonic() + SHARED_SECONDS
+        for analysis in self.analyses:
+            if self.watch.stop or (client and analysis.name not in bounding):
+                continue
+            if self.announce:
+                self.announce(f"{analysis}, client {client}")
+            self.watch.begin(self._seconds(end))
+            done, findings = self._one(analysis, view, at, client)
+            record.analyses.append(done)
+            self._say(record, done)
+            _add(record, findings, analysis.name, client)
+            if self.kept:
+                self.kept(record)
+        if not client and record.risks and "earlier" in view.knowledge:
+            record.notes.append("what each layer gives away, and what it leaves open, is told of the last round alone.")
+
+    def _seconds(self, end: float) -> float:
+        """That the next analysis has."""
+        if self.budget is None:
+            return math.inf if self.named else max(end - time.monotonic(), 0.0) * LARGEST_SHARE
+        return self.budget or math.inf
+
+    def _one(
+        self, analysis: Analysis, view: View, at: tuple[torch.Tensor, torch.Tensor] | None, client: int
+    ) -> tuple[Analysed, Sequence[Finding]]:
+        """How one analysis ended, and what it found. Its defect must not cost the others their results."""
+        findings: Sequence[Finding] = ()
+        start, status, words = time.monotonic(), Status.DONE, ""
         try:
-            findings = analysis(obs, at=at, rng=torch.Generator().manual_seed(0))
+            with watching(self.watch):
+                findings = analysis(view, at=at, rng=torch.Generator().manual_seed(0))
         except NotApplicable as why:
-            if named:
-                record.notes.append(f"{analysis.name}{of}: {why}")
-            continue
-        except ValueError as error:
-            record.notes.append(f"{analysis.name}{of}: {error}")
-            continue
-        by = {"analysis": analysis.name}
-        record.bounds += [f.model_copy(update=by | {"client": client}) for f in findings if isinstance(f, Bound)]
-        if not client:
-            record.risks += [f.model_copy(update=by) for f in findings if isinstance(f, LayerRisk)]
-            record.verdicts += [f.model_copy(update=by) for f in findings if isinstance(f, Verdict)]
-    if not client and record.risks and "earlier" in obs.knowledge:
-        record.notes.append("what each layer gives away, and what it leaves open, is told of the last round alone.")
+            status, words = Status.NOT_APPLICABLE, str(why)
+        except Exception as error:
+            status, words = Status.FAILED, f"{type(error).__name__}: {error}"
+        if self.watch.cut_short and status is not Status.FAILED:
+            status = Status.CUT_SHORT
+        seconds = time.monotonic() - start
+        return Analysed(analysis=str(analysis), client=client, status=status, words=words, seconds=seconds), findings
+
+    def _say(self, record: Audit, done: Analysed) -> None:
+        """A note, where someone waits for an answer that is not there."""
+        if done.status is Status.FAILED or (self.named and done.words):
+            record.notes.append(f"{done.title}: {done.words}")
+
+
+def _add(record: Audit, findings: Sequence[Finding], name: str, client: int) -> None:
+    by = {"analysis": name}
+    record.bounds += [f.model_copy(update=by | {"client": client}) for f in findings if isinstance(f, Bound)]
+    if not client:
+        record.risks += [f.model_copy(update=by) for f in findings if isinstance(f, LayerRisk)]
+        record.verdicts += [f.model_copy(update=by) for f in findings if isinstance(f, Verdict)]

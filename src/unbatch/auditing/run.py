@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -21,13 +22,14 @@ from unbatch.auditing.certify import certify
 from unbatch.auditing.checks import flags
 from unbatch.auditing.client import observe
 from unbatch.auditing.diagnosis import diagnose
-from unbatch.auditing.findings import analyse
+from unbatch.auditing.findings import Analyst
 from unbatch.auditing.judge import Judge
 from unbatch.auditing.suites import suite
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Domain, domain_told
 from unbatch.errors import MissingExtra, NotApplicable, UnbatchError
+from unbatch.inversion.view import View
 from unbatch.knowledge import Earlier
 from unbatch.loss import identify
 from unbatch.metric import Metric
@@ -66,34 +68,34 @@ def audit(
 
     `setting` is a client, several, a case, or a captured Observation (without its `truth` there are no scores). `attacks`
     default to the latest suite, `metrics` and `analyses` to all that apply. Each of `remedies` is tried in a second
-    audit with that defence outermost, and summed up beside the first. `budget` is seconds for each run of an
-    attack. `sink` is called with the audit after each finished run; `resume` is an earlier audit of the same setting
+    audit with that defence outermost, and summed up beside the first. `budget` is seconds for each run of an attack and
+    for each analysis; without one, attacks and `analyses` given by name take what they need, and default analyses share
+    three seconds (`math.inf`: all take what they need). What is cut short gives what it has until then, and the audit says
+    so. `sink` is called with the audit after each analysis and each run; `resume` is an earlier audit of the same setting
     whose finished runs are kept. An attack that takes a defence's likelihood, or earlier rounds, runs twice where they are
     known, without and with. `watch` hears the progress of each run and can stop it; `announce` hears its name.
-    Raises ValueError: unknown plugin or option, or `resume` is of something else.
+    Raises UnbatchError: unknown plugin or option, or `resume` is of something else.
     """
     plan = _Plan(setting, truth, attacks, defences, metrics, analyses, remedies, device)
     record = plan.record(list(seeds), budget)
     kept = _kept(record, resume)
     watch = watch or Watch()
-    for index, (obs, truth) in enumerate(plan.exchanges):
-        record.clients.append(plan.client(index))
-        analyse(plan.analyses, obs, truth, record, client=index, named=plan.named)
-    for index in range(len(plan.exchanges)):
-        for attack in plan.attacks:
-            for seed, adaptive in itertools.product(seeds, plan.ways(index, attack)):
-                blank = plan.blank(index, attack, seed, adaptive)
-                held = kept.get(blank.key)
-                if held is None and not watch.stop:
-                    if announce:
-                        announce(f"{blank.title}, client {index}, seed {seed}")
-                    watch.deadline = time.monotonic() + budget if budget else float("inf")
-                    held = plan.run(blank, attack, watch)
-                if held is not None:
-                    record.runs.append(held)
-                    record.flags = flags(record)
-                    if sink:
-                        sink(record)
+    record.clients = [plan.client(index) for index in range(len(plan.exchanges))]
+    analyst = Analyst(plan.analyses, plan.named, budget, watch, announce, sink)
+    for index, (obs, private) in enumerate(plan.exchanges):
+        analyst.read(record, View.of(obs), private, index)
+    for attack, blank in plan.blanks(seeds):
+        held = kept.get(blank.key)
+        if held is None and not watch.stop:
+            if announce:
+                announce(f"{blank.title}, client {blank.client}, seed {blank.seed}")
+            watch.begin(budget or math.inf)
+            held = plan.run(blank, attack, watch)
+        if held is not None:
+            record.runs.append(held)
+            record.flags = flags(record)
+            if sink:
+                sink(record)
     record.notes += plan.notes()
     for remedy in plan.remedies:
         try:
@@ -248,6 +250,13 @@ class _Plan:
         known = self.exchanges[index][0].knowledge
         return (False, True) if ADAPTIVE & set(known) & (attack.needs | attack.uses) else (False,)
 
+    def blanks(self, seeds: Sequence[int]) -> Iterator[tuple[Attack, Run]]:
+        """Every run of the audit, in order, to be filled."""
+        for index in range(len(self.exchanges)):
+            for attack in self.attacks:
+                for seed, adaptive in itertools.product(seeds, self.ways(index, attack)):
+                    yield attack, self.blank(index, attack, seed, adaptive)
+
     def blank(self, index: int, attack: Attack, seed: int, adaptive: bool) -> Run:
         """A run to be filled."""
         known, taken = set(self.exchanges[index][0].knowledge), attack.needs | attack.uses
@@ -275,7 +284,6 @@ class _Plan:
             if isinstance(attack, ActiveAttack):
                 obs, truth = self._planted(index, attack, seed)
             with watching(watch):
-                watch.cut_short = False
                 obs = obs if run.adaptive else obs.only(*(set(obs.knowledge) - ADAPTIVE))
                 found = certify(obs, attack(obs, seed=seed))
             if found.inputs is not None and found.labels is not None and not found.layer and _certain(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import traceback
@@ -131,7 +132,9 @@ def audit(
     protocol: Rules = None,
     knows: Knows = None,
     seed: Annotated[list[int] | None, typer.Option(help="Of the attacks; give several times for several runs.")] = None,
-    budget: Annotated[float | None, typer.Option(min=0, help="Seconds for each run of an attack.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="Seconds for each run of an attack, and for each analysis.")
+    ] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where report.html and audit.json go.")] = Path("audit"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the finished runs of the audit.json in --out.")
@@ -190,6 +193,7 @@ def risk(
     defence: Defences = None,
     protocol: Rules = None,
     knows: Knows = None,
+    budget: Annotated[float | None, typer.Option(min=0, help="Seconds for each analysis; default: no limit.")] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -198,9 +202,18 @@ def risk(
     from unbatch.command.settings import target_of
 
     target = target_of(case, model, data, loss, reduction, size, batch, observation, protocol, knows or [])
-    record = run(target, attacks=(), defences=defence or (), metrics=(), analyses=analysis, device=device)
+    record = run(
+        target,
+        attacks=(),
+        defences=defence or (),
+        metrics=(),
+        analyses=analysis,
+        budget=math.inf if budget is None else budget,
+        device=device,
+    )
     if as_json:
-        typer.echo(json.dumps(record.model_dump(mode="json", include={"risks", "bounds", "verdicts"}), indent=1))
+        shown = {"risks", "bounds", "verdicts", "analyses"}
+        typer.echo(json.dumps(record.model_dump(mode="json", include=shown), indent=1))
     else:
         _risks(record)
 
@@ -361,6 +374,7 @@ def _summary(record: Audit, folder: Path, quiet: bool) -> None:
         for run in record.runs:
             if run.words:
                 out.print(f"{run.title}, client {run.client}: {run.status}: {run.words}", markup=False)
+        _cut_short(record)
         for note in record.notes:
             out.print(note, markup=False)
         for flag in record.flags:
@@ -399,10 +413,19 @@ def _risks(record: Audit) -> None:
         out.print(f"{least}; {b.assumptions} ({b.source})", markup=False)
     for v in record.numbers():
         out.print(f"{v.name} = {v.value:.4g}: {v.words}", markup=False)
+    _cut_short(record)
+    if record.silent():
+        out.print(f"Nothing to say here: {', '.join(each.title for each in record.silent())}.", markup=False)
     for note in record.notes:
         out.print(note, markup=False)
     if record.privacy:
         out.print(f"differential privacy: {record.privacy.words()}", markup=False)
+
+
+def _cut_short(record: Audit) -> None:
+    for each in record.shortened():
+        why = each.words or "what it says is what it had until then."
+        out.print(f"{each.title}: cut short after {each.seconds:.1f} s (more with --budget): {why}", markup=False)
 
 
 def main(arguments: list[str] | None = None) -> Any:

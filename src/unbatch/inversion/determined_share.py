@@ -1,10 +1,10 @@
-"""Determined: how much of one example a gradient determines, to first order around it, for any differentiable model."""
+"""Determined share: how much of one example a gradient determines, to first order around it, for any model."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,14 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from unbatch.errors import UnbatchError
 from unbatch.loss import Loss
 from unbatch.network.chain import Chained
+from unbatch.network.dense import Call, LinearCalls
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.observation import Observation
+from unbatch.progress import afford_or_leave, tick_or_leave
 
 ROUNDINGS = 4  # of a tensor's root mean square: the error of its entries
 ROWS = 2  # of the Jacobian, for each unknown and tensor, into which longer gradients are summed with random signs
 ENTRIES = 2**23  # of the Jacobian: where it has more, all tensors share its rows, `ROWS` for each unknown at least
 SCATTERED = 60.0  # operations in the time that a scattered sum takes for an entry
 COLUMNS = 64  # of the Jacobian that are computed at once
+SHARE = "determined share"  # by what name views keep it (`View.once`)
+OUTER = 1e-9  # relative, up to which a gradient is the outer product that it must be
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Determined:
 def share(obs: Observation, x: Tensor, y: Tensor, model: nn.Module | None = None) -> Determined:
     """`determined` as the exchange has it: range, mode, precision, noise and what is sent; of its model, or another one.
 
-    The parameters of a `Chained` model go by the names of its links. Raises ValueError: as `determined`.
+    The parameters of a `Chained` model go by the names of its links. Raises as `determined`.
     """
     model = obs.model if model is None else model
     own = model.named() if isinstance(model, Chained) else {name: name for name, _ in model.named_parameters()}
@@ -56,11 +60,17 @@ def share(obs: Observation, x: Tensor, y: Tensor, model: nn.Module | None = None
 
 
 def work(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> float:
-    """Floating-point operations that `determined` takes, about: two gradients an unknown, summed, and the factors."""
+    """Floating-point operations that `determined` takes, about: two gradients an unknown, summed, and the factors.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    >>> work(model, nn.functional.cross_entropy, torch.zeros(1, 1, 4, 4), torch.tensor([1])) > 1e4
+    True
+    """
     model = copy.deepcopy(model).double().eval().requires_grad_()
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         loss(model(x.double()), y.double() if y.is_floating_point() else y).backward()  # type: ignore[no-untyped-call]
-    entries, d = sum(p.numel() for p in model.parameters()), x.numel()
+    dense = {id(layer.weight): sum(layer.weight.shape) + 1 for layer in model.modules() if isinstance(layer, nn.Linear)}
+    entries, d = sum(min(p.numel(), dense.get(id(p), p.numel())) for p in model.parameters()), x.numel()
     rows = min(entries, max(ROWS * d, ENTRIES // d))
     return 2.0 * d * float(counter.get_total_flops()) + SCATTERED * d * entries + 2.0 * d**2 * (rows + d)
 
@@ -78,69 +88,185 @@ def determined(
     sent: Container[str] | None = None,
     rng: torch.Generator | None = None,
 ) -> Determined:
-    """1 - tr (C^-1 + J^T S^-1 J)^-1 / tr C at the example x [1, *shape], y [1].
+    """How much of one example its gradient determines, to first order around it: 1 all of it, 0 nothing beyond a prior.
+
+    1 - tr (C^-1 + J^T S^-1 J)^-1 / tr C at the example x [1, *shape], y [1].
 
     J [e, d] is the Jacobian with respect to x of dL/dW, of all parameters or those `sent`; S the variance of rounding and
     of `noise` that was added: the square of four times `eps` times a tensor's root mean square, plus noise^2. C is the
-    covariance of `GaussianPrior`. To first order: whether a search finds the place is not asked. Dropout drops nothing. A
-    tensor of more than two entries an unknown is summed into so many by random signs (a count sketch), and all tensors
-    together where that is still too much: it leaves J^T S^-1 J as it is on average.
+    covariance of `GaussianPrior` for inputs in the range `box`. To first order: whether a search finds the place is not
+    asked. Dropout drops nothing.
+
+    A dense layer's dL/dW = delta a^T changes by delta' a^T + delta a'^T, which p + q + 1 numbers hold without loss (its
+    weight has p q). Another tensor of more than two entries an unknown is summed into so many by random signs of `rng` (a
+    count sketch), and all tensors together where that is still too much: it leaves J^T S^-1 J as it is on average.
 
     With C = R R^T and [S^-1/2 J R; 1] = Q T, T triangular: tr (C^-1 + J^T S^-1 J)^-1 = |R T^-1|^2.
     Source: the Bayesian Cramer-Rao bound of van Trees (1968) with a Gaussian prior;
-    Clarkson and Woodruff, J. ACM 63, 2017 (sketch). Raises ValueError: the gradient is not finite there.
+    Clarkson and Woodruff, J. ACM 63, 2017 (sketch). Raises UnbatchError: the gradient is not finite there; NotApplicable:
+    it was cut short.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).requires_grad_()
+    >>> at = torch.full((1, 1, 2, 2), 0.5), torch.tensor([1])
+    >>> round(determined(model, nn.functional.cross_entropy, *at).share, 3)
+    1.0
     """
-    shape, rng = tuple(x.shape[1:]), rng or torch.Generator().manual_seed(0)
-    model = copy.deepcopy(model).double().train(mode == "train")
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.eval()
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {name: tensor.detach().clone() for name, tensor in state.items()}
-    own = [name for name, _ in model.named_parameters() if sent is None or name in sent]
-    y = y.double() if y.is_floating_point() else y
-    sketch: dict[str, tuple[Tensor, Tensor]] = {}  # weight and row of every entry
-    rows = 0
-
-    def value(weights: dict[str, Tensor], at: Tensor) -> Tensor:
-        buffers = {k: v.clone() for k, v in state.items() if k not in weights}  # batch norm in train mode writes them
-        return loss(functional_call(model, {**weights, **buffers}, (at.view(1, *shape),)), y)
-
-    def update(at: Tensor) -> Tensor:
-        found = grad(value)({name: state[name] for name in own}, at)
-        weighed = torch.cat([found[name].flatten() * weight for name, (weight, _) in sketch.items()])
-        return at.new_zeros(rows).index_add(0, places, weighed)
-
-    at = x.double().flatten()
-    d = len(at)
-    gradient = grad(value)({name: state[name] for name in own}, at)
-    most = ROWS * d
-    for name, tensor in gradient.items():
-        size, e = float(tensor.square().mean().sqrt()), tensor.numel()
-        if not math.isfinite(size):
-            raise UnbatchError(f"the gradient of {name!r} is not finite at the example.")
-        if size > 0:
-            signs = 2.0 * torch.randint(2, (e,), generator=rng) - 1 if e > most else torch.ones(e)
-            to = torch.randint(most, (e,), generator=rng) if e > most else torch.arange(e)
-            error = ((ROUNDINGS * eps * size) ** 2 + noise**2) ** 0.5
-            sketch[name] = signs.to(at) / error, rows + to.to(at.device)
-            rows += min(e, most)
-    prior = GaussianPrior(shape, box)
+    seen = _Gradient(model, loss, x, y, mode, sent)
+    rng = rng or torch.Generator().manual_seed(0)
+    rows = seen.weigh(eps, noise, rng)
+    prior, d = GaussianPrior(tuple(x.shape[1:]), box), x.numel()
     whole = open_ = float(prior.variances.sum())
-    if sketch:
-        places = torch.cat([to for _, to in sketch.values()])
-        if rows > (few := max(most, ENTRIES // d)):
-            again = torch.randint(few, (rows,), generator=rng).to(at.device)
-            signs = (2.0 * torch.randint(2, (rows,), generator=rng) - 1).to(at)
-            sketch = {name: (weight * signs[to], to) for name, (weight, to) in sketch.items()}
-            places, rows = again[places], few
-        system = at.new_zeros(rows + d, d)
-        system[rows:] = eye = torch.eye(d).to(at)
+    if rows:
+        afford_or_leave(2.0 * d**2 * rows, f"a matrix of {rows + d:,} x {d:,} is factored")
+        system = seen.at.new_zeros(rows + d, d)
+        system[rows:] = eye = torch.eye(d).to(seen.at)
         for k, part in enumerate(torch.split(prior.push(eye), COLUMNS)):
-            moved = vmap(lambda v: jvp(update, (at,), (v,))[1])(part).detach()
-            system[:rows, k * COLUMNS : k * COLUMNS + len(part)] = moved.T
+            tick_or_leave(k * COLUMNS / d, f"{d - k * COLUMNS:,} of the {d:,} unknowns were looked at")
+            system[:rows, k * COLUMNS : k * COLUMNS + len(part)] = seen.moved(part).T
         T = torch.linalg.qr(system, mode="r").R
         inverse = torch.linalg.solve_triangular(T, eye, upper=True)
-        open_ = float((prior.variances.to(at) * inverse.square().sum(1)).sum())
+        open_ = float((prior.variances.to(seen.at) * inverse.square().sum(1)).sum())
     unit = box[1] - box[0]
     return Determined(1 - open_ / whole, -10 * math.log10(max(open_ / d / unit**2, 1e-300)))
+
+
+@dataclass(frozen=True)
+class _Outer:
+    """A dense layer that takes one vector a [q]: its weight's gradient is delta a^T, delta [p]."""
+
+    delta: Tensor  # at the example
+    a: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.delta) + len(self.a) + 1
+
+    def compressed(self, delta: Tensor, a: Tensor) -> Tensor:
+        """As many numbers [p + q + 1] as hold delta' a^T + delta a'^T, of the same norm, of the changes delta' and a'."""
+        long, wide = self.delta.norm(), self.a.norm()
+        u, v = self.delta / long, self.a / wide
+        across, along = u @ delta, v @ a
+        both = wide * across + long * along
+        return torch.cat([wide * (delta - across * u), long * (a - along * v), both[None]])
+
+
+class _Gradient:
+    """dL/dW of one example as a function of its inputs, in the rows that `weigh` chooses."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        x: Tensor,
+        y: Tensor,
+        mode: Literal["train", "eval"],
+        sent: Container[str] | None,
+    ) -> None:
+        self.model, self.loss, self.shape = copy.deepcopy(model).double().train(mode == "train"), loss, x.shape
+        for module in self.model.modules():
+            if isinstance(module, _DropoutNd):
+                module.eval()
+        state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        self.state = {name: tensor.detach().clone() for name, tensor in state.items()}
+        self.own = [name for name, _ in self.model.named_parameters() if sent is None or name in sent]
+        self.y = y.double() if y.is_floating_point() else y
+        self.at = x.double().flatten()
+        self.taps: dict[str, Tensor] = {}  # zeros that are added to the outputs of dense layers, by the weight's name
+        self.gradient = grad(self._value)({name: self.state[name] for name in self.own}, {}, self.at)
+        self.outer = self._outer()
+        self.weights: dict[str, Tensor] = {}  # of every row of a tensor, before they are summed
+        self.places: Tensor | None = None  # of the rows to be summed; none: each stays by itself
+        self.rows = 0
+
+    def _value(self, weights: dict[str, Tensor], taps: dict[str, Tensor], at: Tensor) -> Tensor:
+        return self._heard(weights, taps, at)[0]
+
+    def _heard(
+        self, weights: dict[str, Tensor], taps: dict[str, Tensor], at: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and what the dense layers that are tapped receive [1, q]."""
+        buffers = {k: v.clone() for k, v in self.state.items() if k not in weights and k not in taps}
+        whole = {**weights, **buffers, **{name: self.state[name] for name in taps}}
+        names = {id(whole[name]): name for name in taps}
+        inputs: dict[str, Tensor] = {}
+
+        def hear(call: Call, compute: Callable[[], Tensor]) -> Tensor:
+            name = names.get(id(call["weight"]))
+            if name is None:
+                return compute()
+            inputs[name] = call["input"]
+            return compute() + taps[name]
+
+        with LinearCalls(hear):
+            return self.loss(functional_call(self.model, whole, (at.view(self.shape),)), self.y), inputs
+
+    def _outer(self) -> dict[str, _Outer]:
+        """The dense layers whose weight is met once, with one vector, so that its gradient is an outer product."""
+        taken: dict[str, int] = {}
+        names = {id(self.state[name]): name for name in self.own}
+
+        def hear(call: Call, compute: Callable[[], Tensor]) -> Tensor:
+            out, name = compute(), names.get(id(call["weight"]))
+            if name is not None:
+                alone = out.ndim == 2 and len(out) == 1 and name not in taken
+                taken[name] = out.shape[1] if alone else 0
+            return out
+
+        copied = {k: self.state[k] if k in self.own else v.clone() for k, v in self.state.items()}
+        with LinearCalls(hear):
+            functional_call(self.model, copied, (self.at.view(self.shape),))
+        taps = {name: self.at.new_zeros(1, p) for name, p in taken.items() if p}
+        deltas, inputs = grad(self._heard, argnums=1, has_aux=True)({}, taps, self.at) if taps else ({}, {})
+        found = {}
+        for name, delta in deltas.items():
+            each, G = _Outer(delta[0], inputs[name][0].detach()), self.gradient[name]
+            far = (torch.outer(each.delta, each.a) - G).norm()
+            if each.rows < G.numel() and float(far) <= OUTER * float(G.norm()):
+                found[name] = each
+        self.taps = {name: taps[name] for name in found}
+        return found
+
+    def weigh(self, eps: float, noise: float, rng: torch.Generator) -> int:
+        """Choose the rows, each divided by its error; how many. Raises UnbatchError: a gradient is not finite."""
+        d, places = len(self.at), list[Tensor]()
+        most = ROWS * d
+        for name, tensor in self.gradient.items():
+            size = float(tensor.square().mean().sqrt())
+            e = self.outer[name].rows if name in self.outer else tensor.numel()
+            if not math.isfinite(size):
+                raise UnbatchError(f"the gradient of {name!r} is not finite at the example.")
+            if size > 0:
+                signs = 2.0 * torch.randint(2, (e,), generator=rng) - 1 if e > most else torch.ones(e)
+                to = torch.randint(most, (e,), generator=rng) if e > most else torch.arange(e)
+                error = ((ROUNDINGS * eps * size) ** 2 + noise**2) ** 0.5
+                self.weights[name] = signs.to(self.at) / error
+                places.append(self.rows + to.to(self.at.device))
+                self.rows += min(e, most)
+        if self.rows > (few := max(most, ENTRIES // d)):
+            again = torch.randint(few, (self.rows,), generator=rng).to(self.at.device)
+            signs = (2.0 * torch.randint(2, (self.rows,), generator=rng) - 1).to(self.at)
+            self.weights = {
+                name: weight * signs[to] for (name, weight), to in zip(self.weights.items(), places, strict=True)
+            }
+            places, self.rows = [again[to] for to in places], few
+        if self.rows < sum(map(len, places)):
+            self.places = torch.cat(places)
+        return self.rows
+
+    def _update(self, at: Tensor) -> Tensor:
+        """The rows [rows] at an input [d]."""
+        plain = {name: self.state[name] for name in self.weights if name not in self.outer}
+        (found, deltas), inputs = grad(self._heard, argnums=(0, 1), has_aux=True)(plain, self.taps, at)
+        parts = list[Tensor]()
+        for name, weight in self.weights.items():
+            if name in self.outer:
+                parts.append(self.outer[name].compressed(deltas[name][0], inputs[name][0]) * weight)
+            else:
+                parts.append(found[name].flatten() * weight)
+        weighed = torch.cat(parts)
+        return weighed if self.places is None else at.new_zeros(self.rows).index_add(0, self.places, weighed)
+
+    def moved(self, directions: Tensor) -> Tensor:
+        """How the rows change along each of `directions` [k, d]: [k, rows]."""
+        found: Tensor = vmap(lambda v: jvp(self._update, (self.at,), (v,))[1])(directions)
+        return found.detach()

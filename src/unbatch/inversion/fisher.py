@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.errors import NotApplicable
 from unbatch.inversion.mean_round import mean_round, still
+from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge, shares
 from unbatch.loss import draw_labels, reduction
 from unbatch.network.dense import forward, in_mode
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.search.softening import has_kinks
 from unbatch.observation import Observation
+from unbatch.progress import tick_or_leave
 from unbatch.protocol import shortened
 
 LEAST = 1e-100  # noise whose square is a number
@@ -61,12 +63,13 @@ class Information:
         return self.pull(self.push(v))
 
     def matrix(self) -> Tensor:
-        """J^T J [n d, n d]."""
+        """J^T J [n d, n d]. Raises NotApplicable: it was cut short."""
         p, e = self.x.numel(), len(self.sent)
         if not self.back.requires_grad:
             return torch.zeros(p, p).to(self.sent)
         rows, eye = list[Tensor](), torch.eye(p).to(self.sent)
         for part in torch.split(eye, max(1, ENTRIES // e) if e <= SMALL else 1):
+            tick_or_leave(len(rows) * len(part) / p, f"the information of all {p:,} unknowns was formed")
             if len(part) == 1:
                 rows.append(self.fisher(part[0]).view(1, -1))
                 continue
@@ -83,7 +86,7 @@ def sent(obs: Observation, x: Tensor, y: Tensor, *, create_graph: bool = False) 
         return _flat(obs, x, y, create_graph, known.get("clip", known.get("clip_within")))
     form = reduction(obs.loss, forward(obs.model, x.detach()), y)
     if form is None:
-        raise UnbatchError(
+        raise NotApplicable(
             "the loss is neither a mean nor a sum of one term an example, so no gradient is one example's."
         )
     one = replace(obs, knowledge=known.only(*(set(known) - {"local_steps", "epochs", "local_batch_size", "clients"})))
@@ -183,10 +186,10 @@ def premise(obs: Observation) -> str:
 
 
 def fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
-    """Raises ValueError: the inputs do not explain the update but for noise of the size that is told, no more and no less.
+    """Check that the inputs explain the update but for noise of the size that is told, no more and no less.
 
     What else changes an update may tell more of the inputs than its Fisher information knows. So in each round. A noisy
-    update that was changed afterwards is not seen, so there is nothing to compare.
+    update that was changed afterwards is not seen, so there is nothing to compare. Raises NotApplicable: they do not.
     """
     if "noise_within" in obs.knowledge:
         return
@@ -204,7 +207,7 @@ def _fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
     least, most = sigma * max(e - x.numel() - spread, 0.0) ** 0.5 - rounding, sigma * (e + spread) ** 0.5 + rounding
     off = float((seen - clean).norm())
     if not least <= off <= most:
-        raise UnbatchError(
+        raise NotApplicable(
             f"the batch explains the update to {off:.2g}, and its noise to between {max(least, 0.0):.2g} and {most:.2g}: "
             "another defence changed it, or the noise is not of the size that is told. The bound is one for noise alone."
         )
@@ -212,16 +215,24 @@ def _fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Imagined:
-    """A Gaussian prior, and batches drawn from it with their labels."""
+    """A Gaussian prior, and batches drawn from it with their labels: what a bound on average over inputs looks at.
+
+    The prior is one of pictures, or independent entries about the middle of the range, for a table as well: bounds need its
+    density, which a domain's own draws do not have. `words` say which.
+    """
 
     prior: GaussianPrior
     batches: list[tuple[Tensor, Tensor]]  # inputs [n, *shape], labels [n]
-    words: str  # what the average over them is of
+    over: str  # what the average over them is of, without how many they are
+
+    def words(self, draws: int) -> str:
+        """What the average over the first `draws` of them is of."""
+        return f"{self.over}, from {draws} prior draws without the truth"
 
     @classmethod
     def of(
         cls,
-        obs: Observation,
+        view: View,
         at: tuple[Tensor, Tensor] | None,
         rng: torch.Generator,
         draws: int,
@@ -230,9 +241,9 @@ class Imagined:
     ) -> Imagined:
         """Labels are the truth's or the known ones, else drawn anew for every `alike` batches.
 
-        Raises ValueError: as `fitted`, of the truth `at`.
+        Raises NotApplicable: as `fitted`, of the truth `at`.
         """
-        known = obs.knowledge
+        obs, known = view.obs, view.knowledge
         prior = GaussianPrior(known.input_shape, known.get("input_range", (0.0, 1.0)))
         if at is not None:
             fitted(obs, at[0].to(obs.device), at[1].to(obs.device))
@@ -246,7 +257,9 @@ class Imagined:
                 y = draw_labels(obs.loss, forward(obs.model, x), rng).to(obs.device)
             batches.append((x, y))
         over = "over labels drawn at random" if told is None else "for these labels"
-        return cls(prior, batches, f"on average over {prior}, {over}, from {draws} prior draws without the truth")
+        guess = " (the range is not known, and a table's rows may well lie elsewhere)"
+        unsure = not view.domain.bounded
+        return cls(prior, batches, f"on average over {prior}{guess if unsure else ''}, {over}")
 
 
 def jumps(obs: Observation, x: Tensor, y: Tensor, rng: torch.Generator) -> str | None:

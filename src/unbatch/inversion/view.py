@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,12 @@ from unbatch.domain import Domain, domain_told
 from unbatch.errors import NotApplicable
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss, LossForm, identify
+from unbatch.network.chain import Link, chain
 from unbatch.network.dense import Anatomy, Dense, anatomy
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol, Update
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +64,7 @@ class View:
 
     obs: Observation
     network: _Network
+    found: dict[str, list[tuple[tuple[Tensor, ...], object]]] = field(default_factory=dict, repr=False)  # by `once`
 
     @classmethod
     def of(cls, obs: Observation) -> View:
@@ -151,6 +157,35 @@ class View:
     def stand_in(self, n: int, rng: torch.Generator) -> Tensor:
         """Inputs [n, *input_shape] that look like examples but know nothing of the private ones: the domain's prior."""
         return self.domain.prior(n, rng).to(self.obs.device)
+
+    @cached_property
+    def links(self) -> list[Link]:
+        """The layers in the order in which they run, one feeding the next (`chain`), of a copy of the model.
+
+        Raises NotApplicable: the network is no chain, and where it breaks; or input_shape is not known.
+        """
+        if "input_shape" not in self.knowledge:
+            raise NotApplicable("input_shape must be known, to run the model once.")
+        try:
+            return chain(self.model, self.knowledge.input_shape, self.protocol.mode)
+        except ValueError as error:
+            raise NotApplicable(str(error)) from error
+
+    def once(self, name: str, at: tuple[Tensor, ...], find: Callable[[], T]) -> T:
+        """What `find` gives at these tensors; asked by the same name at equal ones, it is not computed again.
+
+        >>> model = nn.Linear(2, 2)
+        >>> view = View.of(Observation(model=model, loss=nn.functional.mse_loss, update={}, knowledge=Knowledge()))
+        >>> view.once("sum", (torch.ones(2),), lambda: 2.0), view.once("sum", (torch.ones(2),), lambda: 3.0)
+        (2.0, 2.0)
+        """
+        held = self.found.setdefault(name, [])
+        for place, value in held:
+            if len(place) == len(at) and all(torch.equal(a, b) for a, b in zip(place, at, strict=True)):
+                return cast("T", value)
+        value = find()
+        held.append((at, value))
+        return value
 
     def undo(self, layer: Dense, received: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, str]:
         """The network's inputs [n, *input_shape] behind what a dense layer received [n, d], with their relative bounds [n].

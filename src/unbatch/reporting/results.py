@@ -121,6 +121,25 @@ class Run(_Record):
         return self.status in (Status.DONE, Status.CUT_SHORT)
 
 
+class Analysed(_Record):
+    """How one analysis of one client's exchange ended; what it found stands in the audit's risks, bounds and verdicts.
+
+    >>> Analysed(analysis="van-trees", status=Status.CUT_SHORT, words="3 of 16 draws were made.").title
+    'van-trees'
+    """
+
+    analysis: str  # as spelt
+    client: int = 0
+    status: Status
+    words: str = ""  # why it has nothing to say, or what failed
+    seconds: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """The analysis, and of which client where that is not the first one."""
+        return f"{self.analysis.partition(':')[0]}{f' of client {self.client}' if self.client else ''}"
+
+
 class Client(_Record):
     """One client's private batch, rendered for the judge; empty pictures where the truth is not known."""
 
@@ -199,6 +218,7 @@ class Audit(_Record):
     environment: dict[str, str] = {}
     clients: list[Client] = []
     runs: list[Run] = []
+    analyses: list[Analysed] = []  # how each one ended; none in files of before they were watched
     risks: list[LayerRisk] = []
     bounds: list[Bound] = []
     verdicts: list[Verdict] = []
@@ -251,6 +271,14 @@ class Audit(_Record):
             if hit:
                 found.setdefault(run.layer, set()).update(hit)
         return found
+
+    def shortened(self) -> list[Analysed]:
+        """The analyses that were cut short: what they found is what they had until then."""
+        return [each for each in self.analyses if each.status is Status.CUT_SHORT]
+
+    def silent(self) -> list[Analysed]:
+        """The analyses that have nothing to say of this exchange, with the reason."""
+        return [each for each in self.analyses if each.status is Status.NOT_APPLICABLE]
 
     def way(self) -> list[LayerRisk]:
         """The layers that an attacker reads backward, from the network's input to its output."""

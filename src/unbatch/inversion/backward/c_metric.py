@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from unbatch.errors import UnbatchError
+from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.rank_count import Constraints, Unread, c_of, constraints, elementwise
 from unbatch.inversion.backward.variants import first_dense
 from unbatch.layer import rule_for
 from unbatch.layers.activation import Activation
 from unbatch.loss import Loss
 from unbatch.network.chain import Link
+from unbatch.progress import afford_or_leave
 
 Kind = tuple[tuple[int, ...], tuple[str, ...]]  # the shape of a layer's input, and the layers up to the next activation
 
@@ -32,16 +33,17 @@ def solvability(
     loss: Loss,
     *,
     most: int,
-    limit: str = "largest",
+    read: Callable[[], Sequence[Constraints | Unread]] | None = None,
     found: dict[Kind, Constraints | Unread] | None = None,
 ) -> Solvability:
     """How much of one image a network's convolutions leave open, as the published number c(M): 0 is nothing.
 
     c(M) = sum over convolutions i of round[(D - 1 - i) / (D - 1) (rank [W_i; K_i] - n_i)]: D layers with the dense one, n_i
     unknowns. Every layer with parameters before the first dense one must be a convolution or elementwise.
-    x [1, *shape], y [1]: the example at which ranks are measured, up to `most` unknowns, an option by the name `limit`.
+    x [1, *shape], y [1]: the example at which ranks are measured, up to `most` unknowns.
     Layers of one kind have the same; those in `found` are not looked at again, and what is found is written into it.
-    Raises UnbatchError: c(M) does not know the network, or ranks are too many to measure.
+    `read` gives the constraints of all layers, where they are kept.
+    Raises NotApplicable: c(M) does not know the network, ranks are too many to measure, or there is no time for it.
     Source: Chen and Campbell, 2021.
 
     >>> import torch
@@ -56,25 +58,28 @@ def solvability(
     unknown = [link for link in trunk if link.name not in kinds and any(True for _ in link.module.parameters())]
     names = [f"{link.name!r} ({type(link.module).__name__})" for link in unknown if not elementwise(link)]
     if names:
-        raise UnbatchError(
+        raise NotApplicable(
             f"c(M) knows convolutions and elementwise layers before the first dense one, not {', '.join(names)}."
         )
     missing = {name: kind for name, kind in kinds.items() if kind not in found}
-    for each in constraints(links, x, y, loss, only=missing) if missing else ():
-        found[missing[each.link.name]] = each
+    if missing:
+        for each in read() if read else constraints(links, x, y, loss, only=missing):
+            if each.link.name in missing:
+                found[missing[each.link.name]] = each
     known = dict[str, Constraints]()
     for name, kind in kinds.items():
         own = found[kind]
         if isinstance(own, Unread) or own.curved:
             why = own.why if isinstance(own, Unread) else own.curved
-            raise UnbatchError(f"c(M): what is known of the output of {name} cannot be counted: {why}.")
+            raise NotApplicable(f"c(M): what is known of the output of {name} cannot be counted: {why}.")
         known[name] = own
     large = [name for name, own in known.items() if own.counted is None and own.unknowns > most]
     if large:
-        raise UnbatchError(
-            f"c(M): the ranks of {', '.join(large)} cannot be counted, and their unknowns are more than {limit}={most} to "
+        raise NotApplicable(
+            f"c(M): the ranks of {', '.join(large)} cannot be counted, and their unknowns are more than exact={most} to "
             "measure."
         )
+    afford_or_leave(sum(own.effort for own in known.values()), "c(M): ranks were measured")
     value = c_of([(own.unknowns, own.both) for own in known.values()])
     return Solvability(value, _said(value, trunk, known))
 

@@ -22,6 +22,9 @@ from unbatch.network.chain import Link
 from unbatch.numerics.linear.linsys import LinearSystem
 from unbatch.numerics.linear.rank_law import ConvRanks, conv_ranks
 
+EACH_LAYER = "constraints of each layer"  # by what name views keep them (`View.once`)
+EFFORT = 10.0  # operations for each cubed unknown, in which a layer's three ranks are measured
+
 
 @dataclass(frozen=True)
 class Constraints:
@@ -63,6 +66,12 @@ class Constraints:
         """Largest over least singular value of [W; K], both blocks equally heavy; those at rounding are left out."""
         S = self._both.singular_values()
         return float(S[0] / S[-1]) if len(S) else float("inf")
+
+    @property
+    def effort(self) -> float:
+        """Floating-point operations in which its ranks are measured, about; 0 where they are known."""
+        known = self.counted is not None or {"gradient", "both"} <= set(self.__dict__)
+        return 0.0 if known else EFFORT * float(self.unknowns) ** 3
 
     @property
     def deficit(self) -> int:

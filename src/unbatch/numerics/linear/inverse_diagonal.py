@@ -10,12 +10,14 @@ from torch import Tensor
 
 from unbatch.numerics.callables import Apply
 from unbatch.numerics.search.least_squares import conjugate_gradients
+from unbatch.progress import tick
 
 NULL_TOLERANCE = 1e-10  # relative residual, at which what A does not determine stands out
 FLAT_SHARE = 1e-16  # of A's mean eigenvalue: less is no slow convergence, but nothing
 MOVED_SHARE = 1e-6  # of a random direction's size: what is left in an entry that A determines
 PROBE_TOLERANCE = 1e-4  # relative residual of a probe
 FACTOR_ERROR = 1e-4  # relative error of a factored matrix
+FEWEST_PROBES = 2  # that have a spread: fewer are not stopped at
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class InverseDiagonal:
     open: float = 0.0
     total: float = 0.0
     spread: float = 0.0
+    probes: int = 0  # random ones that it was estimated from
 
 
 def dense_inverse_diagonal(A: Tensor, push: Callable[[Tensor], Tensor]) -> InverseDiagonal:
@@ -116,7 +119,9 @@ def inverse_diagonal(
     lost = max(1, round(float((g * left).sum()))) if moved.any() else 0
     kept = (~moved).to(like)
     plain, less = [], []
-    for _ in range(probes if lost < like.numel() and kept.any() else 0):
+    for k in range(probes if lost < like.numel() and kept.any() else 0):
+        if k >= FEWEST_PROBES and not tick(k / probes):
+            break
         v = kept * (2.0 * torch.randint(2, like.shape, generator=rng) - 1).to(like)
         w = solve(v, PROBE_TOLERANCE, steps)
         plain.append(v * w)
@@ -129,9 +134,10 @@ def inverse_diagonal(
     sums = each.flatten(1).sum(1)
     return InverseDiagonal(
         torch.where(moved, torch.inf, each.mean(0)),
-        each.std(0) / probes**0.5,
+        each.std(0) / len(each) ** 0.5,
         lost,
         0.0 if unseen else size if size > MOVED_SHARE else 0.0,
         float(sums.mean()),
-        float(sums.std() / probes**0.5),
+        float(sums.std() / len(each) ** 0.5),
+        len(each),
     )

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from unbatch.numerics.callables import Apply
 from unbatch.numerics.search.least_squares import conjugate_gradients
+from unbatch.progress import tick
+
+FEWEST_PROBES = 2  # that have a spread: fewer are not stopped at
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class InverseTrace:
     value: float
     error: float
     diagonal: Tensor
+    probes: int  # random ones that it was estimated from
 
 
 def inverse_trace(
@@ -62,16 +66,21 @@ def inverse_trace(
     """
     values = like.new_zeros(probes, sum(map(len, folds)))
     diagonal = torch.zeros_like(like)
+    done = 0
     for row in values:
+        if done >= FEWEST_PROBES and not tick(done / probes):
+            break
         v = (2.0 * torch.randint(2, like.shape, generator=rng) - 1).to(like)
         b, found = pull(v), list[Tensor]()
         for held, others in _split(folds):
             *_, w = torch.zeros_like(b), *conjugate_gradients(_mean(others), b, precondition, steps, tolerance)
             found += [2 * (b * w).sum() - (w * draw(w)).sum() for draw in held]
-            diagonal += v * push(w) / (len(folds) * probes)
+            diagonal += v * push(w) / len(folds)
         row.copy_(torch.stack(found))
+        done += 1
+    values = values[:done]
     error = (_error(values.mean(0)) ** 2 + _error(values.mean(1)) ** 2) ** 0.5
-    return InverseTrace(float(values.mean()), error, diagonal)
+    return InverseTrace(float(values.mean()), error, diagonal / done, done)
 
 
 def dense_inverse_trace(folds: Sequence[Sequence[Tensor]], weights: Tensor) -> tuple[float, float, Tensor]:
