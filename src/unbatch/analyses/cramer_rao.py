@@ -19,7 +19,7 @@ from unbatch.inversion.view import View
 from unbatch.numerics.linear.inverse_diagonal import InverseDiagonal, dense_inverse_diagonal, inverse_diagonal
 from unbatch.numerics.linear.inverse_trace import kronecker
 from unbatch.numerics.search.least_squares import example_gram
-from unbatch.progress import tick_or_leave
+from unbatch.progress import tick, tick_or_leave
 
 ALWAYS, LARGE = 512, 4096  # unknowns up to which the matrix is formed, the latter within
 WORK = 2**26  # unknowns times entries: about ten seconds of one core
@@ -93,7 +93,7 @@ class CramerRao(Analysis):
         solve = kronecker(example_gram(at.push, like, entries, rng), torch.ones(1).to(like), 0.0)
         start = solve(torch.eye(len(like)).to(like)).diagonal()[:, None].expand_as(like)
         found = inverse_diagonal(
-            at.fisher, like, rng, probes=self.probes, precondition=solve, start=start, steps=self.steps
+            at.fisher, like, rng, probes=self.probes, precondition=solve, start=start, steps=self.steps, tick=tick
         )
         if found.lost:
             moved = int(found.diagonal.isinf().sum())

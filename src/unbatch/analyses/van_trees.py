@@ -132,6 +132,7 @@ class VanTrees(Analysis):
             pull=prior.pull,
             precondition=kronecker(gram + torch.eye(n).to(gram) / t, variances, 1.0),
             steps=self.steps,
+            tick=tick,
         )
         return _Trace(t, found.value, found.error, len(whole), found.probes)
 

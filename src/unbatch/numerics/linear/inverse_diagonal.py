@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.numerics.callables import Apply
+from unbatch.numerics.callables import Apply, Tick
 from unbatch.numerics.search.least_squares import conjugate_gradients
-from unbatch.progress import tick
 
 NULL_TOLERANCE = 1e-10  # relative residual, at which what A does not determine stands out
 FLAT_SHARE = 1e-16  # of A's mean eigenvalue: less is no slow convergence, but nothing
@@ -86,6 +85,7 @@ def inverse_diagonal(
     precondition: Apply = lambda v: v,
     start: Tensor | None = None,
     steps: int = 60,
+    tick: Tick = lambda share: True,
 ) -> InverseDiagonal:
     """The diagonal of the inverse of a positive semidefinite matrix A too large to hold, by random probes.
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.numerics.callables import Apply
+from unbatch.numerics.callables import Apply, Tick
 from unbatch.numerics.search.least_squares import conjugate_gradients
-from unbatch.progress import tick
 
 FEWEST_PROBES = 2  # that have a spread: fewer are not stopped at
 
@@ -47,6 +46,7 @@ def inverse_trace(
     precondition: Apply = lambda v: v,
     steps: int = 50,
     tolerance: float = 1e-3,
+    tick: Tick = lambda share: True,
 ) -> InverseTrace:
     """The trace of the inverse of a large matrix, never too large by more than the probes' error.
 
