@@ -174,8 +174,9 @@ class View:
     def once(self, name: str, at: tuple[Tensor, ...], find: Callable[[], T]) -> T:
         """What `find` gives at these tensors; asked by the same name at equal ones, it is not computed again.
 
-        >>> model = nn.Linear(2, 2)
-        >>> view = View.of(Observation(model=model, loss=nn.functional.mse_loss, update={}, knowledge=Knowledge()))
+        >>> model, loss = nn.Linear(2, 2, bias=False), nn.functional.mse_loss
+        >>> told = {"update": {"weight": torch.ones(2, 2)}, "knowledge": Knowledge()}
+        >>> view = View.of(Observation(model=model, loss=loss, **told))
         >>> view.once("sum", (torch.ones(2),), lambda: 2.0), view.once("sum", (torch.ones(2),), lambda: 3.0)
         (2.0, 2.0)
         """

@@ -25,7 +25,7 @@ class InverseTrace:
 
     A trace from below, its standard error, and the diagonal [n, d] it is the sum of.
 
-    >>> InverseTrace(1.5, 0.0, torch.ones(1, 2)).value
+    >>> InverseTrace(1.5, 0.0, torch.ones(1, 2), 4).value
     1.5
     """
 
