@@ -19,6 +19,14 @@ def certify(obs: Observation, found: Reconstruction) -> Reconstruction:
     example that came with no claim gets none. Where every example and label of a batch of known size is there, the
     trace holds the residual, |update - simulated update| / |update|: a small one is evidence, not a proof, since
     different batches can share a gradient.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(4, 3), torch.nn.functional.cross_entropy
+    >>> seen, truth = unbatch.observe(model, loss, torch.ones(1, 4), torch.tensor([2]))
+    >>> guess = unbatch.Reconstruction(inputs=torch.zeros(1, 4), labels=torch.tensor([2]))
+    >>> certified = certify(seen, guess)
+    >>> certified.bound, certified.trace["residual"] > 0.1
+    (tensor([inf], dtype=torch.float64), True)
     """
     k = len(found)
     bound = found.bound if found.bound is not None else torch.full((k,), torch.inf, dtype=torch.float64)

@@ -30,6 +30,16 @@ def explanations(obs: Observation, inputs: Tensor, labels: Tensor) -> list[Expla
 
     Each candidate protocol (the declared one; the gradient in train and eval mode; 1 to 8 local steps of SGD, with and
     without momentum; 1 to 3 of Adam) is simulated and fitted by one factor c = <u, s> / <s, s>.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(4, 3), torch.nn.functional.cross_entropy
+    >>> x, y = torch.eye(4)[:2], torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, loss, x, y)
+    >>> flipped = {name: -tensor for name, tensor in seen.update.items()}
+    >>> captured = unbatch.Observation(model=model, loss=loss, update=flipped)
+    >>> best = explanations(captured, x, y)[0]
+    >>> round(best.factor, 3), best.fits
+    (-1.0, True)
     """
     first = next(obs.model.parameters())
     x, y = inputs.to(first.device, first.dtype), labels.to(first.device)
@@ -58,6 +68,15 @@ def diagnose(obs: Observation, inputs: Tensor | None = None, labels: Tensor | No
 
     With inputs and labels that the update should come from (your own test batch, or an exact attack's find) the
     readings of `explanations` are compared. Without them, only what the head's gradient alone proves is said.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(4, 3), torch.nn.functional.cross_entropy
+    >>> x, y = torch.eye(4)[:2], torch.tensor([0, 2])
+    >>> seen, truth = unbatch.observe(model, loss, x, y)
+    >>> flipped = {name: -tensor for name, tensor in seen.update.items()}
+    >>> captured = unbatch.Observation(model=model, loss=loss, update=flipped)
+    >>> diagnose(captured, x, y)
+    ['The sign is flipped (the descent direction instead of the gradient): multiply the update by -1.']
     """
     notes = _sizes(obs)
     missing = [k for k, p in obs.model.named_parameters() if p.requires_grad and k not in obs.update]

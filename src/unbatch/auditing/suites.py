@@ -11,7 +11,11 @@ LATEST = "first"
 
 
 def suite(name: str = LATEST) -> tuple[str, ...]:
-    """The attacks of a suite, as spelt. Raises ValueError: no such suite."""
+    """The attacks of a suite, as spelt. Raises ValueError: no such suite.
+
+    >>> suite("first")
+    ('bias-ratio', 'label-count', 'gradient-matching')
+    """
     if name not in SUITES:
         raise UnbatchError(f"unknown suite {name!r}; known: {', '.join(SUITES)}.")
     return SUITES[name]

@@ -22,6 +22,10 @@ class Clip(Defence):
     u -> u min(1, norm / |u|), with |u| the l2 norm over all entries of the update.
 
     Only the length changes, so the examples behind the direction stay as they were.
+
+    >>> import torch
+    >>> Clip(norm=1.0).expected({"weight": torch.tensor([3.0, 4.0])})
+    {'weight': tensor([0.6000, 0.8000])}
     """
 
     paper: ClassVar[str] = "Abadi et al., CCS 2016; McMahan et al., ICLR 2018 (per client)"

@@ -28,6 +28,13 @@ class DpSgd(Defence):
     differ by one example added or removed. At sampling_rate=1 every step takes all data, the worst case.
     Raises UnbatchError: a module that Opacus cannot treat (batch norm), a loss that is no mean (or sum) over examples, more
     local steps than are accounted for.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    >>> seen, truth = unbatch.observe(model, loss, x, y, defences="dp-sgd:clip=1,noise_multiplier=2")
+    >>> seen.knowledge.privacy.clip, seen.knowledge.privacy.noise_multiplier, seen.knowledge.noise  # 2 * 1 / 4
+    (1.0, 2.0, 0.5)
     """
 
     paper: ClassVar[str] = (

@@ -24,6 +24,13 @@ class LabelSmoothing(Defence):
     The loss is declared, so attacks compute with it, and there is no likelihood of its own.
     For cross entropy and binary cross entropy this is training on smoothed targets.
     Raises UnbatchError: labels that are neither classes nor bits.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    >>> seen, truth = unbatch.observe(model, loss, x, y, defences="label-smoothing:epsilon=0.1")
+    >>> print(unbatch.inversion.view.View.of(seen).form)
+    cross-entropy (mean, label smoothing 0.1)
     """
 
     paper: ClassVar[str] = "Szegedy et al., CVPR 2016"

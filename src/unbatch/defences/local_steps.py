@@ -24,6 +24,13 @@ class LocalSteps(Defence):
     Nothing is drawn, so it has no likelihood: attacks that know the numbers unroll the steps.
     Replaces what the round says of local training; weight decay, the mode of batch norm and the rounds of the same batch
     stay the round's.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    >>> seen, truth = unbatch.observe(model, loss, x, y, defences="local-steps:steps=3,learning_rate=0.1")
+    >>> seen.knowledge.local_steps, seen.knowledge.learning_rate
+    (3, 0.1)
     """
 
     paper: ClassVar[str] = "McMahan et al., AISTATS 2017"

@@ -25,6 +25,13 @@ class Mixup(Defence):
 
     It has no likelihood: the server sees neither the pairs nor the blend.
     Raises UnbatchError: inputs are tokens, which cannot be blended.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    >>> seen, truth = unbatch.observe(model, loss, x, y, defences="mixup:alpha=0.4")
+    >>> seen.knowledge.mixup
+    0.4
     """
 
     paper: ClassVar[str] = "Zhang et al., ICLR 2018"

@@ -22,6 +22,13 @@ class Noise(Defence):
     u -> u + s z, z standard normal in every entry; s = sigma, or sigma rms(u) where `relative`.
 
     rms is over all entries of the update. The absolute sigma is part of the protocol and made known.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    >>> seen, truth = unbatch.observe(model, loss, x, y, defences="noise:sigma=0.1")
+    >>> seen.knowledge.noise
+    0.1
     """
 
     paper: ClassVar[str] = "Abadi et al., CCS 2016; Zhu, Liu and Han, NeurIPS 2019 (against inversion)"

@@ -18,6 +18,10 @@ class Prune(Defence):
     """Sends only the largest entries of the update; all others become zero.
 
     The floor(share N) entries of least magnitude among all N of the update become zero (top-k sparsification).
+
+    >>> import torch
+    >>> Prune(share=0.5).expected({"weight": torch.tensor([3.0, -0.1, 0.2, -4.0])})
+    {'weight': tensor([ 3.,  0.,  0., -4.])}
     """
 
     paper: ClassVar[str] = "Lin et al., Deep Gradient Compression, ICLR 2018; Zhu, Liu and Han, NeurIPS 2019"

@@ -28,6 +28,13 @@ class Quantise(Defence):
 
     Stochastic rounding goes up with the probability of the fraction, so that the mean is right (and draws differ);
     without it the nearest level is taken.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    >>> seen, truth = unbatch.observe(model, loss, x, y, defences="quantise:bits=2")
+    >>> len(seen.update["weight"].unique()) <= 3, seen.knowledge.altered
+    (True, 'quantise:bits=2,stochastic=true')
     """
 
     paper: ClassVar[str] = "Alistarh et al., QSGD, NeurIPS 2017"

@@ -24,6 +24,14 @@ class SecureAggregation(Defence):
 
     The shares follow the order of the batch, the first n mod clients of them one larger (torch.tensor_split). What is
     recovered belongs to somebody in the union. Raises UnbatchError: more clients than examples.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    >>> seen, truth = unbatch.observe(model, loss, x, y, defences="secure-aggregation:clients=2")
+    >>> one, other = (unbatch.observe(model, loss, x[k], y[k])[0].update for k in (slice(2), slice(2, 4)))
+    >>> torch.allclose(seen.update["weight"], one["weight"] + other["weight"])
+    True
     """
 
     paper: ClassVar[str] = "Bonawitz et al., CCS 2017"

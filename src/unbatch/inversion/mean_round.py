@@ -12,7 +12,16 @@ from unbatch.protocol import Update
 
 
 def still(obs: Observation) -> bool:
-    """Whether all rounds that are known are at the same parameters."""
+    """Whether all rounds that are known are at the same parameters.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    >>> twice = unbatch.Protocol(rounds=2)  # of the same batch, at the same parameters
+    >>> seen, truth = unbatch.observe(model, loss, x, y, protocol=twice, defences="noise:sigma=0.1")
+    >>> still(seen)
+    True
+    """
     return all(one.model is obs.model for one in obs.exchanges)
 
 
@@ -21,6 +30,15 @@ def mean_round(obs: Observation, weights: Sequence[Update] | None = None) -> dic
 
     sum_t w_t u_t / sum_t w_t in every entry, w_t the `weights` of the rounds, 1 where none are given; 0 where no round has
     any. It stands for the rounds where they are `still`: a mean over other parameters is no update of any.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    >>> twice = unbatch.Protocol(rounds=2)  # of the same batch, at the same parameters
+    >>> seen, truth = unbatch.observe(model, loss, x, y, protocol=twice, defences="noise:sigma=0.1")
+    >>> one, other = (exchange.update["weight"].double() for exchange in seen.exchanges)
+    >>> torch.allclose(mean_round(seen)["weight"], (one + other) / 2)
+    True
     """
     rounds, found = obs.exchanges, dict[str, Tensor]()
     for name in obs.update:

@@ -29,6 +29,16 @@ def averaged(obs: Observation) -> Observation:
     Gaussian about what is expected. The draws' spread s, of which a variance v is seen to differ from round to round,
     becomes sqrt(s^2 - v + v / T) of T rounds: rounding that errs in the same way every time stays, and updates that are
     all the same tell what one does.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    >>> twice = unbatch.Protocol(rounds=2)  # of the same batch, at the same parameters
+    >>> seen, truth = unbatch.observe(model, loss, x, y, protocol=twice, defences="noise:sigma=0.1")
+    >>> len(seen.exchanges), len(averaged(seen).exchanges)
+    (2, 1)
+    >>> averaged(seen).knowledge.noise < seen.knowledge.noise
+    True
     """
     rounds, law, known = obs.exchanges, Likelihood.of(obs.knowledge), obs.knowledge
     T, last = len(rounds), rounds[-1]
@@ -82,6 +92,14 @@ def clearest(obs: Observation) -> Observation:
     """The one exchange that is best read directly: the rounds `averaged`, or the one that stands out of its noise most.
 
     The latter where parameters moved between them: of the largest |update|^2 over the sum of its entries' variances.
+
+    >>> import torch, unbatch
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    >>> twice = unbatch.Protocol(rounds=2)  # of the same batch, at the same parameters
+    >>> seen, truth = unbatch.observe(model, loss, x, y, protocol=twice, defences="noise:sigma=0.1")
+    >>> clearest(seen).knowledge.get("earlier", ())
+    ()
     """
     law = Likelihood.of(obs.knowledge)
 
@@ -100,6 +118,15 @@ def restored(view: View, *, lowest: bool = False) -> View:
 
     [dL/dW, dL/db] has the rank of the batch size n: n (m + d) numbers, fewer than are seen where n is small. With `lowest`
     entries that carry noise, too, become those of the nearest matrix of that rank.
+
+    >>> import torch, unbatch
+    >>> from unbatch.inversion.view import View
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.tensor([[1.0, 0.01]]), torch.tensor([0])
+    >>> seen, truth = unbatch.observe(model, loss, x, y, defences="prune:share=0.3")
+    >>> whole, _ = unbatch.observe(model, loss, x, y)
+    >>> torch.allclose(restored(View.of(seen)).update["weight"].float(), whole.update["weight"], atol=1e-6)
+    True
     """
     obs = clearest(view.obs)
     law = Likelihood.of(obs.knowledge)
@@ -112,7 +139,16 @@ def restored(view: View, *, lowest: bool = False) -> View:
 
 
 def each_restored(view: View) -> View:
-    """The exchange with every round of it `restored`."""
+    """The exchange with every round of it `restored`.
+
+    >>> import torch, unbatch
+    >>> from unbatch.inversion.view import View
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.tensor([[1.0, 0.01]]), torch.tensor([0])
+    >>> seen, truth = unbatch.observe(model, loss, x, y, defences="prune:share=0.3")
+    >>> each_restored(View.of(seen)).update["weight"].shape
+    torch.Size([2, 2])
+    """
     *past, last = [restored(view.like(one)).obs for one in view.obs.exchanges]
     earlier = [Earlier(state=one.model.state_dict(), update=one.update) for one in past]
     told = replace(last, knowledge=last.knowledge | Knowledge(earlier=earlier)) if earlier else last
@@ -120,7 +156,16 @@ def each_restored(view: View) -> View:
 
 
 def unseen(obs: Observation) -> dict[str, Tensor]:
-    """Which entries of the `clearest` update say nothing (True), by tensor, under the law that is known; none without."""
+    """Which entries of the `clearest` update say nothing (True), by tensor, under the law that is known; none without.
+
+    >>> import torch, unbatch
+    >>> from unbatch.inversion.view import View
+    >>> model, loss = torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy
+    >>> x, y = torch.tensor([[1.0, 0.01]]), torch.tensor([0])
+    >>> seen, truth = unbatch.observe(model, loss, x, y, defences="prune:share=0.3")
+    >>> int(unseen(seen)["weight"].sum())
+    1
+    """
     obs = clearest(obs)
     law = Likelihood.of(obs.knowledge)
     if law is None:
