@@ -31,6 +31,7 @@ from unbatch.benchmarks import bounds as noisy_gradients
 from unbatch.case import Setting
 from unbatch.errors import NotApplicable
 from unbatch.inversion.fisher import Imagined, Information, jumps
+from unbatch.inversion.probe import probe
 from unbatch.inversion.view import View
 from unbatch.loss import loss_named
 from unbatch.models.small import ACTIVATIONS
@@ -761,3 +762,65 @@ def test_under_noise_no_mixture_is_certified() -> None:
             errors = torch.cdist(x, truth.inputs.double().flatten(1)).amin(1) / x.norm(dim=1)
             assert bool((errors <= found.bound).all())
     assert returned
+
+
+# ------------------------------------------------------------------------------------------------- cut short
+
+
+@pytest.mark.parametrize("spec", ["van-trees:draws=64", "noise-information:draws=64"])
+def test_a_bound_that_is_cut_short_is_one_from_fewer_draws(spec: str) -> None:
+    x = GaussianPrior((1, 3, 3)).draw(2, torch.Generator().manual_seed(0))
+    obs = seen(tanh((1, 3, 3), 24), LOSS, x, torch.arange(2), 0.1)
+    with watching(Watch(stop=True)) as watch:
+        if spec.startswith("van"):  # one draw is not left in its middle, where there are not yet four
+            with pytest.raises(NotApplicable, match="cut short before the information"):
+                one(spec, obs)
+        else:
+            assert "from 4 prior draws" in one(spec, obs).assumptions
+        watch.stop, heard = False, list[float]()
+
+        def listen(share: float, best: float | None) -> None:
+            heard.append(share)
+            watch.stop = share >= 0.25
+
+        watch.listener = listen
+        short = one(spec, obs)
+        assert watch.cut_short
+    assert heard
+    whole = one(spec, obs)
+    assert "from 64 prior draws" in whole.assumptions
+    assert "from 16 prior draws" in short.assumptions
+    assert 0.5 * whole.value < short.value < 1.02 * whole.value
+
+
+def test_probes_that_are_cut_short_leave_a_larger_error_bar() -> None:
+    x, y = torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1])
+    obs = seen(tanh((1, 3, 4), 30), LOSS, x, y, 1e-3)
+    with watching(Watch()) as watch:
+        watch.listener = lambda share, best: setattr(watch, "stop", share > 0)
+        short = one("cramer-rao:exact=0,probes=64", obs, (x, y))
+        assert watch.cut_short
+        watch.listener, watch.stop = None, True
+        with pytest.raises(NotApplicable, match="cut short before"):
+            one("cramer-rao", obs, (x, y))
+    whole = one("cramer-rao:exact=0,probes=64", obs, (x, y))
+    assert "from 2 random probes" in short.assumptions
+    assert "from 64 random probes" in whole.assumptions
+    assert short.error > 0
+    assert abs(short.value - whole.value) < 20 * (short.error + whole.error)
+
+
+def test_a_table_is_looked_at_where_its_rows_lie() -> None:
+    """Without the truth: standardised columns, whose range nobody told, are no numbers in [0, 1]."""
+    model = nn.Sequential(nn.Linear(30, 16), nn.Tanh(), nn.Linear(16, 2))
+    x, y = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)), torch.arange(4) % 2
+    for ranged in (False, True):
+        told = Knowledge(domain="table") | (Knowledge(input_range=(-1.0, 1.0)) if ranged else Knowledge())
+        obs = observe(model, LOSS, x, y, defences=["noise:sigma=.1"], knowledge=told, protocol=EVAL)[0]
+        drawn, _, whose = probe(View.of(obs), None, torch.Generator().manual_seed(0), whole=True)
+        assert drawn.shape == x.shape
+        assert whose == "a batch drawn from the prior"
+        assert float(drawn.min()) == -1.0 if ranged else float(drawn.min()) < -1.5
+        assert -0.3 < float(drawn.mean()) < 0.3
+        words = one("van-trees", obs).assumptions
+        assert ("the range is not known, and a table's rows may well lie elsewhere" in words) != ranged

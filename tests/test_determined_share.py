@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from unbatch.analysis import Analysis
 from unbatch.auditing.client import observe
 from unbatch.case import Case
+from unbatch.errors import NotApplicable
 from unbatch.inversion.determined_share import ROUNDINGS, determined, work
 from unbatch.loss import loss_named
 from unbatch.models.small import build
 from unbatch.numerics.bounds.prior import CONTRAST
+from unbatch.progress import Watch, watching
 from unbatch.protocol import Protocol
 
 Y = torch.tensor([1])
@@ -139,6 +141,45 @@ def test_the_analysis_answers_for_networks_that_are_no_chain() -> None:
     assert verdict.name == "determined share"
     assert verdict.value > 0.999
     assert "c(M) does not know this network" in verdict.words
+
+
+def test_it_is_watched_column_by_column() -> None:
+    model, x = network(nn.Conv2d(3, 4, 3), nn.Tanh()), torch.rand(1, 3, 6, 6)
+    heard: list[float] = []
+    with watching(Watch(listener=lambda share, best: heard.append(share))) as watch:
+        whole = determined(model, LOSS, x, Y)
+        assert heard == [0, 64 / 108]
+        watch.listener = lambda share, best: setattr(watch, "stop", share > 0)
+        with pytest.raises(NotApplicable, match="cut short before 44 of the 108 unknowns were looked at"):
+            determined(model, LOSS, x, Y)
+        watch.stop, watch.deadline = False, 0.0
+        with pytest.raises(NotApplicable, match="cut short before a matrix of"):
+            determined(model, LOSS, x, Y)
+    assert determined(model, LOSS, x, Y) == whole
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_dense_layer_is_held_without_loss(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all entries of its gradient say it; also where two calls share a weight, whose gradient is no outer product."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.layer(x))
+            out: Tensor = self.head(torch.tanh(self.layer(x)) if shared else x)
+            return out
+
+    torch.manual_seed(0)
+    model, x = Twice().double(), torch.rand(1, 6)
+    monkeypatch.setattr("unbatch.inversion.determined_share.ROWS", 1000)
+    found = determined(model, LOSS, x, Y, noise=0.05)
+    monkeypatch.setattr("unbatch.inversion.determined_share.OUTER", -1.0)
+    every = determined(model, LOSS, x, Y, noise=0.05)
+    assert 0.05 < every.share < 0.999
+    assert found.share == pytest.approx(every.share, rel=1e-9)
 
 
 def test_a_gradient_that_is_not_finite_is_named() -> None:

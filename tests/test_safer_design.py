@@ -13,7 +13,7 @@ from unbatch.analyses.safer_design import METRICS, SaferDesign
 from unbatch.analysis import Analysis, Verdict
 from unbatch.auditing.client import observe
 from unbatch.case import Case
-from unbatch.errors import NotApplicable
+from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.observation import Observation
 
 
@@ -130,6 +130,20 @@ def test_at_most_so_many_are_given_and_the_answer_is_the_same_again(exchange: Ex
     assert list(every) == list(SaferDesign(most=9)(obs, at=(x, y)))
     shares = [v.value for v in every if v.name.startswith("determined share")]
     assert shares == sorted(shares)
+
+
+@pytest.mark.parametrize(
+    ("spec", "now"),
+    [
+        ("safer-design:own=5", "exact"),
+        ("safer-design:largest=5", "exact"),
+        ("security-metric:largest=5", "exact"),
+        ("layer-equations:condition=5", "exact"),
+    ],
+)
+def test_an_option_that_had_another_name_says_so(spec: str, now: str) -> None:
+    with pytest.raises(UnbatchError, match=f"unknown option '.*'; it is called '{now}' now"):
+        Analysis.parse(spec)
 
 
 def test_another_metric_stands_beside(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
