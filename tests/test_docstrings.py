@@ -14,8 +14,8 @@ from unbatch.errors import MissingExtra
 MODULES = ["unbatch", *(found.name for found in pkgutil.walk_packages(unbatch.__path__, "unbatch."))]
 PACKAGE = Path(unbatch.__path__[0])
 SHOWN = (  # rooms, and modules at the top level, in which everything public comes with an example
-    *("attack", "bundle", "case", "cases", "loss", "metric", "metrics", "models", "numerics", "observation"),
-    *("reconstruction", "truth"),
+    *("attack", "bundle", "case", "cases", "loss", "metric", "metrics", "models", "numerics"),
+    *("observation", "progress", "reconstruction", "truth"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).with_suffix("").parts[0] in SHOWN)
 EXTRAS = {"matplotlib", "opacus", "pandas", "skimage", "sklearn", "IPython"}

@@ -81,20 +81,48 @@ def affords(operations: float) -> bool:
 
 
 def tick_or_leave(share: float, what: str) -> None:
-    """`tick` in work that has nothing to give before its end. Raises NotApplicable: it is to stop, before `what`."""
+    """`tick` in work that has nothing to give before its end.
+
+    Raises NotApplicable: it is to stop, before `what`.
+
+    >>> try:
+    ...     with watching(Watch(deadline=0.0)):
+    ...         tick_or_leave(0.5, "the ranks were counted")
+    ... except NotApplicable as error:
+    ...     print(error)
+    cut short before the ranks were counted.
+    """
     if not tick(share):
         raise NotApplicable(f"cut short before {what}.")
 
 
 def afford_or_leave(operations: float, what: str) -> None:
-    """Ask as `affords` does. Raises NotApplicable: there is no time for `what`."""
+    """Ask as `affords` does, in work that has nothing to give before its end.
+
+    Raises NotApplicable: there is no time for `what`.
+
+    >>> try:
+    ...     with watching(Watch(deadline=0.0)):
+    ...         afford_or_leave(1e12, "the matrix was factored")
+    ... except NotApplicable as error:
+    ...     print(error)
+    cut short before the matrix was factored.
+    """
     if not affords(operations):
         raise NotApplicable(f"cut short before {what}.")
 
 
 @contextmanager
 def watching(watch: Watch) -> Iterator[Watch]:
-    """Listen to every `tick` inside the block."""
+    """Listens to every `tick` inside the block.
+
+    >>> heard = []
+    >>> with watching(Watch(listener=lambda share, best: heard.append((share, best)))):
+    ...     tick(0.5, 0.1)
+    True
+    >>> heard
+    [(0.5, 0.1)]
+    """
     token = _watch.set(watch)
     try:
         yield watch

@@ -17,7 +17,7 @@ class Reconstruction:
     >>> pictures, labels = torch.zeros(2, 1, 8, 8), torch.tensor([3, 1])
     >>> found = Reconstruction(inputs=pictures, labels=labels, bound=torch.tensor([1e-6, 2e-6]))
     >>> found, len(found)
-    (<Reconstruction: 2 examples [1, 8, 8], with labels, bounds up to ...>, 2)
+    (<Reconstruction: 2 examples [1, 8, 8], with labels, bounds up to 2e-06>, 2)
     """
 
     inputs: Tensor | None  # [k, *shape]; None for an attack on labels alone

@@ -40,11 +40,10 @@ class TensorMoment(Attack):
     >>> found = unbatch.attacks.TensorMoment()(seen)
     >>> found  # 500 neurons make the moments rough; an error falls with the square root of their number
     <Reconstruction: 2 examples [3], with labels, bounds up to ...>
-    >>> found.labels  # in an order of its own
-    tensor([2, 0])
-    >>> off = (found.inputs - x[[1, 0]]).norm(dim=1) / found.inputs.norm(dim=1)
-    >>> bool((off <= found.bound).all())
-    True
+    >>> order = found.labels.argsort()  # it returns the examples in an order of its own
+    >>> off = (found.inputs[order] - x).norm(dim=1) / found.inputs[order].norm(dim=1)
+    >>> found.labels[order], bool((off <= found.bound[order]).all())
+    (tensor([0, 2]), True)
     """
 
     family: ClassVar[str] = "tensor"
