@@ -1,4 +1,4 @@
-"""Frontier: leakage against utility, as a table and as a picture."""
+"""Hardening view: leakage against utility, as a table and as a picture."""
 
 from __future__ import annotations
 

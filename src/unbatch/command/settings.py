@@ -1,4 +1,4 @@
-"""Target: from words on the command line to what is audited."""
+"""Settings: from words on the command line to what is audited."""
 
 from __future__ import annotations
 

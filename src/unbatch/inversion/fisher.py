@@ -1,4 +1,4 @@
-"""Information: what the update as sent says of the batch's inputs to first order, behind Gaussian noise."""
+"""Fisher information: what the update as sent says of the batch's inputs to first order, behind Gaussian noise."""
 
 from __future__ import annotations
 

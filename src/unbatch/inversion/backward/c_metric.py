@@ -1,4 +1,4 @@
-"""Solvability: c(M), the published number of what a network's convolutions leave open of one image."""
+"""C metric: c(M), the published number of what a network's convolutions leave open of one image."""
 
 from __future__ import annotations
 

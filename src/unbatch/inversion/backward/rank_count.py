@@ -1,4 +1,4 @@
-"""Constraints: how many independent equations each layer's output and gradient give on its input, at one example."""
+"""Rank count: how many independent equations each layer's output and gradient give on its input, at one example."""
 
 from __future__ import annotations
 
