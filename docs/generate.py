@@ -18,7 +18,7 @@ from unbatch.attack import Attack
 from unbatch.auditing.checks import CHECKS
 from unbatch.auditing.client import observe
 from unbatch.auditing.suites import SUITES
-from unbatch.command.catalogue import KINDS, facts, summary
+from unbatch.command.catalogue import KINDS, facts, first_sentence
 from unbatch.errors import NotApplicable
 from unbatch.loss import loss_named
 from unbatch.models.small import ACTIVATIONS
@@ -49,7 +49,7 @@ def plugin_section(plugin: type[Plugin]) -> str:
 def reference(folder: str) -> str:
     found = KINDS[folder]()
     title = folder.capitalize()
-    contents = "\n".join(f"- [{name}](#{name}): {summary(plugin)}" for name, plugin in found.items())
+    contents = "\n".join(f"- [{name}](#{name}): {first_sentence(plugin)}" for name, plugin in found.items())
     return f"# {title}\n\n{contents}\n\n" + "\n\n".join(plugin_section(plugin) for plugin in found.values()) + "\n"
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import unbatch
 from unbatch import Attack, Case, Defence, Observation, observe
-from unbatch.command.catalogue import KINDS, summary
+from unbatch.command.catalogue import KINDS, first_sentence
 from unbatch.command.cli import main
 from unbatch.reporting.results import Audit
 
@@ -178,7 +178,7 @@ def test_list_at_a_terminal_is_an_index(here: Path, monkeypatch: pytest.MonkeyPa
     for plugins in KINDS.values():
         for name, plugin in plugins().items():
             (line,) = [line for line in lines if line.startswith(f"  {name} ")]
-            assert line.endswith(summary(plugin))
+            assert line.endswith(first_sentence(plugin))
     (unmix,) = [line for line in lines if line.startswith("  unmix ")]
     assert "exact, span" in unmix
     (planted,) = [line for line in lines if line.startswith("  tensor-moment-deep ")]
@@ -195,7 +195,7 @@ def test_pages_say_how_to_use_what_they_show(here: Path, capsys) -> None:
             assert call("show", name) == 0
             said = capsys.readouterr().out
             assert said.startswith(f"{name} (")
-            assert summary(plugin) in said
+            assert first_sentence(plugin) in said
             assert all(len(line) <= 124 for line in said.splitlines())
             assert all(f"{o.name} = {o.default}" in said for o in plugin.options())
             if plugin.kind == "attack":
@@ -369,7 +369,7 @@ def distribution(name):
         raise metadata.PackageNotFoundError(name)
     return real(name)
 metadata.distribution = distribution
-from unbatch.command.catalogue import KINDS, summary
+from unbatch.command.catalogue import KINDS, first_sentence
 from unbatch.command.cli import main
 main(sys.argv[1:])
 """

@@ -12,7 +12,7 @@ from pydantic import Field
 import unbatch
 from unbatch import Attack, Case, Defence, UnbatchError
 from unbatch import plugin as plugins
-from unbatch.command.catalogue import SETS, summary
+from unbatch.command.catalogue import SETS, first_sentence
 from unbatch.defence import Step
 
 
@@ -121,7 +121,7 @@ def test_options_are_described() -> None:
 @pytest.mark.parametrize("plugin", [p for kind in SETS for p in kind.find().values()], ids=lambda p: p.name)
 def test_the_first_sentence_of_a_plugin_is_plain(plugin: type[plugins.Plugin]) -> None:
     """No formula, no shape, one sentence, one line of a wide terminal: the index is read by whoever knows none of them."""
-    words = summary(plugin)
+    words = first_sentence(plugin)
     assert len(words) <= 120
     assert re.fullmatch(r"[A-Z][^.=|<>\[\]^]*\.", words), words
     assert not re.search(r"->|\bargmin\b|\bsum_|[a-z]_[a-z0-9]\b|d[A-Z]/d", words), words

@@ -35,11 +35,11 @@ WIDTH = 100  # columns of a page
 _FACTS = ("family", "guarantee", "threat_model", "paper", "source", "needs", "uses", "identity", "unit", "kinds")
 
 
-def summary(plugin: type[Plugin]) -> str:
+def first_sentence(plugin: type[Plugin]) -> str:
     """The first sentence of its docstring.
 
     >>> from unbatch.defences import Noise
-    >>> summary(Noise)
+    >>> first_sentence(Noise)
     'Adds normal noise to every entry of the update.'
     """
     return " ".join((inspect.getdoc(plugin) or "").split("\n\n")[0].split())

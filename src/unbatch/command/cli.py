@@ -106,8 +106,8 @@ def demo(
     _summary(record, folder, quiet)
 
 
-@app.command()
-def audit(
+@app.command("audit")
+def audit_command(
     context: typer.Context,
     case: Annotated[
         str | None, typer.Argument(help="A built-in case, e.g. photos:batch=4 (see `unbatch list cases`).")
@@ -226,7 +226,7 @@ def list_(
 
     Off a terminal, in a pipe or a file, one name a line.
     """
-    from unbatch.command.catalogue import KINDS, PURPOSES, mark, summary
+    from unbatch.command.catalogue import KINDS, PURPOSES, first_sentence, mark
 
     if kind is not None and kind not in KINDS:
         raise UnbatchError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}.")
@@ -239,7 +239,7 @@ def list_(
             continue
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for plugin in plugins().values():
-            table.add_row(Text(f"  {plugin.name}"), Text(mark(plugin), style="dim"), Text(summary(plugin)))
+            table.add_row(Text(f"  {plugin.name}"), Text(mark(plugin), style="dim"), Text(first_sentence(plugin)))
         out.print(Text(folder.upper(), style="bold") + Text(f"  {PURPOSES[folder]}", style="default not bold"))
         out.print(table)
         out.print()
@@ -293,8 +293,8 @@ def gate(
     out.print("within the limits")
 
 
-@app.command()
-def harden(
+@app.command("harden")
+def harden_command(
     case: Annotated[str | None, typer.Argument(help="A built-in case, or give --model and --data.")] = None,
     target_psnr: Annotated[float, typer.Option(help="What no attacker may exceed, in dB.")] = 15.0,
     model: Model = None,
@@ -315,7 +315,7 @@ def harden(
     A defence counts as safe where neither an attack nor a bound for any attacker allows more.
     """
     from unbatch.auditing.harden import harden as run
-    from unbatch.command.hardening_view import plot, show
+    from unbatch.command.hardening_view import plot, show_hardening
     from unbatch.command.settings import case_or_data
 
     found = run(
@@ -331,7 +331,7 @@ def harden(
     )
     plot(found, folder / "harden.png")
     _say_if_not_drawn()
-    show(found, out)
+    show_hardening(found, out)
 
 
 @app.command()

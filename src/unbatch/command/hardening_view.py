@@ -13,7 +13,7 @@ from unbatch.auditing.harden import SCOPES, Hardening
 COLOURS = {"leaks": "red", "no bound excludes it": "yellow", "excluded": "green", "not possible": "dim"}
 
 
-def show(found: Hardening, console: Console) -> None:
+def show_hardening(found: Hardening, console: Console) -> None:
     """Print the table and the answer for one update and for the whole training."""
     console.print(rows(found))
     for scope in SCOPES:
