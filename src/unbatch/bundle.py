@@ -62,7 +62,7 @@ def write_bundle(path: Path, model: nn.Module, update: Update, knowledge: Knowle
 def read_bundle(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Knowledge]:
     """A copy of `model` with the bundle's parameters and buffers in it, the update on its device, and what is known.
 
-    Raises ValueError: no bundle, a truncated one, a pickle, another schema, or a state that is not of `model`.
+    Raises UnbatchError: no bundle, a truncated one, a pickle, another schema, or a state that is not of `model`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _earlier(tensors: dict[str, Tensor], path: Path) -> list[Earlier]:
-    """Rounds 0, 1 ... of names N/update/NAME and N/state/NAME. Raises ValueError: the numbers are no such."""
+    """Rounds 0, 1 ... of names N/update/NAME and N/state/NAME. Raises UnbatchError: the numbers are no such."""
     numbers = {name.partition("/")[0] for name in tensors}
     wanted = [str(k) for k in range(len(numbers))]
     if numbers != set(wanted):

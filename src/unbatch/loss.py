@@ -45,7 +45,7 @@ def draw_labels(loss: Loss, outputs: Tensor, rng: torch.Generator) -> Tensor:
     """Random labels of the form that `loss` takes for `outputs` [n, k]: class numbers, or targets shaped [n, k] or [n].
 
     A form that the loss only takes by broadcasting is refused, since that would mix the examples.
-    Raises ValueError: the loss takes none of these.
+    Raises UnbatchError: the loss takes none of these.
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> draw_labels(F.cross_entropy, torch.zeros(4, 3), rng).dtype, draw_labels(F.mse_loss, torch.zeros(4, 3), rng).shape
@@ -174,7 +174,7 @@ def loss_named(name: str, reduction: Literal["mean", "sum"] = "mean") -> Loss:
     """A loss by its usual name: class labels [n] for all three; squared error and BCE also take real targets [n, k].
 
     squared-error is sum_j (output_j - onehot_j)^2 per example, binary-cross-entropy is on logits.
-    Raises ValueError: unknown name.
+    Raises UnbatchError: unknown name.
 
     >>> loss_named("squared-error")(torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([0]))
     tensor(4.)

@@ -11,7 +11,7 @@ LATEST = "first"
 
 
 def suite(name: str = LATEST) -> tuple[str, ...]:
-    """The attacks of a suite, as spelt. Raises ValueError: no such suite.
+    """The attacks of a suite, as spelt. Raises UnbatchError: no such suite.
 
     >>> suite("first")
     ('bias-ratio', 'label-count', 'gradient-matching')

@@ -31,7 +31,7 @@ def run_audit(
     `command` is noted as what was run. With `resume` the finished runs of that audit.json are kept; without
     it an audit.json that stands there is renamed.
     The first Ctrl-C ends the running attack with the best it has and stops the audit; the second stops at once.
-    Raises ValueError: a file cannot be written; the results are then saved in the temporary folder, and it says where.
+    Raises UnbatchError: a file cannot be written; the results are then saved in the temporary folder, and it says where.
     """
     path = folder / "audit.json"
     before = Audit.load(path) if resume and path.exists() else None

@@ -36,7 +36,7 @@ def target_of(
 ) -> Observation | list[Setting]:
     """The clients or the captured update that these words name.
 
-    Raises ValueError: they name nothing, or contradict each other; the message says which to give.
+    Raises UnbatchError: they name nothing, or contradict each other; the message says which to give.
     """
     if case is not None and (model or data or observation):
         raise UnbatchError("give a built-in case, or --model with --data or --observation, not both.")
@@ -82,7 +82,7 @@ def target_of(
 def case_or_data(
     case: str | None, model: str | None, data: Path | None, loss: str, reduction: str, size: int | None
 ) -> Case | Setting:
-    """A case with all of its data, or one client that holds all of yours. Raises ValueError as `target_of` does."""
+    """A case with all of its data, or one client that holds all of yours. Raises UnbatchError as `target_of` does."""
     if case is not None and not (model or data):
         return Case.parse(case)
     found = target_of(case, model, data, loss, reduction, size, None, None, None, ())

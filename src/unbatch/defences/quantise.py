@@ -15,9 +15,8 @@ from unbatch.defence import Defence, Round, Step
 from unbatch.knowledge import Knowledge
 from unbatch.protocol import Update
 
-BLUR = (
-    6.0  # parts of a level, over one of which the likelihood's edges are rounded, so that searches see them from afar
-)
+# Parts of a level, over one of which the likelihood's edges are rounded, so that searches see them from afar.
+BLUR = 6.0
 
 
 @final

@@ -30,9 +30,8 @@ from unbatch.protocol import Update
 
 UPDATE_DRAWS = 4  # of the update's error, which show how far it moves the inputs
 SUM_ROUNDINGS = 4  # relative error of a sum over a batch, in units of rounding
-ARITHMETIC_ROUNDINGS = (
-    100  # the same of computing an update again in float64, whose convolutions are sums of many terms
-)
+# Relative error of computing an update again in float64, in roundings: convolutions are sums of many terms.
+ARITHMETIC_ROUNDINGS = 100
 LOST_SHARE = 0.05  # share of a random direction that the seen entries may fail to give back
 UNEXPLAINED_SPREAD = 1.25  # times the draws' own size that may be left unexplained: their spread is known
 UNEXPLAINED_ROUNDING = 2.0  # the same of rounding's

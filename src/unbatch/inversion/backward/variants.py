@@ -136,7 +136,7 @@ def _drawn(made: nn.Module, like: nn.Module, rng: torch.Generator) -> nn.Module:
 
 
 def _fitted(links: Sequence[Link], i: int, made: Sequence[nn.Module], rng: torch.Generator) -> list[Link]:
-    """The links with `made` in place of the i-th, and each later one itself if it fits. Raises ValueError: one cannot."""
+    """The links with `made` in place of the i-th, and each later one itself if it fits. Raises UnbatchError: one cannot."""
     found, shape = list(links[:i]), links[i].before
     for k, module in enumerate(made):
         found.append(_link(f"{links[i].name}, pooled" if k else links[i].name, module, shape))

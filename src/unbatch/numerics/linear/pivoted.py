@@ -8,9 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-PIVOT_GAP = (
-    100.0  # times the floor above which the least pivot lies, and below which the next does, where the rank is sure
-)
+# Times the floor above which the least pivot lies, and below which the next does, where the rank is sure.
+PIVOT_GAP = 100.0
 
 
 @dataclass(frozen=True)

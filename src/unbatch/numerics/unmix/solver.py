@@ -40,17 +40,14 @@ GuessMaker = Callable[[Mixture, torch.Generator], Tensor]  # what is left, of r 
 
 KINK_SHARPNESS = (8.0, 16.0)  # of a rounded kink, in its layer's spreads
 DESCENT_SHARPNESS = 1.0  # the same in a descent, in the spreads near the origin, a tenth of the later ones
-LOOSE_RADIUS = (
-    0.02  # relative radius above which an example that fits is not subtracted: its error would stay in the rest
-)
-POLISHED_GUESSES = (
-    64  # polished in a round, or a quarter as many as examples are left: more would often end at the same ones
-)
+# Relative radius above which an example that fits is not subtracted: its error would stay in the rest.
+LOOSE_RADIUS = 0.02
+# Polished in a round, or a quarter as many as examples are left: more would often end at the same ones.
+POLISHED_GUESSES = 64
 FEW_EXAMPLES = 64  # examples left up to which all guesses are polished as they are
 SAME_COSINE = 0.995  # cosine above which two guesses are one
-QUIET_NOISE = (
-    1e-5  # noise over the least singular value that needs no refinement of the found ones before the next round
-)
+# Noise over the least singular value that needs no refinement of the found ones before the next round.
+QUIET_NOISE = 1e-5
 SETTLING_ROUNDS = 8  # rounds over all dual vectors at once
 FREE_SHARE = 0.1  # examples left over neurons up to which the patterns of the guesses themselves are finished, too
 LAST_EXAMPLES = 8  # examples left up to which this goes for guesses that no program has moved
