@@ -16,7 +16,7 @@ from unbatch.errors import NotApplicable
 
 Listener = Callable[[float, float | None], None]  # (share done, best loss so far)
 
-OPERATIONS_A_SECOND = 4e10  # of floating point, in which a large matrix is factored on two cores
+OPERATIONS_A_SECOND = 8e10  # of floating point, in which a large matrix is factored on two cores
 
 
 @dataclass

@@ -50,7 +50,8 @@ class LayerEquations(Analysis):
         found, open_ = list[LayerRisk](), ""
         layers = view.once(EACH_LAYER, (x, y), lambda: constraints(view.links, x, y, view.loss))
         for k, each in enumerate(reversed(layers)):  # what lies behind a layer first
-            tick(k / len(layers))
+            if isinstance(each, Constraints) and each.effort:  # what is counted takes no time
+                tick(k / len(layers))
             found.append(self._risk(each, whose, n, open_))
             if found[-1].share != 1 or (isinstance(each, Constraints) and each.curved):
                 open_ = each.link.name

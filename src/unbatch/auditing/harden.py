@@ -297,7 +297,8 @@ def measure(
 ) -> tuple[Tried, Audit | None]:
     """One setting attacked, bounded and trained with, its verdict still open, and the audit behind it.
 
-    `budget` is seconds for each attack. No audit where the setting is not possible; the words say why.
+    `budget` is seconds for each attack and for each analysis. No audit where the setting is not possible; the words say
+    why.
     """
     began = time.monotonic()
     batch, defences = family.batch(scene, strength), family.defences(scene, strength)

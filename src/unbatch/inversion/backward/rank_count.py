@@ -23,7 +23,7 @@ from unbatch.numerics.linear.linsys import LinearSystem
 from unbatch.numerics.linear.rank_law import ConvRanks, conv_ranks
 
 EACH_LAYER = "constraints of each layer"  # by what name views keep them (`View.once`)
-EFFORT = 10.0  # operations for each cubed unknown, in which a layer's three ranks are measured
+EFFORT = 20.0  # operations for each cubed unknown, in whose time a layer's three ranks are measured
 
 
 @dataclass(frozen=True)
