@@ -21,6 +21,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
 from unbatch.loss import loss_named
 from unbatch.models import small
+from unbatch.progress import tick
 
 CASE = "digits:batch=2,width=16,activation=tanh"
 
@@ -34,6 +35,8 @@ class KnownNoise(Analysis):
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
         if "noise" not in view.knowledge:
             raise NotApplicable("no noise is known.")
+        if not tick(0.5):  # it is stopped
+            raise NotApplicable("there was no time for it.")
         value = min(float(view.knowledge.noise) / 0.1, 0.25)
         name = "zCDP information" if "privacy" in view.knowledge else "known noise"
         unbiased = Bound(name="unbiased", value=10.0, scope="unbiased", assumptions="none", source="none")
@@ -160,6 +163,12 @@ def test_time_ends_the_search_and_what_was_found_is_kept() -> None:
     found = search(seconds=0.0, sink=lambda held: seen.append(len(held.tried)))
     assert not found.complete
     assert seen == [1]
+
+
+def test_what_is_called_safe_does_not_depend_on_how_fast_the_machine_is() -> None:
+    found = search(only=["noise"], seconds=1e-3)  # far too few for attacks; the one setting tried has its bound
+    assert [tried.bound for tried in found.tried] == [t.bound for t in search(only=["noise"]).tried[:1]]
+    assert found.tried[0].bound is not None
 
 
 def test_ladders_and_what_lies_between() -> None:

@@ -58,6 +58,7 @@ def audit(
     remedies: OneOrMore[Defence] = (),
     seeds: Sequence[int] = (0,),
     budget: float | None = None,
+    analysis_budget: float | None = None,
     sink: Sink | None = None,
     resume: Audit | None = None,
     device: str | None = None,
@@ -68,10 +69,13 @@ def audit(
 
     `setting` is a client, several, a case, or a captured Observation (without its `truth` there are no scores). `attacks`
     default to the latest suite, `metrics` and `analyses` to all that apply. Each of `remedies` is tried in a second
-    audit with that defence outermost, and summed up beside the first. `budget` is seconds for each run of an attack and
-    for each analysis; without one, attacks and `analyses` given by name take what they need, and default analyses share
-    three seconds (`math.inf`: all take what they need). What is cut short gives what it has until then, and the audit says
-    so. `sink` is called with the audit after each analysis and each run; `resume` is an earlier audit of the same setting
+    audit with that defence outermost, and summed up beside the first.
+
+    `budget` is seconds for each run of an attack and for each analysis; without one, attacks and `analyses` given by name
+    take what they need, and default analyses share three seconds (`math.inf`: all take what they need). `analysis_budget`
+    is another one for analyses. What is cut short gives what it has until then, and the audit says so.
+
+    `sink` is called with the audit after each analysis and each run; `resume` is an earlier audit of the same setting
     whose finished runs are kept. An attack that takes a defence's likelihood, or earlier rounds, runs twice where they are
     known, without and with. `watch` hears the progress of each run and can stop it; `announce` hears its name.
     Raises UnbatchError: unknown plugin or option, or `resume` is of something else.
@@ -81,7 +85,8 @@ def audit(
     kept = _kept(record, resume)
     watch = watch or Watch()
     record.clients = [plan.client(index) for index in range(len(plan.exchanges))]
-    analyst = Analyst(plan.analyses, plan.named, budget, watch, announce, sink)
+    patience = budget if analysis_budget is None else analysis_budget
+    analyst = Analyst(plan.analyses, plan.named, patience, watch, announce, sink)
     for index, (obs, private) in enumerate(plan.exchanges):
         analyst.read(record, View.of(obs), private, index)
     for attack, blank in plan.blanks(seeds):
