@@ -440,7 +440,7 @@ def test_a_stopped_audit_keeps_what_was_found_and_resumes(here: Path, number: si
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for _ in range(600):
         time.sleep(0.1)
-        if Path("audit/audit.json").exists():
+        if Path("audit/audit.json").exists() and Audit.load("audit/audit.json").runs:  # analyses are written before
             break
     time.sleep(1.0)
     process.send_signal(number)

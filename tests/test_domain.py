@@ -11,6 +11,7 @@ from unbatch import Knowledge, Observation
 from unbatch.domain import Images, Table, Tokens, domain_told
 from unbatch.errors import UnbatchError
 from unbatch.inversion.probe import probe
+from unbatch.inversion.view import View
 
 
 def rng() -> torch.Generator:
@@ -67,7 +68,7 @@ def test_what_an_analysis_looks_at_without_the_truth_is_a_draw_of_the_domain() -
     update = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     known = Knowledge(input_shape=(400,), batch_size=4, domain="table")
     obs = Observation(model=model, loss=F.cross_entropy, update=update, knowledge=known)
-    x, y, words = probe(obs, None, rng(), whole=True)
+    x, y, words = probe(View.of(obs), None, rng(), whole=True)
     assert torch.equal(x, domain_told(known).prior(4, rng()))
     assert float(x.min()) < -2  # a table's entries are not those of pictures in [0, 1]
     assert y.shape == (4,)

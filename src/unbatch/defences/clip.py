@@ -23,8 +23,8 @@ class Clip(Defence):
 
     Only the length changes, so the examples behind the direction stay as they were.
 
-    >>> import torch
-    >>> Clip(norm=1.0).expected({"weight": torch.tensor([3.0, 4.0])})
+    >>> import torch, unbatch
+    >>> unbatch.defences.Clip(norm=1.0).expected({"weight": torch.tensor([3.0, 4.0])})
     {'weight': tensor([0.6000, 0.8000])}
     """
 

@@ -19,8 +19,8 @@ class Prune(Defence):
 
     The floor(share N) entries of least magnitude among all N of the update become zero (top-k sparsification).
 
-    >>> import torch
-    >>> Prune(share=0.5).expected({"weight": torch.tensor([3.0, -0.1, 0.2, -4.0])})
+    >>> import torch, unbatch
+    >>> unbatch.defences.Prune(share=0.5).expected({"weight": torch.tensor([3.0, -0.1, 0.2, -4.0])})
     {'weight': tensor([ 3.,  0.,  0., -4.])}
     """
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from unbatch.numerics.callables import Apply, Tick
+from unbatch.numerics.linear.inverse_diagonal import FEWEST_PROBES
 from unbatch.numerics.search.least_squares import conjugate_gradients
-
-FEWEST_PROBES = 2  # that have a spread: fewer are not stopped at
 
 
 @dataclass(frozen=True)
