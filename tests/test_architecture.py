@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rooms import ROOMS
 
+import unbatch
 from unbatch import UnbatchError
 
 ROOT = Path(__file__).parents[1] / "src" / "unbatch"
@@ -20,6 +21,9 @@ ROW = {name: number for number, names in enumerate(ROOMS) for name in names}
 OPEN_SETS = {"attacks", "analyses", "defences", "metrics", "cases", "layers"}
 BLIND = {"numerics", "network", "inversion", "layers", "attacks", "analyses"}  # the server's side of the boundary
 HIDDEN = {"truth", "case", "metric", "auditing"}  # they hold the truth, or reach it
+PUBLIC = {  # names of the package itself, and the modules that they come from
+    name: getattr(unbatch, name).__module__.removeprefix("unbatch.") for name in unbatch.__all__ if name[0] != "_"
+}
 
 
 def room(module: str) -> str:
@@ -46,11 +50,24 @@ def imports(module: str) -> frozenset[str]:
             node.body = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "unbatch":
+            public = {a.name: PUBLIC[a.name] for a in node.names if node.module == "unbatch" and a.name in PUBLIC}
             whole = [f"{node.module}.{alias.name}".removeprefix("unbatch.") for alias in node.names]
-            found |= {name if name in modules() else name.rpartition(".")[0] for name in whole}
+            found |= {name if name in modules() else name.rpartition(".")[0] for name in whole} | set(public.values())
         elif isinstance(node, ast.Import):
             found |= {a.name.removeprefix("unbatch.") for a in node.names if a.name.startswith("unbatch.")}
     return frozenset(name for name in found if name in modules())
+
+
+def opaque(tree: ast.AST) -> list[str]:
+    """Imports that hide what comes with them: of the whole package, relative ones, and those by a name made at run time."""
+    found = list[str]()
+    for node in ast.walk(tree):
+        whole = isinstance(node, ast.Import) and any(alias.name == "unbatch" for alias in node.names)
+        relative = isinstance(node, ast.ImportFrom) and node.level > 0
+        made = isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in {"import_module", "__import__"}
+        if whole or relative or made:
+            found.append(ast.unparse(node))
+    return found
 
 
 @cache
@@ -94,6 +111,27 @@ def test_imports_only_from_rows_above(module: str) -> None:
 @pytest.mark.parametrize("module", [module for module in modules() if room(module) in BLIND])
 def test_the_attacker_cannot_reach_the_truth(module: str) -> None:
     assert not {other for other in reached(module) if room(other) in HIDDEN}
+    assert not opaque(ast.parse(modules()[module].read_text()))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from unbatch import Truth",
+        "from unbatch.truth import Truth",
+        "from unbatch.auditing import judge",
+        "import unbatch",
+        "from ..truth import Truth",
+        "importlib.import_module('unbatch.truth')",
+    ],
+)
+def test_no_way_to_the_truth_is_overlooked(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = tmp_path / "planted.py"
+    planted.write_text(line)
+    known = modules() | {"attacks.planted": planted}
+    monkeypatch.setitem(globals(), "modules", lambda: known)
+    seen = {room(other) for other in imports.__wrapped__("attacks.planted")}
+    assert seen & HIDDEN or opaque(ast.parse(line))
 
 
 ON_USE = {"scipy", "sklearn", "skimage", "torchmetrics", "matplotlib", "pandas", "opacus"}  # slow to import, or extras

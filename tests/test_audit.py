@@ -405,3 +405,16 @@ def test_the_server_is_not_told_a_range_read_off_the_private_batch() -> None:
     record = unbatch.audit(Setting(model=nn.Linear(6, 3), loss=F.cross_entropy, inputs=x, labels=y), attacks=[])
     assert "input_range" not in record.knowledge
     assert "input_range" in unbatch.audit(Case.parse("digits"), attacks=[]).knowledge
+
+
+def test_a_model_of_tokens_is_audited_and_refused_in_words(rng: torch.Generator) -> None:
+    model = nn.Sequential(nn.Embedding(20, 4), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randint(20, (2, 6), generator=rng), torch.tensor([1, 2])
+    client = Setting(model=model, loss=nn.functional.cross_entropy, inputs=x, labels=y)
+    attacks = [name for name, attack in Attack.find().items() if not issubclass(attack, ActiveAttack)]
+    record = unbatch.audit(client, attacks=attacks)
+    assert len(record.runs) == len(attacks)
+    assert {run.status for run in record.runs} == {"not applicable"}
+    assert "failed" not in {done.status for done in record.analyses}
+    assert {risk.layer for risk in record.risks} == {"0", "2", "4"}  # what the gradients' ranks say holds all the same
+    assert not record.notes

@@ -263,8 +263,8 @@ def _exchange(setting: Setting, demo: Demo | None, attack: Attack | None) -> tup
 def _refuses(attack: Attack, obs: Observation, field: str) -> bool:
     try:
         attack(obs)
-    except NotApplicable as obstacle:
-        return field in str(obstacle)
+    except NotApplicable as why:
+        return field in str(why)
     return False
 
 

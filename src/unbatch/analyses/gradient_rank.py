@@ -36,8 +36,11 @@ class GradientRank(Analysis):
             raise NotApplicable(
                 "gradient-rank needs to know input_shape, to run the model once and see what feeds each layer."
             )
-        sizes = _input_sizes(obs.model, obs.knowledge.input_shape)
-        fed = {layer.name for layer in view.layers if layer.feeds is not None}
+        sizes = _input_sizes(obs.model, view.stand_in(1, rng))
+        try:
+            fed = {layer.name for layer in view.layers if layer.feeds is not None}
+        except NotApplicable:  # a model of token numbers: none of its layers reads the inputs themselves
+            fed = set()
         eps = torch.finfo(obs.dtype).eps
         risks = []
         for name, module in obs.model.named_modules():
@@ -95,8 +98,8 @@ def _words(
     return f"{equations:,} equations for {unknowns:,} unknowns: alone it leaves at least {1 - share:.0%} open.", "low"
 
 
-def _input_sizes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
-    """Numbers that enter each module for one example, by running the model once on zeros."""
+def _input_sizes(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Numbers that enter each module for one example [1, *shape], by running the model once."""
     sizes: dict[str, int] = {}
 
     def note(name: str) -> Any:
@@ -108,7 +111,7 @@ def _input_sizes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, in
 
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
     try:
-        forward(model, torch.zeros(1, *input_shape))
+        forward(model, example)
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,14 +11,21 @@ from pydantic import Field
 from torch import Tensor
 
 from unbatch.analysis import Analysis, Bound
-from unbatch.inversion.fisher import Imagined, check_noise, deviation, doubled, joined, premise, sent
+from unbatch.inversion.fisher import (
+    FEWEST_DRAWS,
+    SAMPLING_CONFIDENCE,
+    Imagined,
+    check_noise,
+    deviation,
+    doubled,
+    joined,
+    premise,
+    sent,
+)
 from unbatch.inversion.view import View
 from unbatch.numerics.bounds.rate_distortion import distortion
 from unbatch.observation import Observation
 from unbatch.progress import tick
-
-SURE = 0.975  # with which the sampling error that is added suffices
-FEWEST = 4  # draws: their spread has three degrees of freedom, or one where labels are drawn
 
 
 @final
@@ -59,7 +66,7 @@ class NoiseInformation(Analysis):
         self, obs: Observation, groups: Sequence[Sequence[tuple[Tensor, Tensor]]]
     ) -> tuple[Tensor, Tensor, int]:
         """Of an entry of each tensor [t] about the mean of its group, its sampling error above the estimate; how many
-        entries each has; and from how many draws: those that there was time for, and `FEWEST` at least.
+        entries each has; and from how many draws: those that there was time for, and `FEWEST_DRAWS` at least.
 
         Groups are independent; in one alone the draws nearly are.
         """
@@ -73,11 +80,11 @@ class NoiseInformation(Analysis):
 
         rows, draws = list[Tensor](), 0
         for group in groups:
-            if draws >= FEWEST and not tick(draws / self.draws):
+            if draws >= FEWEST_DRAWS and not tick(draws / self.draws):
                 break
             group, mean = [*group], clean(*group[0])
             for k, batch in enumerate(group[1:], 2):
-                if len(groups) == 1 and k > FEWEST and not tick(k / self.draws):
+                if len(groups) == 1 and k > FEWEST_DRAWS and not tick(k / self.draws):
                     del group[k - 1 :]
                     break
                 mean = mean + (clean(*batch) - mean) / k
@@ -87,5 +94,5 @@ class NoiseInformation(Analysis):
             rows.append(each if len(groups) == 1 else each.mean(0, keepdim=True))
         found = torch.cat(rows)
         error = found.std(0) / len(found) ** 0.5
-        above = float(student.ppf(SURE, len(found) - 1)) * error
+        above = float(student.ppf(SAMPLING_CONFIDENCE, len(found) - 1)) * error
         return found.mean(0) + above, torch.tensor(count).to(found), draws

@@ -46,6 +46,8 @@ class SecurityMetric(Analysis):
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Verdict]:
         x, y, whose = probe(view, at, rng)
+        if not x.is_floating_point():
+            raise NotApplicable("the inputs are token numbers, and what a gradient determines is said of real ones.")
         found, refused = list[Verdict](), list[str]()
         for k, number in enumerate((self._published, self._share)):
             tick(k / 2)

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from unbatch.analysis import Analysis, Bound
 from unbatch.errors import NotApplicable
-from unbatch.inversion.fisher import Imagined, Information, check_noise, deviation, joined, jumps, premise
+from unbatch.inversion.fisher import (
+    FEWEST_DRAWS,
+    SAMPLING_CONFIDENCE,
+    Imagined,
+    Information,
+    check_noise,
+    deviation,
+    joined,
+    jumps,
+    premise,
+)
 from unbatch.inversion.view import View
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import level, water_level
@@ -22,9 +32,6 @@ from unbatch.numerics.linear.inverse_trace import dense_water_trace, inverse_tra
 from unbatch.numerics.search.least_squares import example_gram
 from unbatch.observation import Observation
 from unbatch.progress import tick, tick_or_leave
-
-SURE = 0.975  # with which the sampling error that is taken off suffices
-FEWEST = 4  # draws: their spread has three degrees of freedom
 
 
 @final
@@ -60,7 +67,7 @@ class VanTrees(Analysis):
         check_noise(obs)
         n, unknowns = obs.knowledge.batch_size, obs.knowledge.batch_size * math.prod(obs.knowledge.input_shape)
         small = unknowns <= self.exact
-        draws = self.draws if small else max(FEWEST, self.draws // 4)
+        draws = self.draws if small else max(FEWEST_DRAWS, self.draws // 4)
         drawn, behind = Imagined.of(view, at, rng, draws), premise(obs)
         obs = joined(obs)
         if why := jumps(obs, *drawn.batches[0], rng):
@@ -90,12 +97,12 @@ class VanTrees(Analysis):
         half = prior.variances.to(obs.device).repeat(n).sqrt()
         dense = list[Tensor]()  # V^-1
         for k, (x, y) in enumerate(drawn.batches):
-            if k >= FEWEST and not tick(k / len(drawn.batches)):
+            if k >= FEWEST_DRAWS and not tick(k / len(drawn.batches)):
                 break
             try:
                 F = Information(obs, x, y).matrix()
             except NotApplicable:  # cut short in the middle of one
-                if k < FEWEST:
+                if k < FEWEST_DRAWS:
                     raise
                 break
             dense.append(_whitened(F / sigma**2, prior, n) / torch.outer(half, half))
@@ -111,7 +118,7 @@ class VanTrees(Analysis):
         variances = prior.variances.to(obs.device)
         whole, grams = list[Information](), list[Tensor]()
         for k, (x, y) in enumerate(drawn.batches):
-            if k >= FEWEST and not tick(k / len(drawn.batches)):
+            if k >= FEWEST_DRAWS and not tick(k / len(drawn.batches)):
                 break
             whole.append(Information(obs, x, y))
             grams.append(example_gram(whole[-1].push, like, len(whole[-1].sent), rng))
@@ -153,7 +160,7 @@ class _Trace:
         from scipy.stats import t as student
 
         freedom = (min(self.draws, self.probes) if self.probes else self.draws) - 1
-        return float(student.ppf(SURE, freedom)) * self.error
+        return float(student.ppf(SAMPLING_CONFIDENCE, freedom)) * self.error
 
 
 def _whitened(F: Tensor, prior: GaussianPrior, n: int) -> Tensor:

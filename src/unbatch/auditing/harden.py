@@ -322,7 +322,7 @@ def measure(
             analysis_budget=math.inf,  # what is called safe must not depend on how fast the machine is
         )
         tried.accuracy, tried.undefended = scene.accuracy(batch, defences), scene.undefended(batch)
-    except ValueError as error:
+    except UnbatchError as error:
         tried.words = str(error)
         return tried, None
     tried.verdict = "no bound excludes it"

@@ -31,9 +31,7 @@ from unbatch.domain import Domain, domain_told
 from unbatch.errors import MissingExtra, NotApplicable, UnbatchError
 from unbatch.inversion.view import View
 from unbatch.knowledge import Earlier
-from unbatch.loss import identify
 from unbatch.metric import Metric
-from unbatch.network.dense import forward
 from unbatch.observation import Observation
 from unbatch.plugin import OneOrMore
 from unbatch.progress import Watch, watching
@@ -179,9 +177,6 @@ class _Plan:
 
     def record(self, seeds: list[int], budget: float | None) -> Audit:
         obs, truth = self.exchanges[0]
-        shape = obs.knowledge.get("input_shape")
-        outputs = tuple(forward(obs.model, torch.zeros(1, *shape)).shape) if shape else ()
-        form = identify(obs.loss, outputs, device=obs.device) if 0 < len(outputs) <= 2 else None
         return Audit(
             version=unbatch.__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -198,7 +193,7 @@ class _Plan:
             budget=budget,
             model=str(obs.model),
             parameters=sum(p.numel() for p in obs.model.parameters()),
-            loss=str(form) if form else "a custom loss",
+            loss=_loss(obs),
             protocol=str(obs.protocol),
             knowledge={name: _words(obs.knowledge.get(name)) for name in obs.knowledge},
             metrics={
@@ -295,8 +290,8 @@ class _Plan:
                 self.explained = found.inputs, found.labels
             run.status = Status.CUT_SHORT if watch.cut_short else Status.DONE
             self.judge.fill(run, found, obs, truth, self.settings[index] if self.settings else None)
-        except NotApplicable as obstacle:
-            run.status, run.words = Status.NOT_APPLICABLE, str(obstacle)
+        except NotApplicable as why:
+            run.status, run.words = Status.NOT_APPLICABLE, str(why)
         except Exception as error:  # one attack's defect must not cost the others their results
             run.status, run.words = Status.FAILED, f"{type(error).__name__}: {error}"
         run.seconds = time.monotonic() - start
@@ -318,6 +313,15 @@ class _Plan:
             defences=self.defences,
             seed=index,
         )
+
+
+def _loss(obs: Observation) -> str:
+    """The loss in words, where its form can be told: not of a model that takes token numbers."""
+    try:
+        form = View.of(obs).form
+    except NotApplicable:
+        form = None
+    return str(form) if form else "a custom loss"
 
 
 def _moved(obs: Observation, device: str) -> Observation:

@@ -16,7 +16,7 @@ from unbatch.bundle import model_name
 from unbatch.case import Case, Setting
 from unbatch.command.data import read
 from unbatch.errors import UnbatchError
-from unbatch.knowledge import Knowledge
+from unbatch.knowledge import Knowledge, check_fields
 from unbatch.loss import Loss, loss_named
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol
@@ -144,6 +144,7 @@ def _known(words: Sequence[str], setting: Setting | None) -> Knowledge:
     facts: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
+        check_fields([name])
         if equals:
             try:
                 facts[name] = json.loads(text)

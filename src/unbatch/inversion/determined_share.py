@@ -117,12 +117,13 @@ def determined(
     prior, d = GaussianPrior(tuple(x.shape[1:]), box), x.numel()
     whole = open_ = float(prior.variances.sum())
     if rows:
-        afford_or_leave(2.0 * d**2 * rows, f"a matrix of {rows + d:,} x {d:,} is factored")
+        afford_or_leave(2.0 * d**2 * (rows + d), f"a matrix of {rows + d:,} x {d:,} was factored")
         system = seen.at.new_zeros(rows + d, d)
         system[rows:] = eye = torch.eye(d).to(seen.at)
         for k, part in enumerate(torch.split(prior.push(eye), COLUMNS)):
             tick_or_leave(k * COLUMNS / d, f"{d - k * COLUMNS:,} of the {d:,} unknowns were looked at")
             system[:rows, k * COLUMNS : k * COLUMNS + len(part)] = seen.moved(part).T
+        afford_or_leave(2.0 * d**2 * (rows + d), f"a matrix of {rows + d:,} x {d:,} was factored")
         T = torch.linalg.qr(system, mode="r").R
         inverse = torch.linalg.solve_triangular(T, eye, upper=True)
         open_ = float((prior.variances.to(seen.at) * inverse.square().sum(1)).sum())

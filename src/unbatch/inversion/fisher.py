@@ -22,6 +22,8 @@ from unbatch.progress import tick_or_leave
 from unbatch.protocol import shortened
 
 LEAST = 1e-100  # noise whose square is a number
+SAMPLING_CONFIDENCE = 0.975  # with which the sampling error that an average over draws is given suffices
+FEWEST_DRAWS = 4  # whose spread has three degrees of freedom, or one where labels are drawn
 SIGMAS = 6.0  # of the noise's length, by which an update may be off
 ROOM = 1e-6  # that Opacus adds to the norm of a gradient that it clips
 ENTRIES, SMALL = 2**22, 2**16  # of a batch of products; of an update whose products are quicker all at once

@@ -37,7 +37,7 @@ class _Network:
         try:
             return anatomy(self.model, self.input_shape)
         except ValueError as error:
-            raise NotApplicable(f"its probe inputs are real numbers, and {error}") from error
+            raise NotApplicable(f"it is looked at with real numbers as inputs, and {error}") from error
 
     @cached_property
     def form(self) -> LossForm | None:

@@ -86,6 +86,7 @@ class FirstDense:
     def __init__(self, view: View) -> None:
         obs = view.obs
         self.view, self.obs, self.n = view, obs, obs.knowledge.get("batch_size", 1)
+        first = view.first
         model = copy.deepcopy(obs.model).double()
         sent = obs.knowledge.get("buffers", {})
         for name, buffer in model.named_buffers():
@@ -94,7 +95,6 @@ class FirstDense:
         self.links = split(chain(model, obs.knowledge.input_shape, obs.protocol.mode))
         if obs.protocol.mode == "train":
             self.links = known_batch_norms(self.links, dict(obs.model.named_buffers()), sent, self.n)
-        first = view.first
         place = next((i for i, link in enumerate(self.links) if first is not None and link.name == first.name), None)
         if first is None or place is None:
             raise NotApplicable("no dense layer that sent its gradient stands in the network's chain of layers.")
