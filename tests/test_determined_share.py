@@ -12,7 +12,7 @@ from unbatch.analysis import Analysis
 from unbatch.auditing.client import observe
 from unbatch.case import Case
 from unbatch.errors import NotApplicable
-from unbatch.inversion.determined_share import ROUNDINGS, determined, work
+from unbatch.inversion.determined_share import ENTRY_ROUNDINGS, determined, work
 from unbatch.loss import loss_named
 from unbatch.models.small import build
 from unbatch.numerics.bounds.prior import CONTRAST
@@ -40,7 +40,7 @@ def test_a_linear_update_has_the_posterior_of_linear_regression(noise: float, bo
     x, width = torch.rand(1, 7).double(), box[1] - box[0]
     found = determined(nn.Linear(7, 1, bias=False), total, x, Y, box=box, eps=1e-3, noise=noise)
     prior = (CONTRAST * width) ** 2
-    error = (ROUNDINGS * 1e-3 * float(x.square().mean().sqrt())) ** 2 + noise**2
+    error = (ENTRY_ROUNDINGS * 1e-3 * float(x.square().mean().sqrt())) ** 2 + noise**2
     posterior = 1 / (1 / prior + 1 / error)
     assert found.share == pytest.approx(1 - posterior / prior, rel=1e-9)
     assert found.psnr == pytest.approx(-10 * math.log10(posterior / width**2), rel=1e-9)
@@ -76,9 +76,9 @@ def test_a_sketch_of_the_entries_says_the_same(monkeypatch: pytest.MonkeyPatch) 
     x = torch.rand(1, 3, 6, 6)
     for channels in (1, 2, 6):
         model = network(nn.Conv2d(3, channels, 3, 2), nn.Tanh(), nn.Conv2d(channels, 24, 1), nn.Tanh())
-        monkeypatch.setattr("unbatch.inversion.determined_share.ROWS", 2)
+        monkeypatch.setattr("unbatch.inversion.determined_share.ROWS_AN_UNKNOWN", 2)
         short = determined(model, LOSS, x, Y)
-        monkeypatch.setattr("unbatch.inversion.determined_share.ROWS", 1000)
+        monkeypatch.setattr("unbatch.inversion.determined_share.ROWS_AN_UNKNOWN", 1000)
         whole = determined(model, LOSS, x, Y)
         assert short.share == pytest.approx(whole.share, abs=0.02)
         assert short.psnr == pytest.approx(whole.psnr, abs=3)
@@ -90,7 +90,7 @@ def test_rows_that_all_tensors_share_say_the_same(monkeypatch: pytest.MonkeyPatc
     for noise in (0.0, 1e-3):
         model = network(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), shape=(3, 12, 12))
         whole = determined(model, LOSS, x, Y, noise=noise)
-        monkeypatch.setattr("unbatch.inversion.determined_share.ENTRIES", 1)
+        monkeypatch.setattr("unbatch.inversion.determined_share.JACOBIAN_ENTRIES", 1)
         shared = determined(model, LOSS, x, Y, noise=noise)
         monkeypatch.undo()
         assert shared != whole
@@ -174,9 +174,9 @@ def test_a_dense_layer_is_held_without_loss(shared: bool, monkeypatch: pytest.Mo
 
     torch.manual_seed(0)
     model, x = Twice().double(), torch.rand(1, 6)
-    monkeypatch.setattr("unbatch.inversion.determined_share.ROWS", 1000)
+    monkeypatch.setattr("unbatch.inversion.determined_share.ROWS_AN_UNKNOWN", 1000)
     found = determined(model, LOSS, x, Y, noise=0.05)
-    monkeypatch.setattr("unbatch.inversion.determined_share.OUTER", -1.0)
+    monkeypatch.setattr("unbatch.inversion.determined_share.OUTER_PRODUCT_ERROR", -1.0)
     every = determined(model, LOSS, x, Y, noise=0.05)
     assert 0.05 < every.share < 0.999
     assert found.share == pytest.approx(every.share, rel=1e-9)

@@ -226,7 +226,10 @@ def test_a_wrong_gradient_gives_no_finite_bound_in_double(exchange: Exchange, la
 def test_a_wrong_gradient_of_a_small_weight_gives_no_false_bound_in_single(exchange: Exchange, entry: bool) -> None:
     model = network([conv(3, 8, padding=1), nn.Sigmoid(), conv(8, 12, padding=1), nn.Sigmoid()])
     obs, x, _ = exchange(model, dtype=torch.float32)
-    sound(obs, LayerByLayer()(changed(obs, spoilt("0.weight", entry))), x)
+    found = LayerByLayer()(changed(obs, spoilt("0.weight", entry)))
+    assert len(found) == 1
+    assert found.bound.tolist() == [torch.inf]
+    sound(obs, found, x)
 
 
 def spoilt(layer: str, entry: bool) -> Callable[[str, Tensor], Tensor]:
@@ -258,7 +261,10 @@ def test_half_precision_updates_give_coarse_pictures_within_their_bound(
 def test_a_wrong_half_precision_gradient_gives_no_false_bound(exchange: Exchange, coarse: torch.dtype) -> None:
     obs, x, _ = exchange(network([conv(3, 6), nn.Tanh()]), dtype=torch.float32)
     wrong = changed(obs, lambda name, t: (t * (3.0 if name == "0.weight" else 1.0)).to(coarse))
-    sound(obs, LayerByLayer()(wrong), x)
+    found = LayerByLayer()(wrong)
+    assert len(found) == 1
+    assert found.bound.tolist() == [torch.inf]
+    sound(obs, found, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["64", "32"])

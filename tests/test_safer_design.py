@@ -112,7 +112,7 @@ def test_what_is_too_large_to_measure_is_said(exchange: Exchange, monkeypatch: p
     found = SaferDesign(exact=100)(obs, at=(x, y))
     assert {v.name.split(":")[0] for v in found} == {"determined share"}
     assert "c(M) of the network as it is: not counted" in found[-1].words
-    monkeypatch.setattr("unbatch.analyses.safer_design.CHANGED", 100)
+    monkeypatch.setattr("unbatch.analyses.safer_design.CHANGED_UNKNOWNS", 100)
     with pytest.raises(NotApplicable, match=r"no change could be counted\..*4 networks take about 1.1e\+10 operations"):
         SaferDesign(work=1e9)(obs, at=(x, y))
     with pytest.raises(NotApplicable, match="unknowns are more than exact=100 to measure"):

@@ -17,8 +17,8 @@ from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.bounds.rate_distortion import distortion
 from unbatch.observation import Observation
 
-FINEST = 1 / (255 * math.sqrt(12))  # of the range: the rounding of 8-bit inputs
-SAMPLE = 4096  # entries by which a tensor of few distinct values is told
+EIGHT_BIT_ROUNDING = 1 / (255 * math.sqrt(12))  # of the range: the rounding of 8-bit inputs
+SAMPLED_ENTRIES = 4096  # entries by which a tensor of few distinct values is told
 
 
 @final
@@ -47,9 +47,9 @@ class Counting(Analysis):
         found = list[Bound | Verdict]()
         bits, numbers, unknowns, n = _bits(obs), _numbers(obs), _unknowns(obs), obs.knowledge.batch_size
         value = _error(obs, bits)
-        if value < FINEST and numbers >= unknowns:
+        if value < EIGHT_BIT_ROUNDING and numbers >= unknowns:
             raise NotApplicable("the update has numbers and bits enough to hold its inputs to 8 bits an entry.")
-        if value >= FINEST:
+        if value >= EIGHT_BIT_ROUNDING:
             words = (
                 f"{bits:,.0f} bits for {unknowns:,} unknowns: this update's entries at their entropy, others like it no "
                 f"longer; on average over inputs of a Gaussian prior, without the truth; {n} answers, matched to the truth "
@@ -94,7 +94,7 @@ def _bits(obs: Observation) -> float:
         values = tensor.detach().flatten()
         width = torch.finfo(tensor.dtype).bits
         plain = float(width * len(values))
-        sample = values[:: -(-len(values) // SAMPLE)]
+        sample = values[:: -(-len(values) // SAMPLED_ENTRIES)]
         if len(torch.unique(sample)) <= len(sample) / 2:
             counts = torch.unique(values, return_counts=True)[1].double()
             share = counts / counts.sum()

@@ -21,9 +21,9 @@ from unbatch.numerics.linear.inverse_trace import kronecker
 from unbatch.numerics.search.least_squares import example_gram
 from unbatch.progress import tick, tick_or_leave
 
-ALWAYS, LARGE = 512, 4096  # unknowns up to which the matrix is formed, the latter within
-WORK = 2**26  # unknowns times entries: about ten seconds of one core
-GREY = 0.75  # of white, the largest standard deviation in a picture where some entries have none
+FORMED_UNKNOWNS, CHEAPLY_FORMED_UNKNOWNS = 512, 4096  # unknowns up to which the matrix is formed, the latter within
+CHEAP_PRODUCTS = 2**26  # unknowns times entries: about ten seconds of one core
+LARGEST_GREY = 0.75  # of white, the largest standard deviation in a picture where some entries have none
 
 
 @final
@@ -83,7 +83,7 @@ class CramerRao(Analysis):
         """diag (J^T J)^-1 [n, d], and how it was computed, in words."""
         like, entries = at.x.detach().flatten(1), len(at.sent)
         unknowns = like.numel()
-        most = LARGE if unknowns * entries <= WORK else ALWAYS
+        most = CHEAPLY_FORMED_UNKNOWNS if unknowns * entries <= CHEAP_PRODUCTS else FORMED_UNKNOWNS
         none = "no unbiased attacker exists"
         few = f"{entries:,} entries are sent for {unknowns:,} unknowns, and {none}" if entries < unknowns else ""
         if unknowns <= (most if self.exact is None else self.exact):
@@ -117,7 +117,7 @@ def _map(variance: Tensor, shape: tuple[int, ...]) -> str:
     pixels = torch.cat(list(variance.clamp_min(0).sqrt().view(-1, *shape)[:8]), 2)
     finite = pixels[pixels.isfinite()]
     top = float(finite.max()) if len(finite) else 0.0
-    high = top if len(finite) == pixels.numel() else top / GREY
+    high = top if len(finite) == pixels.numel() else top / LARGEST_GREY
     return Images(shape=tuple(pixels.shape), low=0.0, high=high or 1.0).render(
         pixels.nan_to_num(posinf=2 * high or 1.0)
     )

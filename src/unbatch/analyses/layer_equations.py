@@ -10,12 +10,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, LayerRisk
-from unbatch.inversion.backward.rank_count import EACH_LAYER, EFFORT, Constraints, Unread, constraints
+from unbatch.inversion.backward.rank_count import (
+    CONDITIONED_UNKNOWNS,
+    EACH_LAYER,
+    EFFORT,
+    RANKED_UNKNOWNS,
+    Constraints,
+    Unread,
+    constraints,
+)
 from unbatch.inversion.probe import probe
 from unbatch.inversion.view import View
 from unbatch.progress import affords, tick
-
-RANKED, MEASURED = 4096, 1024  # unknowns: of ranks; of condition numbers, and of what no rule counts
 
 
 @final
@@ -87,7 +93,7 @@ class LayerEquations(Analysis):
         if found.counted is not None:
             return ""
         n = found.link.unknowns
-        most = (MEASURED if found.curved else RANKED) if self.exact is None else self.exact
+        most = (CONDITIONED_UNKNOWNS if found.curved else RANKED_UNKNOWNS) if self.exact is None else self.exact
         why = found.curved or "its ranks cannot be counted"
         if (n if found.curved else min(n, found.weights.equations + found.gradients.equations)) > most:
             return f"{why}, and {n:,} unknowns are more than exact={most} to measure."
@@ -97,7 +103,7 @@ class LayerEquations(Analysis):
 
     def _conditioned(self, n: int) -> bool:
         """Whether the condition number of n unknowns is measured."""
-        return n <= (MEASURED if self.exact is None else self.exact)
+        return n <= (CONDITIONED_UNKNOWNS if self.exact is None else self.exact)
 
     def _weight(self, found: Constraints) -> int | None:
         """rank W, where it is counted or small enough to be measured."""

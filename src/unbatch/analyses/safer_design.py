@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from unbatch.analysis import Analysis, Verdict
 from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.c_metric import Kind, solvability
-from unbatch.inversion.backward.rank_count import EACH_LAYER, Constraints, Unread, constraints
+from unbatch.inversion.backward.rank_count import EACH_LAYER, RANKED_UNKNOWNS, Constraints, Unread, constraints
 from unbatch.inversion.backward.variants import Variant, first_dense, parameters, variants
-from unbatch.inversion.determined_share import SHARE, share, work
+from unbatch.inversion.determined_share import SHARE_NAME, share, work
 from unbatch.inversion.probe import probe
 from unbatch.inversion.view import View
 from unbatch.network.chain import Chained, Link
 from unbatch.progress import tick_or_leave
 
-OWN, CHANGED = 4096, 1024  # unknowns up to which ranks are measured, of layers as they are and of changed ones
+CHANGED_UNKNOWNS = 1024  # up to which the ranks of a changed layer are measured; of layers as they are RANKED_UNKNOWNS
 
 
 @dataclass
@@ -58,7 +58,7 @@ def _share(links: Sequence[Link], at: _Place, exact: int) -> float:
             f"work={at.work:.1e}"
         )
     if links is at.view.links:
-        return at.view.once(SHARE, (at.x, at.y), lambda: share(obs, at.x, at.y)).share
+        return at.view.once(SHARE_NAME, (at.x, at.y), lambda: share(obs, at.x, at.y)).share
     return share(obs, at.x, at.y, model).share
 
 
@@ -66,7 +66,7 @@ METRICS: dict[str, Callable[[Sequence[Link], _Place, int], float]] = {  # the lo
     "determined share": _share,
     "c(M)": _published,
 }
-LEAST = 0.01  # by which a change lowers a metric: other weights alone move a share by less
+LEAST_GAIN = 0.01  # by which a change lowers a metric: other weights alone move a share by less
 
 
 @final
@@ -108,7 +108,7 @@ class SaferDesign(Analysis):
         left = _left(skipped)
         if changes and skipped and not counted:
             raise NotApplicable(f"no change could be counted. {left}")
-        better = [each for each in counted if any(value < own[name] - LEAST for name, value in each[0].items())]
+        better = [each for each in counted if any(value < own[name] - LEAST_GAIN for name, value in each[0].items())]
         better.sort(key=lambda each: ([each[0].get(name, own[name]) for name in own], each[1].words))
         found = [
             Verdict(name=f"{name}: {variant.words}", value=values[name], words=_price(links, variant.links, name, own))
@@ -128,7 +128,7 @@ class SaferDesign(Analysis):
         own: dict[str, float] = {}
         for name, metric in METRICS.items():
             try:
-                own[name] = metric(links, place, OWN if self.exact is None else self.exact)
+                own[name] = metric(links, place, RANKED_UNKNOWNS if self.exact is None else self.exact)
             except NotApplicable as why:
                 skipped.setdefault(str(why).rstrip("."), []).append(f"{name} of the network as it is")
         if not own:
@@ -145,7 +145,9 @@ class SaferDesign(Analysis):
             for name in own:
                 try:
                     tick_or_leave((k + 1) / (len(changes) + 1), "it was looked at")
-                    values[name] = METRICS[name](variant.links, place, CHANGED if self.exact is None else self.exact)
+                    values[name] = METRICS[name](
+                        variant.links, place, CHANGED_UNKNOWNS if self.exact is None else self.exact
+                    )
                 except NotApplicable as why:
                     skipped.setdefault(str(why).rstrip("."), []).append(variant.words)
             counted += [(values, variant)] if values else []

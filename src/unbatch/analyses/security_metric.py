@@ -12,8 +12,8 @@ from torch import Tensor
 from unbatch.analysis import Analysis, Verdict
 from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.c_metric import solvability
-from unbatch.inversion.backward.rank_count import EACH_LAYER, constraints
-from unbatch.inversion.determined_share import SHARE, share, work
+from unbatch.inversion.backward.rank_count import EACH_LAYER, RANKED_UNKNOWNS, constraints
+from unbatch.inversion.determined_share import SHARE_NAME, share, work
 from unbatch.inversion.probe import probe
 from unbatch.inversion.view import View
 from unbatch.progress import tick
@@ -41,7 +41,7 @@ class SecurityMetric(Analysis):
 
     exact: Annotated[
         int, Field(gt=0, description="unknowns up to which a matrix is formed, to measure ranks where counting fails")
-    ] = 4096
+    ] = RANKED_UNKNOWNS
     work: Annotated[float, Field(ge=0, description="operations up to which the share is computed")] = 3e11
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Verdict]:
@@ -84,7 +84,7 @@ class SecurityMetric(Analysis):
                 f"the Jacobian for each of {x.numel():,} unknowns."
             )
         try:
-            found = view.once(SHARE, (x, y), lambda: share(view.obs, x, y))
+            found = view.once(SHARE_NAME, (x, y), lambda: share(view.obs, x, y))
         except NotApplicable as why:
             raise NotApplicable(f"The determined share was {why}") from why
         words = (

@@ -20,8 +20,8 @@ from unbatch.observation import Observation
 from unbatch.protocol import Protocol
 from unbatch.reconstruction import Reconstruction
 
-CONFIDENT = 20.0
-SIGMAS = 7.0  # a Gaussian entry lies further out with probability 3e-12
+CONFIDENCE_WEIGHT = 20.0
+PROOF_SIGMAS = 7.0  # a Gaussian entry lies further out with probability 3e-12
 
 
 @final
@@ -66,7 +66,7 @@ class LabelCount(Attack):
         n, steps = obs.knowledge.batch_size, obs.protocol.steps(obs.knowledge.batch_size)
         sent = {name: obs.update[name].cpu() for name in (head.weight, head.bias) if name and name in obs.update}
         weight, bias = sent.get(head.weight), sent.get(head.bias or "")
-        noise = SIGMAS * obs.knowledge.get("noise", 0.0)
+        noise = PROOF_SIGMAS * obs.knowledge.get("noise", 0.0)
         before = {name: p.detach().cpu() for name, p in obs.model.named_parameters() if name in sent}
         if steps and obs.protocol.optimiser == "adam":
             return label_counts.counts_by_sign(
@@ -115,7 +115,7 @@ class LabelCount(Attack):
         if nonnegative and proof != "estimate":
             words += ", taking the head's features for nonnegative as they were on every probe"
         if obs.knowledge.get("noise", 0.0) and proof != "estimate":
-            words += f", at {SIGMAS:g} standard deviations of the known noise"
+            words += f", at {PROOF_SIGMAS:g} standard deviations of the known noise"
         return Reconstruction(
             inputs=None,
             labels=torch.cat([classes.repeat_interleave(lower), classes.repeat_interleave(estimate - lower)]),
@@ -211,5 +211,5 @@ def _mean_answer(form: LossForm, outputs: Tensor) -> Tensor:
     else:
         p = outputs.sigmoid()
         confidence = (2 * p - 1).square().mean()
-    trust = (1 - CONFIDENT * confidence).clamp_min(0)
+    trust = (1 - CONFIDENCE_WEIGHT * confidence).clamp_min(0)
     return trust * p.mean(0) + (1 - trust) / max(k, 2)

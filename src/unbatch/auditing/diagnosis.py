@@ -9,7 +9,7 @@ from torch import Tensor
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol, fit, flatten, local_update
 
-FITS = 0.02  # relative residual up to which an explanation holds
+LARGEST_FIT_RESIDUAL = 0.02  # relative residual up to which an explanation holds
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Explanation:
 
     @property
     def fits(self) -> bool:
-        return self.residual <= FITS
+        return self.residual <= LARGEST_FIT_RESIDUAL
 
 
 def explanations(obs: Observation, inputs: Tensor, labels: Tensor) -> list[Explanation]:
@@ -91,7 +91,9 @@ def diagnose(obs: Observation, inputs: Tensor | None = None, labels: Tensor | No
         return [*notes, "The model fails on these inputs in train and in eval mode."]
     fitting = [e for e in ranked if e.residual <= 10 * ranked[0].residual + 1e-6]
     # Of the readings that fit equally well, one without a factor is better, then the declared one, then the closest.
-    best = min(fitting, key=lambda e: (abs(e.factor - 1) > FITS, e.protocol != obs.protocol, e.residual))
+    best = min(
+        fitting, key=lambda e: (abs(e.factor - 1) > LARGEST_FIT_RESIDUAL, e.protocol != obs.protocol, e.residual)
+    )
     if not best.fits:
         return [
             *notes,
@@ -106,14 +108,14 @@ def diagnose(obs: Observation, inputs: Tensor | None = None, labels: Tensor | No
 
 def _factor(best: Explanation, n: int) -> list[str]:
     c, steps = best.factor, best.protocol.steps(n)
-    if abs(c - 1) <= FITS:
+    if abs(c - 1) <= LARGEST_FIT_RESIDUAL:
         return []
-    if abs(c + 1) <= FITS:
+    if abs(c + 1) <= LARGEST_FIT_RESIDUAL:
         what = "before minus after" if steps else "the descent direction instead of the gradient"
         return [f"The sign is flipped ({what}): multiply the update by -1."]
-    if n > 1 and abs(c - n) <= FITS * n:
+    if n > 1 and abs(c - n) <= LARGEST_FIT_RESIDUAL * n:
         return [f"The update is {n} times too large: a sum over the batch where the loss takes the mean."]
-    if n > 1 and abs(c * n - 1) <= FITS:
+    if n > 1 and abs(c * n - 1) <= LARGEST_FIT_RESIDUAL:
         return [f"The update is {n} times too small: a mean over the batch where the loss takes the sum."]
     if c < 0 and not steps:
         return [

@@ -22,13 +22,17 @@ from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.observation import Observation
 from unbatch.progress import afford_or_leave, tick_or_leave
 
-ROUNDINGS = 4  # of a tensor's root mean square: the error of its entries
-ROWS = 2  # of the Jacobian, for each unknown and tensor, into which longer gradients are summed with random signs
-ENTRIES = 2**23  # of the Jacobian: where it has more, all tensors share its rows, `ROWS` for each unknown at least
-SCATTERED = 60.0  # operations in the time that a scattered sum takes for an entry
-COLUMNS = 64  # of the Jacobian that are computed at once
-SHARE = "determined share"  # by what name views keep it (`View.once`)
-OUTER = 1e-9  # relative, up to which a gradient is the outer product that it must be
+ENTRY_ROUNDINGS = 4  # of a tensor's root mean square: the error of its entries
+ROWS_AN_UNKNOWN = (
+    2  # of the Jacobian, for each unknown and tensor, into which longer gradients are summed with random signs
+)
+JACOBIAN_ENTRIES = (
+    2**23
+)  # of the Jacobian: where it has more, all tensors share its rows, `ROWS_AN_UNKNOWN` for each unknown at least
+SCATTER_OPERATIONS = 60.0  # operations in the time that a scattered sum takes for an entry
+COLUMNS_AT_ONCE = 64  # of the Jacobian that are computed at once
+SHARE_NAME = "determined share"  # by what name views keep it (`View.once`)
+OUTER_PRODUCT_ERROR = 1e-9  # relative, up to which a gradient is the outer product that it must be
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ def work(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> float:
         loss(model(x.double()), y.double() if y.is_floating_point() else y).backward()  # type: ignore[no-untyped-call]
     dense = {id(layer.weight): sum(layer.weight.shape) + 1 for layer in model.modules() if isinstance(layer, nn.Linear)}
     entries, d = sum(min(p.numel(), dense.get(id(p), p.numel())) for p in model.parameters()), x.numel()
-    rows = min(entries, max(ROWS * d, ENTRIES // d))
-    return 2.0 * d * float(counter.get_total_flops()) + SCATTERED * d * entries + 2.0 * d**2 * (rows + d)
+    rows = min(entries, max(ROWS_AN_UNKNOWN * d, JACOBIAN_ENTRIES // d))
+    return 2.0 * d * float(counter.get_total_flops()) + SCATTER_OPERATIONS * d * entries + 2.0 * d**2 * (rows + d)
 
 
 def determined(
@@ -120,9 +124,9 @@ def determined(
         afford_or_leave(2.0 * d**2 * (rows + d), f"a matrix of {rows + d:,} x {d:,} was factored")
         system = seen.at.new_zeros(rows + d, d)
         system[rows:] = eye = torch.eye(d).to(seen.at)
-        for k, part in enumerate(torch.split(prior.push(eye), COLUMNS)):
-            tick_or_leave(k * COLUMNS / d, f"{d - k * COLUMNS:,} of the {d:,} unknowns were looked at")
-            system[:rows, k * COLUMNS : k * COLUMNS + len(part)] = seen.moved(part).T
+        for k, part in enumerate(torch.split(prior.push(eye), COLUMNS_AT_ONCE)):
+            tick_or_leave(k * COLUMNS_AT_ONCE / d, f"{d - k * COLUMNS_AT_ONCE:,} of the {d:,} unknowns were looked at")
+            system[:rows, k * COLUMNS_AT_ONCE : k * COLUMNS_AT_ONCE + len(part)] = seen.moved(part).T
         afford_or_leave(2.0 * d**2 * (rows + d), f"a matrix of {rows + d:,} x {d:,} was factored")
         T = torch.linalg.qr(system, mode="r").R
         inverse = torch.linalg.solve_triangular(T, eye, upper=True)
@@ -222,7 +226,7 @@ class _Gradient:
         for name, delta in deltas.items():
             each, G = _Outer(delta[0], inputs[name][0].detach()), self.gradient[name]
             far = (torch.outer(each.delta, each.a) - G).norm()
-            if each.rows < G.numel() and float(far) <= OUTER * float(G.norm()):
+            if each.rows < G.numel() and float(far) <= OUTER_PRODUCT_ERROR * float(G.norm()):
                 found[name] = each
         self.taps = {name: taps[name] for name in found}
         return found
@@ -230,7 +234,7 @@ class _Gradient:
     def weigh(self, eps: float, noise: float, rng: torch.Generator) -> int:
         """Choose the rows, each divided by its error; how many. Raises UnbatchError: a gradient is not finite."""
         d, places = len(self.at), list[Tensor]()
-        most = ROWS * d
+        most = ROWS_AN_UNKNOWN * d
         for name, tensor in self.gradient.items():
             size = float(tensor.square().mean().sqrt())
             e = self.outer[name].rows if name in self.outer else tensor.numel()
@@ -239,11 +243,11 @@ class _Gradient:
             if size > 0:
                 signs = 2.0 * torch.randint(2, (e,), generator=rng) - 1 if e > most else torch.ones(e)
                 to = torch.randint(most, (e,), generator=rng) if e > most else torch.arange(e)
-                error = ((ROUNDINGS * eps * size) ** 2 + noise**2) ** 0.5
+                error = ((ENTRY_ROUNDINGS * eps * size) ** 2 + noise**2) ** 0.5
                 self.weights[name] = signs.to(self.at) / error
                 places.append(self.rows + to.to(self.at.device))
                 self.rows += min(e, most)
-        if self.rows > (few := max(most, ENTRIES // d)):
+        if self.rows > (few := max(most, JACOBIAN_ENTRIES // d)):
             again = torch.randint(few, (self.rows,), generator=rng).to(self.at.device)
             signs = (2.0 * torch.randint(2, (self.rows,), generator=rng) - 1).to(self.at)
             self.weights = {

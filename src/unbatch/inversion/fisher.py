@@ -21,14 +21,20 @@ from unbatch.observation import Observation
 from unbatch.progress import tick_or_leave
 from unbatch.protocol import shortened
 
-LEAST = 1e-100  # noise whose square is a number
+LEAST_NOISE = 1e-100  # noise whose square is a number
 SAMPLING_CONFIDENCE = 0.975  # with which the sampling error that an average over draws is given suffices
 FEWEST_DRAWS = 4  # whose spread has three degrees of freedom, or one where labels are drawn
-SIGMAS = 6.0  # of the noise's length, by which an update may be off
-ROOM = 1e-6  # that Opacus adds to the norm of a gradient that it clips
-ENTRIES, SMALL = 2**22, 2**16  # of a batch of products; of an update whose products are quicker all at once
-REACH, FALL = 0.1, 5.0  # of a line on which jumps are looked for; what a bend's second difference falls by, at least
-JUMPING = re.compile(
+NOISE_LENGTH_SIGMAS = 6.0  # of the noise's length, by which an update may be off
+OPACUS_NORM_ROOM = 1e-6  # that Opacus adds to the norm of a gradient that it clips
+BATCHED_ENTRIES, SMALL_UPDATE = (
+    2**22,
+    2**16,
+)  # of a batch of products; of an update whose products are quicker all at once
+JUMP_LINE, BEND_FALL = (
+    0.1,
+    5.0,
+)  # of a line on which jumps are looked for; what a bend's second difference falls by, at least
+JUMPING_OPERATIONS = re.compile(
     r"Relu|Hardtanh|MaxPool|Threshold|Clamp|Abs|shrink|L1Loss|Hardsigmoid|Hardswish|^(Max|Min|Amax|Amin|Prelu|Sgn)"
 )
 
@@ -70,7 +76,7 @@ class Information:
         if not self.back.requires_grad:
             return torch.zeros(p, p).to(self.sent)
         rows, eye = list[Tensor](), torch.eye(p).to(self.sent)
-        for part in torch.split(eye, max(1, ENTRIES // e) if e <= SMALL else 1):
+        for part in torch.split(eye, max(1, BATCHED_ENTRIES // e) if e <= SMALL_UPDATE else 1):
             tick_or_leave(len(rows) * len(part) / p, f"the information of all {p:,} unknowns was formed")
             if len(part) == 1:
                 rows.append(self.fisher(part[0]).view(1, -1))
@@ -97,7 +103,7 @@ def sent(obs: Observation, x: Tensor, y: Tensor, *, create_graph: bool = False) 
         own, labels, x, y = x[:size], y[:size], x[size:], y[size:]
         taken = min(protocol.local_batch_size or size, size) if protocol.steps(size) else size
         clip, rows = known.privacy.clip, range(taken)
-        each = [_flat(one, own[i : i + 1], labels[i : i + 1], create_graph, clip, ROOM) for i in rows]
+        each = [_flat(one, own[i : i + 1], labels[i : i + 1], create_graph, clip, OPACUS_NORM_ROOM) for i in rows]
         clipped = torch.stack(each).sum(0)
         step = -protocol.learning_rate if protocol.steps(size) else 1.0
         whole.append(step * clipped / (1 if form == "sum" else taken))
@@ -150,7 +156,7 @@ def check_noise(obs: Observation, *, follows: bool = False) -> None:
         raise NotApplicable(
             "the update carries no Gaussian noise of known size, and without noise nothing bounds an attacker."
         )
-    if deviation(obs) < LEAST:
+    if deviation(obs) < LEAST_NOISE:
         raise NotApplicable(f"noise of standard deviation {deviation(obs):.3g} is lost in rounding, and bounds nobody.")
     known, protocol = obs.knowledge, obs.protocol
     missing = [name for name in ("input_shape", "batch_size") if name not in known]
@@ -205,7 +211,7 @@ def _fitted(obs: Observation, x: Tensor, y: Tensor) -> None:
     clean = sent(double, x.double(), y.double() if y.is_floating_point() else y).detach()
     sigma, e = deviation(obs), len(seen)
     rounding = 4 * torch.finfo(obs.dtype).eps * float(seen.norm())
-    spread = SIGMAS * (2 * e) ** 0.5  # of |noise|^2 / sigma^2, whose mean is e
+    spread = NOISE_LENGTH_SIGMAS * (2 * e) ** 0.5  # of |noise|^2 / sigma^2, whose mean is e
     least, most = sigma * max(e - x.numel() - spread, 0.0) ** 0.5 - rounding, sigma * (e + spread) ** 0.5 + rounding
     off = float((seen - clean).norm())
     if not least <= off <= most:
@@ -280,7 +286,7 @@ def jumps(obs: Observation, x: Tensor, y: Tensor, rng: torch.Generator) -> str |
         name = re.sub(r"(With\w+)?Backward\d*$", "", node.name().rpartition("::")[2])
         slopes = [float(getattr(node, f"_saved_{of}", 1.0)) for of in ("alpha", "input_scale")]
         bent = name == "Elu" and slopes[0] * slopes[1] != 1
-        found |= {name} if bent or JUMPING.search(name) else set()
+        found |= {name} if bent or JUMPING_OPERATIONS.search(name) else set()
         todo += [after for after, _ in node.next_functions]
     if not found:
         low, high = obs.knowledge.get("input_range", (0.0, 1.0))
@@ -289,7 +295,7 @@ def jumps(obs: Observation, x: Tensor, y: Tensor, rng: torch.Generator) -> str |
         def update(v: Tensor) -> list[Tensor]:
             return [sent(double, v, y.double() if y.is_floating_point() else y).detach()]
 
-        if has_kinks(update, at, rng, reach=REACH * (high - low), fall=FALL):
+        if has_kinks(update, at, rng, reach=JUMP_LINE * (high - low), fall=BEND_FALL):
             found = {"the network"}
     if not found:
         return None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import UnbatchError
 from unbatch.inversion.view import View
 from unbatch.knowledge import Earlier, Knowledge
 from unbatch.network.dense import forward
@@ -83,7 +84,7 @@ def in_input_span(view: View, rng: torch.Generator) -> SpanReduction | None:
     z = torch.randn(2, len(P), generator=rng, dtype=torch.float64).to(P)
     try:
         again = forward(model, z)
-    except ValueError:  # its inputs are reshaped or normalised on their way
+    except UnbatchError:  # its inputs are reshaped or normalised on their way
         return None
     made = forward(obs.model, (z @ P).reshape(-1, *known.input_shape))
     if not torch.allclose(again, made, rtol=1e-3, atol=1e-3 * float(made.abs().max())):

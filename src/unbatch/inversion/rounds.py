@@ -19,7 +19,7 @@ from unbatch.progress import tick
 from unbatch.protocol import Update
 from unbatch.reconstruction import Reconstruction
 
-RANKS = 16  # looked through where the batch size is not known
+TRIED_RANKS = 16  # looked through where the batch size is not known
 
 
 def averaged(obs: Observation) -> Observation:
@@ -183,7 +183,7 @@ def _filled(view: View, law: Likelihood, lowest: bool) -> dict[str, Tensor]:
     seen = ~torch.cat([hidden[name].view(len(A), -1) for name in names], 1)
     n = obs.knowledge.get("batch_size")
     target = 2 * torch.finfo(obs.dtype).eps
-    for rank in range(1, min(RANKS, *A.shape) + 1) if n is None else [min(n, *A.shape)]:
+    for rank in range(1, min(TRIED_RANKS, *A.shape) + 1) if n is None else [min(n, *A.shape)]:
         found, misfit = complete(A, seen, rank, target=target, tick=tick)
         if misfit < 10 * target:
             break

@@ -25,6 +25,9 @@ from unbatch.numerics.linear.rank_law import ConvRanks, conv_ranks
 EACH_LAYER = "constraints of each layer"  # by what name views keep them (`View.once`)
 EFFORT = 20.0  # operations for each cubed unknown, in whose time a layer's three ranks are measured
 
+# Unknowns up to which a layer's ranks are measured, and its condition number is, where nobody says otherwise.
+RANKED_UNKNOWNS, CONDITIONED_UNKNOWNS = 4096, 1024
+
 
 @dataclass(frozen=True)
 class Constraints:
