@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unbatch.command.data import read
+from unbatch.data import read
 
 
 def test_npz_of_8_bit_pictures(tmp_path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from unbatch.bundle import model_name
 from unbatch.case import Case, Setting
-from unbatch.command.data import read
+from unbatch.data import read
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge, check_fields
 from unbatch.loss import Loss, loss_named
