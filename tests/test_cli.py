@@ -65,7 +65,7 @@ def call(*words: str) -> int:
 
 
 def audit(*words: str) -> Audit:
-    assert call("audit", *words, "--quiet") == 0
+    assert call("audit", *words, "--quiet", *([] if "--resume" in words else ["--force"])) == 0
     return Audit.load("audit/audit.json")
 
 
@@ -131,7 +131,7 @@ def test_a_captured_update(here: Path, capsys) -> None:
         model=model, loss=obs.loss, update={k: -v for k, v in obs.update.items()}, knowledge=obs.knowledge
     )
     scaled.save("captured.safetensors")
-    assert call("audit", *words) == 0
+    assert call("audit", *words, "--force") == 0
     assert "sign is flipped" in capsys.readouterr().out
 
 
@@ -228,12 +228,19 @@ def test_gate_and_report(here: Path, capsys) -> None:
     assert "<html" in Path("again.html").read_text()
 
 
-def test_an_earlier_audit_is_kept_beside_and_resume_goes_on(here: Path) -> None:
+def test_an_earlier_audit_is_refused_overwritten_or_gone_on_with(here: Path, capsys) -> None:
+    words = ("audit", "digits:width=16", "--analysis", "gradient-rank", "--quiet", "--attack")
     first = audit("digits:width=16", "--attack", "bias-ratio")
-    audit("digits:width=16", "--attack", "label-count")
-    assert Audit.load("audit/audit.previous.json") == first
+    assert call(*words, "label-count") == 2
+    said = capsys.readouterr().err
+    assert "audit holds an audit already (audit.json and report.html); --resume goes on with it, --force" in said
+    assert Audit.load("audit/audit.json") == first
+    assert call(*words, "label-count", "--force", "--resume") == 2
+    assert call(*words, "label-count", "--force") == 0
+    assert [run.attack for run in Audit.load("audit/audit.json").runs] == ["label-count"]
     record = audit("digits:width=16", "--attack", "bias-ratio", "--attack", "label-count", "--resume")
     assert [run.attack for run in record.runs] == ["bias-ratio", "label-count"]
+    assert sorted(path.name for path in Path("audit").iterdir()) == ["audit.json", "report.html"]
 
 
 @pytest.mark.parametrize(
@@ -327,25 +334,32 @@ def test_debug_shows_the_traceback(here: Path, capsys) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_full_disk_loses_no_finished_run(here: Path, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_a_full_disk_keeps_what_was_written_and_writes_nowhere_else(
+    here: Path, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
     import unbatch.files
 
-    (tmp_path / "rescue").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "rescue"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
     real = os.fsync
 
     def full(handle: int) -> None:
-        place = os.readlink(f"/proc/self/fd/{handle}")
-        if "rescue" not in place and '"runs": []' not in Path(place).read_text():  # since a run is finished
+        if '"attack": "label-count"' in Path(os.readlink(f"/proc/self/fd/{handle}")).read_text():
             raise OSError(28, "No space left on device")
         real(handle)
 
     monkeypatch.setattr(unbatch.files.os, "fsync", full)
-    assert call("audit", "digits:width=16", "--attack", "bias-ratio", "--quiet") == 2
+    words = ("audit", "digits:width=16", "--attack", "bias-ratio", "--attack", "label-count", "--quiet")
+    assert call(*words) == 2
     error = capsys.readouterr().err
     assert "No space left on device" in error
-    place = error.split("safe in ")[1].strip().removesuffix(".")
-    assert len(Audit.load(place).recovered()) == 1
+    assert "defect" not in error
+    assert len(Audit.load("audit/audit.json").recovered()) == 1
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert [path.name for path in Path("audit").iterdir()] == ["audit.json"]
+    monkeypatch.setattr(unbatch.files.os, "fsync", real)
+    assert call(*words, "--resume") == 0
+    assert len(Audit.load("audit/audit.json").runs) == 2
 
 
 def test_help_is_quick_to_import() -> None:

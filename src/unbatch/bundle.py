@@ -6,11 +6,14 @@ Never pickle; nothing in it is run.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -55,8 +58,9 @@ def write_bundle(path: Path, model: nn.Module, update: Update, knowledge: Knowle
         elif name not in _CALLABLES:
             facts[name] = vars(value) if isinstance(value, Privacy) else value
     metadata = {"format": FORMAT, "schema": SCHEMA, "model": type(model).__name__, "knowledge": json.dumps(facts)}
+    metadata["state_sha256"] = state_hash(model.state_dict())
     solid = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, save(solid, metadata))
+    write_atomically(path, save(solid, metadata), private=True)  # an update may give its examples away
 
 
 def read_bundle(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Knowledge]:
@@ -90,6 +94,15 @@ def read_bundle(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tens
             raise UnbatchError(
                 f"{path} was captured from another model ({metadata.get('model', 'unnamed')}): {said} Give its factory."
             ) from None
+    if metadata.get("state_sha256") not in (None, state_hash(state or private.state_dict())):
+        raise UnbatchError(
+            f"{path} was captured from a model in another state: the sha256 over its parameters and buffers differs. "
+            + (
+                "The file was changed; capture it again."
+                if state
+                else "It holds none itself: give those of the capture."
+            )
+        )
     first = next(private.parameters())
     try:
         facts = json.loads(metadata.get("knowledge", "{}"))
@@ -107,6 +120,36 @@ def read_bundle(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tens
     held = ({"buffers": buffers} if buffers else {}) | ({"earlier": earlier} if earlier else {})
     moved = {name: tensor.to(first.device) for name, tensor in update.items()}
     return private, moved, Knowledge(**facts, **known, **held)
+
+
+def state_hash(state: Mapping[str, Any]) -> str:
+    """The sha256 over a model's state, by which two runs tell whether they attacked the same one.
+
+    Over names, types, shapes and bytes of its parameters and buffers, in the order of their names.
+
+    >>> one, other = nn.Linear(2, 3).state_dict(), nn.Linear(2, 3).state_dict()
+    >>> state_hash(one) == state_hash(dict(one)), state_hash(one) == state_hash(other), len(state_hash({}))
+    (True, False, 64)
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def holds_state(path: Path) -> bool:
+    """Whether a bundle holds the parameters of the model that it was captured from.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "seen.safetensors"
+    ...     write_bundle(path, nn.Linear(2, 3), {"bias": Tensor([1.0, 2.0, 3.0])}, Knowledge())
+    ...     holds_state(path)
+    True
+    """
+    return bool(_part(_open(path)[0], "state/"))
 
 
 def model_name(path: Path) -> str:

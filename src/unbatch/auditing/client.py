@@ -7,8 +7,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from unbatch.auditing.misstep import misstep
 from unbatch.case import Setting
-from unbatch.defence import Defence, Round, Stack
+from unbatch.defence import Defence, Round, Stack, Step
+from unbatch.errors import UnbatchError
 from unbatch.knowledge import Earlier, Knowledge
 from unbatch.loss import Loss
 from unbatch.observation import Observation
@@ -51,7 +53,7 @@ def observe(
     rng, earlier = torch.Generator().manual_seed(seed), list[Earlier]()
     while True:
         before = copy.deepcopy(model)
-        update = step(Round(model=model, loss=loss, inputs=inputs, labels=labels, protocol=protocol, rng=rng))
+        update = _stepped(step, Round(model=model, loss=loss, inputs=inputs, labels=labels, protocol=protocol, rng=rng))
         seen = {name: tensor.detach().clone() for name, tensor in update.items()}
         public = stack.told(bare, seen)
         if len(earlier) + 1 >= (protocol.rounds or 1):
@@ -62,6 +64,24 @@ def observe(
     public |= knowledge or Knowledge()
     observation = Observation(model=before, loss=stack.loss(loss), update=seen, knowledge=public)
     return observation, Truth(inputs=inputs.detach().clone(), labels=labels.clone())
+
+
+def _stepped(step: Step, turn: Round) -> Update:
+    """What the client sends. Raises UnbatchError, saying which part of the step fails, where the user's own objects do."""
+    try:
+        update = step(turn)
+        whole = all(bool(tensor.isfinite().all()) for tensor in update.values())
+    except (UnbatchError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        words = misstep(turn.model, turn.loss, turn.inputs, turn.labels, turn.protocol.mode)
+        if words is None:
+            raise
+        raise words from error
+    words = None if whole else misstep(turn.model, turn.loss, turn.inputs, turn.labels, turn.protocol.mode)
+    if words is not None:
+        raise words
+    return update
 
 
 def moved(model: nn.Module, update: Update, rate: float, known: Knowledge) -> nn.Module:

@@ -25,6 +25,7 @@ from unbatch.auditing.diagnosis import diagnose
 from unbatch.auditing.findings import Analyst
 from unbatch.auditing.judge import Judge
 from unbatch.auditing.suites import suite
+from unbatch.bundle import state_hash
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Domain, domain_told
@@ -81,24 +82,25 @@ def audit(
     plan = _Plan(setting, truth, attacks, defences, metrics, analyses, remedies, device)
     record = plan.record(list(seeds), budget)
     kept = _kept(record, resume)
+    blanks = list(plan.blanks(seeds))
+    record.runs = [kept[blank.key] for _, blank in blanks if blank.key in kept]  # whatever ends this, they stand in it
     watch = watch or Watch()
     record.clients = [plan.client(index) for index in range(len(plan.exchanges))]
     patience = budget if analysis_budget is None else analysis_budget
     analyst = Analyst(plan.analyses, plan.named, patience, watch, announce, sink)
     for index, (obs, private) in enumerate(plan.exchanges):
         analyst.read(record, View.of(obs), private, index)
-    for attack, blank in plan.blanks(seeds):
-        held = kept.get(blank.key)
-        if held is None and not watch.stop:
-            if announce:
-                announce(f"{blank.title}, client {blank.client}, seed {blank.seed}")
-            watch.begin(budget or math.inf)
-            held = plan.run(blank, attack, watch)
-        if held is not None:
-            record.runs.append(held)
-            record.flags = flags(record)
-            if sink:
-                sink(record)
+    for attack, blank in blanks:
+        if blank.key in kept or watch.stop:
+            continue
+        if announce:
+            announce(f"{blank.title}, client {blank.client}, seed {blank.seed}")
+        watch.begin(budget or math.inf)
+        kept[blank.key] = plan.run(blank, attack, watch)
+        record.runs = [kept[each.key] for _, each in blanks if each.key in kept]
+        record.flags = flags(record)
+        if sink:
+            sink(record)
     record.notes += plan.notes()
     for remedy in plan.remedies:
         try:
@@ -137,8 +139,10 @@ class _Plan:
         self.reproducible: list[bool] = []
         self.explained: tuple[Tensor, Tensor] | None = None  # what an exact attack found
         if isinstance(target, Observation):
-            if self.defences:
-                raise UnbatchError("a captured update already has its defences in it; leave `defences` out.")
+            if self.defences or self.remedies:
+                raise UnbatchError(
+                    "a captured update already has its defences in it; leave `defences` and `remedies` out."
+                )
             self.domain = domain_told(target.knowledge)
             self.exchanges = [(_moved(target, device) if device else target, truth)]
             if truth is not None:
@@ -193,6 +197,7 @@ class _Plan:
             budget=budget,
             model=str(obs.model),
             parameters=sum(p.numel() for p in obs.model.parameters()),
+            model_hash=state_hash(obs.model.state_dict()),
             loss=_loss(obs),
             protocol=str(obs.protocol),
             knowledge={name: _words(obs.knowledge.get(name)) for name in obs.knowledge},

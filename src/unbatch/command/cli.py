@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unbatch import __version__
+from unbatch.command.blame import said
 from unbatch.errors import MissingExtra, UnbatchError
 
 if TYPE_CHECKING:
@@ -51,16 +53,44 @@ Analyses = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: where the model is.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON, nothing else.")]
-Model = Annotated[str | None, typer.Option(help="Your model: package.module:factory, a function that returns it.")]
-DataPath = Annotated[Path | None, typer.Option(help="Your data: an .npz file, a .csv file or a folder of images.")]
-LossName = Annotated[
-    str, typer.Option(help="cross-entropy, binary-cross-entropy, squared-error, or package.module:loss.")
+Model = Annotated[
+    str | None,
+    typer.Option(help="Your model: package.module:factory, a function that returns it; called with the random seed 0."),
 ]
-Reduction = Annotated[str, typer.Option(help="mean or sum over the batch, for a loss given by name.")]
-Size = Annotated[int | None, typer.Option(help="Resize pictures of a folder to SIZE x SIZE.")]
-Batch = Annotated[int | None, typer.Option(help="Use only the first BATCH examples of the data.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="The model's parameters: .safetensors, or a state_dict that torch.save wrote.")
+]
+DataPath = Annotated[
+    Path | None,
+    typer.Option(help="Your data: an .npz file, a .csv file or a folder of images; the truth of an --observation."),
+]
+LossName = Annotated[
+    str | None,
+    typer.Option(
+        help="cross-entropy (the default), binary-cross-entropy, squared-error, or package.module:loss. A case has its own."
+    ),
+]
+Reduction = Annotated[str | None, typer.Option(help="mean (the default) or sum, for a loss given by name.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Resize pictures of a folder to SIZE x SIZE.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Use only the first BATCH examples of the data.")]
+Capture = Annotated[
+    Path | None, typer.Option("--observation", help="A captured update: bundle.safetensors, with --model.")
+]
 Knows = Annotated[list[str] | None, typer.Option(help="What the attacker knows besides: labels, or FIELD=VALUE.")]
 Rules = Annotated[str | None, typer.Option("--protocol", help="local_steps=4,learning_rate=0.1,mode=eval ...")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what an earlier run left in --out.")]
+
+
+def _seconds(value: float | None) -> float | None:
+    """A time that can be kept; nan passes every comparison."""
+    if value is not None and (math.isnan(value) or value <= 0):
+        raise typer.BadParameter(f"{value:g} is no time; give seconds above 0, or leave it out.")
+    return value
+
+
+Budget = Annotated[
+    float | None, typer.Option(callback=_seconds, help="Seconds for each run of an attack, and for each analysis.")
+]
 
 
 def _version(value: bool) -> None:
@@ -85,6 +115,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", help="Where report.html and audit.json go.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of the attacks' draws.")] = 0,
     device: Device = None,
+    force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Audit one gradient of eight photographs; write a report."""
@@ -95,9 +126,11 @@ def demo(
     record = run_audit(
         Case.parse(CASE),
         folder=folder,
-        command=context.obj,
+        command=_again(context.obj, folder),
         quiet=quiet,
-        device=device,
+        force=force,
+        own=str(Case.parse(CASE)),
+        device=_usable(device),
         seeds=(seed,),
         attacks=ATTACKS,
         remedies=REMEDIES,
@@ -113,14 +146,13 @@ def audit_command(
         str | None, typer.Argument(help="A built-in case, e.g. photos:batch=4 (see `unbatch list cases`).")
     ] = None,
     model: Model = None,
+    weights: Weights = None,
     data: DataPath = None,
-    loss: LossName = "cross-entropy",
-    reduction: Reduction = "mean",
+    loss: LossName = None,
+    reduction: Reduction = None,
     size: Size = None,
     batch: Batch = None,
-    observation: Annotated[
-        Path | None, typer.Option(help="A captured update: bundle.safetensors, with --model.")
-    ] = None,
+    observation: Capture = None,
     attack: Attacks = None,
     suite: Annotated[str | None, typer.Option(help="A fixed set of attacks, instead of --attack.")] = None,
     defence: Defences = None,
@@ -131,14 +163,15 @@ def audit_command(
     analysis: Analyses = None,
     protocol: Rules = None,
     knows: Knows = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Of the attacks; give several times for several runs.")] = None,
-    budget: Annotated[
-        float | None, typer.Option(min=0, help="Seconds for each run of an attack, and for each analysis.")
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="Of the attacks; give several times for several runs.")
     ] = None,
+    budget: Budget = None,
     folder: Annotated[Path, typer.Option("--out", help="Where report.html and audit.json go.")] = Path("audit"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the finished runs of the audit.json in --out.")
     ] = False,
+    force: Force = False,
     save_images: Annotated[Path | None, typer.Option(help="Write every recovered picture as a PNG there.")] = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -146,18 +179,32 @@ def audit_command(
 ) -> None:
     """Attack a client's update, judge the result, write a report."""
     from unbatch.auditing.suites import suite as attacks_of
-    from unbatch.command.console import run_audit, save_pictures
-    from unbatch.command.settings import target_of
+    from unbatch.command.console import run_audit
+    from unbatch.command.settings import Asked, refuse_unused, target_of
 
-    target = target_of(case, model, data, loss, reduction, size, batch, observation, protocol, knows or [])
-    if attack and suite:
-        raise UnbatchError("give --attack or --suite, not both.")
+    asked = Asked(
+        case=case,
+        model=model,
+        weights=weights,
+        data=data,
+        loss=loss,
+        reduction=reduction,
+        size=size,
+        batch=batch,
+        observation=observation,
+        protocol=protocol,
+        knows=knows or (),
+    )
+    refuse_unused(asked, attack=attack, suite=suite, defence=defence, remedy=remedy, metric=metric, seed=seed)
+    target = target_of(asked)
     record = run_audit(
-        target,
+        target.what,
+        truth=target.truth,
         folder=folder,
-        command=context.obj,
+        pictures=save_images,
+        command=_again(context.obj, folder),
         quiet=quiet or as_json,
-        device=device,
+        device=_usable(device),
         seeds=tuple(seed or (0,)),
         attacks=attack or (attacks_of(suite) if suite else None),
         defences=defence or (),
@@ -166,9 +213,8 @@ def audit_command(
         analyses=analysis,
         budget=budget,
         resume=resume,
+        force=force,
     )
-    if save_images:
-        save_pictures(record, save_images)
     if as_json:
         typer.echo(record.model_dump_json(indent=1))
     else:
@@ -181,35 +227,51 @@ def audit_command(
 def risk(
     case: Annotated[str | None, typer.Argument(help="A built-in case, or give --model.")] = None,
     model: Model = None,
+    weights: Weights = None,
     data: DataPath = None,
-    loss: LossName = "cross-entropy",
-    reduction: Reduction = "mean",
+    loss: LossName = None,
+    reduction: Reduction = None,
     size: Size = None,
     batch: Batch = None,
-    observation: Annotated[
-        Path | None, typer.Option(help="A captured update: bundle.safetensors, with --model.")
-    ] = None,
+    observation: Capture = None,
     analysis: Analyses = None,
     defence: Defences = None,
     protocol: Rules = None,
     knows: Knows = None,
-    budget: Annotated[float | None, typer.Option(min=0, help="Seconds for each analysis; default: no limit.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(callback=_seconds, help="Seconds for each analysis; default: no limit.")
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what each layer's gradient gives away, without attacking it."""
     from unbatch.auditing.run import audit as run
-    from unbatch.command.settings import target_of
+    from unbatch.command.settings import Asked, refuse_unused, target_of
 
-    target = target_of(case, model, data, loss, reduction, size, batch, observation, protocol, knows or [])
+    asked = Asked(
+        case=case,
+        model=model,
+        weights=weights,
+        data=data,
+        loss=loss,
+        reduction=reduction,
+        size=size,
+        batch=batch,
+        observation=observation,
+        protocol=protocol,
+        knows=knows or (),
+    )
+    refuse_unused(asked, defence=defence)
+    target = target_of(asked)
     record = run(
-        target,
+        target.what,
+        truth=target.truth,
         attacks=(),
         defences=defence or (),
         metrics=(),
         analyses=analysis,
         budget=math.inf if budget is None else budget,
-        device=device,
+        device=_usable(device),
     )
     if as_json:
         shown = {"risks", "bounds", "verdicts", "analyses"}
@@ -298,17 +360,21 @@ def harden_command(
     case: Annotated[str | None, typer.Argument(help="A built-in case, or give --model and --data.")] = None,
     target_psnr: Annotated[float, typer.Option(help="What no attacker may exceed, in dB.")] = 15.0,
     model: Model = None,
+    weights: Weights = None,
     data: DataPath = None,
-    loss: LossName = "cross-entropy",
-    reduction: Reduction = "mean",
+    loss: LossName = None,
+    reduction: Reduction = None,
     size: Size = None,
-    batch: Annotated[int, typer.Option(min=1, help="Examples of one update of your data; a case has its own.")] = 4,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Examples of one update of your data, 4 by default; a case has its own.")
+    ] = None,
     attack: Attacks = None,
     analysis: Analyses = None,
     family: Annotated[list[str] | None, typer.Option(help="Search only dp-sgd, noise, prune, clip ...")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Updates of the training whose accuracy is measured.")] = 200,
     seconds: Annotated[float, typer.Option(min=0, help="For the whole search.")] = 180.0,
     folder: Annotated[Path, typer.Option("--out", help="Where harden.json and harden.png go.")] = Path("harden"),
+    force: Force = False,
 ) -> None:
     """Search for the cheapest defence that keeps attackers below a PSNR.
 
@@ -316,20 +382,29 @@ def harden_command(
     """
     from unbatch.auditing.harden import harden as run
     from unbatch.command.hardening_view import plot, show_hardening
-    from unbatch.command.settings import case_or_data
+    from unbatch.command.settings import Asked, case_or_data
+    from unbatch.files import claimed
 
-    found = run(
-        case_or_data(case, model, data, loss, reduction, size),
-        psnr=target_psnr,
-        batch=batch,
-        seconds=seconds,
-        rounds=rounds,
-        attacks=attack,
-        analyses=analysis,
-        only=family or (),
-        sink=lambda held: held.save(folder / "harden.json"),
+    asked = Asked(
+        case=case, model=model, weights=weights, data=data, loss=loss, reduction=reduction, size=size, batch=batch
     )
-    plot(found, folder / "harden.png")
+    with claimed(folder, "harden.json"):
+        if (folder / "harden.json").exists() and not force:
+            raise UnbatchError(
+                f"{folder} holds a search already (harden.json); --force overwrites it, --out NAME writes elsewhere."
+            )
+        found = run(
+            case_or_data(asked),
+            psnr=target_psnr,
+            batch=4 if batch is None else batch,
+            seconds=seconds,
+            rounds=rounds,
+            attacks=attack,
+            analyses=analysis,
+            only=family or (),
+            sink=lambda record: record.save(folder / "harden.json"),
+        )
+        plot(found, folder / "harden.png")
     _say_if_not_drawn()
     show_hardening(found, out)
 
@@ -353,6 +428,34 @@ def bench(
     (out if out.is_terminal else Console(width=WIDE)).print(module.table(rows))
     if to is not None:
         _say_if_not_drawn()
+
+
+_NOT_AGAIN = {"--resume", "--force", "--debug", "--quiet", "--json"}  # what a command that is run again does without
+
+
+def _again(words: Sequence[str], folder: Path) -> str:
+    """The command line that runs the same once more, into a folder beside this one, so that the two can be compared."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word not in _NOT_AGAIN and word != "--out" and not word.startswith("--out="):
+            kept.append(word)
+        skip = word == "--out"
+    return shlex.join(["unbatch", *kept, "--out", f"{folder}-again"])
+
+
+def _usable(device: str | None) -> str | None:
+    """A device that something can be computed on. Raises UnbatchError: there is none of that name here."""
+    import torch
+
+    if device is not None:
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            words = " ".join(str(error).split()[:30])
+            raise UnbatchError(
+                f"--device {device} cannot be used here: {words} Leave it out to compute where the model is, or give cpu."
+            ) from None
+    return device
 
 
 def _say_if_not_drawn() -> None:
@@ -438,7 +541,7 @@ def main(arguments: list[str] | None = None) -> Any:
             args=[word for word in words if word != "--debug"],
             prog_name="unbatch",
             standalone_mode=False,
-            obj=shlex.join(["unbatch", *words]),  # for the record
+            obj=words,  # for the record
         )
     except KeyboardInterrupt:
         err.print("stopped; finished runs are kept (--resume goes on from them).")
@@ -446,10 +549,6 @@ def main(arguments: list[str] | None = None) -> Any:
     except Exception as error:  # the one place where an error becomes a message
         if debug:
             traceback.print_exc()
-        show_usage = getattr(error, "format_message", None)
-        text = show_usage() if show_usage else str(error) or type(error).__name__
-        known = isinstance(error, (ValueError, OSError)) or show_usage is not None
-        hint = "" if known else f" This is a defect of unbatch ({type(error).__name__}); --debug shows where."
-        err.print(f"error: {text}{hint}", soft_wrap=True, markup=False, highlight=False)
+        err.print(f"error: {said(error)}", soft_wrap=True, markup=False, highlight=False)
         sys.exit(2)
     sys.exit(code or 0)

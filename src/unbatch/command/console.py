@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import os
 import signal
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,36 +15,77 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from unbatch.auditing.run import Target, audit
 from unbatch.errors import UnbatchError
-from unbatch.files import write_atomically
+from unbatch.files import claimed, write_atomically
 from unbatch.progress import Watch
 from unbatch.reporting.html import write as write_report
 from unbatch.reporting.results import Audit
 
+PAGE, RECORD = "report.html", "audit.json"
+
 
 def run_audit(
-    target: Target, *, folder: Path, command: str = "", quiet: bool = False, resume: bool = False, **options: Any
+    target: Target,
+    *,
+    folder: Path,
+    pictures: Path | None = None,
+    command: str = "",
+    quiet: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    own: str = "",
+    **options: Any,
 ) -> Audit:
     """Audit `target`, keeping `folder`/audit.json up to date after every run, and write `folder`/report.html.
 
-    `command` is noted as what was run. With `resume` the finished runs of that audit.json are kept; without
-    it an audit.json that stands there is renamed.
+    Nothing is written outside of `folder` and, where it is named, `pictures`, which gets every recovered picture; both are
+    tried for writing before the first attack, and held against another writer. `command` is noted as what was run.
+    With `resume` the finished runs of the audit.json there are kept; with `force`, or where it is of the case `own`, they
+    are overwritten.
     The first Ctrl-C ends the running attack with the best it has and stops the audit; the second stops at once.
-    Raises UnbatchError: a file cannot be written; the results are then saved in the temporary folder, and it says where.
+    Raises UnbatchError: there is an audit in the folder, or it cannot be written; the message says what to do.
     """
-    path = folder / "audit.json"
-    before = Audit.load(path) if resume and path.exists() else None
-    if before is None and path.exists():
-        os.replace(path, folder / "audit.previous.json")
-    watch = Watch()
+    with ExitStack() as places:
+        places.enter_context(claimed(folder, RECORD, PAGE))
+        before = _before(folder, resume, force, own)
+        if pictures is not None and pictures.resolve() != folder.resolve():
+            places.enter_context(claimed(pictures))
+            _refuse_pictures(pictures, resume or force)
+        watch = Watch()
 
-    def sink(record: Audit) -> None:
-        record.environment["command"] = command
-        _save(record, path)
+        def sink(record: Audit) -> None:
+            record.environment["command"] = command
+            record.save(folder / RECORD)
+            (folder / PAGE).unlink(missing_ok=True)  # of what stood there before
 
-    with _interruptible(watch), _bars(watch, quiet) as announce:
-        record = audit(target, sink=sink, resume=before, watch=watch, announce=announce, **options)
-    write_report(record, folder / "report.html")
+        with _interruptible(watch), _bars(watch, quiet) as announce:
+            record = audit(target, sink=sink, resume=before, watch=watch, announce=announce, **options)
+        write_report(record, folder / PAGE)
+        if pictures is not None:
+            save_pictures(record, pictures)
     return record
+
+
+def _before(folder: Path, resume: bool, force: bool, own: str) -> Audit | None:
+    """The audit to go on with, if any. Raises UnbatchError: one stands there that may be neither kept nor overwritten."""
+    path = folder / RECORD
+    if resume and force:
+        raise UnbatchError("--resume keeps the audit in --out and --force overwrites it; give one of them.")
+    if resume:
+        return Audit.load(path) if path.exists() else None
+    standing = [name for name in (RECORD, PAGE) if (folder / name).exists()]
+    if not standing or force or (own and path.exists() and Audit.load(path).case == own):
+        return None
+    raise UnbatchError(
+        f"{folder} holds an audit already ({' and '.join(standing)}); --resume goes on with it, --force overwrites it, and "
+        "--out NAME writes elsewhere. Nothing was run."
+    )
+
+
+def _refuse_pictures(folder: Path, over: bool) -> None:
+    if not over and any(folder.glob("client*-example*.png")):
+        raise UnbatchError(
+            f"{folder} holds pictures of an earlier audit; name another folder, or overwrite with --force."
+        )
 
 
 def save_pictures(record: Audit, folder: Path) -> int:
@@ -61,18 +100,6 @@ def save_pictures(record: Audit, folder: Path) -> int:
                 write_atomically(folder / name, base64.b64decode(data), private=True)
                 count += 1
     return count
-
-
-def _save(record: Audit, path: Path) -> None:
-    try:
-        record.save(path)
-    except ValueError as error:
-        rescue = Path(tempfile.gettempdir()) / f"unbatch-{os.getpid()}-audit.json"
-        try:
-            record.save(rescue)
-        except ValueError:
-            raise error from None
-        raise UnbatchError(f"{error} Finished runs are safe in {rescue}.") from error
 
 
 @contextmanager

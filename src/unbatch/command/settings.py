@@ -2,140 +2,206 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from unbatch.bundle import model_name
+from unbatch.bundle import holds_state, model_name
 from unbatch.case import Case, Setting
-from unbatch.data import read
+from unbatch.command.named import load_loss, load_model, load_weights
+from unbatch.data import Data, read
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge, check_fields
-from unbatch.loss import Loss, loss_named
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol
+from unbatch.truth import Truth
 
 
-def target_of(
-    case: str | None,
-    model: str | None,
-    data: Path | None,
-    loss: str,
-    reduction: str,
-    size: int | None,
-    batch: int | None,
-    observation: Path | None,
-    protocol: str | None,
-    knows: Sequence[str],
-) -> Observation | list[Setting]:
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the options of a command name: a built-in case, or a model with data, a captured update, or both.
+
+    None stands for an option that was not given: one that is given is used or refused.
+    """
+
+    case: str | None = None
+    model: str | None = None
+    weights: Path | None = None
+    data: Path | None = None
+    loss: str | None = None
+    reduction: str | None = None
+    size: int | None = None
+    batch: int | None = None
+    observation: Path | None = None
+    protocol: str | None = None
+    knows: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self._check_target()
+        for name, instead in self._unused().items():
+            if getattr(self, name) is not None:
+                raise UnbatchError(f"--{name} would not be used: {instead}")
+        if self.batch is not None and self.batch < 1:
+            raise UnbatchError(f"--batch {self.batch} is no batch; give at least 1.")
+
+    def _check_target(self) -> None:
+        if self.case is not None and (self.model or self.data or self.observation):
+            raise UnbatchError("give a built-in case, or --model with --data or --observation, not both.")
+        if self.case is None and self.model is None:
+            lone = "".join(f" --{name} alone is not enough." for name in ("data", "observation") if getattr(self, name))
+            raise UnbatchError(
+                "nothing to audit: give a case (`unbatch list cases`), or --model package.module:factory with --data or "
+                f"--observation.{lone}"
+            )
+        if self.case is None and self.data is None and self.observation is None:
+            raise UnbatchError(
+                "--model alone is not enough: give --data for its private batch, or --observation for an update."
+            )
+
+    def _unused(self) -> dict[str, str]:
+        """The options that this target has no use for, and what to write instead."""
+        if self.case is not None:
+            name, joint = self.case, "," if ":" in self.case else ":"
+            own = {option: f"write it as {name}{joint}{option}={value}." for option, value in _OF_CASES.items()}
+            return own | {
+                "size": f"the pictures of a case have the case's own size; `unbatch show {name.partition(':')[0]}` says "
+                "which option sets it.",
+                "weights": "a case has its own model; give yours with --model.",
+            }
+        unused = {}
+        if self.loss is not None and ":" in self.loss:
+            unused["reduction"] = (
+                f"it is for a loss given by name, and {self.loss} takes the mean or the sum by itself."
+            )
+        if self.data is None:
+            unused["size"] = "it resizes the pictures of --data, and there is none."
+            unused["batch"] = (
+                "it takes the first examples of --data; --knows batch_size=N tells what an attacker knows."
+            )
+        elif not self.data.is_dir():
+            unused["size"] = f"it resizes the pictures of a folder, and {self.data} is none; resize the data itself."
+        if self.observation is not None and self.weights is not None and holds_state(self.observation):
+            unused["weights"] = f"{self.observation} holds the parameters of its own model; leave it out."
+        return unused
+
+
+_OF_CASES = {"loss": "squared-error", "reduction": "sum", "batch": "4"}  # options of every case, and a value of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is audited, and the truth that is known of a captured update."""
+
+    what: Observation | list[Setting]
+    truth: Truth | None = None
+
+
+def target_of(asked: Asked) -> Target:
     """The clients or the captured update that these words name.
 
     Raises UnbatchError: they name nothing, or contradict each other; the message says which to give.
+
+    >>> target_of(Asked(case="digits:batch=2,width=8")).what
+    [<Setting digits:batch=2,width=8: 2 images [1, 8, 8], Sequential of 610 parameters>]
     """
-    if case is not None and (model or data or observation):
-        raise UnbatchError("give a built-in case, or --model with --data or --observation, not both.")
-    if case is not None:
-        built = Case.parse(case)
+    if asked.case is not None:
+        built = Case.parse(asked.case)
         settings = [built.setting(client) for client in range(built.clients)]
-    elif model is None:
-        raise UnbatchError(
-            "nothing to audit: give a case (`unbatch list cases`), or --model with --data or --observation."
-        )
-    elif observation is not None:
-        network, criterion = load_model(model), load_loss(loss, reduction)
-        try:
-            obs = Observation.load(observation, model=network, loss=criterion)
-        except ValueError as error:
-            if str(observation) not in str(error):
-                raise UnbatchError(f"{observation} (captured from {model_name(observation)!r}): {error}") from None
-            raise
-        told = _rules(protocol).model_dump(exclude_unset=True, exclude_none=True) if protocol else {}
-        return replace(obs, knowledge=obs.knowledge | Knowledge(**told) | _known(knows, None))
-    elif data is not None:
-        examples = read(data, size=size)
-        n = batch or len(examples.inputs)
-        settings = [
-            Setting(
-                model=load_model(model),
-                loss=load_loss(loss, reduction),
-                inputs=examples.inputs[:n],
-                labels=examples.labels[:n],
-                domain=examples.domain,
-                classes=examples.classes,
-                name=f"{model} on {data.name}",
-            )
-        ]
+    elif asked.observation is not None:
+        return _captured(asked, asked.observation)
     else:
-        raise UnbatchError(
-            "--model alone is not enough: give --data for its private batch, or --observation for an update."
-        )
-    rules = _rules(protocol) if protocol else None
-    return [replace(s, protocol=rules or s.protocol, knowledge=s.knowledge | _known(knows, s)) for s in settings]
+        settings = [_client(asked)]
+    rules = _rules(asked.protocol) if asked.protocol else None
+    told = [replace(s, protocol=rules or s.protocol, knowledge=s.knowledge | _known(asked.knows, s)) for s in settings]
+    return Target(what=told)
 
 
-def case_or_data(
-    case: str | None, model: str | None, data: Path | None, loss: str, reduction: str, size: int | None
-) -> Case | Setting:
+def refuse_unused(asked: Asked, **given: Any) -> None:
+    """Refuse what an audit of this target would not use: a captured update has its defences in it, and no truth.
+
+    `given` holds the options besides, None or empty where they were not given.
+    Raises UnbatchError: one would be ignored, a choice is given twice over, or one thing twice.
+    """
+    if asked.observation is not None:
+        for option in ("defence", "remedy"):
+            if given.get(option):
+                raise UnbatchError(f"--{option} would not be used: a captured update already has its defences in it.")
+        if given.get("metric") and asked.data is None:
+            raise UnbatchError(
+                "--metric would not be used: a captured update has no truth to compare with; give it with --data."
+            )
+    if given.get("attack") and given.get("suite"):
+        raise UnbatchError("give --attack or --suite, not both.")
+    for option, values in given.items():
+        twice = [value for i, value in enumerate(values or ()) if value in values[:i]]
+        if twice and option in ("attack", "seed", "remedy", "metric"):
+            raise UnbatchError(f"--{option} {twice[0]} is given twice; once does it.")
+
+
+def case_or_data(asked: Asked) -> Case | Setting:
     """A case with all of its data, or one client that holds all of yours. Raises UnbatchError as `target_of` does."""
-    if case is not None and not (model or data):
-        return Case.parse(case)
-    found = target_of(case, model, data, loss, reduction, size, None, None, None, ())
-    return cast(list[Setting], found)[0]
+    return Case.parse(asked.case) if asked.case is not None else _client(replace(asked, batch=None))
 
 
-def load_model(spec: str) -> nn.Module:
-    """The model that ``package.module:factory`` returns. Raises UnbatchError: it cannot be imported or is no model.
-
-    >>> load_model("torch.nn:Identity")
-    Identity()
-    """
-    made = _named(spec, "model")
-    network = made() if callable(made) and not isinstance(made, nn.Module) else made
-    if not isinstance(network, nn.Module):
-        raise UnbatchError(f"{spec} gave {type(network).__name__}, not a torch.nn.Module.")
-    return network
-
-
-def load_loss(spec: str, reduction: str) -> Loss:
-    """A loss by its usual name, or the callable that ``package.module:loss`` names.
-
-    >>> load_loss("torch.nn.functional:mse_loss", "mean").__name__
-    'mse_loss'
-    """
-    if ":" not in spec:
-        if reduction not in ("mean", "sum"):
-            raise UnbatchError(f"--reduction is mean or sum, not {reduction!r}.")
-        return loss_named(spec, cast(Any, reduction))
-    criterion = _named(spec, "loss")
-    if not callable(criterion):
-        raise UnbatchError(f"{spec} is {type(criterion).__name__}, not a callable (outputs, labels) -> scalar.")
-    return cast(Callable[..., Any], criterion)
+def _client(asked: Asked) -> Setting:
+    data = asked.data or Path()
+    examples = _examples(data, asked.size, asked.batch)
+    return Setting(
+        model=_network(asked),
+        loss=load_loss(asked.loss, asked.reduction),
+        inputs=examples.inputs,
+        labels=examples.labels,
+        domain=examples.domain,
+        classes=examples.classes,
+        name=f"{asked.model} on {data.name}",
+    )
 
 
-def _named(spec: str, what: str) -> Any:
-    module, colon, name = spec.partition(":")
-    if not colon:
-        raise UnbatchError(f"--{what} {spec!r} is not package.module:name.")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+def _captured(asked: Asked, path: Path) -> Target:
+    network, criterion = _network(asked), load_loss(asked.loss, asked.reduction)
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UnbatchError(
-            f"cannot import --{what} {spec}: {error}. It is looked up from the current folder."
-        ) from error
+        obs = Observation.load(path, model=network, loss=criterion)
+    except UnbatchError as error:
+        if str(path) not in str(error):
+            raise UnbatchError(f"{path} (captured from {model_name(path)!r}): {error}") from None
+        raise
+    told = _rules(asked.protocol).model_dump(exclude_unset=True, exclude_none=True) if asked.protocol else {}
+    truth, batch = None, None
+    if asked.data is not None:
+        batch = _client(asked)
+        truth = Truth(inputs=batch.inputs.to(obs.dtype), labels=batch.labels)
+    known = obs.knowledge | Knowledge(**told) | _known(asked.knows, batch)
+    return Target(what=replace(obs, knowledge=known), truth=truth)
+
+
+def _network(asked: Asked) -> nn.Module:
+    network = load_model(asked.model or "")
+    return network if asked.weights is None else load_weights(network, asked.weights)
+
+
+def _examples(path: Path, size: int | None, batch: int | None) -> Data:
+    """The first `--batch` examples of `--data`. Raises UnbatchError: it holds fewer."""
+    examples = read(path, size=size)
+    held = len(examples.inputs)
+    n = held if batch is None else batch
+    if not 1 <= n <= held:
+        raise UnbatchError(f"--batch {n}, and {path} holds {held} examples; give a number from 1 to {held}.")
+    return replace(examples, inputs=examples.inputs[:n], labels=examples.labels[:n])
 
 
 def _rules(words: str) -> Protocol:
-    pairs = dict(part.partition("=")[::2] for part in words.split(","))
+    parts = [part.partition("=") for part in words.split(",")]
+    for name, equals, _ in parts:
+        if not equals:
+            raise UnbatchError(
+                f"--protocol {words!r}: {name!r} has no value; write it as local_steps=4,learning_rate=0.1."
+            )
     try:
-        return Protocol(**pairs)  # type: ignore[arg-type]  # pydantic reads numbers off words
+        return Protocol(**{name.strip(): value.strip() for name, _, value in parts})  # type: ignore[arg-type]  # read off words
     except UnbatchError as error:
         raise UnbatchError(f"--protocol {words!r}: {error}") from None
 
@@ -145,10 +211,12 @@ def _known(words: Sequence[str], setting: Setting | None) -> Knowledge:
     for word in words:
         name, equals, text = word.partition("=")
         check_fields([name])
+        if name in facts:
+            raise UnbatchError(f"--knows {word!r}: {name} is given twice.")
         if equals:
             try:
                 facts[name] = json.loads(text)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 facts[name] = text
         elif name == "labels" and setting is not None:
             facts[name] = setting.labels.sort(dim=0).values  # which labels, not in which order they were trained on
@@ -156,4 +224,7 @@ def _known(words: Sequence[str], setting: Setting | None) -> Knowledge:
             raise UnbatchError(
                 f"--knows {word!r}: give FIELD=VALUE ('labels' alone needs a client whose truth is known)."
             )
-    return Knowledge(**facts)
+    try:
+        return Knowledge(**facts)
+    except UnbatchError as error:
+        raise UnbatchError(f"--knows {' '.join(words)}: {error}") from None

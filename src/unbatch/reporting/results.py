@@ -211,6 +211,9 @@ class Audit(_Record):
     budget: float | None = None
     model: str  # printed
     parameters: int
+    model_hash: str = Field(
+        default="", description="sha256 of its parameters and buffers; another one is another model"
+    )
     loss: str
     protocol: str
     knowledge: dict[str, str] = {}
