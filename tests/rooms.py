@@ -3,7 +3,7 @@
 ROOMS = [  # a module imports from its own row and from rows above it
     {"numerics", "errors", "files", "progress", "loss", "plugin", "privacy"},
     {"network", "models"},
-    {"protocol", "knowledge", "likelihood", "bundle", "observation", "reconstruction", "domain", "truth"},
+    {"protocol", "knowledge", "likelihood", "bundle", "observation", "reconstruction", "domain", "truth", "update"},
     {"layer", "layers", "inversion", "analysis", "attack", "case", "defence", "metric", "adapters", "data"},
     {"attacks", "analyses", "defences", "metrics", "cases"},
     {"reporting"},

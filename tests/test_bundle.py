@@ -1,5 +1,7 @@
 import json
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from clients import Exchange, linear
@@ -63,6 +65,17 @@ def broken(obs: Observation, tmp_path, kind: str):
         save_file({"update/0.bias": torch.ones(5)}, path, facts)
     elif kind == "missing":
         path.unlink()
+    elif kind in ("npz", "npy"):
+        arrays = [tensor.numpy() for tensor in obs.update.values()]
+        with path.open("wb") as file:
+            np.savez(file, *arrays) if kind == "npz" else np.save(file, arrays[0])
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("round-1.csv", "1, 2")
+    elif kind == "broken zip":
+        path.write_bytes(b"PK\x03\x04 and no more")
+    elif kind == "hdf5":
+        path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64))
     return path
 
 
@@ -78,6 +91,11 @@ def broken(obs: Observation, tmp_path, kind: str):
         ("no update", "holds no update"),
         ("odd knowledge", "claims knowledge of password"),
         ("missing", "cannot read"),
+        ("npz", r"is a numpy archive \(npz\), .*update=unbatch\.as_update\(model, numpy\.load\(path\)\)"),
+        ("npy", r"is a numpy array \(npy\)"),
+        ("zip", r"is a zip archive of 1 files"),
+        ("broken zip", "a damaged zip archive"),
+        ("hdf5", "is an HDF5 file"),
     ],
 )
 def test_what_is_no_bundle_is_refused_in_words(exchange: Exchange, tmp_path, kind: str, words: str) -> None:

@@ -15,7 +15,7 @@ MODULES = ["unbatch", *(found.name for found in pkgutil.walk_packages(unbatch.__
 PACKAGE = Path(unbatch.__path__[0])
 SHOWN = (  # rooms, and modules at the top level, in which everything public comes with an example
     *("attack", "bundle", "case", "cases", "loss", "metric", "metrics", "models", "numerics"),
-    *("observation", "progress", "reconstruction", "truth"),
+    *("observation", "progress", "reconstruction", "truth", "update"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).with_suffix("").parts[0] in SHOWN)
 EXTRAS = {"matplotlib", "opacus", "pandas", "skimage", "sklearn", "IPython"}

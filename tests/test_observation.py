@@ -96,7 +96,7 @@ def test_residual_is_relative_l2(exchange: Exchange) -> None:
     ("change", "words"),
     [
         (lambda u: u | {"ghost": torch.ones(1)}, "names that the model has not: 'ghost'"),
-        (lambda u: {f"module.{k}": v for k, v in u.items()}, "Strip the prefix 'module.'"),
+        (lambda u: {f"model.{k}": v for k, v in u.items()}, "Strip the prefix 'model.'"),
         (lambda u: u | {"0.weight": u["0.weight"].T}, "It is the transpose"),
         (lambda u: u | {"0.bias": torch.ones(9)}, r"has shape \(9,\), the model's \(5,\)"),
         (lambda u: u | {"0.bias": torch.full((5,), torch.nan)}, "holds 5 NaN or infinite entries of 5"),

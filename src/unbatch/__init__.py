@@ -40,6 +40,7 @@ _HOME = {
     "Unknown": "errors",
     "UnbatchError": "errors",
     "Verdict": "analysis",
+    "as_update": "update",
     "audit": "auditing.run",
     "certify": "auditing.certify",
     "diagnose": "auditing.diagnosis",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from unbatch.reconstruction import Reconstruction as Reconstruction
     from unbatch.reporting.results import Audit as Audit
     from unbatch.truth import Truth as Truth
+    from unbatch.update import as_update as as_update
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -171,11 +172,8 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             head = file.read(9)
     except OSError as error:
         raise UnbatchError(f"cannot read {path}: {error.strerror}.") from None
-    if head[8:] != b"{" and (head[:1] == b"\x80" or head[:4] == b"PK\x03\x04"):  # a header's length precedes its brace
-        raise UnbatchError(
-            f"{path} is a pickle (torch.save), which can run code when it is opened, so it is not. Save the update with "
-            "Observation.save, or with safetensors as docs/bundle-format.md says."
-        )
+    if head[8:] != b"{" and (kind := _other_kind(path, head)):  # a header's length precedes its brace
+        raise UnbatchError(f"{path} is {kind}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -188,6 +186,33 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} has {got}; this version reads {FORMAT!r}, schema {SCHEMA!r}. See docs/bundle-format.md."
         )
     return tensors, metadata
+
+
+def _other_kind(path: Path, head: bytes) -> str | None:
+    """What a file is that is no bundle, and what to do with it, by how it begins; None where that tells nothing."""
+    names = list[str]()
+    if head[:4] == b"PK\x03\x04":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+            return "a damaged zip archive; copy or capture it again."
+    if head[:6] == b"\x93NUMPY" or any(name.endswith(".npy") for name in names):
+        return (
+            f"a numpy {'archive (npz)' if names else 'array (npy)'}, which says nothing of the model or the loss. Give its "
+            "arrays as Observation(model=model, loss=loss, update=unbatch.as_update(model, numpy.load(path))); if they are "
+            "weights and no gradients, as_update(model, after, before=before) takes the difference."
+        )
+    if head[:4] == b"\x89HDF":
+        return "an HDF5 file; read its arrays with h5py, and give them to unbatch.as_update(model, ...)."
+    if head[:1] == b"\x80" or any(name.endswith(".pkl") for name in names):
+        return (
+            "a pickle (torch.save), which can run code when it is opened, so it is not. Save the update with "
+            "Observation.save, or with safetensors as docs/bundle-format.md says."
+        )
+    if names:
+        return f"a zip archive of {len(names)} files ({names[0]}), and no bundle. See docs/bundle-format.md."
+    return None
 
 
 def _earlier(tensors: dict[str, Tensor], path: Path) -> list[Earlier]:

@@ -17,6 +17,7 @@ from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small
+from unbatch.network.unwrapped import unwrapped
 from unbatch.plugin import Plugin
 from unbatch.protocol import Protocol
 
@@ -48,6 +49,7 @@ class Setting:
     name: str = "custom"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", unwrapped(self.model))
         if not isinstance(self.inputs, Tensor) or not isinstance(self.labels, Tensor):
             raise UnbatchError("inputs and labels are tensors; convert them with torch.as_tensor.")
         if self.inputs.ndim < 2 or not len(self.inputs):

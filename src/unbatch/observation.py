@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,18 @@ from unbatch import bundle
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import PROTOCOL_FIELDS, Earlier, Knowledge
 from unbatch.loss import Loss
+from unbatch.network.unwrapped import unwrapped
 from unbatch.protocol import Protocol, Update, fit, flatten, local_update
+from unbatch.update import as_update, check_update, named_values, some
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Observation:
     """One exchange between a client and its server, as the server sees it: all that an attack is given.
 
-    `model` is the global model before the client's step. `update` is keyed as `named_parameters()` and may hold any
-    subset of them (frozen layers send nothing): the gradient, or after local steps the difference of parameters.
+    `model` is the global model before the client's step; what wraps it (DataParallel, torch.compile) is taken off.
+    `update` may hold any subset of its parameters (frozen layers send nothing): the gradient, or after local steps the
+    difference of parameters. It is given in any form that `as_update` takes, and kept by the names of `named_parameters()`.
     Earlier rounds of the same batch are knowledge (`earlier`), and each an exchange of its own in `exchanges`.
     Raises UnbatchError where an update does not belong to the model.
 
@@ -42,12 +46,27 @@ class Observation:
     knowledge: Knowledge = field(default_factory=Knowledge)
 
     def __post_init__(self) -> None:
-        check_update(self.model, self.update)
-        for number, past in enumerate(self.knowledge.get("earlier", ()), 1):
+        object.__setattr__(self, "model", unwrapped(self.model))
+        object.__setattr__(self, "update", as_update(self.model, self.update))
+        told = Knowledge()
+        if "buffers" in self.knowledge:
+            told |= Knowledge(buffers=_buffers(self.model, self.knowledge.buffers))
+        if "earlier" in self.knowledge:
+            told |= Knowledge(earlier=self._rounds())
+        if set(told):
+            object.__setattr__(self, "knowledge", self.knowledge | told)
+
+    def _rounds(self) -> list[Earlier]:
+        """The earlier rounds, with their updates and states as tensors by the model's names."""
+        found = list[Earlier]()
+        for number, past in enumerate(self.knowledge.earlier, 1):
             try:
-                check_round(self.model, self.update, past)
+                update = as_update(self.model, past.update)
+                found.append(Earlier(state=named_values(self.model, past.state, "its state"), update=update))
+                check_round(self.model, self.update, found[-1])
             except ValueError as error:
                 raise UnbatchError(f"earlier round {number}: {error}") from None
+        return found
 
     def __repr__(self) -> str:
         entries = sum(tensor.numel() for tensor in self.update.values())
@@ -149,43 +168,6 @@ class Observation:
         return cls(model=held, loss=loss, update=update, knowledge=known)
 
 
-def check_update(model: nn.Module, update: Update) -> None:
-    """Raises UnbatchError, saying what is off, unless `update` has the names and shapes of the model's parameters.
-
-    >>> try:
-    ...     check_update(nn.Linear(2, 3), {"weight": torch.zeros(2, 3)})
-    ... except UnbatchError as error:
-    ...     print(error)
-    the update's 'weight' has shape (2, 3), the model's (3, 2). It is the transpose.
-    """
-    parameters = dict(model.named_parameters())
-    if not update:
-        raise UnbatchError("the update is empty; it maps parameter names to tensors, as named_parameters() does.")
-    extra = [name for name in update if name not in parameters]
-    if extra:
-        prefixes = ("module.", "model.", "_orig_mod.", "_module.")
-        cut = next((p for p in prefixes if any(name.removeprefix(p) in parameters for name in extra)), None)
-        hint = f" Strip the prefix {cut!r} from its names." if cut else ""
-        missing = [name for name in parameters if name not in update]
-        raise UnbatchError(
-            f"the update has names that the model has not: {_some(extra)}; the model also has {_some(missing)}.{hint} "
-            "Key the update as dict(model.named_parameters())."
-        )
-    for name, tensor in update.items():
-        shape = tuple(parameters[name].shape)
-        if tuple(tensor.shape) != shape:
-            hint = " It is the transpose." if tuple(tensor.shape) == shape[::-1] else ""
-            raise UnbatchError(f"the update's {name!r} has shape {tuple(tensor.shape)}, the model's {shape}.{hint}")
-        if not tensor.is_floating_point():
-            raise UnbatchError(f"the update's {name!r} is {tensor.dtype}; updates are floating point.")
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            raise UnbatchError(
-                f"the update's {name!r} holds {bad} NaN or infinite entries of {tensor.numel()}; "
-                "look for a diverged step or a half-precision overflow in the capture."
-            )
-
-
 def check_round(model: nn.Module, update: Update, past: Earlier) -> None:
     """Raises UnbatchError, saying what is off, unless an earlier round fits the model and what was sent in this one.
 
@@ -201,11 +183,11 @@ def check_round(model: nn.Module, update: Update, past: Earlier) -> None:
     """
     check_update(model, past.update)
     if set(past.update) != set(update):
-        raise UnbatchError(f"it holds the tensors {_some(list(past.update))}, this round {_some(list(update))}.")
+        raise UnbatchError(f"it holds the tensors {some(list(past.update))}, this round {some(list(update))}.")
     own = model.state_dict()
     if set(past.state) != set(own):
         odd = sorted(set(past.state) ^ set(own))
-        raise UnbatchError(f"its state and the model's differ in {_some(odd)}; give the model's whole state_dict().")
+        raise UnbatchError(f"its state and the model's differ in {some(odd)}; give the model's whole state_dict().")
     for name, tensor in past.state.items():
         if tensor.shape != own[name].shape:
             raise UnbatchError(
@@ -215,10 +197,22 @@ def check_round(model: nn.Module, update: Update, past: Earlier) -> None:
             raise UnbatchError(f"its state's {name!r} holds NaN or infinite entries.")
 
 
+def _buffers(model: nn.Module, held: Any) -> dict[str, Tensor]:
+    """Buffers that were sent, as tensors by the model's names. Raises UnbatchError: they are not the model's."""
+    own, found = dict(model.named_buffers(remove_duplicate=False)), named_values(model, held, "knowledge of buffers")
+    extra = [name for name in found if name not in own]
+    if extra:
+        raise UnbatchError(
+            f"knowledge of buffers names {some(extra)}, and the model has the buffers {some(list(own))}; name them as "
+            "dict(model.named_buffers()) does."
+        )
+    for name, tensor in found.items():
+        if tensor.shape != own[name].shape:
+            raise UnbatchError(
+                f"the buffer {name!r} has shape {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}."
+            )
+    return found
+
+
 def _at(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(tensor, state[name].to(tensor)) for name, tensor in model.state_dict().items())
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    shown = ", ".join(map(repr, names[:most])) or "none else"
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

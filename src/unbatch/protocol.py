@@ -105,7 +105,7 @@ def local_update(
     {'weight': tensor([[12.]])}
     """
     start = dict(model.named_parameters())
-    names = list(trained) if trained is not None else [k for k, p in start.items() if p.requires_grad]
+    names = _trained(start, trained)
     frozen = {k: p.detach() for k, p in start.items()}
     own = dict(model.named_buffers())
     state = {k: b.detach().clone().to(own.get(k, b)) for k, b in (own | dict(buffers or {})).items()}
@@ -115,7 +115,7 @@ def local_update(
     def gradient(weights: Sequence[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         outputs = functional_call(model, frozen | dict(zip(names, weights, strict=True)) | state, (x,))
         value = loss(outputs, y)
-        return torch.autograd.grad(value, list(weights), create_graph=create_graph, materialize_grads=True)
+        return _dense(torch.autograd.grad(value, list(weights), create_graph=create_graph, materialize_grads=True))
 
     steps = protocol.steps(len(inputs))
     with torch.enable_grad(), in_mode(model, protocol.mode):
@@ -148,6 +148,22 @@ def local_update(
                 weights = [w.detach().requires_grad_() for w in weights]
         moved = {k: after - before for k, after, before in zip(names, weights, initial, strict=True)}
         return moved if create_graph else {k: tensor.detach() for k, tensor in moved.items()}
+
+
+def _trained(parameters: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:
+    """The names of the parameters that a client trains. Raises UnbatchError: there are none."""
+    found = list(names) if names is not None else [k for k, p in parameters.items() if p.requires_grad]
+    if not found:
+        raise UnbatchError(
+            "all parameters of the model are frozen (requires_grad is False), so a client trains and sends nothing; "
+            "unfreeze those that it trains: parameter.requires_grad_()."
+        )
+    return found
+
+
+def _dense(gradients: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients as dense tensors: an embedding with sparse=True gives sparse ones."""
+    return tuple(g if g.layout == torch.strided else g.to_dense() for g in gradients)
 
 
 def flatten(update: Update, names: Iterable[str]) -> Tensor:

@@ -43,7 +43,7 @@ def observe(
     >>> list(seen.update), seen.knowledge.only("batch_size", "clip"), len(truth)
     (['weight', 'bias'], Knowledge(batch_size=3, clip=0.5), 3)
     """
-    Setting(model=model, loss=loss, inputs=x, labels=y)  # refuses what does not fit
+    model = Setting(model=model, loss=loss, inputs=x, labels=y).model  # unwrapped; refuses what does not fit
     protocol = protocol or Protocol()
     stack = Stack.of(defences)
     first = next(model.parameters())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from unbatch.protocol import Protocol, Update
 from unbatch.reporting.results import Audit, Status
 from unbatch.reporting.thresholds import NEAR_CHANCE
 from unbatch.truth import Truth
+from unbatch.update import as_update
 
 ATTACKS = (*suite(), "unmix")
 UNEXPLAINED = 0.01  # of an undefended update, beyond which another batch or protocol is behind it
@@ -39,7 +41,7 @@ class Leak(UnbatchError, RuntimeError):  # noqa: N818 (what happened, named for 
 
 
 def guard(
-    update: Update,
+    update: Update | Iterable[Any],
     *,
     model: nn.Module,
     loss: Loss,
@@ -55,9 +57,10 @@ def guard(
 ) -> Audit:
     """Attack a client's own update before it is sent; raise Leak where it gives away more than the threshold.
 
-    `model` is the global model before the client's step, `inputs` [n, ...] and `labels` the private batch behind the
-    update. `protocol`, `defences` and `knowledge` say what the server knows; the defences are in the update already. An
-    example leaks if an attack recovers it exactly, or to more than `max_psnr` dB and 3 dB above what prior draws score.
+    `update` is given in any form that `as_update` takes. `model` is the global model before the client's step, `inputs`
+    [n, ...] and `labels` the private batch behind the update. `protocol`, `defences` and `knowledge` say what the server
+    knows; the defences are in the update already. An example leaks if an attack recovers it exactly, or to more than
+    `max_psnr` dB and 3 dB above what prior draws score.
     `attacks` default to the latest suite and unmix, and share `seconds`. Where no defence changed the update, the batch
     must explain it: attacks are judged by it, and one that is not behind the update would let every leak pass.
 
@@ -83,9 +86,10 @@ def guard(
     protocol = protocol or Protocol()
     tools = Attack.several(ATTACKS if attacks is None else attacks)
     stack = Stack.of(defences)
-    known = stack.told(published(inputs, protocol) | domain_of(inputs).public(), update) | (knowledge or Knowledge())
+    sent = as_update(model, update)
+    known = stack.told(published(inputs, protocol) | domain_of(inputs).public(), sent) | (knowledge or Knowledge())
     record = audit(
-        Observation(model=model, loss=stack.loss(loss), update=update, knowledge=known),
+        Observation(model=model, loss=stack.loss(loss), update=sent, knowledge=known),
         truth=Truth(inputs=inputs, labels=labels),
         attacks=tools,
         analyses=(),
