@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from unbatch.errors import UnbatchError
 from unbatch.files import write_atomically
 from unbatch.knowledge import FIELDS, Earlier, Knowledge
-from unbatch.privacy import Privacy
+from unbatch.privacy import Privacy, told_privacy
 from unbatch.protocol import Update
 
 FORMAT, SCHEMA = "unbatch-observation", "1"
@@ -107,12 +107,12 @@ def read_bundle(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tens
     first = next(private.parameters())
     try:
         facts = json.loads(metadata.get("knowledge", "{}"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UnbatchError(f"{path}: the metadata entry 'knowledge' is no JSON: {error}.") from None
     if not isinstance(facts, dict):
         raise UnbatchError(f"{path}: the metadata entry 'knowledge' is no JSON object.")
     if "privacy" in facts:
-        facts["privacy"] = Privacy(**facts["privacy"])
+        facts["privacy"] = told_privacy(facts["privacy"])
     known = _part(tensors, "knowledge/")
     wrong = sorted((set(facts) | set(known)) - set(FIELDS))
     if wrong:
@@ -120,7 +120,7 @@ def read_bundle(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tens
     buffers, earlier = _part(tensors, "buffers/"), _earlier(_part(tensors, "earlier/"), path)
     held = ({"buffers": buffers} if buffers else {}) | ({"earlier": earlier} if earlier else {})
     moved = {name: tensor.to(first.device) for name, tensor in update.items()}
-    return private, moved, Knowledge(**facts, **known, **held)
+    return private, moved, Knowledge(**(facts | known | held))
 
 
 def state_hash(state: Mapping[str, Any]) -> str:

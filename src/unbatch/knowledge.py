@@ -81,10 +81,14 @@ class Knowledge:
 
     def __init__(self, **known: Any) -> None:
         check_fields(known)
+        for name in known:
+            _hold(name, known[name])
         if "input_shape" in known:
             known["input_shape"] = tuple(int(side) for side in known["input_shape"])
             if min(known["input_shape"], default=1) < 1:
                 raise UnbatchError(f"input_shape {known['input_shape']} has an empty side.")
+            if math.prod(known["input_shape"]) > MOST_ENTRIES:
+                raise UnbatchError(f"input_shape {known['input_shape']} is of more entries than fit any memory.")
         if "input_range" in known:
             low, high = known["input_range"] = tuple(float(end) for end in known["input_range"])
             if not low < high:
@@ -97,10 +101,6 @@ class Knowledge:
                 )
             if 1 + len(held) > known.get("rounds", math.inf):
                 raise UnbatchError(f"rounds is {known['rounds']}, and with this one there are {1 + len(held)} of them.")
-        if known.get("rounds", 1) < 1:
-            raise UnbatchError(f"rounds is {known['rounds']}; it is at least 1.")
-        if known.get("batch_size", 1) < 1:
-            raise UnbatchError(f"batch_size is {known['batch_size']}; it is at least 1.")
         if "labels" in known:
             known["labels"] = torch.as_tensor(known["labels"])
             if known["labels"].ndim == 0 or len(known["labels"]) != known.get("batch_size", len(known["labels"])):
@@ -199,6 +199,67 @@ def check_fields(names: Iterable[str]) -> None:
     for name in names:
         if name not in FIELDS:
             raise UnbatchError(_no_field(name))
+
+
+MOST_ENTRIES = 10**10  # of one example: 40 GB in float32
+_LEAST = {"batch_size": 1, "local_steps": 0, "epochs": 1, "local_batch_size": 1, "rounds": 1, "clients": 1}
+_SIZES = ("noise", "noise_within", "clip", "clip_within", "mixup", "momentum", "weight_decay", "server_rate")
+_TEXTS = ("domain", "optimiser", "mode", "altered")
+
+
+def _hold(name: str, value: Any) -> None:
+    """Raises UnbatchError unless the value can be one of that field: off a file or a command line it may be anything."""
+    wanted, good = "", True
+    if name in _LEAST:
+        wanted, good = (
+            f"a whole number of at least {_LEAST[name]}",
+            _is_number(value) and value == int(value) >= _LEAST[name],
+        )
+    elif name in _SIZES:
+        wanted, good = "a number from 0 on", _is_number(value, inf=True) and value >= 0
+    elif name == "learning_rate":
+        wanted, good = "a finite number", _is_number(value)
+    elif name in _TEXTS:
+        wanted, good = "a text", isinstance(value, str)
+    elif name == "input_shape":
+        wanted, good = "the sides of one example, whole numbers", _are_numbers(value)
+    elif name == "input_range":
+        wanted, good = "two numbers (low, high)", _are_numbers(value) and len(value) == 2
+    elif name == "labels":
+        wanted = "numbers, one or a row for each example"
+        good = isinstance(value, Tensor) or _is_tensor(value)
+    elif name == "privacy":
+        wanted, good = "a Privacy", isinstance(value, Privacy)
+    elif name == "buffers":
+        wanted, good = "a mapping from names to tensors", isinstance(value, Mapping)
+    elif name == "earlier":
+        wanted, good = "rounds as Earlier(state=..., update=...)", isinstance(value, Iterable)
+    elif name == "log_prob":
+        wanted, good = "a function (seen, clean) -> logarithm of a likelihood", callable(value)
+    if not good:
+        shown = repr(value)
+        raise UnbatchError(f"{name} is {shown if len(shown) <= 60 else type(value).__name__}; give {wanted}.")
+
+
+def _is_number(value: Any, *, inf: bool = False) -> bool:
+    if isinstance(value, str | bytes | bool | Mapping):
+        return False
+    try:
+        return math.isfinite(value) or (inf and math.isinf(value))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
+def _are_numbers(value: Any) -> bool:
+    return not isinstance(value, str | Mapping) and isinstance(value, Iterable) and all(map(_is_number, value))
+
+
+def _is_tensor(value: Any) -> bool:
+    try:
+        torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
+    return True
 
 
 def _no_field(name: str) -> str:

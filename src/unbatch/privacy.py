@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from unbatch.errors import UnbatchError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +63,18 @@ class Privacy:
         0.25
         """
         return self.clip * self.noise_multiplier * math.sqrt(sum(1 / size**2 for size in sizes))
+
+
+def told_privacy(facts: object) -> Privacy:
+    """What a file or a command line says of a client's private training.
+
+    >>> print(told_privacy({"clip": 1, "noise_multiplier": 1.1, "sampling_rate": 0.01, "steps": 1000, "delta": 1e-5}))
+    epsilon not accounted for at delta 1e-05, clip 1, noise multiplier 1.1, sampling rate 0.01, steps 1000
+
+    Raises UnbatchError: a number is missing, or is none.
+    """
+    try:
+        return TypeAdapter(Privacy).validate_python(facts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UnbatchError(f"privacy: {'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}.") from None

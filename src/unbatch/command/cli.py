@@ -451,9 +451,9 @@ def _usable(device: str | None) -> str | None:
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            words = " ".join(str(error).split()[:30])
+            words = " ".join(str(error).split()[:30]).rstrip(".")
             raise UnbatchError(
-                f"--device {device} cannot be used here: {words} Leave it out to compute where the model is, or give cpu."
+                f"--device {device} cannot be used here: {words}. Leave it out to compute where the model is, or give cpu."
             ) from None
     return device
 

@@ -17,6 +17,7 @@ from unbatch.data import Data, read
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge, check_fields
 from unbatch.observation import Observation
+from unbatch.privacy import told_privacy
 from unbatch.protocol import Protocol
 from unbatch.truth import Truth
 
@@ -218,6 +219,8 @@ def _known(words: Sequence[str], setting: Setting | None) -> Knowledge:
                 facts[name] = json.loads(text)
             except (ValueError, RecursionError):
                 facts[name] = text
+            if name == "privacy":
+                facts[name] = told_privacy(facts[name])
         elif name == "labels" and setting is not None:
             facts[name] = setting.labels.sort(dim=0).values  # which labels, not in which order they were trained on
         else:
