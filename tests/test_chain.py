@@ -59,21 +59,88 @@ class Between(nn.Module):
         return self.after(self.b(self.between(self.a(x))), x)
 
 
+def kinds(model: nn.Module, shape: tuple[int, ...]) -> list[tuple[str, str]]:
+    return [(link.name, type(link.module).__name__) for link in chain(model, shape)]
+
+
+def test_functions_are_links() -> None:
+    found = [
+        ("trunk.0", "Conv2d"),
+        ("trunk.1", "ReLU"),
+        ("add", "AffineOperation"),
+        ("relu", "ReLU"),
+        ("head", "Linear"),
+    ]
+    assert kinds(Custom(functional=True), (1, 5, 5)) == found
+    a, b = ("a", "Linear"), ("b", "Linear")
+    assert kinds(Between(lambda y: F.relu(y, inplace=True)), (4,)) == [a, ("relu", "ReLU"), b]
+    assert kinds(Between(lambda y: y.mul_(2)), (4,)) == [a, ("mul", "AffineOperation"), b]
+    assert kinds(Between(lambda y: y, lambda out, x: out.mul_(2)), (4,)) == [a, b, ("mul", "AffineOperation")]
+    for after in (lambda out, x: out.add_(x), lambda out, x: out + x):  # all of it is one sum
+        assert kinds(Between(lambda y: y, after), (4,)) == [("", "Between")]
+
+
+def test_what_reshapes_at_the_end_is_a_link() -> None:
+    link = chain(Between(lambda y: y, lambda out, x: out.view(-1, 2, 2)), (4,))[-1]
+    assert (link.name, link.before, link.after, link.line.split(":")[0]) == ("view", (4,), (2, 2), "test_chain.py")
+    assert kinds(Between(lambda y: y, lambda out, x: out.squeeze()), (4,)) == [("a", "Linear"), ("b", "Linear")]
+
+
+def _through_a_view(y):
+    y.view(-1).mul_(2)
+    return y
+
+
+class Hidden(torch.autograd.Function):
+    """Torch does not say that it ran."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
 def test_where_it_breaks_is_said() -> None:
-    with pytest.raises(ValueError, match="'head' is not fed by 'trunk' alone"):
-        chain(Custom(functional=True), (1, 5, 5))
     with pytest.raises(ValueError, match="'head' runs 2 times; give every place"):
         chain(Custom(twice=True), (1, 5, 5))
-    for model in (
-        Between(lambda y: F.relu(y, inplace=True)),
-        Between(lambda y: y.mul_(2)),
-        Between(lambda y: y.view(4, 2).repeat(1, 2)[:2]),
+    for between, words in (
+        (lambda y: y.view(4, 2).repeat(1, 2)[:2], "runs on 2 examples between 0 and 1, and not on 3"),
+        (lambda y: y / y.max().item(), r"'div' \(test_chain.py:\d+\) computes depends on the inputs"),
+        (lambda y: F.relu(y) if len(y) == 2 else torch.tanh(y), r"'relu' \(test_chain.py:\d+\)"),
+        (_through_a_view, r"by way of a view of it, before test_chain.py:\d+; write to the tensor itself"),
+        (Hidden.apply, r"'mul' \(test_chain.py:\d+\) runs in an autograd function of its own"),
+        (lambda y: torch.from_numpy(y.numpy() * 2), "not seen to come from its input"),
+        (lambda y: y.reshape(-1, 2), "forward fails|folds"),
     ):
-        with pytest.raises(ValueError, match="'b' is not fed by 'a' alone"):
-            chain(model, (4,))
-    for after in (lambda out, x: out.mul_(2), lambda out, x: out.add_(x), lambda out, x: out + x):
-        with pytest.raises(ValueError, match="something that is no module follows 'b'"):
-            chain(Between(lambda y: y, after), (4,))
+        with pytest.raises(ValueError, match=words):
+            chain(Between(between), (4,))
+    with pytest.raises(ValueError, match=r"'reshape' \(test_chain.py:\d+\) folds examples into each other"):
+        chain(Between(lambda y: y, lambda out, x: out.reshape(-1, 2)), (4,))
+
+
+def test_an_autograd_function_is_left_to_the_module_that_calls_it() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return Hidden.apply(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), Doubled(), nn.ReLU())
+    assert kinds(model, (4,)) == [("0", "Linear"), ("1", "Doubled"), ("2", "ReLU")]
+
+
+def test_the_data_may_choose_nothing() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(x) if float(x.min()) >= 0 else self.b(x)
+
+    with pytest.raises(ValueError, match=r"'a' \(test_chain.py:\d+\) computes depends on the inputs"):
+        chain(Chosen(), (4,))
 
 
 def test_keywords_are_inputs_too() -> None:
@@ -89,12 +156,11 @@ def test_keywords_are_inputs_too() -> None:
         def forward(self, x):
             return self.f(self.a(input=x), **({"skip": x} if self.skips else {}))
 
-    assert names(Keyed(False), (3,)) == ["a", "f"]
-    with pytest.raises(ValueError, match="'f' is not one tensor in, one tensor out"):
-        chain(Keyed(True), (3,))
+    assert names(Keyed(False), (3,)) == ["a"]  # what gives the tensor that it is given is no layer
+    assert kinds(Keyed(True), (3,)) == [("", "Keyed")]  # a + x
 
 
-def test_examples_folded_into_rows_and_shared_weights_are_no_chain() -> None:
+def test_examples_folded_into_rows_are_one_link_and_shared_weights_are_no_chain() -> None:
     class Folded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -103,8 +169,10 @@ def test_examples_folded_into_rows_and_shared_weights_are_no_chain() -> None:
         def forward(self, x):
             return self.h(self.a(x.reshape(-1, 3)).view(len(x), -1))
 
-    with pytest.raises(ValueError, match="'a' is not fed by the input alone"):
-        chain(Folded(), (5, 3))
+    links = chain(Folded(), (5, 3))
+    assert [(link.name, type(link.module).__name__) for link in links] == [("view", "Branches"), ("h", "Linear")]
+    x = torch.rand(4, 5, 3)
+    assert torch.equal(links[0].module(x), links[0].module.a(x.reshape(-1, 3)).view(4, -1))
     tied = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
     tied[2].weight = tied[0].weight
     with pytest.raises(ValueError, match="'0' and '2' share a weight"):

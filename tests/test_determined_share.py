@@ -140,7 +140,10 @@ def test_the_analysis_answers_for_networks_that_are_no_chain() -> None:
     (verdict,) = Analysis.parse("security-metric")(obs)
     assert verdict.name == "determined share"
     assert verdict.value > 0.999
-    assert "c(M) does not know this network" in verdict.words
+    assert (
+        "c(M) knows convolutions and elementwise layers before the first dense one, not 'mul' (Branches)"
+        in verdict.words
+    )
 
 
 def test_it_is_watched_column_by_column() -> None:

@@ -177,7 +177,7 @@ class LayerByLayer(Attack):
         weighed = [link for link in first.links[:here] if getattr(link.module, "weight", None) is not None]
         weights, steps = HYBRID[min(len(weighed), len(HYBRID) - 1)]
         live = [replace(link, module=copy.deepcopy(link.module).double()) for link in first.links[here:]]
-        own = {f"{link.name}.{name}": p for link in live for name, p in link.module.named_parameters()}
+        own = {link.called(name): p for link in live for name, p in link.module.named_parameters()}
         seen = [obs.update[name].double() for name in own if name in obs.update]
         sent = [p for name, p in own.items() if name in obs.update]
         known = reading.solution.seen(reading.x.flatten(1))

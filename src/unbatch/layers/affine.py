@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from unbatch.errors import UnbatchError
 from unbatch.layer import LayerRule, shaped
+from unbatch.network.operations import AffineOperation, Reshape
 from unbatch.numerics.linear.linsys import COLUMN_ENTRIES, LinearSystem, affine
 
 
@@ -71,6 +72,8 @@ class Affine(LayerRule):
         nn.ZeroPad2d,
         nn.ZeroPad3d,
         nn.PixelShuffle,
+        Reshape,
+        AffineOperation,
     )
 
     def accepts(self, layer: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -176,7 +176,8 @@ def split(links: Sequence[Link]) -> list[Link]:
             continue
         last = link.module.get_submodule(block.after)
         name = f"{link.name}.{block.after}" if link.name else block.after
-        found += [Link(link.name, block.summed(), link.before, link.after), Link(name, last, link.after, link.after)]
+        tensors = {own: link.called(f"{block.after}.{own}") for own, _ in last.named_parameters()}
+        found += [replace(link, module=block.summed()), Link(name, last, link.after, link.after, tensors)]
     return found
 
 

@@ -78,7 +78,7 @@ def known_batch_norms(
     """
     found = []
     for link in links:
-        names = [f"{link.name}.{kind}".removeprefix(".") for kind in ("running_mean", "running_var")]
+        names = [link.called(kind) for kind in ("running_mean", "running_var")]
         layer = link.module
         own = type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d)  # a subclass may compute something else
         if isinstance(layer, BatchNormLayer) and not own and all(name in after for name in names):
@@ -95,7 +95,7 @@ def _known(
     names: Sequence[str],
     examples: int,
 ) -> KnownBatchNorm:
-    count = f"{link.name}.num_batches_tracked".removeprefix(".")
+    count = link.called("num_batches_tracked")
     start = before.get(count)
     m = layer.momentum if layer.momentum is not None else 1 / (1 + float(start if start is not None else 0))
     N = examples * torch.Size(link.before[1:]).numel()

@@ -196,7 +196,7 @@ def _weight_equations(layer: Ruled, link: Link, grad: Tensor, update: Mapping[st
 def _sent(rule: LayerRule, link: Link, update: Mapping[str, Tensor]) -> Tensor | None:
     """The gradients of a layer's weights: of one as it is, of several flat, in a row; NaN for what was not sent."""
     own = rule.weights(link.module)
-    found = {name: update.get(f"{link.name}.{name}" if link.name else name) for name in own}
+    found = {name: update.get(link.called(name)) for name in own}
     if all(tensor is None for tensor in found.values()):
         return None
     if len(own) == 1 and own[0] == "weight":

@@ -95,7 +95,8 @@ class FirstDense:
         self.links = split(chain(model, obs.knowledge.input_shape, obs.protocol.mode))
         if obs.protocol.mode == "train":
             self.links = known_batch_norms(self.links, dict(obs.model.named_buffers()), sent, self.n)
-        place = next((i for i, link in enumerate(self.links) if first is not None and link.name == first.name), None)
+        weight = None if first is None else first.weight
+        place = next((i for i, link in enumerate(self.links) if link.called("weight") == weight), None)
         if first is None or place is None:
             raise NotApplicable("no dense layer that sent its gradient stands in the network's chain of layers.")
         self.dense, self.below, self.above = first, self.links[:place], self.links[place:]

@@ -68,8 +68,9 @@ class OpenRun:
 
     def equations(self, before: Sequence[Link] = ()) -> int:
         """How many equations it has, and the layers `before` it."""
-        names = tuple(f"{link.name}." for link in (*before, *self.links))
-        sent = (t.isfinite().sum() for name, t in self.known[0].update.items() if name.startswith(names))
+        whole = (*before, *self.links)
+        names = {link.called(own) for link in whole for own, _ in link.module.named_parameters()}
+        sent = (t.isfinite().sum() for name, t in self.known[0].update.items() if name in names)
         return self.known[0].system.equations + int(sum(sent))
 
     def too_large(self, before: Sequence[Link] = ()) -> str:

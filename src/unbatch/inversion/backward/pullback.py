@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,10 @@ class Pullback:
     def __init__(
         self, links: Sequence[Link], known: LinearSystem, gradient: Tensor, update: Mapping[str, Tensor]
     ) -> None:
-        self.links = [Link(link.name, _still(link.module), link.before, link.after) for link in links]
+        self.links = [replace(link, module=_still(link.module)) for link in links]
         self.gradient, self.known = gradient.double(), known
         self.state = {
-            f"{link.name}.{name}": tensor.detach()
+            link.called(name): tensor.detach()
             for link in self.links
             for name, tensor in (*link.module.named_parameters(), *link.module.named_buffers())
         }
@@ -84,7 +84,8 @@ class Pullback:
 
     def _features(self, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
         for link in self.links:
-            own = {k.removeprefix(f"{link.name}."): v for k, v in state.items() if k.startswith(f"{link.name}.")}
+            held = (*link.module.named_parameters(), *link.module.named_buffers())
+            own = {name: state[link.called(name)] for name, _ in held}
             x = functional_call(link.module, own, (x.reshape(1, *link.before),))
         return x
 

@@ -219,7 +219,7 @@ def _curved(link: Link, after: _After, x: Tensor) -> Constraints | Unread:
     if not after.curve or after.grad is None:
         return Unread(link, after.hidden)
     update = {
-        f"{each.name}.{name}": torch.zeros_like(p) for each in after.curve for name, p in each.module.named_parameters()
+        each.called(name): torch.zeros_like(p) for each in after.curve for name, p in each.module.named_parameters()
     }
     try:
         system = Pullback(after.curve, after.known, after.grad, update).system(x.flatten())

@@ -14,9 +14,10 @@ from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
 from unbatch.layers.residual import bend
 from unbatch.network.chain import Link
+from unbatch.network.operations import Reshape
 
 DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d  # in eval mode
-RESHAPES = nn.Flatten, nn.Unflatten, nn.Identity, *DROPOUTS
+RESHAPES = nn.Flatten, nn.Unflatten, nn.Identity, Reshape, *DROPOUTS
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def refusal(link: Link, why: str) -> str:
     >>> refusal(Link("pool", nn.MaxPool2d(2), (1, 4, 4), (1, 2, 2)), "its windows overlap.")
     "layer 'pool' (MaxPool2d) cannot be read backward: its windows overlap."
     """
-    return f"layer {link.name!r} ({type(link.module).__name__}) cannot be read backward: {why}"
+    where = f", {link.line}" if link.line else ""
+    return f"layer {link.name!r} ({type(link.module).__name__}{where}) cannot be read backward: {why}"
 
 
 def _run(pairs: Sequence[tuple[Link, LayerRule | None]]) -> LayerRun | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -139,7 +139,7 @@ def _fitted(links: Sequence[Link], i: int, made: Sequence[nn.Module], rng: torch
     """The links with `made` in place of the i-th, and each later one itself if it fits. Raises UnbatchError: one cannot."""
     found, shape = list(links[:i]), links[i].before
     for k, module in enumerate(made):
-        found.append(_link(f"{links[i].name}, pooled" if k else links[i].name, module, shape))
+        found.append(_link(links[i], f"{links[i].name}, pooled" if k else links[i].name, module, shape))
         shape = found[-1].after
     for old, link in zip(links[i:], links[i + 1 :], strict=False):
         if old.after != link.before:  # a reshape that is no module
@@ -147,14 +147,17 @@ def _fitted(links: Sequence[Link], i: int, made: Sequence[nn.Module], rng: torch
                 raise UnbatchError(f"{link.name!r} takes a view of what comes before, of one shape alone.")
             shape = link.before if shape == old.after else (int(torch.Size(shape).numel()),)
         module = _drawn(_for(link.module, shape), link.module, rng)
-        found.append(link if module is link.module and shape == link.before else _link(link.name, module, shape))
+        found.append(link if module is link.module and shape == link.before else _link(link, link.name, module, shape))
         shape = found[-1].after
     return found
 
 
-def _link(name: str, module: nn.Module, shape: Shape) -> Link:
-    """With its output's shape, found on the meta device: nothing is computed, and no statistics are written."""
+def _link(old: Link, name: str, module: nn.Module, shape: Shape) -> Link:
+    """A module in an old one's place.
+
+    With its output's shape, found on the meta device: nothing is computed, and no statistics are written.
+    """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     state = {k: t.to("meta", torch.float64 if t.is_floating_point() else t.dtype) for k, t in tensors.items()}
     after = functional_call(module, state, (torch.empty(2, *shape, dtype=torch.float64, device="meta"),)).shape[1:]
-    return Link(name, module, shape, tuple(after))
+    return replace(old, name=name, module=module, before=shape, after=tuple(after))

@@ -1,0 +1,306 @@
+"""Networks whose forward calls functions, beside their twins made of modules: the same links, equations and readings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from convolutional import drawn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unbatch.analysis import Analysis
+from unbatch.attack import Attack
+from unbatch.auditing.client import observe
+from unbatch.inversion.backward.rank_count import Constraints, constraints
+from unbatch.knowledge import Knowledge
+from unbatch.network.chain import chain, follow
+from unbatch.observation import Observation
+from unbatch.protocol import Protocol
+
+Pair = tuple[nn.Module, nn.Module]  # functional, of modules
+
+
+class Net(nn.Module):
+    """Layers by name, and a forward that is handed them."""
+
+    def __init__(self, forward: Callable[[Net, Tensor], Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def modular(**layers: nn.Module) -> nn.Module:
+    sequence = nn.Sequential()
+    for name, layer in layers.items():
+        sequence.add_module(name, layer)
+    return sequence
+
+
+def conv(before: int, after: int, kernel: int = 3, **more: int) -> nn.Conv2d:
+    return nn.Conv2d(before, after, kernel, **more)
+
+
+def lenet() -> Pair:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(net.c1(x)), 2)
+        x = F.max_pool2d(F.relu(net.c2(x)), (2, 2))
+        x = torch.flatten(x, 1)
+        return net.f2(F.relu(net.f1(x)))
+
+    def layers() -> list[nn.Module]:
+        return [conv(1, 6, padding=2), conv(6, 16), nn.Linear(16, 20), nn.Linear(20, 5)]
+
+    a, b, c, d = layers()
+    parts = {"c1": a, "r1": nn.ReLU(), "p1": nn.MaxPool2d(2), "c2": b, "r2": nn.ReLU(), "p2": nn.MaxPool2d((2, 2))}
+    one = Net(forward, **dict(zip(("c1", "c2", "f1", "f2"), layers(), strict=True)))
+    return one, modular(**parts, fl=nn.Flatten(), f1=c, r3=nn.ReLU(), f2=d)
+
+
+def mnist() -> Pair:
+    """PyTorch's own example, smaller."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.conv1(x)
+        x = F.relu(x)
+        x = net.conv2(x)
+        x = F.relu(x)
+        x = F.max_pool2d(x, 2)
+        x = net.dropout1(x)
+        x = torch.flatten(x, 1)
+        x = net.fc1(x)
+        x = F.relu(x)
+        x = F.dropout(x, training=net.training)
+        return F.log_softmax(net.fc2(x), dim=1)
+
+    def layers() -> list[nn.Module]:
+        return [conv(1, 4), conv(4, 8), nn.Dropout(0.25), nn.Linear(32, 12), nn.Linear(12, 5)]
+
+    a, b, c, d, e = layers()
+    one = Net(forward, **dict(zip(("conv1", "conv2", "dropout1", "fc1", "fc2"), layers(), strict=True)))
+    trunk = modular(conv1=a, r1=nn.ReLU(), conv2=b, r2=nn.ReLU(), p=nn.MaxPool2d(2), dropout1=c)
+    for name, layer in (("fl", nn.Flatten()), ("fc1", d), ("r3", nn.ReLU()), ("d2", nn.Dropout()), ("fc2", e)):
+        trunk.add_module(name, layer)
+    trunk.add_module("out", nn.LogSoftmax(dim=1))
+    return one, trunk
+
+
+def perceptron() -> Pair:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return net.b(torch.tanh(net.a(x.view(-1, 64))))
+
+    one = Net(forward, a=nn.Linear(64, 70), b=nn.Linear(70, 5))
+    return one, modular(fl=nn.Flatten(), a=nn.Linear(64, 70), t=nn.Tanh(), b=nn.Linear(70, 5))
+
+
+def averaged() -> Pair:
+    """Pooled by averages; a leaky slope and a clamp among its activations; weights that it passes to functions itself."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = F.conv2d(x, net.a.weight, net.a.bias, padding=1)
+        x = F.leaky_relu(F.avg_pool2d(x, 2), 0.2)
+        x = net.b(x).sigmoid()
+        return F.linear(x.reshape(x.size(0), -1), net.f.weight, net.f.bias).clamp(min=0)
+
+    one = Net(forward, a=conv(1, 9), b=conv(9, 24), f=nn.Linear(96, 5))
+    parts = {"a": conv(1, 9, padding=1), "p": nn.AvgPool2d(2), "l": nn.LeakyReLU(0.2), "b": conv(9, 24)}
+    return one, modular(**parts, s=nn.Sigmoid(), fl=nn.Flatten(), f=nn.Linear(96, 5), r=nn.ReLU())
+
+
+def normed() -> Pair:
+    """As VGG with batch norm, its last pictures averaged, what it calls in place."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = F.elu(net.n1(net.c1(x)), inplace=True)
+        x = F.batch_norm(net.c2(x), net.n2.running_mean, net.n2.running_var, net.n2.weight, net.n2.bias, net.training)
+        x = torch.tanh_(x)
+        return net.f(F.adaptive_avg_pool2d(x, 2).flatten(1))
+
+    def layers() -> dict[str, nn.Module]:
+        own = {"c1": conv(1, 8), "n1": nn.BatchNorm2d(8), "c2": conv(8, 12), "n2": nn.BatchNorm2d(12)}
+        return own | {"f": nn.Linear(48, 5)}
+
+    own = layers()
+    parts = {"c1": own["c1"], "n1": own["n1"], "e": nn.ELU(), "c2": own["c2"], "n2": own["n2"], "t": nn.Tanh()}
+    return Net(forward, **layers()), modular(**parts, p=nn.AdaptiveAvgPool2d(2), fl=nn.Flatten(), f=own["f"])
+
+
+class Block(nn.Module):
+    """An identity block as modules, or with its activations called; the last one behind the sum, before it or missing."""
+
+    def __init__(self, functional: bool, where: str, bent: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.norm1, self.conv2 = conv(8, 8, padding=1), nn.BatchNorm2d(8), conv(8, 8, padding=1)
+        own = nn.Tanh() if not functional else None
+        self.act, self.where = own, where
+        self.inner = (nn.Tanh() if not functional else torch.tanh) if bent else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = torch.tanh if self.act is None else self.act
+        z = act(x) if self.where == "before" else x
+        z = self.norm1(self.conv1(z))
+        z = z if self.inner is None else self.inner(z)
+        z = self.conv2(z)
+        z += x
+        return act(z) if self.where == "behind" else z
+
+
+def block(where: str, bent: bool) -> Pair:
+    def made(functional: bool) -> nn.Module:
+        last = modular(stem=conv(1, 8, padding=1), act=nn.Tanh(), block=Block(functional, where, bent))
+        last.add_module("end", nn.ELU())
+        last.add_module("fl", nn.Flatten())
+        last.add_module("f", nn.Linear(8 * 64, 5))
+        return last
+
+    return made(True), made(False)
+
+
+def residual(bent: bool) -> Pair:
+    """A residual network written out in forward, and its twin of blocks."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv(8, 8, padding=1), conv(8, 8, padding=1)
+            self.act = nn.Tanh() if bent else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(self.act(self.a(x)))
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = torch.tanh(net.stem(x))
+        y = net.one.a(x)
+        x = torch.tanh(x + net.one.b(torch.tanh(y) if bent else y))
+        y = net.two.a(x)
+        y = net.two.b(torch.tanh(y) if bent else y)
+        y += x
+        return net.f(torch.tanh(y).flatten(1))
+
+    def own() -> dict[str, nn.Module]:
+        return {"stem": conv(1, 8, padding=1), "one": Sum(), "two": Sum(), "f": nn.Linear(512, 5)}
+
+    o = own()
+    parts = {"stem": o["stem"], "a0": nn.Tanh(), "one": o["one"], "a1": nn.Tanh(), "two": o["two"], "a2": nn.Tanh()}
+    return Net(forward, **own()), modular(**parts, fl=nn.Flatten(), f=o["f"])
+
+
+PAIRS: dict[str, Callable[[], Pair]] = {
+    "lenet": lenet,
+    "mnist": mnist,
+    "perceptron": perceptron,
+    "averaged": averaged,
+    "normed": normed,
+    "residual": lambda: residual(False),
+    "residual-bent": lambda: residual(True),
+    "block-behind": lambda: block("behind", False),
+    "block-behind-bent": lambda: block("behind", True),
+    "block-before": lambda: block("before", True),
+    "block-alone": lambda: block("alone", False),
+}
+SHAPE = (1, 8, 8)
+
+
+def twins(name: str, seed: int) -> Pair:
+    """Both with the same weights, in float64."""
+    torch.manual_seed(seed)
+    one, two = PAIRS[name]()
+    drawn(two, seed)
+    one.double()
+    with torch.no_grad():
+        for (a, p), (b, q) in zip(sorted(one.state_dict().items()), sorted(two.state_dict().items()), strict=True):
+            assert a == b
+            p.copy_(q)
+    return one.eval(), two.eval()
+
+
+def rows(model: nn.Module) -> list[tuple[object, ...]]:
+    """Of every link but those that reshape: what it is, its shapes, and the names of its parameters in the network."""
+    found = []
+    for link in chain(model, SHAPE):
+        own = tuple(sorted(link.called(name) for name, _ in link.module.named_parameters()))
+        kind = "" if any(True for _ in link.module.children()) else repr(link.module).replace("inplace=True", "")
+        if not isinstance(link.module, nn.Flatten | nn.Dropout):
+            found.append((kind, link.after, own))
+    return found
+
+
+def seen(model: nn.Module, seed: int) -> tuple[Observation, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    x, y = torch.rand(1, *SHAPE, generator=rng, dtype=torch.float64), torch.tensor([2])
+    knowledge = Knowledge(input_range=(0.0, 1.0), input_shape=SHAPE)
+    return observe(model, F.cross_entropy, x, y, knowledge=knowledge, protocol=Protocol(mode="eval"))[0], x, y
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_same_links(name: str, seed: int) -> None:
+    one, two = twins(name, seed)
+    assert rows(one) == rows(two)
+    x = torch.rand(3, *SHAPE, dtype=torch.float64)
+    for model in (one, two):
+        torch.testing.assert_close(follow(chain(model, SHAPE), x.clone()), model(x), rtol=1e-12, atol=1e-12)
+
+
+def counted(model: nn.Module, seed: int) -> list[tuple[object, ...]]:
+    _, x, y = seen(model, seed)
+    found = []
+    for each in constraints(chain(model, SHAPE), x, y, F.cross_entropy):
+        read = (each.unknowns, each.weight, each.gradient, each.both) if isinstance(each, Constraints) else None
+        found.append((each.link.before, each.link.after, read))
+    return found
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_same_equations(name: str) -> None:
+    one, two = twins(name, 2)
+    assert counted(one, 2) == counted(two, 2)
+
+
+def plain(words: str) -> str:
+    """Without the names of layers, and decibels to their last digit."""
+    return re.sub(r"what .* may hide|'\w+'|\d+ dB", "", words)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_same_numbers_of_the_analyses(name: str) -> None:
+    one, two = twins(name, 3)
+    for analysis in ("security-metric",):
+        said = []
+        for model in (one, two):
+            found = Analysis.parse(analysis)(seen(model, 3)[0])
+            said.append([(getattr(each, "value", None), getattr(each, "rank", None), each.words) for each in found])
+        assert len(said[0]) == len(said[1])
+        for (a, r, words), (b, s, others) in zip(*said, strict=True):
+            assert r == s
+            assert a is None or a == pytest.approx(b, rel=1e-6)
+            assert plain(words) == plain(others)
+
+
+LONG = {"lenet", "mnist", "residual-bent", "block-behind-bent", "block-before"}  # they are searched, not solved
+
+
+@pytest.mark.parametrize("seed", [4, pytest.param(5, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in PAIRS if name != "perceptron"],
+)
+def test_the_same_picture_is_read(name: str, seed: int) -> None:
+    found = []
+    for model in twins(name, seed):
+        obs, x, _ = seen(model, seed)
+        read = Attack.parse("layer-by-layer")(obs, seed=0)
+        error = float((read.inputs - x).norm() / x.norm()) if len(read) else None
+        shapes = [(row["unknowns"], row["equations"], row["rank"]) for row in read.trace["readings"]]
+        found.append((error, bool(read.bound.isfinite().all()), shapes, "stopped" in read.trace))
+    (error, proven, shapes, stopped), (own, *others) = found
+    assert [proven, shapes, stopped] == others
+    assert (error is None) == (own is None)
+    if error is not None and own is not None:
+        assert error == pytest.approx(own, rel=1e-2, abs=1e-6)
