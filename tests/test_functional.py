@@ -265,6 +265,7 @@ def test_the_same_equations(name: str) -> None:
 
 def plain(words: str) -> str:
     """Without the names of layers, and decibels to their last digit."""
+    words = words.replace("(Branches)", "(Sum)")
     return re.sub(r"what .* may hide|'\w+'|\d+ dB", "", words)
 
 

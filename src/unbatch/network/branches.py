@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from unbatch.network.graph import BatchSize, Call, Value, leaves, mapped
-from unbatch.network.operations import known, layer_of, outplace
+from unbatch.network.operations import layer_of, outplace, recognised
 
 _ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__}
 
@@ -85,7 +85,7 @@ class _Writer:
         if isinstance(call.ran, nn.Module):
             return call.ran if len(call.args) + len(call.kwargs) == 1 else None
         layer = layer_of(call, next(iter(fed)))
-        return layer if known(layer) else None
+        return layer if recognised(layer) else None
 
     def _held(self, name: str, layer: nn.Module) -> str:
         """The name under which a layer is kept here: its own, or the next that is free where another one has it."""

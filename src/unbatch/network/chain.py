@@ -18,7 +18,7 @@ from unbatch.errors import NotApplicable
 from unbatch.network.branches import branches
 from unbatch.network.dense import forward
 from unbatch.network.graph import PROBES, Call, Graph, Scope, Value, trace
-from unbatch.network.operations import Reshape, known, layer_of
+from unbatch.network.operations import Reshape, layer_of, recognised
 
 MISFIT_ROUNDINGS = 1e4  # of the largest output, by which the links together may miss the network's own output
 _NO_CHAIN = "the network is no chain of layers: "
@@ -198,7 +198,7 @@ class _Cutter:
         inside = [(each, ends[each.gave]) for each in self.graph.scopes if each.gave in ends]
         inside = [(each, end) for each, end in inside if each.given is self.cuts[i].given]
         for scope, end in reversed(inside):  # inner ones first
-            rough = any(layer is None or not known(layer) for layer in self.layers[i : end + 1])
+            rough = any(layer is None or not recognised(layer) for layer in self.layers[i : end + 1])
             rough |= any(call.own_gradient for cut in self.cuts[i : end + 1] for call in cut.calls)
             if not scope.nested and rough:
                 return scope, end
@@ -224,7 +224,9 @@ class _Cutter:
         functions = [call for call in calls if not isinstance(call.ran, nn.Module) and _fed(call) is not None]
         if any(call.own_gradient for call in calls):
             return scope.module
-        if not scope.nested or not any(known(layer_of(call, value)) for call in functions if (value := _fed(call))):
+        if not scope.nested or not any(
+            recognised(layer_of(call, value)) for call in functions if (value := _fed(call))
+        ):
             return scope.module
         kind = type(scope.module).__name__
         return branches(calls, self.cuts[i].given, self.cuts[end].gave, scope.name, kind)
@@ -319,7 +321,6 @@ def _hold(model: nn.Module, links: Sequence[Link], shape: tuple[int, ...], mode:
     found = []
     for network in (copy.deepcopy(model), Chained(copy.deepcopy(links)).train(mode == "train")):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
             found.append(forward(network, x.clone(), mode).double())
     own, made = found
     allowed = min(MISFIT_ROUNDINGS * torch.finfo(next(model.parameters(), x).dtype).eps, 0.1)

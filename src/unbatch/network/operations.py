@@ -145,10 +145,10 @@ def layer_of(call: Call, given: Value) -> nn.Module:
     return made
 
 
-def known(layer: nn.Module) -> bool:
+def recognised(layer: nn.Module) -> bool:
     """Whether a layer made of a function is more than the function: a layer of torch.nn, a reshape, or affine.
 
-    >>> known(nn.ReLU()), known(Reshape((2,)))
+    >>> recognised(nn.ReLU()), recognised(Reshape((2,)))
     (True, True)
     """
     return type(layer) is not Operation
