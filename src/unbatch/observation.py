@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from unbatch import bundle
 from unbatch.errors import UnbatchError
-from unbatch.knowledge import PROTOCOL_FIELDS, Earlier, Knowledge
+from unbatch.knowledge import PROTOCOL_FIELDS, Earlier, Knowledge, shares
+from unbatch.likelihood import Likelihood
 from unbatch.loss import Loss
 from unbatch.network.unwrapped import unwrapped
+from unbatch.numerics.linear.span import rounding_noise
 from unbatch.protocol import Protocol, Update, fit, flatten, local_update
 from unbatch.update import as_update, check_update, named_values, some
 
@@ -44,6 +46,7 @@ class Observation:
     loss: Loss
     update: Update
     knowledge: Knowledge = field(default_factory=Knowledge)
+    grain: Mapping[str, float] = field(default_factory=dict)  # error of a tensor's entries that is not relative to them
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", unwrapped(self.model))
@@ -107,6 +110,65 @@ class Observation:
             found.append(replace(last, model=model, update=update, knowledge=self.knowledge.only(*known - {"buffers"})))
         return (*found, last)
 
+    def rounding(self, name: str) -> float:
+        """Standard deviation of the rounding of each entry of a tensor that does not shrink with the entry.
+
+        Of `grain`, where the update was worked out of a difference of parameters, and of the type's smallest numbers.
+
+        >>> model = nn.Linear(2, 3).half()
+        >>> update = {name: p.detach() for name, p in model.named_parameters()}
+        >>> seen = Observation(model=model, loss=nn.functional.cross_entropy, update=update)
+        >>> f"{seen.rounding('bias'):.1e}"
+        '1.7e-08'
+        """
+        return float(self.grain.get(name, 0.0)) + rounding_noise(self.update[name].dtype)
+
+    def as_gradient(self) -> Observation:
+        """The same exchange as one of a gradient, where the client took one step of SGD; else the exchange itself.
+
+        A step sends -lr (g + weight_decay w): what it adds for the weights is known, and with lr the gradient g is, too.
+        Without a known learning rate the update is turned round alone, and stays a multiple of the gradient. A difference
+        of parameters was rounded as they are: `grain` says how coarse g is. Noise, clipping and likelihoods are told in
+        the gradient's unit. Each client's step takes the first `local_batch_size` examples of its share.
+
+        >>> model, loss = nn.Linear(2, 2), nn.functional.cross_entropy
+        >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([0])
+        >>> g = torch.autograd.grad(loss(model(x), y), [model.weight])[0]
+        >>> known = Knowledge(local_steps=1, learning_rate=0.1)
+        >>> step = Observation(model=model, loss=loss, update={"weight": -0.1 * g}, knowledge=known).as_gradient()
+        >>> torch.allclose(step.update["weight"], g), step.knowledge
+        (True, Knowledge())
+        """
+        known, protocol = self.knowledge, self.protocol
+        n, clients = known.get("batch_size"), known.get("clients", 1)
+        each = shares(n, clients) if n is not None else [1]
+        steps = all(protocol.first_step_alone(share) for share in each if share)
+        if not steps or (n is None and "epochs" in known and "local_batch_size" in known):
+            return self
+        if protocol.weight_decay and "learning_rate" not in known:
+            return self
+        rate = protocol.learning_rate if "learning_rate" in known else 1.0
+        told = _of_a_step(known, rate, n, clients)
+        state = {name: p.detach() for name, p in self.model.named_parameters(remove_duplicate=False)}
+        held = known.get("log_prob")
+        if held is not None:
+            law = held if isinstance(held, Likelihood) else Likelihood(held)
+            told |= Knowledge(log_prob=_law_of_gradient(law, state, rate, protocol.weight_decay))
+        if "earlier" in known:
+            told |= Knowledge(
+                earlier=[
+                    Earlier(state=past.state, update=_gradient(past.update, past.state, rate, protocol.weight_decay))
+                    for past in known.earlier
+                ]
+            )
+        eps = {name: torch.finfo(state[name].dtype).eps for name in self.update}
+        grain = {
+            name: eps[name] * float(state[name].double().square().mean().sqrt()) / rate / 12**0.5 * clients**0.5
+            for name in self.update
+        }
+        update = _gradient(self.update, state, rate, protocol.weight_decay)
+        return replace(self, update=update, knowledge=told, grain=grain)
+
     def only(self, *names: str) -> Observation:
         """The same exchange for an attacker who knows only the named fields."""
         return replace(self, knowledge=self.knowledge.only(*names))
@@ -166,6 +228,42 @@ class Observation:
         """
         held, update, known = bundle.read_bundle(Path(path), model)
         return cls(model=held, loss=loss, update=update, knowledge=known)
+
+
+def _gradient(step: Update, state: Mapping[str, Tensor], rate: float, weight_decay: float) -> dict[str, Tensor]:
+    """The gradient behind one step of SGD from the parameters in `state`."""
+    if not weight_decay:
+        return {name: tensor / -rate for name, tensor in step.items()}
+    return {name: tensor / -rate - weight_decay * state[name].to(tensor) for name, tensor in step.items()}
+
+
+def _law_of_gradient(law: Likelihood, state: Mapping[str, Tensor], rate: float, weight_decay: float) -> Likelihood:
+    """The law of a step, as one of the gradient that it is."""
+
+    def step(gradient: Update) -> dict[str, Tensor]:
+        return {name: -rate * (g + weight_decay * state[name].to(g)) for name, g in gradient.items()}
+
+    return Likelihood(
+        lambda seen, clean: law.log_prob(step(seen), step(clean)),
+        lambda clean: _gradient(law.expected(step(clean)), state, rate, weight_decay),
+        lambda seen: {name: spread / rate for name, spread in law.spread(step(seen)).items()},
+    )
+
+
+def _of_a_step(known: Knowledge, rate: float, n: int | None, clients: int) -> Knowledge:
+    """What is known of a step of SGD, as knowledge of its gradient: in its unit, of the examples that it took."""
+    lengths = ("noise", "noise_within", "clip", "clip_within")
+    told = known | Knowledge(**{name: known.get(name) / rate for name in lengths if known.get(name) is not None})
+    if known.get("server_rate") is not None:
+        told |= Knowledge(server_rate=known.server_rate * rate)
+    taken = known.get("local_batch_size")
+    if n is not None and taken:
+        rows = [part[:taken] for part in torch.arange(n).tensor_split(clients)]
+        which = torch.cat(rows)
+        labels = {"labels": known.labels[which.to(known.labels.device)]} if "labels" in known else {}
+        told = told.without("labels") | Knowledge(batch_size=len(which), **labels)
+    steps = ("local_steps", "epochs", "local_batch_size", "optimiser", "learning_rate", "momentum", "weight_decay")
+    return told.without(*steps)
 
 
 def check_round(model: nn.Module, update: Update, past: Earlier) -> None:

@@ -63,6 +63,16 @@ class Protocol(Options):
         per_epoch = -(-n // (self.local_batch_size or n))
         return self.epochs * per_epoch if self.epochs else self.local_steps
 
+    def first_step_alone(self, n: int) -> bool:
+        """Whether the update of n examples is that of one step of SGD, -learning_rate (gradient + weight_decay w).
+
+        Momentum adds nothing to a first step. False of a plain gradient, too.
+
+        >>> Protocol(local_steps=1).first_step_alone(4), Protocol(epochs=1, local_batch_size=2).first_step_alone(4)
+        (True, False)
+        """
+        return self.optimiser == "sgd" and self.steps(n) == 1
+
     def __str__(self) -> str:
         again = f"; the same batch in {self.rounds} rounds" if (self.rounds or 1) > 1 else ""
         if again:

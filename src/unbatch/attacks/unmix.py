@@ -49,7 +49,9 @@ class Unmix(Attack):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"batch_size", "labels", "noise", "input_range", "domain", "log_prob", "earlier", "buffers"})
+        frozenset(
+            {"batch_size", "labels", "noise", "input_range", "domain", "log_prob", "earlier", "buffers", "clients"}
+        )
         | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(

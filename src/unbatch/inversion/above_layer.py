@@ -18,8 +18,7 @@ class Tail:
     """The part of a model above one of its dense layers, which says what gradient flows back to the layer's output.
 
     tail(before [g, m], labels [g, ...]) = dL/d(before) [g, m]: the deltas of examples whose output of the layer (before its
-    activation) is `before`, in a batch of n. `check` makes sure that each row depends on its own example alone. The label
-    y + c classes is that of an example that occurs c + 1 times, whose delta counts as often.
+    activation) is `before`, in a batch of n. `check` makes sure that each row depends on its own example alone.
 
     `targets` is the number of entries of one example's output, `classes` the number of class labels (0: labels are real
     targets), `m` the layer's width.
@@ -76,10 +75,9 @@ class Tail:
         live = before if before.requires_grad else before.detach().requires_grad_()
         with torch.enable_grad():
             share = len(before) / self.n if self.form.reduction == "mean" else 1.0
-            label = y % self.classes if self.classes else y
-            value = self.obs.loss(self.outputs(live), self._target(label)) * share
+            value = self.obs.loss(self.outputs(live), self._target(y)) * share
             (delta,) = torch.autograd.grad(value, live, create_graph=before.requires_grad)
-        return delta * (y // self.classes + 1)[:, None] if self.classes else delta
+        return delta
 
     def _target(self, y: Tensor) -> Tensor:
         return y if self.form.classes else y.to(self.state[self.weight].dtype).reshape(-1, *self.output)

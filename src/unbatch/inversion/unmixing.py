@@ -18,12 +18,13 @@ from unbatch.inversion.above_layer import Rounding, Tail
 from unbatch.inversion.matching import UpdateMatching
 from unbatch.inversion.rounds import restored, sharpened, unseen
 from unbatch.inversion.view import View
-from unbatch.knowledge import Knowledge
+from unbatch.inversion.weighing import Weighing
+from unbatch.knowledge import Knowledge, shares
 from unbatch.likelihood import Likelihood
 from unbatch.loss import LossForm
 from unbatch.network.dense import Dense
 from unbatch.numerics.label_counts import apportion, label_counts
-from unbatch.numerics.linear.span import Span, leading_span, rounding_noise
+from unbatch.numerics.linear.span import Span, leading_span
 from unbatch.numerics.unmix.certificate import mixture_radius
 from unbatch.numerics.unmix.descent import Descent, beginning
 from unbatch.numerics.unmix.ica import edges, fast_ica, group_ica, whiten
@@ -33,9 +34,10 @@ from unbatch.numerics.unmix.solver import GuessMaker, Separation, unmix
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction, certified
 
-MOST_COPIES_BEYOND_RANK = 2  # copies beyond the rank that are looked for, where nothing fits without
 READING_ERROR = 8 * torch.finfo(torch.float64).eps  # what reading A adds to its error
 LEAST_BENT_SHARE = 0.05  # share of the deltas' span below which too few kinks are met: measured .03 finds none, .08 all
+WEIGHT_ERROR = 1e-3  # relative, up to which two weights of examples are taken for one; more where precision is coarse
+WEIGHT_ERROR_IN_ROUNDINGS, LARGEST_WEIGHT_ERROR = 8, 0.05
 DELTA_ERROR_IN_ROUNDINGS = 4  # relative error of a delta, in units of rounding: measured ones are 1 to 3
 
 
@@ -56,6 +58,7 @@ def unmixed(view: View, rng: torch.Generator, *, attempts: int = 3, partial: boo
     >>> found.labels.sort().values, bool(found.bound.max() < 1e-5)
     (tensor([0, 2]), True)
     """
+    view = view.gradient
     law, n = Likelihood.of(view.knowledge), view.knowledge.get("batch_size")
     problem = Unmixing.of(view if law is None else restored(view), rng)
     if law is None:
@@ -117,7 +120,8 @@ class Unmixing:
             )
         if form is None:
             raise NotApplicable("the loss is none of cross entropy, binary cross entropy and squared error.")
-        Tail(view.obs, layer, form, 1).check()
+        tail = Tail(view.obs, layer, form, 1)
+        tail.check()
         span = layer_span(view, layer, rng)
         n, (m, d) = len(span.values), view.update[layer.weight].shape
         if n == 0:
@@ -132,6 +136,13 @@ class Unmixing:
                 f"the gradient of {layer.name!r} has rank {n}, and {m} neurons give {m - n} equations for the {n} unknowns "
                 "of an example: fewer than it takes."
             )
+        targets = 0 if tail.classes else tail.targets
+        if 2 * n + targets > m:
+            raise NotApplicable(
+                f"the targets are {targets} real numbers an example, unknown as well: with them an example of this batch "
+                f"has {n + targets} unknowns, and the {m} neurons of {layer.name!r} give {m - n} equations: fewer than it "
+                "takes."
+            )
         return cls(view, layer, form, span)
 
     @property
@@ -139,12 +150,30 @@ class Unmixing:
         """The rank of the gradient: the number of examples, but for those that depend linearly on each other."""
         return len(self.span.values)
 
+    @property
+    def size(self) -> int:
+        """The size of the batch that is assumed: as known, else the rank."""
+        return max(int(self.view.knowledge.get("batch_size", 0)), self.rank)
+
+    @property
+    def clients(self) -> int:
+        """How many clients' gradients are known to be added up in the update, each a mean over its own examples."""
+        return int(self.view.knowledge.get("clients", 1)) if self.form.reduction == "mean" else 1
+
+    @property
+    def even(self) -> bool:
+        """Whether every client has as many examples as any other."""
+        return len(set(shares(self.size, self.clients))) == 1
+
     def tail(self, size: int) -> Tail:
         """The model above the layer, which says what gradient an example of a batch of `size` sends back."""
         return Tail(self.view.obs, self.layer, self.form, size)
 
     def mixture(self, tail: Tail) -> Mixture:
-        """The equations that each example obeys in coordinates of the span, in a batch of as many as `tail` has."""
+        """The equations that each example obeys in coordinates of the span, in a batch of as many as `tail` has.
+
+        How much each counts is left open where clients have unequal shares of the batch.
+        """
         obs, layer, span = self.view.obs, self.layer, self.span
         parameters = {name: p.detach().double() for name, p in obs.model.named_parameters(remove_duplicate=False)}
         W = parameters[layer.weight]
@@ -159,12 +188,13 @@ class Unmixing:
         eps = torch.finfo(next(obs.model.parameters()).dtype).eps
         once = torch.finfo(obs.dtype).eps > 1e-4  # the tolerance for sums rounded term by term is then far too wide
         return Mixture(
+            weighed=self.even or not tail.classes,
             U=span.columns,
             S=span.values,
             W=P @ W.T,
             offset=offset,
             ones=P[:, -1].clone() if sent else None,
-            deltas=tail,
+            deltas=tail if self.clients == 1 else lambda before, y: self.clients * tail(before, y),
             classes=tail.classes,
             targets=tail.targets,
             noise=min(span.noise, 2 * span.beyond) if once else span.noise,
@@ -172,6 +202,13 @@ class Unmixing:
             basis=torch.eye(len(P)).to(P),
             outside=span.beyond + span.arithmetic + READING_ERROR * float(span.values[0]),
         )
+
+    def weighing(self, weights: Tensor) -> Weighing:
+        """What examples that count `weights` [f] of their own gradients say of the batch's size and the update's factor."""
+        known, eps = self.view.knowledge, torch.finfo(self.view.obs.dtype).eps
+        tolerance = min(max(WEIGHT_ERROR, WEIGHT_ERROR_IN_ROUNDINGS * eps), LARGEST_WEIGHT_ERROR)
+        n, clients = known.get("batch_size"), known.get("clients", 1)
+        return Weighing.of(weights, self.form, rank=self.rank, n=n, clients=clients, tolerance=tolerance)
 
     def starts(self) -> Iterator[tuple[str, GuessMaker]]:
         """Guesses of what the r examples left look like, rows [g, r] of coordinates in their mixture; the best first."""
@@ -242,7 +279,9 @@ def layer_span(view: View, layer: Dense, rng: torch.Generator) -> Span:
     A = view.update[layer.weight].double()
     if layer.bias in view.update and layer.bias is not None:
         A = torch.cat([A, view.update[layer.bias].double()[:, None]], 1)
-    noise = float(view.knowledge.get("noise", 0.0)) + rounding_noise(view.obs.dtype)
+    names = [layer.weight] if layer.bias not in view.update else [layer.weight, layer.bias]
+    rounding = max(view.obs.rounding(name) for name in names if name is not None)
+    noise = float(view.knowledge.get("noise", 0.0)) + rounding
     return leading_span(A, rng, eps=torch.finfo(view.obs.dtype).eps, noise=noise)
 
 
@@ -252,42 +291,60 @@ def _separated(problem: Unmixing, rng: torch.Generator, attempts: int, partial: 
     known = view.knowledge.get("labels")
     classes = known.unique().to(view.obs.device) if known is not None and form.classes else None
     starts = list(problem.starts())
-    # exact duplicates count once in the rank and once each in the mean: then the batch is larger than the rank
-    for size in range(rank, rank + (MOST_COPIES_BEYOND_RANK if form.reduction == "mean" else 0) + 1):
-        tail = problem.tail(size)
-        mixture = problem.mixture(tail)
-        ways: list[tuple[str, GuessMaker | Descent]] = [*starts]
-        if mixture.classes:  # second: on pictures and most tables components are faster where they work
-            ways.insert(1, ("descent", Descent(RemainingLabels(view, form, mixture, tail))))
-        copies = 1 + (size - rank if form.reduction == "mean" else MOST_COPIES_BEYOND_RANK)
-        tries = attempts if size == rank else 1
-        found = unmix(mixture, ways, rng, classes=classes, attempts=tries, copies=copies, tick=tick)
-        if len(found.z):
-            break
-    rounding = Rounding(view.obs, problem.layer, form, problem.span.rows, size)
-    reach = mixture_radius(mixture, found.z, found.labels, rng, rounding=rounding, jointly=found.joint)
+    tail = problem.tail(problem.size)
+    mixture = problem.mixture(tail)
+    ways: list[tuple[str, GuessMaker | Descent]] = [*starts]
+    if mixture.classes:  # second: on pictures and most tables components are faster where they work
+        ways.insert(1, ("descent", Descent(RemainingLabels(view, form, mixture, tail))))
+    found = unmix(mixture, ways, rng, classes=classes, attempts=attempts, tick=tick)
+    told = mixture if found.weighed else mixture.unweighed()
+    weights = told.weights(told.F(found.z, found.labels), found.z)
+    weights = weights * problem.clients / tail.n if form.reduction == "mean" else weights
+    weighing = problem.weighing(weights)
+    rounding = Rounding(view.obs, problem.layer, form, problem.span.rows, tail.n)
+    reach = mixture_radius(
+        told,
+        found.z,
+        found.labels,
+        rng,
+        rounding=lambda z, y: problem.clients * rounding(z, y),
+        jointly=found.joint,
+    )
     trace: dict[str, Any] = {
         "layer": problem.layer.name,
         "rank": rank,
-        "batch size": size,
+        "batch size": weighing.size,
+        "factor": weighing.factor,
         "log": found.log,
         "singular values": problem.span.values.tolist(),
     }
+    words = [weighing.words] if weighing.words else []
     if len(found.z) < rank:
-        trace["words"] = _shortfall(mixture, tail, found, rank, view.knowledge.get("batch_size"))
-    return _returned(problem, found, mixture.classes, reach, trace, partial)
+        words.append(_shortfall(mixture, tail, found, rank, view.knowledge.get("batch_size")))
+    if words:
+        trace["words"] = " ".join(words)
+    return _returned(problem, found, weighing, weights, reach, trace, partial)
 
 
 def _returned(
-    problem: Unmixing, found: Separation, classes: int, reach: Tensor, trace: dict[str, Any], partial: bool
+    problem: Unmixing,
+    found: Separation,
+    weighing: Weighing,
+    weights: Tensor,
+    reach: Tensor,
+    trace: dict[str, Any],
+    partial: bool,
 ) -> Reconstruction:
-    """What was found in the span's coordinates, as inputs with relative bounds; an example that occurs twice, twice."""
-    view, z, labels = problem.view, found.z, found.labels
-    if classes:
-        times = labels // classes + 1
-        z, reach = z.repeat_interleave(times, 0), reach.repeat_interleave(times)
-        labels = (labels % classes).repeat_interleave(times)
+    """What was found in the span's coordinates, as inputs with relative bounds; an example that occurs twice, twice.
+
+    Clients with fewer examples come last, as they do where a batch is dealt to clients.
+    """
+    view, order = problem.view, weights.abs().argsort(stable=True)
+    order = order if problem.clients > 1 else torch.arange(len(order)).to(order)
+    order = order.repeat_interleave(weighing.times.to(order.device)[order])
+    z, labels, reach = found.z[order], found.labels[order], reach[order]
     trace |= {
+        "weights": (weights / weighing.times.to(weights))[order].tolist(),
         "certified": int(reach.isfinite().sum()),
         "found but not certified": int((~reach.isfinite()).sum()),
     }
@@ -297,11 +354,13 @@ def _returned(
     rows = z @ problem.span.rows  # [f, d or d + 1]
     x = rows[:, : view.update[problem.layer.weight].shape[1]]
     bound = (reach / x.norm(dim=1).clamp_min(1e-300)).cpu()
+    # a real target follows from how much its example counts, which clients of unequal shares leave open
+    told = bool(problem.tail(problem.size).classes) or problem.even
     targets = labels if problem.form.classes else labels.to(torch.float64)
     inputs, bound, name = view.undo(problem.layer, x, bound)
     return Reconstruction(
         inputs=inputs,
-        labels=targets if len(z) == len(labels) else None,  # guesses have none
+        labels=targets if len(z) == len(labels) and told else None,  # guesses have none
         layer=name,
         bound=bound,
         trace=trace,
@@ -365,15 +424,21 @@ class RemainingLabels:
 
     def __init__(self, view: View, form: LossForm, mixture: Mixture, tail: Tail) -> None:
         self.form, self.mixture, self.tail = form, mixture, tail
-        self.known = view.knowledge.get("labels")
+        self.known, self.clients = view.knowledge.get("labels"), 1
+        if form.reduction == "mean":
+            self.clients = int(view.knowledge.get("clients", 1))
         names = (None, None) if view.head is None else (view.head.weight, view.head.bias)
         self.weight, self.bias = (view.update.get(name) if name else None for name in names)
 
     def __call__(self, z: Tensor, y: Tensor) -> Tensor:
-        """The labels left, where the examples of coordinates z [f, n] and labels y [f] (as `Tail` takes them) are found."""
-
-        k, n, left = self.mixture.classes, self.tail.n, self.mixture.n - len(z)
-        z, y = z.repeat_interleave(y // k + 1, 0), (y % k).repeat_interleave(y // k + 1)
+        """The labels left, where the examples of coordinates z [f, n] and labels y [f] are found."""
+        k, n, left, unit = self.mixture.classes, self.tail.n, self.mixture.n - len(z), 1.0
+        if len(z):  # an example that counts twice occurs twice, and all count as many times as the update was scaled
+            free = self.mixture.unweighed()
+            weights = free.weights(free.F(z, y), z)
+            unit = float(weights.median())
+            times = (weights / unit).round().clamp(1, n).long()
+            z, y = z.repeat_interleave(times, 0), y.repeat_interleave(times)
         if self.known is not None:
             counts = torch.bincount(self.known.cpu(), minlength=k)
         else:
@@ -382,7 +447,7 @@ class RemainingLabels:
             expected = self._probabilities(z).sum(0) + (n - len(z)) * self._probabilities(alike).mean(0)
             counts = expected if len(expected) == k else torch.cat([n - expected, expected])
             if self.weight is not None or self.bias is not None:
-                factor = self.form.scale / (n if self.form.reduction == "mean" else 1)
+                factor = unit * self.clients * self.form.scale / (n if self.form.reduction == "mean" else 1)
                 counts = label_counts(
                     self.weight,
                     self.bias,

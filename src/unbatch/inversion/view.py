@@ -91,6 +91,15 @@ class View:
         """The same exchange for a reader who knows only the named fields."""
         return self.on(self.obs.only(*names))
 
+    @cached_property
+    def gradient(self) -> View:
+        """The exchange as one of a gradient, where the client took one step of SGD; else itself.
+
+        By `Observation.as_gradient`, for an attack that reads gradients: what it finds in one it finds in such a step.
+        """
+        obs = self.obs.as_gradient()
+        return self if obs is self.obs else self.on(obs)
+
     @property
     def knowledge(self) -> Knowledge:
         """What the reader may know besides the update."""

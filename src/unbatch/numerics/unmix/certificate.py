@@ -45,7 +45,8 @@ def mixture_radius(
     Assumes that the gradient is an honest one of n independent examples, of which z_i is near one: candidates are to
     have passed `accept`. Each is judged by its own equation, which takes a smooth F and a tenth of the time that all
     together take; `jointly` where none is determined alone (then z are to be all n examples). inf as
-    well where an example has as many unknowns as equations, 2 n >= m: nothing then speaks against a wrong one.
+    well where an example has as many unknowns as equations, 2 n >= m: nothing then speaks against a wrong one; and where
+    neither a bias nor a known weight of the examples fixes the size of what is found together.
 
     >>> from unbatch.numerics.unmix.made import made_mixture
     >>> mixture, z, y = made_mixture(4)
@@ -58,6 +59,8 @@ def mixture_radius(
     if not len(z) or 2 * mixture.n >= len(mixture.U):
         return z.new_full((len(z),), torch.inf)
     if jointly and len(z) < mixture.n:
+        return z.new_full((len(z),), torch.inf)
+    if not mixture.weighed and mixture.ones is None and (jointly or mixture.n == 1):
         return z.new_full((len(z),), torch.inf)
     found = (_jointly if jointly or mixture.n == 1 else _alone)(mixture, z, y, rng, rounding)
     turned = 2 * (mixture.outside or mixture.noise) * (z / mixture.S).norm(dim=1)  # the row space's own: |Delta^+ E|
@@ -86,14 +89,14 @@ def _jointly(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, round
 
 def _alone(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: DeltaRounding | None) -> Tensor:
     """Each example by its own equation ((I - U U^T) F / |F|, q . z - 1) = 0, whose error is E q and that of F."""
-    equation, F = Equation(mixture, z, y), mixture.F(z, y)
+    equation, F = Equation(mixture, z, y), mixture.sent(z, y)
     size, U = F.norm(dim=1, keepdim=True) + 1e-300, mixture.U
     outer = _spread(mixture) * mixture.dual(F).norm(dim=1, keepdim=True)
     draws = torch.stack(
         [outer * _gaussian(F, rng) + _wrong(mixture, z, y, F, rng, rounding) for _ in range(ERROR_DRAWS)], 1
     )
     inside = draws @ U  # [f, draws, n]
-    last = ((inside / mixture.S) * z[:, None]).sum(2, keepdim=True)
+    last = ((inside / mixture.S) * z[:, None]).sum(2, keepdim=True) * mixture.weighed
     seen = torch.cat([(draws - inside @ U.T) / size[:, None], last], 2)  # as the equation sees the errors
     found, begin = [], equation.start()
     for which in torch.split(torch.arange(len(z), device=z.device), equation.chunk()):
@@ -124,6 +127,8 @@ def _wrong(
         return wrong
     beside = mixture.scaled(z + BESIDE_DISTANCE * z.square().mean(1, keepdim=True).sqrt() * _gaussian(z, rng))
     flaws, size = rounding(beside, y), F.norm(dim=1, keepdim=True)
+    if not mixture.weighed:
+        flaws = flaws * size / (mixture.F(z, y).norm(dim=1, keepdim=True) + 1e-300)
     most = NOISE_SLACK * (mixture.noise * mixture.dual(F).norm(dim=1, keepdim=True) + mixture.rounding * size)
     return wrong + flaws.masked_fill(flaws.abs() > most, 0.0)
 

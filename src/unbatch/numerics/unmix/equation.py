@@ -23,6 +23,7 @@ class Equation:
 
     The first part cannot be made small by making F small, the second fixes the scale. Unknowns are steps along the rows
     `free` from z: those of z . ones = 1 in the span of the orthonormal rows `within`; real targets y are unknowns too.
+    Where it is not known how much an example counts, the second part says nothing of z and is left out (zero).
 
     >>> from unbatch.numerics.unmix.made import made_mixture
     >>> mixture, z, y = made_mixture(4)
@@ -63,7 +64,8 @@ class Equation:
 
     def _residual(self, F: Tensor, c: Tensor, z: Tensor) -> Tensor:
         out = (F - c @ self.mixture.U.T) / (F.norm(dim=1, keepdim=True) + 1e-300)
-        return torch.cat([out, ((c / self.mixture.S * z).sum(1) - 1)[:, None]], 1)
+        excess = (c / self.mixture.S * z).sum(1) - 1
+        return torch.cat([out, (excess if self.mixture.weighed else 0 * excess)[:, None]], 1)
 
     def linearise(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """The residual [q, m + 1] and its derivative [q, unknowns, m + 1]."""
@@ -92,7 +94,7 @@ class Equation:
         z, y = self.at(x, which)
         before = mixture.before(z).detach().requires_grad_()
         graph = mixture.deltas(before, y)
-        F, (outer, last) = graph.detach(), (u[:, :-1], u[:, -1:])
+        F, (outer, last) = graph.detach(), (u[:, :-1], u[:, -1:] * self.mixture.weighed)
         size = F.norm(dim=1, keepdim=True) + 1e-300
         outside = F / size - (F / size) @ mixture.U @ mixture.U.T
         back = outer - outer @ mixture.U @ mixture.U.T - (outside * outer).sum(1, keepdim=True) * F / size
@@ -121,6 +123,7 @@ class Equation:
         c, cH = F @ mixture.U, H @ mixture.U
         scale = (cH @ (z / mixture.S)[:, :, None])[..., 0]
         scale[:, :r] += (c / mixture.S) @ self.free.T
+        scale *= mixture.weighed
         return F, self._residual(F, c, z), H, cH, scale
 
     def chunk(self) -> int:
@@ -274,7 +277,7 @@ def accept(mixture: Mixture, z: Tensor, y: Tensor) -> Tensor:
     outside, excess, drop = misfits(mixture, z, y)
     good = (outside < 0.05) & (excess.abs() < 0.05) & (drop < NOISE_SLACK) & z.isfinite().all(1)
     order = drop.argsort()
-    q = mixture.dual(mixture.F(z, y))
+    q = mixture.dual(mixture.sent(z, y))
     cross = (q @ z.T).abs()
     kept: list[int] = []
     for i in order[good[order]].tolist():
@@ -293,7 +296,7 @@ def explained(mixture: Mixture, z: Tensor, y: Tensor) -> bool:
     >>> explained(mixture, z, y), explained(mixture, z[:3], y[:3])
     (True, False)
     """
-    F = mixture.F(z, y)
+    F = mixture.sent(z, y)
     left = float((mixture.U * mixture.S - F.T @ z).norm())
     rounding = mixture.rounding * float((F.norm(dim=1) * z.norm(dim=1)).square().sum().sqrt())
     return len(z) == mixture.n and left < NOISE_SLACK * (mixture.noise * mixture.n**0.5 + rounding)

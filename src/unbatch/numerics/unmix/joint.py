@@ -26,7 +26,8 @@ def refine_jointly(
 ) -> tuple[Tensor, Tensor, float]:
     """All examples found, improved together on the whole gradient.
 
-    Minimise |U S - sum_i F(z_i, y_i) z_i^T|^2 from z [g, n]: z, y (moved where real) and |.| / |U S|.
+    Minimise |U S - sum_i F(z_i, y_i) z_i^T|^2 from z [g, n]: z, y (moved where real) and |.| / |U S|. Where it is not
+    known how much each example counts, that is found as well.
 
     This is least squares on every entry of the gradient: under equal independent noise it is the likelihood's maximum.
     With `others` the remainder may be any matrix of that rank, of examples not found yet: what counts is its tail.
@@ -56,12 +57,18 @@ def refine_jointly(
 
 
 class _Together:
-    """All examples as the unknowns [1, g, n + k] of one problem, real targets beside z, and its linear solver."""
+    """All examples as the unknowns [1, g, n + k] of one problem, and its linear solver.
+
+    Beside z stand real targets, or, where it is not known how much each example counts, log |w|.
+    """
 
     def __init__(self, mixture: Mixture, z: Tensor, y: Tensor, others: int, inner: int, tolerance: float) -> None:
         self.mixture, self.y, self.others, self.inner, self.tolerance = mixture, y, others, inner, tolerance
-        self.start = (torch.cat([z, y], 1) if mixture.classes == 0 else z)[None]
-        self.x, self.latest = self.start, _Tail(mixture, z, y, others)
+        self.latest = _Tail(mixture, z, y, others)
+        self.sign = self.latest.counts.sign()
+        beside = [y] if mixture.classes == 0 else [] if mixture.weighed else [self.latest.counts.abs().log()[:, None]]
+        self.start = torch.cat([z, *beside], 1)[None]
+        self.x = self.start
 
     def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z and y of the unknowns."""
@@ -71,7 +78,8 @@ class _Together:
     def at(self, x: Tensor) -> _Tail:
         """The linearisation at x; the latest is kept, since the point that a step leads to is linearised next."""
         if x is not self.x:
-            self.x, self.latest = x, _Tail(self.mixture, *self.apart(x), self.others)
+            weights = None if self.mixture.weighed else self.sign * x[0, :, -1].exp()
+            self.x, self.latest = x, _Tail(self.mixture, *self.apart(x), self.others, weights)
         return self.latest
 
     def residuals(self, x: Tensor, which: Tensor) -> Tensor:
@@ -89,8 +97,8 @@ class _Together:
 class _Tail(Linearisation):
     """The linearisation seen beside the leading singular spaces, of dimension `others`, of what is left."""
 
-    def __init__(self, mixture: Mixture, z: Tensor, y: Tensor, others: int) -> None:
-        super().__init__(mixture, z, y)
+    def __init__(self, mixture: Mixture, z: Tensor, y: Tensor, others: int, weights: Tensor | None = None) -> None:
+        super().__init__(mixture, z, y, weights)
         self.tail = self.left()  # [m, n]
         self.U, self.V = self.tail[:, :0], self.tail[:0]
         if others:

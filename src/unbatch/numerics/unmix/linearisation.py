@@ -20,7 +20,8 @@ class Linearisation:
     J at examples z [g, n] with labels y; steps v [g, n + k] move z on z . ones = 1 and real targets y, if y is real.
 
     J v = dF^T z + F^T dz, dF_i = H_i (W^T dz_i) + (dF / dy) dy_i, H_i the Hessian of the loss in the preactivations: delta
-    is a gradient, so H_i is symmetric and reverse mode gives its products.
+    is a gradient, so H_i is symmetric and reverse mode gives its products. Where it is not known how much each example
+    counts, F is w F with one more unknown an example, the relative change of its w.
 
     >>> from unbatch.numerics.unmix.made import made_mixture
     >>> mixture, z, y = made_mixture(4)
@@ -29,25 +30,24 @@ class Linearisation:
     (torch.Size([80, 4]), True)
     """
 
-    def __init__(self, mixture: Mixture, z: Tensor, y: Tensor) -> None:
+    def __init__(self, mixture: Mixture, z: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
         self.mixture, self.z, self.y = mixture, z, y
         self.ones = None if mixture.ones is None else torch.nn.functional.normalize(mixture.ones, dim=0)
         self.before = mixture.before(z).detach().requires_grad_()
-        self.graph = mixture.deltas(self.before, y)
+        graph = mixture.deltas(self.before, y)
+        self.counts = mixture.weights(graph.detach(), z) if weights is None else weights  # [g] how much each counts
+        self.graph = self.counts[:, None] * graph
         self.F: Tensor = self.graph.detach()
         self.columns = self.F.new_zeros(*self.F.shape, 0)  # dF / dy [g, m, k]
         if mixture.classes == 0:
             self.columns = torch.stack([mixture.F(z, y + e) - self.F for e in torch.eye(y.shape[1]).to(self.F)], 2)
+        if not mixture.weighed:
+            self.columns = torch.cat([self.columns, self.F[:, :, None]], 2)
         self.weight = self.F.square().sum(1, keepdim=True) + 1e-300  # [g, 1]
 
     def left(self) -> Tensor:
         """U S - sum_i F_i z_i^T [m, n]."""
         return self.mixture.U * self.mixture.S - self.F.T @ self.z
-
-    def moved(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """z [g, n] and y after the step v [g, n + k]."""
-        n = self.mixture.n
-        return self.z + v[:, :n], self.y + v[:, n:] if self.columns.shape[2] else self.y
 
     def tangent(self, v: Tensor) -> Tensor:
         """v without what leaves z . ones = 1."""

@@ -4,6 +4,9 @@ With preactivations W x_i + b, the gradient of sum_i l(x_i, y_i) is A = [dL/dW, 
 dL/d(preactivation of i), x~ = (x, 1). Its singular value decomposition A = U S P leaves x~_i = P^T z_i with z_i [n]
 unknown. If the z_i are independent there are dual vectors q_i, q_i . z_j = [i = j], and U S q_i = delta_i: each example
 obeys U S q = F(z, y) by itself, F the model's own delta.
+
+Where it is not known how much each example counts in the gradient, U S q = w F(z, y) with w as one more unknown of the
+example: q . z = 1 then tells w = 1 / (F's own q . z), and what is left to solve for z is that F lies in the span of U.
 """
 
 from __future__ import annotations
@@ -40,12 +43,13 @@ class Mixture:
     offset: Tensor | None  # [m]
     ones: Tensor | None  # [n]: z . ones = 1, where the bias sent its gradient
     deltas: Deltas
-    classes: int  # 0: real targets; labels are 0 ... classes - 1, y + c classes where an example occurs c + 1 times
+    classes: int  # 0: real targets; labels are 0 ... classes - 1
     targets: int  # entries of a real target, of which deltas are an affine function
     noise: float  # spectral norm of the error of A
     rounding: float  # relative error of a delta as the client computed it, which moves A within its span
     basis: Tensor  # [n, n0]: z basis are the coordinates in the whole mixture
     outside: float = 0.0  # what A has outside its row space, which is error alone (spectral norm); 0: as `noise`
+    weighed: bool = True  # `deltas` have their true size; else how much each example counts is an unknown of its own
 
     @property
     def n(self) -> int:
@@ -68,6 +72,20 @@ class Mixture:
     def dual(self, delta: Tensor) -> Tensor:
         """q [g, n] with U S q nearest to delta [g, m]."""
         return (delta @ self.U) / self.S
+
+    def weights(self, F: Tensor, z: Tensor) -> Tensor:
+        """How much examples z [g, n] with deltas F [g, m] count: w [g] such that w F has q . z = 1; 1 where known."""
+        return torch.ones_like(F[:, 0]) if self.weighed else 1 / (self.dual(F) * z).sum(1)
+
+    def sent(self, z: Tensor, y: Tensor) -> Tensor:
+        """What the examples z [g, n] with labels y sent back [g, m]: their deltas, as much as they count."""
+        F = self.F(z, y)
+        return F if self.weighed else self.weights(F, z)[:, None] * F
+
+    def unweighed(self, factor: float = 1.0) -> Mixture:
+        """The same mixture where it is not known how much each example counts: about `factor` of what was assumed."""
+        deltas = self.deltas
+        return replace(self, weighed=False, deltas=lambda before, y: factor * deltas(before, y))
 
     def scaled(self, z: Tensor) -> Tensor:
         """z [g, n] on z . ones = 1."""
@@ -115,7 +133,7 @@ def misfits(mixture: Mixture, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Ten
 
     (A - F z^T) q = (1 - q . z) F - (F - U U^T F), so the least singular value of the difference is at most the last
     over |q|. A phantom (F near 0, or F not of this batch) fails one of the first two. The noise is that of A, and that of
-    F over |q|.
+    F over |q|. Where it is not known how much an example counts, F counts as much as makes q . z = 1.
 
     >>> from unbatch.numerics.unmix.made import made_mixture
     >>> mixture, z, y = made_mixture(4)
@@ -123,7 +141,7 @@ def misfits(mixture: Mixture, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Ten
     >>> bool(outside.max() < 1e-10), bool(misfits(mixture, 1.1 * z, y)[0].min() > 1e-3)
     (True, True)
     """
-    F = mixture.F(z, y)
+    F = mixture.sent(z, y)
     q = mixture.dual(F)
     outside = F - (F @ mixture.U) @ mixture.U.T
     excess = (q * z).sum(1) - 1

@@ -52,6 +52,7 @@ SETTLING_ROUNDS = 8  # rounds over all dual vectors at once
 FREE_SHARE = 0.1  # examples left over neurons up to which the patterns of the guesses themselves are finished, too
 LAST_EXAMPLES = 8  # examples left up to which this goes for guesses that no program has moved
 DEEPER_TURNS = 2  # times that all guesses take more turns, while they lead to less than half of the examples left
+OPPOSITE_LABELS = 0.1  # spread of the weights under the opposite labels, over that under the labels, that tells them
 LABELS_TRIED = 10  # tried with every guess, those that fit it best
 
 
@@ -70,6 +71,7 @@ class Separation:
     log: list[dict[str, object]] = field(default_factory=list)
     guesses: Tensor | None = None  # [g, n] of what was not found
     joint: bool = False  # found together: no example's equation determines it alone
+    weighed: bool = True  # every example counts as assumed; else how much each does was found with it
 
 
 def unmix(
@@ -79,7 +81,6 @@ def unmix(
     *,
     classes: Tensor | None = None,
     attempts: int = 3,
-    copies: int = 1,
     tick: Tick = lambda share: True,
 ) -> Separation:
     """Every example of a mixture, from rough guesses.
@@ -87,7 +88,8 @@ def unmix(
     Examples of the mixture: guess, polish, accept, subtract, and again with the rest.
 
     `starts` are tried in turn, from the first one again after each success, until all of them failed `attempts` times.
-    Then examples that occur twice are looked for, and so on up to `copies` times: their labels are mixture.classes more.
+    What is not found under the assumption that every example counts as much as its deltas say is looked for without it:
+    examples that occur twice count twice, and a gradient may be any multiple of a batch's.
 
     >>> from unbatch.numerics.unmix.made import made_mixture
     >>> rng = torch.Generator().manual_seed(0)
@@ -100,22 +102,56 @@ def unmix(
     """
     if classes is None:
         classes = torch.arange(mixture.classes, device=mixture.U.device)
+    return named_alike(mixture, _separation(mixture, starts, rng, classes, attempts, tick))
+
+
+def _separation(
+    mixture: Mixture,
+    starts: Sequence[tuple[str, GuessMaker | Descent]],
+    rng: torch.Generator,
+    classes: Tensor,
+    attempts: int,
+    tick: Tick,
+) -> Separation:
+    """By the way that suits the network."""
     if not piecewise_linear(mixture, rng):
-        return by_polish(mixture, starts, rng, classes, attempts, copies, tick)
+        return by_polish(mixture, starts, rng, classes, attempts, tick)
     if _needed(mixture) > 0.9:  # too few rows to tell the exact ones by, and so few kinks that polishing gets past them
-        return replace(by_polish(mixture, starts, rng, classes, attempts, copies, tick), joint=True)
+        return replace(by_polish(mixture, starts, rng, classes, attempts, tick), joint=True)
     found = list[Separation]()
     two = switches(mixture, rng) if mixture.n > 1 else None
     if two is not None:
-        found.append(by_patterns(mixture, two, starts, rng, classes, attempts, copies, tick))
+        found.append(by_patterns(mixture, two, starts, rng, classes, attempts, tick))
         if len(found[0].z) == mixture.n:
             return found[0]
     for _ in range(attempts):  # from other rotations: dual vectors that do not stand together seldom come again
-        found.append(by_signs(mixture, starts, rng, classes, attempts, copies, tick))
+        found.append(by_signs(mixture, starts, rng, classes, attempts, tick))
         if len(found[-1].z) == mixture.n or not tick(0.0):
             break
     best = max(found, key=lambda each: len(each.z))
     return replace(best, log=[entry for each in found for entry in each.log])
+
+
+def named_alike(mixture: Mixture, found: Separation) -> Separation:
+    """The examples of a mixture of two classes under the labels by which they count most alike.
+
+    Two classes have parallel deltas of opposite signs, so that where it is not known how much each example counts, both
+    labels fit it, one with a positive weight and one with a negative. All weights have one sign: the one under which they
+    differ least. Two that differ as little under both are left as they are.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, classes=2)
+    >>> free = mixture.unweighed(-3.0)
+    >>> bool((named_alike(free, Separation(z, 1 - y, weighed=False)).labels == y).all())
+    True
+    """
+    if found.weighed or mixture.classes != 2 or len(found.z) < 2:
+        return found
+    free, spread = mixture.unweighed(), []
+    for labels in (found.labels, 1 - found.labels):
+        size = free.weights(free.F(found.z, labels), found.z).abs().log()
+        spread.append(float(size.max() - size.min()))
+    return replace(found, labels=1 - found.labels) if spread[1] < OPPOSITE_LABELS * spread[0] else found
 
 
 def by_polish(
@@ -124,56 +160,55 @@ def by_polish(
     rng: torch.Generator,
     classes: Tensor,
     attempts: int,
-    copies: int,
     tick: Tick,
 ) -> Separation:
     """Every example of a smooth network's mixture, one after the other.
 
-    The smooth way: every accepted example is subtracted, which leaves a smaller mixture of the same form.
+    The smooth way: every accepted example is subtracted, which leaves a smaller mixture of the same form. How much each
+    counts is left open as soon as guesses lead to examples without that assumption only, and after every start has failed.
 
     >>> from unbatch.numerics.unmix.made import made_mixture
     >>> rng = torch.Generator().manual_seed(0)
     >>> def random(mixture, rng):
     ...     return torch.randn(40, mixture.n, generator=rng, dtype=torch.float64)
     >>> mixture, z, y = made_mixture(3)
-    >>> found = by_polish(mixture, [("random", random)], rng, torch.arange(4), 3, 1, lambda share: True)
+    >>> found = by_polish(mixture, [("random", random)], rng, torch.arange(4), 3, lambda share: True)
     >>> bool(torch.cdist(z, found.z).amin(1).max() < 1e-6)
     True
     """
     rest, z, y = whole, whole.U.new_zeros(0, whole.n), None
     log: list[dict[str, object]] = []
-    guesses, misses, times, once = z, 0, 1, classes
+    guesses, misses = z, 0
     while rest.n and tick(1 - rest.n / whole.n):
+        if misses == len(starts) and whole.weighed and whole.classes:
+            whole, rest, misses = whole.unweighed(), rest.unweighed(), 0
         if misses == attempts * len(starts):
-            if times == copies or not whole.classes:
-                break
-            misses, times, classes = 0, times + 1, once + times * whole.classes
-            starts = [(name, start) for name, start in starts if not isinstance(start, Descent)]
+            break
         name, start = starts[misses % len(starts)]
         if isinstance(start, Descent):
             left = start.labels(z, _no_labels(whole, classes) if y is None else y)
-            tried = rest.scaled(start(rest, left, rng, partial(tick, 1 - rest.n / whole.n)))
-            spare = tried[:0]
+            begun = rest.scaled(start(rest, left, rng, partial(tick, 1 - rest.n / whole.n)))
+            spare = begun[:0]
         else:
-            tried, spare = _guessed(rest, start, classes, rng)
-        labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
-        tried, labels, _ = polish(rest, tried, labels, steps=40, gain=0.002)
-        chosen = accept(rest, tried, labels)
-        if len(chosen):  # to the last digit, since what they are off by stays in the rest
-            best = polish(rest, tried[chosen], labels[chosen], steps=8, damping=1e-9, target=0.0, gain=0.5)
-            tried[chosen], labels[chosen] = best[:2]
-            reach = mixture_radius(rest, tried[chosen], labels[chosen], rng) / tried[chosen].norm(dim=1)
-            chosen = chosen[reach < LOOSE_RADIUS]
+            begun, spare = _guessed(rest, start, classes, rng)
+        tried, labels, chosen = _polished(rest, begun, classes, rng)
+        if y is None and not len(chosen) and whole.weighed and whole.classes:
+            free = rest.unweighed()
+            again = _polished(free, begun, classes, rng)
+            if len(again[2]):
+                tried, labels, chosen = again
+                factor = float(free.weights(free.F(tried[chosen], labels[chosen]), tried[chosen]).median())
+                whole, rest = whole.unweighed(factor), rest.unweighed(factor)
         log.append({"start": name, "left": rest.n, "guesses": len(tried), "found": len(chosen)})
         guesses, misses = torch.cat([tried, spare]) @ rest.basis, misses + 1
         if len(chosen):
             misses = 0
             z = torch.cat([z, guesses[chosen]])
             y = labels[chosen] if y is None else torch.cat([y, labels[chosen]])
-            rest = whole.without(whole.F(z, y), z)
+            rest = whole.without(whole.sent(z, y), z)
             if rest.n and rest.noise > max(2 * whole.noise, QUIET_NOISE * float(rest.S[-1])):
                 z, y, _ = refine_jointly(whole, z, y, others=rest.n, steps=4)
-                rest = whole.without(whole.F(z, y), z)
+                rest = whole.without(whole.sent(z, y), z)
             log[-1]["noise"] = rest.noise / whole.noise
     if y is None:
         return Separation(z, _no_labels(whole, classes), log, guesses)
@@ -182,7 +217,20 @@ def by_polish(
         if explained(whole, finest, last) or len(accept(whole, finest, last)) == len(z):
             z, y = finest, last
         guesses = guesses[:0]
-    return Separation(z, y, log, guesses)
+    return Separation(z, y, log, guesses, weighed=whole.weighed)
+
+
+def _polished(rest: Mixture, tried: Tensor, classes: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Guesses [g, n] after polishing, their labels, and the numbers of those that are examples."""
+    labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
+    tried, labels, _ = polish(rest, tried, labels, steps=40, gain=0.002)
+    chosen = accept(rest, tried, labels)
+    if len(chosen):  # to the last digit, since what they are off by stays in the rest
+        best = polish(rest, tried[chosen], labels[chosen], steps=8, damping=1e-9, target=0.0, gain=0.5)
+        tried[chosen], labels[chosen] = best[:2]
+        reach = mixture_radius(rest, tried[chosen], labels[chosen], rng) / tried[chosen].norm(dim=1)
+        chosen = chosen[reach < LOOSE_RADIUS]
+    return tried, labels, chosen
 
 
 def _guessed(rest: Mixture, start: GuessMaker, classes: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -222,7 +270,6 @@ def by_signs(
     rng: torch.Generator,
     classes: Tensor,
     attempts: int,
-    copies: int,
     tick: Tick,
 ) -> Separation:
     """Every example of a relu network's mixture, by exact dual vectors.
@@ -236,7 +283,7 @@ def by_signs(
     >>> def random(mixture, rng):
     ...     return torch.randn(40, mixture.n, generator=rng, dtype=torch.float64)
     >>> mixture, z, y = made_mixture(3, torch.relu)
-    >>> found = by_signs(mixture, [("random", random)], rng, torch.arange(4), 3, 1, lambda share: True)
+    >>> found = by_signs(mixture, [("random", random)], rng, torch.arange(4), 3, lambda share: True)
     >>> bool(torch.cdist(z, found.z).amin(1).max() < 1e-6)
     True
     """
@@ -266,20 +313,28 @@ def by_signs(
             labels = choose_labels(whole, Z, classes) if len(Z) else _no_labels(whole, classes)
             proceed = partial(tick, len(Q) / n)
             tried = start(rest, start.labels(Z, labels), rng, proceed, softened(rest, DESCENT_SHARPNESS)) @ rest.basis
-            tried = whole.scaled(tried)
+            q, tried, chosen = _isolated(whole, rest, whole.scaled(tried), Q, classes, need, zeros)
         else:
-            tried = start(rest, rng) @ rest.basis
-            tried = (
-                torch.cat([tried, -tried]) if whole.ones is None else placed(whole, tried, classes, within=rest.basis)
-            )
-        q, tried, chosen = _isolated(whole, rest, tried, Q, classes, need, zeros)
+            begun = start(rest, rng) @ rest.basis
+            open_ = whole.weighed and whole.classes and not len(Q) and whole.ones is not None
+            for mixture in (whole, whole.unweighed()) if open_ else (whole,):
+                rest = mixture.isolated(Q)
+                tried = (
+                    torch.cat([begun, -begun])
+                    if whole.ones is None
+                    else placed(mixture, begun, classes, within=rest.basis)
+                )
+                q, tried, chosen = _isolated(mixture, rest, tried, Q, classes, need, zeros)
+                if len(chosen):
+                    whole = mixture
+                    break
         log.append({"start": name, "left": n - len(Q), "guesses": len(tried), "found": len(chosen)})
         misses, settled = (0, False) if len(chosen) else (misses + 1, settled)
         guesses = tried
         Q, Z = torch.cat([Q, q[chosen]]), torch.cat([Z, tried[chosen]])
     if len(Q) < n:
         return Separation(Q[:0], _no_labels(whole, classes), log, torch.cat([Z, guesses]), joint=True)
-    return _whole(whole, Z, classes, copies, log)
+    return _whole(whole, Z, classes, log)
 
 
 def _isolated(
@@ -298,18 +353,22 @@ def _isolated(
     return q, tried, chosen
 
 
-def _whole(whole: Mixture, z: Tensor, classes: Tensor, copies: int, log: list[dict[str, object]]) -> Separation:
-    """All examples z [n, n] at once: their labels and copies, refined, and held against the whole gradient."""
-    z = z if whole.ones is not None else placed(whole, z, classes, finer=8)
-    y = choose_labels(whole, z, classes) if whole.classes else choose_targets(whole, z)
-    if whole.classes and copies > 1:
-        times = 1 / (whole.dual(whole.F(z, y)) * z).sum(1)  # q . z = 1 for the delta of all copies together
-        y = y + whole.classes * (times.nan_to_num().round().clamp(1, copies).long() - 1)
-    z, y, _ = refine_jointly(whole, z, y, steps=20)
-    if explained(whole, z, y):
-        return Separation(z, y, log, z[:0], joint=True)
-    kept = accept(whole, z, y)
-    return Separation(z[kept], y[kept], log, z[:0], joint=True)
+def _whole(whole: Mixture, z: Tensor, classes: Tensor, log: list[dict[str, object]]) -> Separation:
+    """All examples z [n, n] at once: their labels, refined, and held against the whole gradient.
+
+    At first as if each counted as assumed; where that leaves something, how much each does is found as well.
+    """
+    best = Separation(z[:0], _no_labels(whole, classes), log, z[:0], joint=True)
+    for mixture in [whole, whole.unweighed()] if whole.weighed and whole.classes else [whole]:
+        found = z if mixture.ones is not None else placed(mixture, z, classes, finer=8)
+        y = choose_labels(mixture, found, classes) if mixture.classes else choose_targets(mixture, found)
+        found, y, _ = refine_jointly(mixture, found, y, steps=20)
+        if explained(mixture, found, y):
+            return replace(best, z=found, labels=y, weighed=mixture.weighed)
+        kept = accept(mixture, found, y)
+        if len(kept) > len(best.z):
+            best = replace(best, z=found[kept], labels=y[kept], weighed=mixture.weighed)
+    return best
 
 
 def by_patterns(
@@ -319,7 +378,6 @@ def by_patterns(
     rng: torch.Generator,
     classes: Tensor,
     attempts: int,
-    copies: int,
     tick: Tick,
 ) -> Separation:
     """Every example of the mixture of a network with one layer of switches, by their patterns.
@@ -334,7 +392,7 @@ def by_patterns(
     ...     return torch.randn(40, mixture.n, generator=rng, dtype=torch.float64)
     >>> mixture, z, y = made_mixture(3, torch.relu)
     >>> two = switches(mixture, rng)
-    >>> found = by_patterns(mixture, two, [("random", random)], rng, torch.arange(4), 3, 1, lambda share: True)
+    >>> found = by_patterns(mixture, two, [("random", random)], rng, torch.arange(4), 3, lambda share: True)
     >>> bool(torch.cdist(z, found.z).amin(1).max() < 1e-6)
     True
     """
@@ -370,7 +428,7 @@ def by_patterns(
         Q, known = torch.cat([Q, q[chosen]]), torch.cat([known, pattern[chosen]])
     if len(Q) < n:
         return Separation(Q[:0], _no_labels(whole, classes), log, joint=True)
-    return _whole(whole, whole.scaled(torch.linalg.pinv(Q, rtol=1e-13).T), classes, copies, log)
+    return _whole(whole, whole.scaled(torch.linalg.pinv(Q, rtol=1e-13).T), classes, log)
 
 
 def soften(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> Tensor:
