@@ -3,9 +3,9 @@
 import math
 
 import pytest
-from audits import L2, LABELS, PSNR, example, run
+from audits import L2, LABELS, PSNR, an_audit, example, run
 
-from unbatch.reporting.chart import Axis, exact, number
+from unbatch.reporting.chart import Axis, Chart, number
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,10 @@ def test_axes() -> None:
         assert places == sorted(places, reverse=axis.flip)
 
 
-def test_features_of_a_layer_are_not_the_example() -> None:
-    hit = example(0, 150.0, 1e-9)
-    assert exact(run("a", [hit]), hit)
-    assert not exact(run("a", [hit], layer="3.fc"), hit)
+def test_a_point_has_the_tier_of_its_example() -> None:
+    came = [example(0, 150.0, 1e-9), example(1, 60.0, 2e-3), example(2, 22.0, 0.1), example(3, 12.0, 0.6)]
+    chart = Chart.of(an_audit(runs=[run("a", came), run("deep", came[:1], layer="3.fc")]), "psnr")
+    assert chart is not None
+    tiers = [[tier for _, _, tier, _ in strip.points] for strip in chart.strips]
+    assert tiers == [["exact", "copy", "recognisable", "guess"], ["guess"]]  # features are not the example
+    assert [strip.words for strip in chart.strips] == ["1 of 4 exact, 1 copy", "1 of 1 exact as features of 3.fc"]

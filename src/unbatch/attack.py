@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any, ClassVar, final
 
 import torch
@@ -29,6 +29,19 @@ class Guarantee(StrEnum):
     EXACT = "exact"  # every example it returns is within its bound, at rounding error
     BOUNDED = "bounded"  # every example carries a predicted error that holds
     HEURISTIC = "heuristic"  # a guess
+
+
+class Cost(IntEnum):
+    """What an attack takes, roughly: an audit in which none is named runs the cheapest first.
+
+    >>> from unbatch.attacks import BiasRatio, GradientMatching
+    >>> BiasRatio.cost < GradientMatching.cost
+    True
+    """
+
+    READS = 0  # an answer off the update, in no time
+    SOLVES = 1  # equations, and ends by itself: in milliseconds or minutes
+    SEARCHES = 2  # for as long as it is let
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +95,7 @@ class Attack(Plugin, ABC):
     needs: ClassVar[frozenset[str]] = frozenset()  # fields of Knowledge it cannot do without
     uses: ClassVar[frozenset[str]] = frozenset()  # fields it takes if they are known; it is handed no others
     demo: ClassVar[Demo]
+    cost: ClassVar[Cost] = Cost.SEARCHES
     threat_model: ClassVar[str] = "honest but curious server"
 
     @classmethod

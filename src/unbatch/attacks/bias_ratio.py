@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.label_fit import explaining_label, possible_labels
 from unbatch.inversion.view import View
@@ -46,6 +46,7 @@ class BiasRatio(Attack):
 
     family: ClassVar[str] = "linear"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+    cost: ClassVar[Cost] = Cost.READS
     paper: ClassVar[str] = "Phong, Aono, Hayashi, Wang, Moriai, IEEE TIFS 2018; Geiping et al., NeurIPS 2020, Prop. 3.1"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = frozenset({"batch_size", "clients", "buffers"}) | PROTOCOL_FIELDS

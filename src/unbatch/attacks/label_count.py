@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
@@ -39,6 +39,7 @@ class LabelCount(Attack):
 
     family: ClassVar[str] = "labels"
     guarantee: ClassVar[Guarantee] = Guarantee.BOUNDED
+    cost: ClassVar[Cost] = Cost.READS
     paper: ClassVar[str] = "Zhao et al., iDLG, 2020; Wainakh et al., PoPETs 2022; Geng et al., 2021"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "batch_size"})
     uses: ClassVar[frozenset[str]] = frozenset({"clients", "input_range", "domain", "noise"}) | PROTOCOL_FIELDS

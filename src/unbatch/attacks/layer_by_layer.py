@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.first_dense import FirstDense
 from unbatch.inversion.backward.fold import readings
@@ -60,6 +60,7 @@ class LayerByLayer(Attack):
 
     family: ClassVar[str] = "layer-by-layer"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+    cost: ClassVar[Cost] = Cost.SOLVES
     paper: ClassVar[str] = (
         "Chen, Campbell, 2021 (COPA), 2022 (hybrid); Zhu, Blaschko, R-GAP, ICLR 2021; Eltaras et al., R-CONV, 2024"
     )

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, final
 import torch
 from pydantic import Field
 
-from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.inversion.tensor_moments import TensorMoments
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
@@ -48,6 +48,7 @@ class TensorMoment(Attack):
 
     family: ClassVar[str] = "tensor"
     guarantee: ClassVar[Guarantee] = Guarantee.BOUNDED
+    cost: ClassVar[Cost] = Cost.SOLVES
     paper: ClassVar[str] = "Wang, Lee, Lei, Reconstructing Training Data from Model Gradient, Provably, AISTATS 2023"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = frozenset({"batch_size"}) | PROTOCOL_FIELDS

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unbatch.attack import ActiveAttack, Demo, Guarantee
+from unbatch.attack import ActiveAttack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.last_two_layers import MiddleActivation
 from unbatch.inversion.tensor_moments import TensorMoments
@@ -60,6 +60,7 @@ class TensorMomentDeep(ActiveAttack):
 
     family: ClassVar[str] = "tensor"
     guarantee: ClassVar[Guarantee] = Guarantee.BOUNDED
+    cost: ClassVar[Cost] = Cost.SOLVES
     paper: ClassVar[str] = "Wang, Lee, Lei, Reconstructing Training Data from Model Gradient, Provably, AISTATS 2023"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = frozenset({"batch_size"}) | PROTOCOL_FIELDS

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, final
 import torch
 from pydantic import Field
 
-from unbatch.attack import Attack, Demo, Guarantee
+from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.inversion.unmixing import unmixed
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
@@ -43,6 +43,7 @@ class Unmix(Attack):
 
     family: ClassVar[str] = "span"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+    cost: ClassVar[Cost] = Cost.SOLVES
     paper: ClassVar[str] = (
         "this library; on the span of Kariyappa et al., Cocktail Party Attack, ICML 2023, and the sparsity of Dimitrov et "
         "al., SPEAR, NeurIPS 2024"

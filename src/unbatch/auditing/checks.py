@@ -105,7 +105,7 @@ def _not_reproducible(audit: Audit) -> Iterable[str]:
 
 
 def _not_averaged(audit: Audit) -> Iterable[str]:
-    ran = [run for run in audit.runs if run.status != Status.NOT_APPLICABLE]
+    ran = [run for run in audit.runs if run.ran or run.status == Status.FAILED]
     if audit.random_defences and not any("earlier" in run.knowledge for run in ran):
         yield f"{', '.join(audit.random_defences)} is random, and no attack here averages over it."
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from unbatch.attack import Attack
 from unbatch.auditing.client import published
 from unbatch.auditing.run import audit
-from unbatch.auditing.suites import suite
 from unbatch.defence import Defence, Stack
 from unbatch.domain import domain_of
 from unbatch.errors import UnbatchError
@@ -22,10 +21,10 @@ from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
 from unbatch.reporting.results import Audit, Status
 from unbatch.reporting.thresholds import NEAR_CHANCE
+from unbatch.reporting.tiers import Tier
 from unbatch.truth import Truth
 from unbatch.update import as_update
 
-ATTACKS = (*suite(), "unmix")
 UNEXPLAINED = 0.01  # of an undefended update, beyond which another batch or protocol is behind it
 
 
@@ -60,9 +59,9 @@ def guard(
     `update` is given in any form that `as_update` takes. `model` is the global model before the client's step, `inputs`
     [n, ...] and `labels` the private batch behind the update. `protocol`, `defences` and `knowledge` say what the server
     knows; the defences are in the update already. An example leaks if an attack recovers it exactly, or to more than
-    `max_psnr` dB and 3 dB above what prior draws score.
-    `attacks` default to the latest suite and unmix, and share `seconds`. Where no defence changed the update, the batch
-    must explain it: attacks are judged by it, and one that is not behind the update would let every leak pass.
+    `max_psnr` dB and 3 dB above what prior draws score; of what has no PSNR, also as a copy.
+    `attacks` default to all that only look, cheapest first, and share `seconds`. Where no defence changed the update, the
+    batch must explain it: attacks are judged by it, and one that is not behind the update would let every leak pass.
 
     Returns the audit where nothing leaks. That these attacks failed within these seconds is no proof that others do:
     only a bound for any attacker or a privacy accountant is (analyses, dp-sgd). To import it takes torch, numpy, pydantic
@@ -84,17 +83,16 @@ def guard(
     if math.isnan(max_psnr) or not 0 < seconds < math.inf:
         raise UnbatchError(f"max_psnr is {max_psnr} and seconds {seconds}; give a number of dB, and a time above 0.")
     protocol = protocol or Protocol()
-    tools = Attack.several(ATTACKS if attacks is None else attacks)
     stack = Stack.of(defences)
     sent = as_update(model, update)
     known = stack.told(published(inputs, protocol) | domain_of(inputs).public(), sent) | (knowledge or Knowledge())
     record = audit(
         Observation(model=model, loss=stack.loss(loss), update=sent, knowledge=known),
         truth=Truth(inputs=inputs, labels=labels),
-        attacks=tools,
+        attacks=attacks,
         analyses=(),
         seeds=(seed,),
-        budget=seconds / max(len(tools), 1),
+        total_budget=seconds,
     )
     residual = record.clients[0].residual
     if not stack.defences and residual is not None and residual > UNEXPLAINED and not _random(model, protocol):
@@ -124,11 +122,15 @@ def _leaks(record: Audit, max_psnr: float) -> tuple[list[str], list[int]]:
     exact = {index for _, index in record.recovered()}
     words = [f"Example {i} is recovered exactly." for i in sorted(exact)]
     near: dict[int, tuple[float, str]] = {}
+    scored = set[int]()
     for run in record.runs:
         for e in run.examples:
             score, chance = e.scores.get("psnr"), e.chance.get("psnr")
+            scored |= set() if score is None else {e.index}
             if score is None or e.index in exact or score <= max_psnr or score <= (chance or 0.0) + NEAR_CHANCE:
                 continue
             near[e.index] = max(near.get(e.index, (0.0, "")), (score, run.attack))
     words += [f"Example {i} is recovered to {score:.1f} dB by {attack}." for i, (score, attack) in sorted(near.items())]
-    return words, sorted(exact | set(near))
+    copies = {i for (_, i), tier in record.tiers().items() if tier is Tier.COPY and i not in scored}
+    words += [f"Example {i} is recovered as a copy." for i in sorted(copies)]
+    return words, sorted(exact | copies | set(near))

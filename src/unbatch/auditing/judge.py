@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from unbatch.case import Setting
-from unbatch.domain import Domain, Table
+from unbatch.domain import Domain, Images, Table, Tokens
 from unbatch.metric import Matching, Metric, match
+from unbatch.metrics.psnr import Psnr
+from unbatch.metrics.ssim import Ssim
 from unbatch.network.dense import layer_inputs
 from unbatch.observation import Observation
 from unbatch.reconstruction import Reconstruction
 from unbatch.reporting.results import Example, Run
+from unbatch.reporting.thresholds import COPY_ERROR
+from unbatch.reporting.tiers import Tier, tier_of
 from unbatch.truth import Truth
 
 
@@ -50,8 +54,10 @@ class Judge:
         rng = torch.Generator().manual_seed(run.seed)
         matching = match(found, truth, domain)
         guess = _guess(found, truth, domain, len(setting.classes), rng)
+        by_chance = match(guess, truth, domain)
         scores = self._scores(found, truth, matching)
-        chance = self._scores(guess, truth, match(guess, truth, domain))
+        chance = self._scores(guess, truth, by_chance)
+        tiers = _tiers(matching, by_chance, truth, domain)
         run.examples = [
             Example(
                 index=j,
@@ -62,7 +68,7 @@ class Judge:
         ]
         for pair, (i, j) in enumerate(zip(matching.found.tolist(), matching.true.tolist(), strict=True)):
             example = run.examples[j]
-            example.bound = _claim(found, i)
+            example.bound, example.tier = _claim(found, i), tiers.get(j)
             if found.labels is not None:
                 example.label = setting.label_name(found.labels[i])
             if matching.inputs is not None:
@@ -73,7 +79,7 @@ class Judge:
 
     def _returned(self, found: Reconstruction, i: int) -> Example:
         shown = found.inputs is not None and not found.layer
-        return Example(
+        return Example(  # its tier follows from the bound
             index=i,
             bound=_claim(found, i),
             picture=self.domain.render(found.inputs[i]) if shown and found.inputs is not None else None,
@@ -108,6 +114,58 @@ def _guess(found: Reconstruction, truth: Truth, domain: Domain, classes: int, rn
         k = max(classes, int(truth.labels.max()) + 1, 2) if not truth.labels.is_floating_point() else 2
         labels = torch.randint(k, (len(found), *truth.labels.shape[1:]), generator=rng)
     return Reconstruction(inputs=inputs, labels=labels, layer=found.layer, up_to=found.up_to)
+
+
+def _tiers(matching: Matching, by_chance: Matching, truth: Truth, domain: Domain) -> dict[int, Tier]:
+    """By private example that was matched, how near it came, whichever metrics were asked for."""
+    if matching.inputs is None:
+        return {}
+    true = truth.inputs.double().cpu()
+    if isinstance(domain, Tokens):
+        return _token_tiers(matching, true)
+    errors, of_chance = _errors(matching, true), _errors(by_chance, true)
+    psnr, ssim, ssim_of_chance = dict[int, float](), dict[int, float](), dict[int, float]()
+    if isinstance(domain, Images):
+        psnr = _each(Psnr().on(domain), matching, true)
+        if any(tier_of(error, psnr=psnr[j]).weight() < Tier.COPY.weight() for j, error in errors.items()):
+            measure = Ssim().on(domain)
+            ssim, ssim_of_chance = _each(measure, matching, true), _each(measure, by_chance, true)
+    return {
+        j: tier_of(
+            error,
+            chance=of_chance.get(j),
+            psnr=psnr.get(j),
+            ssim=ssim.get(j),
+            ssim_of_chance=ssim_of_chance.get(j),
+        )
+        for j, error in errors.items()
+    }
+
+
+def _token_tiers(matching: Matching, true: Tensor) -> dict[int, Tier]:
+    """Of sequences of tokens, whose numbers have no distance: all right, all but a hundredth, or more than half."""
+    found = matching.inputs
+    if found is None:
+        return {}
+    off = (found.round() != true[matching.true]).flatten(1).double().mean(1).tolist()
+    limits = ((0.0, Tier.EXACT), (COPY_ERROR, Tier.COPY), (0.5, Tier.RECOGNISABLE), (1.0, Tier.NONE))
+    each = zip(matching.true.tolist(), off, strict=True)
+    return {j: next(tier for most, tier in limits if share <= most) for j, share in each}
+
+
+def _errors(matching: Matching, true: Tensor) -> dict[int, float]:
+    """By private example that was matched, the relative l2 error of what it was matched with."""
+    if matching.inputs is None:
+        return {}
+    pairs = zip(matching.inputs, matching.true.tolist(), strict=True)
+    return {j: float((x - true[j]).norm() / (true[j].norm() or 1.0)) for x, j in pairs}
+
+
+def _each(metric: Metric | None, matching: Matching, true: Tensor) -> dict[int, float]:
+    if metric is None or matching.inputs is None or not len(matching.true):
+        return {}
+    values = metric.score(matching.inputs, true[matching.true]).tolist()
+    return dict(zip(matching.true.tolist(), values, strict=True))
 
 
 def _claim(found: Reconstruction, i: int) -> float | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +17,15 @@ from torch import Tensor
 import unbatch
 from unbatch.analysis import Analysis
 from unbatch.attack import ActiveAttack, Attack
+from unbatch.auditing.allowance import DEFAULT_SECONDS, SEARCH_SECONDS, Allowance
 from unbatch.auditing.certify import certify
 from unbatch.auditing.checks import flags
 from unbatch.auditing.client import observe
 from unbatch.auditing.diagnosis import diagnose
+from unbatch.auditing.explained import explains, freedom
 from unbatch.auditing.findings import Analyst
 from unbatch.auditing.judge import Judge
-from unbatch.auditing.suites import suite
+from unbatch.auditing.suites import passive
 from unbatch.bundle import state_hash
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
@@ -38,6 +39,7 @@ from unbatch.plugin import OneOrMore
 from unbatch.progress import Watch, watching
 from unbatch.reconstruction import Reconstruction
 from unbatch.reporting.results import Audit, Client, MetricInfo, Remedy, Run, Status
+from unbatch.reporting.tiers import Tier
 from unbatch.truth import Truth
 
 Sink = Callable[[Audit], None]
@@ -57,6 +59,7 @@ def audit(
     remedies: OneOrMore[Defence] = (),
     seeds: Sequence[int] = (0,),
     budget: float | None = None,
+    total_budget: float | None = None,
     analysis_budget: float | None = None,
     sink: Sink | None = None,
     resume: Audit | None = None,
@@ -67,12 +70,14 @@ def audit(
     """Run every attack on every client with every seed, judge each run, and say what the whole means.
 
     `setting` is a client, several, a case, or a captured Observation (without its `truth` there are no scores). `attacks`
-    default to the latest suite, `metrics` and `analyses` to all that apply. Each of `remedies` is tried in a second
-    audit with that defence outermost, and summed up beside the first.
+    default to all that are installed and only look, cheapest first, `metrics` and `analyses` to all that apply. Each of
+    `remedies` is tried in a second audit with that defence outermost, and summed up beside the first.
 
     `budget` is seconds for each run of an attack and for each analysis; without one, attacks and `analyses` given by name
-    take what they need, and default analyses share three seconds (`math.inf`: all take what they need). `analysis_budget`
-    is another one for analyses. What is cut short gives what it has until then, and the audit says so.
+    take what they need (`math.inf`: all do). Default attacks share five minutes a client, of which searches have ten
+    seconds (`total_budget`: as many, all of them for searches where need be, and for named attacks as well), and end once
+    everything is recovered exactly and certified; default analyses share three seconds. `analysis_budget` is another one
+    for analyses. What is cut short gives what it has until then, and the audit says so, and what it left out.
 
     `sink` is called with the audit after each analysis and each run; `resume` is an earlier audit of the same setting
     whose finished runs are kept. An attack that takes a defence's likelihood, or earlier rounds, runs twice where they are
@@ -82,29 +87,36 @@ def audit(
     plan = _Plan(setting, truth, attacks, defences, metrics, analyses, remedies, device)
     record = plan.record(list(seeds), budget)
     kept = _kept(record, resume)
-    blanks = list(plan.blanks(seeds))
-    record.runs = [kept[blank.key] for _, blank in blanks if blank.key in kept]  # whatever ends this, they stand in it
+    allowance = plan.allowance(seeds, budget, total_budget)
+    record.allowance = allowance.total if allowance.stops and budget is None else None
+    held = [blank.key for _, blank in allowance.queue if blank.key in kept]
+    record.runs = [kept[key] for key in held]  # whatever ends this, they stand in it
     watch = watch or Watch()
     record.clients = [plan.client(index) for index in range(len(plan.exchanges))]
     patience = budget if analysis_budget is None else analysis_budget
     analyst = Analyst(plan.analyses, plan.named, patience, watch, announce, sink)
     for index, (obs, private) in enumerate(plan.exchanges):
         analyst.read(record, View.of(obs), private, index)
-    for attack, blank in blanks:
+    for attack, blank in allowance.queue:
         if blank.key in kept or watch.stop:
             continue
-        if announce:
-            announce(f"{blank.title}, client {blank.client}, seed {blank.seed}")
-        watch.begin(budget or math.inf)
-        kept[blank.key] = plan.run(blank, attack, watch)
-        record.runs = [kept[each.key] for _, each in blanks if each.key in kept]
+        done = allowance.refused(record, attack, blank)
+        if done is None:
+            if announce:
+                announce(f"{blank.title}, client {blank.client}, seed {blank.seed}")
+            watch.begin(allowance.seconds(attack, blank))
+            done = plan.run(blank, attack, watch)
+            allowance.spend(attack, done)
+        kept[blank.key] = done
+        record.runs = [kept[each.key] for _, each in allowance.queue if each.key in kept]
         record.flags = flags(record)
         if sink:
             sink(record)
+    plan.look_again(record, watch)
     record.notes += plan.notes()
     for remedy in plan.remedies:
         try:
-            record.remedies += _remedy(setting, plan, remedy, seeds, budget, device, watch, announce)
+            record.remedies += _remedy(setting, plan, remedy, seeds, budget, total_budget, device, watch, announce)
         except MissingExtra as error:  # it must not cost the others their results
             record.notes.append(f"{remedy} was not tried: {error}")
     record.complete = not watch.stop
@@ -128,7 +140,8 @@ class _Plan:
         remedies: OneOrMore[Defence],
         device: str | None,
     ) -> None:
-        self.attacks = Attack.several(suite() if attacks is None else attacks)
+        self.chosen = attacks is not None
+        self.attacks = Attack.several(passive() if attacks is None else attacks)
         self.defences = Defence.several(defences)
         self.remedies = Defence.several(remedies)
         self.named = analyses is not None
@@ -138,6 +151,7 @@ class _Plan:
         self.exchanges: list[tuple[Observation, Truth | None]]
         self.reproducible: list[bool] = []
         self.explained: tuple[Tensor, Tensor] | None = None  # what an exact attack found
+        self.nearest: tuple[Run, Tensor, Tensor] | None = None  # what leaves least of a captured update unexplained
         if isinstance(target, Observation):
             if self.defences or self.remedies:
                 raise UnbatchError(
@@ -262,6 +276,21 @@ class _Plan:
                 for seed, adaptive in itertools.product(seeds, self.ways(index, attack)):
                     yield attack, self.blank(index, attack, seed, adaptive)
 
+    def allowance(self, seeds: Sequence[int], budget: float | None, total: float | None) -> Allowance:
+        """How long each run may take; where no attack was chosen, all share their time and end when all is known."""
+        searching = SEARCH_SECONDS if total is None else total
+        total = DEFAULT_SECONDS if total is None and not self.chosen else total
+        queue = list(self.blanks(seeds))
+        return Allowance(queue=queue, budget=budget, total=total, searching=searching, stops=not self.chosen)
+
+    def look_again(self, record: Audit, watch: Watch) -> None:
+        """At the examples that explain a captured update: whether others near them do as well."""
+        if self.nearest is None or watch.stop:
+            return
+        run, inputs, labels = self.nearest
+        if run.explains and record.explaining() is run and run.residual is not None:
+            run.freedom = freedom(self.exchanges[run.client][0], inputs, labels, run.residual, watch)
+
     def blank(self, index: int, attack: Attack, seed: int, adaptive: bool) -> Run:
         """A run to be filled."""
         known, taken = set(self.exchanges[index][0].knowledge), attack.needs | attack.uses
@@ -295,12 +324,23 @@ class _Plan:
                 self.explained = found.inputs, found.labels
             run.status = Status.CUT_SHORT if watch.cut_short else Status.DONE
             self.judge.fill(run, found, obs, truth, self.settings[index] if self.settings else None)
+            self._keep(run, found, obs, truth)
         except NotApplicable as why:
             run.status, run.words = Status.NOT_APPLICABLE, str(why)
         except Exception as error:  # one attack's defect must not cost the others their results
             run.status, run.words = Status.FAILED, f"{type(error).__name__}: {error}"
         run.seconds = time.monotonic() - start
         return run
+
+    def _keep(self, run: Run, found: Reconstruction, obs: Observation, truth: Truth | None) -> None:
+        """Note whether what was found explains the update, and what explains a captured one best."""
+        if found.layer or found.inputs is None or found.labels is None or not len(found):
+            return
+        run.explains = explains(obs, run.residual, len(found))
+        if truth is not None or run.residual is None:
+            return
+        if self.nearest is None or run.residual < (self.nearest[0].residual or 0.0):
+            self.nearest = run, found.inputs, found.labels
 
     def _planted(self, index: int, attack: ActiveAttack, seed: int) -> tuple[Observation, Truth]:
         if not self.reproducible:
@@ -356,6 +396,7 @@ def _remedy(
     remedy: Defence,
     seeds: Sequence[int],
     budget: float | None,
+    total_budget: float | None,
     device: str | None,
     watch: Watch,
     announce: Callable[[str], None] | None,
@@ -366,12 +407,13 @@ def _remedy(
     defences = [remedy, *plan.defences]
     again = audit(
         target,
-        attacks=plan.attacks,
+        attacks=plan.attacks if plan.chosen else None,
         defences=defences,
         metrics=list(plan.metrics.values()),
         analyses=(),
         seeds=seeds,
         budget=budget,
+        total_budget=total_budget,
         device=device,
         watch=watch,
         announce=(lambda words: announce(f"with {remedy}: {words}")) if announce else None,
@@ -384,7 +426,8 @@ def _remedy(
         score, run = max(best, key=lambda hit: hit[0])
         chance = next(e.chance.get("psnr") for e in run.examples if e.scores.get("psnr") == score)
     name = str(defences[0])
-    return [Remedy(defence=name, recovered=len(again.recovered()), size=again.size, psnr=score, chance=chance)]
+    exact, copies = again.counts[Tier.EXACT], again.counts[Tier.COPY]
+    return [Remedy(defence=name, recovered=exact, copies=copies, size=again.size, psnr=score, chance=chance)]
 
 
 def _certain(found: Reconstruction) -> bool:

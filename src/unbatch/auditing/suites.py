@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from unbatch.attack import ActiveAttack, Attack, Guarantee
 from unbatch.errors import UnbatchError
 
 SUITES: dict[str, tuple[str, ...]] = {
@@ -19,3 +20,18 @@ def suite(name: str = LATEST) -> tuple[str, ...]:
     if name not in SUITES:
         raise UnbatchError(f"unknown suite {name!r}; known: {', '.join(SUITES)}.")
     return SUITES[name]
+
+
+def passive() -> tuple[str, ...]:
+    """All attacks that are installed and only look, cheapest first; of equal cost those that promise most.
+
+    It is what an audit runs where no attack is named. A server that also chooses the parameters is another threat model,
+    so its attacks are only run by name.
+
+    >>> passive()  # doctest: +NORMALIZE_WHITESPACE
+    ('bias-ratio', 'label-count', 'layer-by-layer', 'unmix', 'tensor-moment', 'feature-inversion', 'gradient-matching')
+    """
+    promises = list(Guarantee)
+    found = [attack for attack in Attack.find().values() if not issubclass(attack, ActiveAttack)]
+    found.sort(key=lambda attack: (attack.cost, promises.index(attack.guarantee), attack.name))
+    return tuple(attack.name for attack in found)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from unbatch.reporting.tiers import Tier
+
 if TYPE_CHECKING:
     from unbatch.reporting.results import Audit, Example, MetricInfo, Run
 
@@ -56,11 +58,6 @@ def by_attack(audit: Audit) -> dict[str, list[Run]]:
     """All runs by attack, in the order of the audit; knowing the defence is another attack."""
     names = dict.fromkeys([*audit.attacks, *(run.title for run in audit.runs)])
     return {name: held for name in names if (held := [run for run in audit.runs if run.title == name])}
-
-
-def exact(run: Run, example: Example) -> bool:
-    """Whether the run holds the private example itself exactly; features of a deeper layer do not count."""
-    return example.recovered and not run.layer
 
 
 def known(value: float | None) -> float | None:
@@ -125,7 +122,7 @@ class Strip:
     """One attack's line of the chart."""
 
     attack: str
-    points: Sequence[tuple[float, int, bool, str]]  # place, height, recovered exactly, words
+    points: Sequence[tuple[float, int, str, str]]  # place, height, tier, words
     chance: Sequence[tuple[float, str]]
     words: str
 
@@ -155,18 +152,20 @@ class Chart:
 
 
 def _strip(name: str, pairs: Sequence[tuple[Run, Example]], axis: Axis, metric: str, info: MetricInfo) -> Strip:
-    points: list[tuple[float, int, bool, str]] = []
+    points: list[tuple[float, int, str, str]] = []
     chance: list[tuple[float, str]] = []
     for run, e in pairs:
         value, level = known(e.scores.get(metric)), known(e.chance.get(metric))
         who = f"client {run.client}, example {e.index}"
         if value is not None:
             height = 7 + 5 * (len(points) % 3)  # equal scores stay countable
-            points.append((axis.at(value), height, exact(run, e), f"{who}: {score(value, info)}"))
+            tier = "guess" if run.layer or e.tier in (None, Tier.NONE) else str(e.tier)
+            points.append((axis.at(value), height, tier, f"{who}: {score(value, info)}"))
         if level is not None:
             chance.append((axis.at(level), f"{who}, chance: {score(level, info)}"))
     places = {(run.client, e.index) for run, e in pairs}
     hit = {(run.client, e.index) for run, e in pairs if e.recovered}
+    copies = {(run.client, e.index) for run, e in pairs if e.tier is Tier.COPY and not run.layer} - hit
     layers = sorted({run.layer for run, _ in pairs if run.layer})
     if layers:
         words = f"{len(hit)} of {len(places)} exact as features of {', '.join(layers)}"
@@ -174,5 +173,7 @@ def _strip(name: str, pairs: Sequence[tuple[Run, Example]], axis: Axis, metric: 
         words = f"labels only, not scored in {title(metric)}"
     else:
         lost = sum(metric in e.scores and known(e.scores[metric]) is None for _, e in pairs)
-        words = f"{len(hit)} of {len(places)} exact" + (f", {lost} not recovered" if lost else "")
+        words = f"{len(hit)} of {len(places)} exact"
+        words += f", {len(copies)} {'copy' if len(copies) == 1 else 'copies'}" if copies else ""
+        words += f", {lost} not recovered" if lost else ""
     return Strip(name, points, chance, words)

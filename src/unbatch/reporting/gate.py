@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from unbatch.errors import UnbatchError
 from unbatch.reporting.results import Audit, Status
+from unbatch.reporting.tiers import Outcome, Tier
+from unbatch.reporting.verdict import how_explained
 
 
 def breaches(
@@ -18,8 +20,9 @@ def breaches(
 ) -> list[str]:
     """The limits that the audit breaches, in words. An audit that proves nothing breaches every gate.
 
-    `require_bound_psnr`: for every client some lower bound that holds for any attacker, on the update that was audited,
-    allows no PSNR (of the mean squared error) above it.
+    `max_recovered` counts examples that came back exactly or as copies; without a truth, those that are certified, and
+    those that explain the update to its rounding. `require_bound_psnr`: for every client some lower bound that holds for
+    any attacker, on the update that was audited, allows no PSNR (of the mean squared error) above it.
 
     >>> import unbatch
     >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=())
@@ -38,16 +41,23 @@ def breaches(
         if limit is not None and math.isnan(limit):
             raise UnbatchError(f"{name} is nan, which every audit would pass; give a number of dB.")
     found = []
+    if audit.outcome is Outcome.NOT_AUDITED:
+        found.append(f"the update is not audited: {audit.not_audited}")
     if not any(run.ran for run in audit.runs):
         found.append("no attack could run, so nothing is known; a gate does not pass on that.")
+    elif not audit.tried() and (max_psnr is not None or (max_recovered or 0) < audit.size):
+        found.append("no attack on the examples themselves could run, so nothing is known of them.")
     if not audit.complete:
         found.append("the audit was stopped before its end; resume it with --resume.")
     failed = [run.title for run in audit.runs if run.status == Status.FAILED]
     if failed:
         found.append(f"{', '.join(sorted(set(failed)))} failed; what it would have found is not known.")
-    if max_recovered is not None and len(audit.recovered()) > max_recovered:
-        recovered = "1 example" if len(audit.recovered()) == 1 else f"{len(audit.recovered())} examples"
-        found.append(f"{recovered} recovered exactly, at most {max_recovered} allowed.")
+    late = [run.title for run in audit.runs if run.status == Status.LEFT_OUT]
+    if late:
+        names = ", ".join(sorted(set(late)))
+        found.append(f"{names} left out for want of time, so what it would have found is not known; give a --budget.")
+    if max_recovered is not None:
+        found += _too_many(audit, max_recovered)
     if require_bound_psnr is not None:
         found += _unbounded(audit, require_bound_psnr)
     if max_psnr is not None:
@@ -59,6 +69,23 @@ def breaches(
         for (client, index), score in scores.items():
             found.append(f"example {index} of client {client} at {score:.1f} dB, at most {max_psnr:g} dB allowed.")
     return found
+
+
+def _too_many(audit: Audit, most: int) -> Iterator[str]:
+    """Examples that came back exactly or as copies, or that explain a captured update, where they are more than `most`."""
+    exact, copies = audit.counts[Tier.EXACT], audit.counts[Tier.COPY]
+    if exact + copies > most:
+        both = f"{exact} exactly, {copies} as {'a copy' if copies == 1 else 'copies'}"
+        how = both if exact and copies else "exactly" if exact else f"as {'a copy' if copies == 1 else 'copies'}"
+        yield f"{_examples(exact + copies)} recovered {how}, at most {most} allowed."
+    run = audit.explaining()
+    if run and len(run.examples) > max(most, exact + copies):
+        how = how_explained(run, "the update")
+        yield f"{_examples(len(run.examples))} of {run.title} {how}, at most {most} allowed."
+
+
+def _examples(n: int) -> str:
+    return "1 example" if n == 1 else f"{n} examples"
 
 
 def _unbounded(audit: Audit, most: float) -> Iterator[str]:

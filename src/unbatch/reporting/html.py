@@ -18,8 +18,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from unbatch.files import write_atomically
-from unbatch.reporting.chart import Chart, by_attack, exact, known, number, score, title
+from unbatch.reporting.chart import Chart, by_attack, known, number, score, title
 from unbatch.reporting.thresholds import NEAR_CHANCE
+from unbatch.reporting.tiers import Outcome, Tier
+from unbatch.reporting.verdict import amounts
 
 if TYPE_CHECKING:
     from unbatch.reporting.results import Audit, Client, Example, MetricInfo, Run
@@ -84,8 +86,15 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "score": score, "side": side, "title": title}
-    environment.tests |= {"is_picture": is_picture, "exact": exact}
+    environment.filters |= {
+        "number": number,
+        "score": score,
+        "side": side,
+        "title": title,
+        "amounts": amounts,
+        "finding": finding,
+    }
+    environment.tests["is_picture"] = is_picture
     return environment
 
 
@@ -119,13 +128,37 @@ def primary(audit: Audit) -> str:
     return "psnr" if audit.domain == "images" and "psnr" in audit.metrics else next(iter(audit.metrics), "")
 
 
+SEVERITY = {
+    Outcome.EXACT: ("found", "Recovered exactly"),
+    Outcome.COPY: ("found", "Recovered as copies"),
+    Outcome.RECOGNISABLE: ("open", "Recognisable"),
+    Outcome.EXPLAINED: ("found", "Explained"),
+    Outcome.FEATURES: ("open", "Features recovered"),
+    Outcome.NONE: ("open", "None found"),
+    Outcome.NOTHING_RAN: ("untested", "Not tested"),
+    Outcome.NOT_AUDITED: ("untested", "Not audited"),
+}
+FINDINGS = {
+    Tier.EXACT: ("found", "recovered exactly"),
+    Tier.COPY: ("found", "a copy"),
+    Tier.RECOGNISABLE: ("open", "recognisable"),
+}
+
+
 def severity(audit: Audit) -> tuple[str, str]:
     """A style and the words that say the same: never colour alone."""
-    if audit.recovered():
-        return "found", "Recovered exactly"
-    if any(run.ran for run in audit.runs):
-        return "open", "Not recovered exactly"
-    return "untested", "Not tested"
+    return SEVERITY[audit.outcome]
+
+
+def finding(run: Run, example: Example) -> tuple[str, str]:
+    """Style and words of what one run made of one example."""
+    if run.layer:
+        return "open", f"features of {run.layer}"
+    if example.tier in FINDINGS:
+        return FINDINGS[example.tier][0], str(example.tier)
+    if example.picture is None and example.label is not None:
+        return "open", f"label {example.label}"
+    return "open", "guess"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +207,14 @@ class Card:
         if example.picture is None:
             shown = [("open", "label only")]
         else:
-            shown = [("found", "recovered exactly") if exact(run, example) else ("open", "nearest guess")]
+            guessed = ("open", "explains the update" if run.explains and example.error is None else "nearest guess")
+            shown = [FINDINGS.get(example.tier or Tier.NONE, guessed)]
         if example.picture is not None and example.bound is not None and math.isfinite(example.bound):
             holds = example.error is None or example.error <= example.bound
             words = f"certified to {number(example.bound)}" if holds else f"claim of {number(example.bound)} fails"
             shown.append(("sure" if holds else "open", words))
-        if self.info and self.score is not None and self.chance is not None and not exact(run, example):
+        near = example.tier in (Tier.EXACT, Tier.COPY)
+        if self.info and self.score is not None and self.chance is not None and not near:
             gain = (self.score - self.chance) * (1 if self.info.higher_is_better else -1)
             if gain <= 0:
                 shown.append(("untested", "no better than chance"))
@@ -263,7 +298,7 @@ def command(audit: Audit) -> str:
         return ""
     words = ["unbatch", "audit", audit.case]
     for option, values in (
-        ("--attack", audit.attacks),
+        ("--attack", audit.attacks if audit.allowance is None else []),
         ("--defence", audit.defences),
         ("--remedy", [remedy.defence for remedy in audit.remedies]),
         ("--seed", [str(seed) for seed in audit.seeds]),

@@ -6,18 +6,21 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from unbatch.analysis import Bound, LayerRisk, Verdict
 from unbatch.errors import MissingExtra, UnbatchError
 from unbatch.files import write_atomically
 from unbatch.privacy import Privacy
-from unbatch.reporting.thresholds import EXACT
+from unbatch.reporting.thresholds import COPY_ERROR, EXACT
+from unbatch.reporting.tiers import Outcome, Tier, tier_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 SCHEMA = 1
+DERIVED = ("outcome", "counts", "headline")  # written for readers of the JSON; worked out anew when it is read
+PICTURE = "data:image/"
 
 
 class Status(StrEnum):
@@ -31,6 +34,8 @@ class Status(StrEnum):
     CUT_SHORT = "cut short"  # by its budget or by Ctrl-C: what it had until then
     NOT_APPLICABLE = "not applicable"  # it cannot run here
     FAILED = "failed"  # a defect: what it would have found is not known
+    LEFT_OUT = "left out"  # for want of time: what it would have found is not known
+    NOT_NEEDED = "not needed"  # everything was recovered exactly and certified before its turn
 
 
 class _Record(BaseModel):
@@ -51,6 +56,24 @@ class Example(_Record):
     picture: str | None = None  # the recovered example, rendered
     difference: str | None = None
     label: str | None = None  # the recovered label in words
+    tier: Tier | None = None  # how near it came; None where nothing was matched, or nothing is known of how near
+
+    @model_validator(mode="after")
+    def _tiered(self) -> Self:
+        """The tier by what else is on record, where none is: of an audit of before there were tiers."""
+        if self.tier is None and self.error is not None:
+            drawn = (self.picture or "").startswith(PICTURE)
+            seen = (self.scores.get("psnr"), self.scores.get("ssim")) if drawn else (None, None)
+            self.tier = tier_of(
+                self.error,
+                chance=self.chance.get("l2-error"),
+                psnr=seen[0],
+                ssim=seen[1],
+                ssim_of_chance=self.chance.get("ssim"),
+            )
+        elif self.tier is None and self.picture is not None and self.bound is not None:
+            self.tier = Tier.EXACT if self.bound <= EXACT else Tier.COPY if self.bound <= COPY_ERROR else None
+        return self
 
     @property
     def recovered(self) -> bool:
@@ -62,7 +85,8 @@ class Example(_Record):
     def __repr__(self) -> str:
         facts = {"error": self.error, "bound": self.bound, **self.scores}
         told = ", ".join(f"{name} {value:.3g}" for name, value in facts.items() if value is not None)
-        state = "recovered exactly" if self.recovered else "not recovered exactly"
+        words = {Tier.EXACT: "recovered exactly", Tier.COPY: "recovered as a copy", Tier.RECOGNISABLE: "recognisable"}
+        state = words.get(self.tier or Tier.NONE, "not recovered")
         return f"<Example {self.index}: {state}{', ' * bool(told)}{told}>"
 
 
@@ -81,6 +105,10 @@ class Run(_Record):
     seconds: float = 0.0
     guesses: int = 0
     residual: float | None = None  # how well the returned examples explain the update
+    explains: bool = False  # as well as the rounding of the update allows
+    freedom: float | None = (
+        None  # relative: how far from these, to first order, all lies nearby that explains it as well
+    )
     layer: str = ""
     up_to: list[str] = []
     knowledge: list[str] = []  # the fields that the attack was handed
@@ -181,6 +209,7 @@ class Remedy(_Record):
     defence: str
     recovered: int  # exactly
     size: int
+    copies: int = 0  # beside those
     psnr: float | None = None  # of the worst example; None where no attack returned a picture
     chance: float | None = None  # of that example
 
@@ -209,6 +238,8 @@ class Audit(_Record):
     privacy: Privacy | None = None  # where the client trains with differential privacy
     seeds: list[int] = [0]
     budget: float | None = None
+    allowance: float | None = None  # seconds of all attacks on one client, where none was named
+    not_audited: str = ""  # why nothing can be said: no reading of the captured update fits its model
     model: str  # printed
     parameters: int
     model_hash: str = Field(
@@ -264,7 +295,80 @@ class Audit(_Record):
         >>> unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=()).recovered()
         {(0, 0)}
         """
-        return {(run.client, e.index) for run in self.runs if not run.layer for e in run.examples if e.recovered}
+        return {place for place, tier in self.tiers().items() if tier is Tier.EXACT}
+
+    def tiers(self) -> dict[tuple[int, int], Tier]:
+        """By private example (client, index), how much of it came back: the worst for its owner over all attacks and seeds.
+
+        Without a truth, the returned examples of each client's run that certifies the most, as far as they are certified:
+        one example that two runs return is not counted twice.
+
+        >>> import unbatch
+        >>> unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=()).tiers()
+        {(0, 0): <Tier.EXACT: 'exact'>}
+        """
+        runs = [run for run in self.runs if not run.layer]
+        if not self.truth:
+            best: dict[int, dict[tuple[int, int], Tier]] = {}
+            for run in runs:
+                sure = {(run.client, e.index): e.tier for e in run.examples if e.tier}
+                best[run.client] = max(best.get(run.client, {}), sure, key=_weight)
+            return {place: tier for held in best.values() for place, tier in held.items()}
+        found = {(client.index, i): Tier.NONE for client in self.clients for i in range(client.size)}
+        for run in runs:
+            for e in run.examples:
+                place = run.client, e.index
+                found[place] = max(found.get(place, Tier.NONE), e.tier or Tier.NONE, key=Tier.weight)
+        return found
+
+    def explaining(self) -> Run | None:
+        """Without a truth, the run whose examples explain the update to its rounding, and of several leave least of it."""
+        held = [run for run in self.runs if run.explains and not run.layer] if not self.truth else []
+        return min(held, key=lambda run: run.residual or 0.0, default=None)
+
+    def tried(self) -> list[Run]:
+        """The runs of attacks on the examples themselves that came to an answer; labels alone are no example."""
+        return [run for run in self.runs if run.ran and run.family != "labels"]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def outcome(self) -> Outcome:
+        """What the audit comes to: the worst tier of a private example, or why there is none.
+
+        >>> import unbatch
+        >>> unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=()).outcome
+        <Outcome.EXACT: 'exact'>
+        """
+        worst = max(self.tiers().values(), key=Tier.weight, default=Tier.NONE)
+        if worst is not Tier.NONE:
+            return Outcome(worst.value)
+        if self.explaining():
+            return Outcome.EXPLAINED
+        if self.not_audited:
+            return Outcome.NOT_AUDITED
+        if self.features():
+            return Outcome.FEATURES
+        return Outcome.NONE if self.tried() else Outcome.NOTHING_RAN
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def counts(self) -> dict[str, int]:
+        """By tier, how many private examples (without a truth, returned ones that are certified)."""
+        held = list(self.tiers().values())
+        return {tier.value: held.count(tier) for tier in Tier if self.truth or tier in (Tier.EXACT, Tier.COPY)}
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def headline(self) -> str:
+        """The finding in one sentence, or a few; `verdict()` gives the same."""
+        from unbatch.reporting.verdict import words
+
+        return words(self)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_derived(cls, held: Any) -> Any:
+        return {name: value for name, value in held.items() if name not in DERIVED} if isinstance(held, dict) else held
 
     def features(self) -> dict[str, set[tuple[int, int]]]:
         """By layer, the private examples (client, index) whose exact features there some attack recovered."""
@@ -317,30 +421,13 @@ class Audit(_Record):
         """What an example is called."""
         return {"images": "image", "table": "row", "tokens": "text"}.get(self.domain, "example")
 
-    def verdict(self) -> str:
-        """The finding in one sentence."""
-        hit, n = len(self.recovered()), self.size
-        ran = sum(run.ran for run in self.runs)
-        things = f"{n} private {self._nouns(n)}" if self.truth else "the examples behind this update"
-        has = "it" if hit == 1 else "them"
-        if not ran:
-            return f"No attack could run on {things}; that is not safety. The reasons are listed below."
-        if hit and not self.truth:
-            return f"{hit} {self._nouns(hit)} certified to be behind this update; anyone who sees it has {has}."
-        if hit:
-            return f"{hit} of {things} recovered exactly; anyone who sees this update has {has}."
-        features = self.features()
-        if features:
-            layer, examples = max(features.items(), key=lambda item: len(item[1]))
-            return (
-                f"None of {things} recovered exactly, but the exact features of {len(examples)} at the layer {layer!r}: "
-                "all that the network sees of them there is public."
-            )
-        runs = "1 run" if ran == 1 else f"{ran} runs"
-        return f"None of {things} recovered exactly by {runs}; the nearest guesses stand beside their chance level."
+    def named(self, n: int) -> str:
+        """n of what an example is called: "1 image", "4 rows"."""
+        return f"{n} {self.noun}" + "s" * (n != 1)
 
-    def _nouns(self, n: int) -> str:
-        return self.noun if n == 1 else f"{self.noun}s"
+    def verdict(self) -> str:
+        """The finding in one sentence; where attacks were cut short, failed or were left out, another says so."""
+        return self.headline
 
     def __repr__(self) -> str:
         return f"<Audit of {_cut(self.case)}{' (not complete)' * (not self.complete)}: {self.verdict()}>"
@@ -380,6 +467,7 @@ class Audit(_Record):
         row |= {name: getattr(run, name) for name in ("seed", "guarantee", "layer", "seconds", "residual")}
         row |= {"status": run.status.value, "recovered": example is not None and example.recovered and not run.layer}
         row |= {name: getattr(example, name, None) for name in ("error", "bound", "label")}
+        row["tier"] = example.tier.value if example is not None and example.tier and not run.layer else None
         for metric in self.metrics:
             row[metric] = None if example is None else example.scores.get(metric)
             row[f"chance {metric}"] = None if example is None else example.chance.get(metric)
@@ -453,6 +541,10 @@ class Audit(_Record):
                 f"{path} has schema {audit.schema_number}; this version reads {SCHEMA}. Run the audit again."
             )
         return audit
+
+
+def _weight(tiers: dict[tuple[int, int], Tier]) -> int:
+    return sum(tier.weight() for tier in tiers.values())
 
 
 def _cut(words: str, most: int = 80) -> str:
