@@ -22,7 +22,7 @@ assert leaks.examples == [0, 1]
 private = "dp-sgd:clip=1,noise_multiplier=2"  # the client's own training loop may do this with Opacus
 sent = unbatch.observe(model, loss, x, y, defences=[private])[0].update
 record = unbatch.guard(sent, defences=[private], **told)
-print(record.verdict())  # None of 2 private images recovered exactly by 3 runs; ...
+print(record.verdict())  # None of 2 private images recovered by 3 runs; ...
 
 # That it went through says that these attacks failed in these seconds. It does not say that none succeeds: that takes a
 # bound for any attacker (`unbatch risk`, `unbatch harden`) or an epsilon small enough (docs/how-safe-is-safe-enough.md).

@@ -37,7 +37,8 @@ err = Console(stderr=True)
 Attacks = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME", help="An attack, e.g. unmix or unmix:attempts=5; repeatable; default: the latest suite."
+        metavar="NAME",
+        help="An attack, e.g. unmix or unmix:attempts=5; repeatable; default: all that only look, cheapest first.",
     ),
 ]
 Defences = Annotated[
@@ -335,7 +336,7 @@ def report(
 def gate(
     path: Annotated[Path, typer.Argument(metavar="AUDIT.JSON")],
     max_recovered: Annotated[
-        int | None, typer.Option(min=0, help="Most examples that may be recovered exactly.")
+        int | None, typer.Option(min=0, help="Most examples that may be recovered exactly or as copies.")
     ] = None,
     max_psnr: Annotated[float | None, typer.Option(help="Highest PSNR that any example may reach, in dB.")] = None,
     require_bound_psnr: Annotated[
@@ -465,14 +466,18 @@ def _say_if_not_drawn() -> None:
 
 def _summary(record: Audit, folder: Path, quiet: bool) -> None:
     if not quiet:
-        table = Table("client", "example", "attack", "score", "chance", box=None, pad_edge=False)
+        table = Table("client", "example", "finding", "attack", "score", "chance", box=None, pad_edge=False)
+        tiers = record.tiers()
         metric = next((m for m in ("psnr", "l2-error", *record.metrics) if m in record.metrics), None)
         if metric is not None:
             info = record.metrics[metric]
             for (client, index), best in record.worst(metric).items():
                 chance = best and next(e.chance.get(metric) for e in best[1].examples if e.index == index)
                 cells = (best[1].title, f"{best[0]:.4g} {info.unit}") if best else ("", "not recovered")
-                table.add_row(str(client), str(index), *cells, "" if chance is None else f"{chance:.4g} {info.unit}")
+                tier = str(tiers.get((client, index), ""))
+                table.add_row(
+                    str(client), str(index), tier, *cells, "" if chance is None else f"{chance:.4g} {info.unit}"
+                )
             out.print(table)
         for run in record.runs:
             if run.words:
