@@ -46,6 +46,7 @@ class Setting:
     knowledge: Knowledge = field(default_factory=Knowledge)  # beyond what the protocol makes known
     domain: Domain = None  # type: ignore[assignment]  # guessed from the inputs where not given
     classes: Sequence[str] = ()  # names of the labels
+    notes: Sequence[str] = ()  # what was done to read the data, for the report
     name: str = "custom"
 
     def __post_init__(self) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +13,9 @@ from torch.nn import functional as F
 
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
+from unbatch.raster import curves, png, tiles
+
+MANY_COLUMNS, SHOWN_COLUMNS = 200, 100  # a longer row is not shown whole, so many columns of it are
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -85,22 +86,39 @@ class Images(Domain):
         return self.low + (self.high - self.low) * picture.clamp(0, 1)
 
     def render(self, example: Tensor) -> str:
-        return _png((example.detach().double().cpu() - self.low) / (self.high - self.low))
+        return png((example.detach().double().cpu() - self.low) / (self.high - self.low))
 
     def difference(self, found: Tensor, true: Tensor) -> str:
         gap = (found.detach().double().cpu() - true.detach().double().cpu()) / (self.high - self.low)
-        return _png(gap.abs())
+        return png(gap.abs())
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Table(Domain):
-    """Rows of numbers [d] with named columns, or numbers of any other shape that are no pictures."""
+    """Rows of numbers [d] with named columns, or numbers of any other shape that are no pictures.
+
+    `categories` are the groups of columns that stand for one category each: a 1 in one of them, 0 in the others; their
+    names are "column=value". Of the others a value in words is centre + spread * entry, as `units` say of each column.
+
+    >>> people = Table(
+    ...     shape=(3,), columns=("age", "job=clerk", "job=cook"), categories=((1, 2),), units=((40.0, 10.0), (0, 1), (0, 1))
+    ... )
+    >>> people.render(torch.tensor([-0.1, 0.2, 0.7]))  # a guess, rounded to the nearest category
+    'age = 39, job = cook'
+    """
 
     name: ClassVar[str] = "table"
     columns: Sequence[str] = ()
+    categories: tuple[tuple[int, ...], ...] = ()
+    units: Sequence[tuple[float, float]] = ()
+
+    def public(self) -> Knowledge:
+        """What the server knows of the task: the kind, the range where it is [0, 1], and which columns are one category."""
+        told = super().public()
+        return told | Knowledge(categories=self.categories) if self.categories else told
 
     def prior(self, n: int, rng: torch.Generator) -> Tensor:
-        """Standard normal rows, cut to a range that is known: what standardised columns look like.
+        """Standard normal rows, cut to a range that is known: what standardised columns look like; categories valid.
 
         Uniform in a range that does not hold a standard deviation on both sides of 0: its columns are not standardised.
 
@@ -111,6 +129,12 @@ class Table(Domain):
         >>> [round(float(number), 1) for number in (unit.mean(), unit.min(), unit.max())]
         [0.5, 0.0, 1.0]
         """
+        rows = self._numbers(n, rng)
+        for group in self.categories:
+            rows[:, group] = torch.eye(len(group))[torch.randint(len(group), (n,), generator=rng)]
+        return rows
+
+    def _numbers(self, n: int, rng: torch.Generator) -> Tensor:
         if not self.bounded:
             return torch.randn(n, *self.shape, generator=rng)
         if self.low <= -1 and self.high >= 1:
@@ -118,9 +142,48 @@ class Table(Domain):
         return self.low + (self.high - self.low) * torch.rand(n, *self.shape, generator=rng)
 
     def render(self, example: Tensor) -> str:
-        values = example.detach().flatten().tolist()
+        """A row in words, the first hundred where it is long; a signal [c, t] as a curve, a block [..., h, w] as slices."""
+        if self._shown == "words":
+            return ", ".join(self._words(example.detach().double().flatten().cpu()))
+        values = example.detach().double().cpu()
+        low, high = (self.low, self.high) if self.bounded else (float(values.min()), float(values.max()))
+        values = (values - low) / ((high - low) or 1.0)
+        return png(curves(values) if self._shown == "curves" else tiles(values))
+
+    def difference(self, found: Tensor, true: Tensor) -> str:
+        """Slices of what separates two blocks of numbers; rows in words and signals have no such picture."""
+        if self._shown != "slices":
+            return ""
+        return png(tiles((found.detach().double().cpu() - true.detach().double().cpu()).abs() / (self.high - self.low)))
+
+    @property
+    def _shown(self) -> Literal["words", "curves", "slices"]:
+        if self.columns or len(self.shape) < 2 or min(self.shape) < 1:
+            return "words"
+        if len(self.shape) == 2 and self.shape[0] < 8 and self.shape[1] >= MANY_COLUMNS:
+            return "curves"
+        return "slices" if min(self.shape[-2:]) >= 8 else "words"
+
+    def _words(self, values: Tensor) -> list[str]:
+        """A part "name = value" for each number and each category, in order; of many the first, and a count."""
         names = self.columns or [f"x{i}" for i in range(len(values))]
-        return ", ".join(f"{name} = {value:.4g}" for name, value in zip(names, values, strict=True))
+        units = self.units or [(0.0, 1.0)] * len(values)
+        group_of = {i: group for group in self.categories for i in group}
+        parts = list[str]()
+        for i, name in enumerate(names):
+            group = group_of.get(i, ())
+            if not group:
+                parts.append(f"{name} = {units[i][0] + units[i][1] * float(values[i]):.4g}")
+            elif i == group[0]:
+                parts.append(self._category(group, names, int(values[list(group)].argmax())))
+        if len(parts) <= MANY_COLUMNS:
+            return parts
+        left = len(parts) - SHOWN_COLUMNS
+        return [*parts[:SHOWN_COLUMNS], f"and {left} more columns = {values.min():.4g} to {values.max():.4g} in all"]
+
+    def _category(self, group: Sequence[int], names: Sequence[str], chosen: int) -> str:
+        title, equals, word = names[group[chosen]].partition("=")
+        return f"{title} = {word}" if equals else f"{names[group[0]]} to {names[group[-1]]} = {names[group[chosen]]}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -184,15 +247,5 @@ def domain_told(knowledge: Knowledge) -> Domain:
         raise UnbatchError(
             f"images are [channels, height, width], and the input's shape is {shape}; say domain='table'."
         )
-    return kinds[name](shape=shape, low=low, high=high, bounded=name != "table" or "input_range" in knowledge)
-
-
-def _png(picture: Tensor) -> str:
-    """[c, h, w] in [0, 1] as a PNG data URI."""
-    from PIL import Image
-
-    pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
-    array = pixels[0].numpy() if len(pixels) == 1 else pixels[:3].permute(1, 2, 0).contiguous().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    more: dict[str, Any] = {"categories": knowledge.get("categories", ())} if name == "table" else {}
+    return kinds[name](shape=shape, low=low, high=high, bounded=name != "table" or "input_range" in knowledge, **more)

@@ -57,6 +57,7 @@ class Knowledge:
     labels: Tensor
     input_range: tuple[float, float]
     domain: str
+    categories: tuple[tuple[int, ...], ...]  # of a table: columns that are one category, a 1 in one of them
     local_steps: int
     epochs: int
     local_batch_size: int
@@ -93,6 +94,8 @@ class Knowledge:
             low, high = known["input_range"] = tuple(float(end) for end in known["input_range"])
             if not low < high:
                 raise UnbatchError(f"input_range ({low}, {high}) must be (low, high) with low < high.")
+        if "categories" in known:
+            known["categories"] = _groups(known["categories"], known.get("input_shape"))
         if "earlier" in known:
             known["earlier"] = held = tuple(known["earlier"])
             if not held or not all(isinstance(past, Earlier) for past in held):
@@ -183,6 +186,7 @@ class Knowledge:
 
 FIELDS: tuple[str, ...] = tuple(get_type_hints(Knowledge))
 PROTOCOL_FIELDS: frozenset[str] = frozenset(Protocol.model_fields)
+DOMAIN_FIELDS: frozenset[str] = frozenset({"domain", "input_range", "categories"})  # what the inputs are
 
 
 def check_fields(names: Iterable[str]) -> None:
@@ -225,6 +229,9 @@ def _hold(name: str, value: Any) -> None:
         wanted, good = "the sides of one example, whole numbers", _are_numbers(value)
     elif name == "input_range":
         wanted, good = "two numbers (low, high)", _are_numbers(value) and len(value) == 2
+    elif name == "categories":
+        wanted = "groups of columns, whole numbers"
+        good = isinstance(value, Iterable) and not isinstance(value, str | Mapping) and all(map(_are_numbers, value))
     elif name == "labels":
         wanted = "numbers, one or a row for each example"
         good = isinstance(value, Tensor) or _is_tensor(value)
@@ -260,6 +267,15 @@ def _is_tensor(value: Any) -> bool:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return False
     return True
+
+
+def _groups(given: Iterable[Iterable[int]], shape: tuple[int, ...] | None) -> tuple[tuple[int, ...], ...]:
+    groups = tuple(tuple(int(column) for column in group) for group in given)
+    columns = [column for group in groups for column in group]
+    most = math.prod(shape) if shape is not None else math.inf
+    if not all(groups) or len(set(columns)) < len(columns) or not all(0 <= column < most for column in columns):
+        raise UnbatchError(f"categories {groups} must be groups of columns of an input, none of them twice.")
+    return groups
 
 
 def _no_field(name: str) -> str:

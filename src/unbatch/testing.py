@@ -23,7 +23,7 @@ from unbatch.auditing.client import observe
 from unbatch.auditing.run import audit
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
-from unbatch.domain import Images
+from unbatch.domain import Images, Table
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.layer import LayerRule
@@ -131,8 +131,11 @@ def check_metric(metric: type[Metric]) -> None:
     else:
         true, other = (torch.rand(3, 3, 16, 16, generator=rng, dtype=torch.float64) for _ in range(2))
     made = metric().on(Images(shape=(3, 16, 16)))
+    if made is None:  # then it is about the categories of rows
+        true, other = true.flatten(1), other.flatten(1)
+        made = metric().on(Table(shape=(768,), categories=(tuple(range(400)), tuple(range(400, 768)))))
     if made is None:
-        raise AssertionError(f"{metric.name} has no meaning on 16x16 pictures.")
+        raise AssertionError(f"{metric.name} has no meaning on 16x16 pictures, nor on rows with categories.")
     best, worse = made.score(true, true), made.score(other, true)
     _hold(best.shape == (3,) and worse.shape == (3,), metric, "does not give one score a pair")
     if metric.best is not None:
@@ -253,7 +256,7 @@ def _exchange(setting: Setting, demo: Demo | None, attack: Attack | None) -> tup
     model = setting.model
     if isinstance(attack, ActiveAttack):
         model = attack.plant(model, torch.Generator().manual_seed(3))
-    told = Knowledge(domain=setting.domain.name, input_range=(setting.domain.low, setting.domain.high))
+    told = setting.domain.public() | Knowledge(input_range=(setting.domain.low, setting.domain.high))
     defences = demo.defences if demo is not None else ()
     return observe(
         model, setting.loss, setting.inputs, setting.labels, knowledge=told | setting.knowledge, defences=defences

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,6 +19,7 @@ class Truth:
 
     inputs: Tensor  # [n, *input_shape]
     labels: Tensor  # [n]
+    notes: Sequence[str] = ()  # what was done to read them, for the report
 
     def __len__(self) -> int:
         return len(self.inputs)

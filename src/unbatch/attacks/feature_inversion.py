@@ -15,7 +15,7 @@ from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.unmixing import unmixed
 from unbatch.inversion.view import View
-from unbatch.knowledge import PROTOCOL_FIELDS
+from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS
 from unbatch.network.dense import DenseFeatures
 from unbatch.numerics.search.matching import signed_adam, total_variation
 from unbatch.progress import tick
@@ -54,9 +54,7 @@ class FeatureInversion(Attack):
     guarantee: ClassVar[Guarantee] = Guarantee.HEURISTIC
     paper: ClassVar[str] = "Mahendran, Vedaldi, CVPR 2015, on the features of unmix"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
-    uses: ClassVar[frozenset[str]] = (
-        frozenset({"labels", "noise", "input_range", "domain", "buffers"}) | PROTOCOL_FIELDS
-    )
+    uses: ClassVar[frozenset[str]] = frozenset({"labels", "noise", "buffers"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
     demo: ClassVar[Demo] = Demo(
         case="photos:batch=2,model=convnet,width=32,activation=gelu",
         floors={"psnr": 25.0},

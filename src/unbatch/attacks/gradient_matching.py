@@ -10,7 +10,7 @@ from pydantic import Field
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.inversion.matching import UpdateMatching
 from unbatch.inversion.view import View
-from unbatch.knowledge import PROTOCOL_FIELDS
+from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS
 from unbatch.reconstruction import Reconstruction
 
 
@@ -44,7 +44,7 @@ class GradientMatching(Attack):
     paper: ClassVar[str] = "Zhu, Liu, Han, NeurIPS 2019 (dlg); Geiping et al., NeurIPS 2020 (inverting-gradients)"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "batch_size"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"labels", "input_range", "domain", "buffers", "clients", "log_prob", "earlier"}) | PROTOCOL_FIELDS
+        frozenset({"labels", "buffers", "clients", "log_prob", "earlier"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="digits:batch=2,activation=gelu,width=100", floors={"psnr": 60.0}, knows=("labels",)

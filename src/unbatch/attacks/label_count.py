@@ -12,7 +12,7 @@ from torch import Tensor
 from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
-from unbatch.knowledge import PROTOCOL_FIELDS
+from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS
 from unbatch.loss import LossForm
 from unbatch.network.dense import Dense, forward, layer_inputs
 from unbatch.numerics import label_counts
@@ -42,7 +42,7 @@ class LabelCount(Attack):
     cost: ClassVar[Cost] = Cost.READS
     paper: ClassVar[str] = "Zhao et al., iDLG, 2020; Wainakh et al., PoPETs 2022; Geng et al., 2021"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "batch_size"})
-    uses: ClassVar[frozenset[str]] = frozenset({"clients", "input_range", "domain", "noise"}) | PROTOCOL_FIELDS
+    uses: ClassVar[frozenset[str]] = frozenset({"clients", "noise"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
     demo: ClassVar[Demo] = Demo(case="digits:batch=4", floors={"label-accuracy": 1.0})
 
     formerly: ClassVar[dict[str, str]] = {"probes": "stand_ins"}

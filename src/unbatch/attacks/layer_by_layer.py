@@ -19,7 +19,7 @@ from unbatch.inversion.backward.nonlinear_runs import flat_roots
 from unbatch.inversion.backward.reading import KnownOutput, Reading, Unreadable
 from unbatch.inversion.rounds import restored, sharpened, unseen
 from unbatch.inversion.view import View
-from unbatch.knowledge import PROTOCOL_FIELDS
+from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS
 from unbatch.likelihood import Likelihood
 from unbatch.network.chain import follow
 from unbatch.numerics.search.matching import cosine_distance, signed_adam, total_variation
@@ -66,8 +66,7 @@ class LayerByLayer(Attack):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"batch_size", "labels", "noise", "input_range", "domain", "buffers", "log_prob", "earlier"})
-        | PROTOCOL_FIELDS
+        frozenset({"batch_size", "labels", "noise", "buffers", "log_prob", "earlier"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="photos:size=16,model=cnn2-c1,double=true", floors={"l2-error": 1e-9, "psnr": 200.0}

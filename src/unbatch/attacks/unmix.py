@@ -10,7 +10,7 @@ from pydantic import Field
 from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.inversion.unmixing import unmixed
 from unbatch.inversion.view import View
-from unbatch.knowledge import PROTOCOL_FIELDS
+from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS
 from unbatch.reconstruction import Reconstruction
 
 
@@ -50,9 +50,8 @@ class Unmix(Attack):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset(
-            {"batch_size", "labels", "noise", "input_range", "domain", "log_prob", "earlier", "buffers", "clients"}
-        )
+        frozenset({"batch_size", "labels", "noise", "log_prob", "earlier", "buffers", "clients"})
+        | DOMAIN_FIELDS
         | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(

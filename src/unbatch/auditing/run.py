@@ -220,6 +220,7 @@ class _Plan:
                 for name, m in self.metrics.items()
                 if truth is not None
             },
+            data_notes=list(dict.fromkeys(note for setting in self.settings for note in setting.notes)),
             environment={
                 "unbatch": unbatch.__version__,
                 "python": platform.python_version(),
@@ -376,6 +377,7 @@ def _moved(obs: Observation, device: str) -> Observation:
 
 def _known(obs: Observation, truth: Truth, domain: Domain) -> Setting:
     held = {"inputs": truth.inputs, "labels": truth.labels, "domain": domain, "protocol": obs.protocol}
+    held |= {"notes": truth.notes}
     return Setting(model=obs.model, loss=obs.loss, **held)  # type: ignore[arg-type]
 
 

@@ -73,6 +73,10 @@ LossName = Annotated[
 ]
 Reduction = Annotated[str | None, typer.Option(help="mean (the default) or sum, for a loss given by name.")]
 Size = Annotated[int | None, typer.Option(min=1, help="Resize pictures of a folder to SIZE x SIZE.")]
+ClassNames = Annotated[
+    str | None,
+    typer.Option(metavar="N|NAMES", help="How many classes the model has, or cat,dog,...: their names in its order."),
+]
 Batch = Annotated[int | None, typer.Option(min=1, help="Use only the first BATCH examples of the data.")]
 Capture = Annotated[
     Path | None, typer.Option("--observation", help="A captured update: bundle.safetensors, with --model.")
@@ -152,6 +156,7 @@ def audit_command(
     loss: LossName = None,
     reduction: Reduction = None,
     size: Size = None,
+    classes: ClassNames = None,
     batch: Batch = None,
     observation: Capture = None,
     attack: Attacks = None,
@@ -191,6 +196,7 @@ def audit_command(
         loss=loss,
         reduction=reduction,
         size=size,
+        classes=classes,
         batch=batch,
         observation=observation,
         protocol=protocol,
@@ -233,6 +239,7 @@ def risk(
     loss: LossName = None,
     reduction: Reduction = None,
     size: Size = None,
+    classes: ClassNames = None,
     batch: Batch = None,
     observation: Capture = None,
     analysis: Analyses = None,
@@ -257,6 +264,7 @@ def risk(
         loss=loss,
         reduction=reduction,
         size=size,
+        classes=classes,
         batch=batch,
         observation=observation,
         protocol=protocol,
@@ -366,6 +374,7 @@ def harden_command(
     loss: LossName = None,
     reduction: Reduction = None,
     size: Size = None,
+    classes: ClassNames = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Examples of one update of your data, 4 by default; a case has its own.")
     ] = None,
@@ -387,7 +396,15 @@ def harden_command(
     from unbatch.files import claimed
 
     asked = Asked(
-        case=case, model=model, weights=weights, data=data, loss=loss, reduction=reduction, size=size, batch=batch
+        case=case,
+        model=model,
+        weights=weights,
+        data=data,
+        loss=loss,
+        reduction=reduction,
+        size=size,
+        classes=classes,
+        batch=batch,
     )
     with claimed(folder, "harden.json"):
         if (folder / "harden.json").exists() and not force:
@@ -483,7 +500,7 @@ def _summary(record: Audit, folder: Path, quiet: bool) -> None:
             if run.words:
                 out.print(f"{run.title}, client {run.client}: {run.status}: {run.words}", markup=False)
         _cut_short(record)
-        for note in record.notes:
+        for note in (*(f"data: {note}" for note in record.data_notes), *record.notes):
             out.print(note, markup=False)
         for flag in record.flags:
             out.print(f"flag {flag.name}: {flag.words}", markup=False)
@@ -524,7 +541,7 @@ def _risks(record: Audit) -> None:
     _cut_short(record)
     if record.silent():
         out.print(f"Nothing to say here: {', '.join(each.title for each in record.silent())}.", markup=False)
-    for note in record.notes:
+    for note in (*(f"data: {note}" for note in record.data_notes), *record.notes):
         out.print(note, markup=False)
     if record.privacy:
         out.print(f"differential privacy: {record.privacy.words()}", markup=False)

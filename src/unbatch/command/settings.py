@@ -36,6 +36,7 @@ class Asked:
     loss: str | None = None
     reduction: str | None = None
     size: int | None = None
+    classes: str | None = None
     batch: int | None = None
     observation: Path | None = None
     protocol: str | None = None
@@ -71,6 +72,7 @@ class Asked:
             return own | {
                 "size": f"the pictures of a case have the case's own size; `unbatch show {name.partition(':')[0]}` says "
                 "which option sets it.",
+                "classes": "a case has its own.",
                 "weights": "a case has its own model; give yours with --model.",
             }
         unused = {}
@@ -80,6 +82,7 @@ class Asked:
             )
         if self.data is None:
             unused["size"] = "it resizes the pictures of --data, and there is none."
+            unused["classes"] = "it numbers the labels of --data, and there is none."
             unused["batch"] = (
                 "it takes the first examples of --data; --knows batch_size=N tells what an attacker knows."
             )
@@ -150,16 +153,20 @@ def case_or_data(asked: Asked) -> Case | Setting:
 
 def _client(asked: Asked) -> Setting:
     data = asked.data or Path()
-    examples = _examples(data, asked.size, asked.batch)
-    return Setting(
-        model=_network(asked),
-        loss=load_loss(asked.loss, asked.reduction),
-        inputs=examples.inputs,
-        labels=examples.labels,
-        domain=examples.domain,
-        classes=examples.classes,
-        name=f"{asked.model} on {data.name}",
-    )
+    examples, network, criterion = _examples(asked, data), _network(asked), load_loss(asked.loss, asked.reduction)
+    try:
+        return Setting(
+            model=network,
+            loss=criterion,
+            inputs=examples.inputs,
+            labels=examples.labels,
+            domain=examples.domain,
+            classes=examples.classes,
+            notes=examples.notes,
+            name=f"{asked.model} on {data.name}",
+        )
+    except UnbatchError as error:  # it may lie in how the data was read
+        raise UnbatchError(f"{error} How {data} was read: {' '.join(examples.notes)}") from error
 
 
 def _captured(asked: Asked, path: Path) -> Target:
@@ -174,7 +181,7 @@ def _captured(asked: Asked, path: Path) -> Target:
     truth, batch = None, None
     if asked.data is not None:
         batch = _client(asked)
-        truth = Truth(inputs=batch.inputs.to(obs.dtype), labels=batch.labels)
+        truth = Truth(inputs=batch.inputs.to(obs.dtype), labels=batch.labels, notes=batch.notes)
     known = obs.knowledge | Knowledge(**told) | _known(asked.knows, batch)
     return Target(what=replace(obs, knowledge=known), truth=truth)
 
@@ -184,11 +191,13 @@ def _network(asked: Asked) -> nn.Module:
     return network if asked.weights is None else load_weights(network, asked.weights)
 
 
-def _examples(path: Path, size: int | None, batch: int | None) -> Data:
+def _examples(asked: Asked, path: Path) -> Data:
     """The first `--batch` examples of `--data`. Raises UnbatchError: it holds fewer."""
-    examples = read(path, size=size)
+    words = asked.classes
+    names = None if words is None else int(words) if words.strip().isdecimal() else words.split(",")
+    examples = read(path, size=asked.size, classes=names)
     held = len(examples.inputs)
-    n = held if batch is None else batch
+    n = held if asked.batch is None else asked.batch
     if not 1 <= n <= held:
         raise UnbatchError(f"--batch {n}, and {path} holds {held} examples; give a number from 1 to {held}.")
     return replace(examples, inputs=examples.inputs[:n], labels=examples.labels[:n])

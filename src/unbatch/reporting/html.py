@@ -124,8 +124,9 @@ def side(picture: str) -> int:
 
 
 def primary(audit: Audit) -> str:
-    """The metric that pictures and chart are labelled with: psnr for images, else the first; empty where there is none."""
-    return "psnr" if audit.domain == "images" and "psnr" in audit.metrics else next(iter(audit.metrics), "")
+    """The metric that pictures and chart are labelled with: psnr for images, else l2-error, else the first."""
+    first = "psnr" if audit.domain == "images" else "l2-error"
+    return first if first in audit.metrics else next(iter(audit.metrics), "")
 
 
 SEVERITY = {

@@ -257,6 +257,7 @@ class Audit(_Record):
     bounds: list[Bound] = []
     verdicts: list[Verdict] = []
     remedies: list[Remedy] = []
+    data_notes: list[str] = []  # what was done to read the private data
     notes: list[str] = []  # what a captured update looks like: sign, scale, mode
     flags: list[Flag] = []
     fingerprint: str = Field(default="", description="of model, data and protocol: a resumed audit must match it")
