@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unbatch import Knowledge, Observation
-from unbatch.domain import Images, Table, Tokens, domain_told
+from unbatch.domain import Images, Table, Tokens, domain_of, domain_told
 from unbatch.errors import UnbatchError
 from unbatch.inversion.probe import probe
 from unbatch.inversion.view import View
@@ -81,3 +81,88 @@ def test_the_task_tells_its_kind_and_no_range_that_may_have_been_read_off_the_ba
     assert told.domain == "table"
     assert "input_range" not in told
     assert "input_range" not in domain_told(Knowledge(input_shape=(4,), domain="table")).public()
+
+
+PEOPLE = Table(
+    shape=(4,),
+    low=-10,
+    high=10,
+    columns=("job=clerk", "job=cook", "age", "town=Oslo"),
+    categories=((0, 1), (3,)),
+    units=((0.0, 1.0), (0.0, 1.0), (40.0, 10.0), (0.0, 1.0)),
+)
+
+
+def test_categories_are_rounded_in_words_and_valid_in_draws() -> None:
+    assert PEOPLE.render(torch.tensor([0.3, 0.4, -0.1, 0.2])) == "job = cook, age = 39, town = Oslo"
+    drawn = PEOPLE.prior(200, rng())
+    assert set(map(tuple, drawn[:, :2].tolist())) == {(0.0, 1.0), (1.0, 0.0)}
+    assert bool((drawn[:, 3] == 1).all())
+    assert float(drawn[:, 2].std()) == pytest.approx(1, abs=0.2)
+
+
+def test_the_server_knows_which_columns_are_one_category(tmp_path) -> None:
+    told = PEOPLE.public()
+    assert told.categories == ((0, 1), (3,))
+    assert "categories" not in Table(shape=(4,)).public()
+    guessed = domain_told(told | Knowledge(input_shape=(4,)))
+    assert guessed.categories == ((0, 1), (3,))
+    assert bool((guessed.prior(9, rng())[:, :2].sum(1) == 1).all())
+    assert guessed.render(torch.tensor([0.0, 1.0, 2.0, 1.0])) == "x0 to x1 = x1, x2 = 2, x3 to x3 = x3"
+    model = nn.Linear(4, 2)
+    update = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    seen = Observation(model=model, loss=F.cross_entropy, update=update, knowledge=told | Knowledge(input_shape=(4,)))
+    seen.save(tmp_path / "seen.safetensors")
+    again = Observation.load(tmp_path / "seen.safetensors", model=model, loss=F.cross_entropy)
+    assert again.knowledge.categories == ((0, 1), (3,))
+
+
+@pytest.mark.parametrize("groups", [((0, 1), (1,)), ((4,),), ((-1,),), ((),)])
+def test_categories_that_are_no_groups_of_columns_are_refused(groups) -> None:
+    with pytest.raises(UnbatchError, match="groups of columns of an input, none of them twice"):
+        Knowledge(input_shape=(4,), categories=groups)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 64, 64, 64),
+        (64, 64, 64),
+        (16, 3, 64, 64),
+        (3, 16, 64, 64),
+        (2, 4, 32, 256, 256),
+        (4, 96, 96),
+        (28, 28),
+        (1, 16000),
+        (6, 500),
+        (16, 5000),
+        (128, 128, 3),
+    ],
+)
+def test_what_is_no_picture_is_shown_as_a_small_one(shape: tuple[int, ...]) -> None:
+    x = torch.rand(2, *shape, generator=rng())
+    domain = domain_of(x)
+    shown = domain.render(x[0])
+    assert domain.name == "table"
+    assert shown.startswith("data:image/png;base64,")
+    assert len(shown) < 30_000
+    assert len(domain.difference(x[0], x[1])) < 30_000
+    assert shown != domain.render(x[1])
+    assert domain.render(torch.zeros(shape)) != domain.render(torch.ones(shape))
+
+
+def test_a_long_row_is_shown_by_its_first_columns() -> None:
+    row = torch.arange(5000.0)
+    words = domain_of(row[None]).render(row)
+    assert words.startswith("x0 = 0, x1 = 1, ")
+    assert words.endswith(", x99 = 99, and 4900 more columns = 0 to 4999 in all")
+    named = Table(shape=(5000,), columns=[f"gene {i}" for i in range(5000)]).render(row)
+    assert named.startswith("gene 0 = 0, ")
+    assert len(named) < 3000
+    assert Table(shape=(200,)).render(torch.zeros(200)).count(" = ") == 200
+
+
+def test_of_unknown_range_a_block_is_shown_from_its_least_to_its_largest_value() -> None:
+    x = torch.linspace(-300, 900, 64).reshape(8, 8)
+    domain = domain_told(Knowledge(input_shape=(8, 8), domain="table"))
+    assert domain.render(x) == Table(shape=(8, 8)).render((x + 300) / 1200)

@@ -152,3 +152,13 @@ def test_relative_leakage_of_small_pictures_is_by_cosine(rng: torch.Generator) -
         cosines = [float((x * p).sum() / (x.norm() * p.norm())) for p in [y, *(drawn.double() + 1)]]
         assert float(score) == pytest.approx((cosines[0] - max(cosines[1:])) / max(cosines[1:]))
     assert Metric.parse("relative-leakage").on(Table(shape=(9,))) is None
+
+
+def test_categories_are_scored_after_rounding() -> None:
+    rows = Table(shape=(5,), categories=((0, 1, 2), (3, 4)))
+    metric = Metric.parse("category-accuracy").on(rows)
+    true = torch.tensor([[0.0, 1, 0, 1, 0]] * 3)
+    found = torch.tensor([[0.1, 0.2, 0.15, 3, 2], [0.1, 0.2, 0.15, 0, 1], [1, 0, 0, -2, -1]])
+    assert metric.score(found, true).tolist() == [1, 0.5, 0]
+    assert Metric.parse("category-accuracy").on(TABLE) is None
+    assert Metric.parse("category-accuracy").on(domain_of(torch.zeros(1, 3, 8, 8))) is None

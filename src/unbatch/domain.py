@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
-from unbatch.raster import curves, png, tiles
+from unbatch.raster import curves, has_sides, png, tiles
 
 MANY_COLUMNS, SHOWN_COLUMNS = 200, 100  # a longer row is not shown whole, so many columns of it are
 
@@ -162,7 +162,7 @@ class Table(Domain):
             return "words"
         if len(self.shape) == 2 and self.shape[0] < 8 and self.shape[1] >= MANY_COLUMNS:
             return "curves"
-        return "slices" if min(self.shape[-2:]) >= 8 else "words"
+        return "slices" if has_sides(self.shape, 8) else "words"
 
     def _words(self, values: Tensor) -> list[str]:
         """A part "name = value" for each number and each category, in order; of many the first, and a count."""

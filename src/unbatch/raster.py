@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,16 +31,27 @@ def png(picture: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def has_sides(shape: Sequence[int], least: int) -> bool:
+    """Whether numbers of that shape have layers [h, w] to be drawn, each side of at least so many; channels may be last.
+
+    >>> has_sides((16, 8, 8), 8), has_sides((8, 8, 3), 8), has_sides((4, 3), 8)
+    (True, True, False)
+    """
+    sides = shape[-3:-1] if len(shape) > 2 and shape[-1] in (1, 3) else shape[-2:]
+    return len(sides) == 2 and min(sides) >= least
+
+
 def tiles(block: Tensor) -> Tensor:
     """Numbers [..., h, w] in [0, 1] as one picture: at most four layers, evenly spaced, side by side and small.
 
     A volume [1, d, h, w] gives slices through its depth, a film [3, t, h, w] or [t, 3, h, w] frames in colour, a stack
-    [c, h, w] single channels.
+    [c, h, w] single channels, a picture [h, w, 3] itself.
 
     >>> tiles(torch.rand(1, 64, 64, 64)).shape, tiles(torch.rand(16, 3, 64, 64)).shape, tiles(torch.rand(8, 8)).shape
     (torch.Size([1, 64, 259]), torch.Size([3, 36, 147]), torch.Size([1, 8, 8]))
     """
-    if block.ndim > 3 and block.shape[-3] == 3:
+    block = block.movedim(-1, -3) if block.ndim > 2 and block.shape[-1] in (1, 3) else block
+    if block.ndim > 2 and block.shape[-3] == 3:
         layers = block.reshape(-1, *block.shape[-3:])  # [t, 3, h, w]
     elif block.ndim == 4 and block.shape[0] == 3:
         layers = block.movedim(0, 1)

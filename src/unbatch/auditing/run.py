@@ -377,8 +377,7 @@ def _moved(obs: Observation, device: str) -> Observation:
 
 def _known(obs: Observation, truth: Truth, domain: Domain) -> Setting:
     held = {"inputs": truth.inputs, "labels": truth.labels, "domain": domain, "protocol": obs.protocol}
-    held |= {"notes": truth.notes}
-    return Setting(model=obs.model, loss=obs.loss, **held)  # type: ignore[arg-type]
+    return Setting(model=obs.model, loss=obs.loss, notes=truth.notes, **held)  # type: ignore[arg-type]
 
 
 def _settings(target: Target) -> list[Setting]:
