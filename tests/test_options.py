@@ -80,6 +80,7 @@ TRIED = {  # every option of a command with a target, with a value that asks for
     "analysis": ["gradient-rank"], "attack": ["bias-ratio"], "suite": [LATEST], "seed": ["3"], "budget": ["7"],
     "device": ["cpu"], "classes": ["3"], "family": ["clip"], "rounds": ["2"], "seconds": ["5"], "target_psnr": ["30"],
 }  # fmt: skip
+TRIED_ON = {("weights", "a table"): ["rows.safetensors"], ("classes", "pictures"): ["class1,class0"]}
 OF_OUTPUT = {"case", "folder", "resume", "force", "save_images", "as_json", "quiet"}  # held by tests of their own
 REFUSED = {  # what a target has no use for, beside the options that name another target
     "a case": {"loss", "reduction", "size", "batch", "weights", "classes", "model", "data", "observation"},
@@ -148,7 +149,7 @@ def test_an_option_is_used_or_refused(command: str, target: str, here: Path, mon
         given = f"--{option.replace('_', '-')}"
         if given in words:
             continue
-        value = ["rows.safetensors"] if (option, target) == ("weights", "a table") else TRIED[option]
+        value = TRIED_ON.get((option, target), TRIED[option])
         code, said = asked(monkeypatch, [*words, given, *value])
         told = capsys.readouterr().err
         refused = option in REFUSED[target]
