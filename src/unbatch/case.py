@@ -80,7 +80,11 @@ class Setting:
                 x = self.inputs[:2].to(first.device)
                 outputs = self.model.eval()(x.to(first.dtype) if x.is_floating_point() else x)
         except Exception as error:
-            raise UnbatchError(f"the model's forward fails on inputs of shape {shape}: {error}") from error
+            words = (
+                f"the model's forward fails on inputs of shape {shape}, {str(self.inputs.dtype).removeprefix('torch.')}"
+            )
+            said = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+            raise UnbatchError(f"{words}: {said}. Give inputs of the form that the model takes.") from error
         finally:
             for module, flag in flags:
                 module.training = flag

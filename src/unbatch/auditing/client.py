@@ -71,6 +71,7 @@ def _stepped(step: Step, turn: Round) -> Update:
     try:
         update = step(turn)
         whole = all(bool(tensor.isfinite().all()) for tensor in update.values())
+        whole &= any(bool(tensor.any()) for tensor in update.values())
     except (UnbatchError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -43,8 +43,8 @@ def _words(model: nn.Module, loss: Loss, inputs: Tensor, labels: Tensor, mode: M
             value = loss(outputs, labels)
         except Exception as error:
             return (
-                f"the loss fails on outputs {_form(outputs)} and labels {_form(labels)}: {_line(error)} Give labels of the "
-                "form that the loss takes: cross entropy takes class numbers, int64 [n]."
+                f"the loss fails on outputs {_form(outputs)} and labels {_form(labels)}: {_line(error)} If it is the "
+                "labels, give them in the form that the loss takes: cross entropy takes class numbers, int64 [n]."
             )
         wrong = _wrong(value)
         if wrong:
@@ -54,6 +54,8 @@ def _words(model: nn.Module, loss: Loss, inputs: Tensor, labels: Tensor, mode: M
             gradients = torch.autograd.grad(value, weights, allow_unused=True)
         except Exception as error:
             return f"the backward pass of the model and the loss fails: {_line(error)} It must be differentiable."
+    if all(gradient is None for gradient in gradients):
+        return "the loss does not depend on the model's parameters; compute it from the outputs that it is given."
     bad = [name for name, g in zip(names, gradients, strict=True) if g is not None and not g.isfinite().all()]
     if bad:
         return f"the gradient of {bad[0]!r} is not finite, though the loss is; look for a root or a logarithm at zero."
@@ -85,5 +87,5 @@ def _form(value: object) -> str:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
     return f"{text if len(text) <= 200 else text[:197] + '...'}."

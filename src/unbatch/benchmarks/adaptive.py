@@ -45,7 +45,6 @@ Row = dict[str, Any]
 
 
 def run(
-    data: Path | None = None,
     seconds: float = 10.0,
     seed: int = 0,
     device: str = "cpu",
@@ -59,7 +58,7 @@ def run(
     """One row an attack and defence: both ways on `batches` batches and models, each run within `seconds`.
 
     Then the rows of `again`, whose naive attack sees the last of several rounds of the same batch and the adaptive one all.
-    `data` is not read: the batches are bundled ones. Seconds are wall seconds. A run that was cut short goes on.
+    The batches are bundled ones. Seconds are wall seconds. A run that was cut short goes on.
     """
     how = {"seconds": seconds, "seed": seed, "device": device, "batches": batches}
     rows: list[Row] = stored("adaptive", out, **how)

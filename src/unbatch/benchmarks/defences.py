@@ -48,7 +48,6 @@ TOP = 60.0  # dB, the picture's upper edge
 
 
 def run(
-    data: Path | None = None,
     seconds: float = 3.0,
     seed: int = 0,
     device: str = "cpu",
@@ -60,7 +59,7 @@ def run(
 ) -> list[Row]:
     """One row a network and defence; saved in `out` as they come, with a chart. A run that was cut short is continued.
 
-    `data` is not read: the digits are bundled.
+    The digits are bundled.
     """
     how: dict[str, Any] = {
         "seconds": seconds,

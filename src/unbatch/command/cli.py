@@ -8,7 +8,9 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,8 +33,8 @@ app = typer.Typer(
     help="What a shared gradient gives away: recover the batch behind it and prove it, or prove how badly any attacker "
     "must do. Use it on gradients that you are entitled to inspect.",
 )
-out, WIDE = Console(), 200  # columns of a table in a file or a pipe
-err = Console(stderr=True)
+out, WIDE = Console(emoji=False), 200  # columns of a table in a file or a pipe
+err = Console(stderr=True, emoji=False)  # a model is called nets:a, and no letter in a box
 
 Attacks = Annotated[
     list[str] | None,
@@ -335,8 +337,9 @@ def report(
     from unbatch.reporting.html import write
     from unbatch.reporting.results import Audit
 
+    audit = Audit.load(path)
     target = to or path.with_name("report.html")
-    write(Audit.load(path), target)
+    write(audit, target)
     out.print(f"wrote {target}", soft_wrap=True)
 
 
@@ -432,7 +435,8 @@ def bench(
     name: Annotated[str, typer.Argument(help="adaptive, bounds, defences, layers, matching, metric, tensor or unmix")],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0, help="For each attack on each problem; default: the benchmark's own.")
+        float | None,
+        typer.Option(callback=_seconds, help="For each attack on each problem; default: the benchmark's own."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the problems and the attacks.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
@@ -440,9 +444,17 @@ def bench(
 ) -> None:
     """Measure, print and store a benchmark."""
     from unbatch import benchmarks
+    from unbatch.files import claimed
 
     module = benchmarks.find(name)
-    rows = module.run(data=data, seed=seed, device=device, out=to, **({} if seconds is None else {"seconds": seconds}))
+    given: dict[str, Any] = {} if seconds is None else {"seconds": seconds}
+    if data is not None and not data.is_dir():
+        raise UnbatchError(f"--data {data} is no folder; name the one that holds the data sets.")
+    if data is not None and "data" not in signature(module.run).parameters:
+        raise UnbatchError(f"--data would not be used: the data of the benchmark {name} come with unbatch.")
+    given |= {} if data is None else {"data": data}
+    with claimed(to) if to is not None else nullcontext():
+        rows = module.run(seed=seed, device=_usable(device), out=to, **given)
     (out if out.is_terminal else Console(width=WIDE)).print(module.table(rows))
     if to is not None:
         _say_if_not_drawn()

@@ -197,6 +197,8 @@ def _examples(asked: Asked, path: Path) -> Data:
     names = None if words is None else int(words) if words.strip().isdecimal() else words.split(",")
     examples = read(path, size=asked.size, classes=names)
     held = len(examples.inputs)
+    if not held:
+        raise UnbatchError(f"{path} holds no examples.")
     n = held if asked.batch is None else asked.batch
     if not 1 <= n <= held:
         raise UnbatchError(f"--batch {n}, and {path} holds {held} examples; give a number from 1 to {held}.")

@@ -536,7 +536,10 @@ class Audit(_Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise UnbatchError(f"{path} is no audit of unbatch (schema {SCHEMA}): {where}: {first['msg']}.") from None
+            raise UnbatchError(
+                f"{path} is no audit of unbatch (schema {SCHEMA}): {where}: {first['msg']}. Give the audit.json that "
+                "`unbatch audit` wrote."
+            ) from None
         if audit.schema_number != SCHEMA:
             raise UnbatchError(
                 f"{path} has schema {audit.schema_number}; this version reads {SCHEMA}. Run the audit again."
