@@ -1,6 +1,7 @@
 """Label counting: a bound never claims too much, an exact claim is true, and an estimate is called one."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,12 +44,13 @@ def counted(
     assert int(estimate.sum()) == len(y)
     assert found.labels is not None
     assert found.bound is not None
-    assert torch.equal(torch.bincount(found.labels, minlength=len(lower)), estimate)
-    proven = found.labels[found.bound == 0]
-    assert torch.equal(torch.bincount(proven, minlength=len(lower)), lower)
+    assert torch.equal(torch.bincount(found.labels.flatten().long(), minlength=len(lower)), estimate)
+    proven = found.labels[found.bound == 0].long()
+    assert torch.bincount(proven, minlength=len(lower)).tolist() == found.trace["proven"]
+    assert bool((torch.tensor(found.trace["proven"]) <= lower).all())
     assert bool((found.bound[len(proven) :] == torch.inf).all())
     assert (found.trace["proof"] == "exact") == (len(proven) == len(y))
-    if found.trace["proof"] == "exact":
+    if int(lower.sum()) == len(y):
         assert torch.equal(estimate, true)
     return found, true
 
@@ -93,10 +95,78 @@ def test_bounds_hold_on_any_network(
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 2), (1, 10), (3, 10), (10, 100)])
-def test_a_fresh_network_proves_every_label(n: int, k: int) -> None:
+def test_a_fresh_network_fixes_every_label_and_proves_that_of_one(n: int, k: int) -> None:
     for seed in range(10):
-        found, _ = counted(*client(seed, n, k))
-        assert found.trace["proof"] == "exact"
+        found, true = counted(*client(seed, n, k))
+        assert found.trace["lower"] == true.tolist()
+        assert found.trace["proof"] == ("exact" if n == 1 else "conditional")
+        assert n == 1 or "rows of probabilities, ignored rows or another factor" in found.trace["words"]
+
+
+def by_number(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy that takes class numbers and nothing else."""
+    return -outputs.log_softmax(1).gather(1, labels[:, None]).mean()
+
+
+@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize(
+    "loss", [by_number, nn.CrossEntropyLoss(ignore_index=9), nn.CrossEntropyLoss(torch.arange(1.0, 11))]
+)
+def test_classes_that_occur_are_proven_where_nothing_but_classes_can(n: int, loss: Loss) -> None:
+    for seed in range(10):
+        found, true = counted(*client(seed, n, 10), loss)
+        seen = true.clone()
+        seen[9] = 0 if getattr(loss, "ignore_index", 0) == 9 else seen[9]
+        assert found.trace["proven"] == (seen > 0).long().tolist()
+
+
+def altered(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, factor: float) -> Reconstruction:
+    """The answer to an update that was multiplied by a factor of which nobody tells."""
+    obs = observe(model, loss, x, y)[0]
+    return COUNT(replace(obs, update={name: factor * t for name, t in obs.update.items()}))
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5, 30.0, -1.0, -0.01])
+@pytest.mark.parametrize("loss", [F.cross_entropy, by_number, nn.CrossEntropyLoss(label_smoothing=0.1)])
+def test_a_wrong_factor_proves_nothing_wrong(factor: float, loss: Loss) -> None:
+    proven = 0
+    for seed, (n, k) in itertools.product(range(15), [(1, 10), (2, 5), (3, 10), (4, 10)]):
+        model, x, y = client(seed, n, k)
+        found = altered(model, loss, x, y, factor)
+        left = torch.bincount(y, minlength=k) - torch.tensor(found.trace["proven"])
+        assert bool((left >= 0).all())
+        proven += int((found.bound == 0).sum())
+    assert proven == 0 or loss is by_number
+
+
+def test_ignored_rows_and_soft_labels_are_not_proven_to_be_classes() -> None:
+    model, x, _ = client(0, 4, 10)
+    found = COUNT(observe(model, F.cross_entropy, x, torch.tensor([-100, -100, 5, 5]))[0])
+    assert found.trace["proven"] == [0] * 10
+    found = COUNT(observe(model, lambda o, y: F.nll_loss(o.log_softmax(1), y), x, torch.tensor([-100, -100, 5, 5]))[0])
+    assert found.trace["proven"] == [0] * 5 + [1] + [0] * 4
+    rows = torch.tensor([[0.6, 0.4] + 8 * [0.0]] * 2)
+    found = COUNT(observe(model, F.cross_entropy, x[:2], rows)[0])
+    assert bool((found.bound == torch.inf).all())
+
+
+def test_the_soft_label_of_one_example_is_computed_back_but_not_proven() -> None:
+    model, x, _ = client(0, 1, 10)
+    row = torch.tensor([[0.6, 0.4] + 8 * [0.0]])
+    found = COUNT(observe(model, F.cross_entropy, x, row)[0])
+    assert torch.allclose(found.labels, row, atol=1e-4)
+    assert bool((found.bound == torch.inf).all())
+    assert "0.6 of class 0, 0.4 of class 1" in found.trace["words"]
+
+
+def test_weighted_classes_are_counted() -> None:
+    rng, right = torch.Generator().manual_seed(0), 0
+    for seed in range(10):
+        model, x, y = client(seed, 12, 4)
+        weight = torch.rand(4, generator=rng) + 0.5
+        found, true = counted(model, x, y, nn.CrossEntropyLoss(weight, reduction=("mean", "sum")[seed % 2]))
+        right += int(torch.minimum(torch.tensor(found.trace["estimate"]), true).sum())
+    assert right >= 0.9 * 120
 
 
 def test_the_bounds_are_the_best_possible() -> None:
@@ -128,7 +198,7 @@ def test_more_examples_than_classes_is_bounded_and_nearly_right(n: int) -> None:
     wrong = 0
     for seed in range(10):
         found, true = counted(*client(seed, n, 10))
-        assert found.trace["proof"] == "bounded"
+        assert found.trace["proof"] == "conditional"
         assert "are estimates" in found.trace["words"]
         wrong += int((torch.tensor(found.trace["estimate"]) - true).clamp_min(0).sum())
     assert wrong / (10 * n) < 0.05
@@ -156,17 +226,20 @@ def test_losses(k: int, loss: str, reduction: str) -> None:
 def test_the_smoothing_of_the_loss_is_allowed_for() -> None:
     for seed in range(10):
         model, x, y = client(seed, 4, 10)
-        found, _ = counted(model, x, y, nn.CrossEntropyLoss(label_smoothing=0.2))
-        assert found.trace["proof"] == "exact"
+        found, true = counted(model, x, y, nn.CrossEntropyLoss(label_smoothing=0.2))
+        assert found.trace["lower"] == true.tolist()
+        assert counted(model, x[:1], y[:1], nn.CrossEntropyLoss(label_smoothing=0.2))[0].trace["proof"] == "exact"
 
 
 def test_without_a_bias_one_example_is_proven_and_signs_prove_presence() -> None:
     for seed, activation in itertools.product(range(5), ("relu", "gelu")):
-        found, _ = counted(*client(seed, 1, 10, bias=False, activation=activation))
+        found, true = counted(*client(seed, 1, 10, bias=False, activation=activation), by_number)
         assert found.trace["proof"] == "exact"
-    found, true = counted(*client(0, 6, 10, bias=False))
+        found, _ = counted(*client(seed, 1, 10, bias=False, activation=activation))
+        assert (found.trace["lower"], found.trace["proof"]) == (true.tolist(), "conditional")
+    found, true = counted(*client(0, 6, 10, bias=False), by_number)
     assert "nonnegative" in found.trace["words"]
-    assert torch.equal(torch.tensor(found.trace["lower"]) > 0, true > 0)
+    assert torch.equal(torch.tensor(found.trace["proven"]) > 0, true > 0)
     found, _ = counted(*client(0, 6, 10, bias=False, activation="gelu"))
     assert found.trace["proof"] == "estimate"
 
@@ -239,14 +312,18 @@ def test_bounds_hold_of_local_training(
 
 def test_local_training_keeps_the_proof() -> None:
     protocol = Protocol(epochs=3, local_batch_size=2, learning_rate=0.05, momentum=0.5, weight_decay=0.01)
-    found, _ = counted(*client(0, 4, 50), protocol=protocol)
-    assert found.trace["proof"] == "exact"
+    found, true = counted(*client(0, 4, 50), by_number, protocol=protocol)
+    assert found.trace["lower"] == true.tolist()
+    assert found.trace["proven"] == (true > 0).long().tolist()
 
 
 def test_adam_proves_which_classes_occur() -> None:
     model, x, _ = client(0, 4, 10)
-    found, true = counted(model, x, torch.tensor([2, 5, 5, 7]), protocol=Protocol(local_steps=3, optimiser="adam"))
-    assert torch.equal(torch.tensor(found.trace["lower"]) > 0, true > 0)
+    for loss in (F.cross_entropy, by_number):
+        adam = Protocol(local_steps=3, optimiser="adam")
+        found, true = counted(model, x, torch.tensor([2, 5, 5, 7]), loss, protocol=adam)
+        assert torch.equal(torch.tensor(found.trace["lower"]) > 0, true > 0)
+        assert found.trace["proof"] == ("conditional" if loss is F.cross_entropy else "bounded")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -268,15 +345,17 @@ def test_noise_ends_the_proof_unless_its_size_is_known() -> None:
         model, x, y = client(seed, 4, 10)
         loud = counted(model, x, y, defences=["noise:sigma=0.02,relative=true"], seed=seed)[0]
         assert loud.trace["proof"] == "estimate"
-        known = counted(model, x, y, defences=["noise:sigma=0.001"], seed=seed)[0]
-        assert known.trace["proof"] == "exact"
+        known, true = counted(model, x, y, by_number, defences=["noise:sigma=0.001"], seed=seed)
+        assert known.trace["lower"] == true.tolist()
+        assert known.trace["proven"] == (true > 0).long().tolist()
         assert "known noise" in known.trace["words"]
 
 
 @pytest.mark.parametrize("defence", ["clip:norm=0.01", "mixup", "secure-aggregation:clients=3"])
 def test_defences_that_leave_the_labels_in(defence: str) -> None:
     for seed in range(5):
-        assert counted(*client(seed, 6, 100), defences=[defence])[0].trace["proof"] in ("exact", "bounded")
+        assert counted(*client(seed, 6, 100), defences=[defence])[0].trace["proof"] == "conditional"
+        assert sum(counted(*client(seed, 6, 100), by_number, defences=[defence])[0].trace["proven"]) > 3
 
 
 def test_apportion_fills_up_the_largest_remainders() -> None:
@@ -308,7 +387,8 @@ def test_obstacles_are_told_in_words() -> None:
     assert "not that of a dense layer" in words(Cut(), y)
     assert "vectors or real numbers" in words(model, torch.randn(4, 10), F.mse_loss)
     weighted = nn.CrossEntropyLoss(weight=torch.arange(1.0, 11.0))
-    assert "class weights" in words(model, y, weighted)
+    assert "weights or ignores classes" in words(model, y, weighted, protocol=Protocol(local_steps=2))
+    assert "weights beside smoothing" in words(model, y, nn.CrossEntropyLoss(weighted.weight, label_smoothing=0.1))
     adam = Protocol(local_steps=2, optimiser="adam", weight_decay=0.1)
     assert "Adam keeps only signs" in words(model, y, protocol=adam)
     overshoot = Protocol(local_steps=3, learning_rate=1.0, weight_decay=1.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from typing import Any, ClassVar, final
 
@@ -134,7 +134,7 @@ class Attack(Plugin, ABC):
             raise NotApplicable(f"{self.name} needs {', '.join(missing)}, which the attacker does not know here.")
         view = View.of(obs.only(*(self.needs | self.uses)))
         with torch.random.fork_rng(devices=[]):  # an attack that reads the global generator must not disturb the caller
-            found = self.run(view, torch.Generator().manual_seed(seed))
+            found = _as_the_loss_takes(view, self.run(view, torch.Generator().manual_seed(seed)))
         self._judge(obs, found)
         return found
 
@@ -156,6 +156,16 @@ class Attack(Plugin, ABC):
             wrong = f"no bound, though it declares itself {self.guarantee}"
         if wrong:
             raise RuntimeError(f"{self.name} breaks its contract: it returned {wrong}. This is a defect of the attack.")
+
+
+def _as_the_loss_takes(view: View, found: Reconstruction) -> Reconstruction:
+    """The reconstruction with its labels in the form that the loss takes; as it is where they have no such form."""
+    if found.labels is None or not len(found.labels):
+        return found
+    try:
+        return replace(found, labels=view.labels.taken(found.labels, next(view.model.parameters()).dtype))
+    except (NotApplicable, UnbatchError):
+        return found
 
 
 class ActiveAttack(Attack):

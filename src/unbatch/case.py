@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from unbatch.domain import Domain, domain_of
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
+from unbatch.label_form import BROADCASTS, PROBES, LabelForm, label_words, loss_on_cpu, objection
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small
 from unbatch.network.unwrapped import unwrapped
@@ -41,7 +43,7 @@ class Setting:
     model: nn.Module
     loss: Loss
     inputs: Tensor  # [n, *input_shape]
-    labels: Tensor  # [n]
+    labels: Tensor  # [n, ...] as the loss takes them
     protocol: Protocol = field(default_factory=Protocol)
     knowledge: Knowledge = field(default_factory=Knowledge)  # beyond what the protocol makes known
     domain: Domain = None  # type: ignore[assignment]  # guessed from the inputs where not given
@@ -90,17 +92,63 @@ class Setting:
                 module.training = flag
         if not isinstance(outputs, Tensor):
             raise UnbatchError(f"the model returns {type(outputs).__name__}; wrap it so that it returns one tensor.")
-        if not self.labels.is_floating_point() and outputs.ndim == 2 and outputs.shape[1] > 1:
-            k, low, high = outputs.shape[1], int(self.labels.min()), int(self.labels.max())
-            if low < 0 or high >= k:
-                raise UnbatchError(f"labels run from {low} to {high}, but the model has {k} classes, 0 to {k - 1}.")
+        object.__setattr__(self, "labels", _checked_labels(self.loss, outputs.detach(), self.labels))
 
     def label_name(self, label: Tensor) -> str:
-        """A label in words, as the report shows it; its number where the classes have no names."""
-        number = label.tolist()
-        if isinstance(number, int) and 0 <= number < len(self.classes):
-            return self.classes[number]
-        return str(number)
+        """A label in words, as the report shows it; by number where the classes have no names."""
+        return label_words(label, self.classes)
+
+
+def _checked_labels(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
+    """Labels that the loss takes beside the model's outputs [g, ...]: as given, or whole numbers in int64.
+
+    Raises UnbatchError: the loss takes them in no way, or only by broadcasting; the message says what it takes.
+    """
+    n, shape = len(labels), tuple(outputs.shape[1:])
+    beside = outputs[torch.arange(n, device=outputs.device) % len(outputs)]
+    classes = shape[0] if shape and shape[0] > 1 and tuple(labels.shape[1:]) == shape[1:] else 0
+    outside = bool(classes) and not labels.is_floating_point() and bool(((labels < 0) | (labels >= classes)).any())
+    if outside and outputs.device.type != "cpu":  # a number that no class has ends a GPU's process
+        loss, beside = loss_on_cpu(loss), beside.cpu()
+    whole = not labels.is_floating_point() and labels.dtype != torch.int64
+    why = list[str]()
+    for given in (labels, labels.long()) if whole else (labels,):
+        reason = _refusal(loss, beside, given.to(beside.device))
+        if reason is None:
+            return given
+        why.append(reason)
+    try:
+        takes = f"it takes {LabelForm.of(loss, shape, device=beside.device).words()}"
+    except UnbatchError:
+        takes = "it takes none of the usual forms (class numbers, one-hot rows, bits, real targets) either"
+    if outside:
+        low, high = int(labels.min()), int(labels.max())
+        why.append(f"labels run from {low} to {high}, but the model has {classes} classes, 0 to {classes - 1}")
+    raise UnbatchError(
+        f"labels {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)} do not go with outputs "
+        f"{[n, *shape]} under this loss: {'; '.join(dict.fromkeys(why))}. With such outputs {takes}; give labels so."
+    )
+
+
+def _refusal(loss: Loss, outputs: Tensor, labels: Tensor) -> str | None:
+    """Why the loss does not take these labels beside these outputs, or only by broadcasting; None: it does."""
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("error", message="Using a target size")
+            value = loss(outputs, labels)
+    except Exception as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return (
+            f"it gives {list(value.shape) if isinstance(value, Tensor) else type(value).__name__}, and not one number"
+        )
+    if bool(value.isnan()):
+        return "its value is NaN (are all rows ignored?)"
+    n = next(rows for rows in PROBES if rows not in outputs.shape)
+    turn = (torch.arange(n, device=labels.device) % 2).view(-1, *[1] * (labels.ndim - 1))
+    probe = torch.randn((n, *outputs.shape[1:]), generator=torch.Generator().manual_seed(0)).to(outputs)
+    said = objection(loss, probe, turn.expand(n, *labels.shape[1:]).to(labels.dtype))
+    return said if said is not None and said.startswith(BROADCASTS) else None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

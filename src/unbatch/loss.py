@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unbatch.errors import UnbatchError
+from unbatch.label_form import REFUSALS, LabelForm, in_dtype
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -21,139 +21,241 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class LossForm:
     """Which of the known losses a loss is, as its values and gradients say.
 
-    L = factor * sum_i l(outputs_i, labels_i), with factor = scale / n for the mean (over examples) and factor = scale for
-    the sum; l is cross entropy (natural logarithm, with `smoothing`), binary cross entropy on logits summed over the
-    outputs, or the squared error summed over the outputs.
+    L = factor * sum_i w_i l(outputs_i, labels_i); l is cross entropy (natural logarithm, with `smoothing`), binary cross
+    entropy on logits summed over the outputs, or the squared error summed over the outputs. factor = scale for the sum; for
+    the mean it is scale / sum_i w_i, or scale / n with `by_count`. w_i is 1 but where classes have `weights` (the largest
+    is 1), and 0 for rows of the class number `ignored`, whether that is one of the classes or stands outside them.
+
+    `labels` is the form in which the loss takes labels.
 
     >>> str(identify(lambda outputs, labels: 3 * F.cross_entropy(outputs, labels, label_smoothing=0.1), (2, 5)))
     'cross-entropy (mean, scale 3, label smoothing 0.1)'
+    >>> form = identify(torch.nn.CrossEntropyLoss(ignore_index=1), (2, 3))
+    >>> str(form), form.ignored, form.weights
+    ('cross-entropy (mean, class 1 ignored)', 1, (1.0, 0.0, 1.0))
     """
 
     name: Literal["cross-entropy", "binary-cross-entropy", "squared-error"]
     reduction: Literal["mean", "sum"]
     scale: float
-    classes: bool  # labels are class numbers, not real targets
+    labels: LabelForm
     smoothing: float = 0.0
+    weights: tuple[float, ...] | None = None  # of the classes; None: all the same
+    ignored: int | None = None  # the label whose rows count for nothing; usually -100, outside the classes
+    by_count: bool = False  # the mean divides by the number of rows, ignored and light ones as well
+
+    @property
+    def classes(self) -> bool:
+        """Whether labels are class numbers, and not bits or real targets."""
+        return self.labels.kind == "class"
+
+    def weight_of(self, labels: Tensor) -> Tensor:
+        """The weight w_i of each of these labels [g] in the loss, in float64; 1 where labels are no class numbers.
+
+        >>> identify(torch.nn.CrossEntropyLoss(ignore_index=1), (2, 3)).weight_of(torch.tensor([0, 1, 2]))
+        tensor([1., 0., 1.], dtype=torch.float64)
+        """
+        if self.weights is None or labels.is_floating_point():
+            return torch.ones(len(labels), dtype=torch.float64, device=labels.device)
+        table = torch.tensor(self.weights, dtype=torch.float64, device=labels.device)
+        return torch.where(labels < 0, 0.0, table[labels.clamp(0, len(table) - 1)])
 
     def __str__(self) -> str:
         extra = f", label smoothing {self.smoothing:.3g}" if self.smoothing else ""
         scale = "" if abs(self.scale - 1) < 1e-6 else f", scale {self.scale:.6g}"
+        if self.weights is not None and set(self.weights) != {0.0, 1.0}:
+            extra += ", classes weighted"
+        elif self.weights is not None:
+            idle = [str(j) for j, w in enumerate(self.weights) if w == 0]
+            extra += f", class{'es' * (len(idle) > 1)} {', '.join(idle)} ignored"
         return f"{self.name} ({self.reduction}{scale}{extra})"
 
 
-def draw_labels(loss: Loss, outputs: Tensor, rng: torch.Generator) -> Tensor:
-    """Random labels of the form that `loss` takes for `outputs` [n, k]: class numbers, or targets shaped [n, k] or [n].
+_Name = Literal["cross-entropy", "binary-cross-entropy", "squared-error"]
+USUAL_IGNORED = (-100, -1, 255)  # numbers outside the classes by which rows are marked as unlabelled
+WIDE_TARGETS = 30.0  # a squared error that turns into something else far out (Huber) shows itself there
 
-    A form that the loss only takes by broadcasting is refused, since that would mix the examples.
-    Raises UnbatchError: the loss takes none of these.
 
-    >>> rng = torch.Generator().manual_seed(0)
-    >>> draw_labels(F.cross_entropy, torch.zeros(4, 3), rng).dtype, draw_labels(F.mse_loss, torch.zeros(4, 3), rng).shape
-    (torch.int64, torch.Size([4, 3]))
-    """
-    n = len(outputs)
-    forms = [
-        torch.randint(2, outputs.shape, generator=rng).to(outputs),
-        torch.randint(2, (n,), generator=rng).to(outputs),
-    ]
-    if outputs.ndim > 1 and outputs.shape[1] > 1:
-        forms.insert(0, torch.randint(outputs.shape[1], (n, *outputs.shape[2:]), generator=rng).to(outputs.device))
-    reasons = []
-    for labels in forms:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                value = loss(outputs, labels)
-            if value.ndim == 0 and value.isfinite():
-                return labels
-            reasons.append(f"{labels.dtype} {tuple(labels.shape)} gave {tuple(value.shape)}")
-        except (RuntimeError, ValueError, IndexError, TypeError, UserWarning) as error:
-            reasons.append(f"{labels.dtype} {tuple(labels.shape)}: {str(error).splitlines()[0]}")
-    raise UnbatchError(
-        f"the loss is no finite scalar function of outputs {tuple(outputs.shape)} and labels; tried "
-        f"{'; '.join(reasons)}. Give a callable (outputs, labels) -> scalar."
-    )
+@dataclass(frozen=True)
+class _Fit:
+    """A reference that explains the loss's value and gradient on one batch: the factor that each class's rows have."""
+
+    name: _Name
+    factors: Tensor  # [k] by class; [1] where labels are no class numbers
+    smoothing: float
+
+    def like(self, other: _Fit, close: float) -> bool:
+        """Whether both are the same loss, with weights in the same proportion."""
+        same = self.name == other.name and abs(self.smoothing - other.smoothing) <= close
+        return same and _near(self.factors / self.factors.max(), other.factors / other.factors.max(), 10 * close)
 
 
 def identify(loss: Loss, outputs_shape: tuple[int, ...], *, device: torch.device | None = None) -> LossForm | None:
     """The form of `loss` on outputs of shape [n, k] (or [n]), or None if it is none of the known ones.
 
-    Values and gradients are compared with each reference at random outputs and labels in float64 (to 1e-6), for two
-    batch sizes to tell the mean from the sum. Label smoothing is solved for from the gradient of cross entropy,
-    c (p_j - (1 - s) [j = y] - s / k).
+    Values and gradients are compared with each reference at random outputs and labels in float64 (to 1e-6; in float32 to
+    1e-4 where the loss takes nothing else). Labels name every class, so that weights and an ignored class show
+    themselves; a second batch with more of the heaviest class tells a sum, a mean over rows and a mean over weights apart.
+    Label smoothing is solved for from the gradient of cross entropy, c (p_j - (1 - s) [j = y] - s / k).
 
     >>> form = identify(F.cross_entropy, (2, 3))
-    >>> form.name, form.reduction, form.scale, form.classes
-    ('cross-entropy', 'mean', 1.0, True)
+    >>> form.name, form.reduction, form.scale, form.classes, form.ignored
+    ('cross-entropy', 'mean', 1.0, True, -100)
     >>> identify(lambda outputs, labels: outputs.exp().mean(), (2, 3)) is None
     True
     """
-    rng = torch.Generator().manual_seed(0)
-    k = outputs_shape[1] if len(outputs_shape) > 1 else 1
-    sizes = (k + 2, k + 5)  # neither is k: a loss that broadcasts labels over the outputs shows itself
-    fits: list[tuple[_Name, float, float]] = []
-    classes = False
-    for n in sizes:
-        outputs = torch.randn((n, *outputs_shape[1:]), generator=rng, dtype=torch.float64).to(device)
+    try:
+        labels = LabelForm.of(loss, outputs_shape[1:], device=device)
+    except UnbatchError:
+        return None
+    for dtype, close in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
         try:
-            labels = draw_labels(loss, outputs, rng)
-        except ValueError:
-            return None
-        classes = not labels.is_floating_point()
-        fit = _fit(loss, outputs, labels)
+            found = _identified(in_dtype(loss, dtype), outputs_shape[1:], labels, dtype, device, close)
+        except REFUSALS:
+            found = None
+        if found is not None:
+            return found
+    return None
+
+
+def _identified(
+    loss: Loss, shape: tuple[int, ...], form: LabelForm, dtype: torch.dtype, device: torch.device | None, close: float
+) -> LossForm | None:
+    """What the loss is by two batches, of which the second has three more rows, of its heaviest class."""
+    rng, k = torch.Generator().manual_seed(0), form.count if form.kind == "class" else 0
+    fits, sizes, heaviest = list[_Fit](), list[int](), 0
+    for more in (0, 3):
+        n = (k or (shape[0] if shape else 1) + 2) + more
+        outputs = torch.randn((n, *shape), generator=rng, dtype=torch.float64).to(device, dtype)
+        labels = form.draw(n, rng, outputs)
+        if k:
+            labels = torch.cat([torch.randperm(k, generator=rng), torch.full((more,), heaviest)]).to(outputs.device)
+        fit = _fit(loss, outputs, labels, form, close)
         if fit is None:
             return None
+        heaviest = int(fit.factors.argmax())
         fits.append(fit)
-    (name, small, smoothing), (other, large, again) = fits
-    if name != other or abs(smoothing - again) > 1e-6:
+        sizes.append(n)
+    first, second = fits
+    if not first.like(second, close):
         return None
-    if abs(small - large) < 1e-6 * abs(small):
-        return LossForm(name, "sum", small, classes, smoothing)
-    if abs(sizes[0] * small - sizes[1] * large) < 1e-6 * abs(sizes[0] * small):
-        return LossForm(name, "mean", sizes[0] * small, classes, smoothing)
-    return None
-
-
-_Name = Literal["cross-entropy", "binary-cross-entropy", "squared-error"]
-
-
-def _fit(loss: Loss, outputs: Tensor, labels: Tensor) -> tuple[_Name, float, float] | None:
-    """Name, factor and smoothing that explain the loss's value and gradient at these outputs."""
-    live = outputs.clone().requires_grad_()
-    value = loss(live, labels)
-    (seen,) = torch.autograd.grad(value, live)
-    target = labels
-    if not labels.is_floating_point():
-        k = outputs.shape[1]
-        target = F.one_hot(labels, k).to(outputs)
-        basis = torch.stack([(outputs.softmax(1) - target).flatten(), (target - 1 / k).flatten()], 1)  # [n k, 2]
-        solved = torch.linalg.lstsq(basis, seen.flatten().unsqueeze(1)).solution.flatten()
-        c, smoothing = float(solved[0]), float(solved[1] / solved[0])
-        if _same((basis @ solved).view_as(seen), seen) and -1e-9 < smoothing < 1:
-            smoothing = max(smoothing, 0.0) if smoothing > 1e-9 else 0.0
-            total = F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
-            if _same(c * total, value.detach()):
-                return "cross-entropy", c, smoothing
-    if target.numel() != outputs.numel():
+    weights = (first.factors / first.factors.max()).cpu()
+    weights = weights.where(weights > 10 * close, 0.0).where((weights - 1).abs() > 10 * close, 1.0)
+    peaks = [float(fit.factors.max()) for fit in fits]
+    masses = [float(weights.sum()) + more if k else size for size, more in zip(sizes, (0, 3), strict=True)]
+    uneven = bool(k) and bool((weights < 1).any())
+    readings: tuple[tuple[Literal["mean", "sum"], list[float], bool], ...] = (
+        ("sum", [1.0, 1.0], False),
+        ("mean", masses, False),
+        ("mean", [float(size) for size in sizes], True),
+    )
+    for reduction, over, counted in readings:
+        scales = [peak * size for peak, size in zip(peaks, over, strict=True)]
+        if math.isclose(*scales, rel_tol=close):
+            scale, by_count = float(f"{scales[0]:.10g}"), counted and uneven
+            made = LossForm(first.name, reduction, scale, form, first.smoothing, by_count=by_count)
+            break
+    else:
         return None
-    target = target.view_as(outputs)
-    c_bce = _ratio(seen, outputs.sigmoid() - target)
+    if uneven:
+        idle = (weights == 0).nonzero().flatten().tolist()
+        table = tuple(float(f"{w:.10g}") for w in weights.tolist())
+        made = replace(made, weights=table, ignored=idle[0] if len(idle) == 1 else None)
+    return _with_ignored(loss, shape, made, dtype, close) if made.ignored is None and k else made
+
+
+def _with_ignored(loss: Loss, shape: tuple[int, ...], form: LossForm, dtype: torch.dtype, close: float) -> LossForm:
+    """The same form with the number outside the classes, if there is one, whose rows count for nothing."""
+    k, rng = form.labels.count, torch.Generator().manual_seed(1)
+    outputs = torch.randn((3, *shape), generator=rng, dtype=torch.float64).to(
+        dtype
+    )  # a GPU would not survive a wrong one
+    heaviest = form.weights.index(1.0) if form.weights else 0
+    for number in USUAL_IGNORED:
+        if 0 <= number < k:
+            continue
+        try:
+            slope = gradient_of(loss, outputs, torch.tensor([heaviest, heaviest, number]))
+            whole = gradient_of(loss, outputs[:2], torch.tensor([heaviest, heaviest]))
+        except REFUSALS:
+            continue
+        if bool(slope[2].any()) or not bool(slope.isfinite().all()):
+            continue
+        ratio = float(slope[:2].norm() / whole.norm())
+        for by_count, expected in ((form.by_count, 1.0), (form.reduction == "mean", 2 / 3)):
+            if math.isclose(ratio, expected, rel_tol=10 * close):
+                return replace(form, ignored=number, by_count=by_count)
+    return form
+
+
+def gradient_of(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of the loss with respect to the outputs [n, ...], by autograd.
+
+    >>> gradient_of(lambda o, y: (o - y).square().sum(), torch.tensor([[1.0]]), torch.tensor([[0.5]]))
+    tensor([[1.]])
+    """
+    live = outputs.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(loss(live, labels), live)
+    return slope
+
+
+def _fit(loss: Loss, outputs: Tensor, labels: Tensor, form: LabelForm, close: float) -> _Fit | None:
+    """Name, factors and smoothing that explain the loss's value and gradient at these outputs."""
+    seen, value = gradient_of(loss, outputs, labels), loss(outputs, labels).detach()
+    if form.kind == "class":
+        found = _cross_entropy(outputs, labels, seen, value, close)
+        if found is not None or outputs.ndim != 2:
+            return found
+        target = F.one_hot(labels, form.count).to(outputs)
+    elif labels.numel() == outputs.numel() and form.kind != "sign":
+        target = labels.view_as(outputs).to(outputs)
+    else:
+        return None
+    c_bce = _ratio(seen, outputs.sigmoid() - target, close)
     total = F.binary_cross_entropy_with_logits(outputs, target, reduction="sum")
-    if c_bce is not None and _same(c_bce * total, value.detach()):
-        return "binary-cross-entropy", c_bce, 0.0
-    c_square = _ratio(seen, 2 * (outputs - target))
-    if c_square is not None and _same(c_square * (outputs - target).square().sum(), value.detach()):
-        return "squared-error", c_square, 0.0
-    return None
+    if c_bce is not None and _near(c_bce * total, value, close):
+        return _Fit("binary-cross-entropy", torch.tensor([c_bce], dtype=torch.float64), 0.0)
+    c_square = _ratio(seen, 2 * (outputs - target), close)
+    if c_square is None or not _near(c_square * (outputs - target).square().sum(), value, close):
+        return None
+    if form.kind != "class" and not form.whole:
+        far = WIDE_TARGETS * torch.linspace(-1, 1, labels.numel()).to(labels).view_as(labels)
+        if not _near(gradient_of(loss, outputs, far), c_square * 2 * (outputs - far.view_as(outputs)), close):
+            return None
+    return _Fit("squared-error", torch.tensor([c_square], dtype=torch.float64), 0.0)
 
 
-def _ratio(seen: Tensor, reference: Tensor) -> float | None:
+def _cross_entropy(outputs: Tensor, labels: Tensor, seen: Tensor, value: Tensor, close: float) -> _Fit | None:
+    """Cross entropy with one factor and label smoothing, or with a factor for each class (weights, an ignored class)."""
+    k = outputs.shape[1]
+    target = F.one_hot(labels, k).to(outputs)
+    pull = outputs.softmax(1) - target
+    basis = torch.stack([pull.flatten(), (target - 1 / k).flatten()], 1)  # [n k, 2]
+    solved = torch.linalg.solve(basis.T @ basis, basis.T @ seen.flatten())
+    c, smoothing = float(solved[0]), float(solved[1] / solved[0])
+    if _near((basis @ solved).view_as(seen), seen, close) and -1e-9 < smoothing < 1:
+        smoothing = smoothing if smoothing > max(1e-9, 1e-3 * close) else 0.0
+        total = F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
+        if _near(c * total, value, close):
+            return _Fit("cross-entropy", torch.full((k,), c, dtype=torch.float64), smoothing)
+    each = (seen * pull).sum(1) / pull.square().sum(1)  # [n]
+    if not _near(each[:, None] * pull, seen, close) or not bool((each > -close * each.abs().max()).all()):
+        return None
+    factors = torch.zeros(k, dtype=torch.float64, device=outputs.device).scatter(0, labels, each.double())
+    if not _near(factors[labels], each.double(), close) or not bool(each.any()):
+        return None
+    total = (each * F.cross_entropy(outputs, labels, reduction="none")).sum()
+    return _Fit("cross-entropy", factors, 0.0) if _near(total, value, close) else None
+
+
+def _ratio(seen: Tensor, reference: Tensor, close: float) -> float | None:
     c = float((seen * reference).sum() / reference.square().sum())
-    return c if c != 0 and _same(c * reference, seen) else None
+    return c if c != 0 and _near(c * reference, seen, close) else None
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.linalg.vector_norm(a - b) <= 1e-6 * torch.linalg.vector_norm(b))
+def _near(a: Tensor, b: Tensor, close: float) -> bool:
+    return bool(torch.linalg.vector_norm(a - b) <= close * torch.linalg.vector_norm(b))
 
 
 def reduction(loss: Loss, outputs: Tensor, labels: Tensor) -> Literal["mean", "sum"] | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unbatch.domain import Domain
+from unbatch.label_form import agree
 from unbatch.plugin import Plugin
 from unbatch.reconstruction import Reconstruction
 from unbatch.truth import Truth
@@ -84,7 +85,8 @@ def match(found: Reconstruction, truth: Truth, domain: Domain) -> Matching:
         cost, factor = torch.zeros(0, n).double(), torch.ones(0, n).double()
     elif found.inputs is None:
         labels = found.labels if found.labels is not None else torch.full((k,), -1)
-        cost = (labels.reshape(k, 1, -1).cpu() != truth.labels.reshape(1, n, -1).cpu()).any(-1).double()
+        pairs = torch.cartesian_prod(torch.arange(k), torch.arange(n))
+        cost = (~agree(labels.cpu()[pairs[:, 0]], truth.labels.cpu()[pairs[:, 1]])).double().view(k, n)
         factor = torch.ones(k, n, dtype=torch.float64)
     else:
         a = found.inputs.detach().double().cpu().reshape(k, -1)  # [k, d]

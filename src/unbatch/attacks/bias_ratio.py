@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
-from unbatch.inversion.label_fit import explaining_label, possible_labels
+from unbatch.inversion.label_fit import label_behind
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
 from unbatch.network.dense import Dense
@@ -77,7 +77,7 @@ class BiasRatio(Attack):
         inputs, bound, name = view.undo(layer, z, bound)
         label, explained, trace = None, None, {"layer": layer.name, "rank-one residual": residual}
         if not name:
-            label = explaining_label(view.obs, inputs, possible_labels(view))
+            label = label_behind(view, inputs)
             explained = view.obs.residual(inputs, label) if label is not None else None
             trace["residual with the label found"] = explained
         bound = self._claim(view.obs, bound, explained)

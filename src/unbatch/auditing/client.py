@@ -43,7 +43,8 @@ def observe(
     >>> list(seen.update), seen.knowledge.only("batch_size", "clip"), len(truth)
     (['weight', 'bias'], Knowledge(batch_size=3, clip=0.5), 3)
     """
-    model = Setting(model=model, loss=loss, inputs=x, labels=y).model  # unwrapped; refuses what does not fit
+    own = Setting(model=model, loss=loss, inputs=x, labels=y)  # refuses what does not fit
+    model, y = own.model, own.labels  # unwrapped, and as the loss takes them
     protocol = protocol or Protocol()
     stack = Stack.of(defences)
     first = next(model.parameters())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unbatch.case import Setting
 from unbatch.domain import Domain, Images, Table, Tokens
+from unbatch.label_form import label_words, one_hot_classes
 from unbatch.metric import Matching, Metric, match
 from unbatch.metrics.psnr import Psnr
 from unbatch.metrics.ssim import Ssim
@@ -83,7 +84,7 @@ class Judge:
             index=i,
             bound=_claim(found, i),
             picture=self.domain.render(found.inputs[i]) if shown and found.inputs is not None else None,
-            label=str(found.labels[i].tolist()) if found.labels is not None else None,
+            label=label_words(found.labels[i]) if found.labels is not None else None,
         )
 
     def _scores(self, found: Reconstruction, truth: Truth, matching: Matching) -> dict[str, list[float | None]]:
@@ -111,8 +112,11 @@ def _guess(found: Reconstruction, truth: Truth, domain: Domain, classes: int, rn
     if found.inputs is not None:
         inputs = domain.prior(len(found), rng).to(truth.inputs.dtype)
     if found.labels is not None:
-        k = max(classes, int(truth.labels.max()) + 1, 2) if not truth.labels.is_floating_point() else 2
-        labels = torch.randint(k, (len(found), *truth.labels.shape[1:]), generator=rng)
+        hard = one_hot_classes(truth.labels) if truth.labels.ndim > 1 else None
+        true = truth.labels if hard is None else hard
+        k = max(classes, int(true.max()) + 1, 2) if not true.is_floating_point() else 2
+        k = max(k, truth.labels.shape[1]) if hard is not None else k
+        labels = torch.randint(k, (len(found), *true.shape[1:]), generator=rng)
     return Reconstruction(inputs=inputs, labels=labels, layer=found.layer, up_to=found.up_to)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from unbatch.errors import NotApplicable
+from unbatch.label_form import completed
 from unbatch.loss import LossForm
 from unbatch.network.dense import Call, Dense, LinearCalls, in_mode
 from unbatch.observation import Observation
@@ -20,8 +21,8 @@ class Tail:
     tail(before [g, m], labels [g, ...]) = dL/d(before) [g, m]: the deltas of examples whose output of the layer (before its
     activation) is `before`, in a batch of n. `check` makes sure that each row depends on its own example alone.
 
-    `targets` is the number of entries of one example's output, `classes` the number of class labels (0: labels are real
-    targets), `m` the layer's width.
+    `targets` is the number of entries of one example's label (of probabilities, all but the last), `classes` the number of
+    class labels (0: labels are real targets), `m` the layer's width.
 
     >>> import unbatch
     >>> from unbatch.inversion.view import View
@@ -50,10 +51,14 @@ class Tail:
         self.m = len(self.state[layer.weight])
         self.shape: tuple[int, ...] = obs.knowledge.input_shape
         probe = self.outputs(torch.zeros(2, self.m, dtype=dtype, device=obs.device))
-        self.targets = probe[0].numel()
+        self.targets = probe[0].numel() - (form.labels.kind == "probabilities")  # they add up to 1
         self.output = tuple(probe.shape[1:])
-        binary = form.name == "binary-cross-entropy" and self.targets == 1
+        binary = form.labels.kind == "binary" and self.targets == 1
         self.classes = self.targets if form.classes else 2 if binary else 0
+        told = obs.knowledge.get("labels")
+        weighs = form.weights is not None and form.reduction == "mean" and not form.by_count
+        known = form.labels.taken(told) if weighs and told is not None else None
+        self.mass = float(n) if known is None else float(form.weight_of(known).sum())  # what the mean divides by
 
     def outputs(self, before: Tensor, inputs: float = 0.0) -> Tensor:
         """The model's outputs [g, ...] where the layer gives `before` [g, m].
@@ -74,13 +79,23 @@ class Tail:
         """The deltas [g, m] of examples with the layer's outputs `before` [g, m]; with a graph if `before` has one."""
         live = before if before.requires_grad else before.detach().requires_grad_()
         with torch.enable_grad():
-            share = len(before) / self.n if self.form.reduction == "mean" else 1.0
-            value = self.obs.loss(self.outputs(live), self._target(y)) * share
+            value = self.obs.loss(self.outputs(live), self._target(y)) * self._share(y)
             (delta,) = torch.autograd.grad(value, live, create_graph=before.requires_grad)
-        return delta
+        return delta.nan_to_num(0.0) if self.form.weights is not None else delta  # a mean over ignored rows alone
+
+    def _share(self, y: Tensor) -> Tensor | float:
+        """What the loss of examples alone is multiplied by to be their part of the whole batch's."""
+        if self.form.reduction != "mean":
+            return 1.0
+        own = len(y) if self.form.by_count else self.form.weight_of(y).sum()
+        return own / self.mass
 
     def _target(self, y: Tensor) -> Tensor:
-        return y if self.form.classes else y.to(self.state[self.weight].dtype).reshape(-1, *self.output)
+        if self.form.classes:
+            return y
+        kind = torch.int64 if self.form.labels.whole else self.state[self.weight].dtype
+        y = completed(y) if self.form.labels.kind == "probabilities" else y
+        return y.to(kind).reshape(-1, *self.form.labels.shape)
 
     def check(self) -> None:
         """Makes sure that what an example sends back depends on its own output of the layer and on nothing else.

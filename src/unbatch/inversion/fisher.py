@@ -13,7 +13,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.mean_round import mean_round, still
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge, shares
-from unbatch.loss import draw_labels, reduction
+from unbatch.loss import reduction
 from unbatch.network.dense import forward, in_mode
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.search.softening import has_kinks
@@ -255,14 +255,14 @@ class Imagined:
         prior = GaussianPrior(known.input_shape, known.get("input_range", (0.0, 1.0)))
         if at is not None:
             fitted(obs, at[0].to(obs.device), at[1].to(obs.device))
-        told = known.get("labels") if at is None else at[1]
+        told = view.known_labels if at is None else at[1]
         batches = list[tuple[Tensor, Tensor]]()
         for k in range(draws):
             x = prior.draw(known.batch_size, rng).to(obs.device)
             if told is not None:
                 y = told.to(obs.device)
             elif k % alike == 0:
-                y = draw_labels(obs.loss, forward(obs.model, x), rng).to(obs.device)
+                y = view.labels.draw(len(x), rng, next(obs.model.parameters()))
             batches.append((x, y))
         over = "over labels drawn at random" if told is None else "for these labels"
         guess = " (the range is not known, and a table's rows may well lie elsewhere)"

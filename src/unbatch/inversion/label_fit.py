@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from unbatch.inversion.view import View
-from unbatch.loss import Loss
 from unbatch.observation import Observation
 
 # Two classes may share a gradient up to sign, and then their fits differ by rounding: so many digits count.
 DIGITS_OF_A_FIT = 4
+EXPLAINS = 1e-3  # relative misfit below which a label explains an update
+MOST_SOLVED_ENTRIES = 256  # of a label that is solved for: as many updates are simulated
+MOST_SOLVED_NUMBERS = 10**8  # of those updates together; beyond, the last tensors alone are looked at
+BITS_TO = 1e-3  # a solved label that is zeros and ones to that is read as such
 
 
 def possible_labels(view: View) -> list[Tensor]:
-    """The labels that one example may have, each as a tensor [1]: the known one, else every class.
+    """The labels that one example may have, each as the loss takes a batch of one: the known one, else every class.
 
-    Empty where there is no finite number of them (real targets) or the loss is of no known form.
+    Empty where there is no finite number of them (real targets, one label a pixel), or the loss takes none that is known.
 
     >>> import unbatch
     >>> from unbatch.models.small import build
@@ -29,15 +31,11 @@ def possible_labels(view: View) -> list[Tensor]:
     >>> possible_labels(View.of(seen))
     [tensor([0]), tensor([1]), tensor([2])]
     """
-    known, device, form = view.knowledge.get("labels"), view.obs.device, view.form
+    known, form = view.known_labels, view.form
     if known is not None:
-        return [known.to(device)]
-    if form is not None and form.classes:
-        return [torch.tensor([y], device=device) for y in range(view.outputs[0] if view.outputs else 2)]
-    if form is not None and form.name == "binary-cross-entropy" and math.prod(view.outputs) == 1:
-        parameter = next(view.model.parameters())
-        return _two(view.loss, torch.zeros(1, *view.outputs, dtype=parameter.dtype, device=device))
-    return []
+        return [known]
+    every = view.labels.every(torch.zeros((), dtype=next(view.model.parameters()).dtype, device=view.obs.device))
+    return [y for y in every if form is None or bool(form.weight_of(y) > 0)]  # an ignored one sends no update
 
 
 def explaining_label(obs: Observation, inputs: Tensor, candidates: Sequence[Tensor]) -> Tensor | None:
@@ -64,12 +62,67 @@ def explaining_label(obs: Observation, inputs: Tensor, candidates: Sequence[Tens
     return best[2]
 
 
-def _two(loss: Loss, output: Tensor) -> list[Tensor]:
-    """Both labels of a binary loss on one output [1, ...]: numbers [1], if it takes those, else targets like the output."""
-    numbers = [torch.tensor([y], device=output.device) for y in (0, 1)]
-    targets = [torch.full_like(output, y) for y in (0.0, 1.0)]
-    try:
-        same = all(torch.equal(loss(output + 1, a), loss(output + 1, b)) for a, b in zip(numbers, targets, strict=True))
-    except (RuntimeError, ValueError, TypeError):
-        same = False
-    return numbers if same else targets
+def label_behind(view: View, inputs: Tensor, candidates: Sequence[Tensor] | None = None) -> Tensor | None:
+    """The label [1, ...] that explains the update of one example, as the loss takes it; None where none can be told.
+
+    One of the `candidates` (every possible one if not given) up to a factor; where none of them explains it, or there are
+    none, the real numbers, bits or probabilities that do, since a gradient is affine in them under all usual losses.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x = build("mlp", (4,), 3, width=8, rng=rng), torch.rand(1, 4, generator=rng)
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, torch.tensor([[0.2, 0.5, 0.3]]))
+    >>> label_behind(View.of(seen), x)
+    tensor([[0.2000, 0.5000, 0.3000]])
+    """
+    hard = explaining_label(view.obs, inputs, possible_labels(view) if candidates is None else candidates)
+    if view.steps or "labels" in view.knowledge:
+        return hard
+    if hard is not None and view.obs.fit(inputs, hard)[1] < EXPLAINS:
+        return hard
+    soft = _solved_label(view, inputs)
+    return hard if soft is None else soft
+
+
+def _solved_label(view: View, inputs: Tensor) -> Tensor | None:
+    """The label in real numbers of one example by linear least squares; None where no such label explains the update."""
+    obs, form = view.obs, view.labels
+    shape = form.rows if form.kind == "class" else None if form.whole or form.kind == "sign" else form.shape
+    if shape is None or not form.sloped:
+        return None
+    blank = torch.zeros(1, *shape, dtype=next(obs.model.parameters()).dtype, device=obs.device)
+    entries = blank.numel()
+    if entries > MOST_SOLVED_ENTRIES:
+        return None
+    names, numbers = list[str](), 0
+    for name in reversed(list(obs.update)):
+        if not names or (numbers + obs.update[name].numel()) * entries <= MOST_SOLVED_NUMBERS:
+            names.append(name)
+            numbers += obs.update[name].numel()
+
+    def simulated(label: Tensor) -> Tensor:
+        made = obs.simulate(inputs.to(blank), label)
+        return _flat(made[name].detach() for name in names)
+
+    unit = torch.eye(entries, dtype=blank.dtype, device=blank.device)
+    at_zero = simulated(blank)
+    columns = torch.stack([simulated(row.view_as(blank)) - at_zero for row in unit], 1)  # [p, entries]
+    seen = _flat(obs.update[name] for name in names)
+    right = seen - at_zero
+    if form.kind == "class":  # probabilities add up to 1 at every position; the update alone does not tell their sum
+        size = columns.norm() / entries**0.5
+        sums = torch.ones(1, shape[0], dtype=torch.float64).kron(torch.eye(entries // shape[0], dtype=torch.float64))
+        columns, right = (
+            torch.cat([columns, size * sums.to(columns)]),
+            torch.cat([right, size * right.new_ones(len(sums))]),
+        )
+    found = torch.linalg.lstsq(columns.T @ columns, columns.T @ right[:, None]).solution[:, 0]
+    label = found.to(blank).view_as(blank)
+    if form.kind != "real" and float((label - label.round()).abs().max()) < BITS_TO:
+        label = label.round()
+    return label if obs.residual(inputs, label) < EXPLAINS else None
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in tensors])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -62,13 +63,14 @@ class UpdateMatching:
         The trace tells how well it matches (`residual`), whether that is a solution (`converged`), and whence labels come.
         Raises NotApplicable: nothing can be matched here; the message says why.
         """
-        problem = self.problem(view)
-        planned, count, begun = self.restarts * self._steps, 0, time.monotonic()
+        problems = self.problems(view)
+        problem = problems[0]
+        planned, count, begun = len(problems) * self.restarts * self._steps, 0, time.monotonic()
         best: Candidate | None = None
         history: list[float] = []
         finals: dict[int, float] = {}
         ends: dict[int, float] = {}
-        for candidate in self._guesses(problem, rng):
+        for candidate in self._guesses(problems, rng):
             count += 1
             best = candidate if best is None or candidate.loss < best.loss else best
             finals[candidate.restart] = min(candidate.loss, finals.get(candidate.restart, math.inf))
@@ -79,9 +81,10 @@ class UpdateMatching:
         if best is None:
             raise RuntimeError("a search ended without its start; this is a defect of unbatch.")
         residual = view.obs.residual(best.inputs, in_precision(best.labels, problem.seen[0].dtype))
+        solved = (best.loss if problem.law else residual**2) < _solved(problem)
         found = Reconstruction(
             inputs=best.inputs,
-            labels=None if best.fresh else problem.answer(best.labels),
+            labels=None if best.fresh else best.read_labels(view.labels, solved),
             trace={
                 "preset": self.preset,
                 "iterations": count,
@@ -89,19 +92,23 @@ class UpdateMatching:
                 "loss": history[:: -(-len(history) // 200)],
                 "restarts": list(finals.values()),
                 "seconds": [end - start for start, end in zip([0.0, *ends.values()], ends.values(), strict=False)],
-                "converged": (best.loss if problem.law else residual**2) < _solved(problem),
+                "converged": solved,
                 "residual": residual,
-                "labels": problem.source,
+                "labels": best.source,
             },
         )
-        if best.phase == "signed Adam" or problem.source == "optimised":  # its prior counts for more than the match
+        if best.phase == "signed Adam" or best.source == "optimised":  # its prior counts for more than the match
             return found
         box = view.knowledge.get("input_range", (-math.inf, math.inf))
         inputs = sharpened(view.obs, found, rng).inputs
         return found if inputs is None else replace(found, inputs=inputs.clamp(*box))
 
     def problem(self, view: View, dtype: torch.dtype | None = None) -> Unknowns:
-        """What is unknown and to be matched, in the model's precision or `dtype`.
+        """What is unknown and to be matched, in the model's precision or `dtype`: the first of `problems`."""
+        return self.problems(view, dtype)[0]
+
+    def problems(self, view: View, dtype: torch.dtype | None = None) -> list[Unknowns]:
+        """What is unknown and to be matched: one problem, or one for each way to label the batch if those are tried.
 
         Raises NotApplicable: the inputs are tokens, nothing was sent, or no guesses fit the model and the loss.
         """
@@ -110,8 +117,8 @@ class UpdateMatching:
         if not any(bool(tensor.any()) for tensor in view.update.values()):
             raise NotApplicable("the update is zero everywhere, so there is nothing to match.")
         try:
-            return Unknowns.of(view, self.preset, dtype)
-        except Unknown:  # it read what it did not declare: a defect, and nothing about the exchange
+            return Unknowns.each(view, self.preset, dtype)
+        except (Unknown, NotApplicable):  # it read what it did not declare: a defect, and nothing about the exchange
             raise
         except ValueError as error:
             raise NotApplicable(f"its guesses do not fit the model and the loss: {error}") from error
@@ -121,10 +128,10 @@ class UpdateMatching:
 
         Raises NotApplicable as `run` does.
         """
-        return self._guesses(self.problem(view), rng)
+        return self._guesses(self.problems(view), rng)
 
-    def _guesses(self, problem: Unknowns, rng: torch.Generator) -> Iterator[Candidate]:
-        for restart in range(self.restarts):
+    def _guesses(self, problems: Sequence[Unknowns], rng: torch.Generator) -> Iterator[Candidate]:
+        for restart, problem in itertools.product(range(self.restarts), problems):
             best = math.inf
             for candidate in self._ours(problem, rng) if self.preset == "default" else self._published(problem, rng):
                 best = min(best, candidate.loss)
@@ -163,8 +170,30 @@ class UpdateMatching:
         )
         if (yield from self._squares(ladder, start, start, rng, patience=0)) < enough:
             return
+        if (yield from self._softly(rough, ladder, rng)):
+            return
         point = yield from self._adam(rough, start, soften=bent)
         yield from self._squares(ladder, point, start, rng, patience=1)
+
+    def _softly(
+        self, rough: Unknowns, ladder: Sequence[tuple[Unknowns, float]], rng: torch.Generator
+    ) -> Generator[Candidate, None, bool]:
+        """The first least squares again, for probabilities in place of counted classes; returns whether that solves it.
+
+        More freedom fits more, so nothing that leaves more than rounding counts.
+        """
+        soft = rough.softened()
+        if soft is None or soft.law is not None:
+            return False
+        fine = soft.to(torch.float64)
+        own = torch.Generator().manual_seed(rng.initial_seed())  # what comes after draws as if this had not been tried
+        start = fine.start(own, 0.1)
+        rungs = [(fine if problem.seen[0].dtype == torch.float64 else soft, b) for problem, b in ladder]
+        solved = False
+        for candidate in self._squares(rungs, start, start, own, patience=0):
+            solved = solved or candidate.loss < _solved(fine)
+            yield candidate if candidate.loss < _solved(fine) else replace(candidate, loss=math.inf)
+        return solved
 
     def _in_span(self, problem: Unknowns, rng: torch.Generator, bent: bool) -> Generator[Candidate, None, float]:
         """Least squares from start after start, each from its own sharpness; returns the best score."""

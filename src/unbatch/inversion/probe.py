@@ -7,8 +7,6 @@ from torch import Tensor
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
-from unbatch.loss import draw_labels
-from unbatch.network.dense import forward
 
 
 def probe(
@@ -27,5 +25,5 @@ def probe(
     if "input_shape" not in view.knowledge:
         raise NotApplicable("input_shape must be known, to run the model once.")
     x = view.stand_in(view.knowledge.batch_size if whole else 1, rng)
-    y = draw_labels(view.loss, forward(view.model, x), rng)
-    return x, y.to(view.obs.device), "a batch drawn from the prior" if whole else "an example drawn from the prior"
+    y = view.labels.draw(len(x), rng, next(view.model.parameters()))
+    return x, y, "a batch drawn from the prior" if whole else "an example drawn from the prior"

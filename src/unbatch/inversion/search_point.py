@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,12 +17,17 @@ from unbatch.inversion.input_span import SpanReduction, in_input_span
 from unbatch.inversion.rounds import averaged, each_restored
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
+from unbatch.label_form import LabelForm, one_hot_classes
 from unbatch.likelihood import Likelihood
-from unbatch.loss import draw_labels
 from unbatch.network.dense import forward
 from unbatch.numerics.label_counts import impulse, label_counts
 from unbatch.numerics.search.matching import norm_squared
 from unbatch.observation import Observation
+
+MOST_LABEL_SETS = 16  # ways to label a batch that are tried one after the other, where labels cannot be searched for
+BITS_TO = 0.05  # labels that explain the update are read as zeros and ones where they are that near to them
+
+Squash = Literal["softmax", "sigmoid", "none"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,27 @@ class Candidate:
     restart: int = 0
     phase: str = ""
     fresh: bool = False  # its soft labels are still those of the start
+    source: str = "known"  # of its labels, as of the problem's
+    squash: Squash = "none"
+
+    def read_labels(self, form: LabelForm, solved: bool) -> Tensor:
+        """Labels as a user reads them, in the loss's form: where soft ones were searched for, the likeliest class of each.
+
+        Where the search `solved` its problem, probabilities that are neither 0 nor 1 stay as they are, since they explain
+        the update. Real targets stay too, but where class numbers would have done and they are all but one-hot.
+        """
+        if self.source != "optimised":
+            return self.labels
+        if self.squash == "softmax":
+            return self.labels if solved and one_hot_classes(self.labels) is None else self.labels.argmax(1)
+        if self.squash == "sigmoid":
+            bits = self.labels.round()
+            return self.labels if solved and float((self.labels - bits).abs().max()) > BITS_TO else bits
+        if form.kind in ("binary", "multi-label"):
+            bits = self.labels.round()
+            return bits if float((self.labels - bits).abs().max()) < BITS_TO else self.labels
+        hard = one_hot_classes(self.labels) if form.kind == "class" else None
+        return self.labels if hard is None else hard
 
 
 @dataclass(frozen=True)
@@ -69,8 +96,8 @@ class Unknowns:
     scale: float
     box: float | None
     labels: Tensor  # fixed, or an example of their form
-    source: str  # "known", "counted" or "optimised"
-    squash: Literal["softmax", "sigmoid", "none"] = "none"
+    source: str  # "known", "counted", "tried" or "optimised"
+    squash: Squash = "none"
     seen: list[Tensor] = field(default_factory=list)
     sent: View = field(kw_only=True)  # the exchange as it was sent, rounds at the same parameters averaged
     span: SpanReduction | None = None  # with it, obs is its exchange
@@ -79,8 +106,22 @@ class Unknowns:
     roots: list[Tensor] = field(default_factory=list)  # of the law's weights: `seen` and updates are in these units
 
     @classmethod
-    def of(cls, view: View, preset: str, dtype: torch.dtype | None = None) -> Unknowns:
-        """The problem that an exchange poses to a search.
+    def each(cls, view: View, preset: str, dtype: torch.dtype | None = None) -> list[Unknowns]:
+        """The problems that an exchange poses to a search: one, or one for each labelling where those can only be tried.
+
+        Raises UnbatchError: as `of`, or there are too many ways to label the batch.
+        """
+        if (
+            view.known_labels is not None
+            or _searchable(view.labels)
+            or (preset != "dlg" and _counted(view) is not None)
+        ):
+            return [cls.of(view, preset, dtype)]
+        return [cls.of(view, preset, dtype, tried=labels) for labels in _labellings(view)]
+
+    @classmethod
+    def of(cls, view: View, preset: str, dtype: torch.dtype | None = None, *, tried: Tensor | None = None) -> Unknowns:
+        """The problem that an exchange poses to a search, with labels as known, as `tried`, counted or to be found.
 
         All rounds that are known are to be explained; those at the same parameters by their mean.
         Raises UnbatchError: the model or the loss does not take such inputs or soft labels.
@@ -92,23 +133,15 @@ class Unknowns:
         unit = preset == "dlg" or not math.isfinite(high - low)
         middle, scale = (0.0, 1.0) if unit else ((low + high) / 2, (high - low) / 4)
         outputs = forward(obs.model, torch.full((known.batch_size, *known.input_shape), middle))
-        labels, source = known.get("labels"), "known"
+        labels, source = view.known_labels, "known"
+        if labels is None and tried is not None:
+            labels, source = tried, "tried"
         if labels is None and preset != "dlg":
             labels, source = _counted(view), "counted"
-        squash: Literal["softmax", "sigmoid", "none"] = "none"
+        squash: Squash = "none"
         if labels is None:
-            labels, source = draw_labels(obs.loss, outputs, torch.Generator().manual_seed(0)), "optimised"
-            form = view.form
-            if form is not None and form.name == "squared-error" and not labels.is_floating_point():
-                labels = outputs  # it may as well have been real targets
-            elif not labels.is_floating_point():
-                labels, squash = outputs.softmax(1), "softmax"
-            elif form is not None and form.name == "binary-cross-entropy":
-                squash = "sigmoid"
-            try:
-                obs.loss(outputs, labels)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise UnbatchError(f"the labels are unknown and the loss takes no soft ones ({error}).") from None
+            source = "optimised"
+            labels, squash = _to_be_found(view, outputs)
         box = None if unit or "input_range" not in known else 2.0
         known_labels = labels.to(obs.device)
         return cls(view, middle, scale, box, known_labels, source, squash, sent=view).to(dtype or first.dtype)
@@ -195,6 +228,14 @@ class Unknowns:
         pairs = zip(self.seen, self.roots, spread, strict=True)
         return sum(float((w.square().expand_as(t)).sum()) * s**2 for t, w, s in pairs) / float(self.size)
 
+    def softened(self) -> Unknowns | None:
+        """The same problem with probabilities to be found in place of counted classes; None where the loss takes none."""
+        form = self.view.labels
+        if self.source != "counted" or not _searchable(form) or form.rows is None or self.span is not None:
+            return None
+        rows = torch.full((len(self.labels), *form.rows), 1 / form.count).to(self.seen[0])
+        return replace(self, labels=rows, source="optimised", squash="softmax")
+
     def start(self, rng: torch.Generator, spread: float) -> Tensor:
         """A random point [n, d + t] to start from: normal noise of that spread."""
         d = math.prod(self.obs.knowledge.input_shape)
@@ -248,19 +289,53 @@ class Unknowns:
         inputs = inputs.clamp(*self.obs.knowledge.input_range) if "input_range" in self.obs.knowledge else inputs
         d = math.prod(self.obs.knowledge.input_shape)
         fresh = self.source == "optimised" and torch.equal(point[:, d:], start[:, d:].to(point))
-        return Candidate(loss, inputs, self.targets(point), phase=phase, fresh=fresh)
+        labels = self.targets(point)
+        return Candidate(loss, inputs, labels, phase=phase, fresh=fresh, source=self.source, squash=self.squash)
 
-    def answer(self, labels: Tensor) -> Tensor:
-        """Labels as a user reads them: where soft ones were searched for, the likeliest class of each.
 
-        Real targets stay as they are, unless they are all but one-hot.
-        """
-        if self.source != "optimised":
-            return labels
-        if self.squash == "none" and labels.ndim == 2 and labels.shape[1] > 1:
-            likeliest = torch.nn.functional.one_hot(labels.argmax(1), labels.shape[1])
-            return labels.argmax(1) if float((labels - likeliest).abs().max()) < 0.1 else labels
-        return {"softmax": lambda: labels.argmax(1), "sigmoid": labels.round, "none": lambda: labels}[self.squash]()
+def _searchable(form: LabelForm) -> bool:
+    """Whether labels can be searched for in real numbers: the loss has a gradient with respect to them."""
+    return form.sloped and form.kind != "sign" and (form.kind != "class" or form.rows is not None)
+
+
+def _to_be_found(view: View, outputs: Tensor) -> tuple[Tensor, Squash]:
+    """An example of the labels that are searched for beside outputs [n, ...], and what keeps them what they are.
+
+    Raises UnbatchError: the loss has no gradient with respect to its labels.
+    """
+    form, known = view.labels, view.form
+    if not _searchable(form):
+        raise UnbatchError(
+            f"the labels are unknown, and the loss has no gradient with respect to them (it takes {form.words()}), so they "
+            "cannot be searched for. Make them known."
+        )
+    if form.kind == "class" and known is not None and known.name == "squared-error":
+        return outputs, "none"  # it may as well have been real targets
+    if form.kind == "class":
+        return outputs.softmax(1), "softmax"
+    labels = form.draw(len(outputs), torch.Generator().manual_seed(0), outputs)
+    return labels, "sigmoid" if known is not None and known.name == "binary-cross-entropy" else "none"
+
+
+def _labellings(view: View) -> list[Tensor]:
+    """Every way to label the batch, in no order, as the loss takes labels.
+
+    Raises UnbatchError: there are none, or too many.
+    """
+    n, form = view.knowledge.batch_size, view.labels
+    each = form.every(next(view.model.parameters()).detach().flatten()[0])
+    ways = math.comb(n + len(each) - 1, n) if each else 0
+    if not 0 < ways <= MOST_LABEL_SETS:
+        many = (
+            f"there are {ways:,} ways to label {n} examples, of which at most {MOST_LABEL_SETS} are tried"
+            if ways
+            else ""
+        )
+        raise UnbatchError(
+            f"the labels are unknown, the loss has no gradient with respect to them (it takes {form.words()}), and "
+            f"{many or 'there is no end of them to try'}. Make them known."
+        )
+    return [torch.cat(chosen) for chosen in itertools.combinations_with_replacement(each, n)]
 
 
 def _counted(view: View) -> Tensor | None:
@@ -272,7 +347,7 @@ def _counted(view: View) -> Tensor | None:
     n, steps = known.batch_size, view.steps
     if head is None or head.weight not in obs.update or (steps and protocol.optimiser != "sgd"):
         return None
-    if form is None or form.name != "cross-entropy" or form.scale <= 0:
+    if form is None or form.name != "cross-entropy" or form.scale <= 0 or not form.classes or form.weights is not None:
         return None
     outputs = forward(obs.model, view.stand_in(64, torch.Generator().manual_seed(0)))
     decay, factor = 1.0, 1.0

@@ -20,6 +20,7 @@ from unbatch.inversion.rounds import restored, sharpened, unseen
 from unbatch.inversion.view import View
 from unbatch.inversion.weighing import Weighing
 from unbatch.knowledge import Knowledge, shares
+from unbatch.label_form import completed
 from unbatch.likelihood import Likelihood
 from unbatch.loss import LossForm
 from unbatch.network.dense import Dense
@@ -63,6 +64,9 @@ def unmixed(view: View, rng: torch.Generator, *, attempts: int = 3, partial: boo
     problem = Unmixing.of(view if law is None else restored(view), rng)
     if law is None:
         found = _separated(problem, rng, attempts, partial)
+        soft = problem.softened()
+        if soft is not None and not len(certified(found)):
+            found = _longer(found, _separated(soft, rng, attempts, partial))
         return found if partial else certified(found)
     nothing = torch.zeros(0, *view.knowledge.input_shape)
     found = Reconstruction(inputs=nothing, bound=nothing.new_zeros(0))
@@ -144,6 +148,13 @@ class Unmixing:
                 "takes."
             )
         return cls(view, layer, form, span)
+
+    def softened(self) -> Unmixing | None:
+        """The same equations for rows of probabilities in place of class numbers; None where the loss takes none."""
+        rows = self.form.labels.softened()
+        if rows is None or "labels" in self.view.knowledge:
+            return None
+        return replace(self, form=replace(self.form, labels=rows))
 
     @property
     def rank(self) -> int:
@@ -288,8 +299,8 @@ def layer_span(view: View, layer: Dense, rng: torch.Generator) -> Span:
 def _separated(problem: Unmixing, rng: torch.Generator, attempts: int, partial: bool) -> Reconstruction:
     """What the span alone gives, with bounds."""
     view, form, rank = problem.view, problem.form, problem.rank
-    known = view.knowledge.get("labels")
-    classes = known.unique().to(view.obs.device) if known is not None and form.classes else None
+    known = view.known_labels
+    classes = torch.unique(known).to(view.obs.device) if known is not None and form.classes else None
     starts = list(problem.starts())
     tail = problem.tail(problem.size)
     mixture = problem.mixture(tail)
@@ -356,7 +367,9 @@ def _returned(
     bound = (reach / x.norm(dim=1).clamp_min(1e-300)).cpu()
     # a real target follows from how much its example counts, which clients of unequal shares leave open
     told = bool(problem.tail(problem.size).classes) or problem.even
-    targets = labels if problem.form.classes else labels.to(torch.float64)
+    form = problem.form.labels
+    targets = completed(labels) if form.kind == "probabilities" and len(labels) else labels
+    targets = labels if form.kind == "class" else form.taken(targets, torch.float64)
     inputs, bound, name = view.undo(problem.layer, x, bound)
     return Reconstruction(
         inputs=inputs,
@@ -424,7 +437,7 @@ class RemainingLabels:
 
     def __init__(self, view: View, form: LossForm, mixture: Mixture, tail: Tail) -> None:
         self.form, self.mixture, self.tail = form, mixture, tail
-        self.known, self.clients = view.knowledge.get("labels"), 1
+        self.known, self.clients = view.known_labels, 1
         if form.reduction == "mean":
             self.clients = int(view.knowledge.get("clients", 1))
         names = (None, None) if view.head is None else (view.head.weight, view.head.bias)
@@ -440,7 +453,7 @@ class RemainingLabels:
             times = (weights / unit).round().clamp(1, n).long()
             z, y = z.repeat_interleave(times, 0), y.repeat_interleave(times)
         if self.known is not None:
-            counts = torch.bincount(self.known.cpu(), minlength=k)
+            counts = torch.bincount(self.known.cpu().flatten().long(), minlength=k)
         else:
             # probabilities of those not found: on average those of the found, where they are many, or of noise
             alike = z if len(z) > left else beginning(self.mixture, torch.Generator().manual_seed(0), spread=1.0)

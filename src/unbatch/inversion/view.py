@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.domain import Domain, domain_told
-from unbatch.errors import NotApplicable
+from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.knowledge import Knowledge
+from unbatch.label_form import LabelForm
 from unbatch.loss import Loss, LossForm, identify
 from unbatch.network.chain import Link, chain
 from unbatch.network.dense import Anatomy, Dense, anatomy
@@ -43,6 +44,15 @@ class _Network:
     def form(self) -> LossForm | None:
         shape = (2, *self.anatomy.outputs)
         return identify(self.loss, shape, device=next(self.model.parameters()).device) if len(shape) <= 2 else None
+
+    @cached_property
+    def labels(self) -> LabelForm:
+        if self.form is not None:
+            return self.form.labels
+        try:
+            return LabelForm.of(self.loss, self.anatomy.outputs, device=next(self.model.parameters()).device)
+        except UnbatchError as error:
+            raise NotApplicable(str(error)) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +167,25 @@ class View:
     def form(self) -> LossForm | None:
         """What the loss computes, on outputs [n, k] or [n]; None where it is none of the known ones."""
         return self.network.form
+
+    @property
+    def labels(self) -> LabelForm:
+        """The form in which the loss takes labels. Raises NotApplicable: it takes none that is known, or as `layers`."""
+        return self.network.labels
+
+    @property
+    def known_labels(self) -> Tensor | None:
+        """The labels [n, ...] that the reader knows, in the form that the loss takes; None where they are not known.
+
+        Raises NotApplicable: they cannot be brought into that form; the message says which it is.
+        """
+        known = self.knowledge.get("labels")
+        if known is None:
+            return None
+        try:
+            return self.labels.taken(known.to(self.obs.device), next(self.model.parameters()).dtype)
+        except UnbatchError as error:
+            raise NotApplicable(f"what is known of the labels is of no use: {error}") from error
 
     @cached_property
     def domain(self) -> Domain:

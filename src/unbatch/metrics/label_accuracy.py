@@ -6,6 +6,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
+from unbatch.label_form import agree
 from unbatch.metric import Metric
 
 
@@ -13,7 +14,8 @@ from unbatch.metric import Metric
 class LabelAccuracy(Metric):
     """Whether the recovered label is right.
 
-    1 where the matched label is right, else 0; labels are matched with their examples, or alone by value.
+    1 where the matched label is right, else 0; labels are matched with their examples, or alone by value. Class numbers,
+    one-hot rows and bits are compared by what they say; probabilities and real targets agree to 1 %.
 
     >>> import torch, unbatch
     >>> unbatch.metrics.LabelAccuracy().score(torch.tensor([3, 1]), torch.tensor([3, 2]))
@@ -25,5 +27,4 @@ class LabelAccuracy(Metric):
     best: ClassVar[float | None] = 1.0
 
     def score(self, found: Tensor, true: Tensor) -> Tensor:
-        same = found == true
-        return same.flatten(1).all(1).double() if same.ndim > 1 else same.double()
+        return agree(found, true).double()

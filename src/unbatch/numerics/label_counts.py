@@ -185,6 +185,92 @@ def present(weight: Tensor, n: int, *, nonnegative: bool = False, slack: float =
     return found
 
 
+def occurring(gradient: Tensor, n: int, *, factor: float, slack: float = 0.0, sums: bool = True) -> Tensor:
+    """Which classes certainly occur in a batch of n class numbers, at any positive factor: bool [k].
+
+    Of dL/db [k], or dL/dV [k, m] with nonnegative features, a class's entries are sums of positive terms but for its own
+    examples, so a negative one names it, whatever the factor, the classes' weights and how many rows are ignored. Were the
+    sign of the gradient the other one, its positive entries would name classes: more of them than n rule that out. Nothing
+    is said where more classes are named than there are examples, or the classes' entries do not add up to zero (which those
+    of Adam's steps never do: without `sums` they need not).
+
+    >>> occurring(torch.tensor([-0.5, 0.25, 0.125, 0.125]), 1, factor=1.0)
+    tensor([ True, False, False, False])
+    >>> occurring(torch.tensor([-0.5, 0.5]), 1, factor=1.0)  # or the second one, had the sign been lost
+    tensor([False, False])
+    """
+    rows = _two_classes(gradient).double().cpu()
+    rough = sum_rounding(n, gradient.dtype) * factor + slack if gradient.ndim == 1 else slack
+    named, against = ((sign * rows > rough).reshape(len(rows), -1).any(1) for sign in (-1, 1))
+    whole = not sums or cancels(gradient, n, factor=factor, slack=slack)
+    if int(named.sum()) > n or int(against.sum()) <= n or not whole:
+        return torch.zeros_like(named)
+    return named
+
+
+def weighted_counts(
+    bias: Tensor | None, n: int, weights: Tensor, mean: Tensor, scale: float, *, total: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How often each class occurs under a loss with class weights w [k]: nothing sure, 0 and n, and an estimate.
+
+    c_j w_j = W mean_j - u_j, with W = sum_i w_i the weight of the batch, `mean` [k] standing in for the weighted mean
+    probabilities, and u = dL/db / scale for the sum over examples (`total`), W dL/db / scale for the mean over weights;
+    W is such that the counts add up to n. Classes of weight 0 cannot be seen and count as absent.
+
+    >>> slope, w = torch.tensor([-0.25, 0.0, 0.25]), torch.tensor([0.5, 1.0, 1.0])
+    >>> weighted_counts(slope, 4, w, torch.tensor([0.25, 0.5, 0.25]), 1.0, total=False)[2]
+    tensor([3, 1, 0])
+    """
+    k, seen = len(weights), weights.double() > 0
+    lower, upper = torch.zeros(k, dtype=torch.int64), torch.full((k,), n, dtype=torch.int64)
+    w, p = weights.double().where(seen, 1.0), mean.double().cpu() * seen
+    u = torch.zeros(k, dtype=torch.float64) if bias is None else bias.double().cpu() * seen / scale
+    if total:
+        W = (n + float((u / w).sum())) / float((p / w).sum())
+        target = (W * p - u) / w
+    else:
+        target = (p - u).clamp_min(0) / w
+        target = n * target / target.sum().clamp_min(1e-300)
+    return lower, upper, apportion(target, lower, upper.where(seen, 0), n)
+
+
+def class_of(row: Tensor, tolerance: float) -> int | None:
+    """The class of which a label row [k] is the one-hot row, to a tolerance; of one number whether it is 0 or 1.
+
+    >>> class_of(torch.tensor([0.0, 1.0]), 1e-3), class_of(torch.tensor([0.4, 0.6]), 1e-3), class_of(torch.ones(1), 1e-3)
+    (1, None, 1)
+    """
+    likeliest = int(row.argmax()) if len(row) > 1 else int(float(row) > 0.5)
+    ideal = torch.zeros_like(row) if len(row) > 1 else torch.full_like(row, float(likeliest))
+    if len(row) > 1:
+        ideal[likeliest] = 1
+    return likeliest if float((row - ideal).abs().max()) <= tolerance else None
+
+
+def factor_of_class(row: Tensor, pull: Tensor) -> float | None:
+    """The factor by which an update of one class was multiplied, where that explains why its label row [k] is no class.
+
+    `pull` [k] is dL/db / a. A row computed back as t = p - c (p - e) is e at no factor but c: its entries beside the class
+    are (1 - c) p, where those of the pull are c p, in one proportion for all. None: they are not, or are too few to tell.
+
+    >>> p, e = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.0, 1.0, 0.0])
+    >>> factor_of_class(p - 2 * (p - e), 2 * (p - e)), factor_of_class(t := torch.tensor([0.6, 0.4, 0.0]), p - t)
+    (2.0, None)
+    """
+    if len(row) < 3:
+        return None
+    pull = pull.double().cpu()
+    others = torch.ones(len(row), dtype=torch.bool)
+    others[int(pull.argmin())] = False
+    left, right = row.double().cpu()[others], pull[others]
+    ratio = float((left @ right) / (right @ right).clamp_min(1e-300))  # (1 - c) / c
+    if ratio == 0 or float((left - ratio * right).norm()) > 1e-2 * float(left.norm()):
+        return None
+    p = left + right
+    c = float((right @ p) / (p @ p))
+    return float(f"{c:.6g}") if c else None
+
+
 def apportion(target: Tensor, lower: Tensor, upper: Tensor, n: int) -> Tensor:
     """Shares made whole numbers of a given sum.
 
@@ -252,23 +338,6 @@ def _tighten(lower: Tensor, upper: Tensor, n: int) -> tuple[Tensor, Tensor]:
     if bool((lower > upper).any()):
         return torch.zeros_like(lower), torch.full_like(upper, n)
     return lower, upper
-
-
-def single_target(weight: Tensor, bias: Tensor, head: Tensor, shift: Tensor, *, factor: float) -> Tensor:
-    """The regression target of a batch of one.
-
-    The target y [k] of one example under squared error, exactly; NaN where the gradient is zero.
-
-    dL/db = 2 a (V h + b - y) with the features h = dL/dV^T dL/db / |dL/db|^2; `head` is V [k, m], `shift` is b [k].
-
-    >>> V, b, h, y = torch.eye(2), torch.zeros(2), torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
-    >>> slope = 2 * (V @ h + b - y)
-    >>> single_target(torch.outer(slope, h), slope, V, b, factor=1.0)
-    tensor([3., 1.], dtype=torch.float64)
-    """
-    pull = bias.double().cpu()
-    h = weight.double().cpu().T @ pull / (pull @ pull)
-    return head.double().cpu() @ h + shift.double().cpu() - pull / (2 * factor)
 
 
 @overload

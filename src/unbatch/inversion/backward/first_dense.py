@@ -13,7 +13,7 @@ from torch import Tensor
 from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.reading import KnownOutput, Unreadable
 from unbatch.inversion.backward.runs import runs
-from unbatch.inversion.label_fit import explaining_label, possible_labels
+from unbatch.inversion.label_fit import label_behind, possible_labels
 from unbatch.inversion.unmixing import unmixed
 from unbatch.inversion.view import View
 from unbatch.layers.residual import split
@@ -132,7 +132,7 @@ class FirstDense:
         known = self._divided(update)
         if known is None:
             return self._scaled(outer, update)
-        return KnownInputs(known, self.obs.knowledge.get("labels"), lambda moved, rng: self._again(known, moved))
+        return KnownInputs(known, self.view.known_labels, lambda moved, rng: self._again(known, moved))
 
     def _again(self, known: KnownOutput, update: Mapping[str, Tensor]) -> KnownOutput:
         """By a bias whose gradient moved; where it vanished, what was known."""
@@ -223,9 +223,9 @@ class FirstDense:
 
     def likely(self) -> Tensor | None:
         """The label [1] without an input: as known, or where cross entropy's p - 1 stands out in the head's gradient."""
-        known = self.obs.knowledge.get("labels")
+        known = self.view.known_labels
         if known is not None or not self.dense.head or self.dense.bias not in self.obs.update:
-            return None if known is None else known.to(self.obs.device)
+            return known
         form = self.view.form
         cross_entropy = form is not None and form.name == "cross-entropy"
         return self.obs.update[self.dense.bias or ""].abs().argmax()[None] if cross_entropy else None
@@ -234,4 +234,4 @@ class FirstDense:
         """The label [1] of one example whose gradient at `inputs` [1, *shape] explains the update best, or None."""
         likely = self.likely()
         ordered = sorted(self.labels, key=lambda y: likely is not None and not torch.equal(y, likely))
-        return explaining_label(self.obs, inputs, ordered) if len(inputs) == 1 else None
+        return label_behind(self.view, inputs, ordered) if len(inputs) == 1 else None
