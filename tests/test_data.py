@@ -492,3 +492,8 @@ def test_reading_draws_nothing_from_torch() -> None:
     with pytest.raises(ValueError, match="does not exist"):
         read(Path("/nowhere"))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_path_may_be_text(tmp_path) -> None:
+    table(tmp_path, "a,y\n1,0\n2,1\n")
+    assert read(str(tmp_path / "t.csv")).labels.tolist() == [0, 1]

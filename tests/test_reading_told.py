@@ -98,3 +98,29 @@ def test_the_results_of_a_volume_are_small() -> None:
     record = unbatch.audit(setting, attacks=["bias-ratio"], analyses=())
     assert len(record.model_dump_json()) < 100_000
     assert record.runs[0].examples[0].picture.startswith("data:image/png")
+
+
+@pytest.mark.parametrize(
+    ("answers", "loss", "takes"),
+    [
+        ("3.25 -7.5", "squared-error", "real numbers [n, 1]"),
+        ("3.25 -7.5", "torch.nn.functional:mse_loss", "real numbers [n, 1]"),
+        ("0 1", "torch.nn.functional:binary_cross_entropy_with_logits", "zeros and ones [n, 1]"),
+        ("no yes", "torch.nn.functional:binary_cross_entropy_with_logits", "zeros and ones [n, 1]"),
+        ("-1 1", "torch.nn.functional:soft_margin_loss", "-1 and 1 [n, 1]"),
+    ],
+)
+def test_targets_of_a_file_reach_a_loss_of_one_output(
+    tmp_path, monkeypatch, capsys, answers: str, loss: str, takes: str
+) -> None:
+    first, second = answers.split()
+    (tmp_path / "t.csv").write_text(f"a,b,y\n1,5,{first}\n2,7,{second}\n4,4,{second}\n")
+    nets(tmp_path, monkeypatch, "nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))")
+    words = ["audit", "--model", "told_nets:net", "--data", "t.csv", "--loss", loss, "--attack", "label-count"]
+    assert ran(*words, "--analysis", "counting") == 0, capsys.readouterr().err
+    held = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    told = [note for note in held["data_notes"] if "the form that the loss takes" in note]
+    assert len(told) <= 1
+    assert told or loss == "squared-error"
+    assert all(takes in note for note in told)
+    assert held["clients"][0]["labels"][0] == ("0" if first == "0" else first)

@@ -16,6 +16,9 @@ from unbatch.command.named import load_loss, load_model, load_weights
 from unbatch.data import Data, read
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge, check_fields
+from unbatch.label_form import LabelForm
+from unbatch.loss import Loss
+from unbatch.network.dense import forward
 from unbatch.observation import Observation
 from unbatch.privacy import told_privacy
 from unbatch.protocol import Protocol
@@ -154,19 +157,40 @@ def case_or_data(asked: Asked) -> Case | Setting:
 def _client(asked: Asked) -> Setting:
     data = asked.data or Path()
     examples, network, criterion = _examples(asked, data), _network(asked), load_loss(asked.loss, asked.reduction)
-    try:
+
+    def setting(held: Data) -> Setting:
         return Setting(
             model=network,
             loss=criterion,
-            inputs=examples.inputs,
-            labels=examples.labels,
-            domain=examples.domain,
-            classes=examples.classes,
-            notes=examples.notes,
+            inputs=held.inputs,
+            labels=held.labels,
+            domain=held.domain,
+            classes=held.classes,
+            notes=held.notes,
             name=f"{asked.model} on {data.name}",
         )
+
+    try:
+        return setting(examples)
     except UnbatchError as error:  # it may lie in how the data was read
-        raise UnbatchError(f"{error} How {data} was read: {' '.join(examples.notes)}") from error
+        try:
+            return setting(_in_the_loss_s_form(examples, network, criterion))
+        except Exception:
+            raise UnbatchError(f"{error} How {data} was read: {' '.join(examples.notes)}") from error
+
+
+def _in_the_loss_s_form(examples: Data, network: nn.Module, loss: Loss) -> Data:
+    """The same labels in the form that the loss takes beside the model's outputs, told: a file does not say [n] or [n, 1].
+
+    Raises whatever the model or the loss raises, and UnbatchError where the labels cannot be said in that form.
+    """
+    parameter = next(network.parameters())
+    some = examples.inputs[:2].to(parameter.device)
+    outputs = forward(network, some.to(parameter.dtype) if some.is_floating_point() else some)
+    form = LabelForm.of(loss, tuple(outputs.shape[1:]), device=outputs.device)
+    labels = form.taken(examples.labels)
+    note = f"labels: brought from {list(examples.labels.shape)} into the form that the loss takes, {form.words()}."
+    return replace(examples, labels=labels, notes=[*examples.notes, note])
 
 
 def _captured(asked: Asked, path: Path) -> Target:

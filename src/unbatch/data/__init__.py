@@ -12,7 +12,7 @@ from unbatch.data.table import read_table
 from unbatch.errors import UnbatchError
 
 
-def read(path: Path, *, size: int | None = None, classes: Classes = None) -> Data:
+def read(path: str | Path, *, size: int | None = None, classes: Classes = None) -> Data:
     """Read by what `path` is: a folder of images, `.npz`, or `.csv`; whatever is done to the values stands in `notes`.
 
     `size` resizes pictures to size x size. `classes` are the names of the model's classes in its order, or their number,
@@ -32,6 +32,7 @@ def read(path: Path, *, size: int | None = None, classes: Classes = None) -> Dat
     Raises UnbatchError: nothing there, an empty folder, a file that cannot be read, missing values, or examples of
     different shapes.
     """
+    path = Path(path)
     if not path.exists():
         raise UnbatchError(f"{path} does not exist; give an .npz file, a .csv file or a folder of images.")
     if path.is_dir():
