@@ -124,3 +124,26 @@ def test_targets_of_a_file_reach_a_loss_of_one_output(
     assert told or loss == "squared-error"
     assert all(takes in note for note in told)
     assert held["clients"][0]["labels"][0] == ("0" if first == "0" else first)
+
+
+@pytest.mark.parametrize(
+    ("answers", "loss", "takes"),
+    [
+        ("-1 1", "torch.nn.functional:binary_cross_entropy_with_logits", "zeros and ones"),
+        ("0 1", "torch.nn.functional:soft_margin_loss", "-1 and 1"),
+        ("0.5 3", "cross-entropy", "class numbers 0 to 2"),
+        ("1 3", "cross-entropy", "class numbers 0 to 2"),
+    ],
+)
+def test_targets_that_a_loss_does_not_mean_are_refused(
+    tmp_path, monkeypatch, capsys, answers: str, loss: str, takes: str
+) -> None:
+    first, second = answers.split()
+    (tmp_path / "t.csv").write_text(f"a,b,y\n1,5,{first}\n2,7,{second}\n")
+    outputs = 3 if loss == "cross-entropy" else 1
+    nets(tmp_path, monkeypatch, f"nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, {outputs}))")
+    assert ran("audit", "--model", "told_nets:net", "--data", "t.csv", "--loss", loss) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert takes in said
+    assert "How t.csv was read" in said
+    assert "defect" not in said

@@ -188,6 +188,9 @@ def _in_the_loss_s_form(examples: Data, network: nn.Module, loss: Loss) -> Data:
     some = examples.inputs[:2].to(parameter.device)
     outputs = forward(network, some.to(parameter.dtype) if some.is_floating_point() else some)
     form = LabelForm.of(loss, tuple(outputs.shape[1:]), device=outputs.device)
+    values = {"sign": {-1.0, 1.0}, "binary": {0.0, 1.0}, "multi-label": {0.0, 1.0}}.get(form.kind)
+    if values is not None and not set(examples.labels.flatten().tolist()) <= values:
+        raise UnbatchError(f"the loss takes {form.words()}.")
     labels = form.taken(examples.labels)
     note = f"labels: brought from {list(examples.labels.shape)} into the form that the loss takes, {form.words()}."
     return replace(examples, labels=labels, notes=[*examples.notes, note])
