@@ -288,7 +288,7 @@ def test_as_many_targets_as_neurons_can_tell_are_found(n: int, targets: int) -> 
     gap = torch.cdist(found.inputs, x.double())
     assert sorted(gap.argmin(1).tolist()) == list(range(n))
     assert bool((gap.min(1).values <= found.bound * found.inputs.norm(dim=1)).all())
-    torch.testing.assert_close(found.labels, y.double()[gap.argmin(1)], atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(found.labels.double(), y.double()[gap.argmin(1)], atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.slow
@@ -311,3 +311,58 @@ def test_the_verdict_does_not_hang_on_the_scale(seed: int) -> None:
         assert len(found) == len(plain), factor
         assert int(found.bound.isfinite().sum()) == int(plain.bound.isfinite().sum()), factor
         client.found_all(found)
+
+
+def convolutions(hidden: int) -> nn.Module:
+    rng = torch.Generator().manual_seed(2)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(512, hidden),
+        nn.Softplus(),
+        nn.Linear(hidden, 9),
+    )
+    for p in net.parameters():
+        p.data = (2 * torch.rand(p.shape, generator=rng) - 1) / max(p[0].numel(), 8) ** 0.5
+    return net.double()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("way", ["3", "-0.5", "step", "clients"])
+def test_layer_by_layer_reads_any_multiple_of_a_gradient(n: int, way: str) -> None:
+    rng = torch.Generator().manual_seed(4)
+    x, y = torch.rand(n, 3, 8, 8, generator=rng).double(), torch.randint(9, (n,), generator=rng)
+    rules = Protocol(local_steps=1, learning_rate=0.1, weight_decay=0.01) if way == "step" else Protocol()
+    defences = "secure-aggregation:clients=2" if way == "clients" and n > 1 else ()
+    seen, _ = unbatch.observe(convolutions(24), F.cross_entropy, x, y, protocol=rules, defences=defences)
+    if way in ("3", "-0.5"):
+        seen = replace(seen, update={k: float(way) * u for k, u in seen.update.items()})
+    found = unbatch.Attack.parse("layer-by-layer")(seen)
+    assert len(found) == n
+    gap = torch.cdist(found.inputs.flatten(1), x.flatten(1)) / found.inputs.flatten(1).norm(dim=1)[:, None]
+    assert sorted(gap.argmin(1).tolist()) == list(range(n))
+    assert bool((gap.min(1).values <= found.bound).all())
+    assert bool((found.bound < 1e-4).all())
+    assert torch.equal(found.labels, y[gap.argmin(1)])
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("way", ["1", "3", "-1", "1024", "step"])
+def test_tensor_moment_names_labels_at_any_multiple_of_a_gradient(classes: int, way: str) -> None:
+    rng = torch.Generator().manual_seed(6)
+    net = nn.Sequential(nn.Linear(6, 3000), nn.GELU(), nn.Linear(3000, classes)).double()
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=rng, dtype=torch.float64) / p.shape[-1] ** 0.5
+    x, y = torch.randn(3, 6, generator=rng).double(), torch.tensor([0, 1, 1])
+    rules = Protocol(local_steps=1, learning_rate=0.1) if way == "step" else Protocol()
+    seen, _ = unbatch.observe(net, F.cross_entropy, x, y, protocol=rules)
+    if way != "step":
+        seen = replace(seen, update={k: float(way) * u for k, u in seen.update.items()})
+    found = unbatch.Attack.parse("tensor-moment")(seen)
+    gap = torch.cdist(found.inputs, x) / found.inputs.norm(dim=1)[:, None]
+    assert sorted(gap.argmin(1).tolist()) == [0, 1, 2]
+    assert bool((gap.min(1).values <= found.bound).all())
+    assert bool(found.bound.isfinite().all())
+    assert torch.equal(found.labels, y[gap.argmin(1)])
+    assert found.trace.get("factor", 1.0) == pytest.approx(1.0 if way == "step" else float(way), rel=0.1)

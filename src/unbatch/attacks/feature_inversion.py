@@ -54,7 +54,9 @@ class FeatureInversion(Attack):
     guarantee: ClassVar[Guarantee] = Guarantee.HEURISTIC
     paper: ClassVar[str] = "Mahendran, Vedaldi, CVPR 2015, on the features of unmix"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
-    uses: ClassVar[frozenset[str]] = frozenset({"labels", "noise", "buffers"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
+    uses: ClassVar[frozenset[str]] = (
+        frozenset({"batch_size", "labels", "noise", "buffers", "clients"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
+    )
     demo: ClassVar[Demo] = Demo(
         case="photos:batch=2,model=convnet,width=32,activation=gelu",
         floors={"psnr": 25.0},

@@ -66,7 +66,9 @@ class LayerByLayer(Attack):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"batch_size", "labels", "noise", "buffers", "log_prob", "earlier"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
+        frozenset({"batch_size", "labels", "noise", "buffers", "log_prob", "earlier", "clients"})
+        | DOMAIN_FIELDS
+        | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="photos:size=16,model=cnn2-c1,double=true", floors={"l2-error": 1e-9, "psnr": 200.0}
@@ -81,6 +83,7 @@ class LayerByLayer(Attack):
     )
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        view = view.gradient
         n, law, hidden = view.knowledge.get("batch_size", 1), Likelihood.of(view.knowledge), unseen(view.obs)
         if n > LARGEST_BATCH:
             raise NotApplicable(
@@ -98,7 +101,8 @@ class LayerByLayer(Attack):
     def _backward(self, view: View, rng: torch.Generator, hidden: Mapping[str, Tensor]) -> Reconstruction:
         """The reading of the input, whatever it determines; `hidden` entries of the update count as not sent."""
         first, obs, trace = FirstDense(view), view.obs, dict[str, Any](method=self.method)
-        errors = {name: _error(tensor, float(obs.knowledge.get("noise", 0.0))) for name, tensor in obs.update.items()}
+        noise = float(obs.knowledge.get("noise", 0.0))
+        errors = {k: _error(tensor, noise, obs.grain.get(k, 0.0)) for k, tensor in obs.update.items()}
         found, label = list[Reading](), None
         try:
             known, label = _known(first, errors, hidden, rng)
@@ -233,9 +237,9 @@ def _bound(
     return torch.where(far < FIRST_ORDER_MOVE, max(BOUND_FACTOR, 2 * beyond) * far, torch.inf)
 
 
-def _error(t: Tensor, noise: float) -> float:
-    """Of an entry: what was added, and the rounding of its sums, which goes with the tensor's size."""
-    rounding = 4 * torch.finfo(t.dtype).eps * float(t.double().square().mean().sqrt())
+def _error(t: Tensor, noise: float, grain: float) -> float:
+    """Of an entry: what was added, the rounding of its sums, which goes with the tensor's size, and what does not."""
+    rounding = 4 * (torch.finfo(t.dtype).eps * float(t.double().square().mean().sqrt()) + grain)
     return float((noise**2 + rounding**2) ** 0.5)
 
 

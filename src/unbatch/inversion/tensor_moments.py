@@ -29,6 +29,7 @@ from unbatch.reconstruction import Reconstruction
 BOUND_IN_SIGMAS = 3.5
 LEAST_HERMITE_SHARE = 1e-8  # share of the activation below which a Hermite coefficient is rounding
 LARGEST_LABEL_GAP = 1.0  # distance of a residual from what any class would leave: it is of no example
+FACTOR_GAIN = 0.3  # of the labels' gap, to which a fitted factor must bring it down to be believed
 LARGEST_NON_GAUSSIANITY = 0.1  # non-Gaussianity of the weights above which Stein's identity is not relied on
 
 
@@ -60,6 +61,7 @@ class TensorMoments:
 
         Raises NotApplicable: the network is none of two layers, or moments do not separate these inputs; it says why.
         """
+        view = view.gradient
         pair = last_two_layers(view, self.norm or 1.0)
         obs, update = view.obs, view.update
         A = pair.stacked(obs) if pair.first.weight in update else None  # [m, d']
@@ -127,7 +129,9 @@ class TensorMoments:
         span = None
         if A is not None:
             eps, guess = torch.finfo(view.obs.dtype).eps, view.knowledge.get("batch_size", 8) + 8
-            span = leading_span(A, rng, eps=eps, guess=guess)
+            names = [name for name in (first.weight, first.bias) if name is not None and name in update]
+            coarse = max(view.obs.grain.get(name, 0.0) for name in names) * max(pair.spread, pair.spread_b)
+            span = leading_span(A, rng, eps=eps, guess=guess, noise=coarse)
             rank = len(span.values)
             if n is not None and rank < n:
                 raise NotApplicable(
@@ -249,6 +253,14 @@ def _finish(
     sign, R, unsure = _signs(view, pair, x, seen, by, fixed=t is not None)
     x = sign[:, None] * x
     found = _labels(view, pair, x, R)
+    others = [(factor, _labels(view, pair, x, R / factor)) for factor in _factors(view, pair, x, R)]
+    factor, nearest = min(others, key=lambda each: float(each[1][1].max()), default=(1.0, found))
+    if float(nearest[1].max()) < FACTOR_GAIN * float(found[1].max()):
+        found, R = nearest, R / factor
+        trace["factor"] = factor
+        trace["words"] = (
+            f"The update is {factor:.2f} times the gradient of these {len(x)} examples, by their residuals."
+        )
     apart = 1 / torch.linalg.pinv(x / x.norm(dim=1, keepdim=True)).norm(dim=0)  # [n] from the span of the others
     told = (error < apart / 2) & ((found[1] < LARGEST_LABEL_GAP) | found[1].isinf())  # else first order does not hold
     up_to = {"permutation"} | ({"sign"} if unsure else set()) | ({"scale"} if t is None and norm is None else set())
@@ -306,6 +318,26 @@ def _residuals(pair: LayerPair, x: Tensor, seen: Tensor, by: Literal["first", "h
     D = pair.s.derivative(z)[:, :, None] * pair.V.T  # [n, m, k]
     R = (torch.linalg.pinv(D) @ seen.T[:, :, None])[..., 0]
     return R, ((D @ R[:, :, None])[..., 0] - seen.T).norm(dim=1)
+
+
+def _factors(view: View, pair: LayerPair, x: Tensor, R: Tensor) -> list[float]:
+    """A positive and a negative c at which residuals R [n, k] are near to c times those of classes, in the median example.
+
+    None where labels are no classes, or the loss is not cross entropy: any residual is then that of some target.
+    """
+    form = view.form
+    if form is None or not form.classes or form.name != "cross-entropy":
+        return []
+    r = R / (form.scale / len(x) if form.reduction == "mean" else form.scale)
+    o = pair.s(pair.before(x)) @ pair.V.T + pair.c  # [n, k]
+    k = o.shape[1]
+    ideal = (1 - form.smoothing) * torch.eye(k).to(o) + form.smoothing / k
+    own = o.softmax(1)[:, None] - ideal  # [n, k, k]: the residual that each class would leave
+    along = (own * r[:, None]).sum(2)
+    cosine = along / (own.norm(dim=2) * r.norm(dim=1, keepdim=True) + 1e-300)
+    best = [(sign * cosine).argmax(1, keepdim=True) for sign in (1, -1)]
+    medians = [float((along.gather(1, j) / own.square().sum(2).gather(1, j)).median()) for j in best]
+    return [factor for factor in medians if factor]
 
 
 def _labels(view: View, pair: LayerPair, x: Tensor, R: Tensor) -> tuple[Tensor | None, Tensor]:

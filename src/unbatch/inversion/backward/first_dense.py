@@ -19,11 +19,13 @@ from unbatch.inversion.view import View
 from unbatch.layers.residual import split
 from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.network.chain import chain, follow
+from unbatch.reconstruction import Reconstruction
 
 INPUT_SIZES = (1e-3, 1e4, 200)  # of a layer without a bias: from, to, and how many are tried
 NEARBY = 1.1  # factor on the size of its input within which nearly the same update's is looked for
 NEARBY_SIZES = 4  # tried between
 RANK_ONE_ROUNDINGS = 64  # of the update, that may be left beside one outer product
+GRAIN_ROOM = 2.0  # times the error of a difference of parameters, whose size is that of the parameters
 SIZE_MISFIT = 1e-3  # relative, of the gradient at the size that explains it best: more is no explanation
 
 
@@ -124,7 +126,7 @@ class FirstDense:
                 f"{name!r} sent no bias gradient, and without one only the label tells the size of its input."
             )
         outer = Outer.of(dW)
-        if outer.rest > RANK_ONE_ROUNDINGS * torch.finfo(self.obs.dtype).eps:
+        if outer.rest > self._rounding(dW):
             raise NotApplicable(
                 f"the gradient of {name!r} is not of rank one (relative rest {outer.rest:.1e}): more than one example, "
                 "noise, pruning, or an update computed in less precision than it is stored in."
@@ -133,6 +135,12 @@ class FirstDense:
         if known is None:
             return self._scaled(outer, update)
         return KnownInputs(known, self.view.known_labels, lambda moved, rng: self._again(known, moved))
+
+    def _rounding(self, dW: Tensor) -> float:
+        """What rounding may leave beside one outer product, relative to it."""
+        m, p = dW.shape
+        coarse = self.obs.grain.get(self.dense.weight, 0.0) * (m * p) ** 0.5 / float(dW.norm())
+        return float(RANK_ONE_ROUNDINGS * torch.finfo(self.obs.dtype).eps + GRAIN_ROOM * coarse)
 
     def _again(self, known: KnownOutput, update: Mapping[str, Tensor]) -> KnownOutput:
         """By a bias whose gradient moved; where it vanished, what was known."""
@@ -201,13 +209,19 @@ class FirstDense:
         if len(x) != self.n or own is None:
             raise Unreadable(f"unmix proves the features of {len(x)} of {self.n} examples before {self.dense.name!r}.")
         bound, y = found.bound.to(x) * size * stretch, own  # [n] l2
+        counts = self._counts(found, x)
 
         def again(update: Mapping[str, Tensor], rng: torch.Generator) -> KnownOutput:
             way = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x)
             moved = x + bound[:, None] * torch.nn.functional.normalize(way, dim=1)
-            return KnownOutput(moved, self.delta(moved, y) @ self.W, update)
+            return KnownOutput(moved, (counts * self.delta(moved, y)) @ self.W, update)
 
-        return KnownInputs(KnownOutput(x, self.delta(x, y) @ self.W, update), y, again)
+        return KnownInputs(KnownOutput(x, (counts * self.delta(x, y)) @ self.W, update), y, again)
+
+    def _counts(self, found: Reconstruction, x: Tensor) -> Tensor:
+        """How much each example counts in the update [n, 1], over what it counts in the loss of a batch of these n."""
+        weights = torch.tensor(found.trace["weights"]).to(x)[:, None]
+        return weights * (len(x) if self.view.form is not None and self.view.form.reduction == "mean" else 1)
 
     def statistics(self, rng: torch.Generator) -> dict[str, torch.nn.Module]:
         """By link's name, the batch norms below whose statistics were sent, these moved by their rounding."""
