@@ -9,6 +9,7 @@ from pathlib import Path
 import unbatch
 from unbatch.errors import UnbatchError
 
+LONGEST = 1200  # letters of a message
 _PACKAGES = {"site-packages", "dist-packages"}  # folders that packages are installed to
 
 
@@ -25,7 +26,7 @@ def said(error: BaseException) -> str:
     """
     usage = getattr(error, "format_message", None)
     if isinstance(error, UnbatchError) or usage:
-        return str(usage() if usage else error)
+        return _short(str(usage() if usage else error))
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({text}); take a smaller batch or model, or another --device."
@@ -48,6 +49,11 @@ def lines_of(error: BaseException) -> list[str]:
         for frame in traceback.extract_tb(error.__traceback__)
         if _own(frame.filename)
     ]
+
+
+def _short(text: str) -> str:
+    """Without the middle of what a file may have put in it."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def _own(file: str) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unbatch.data.bounds import check_npz
 from unbatch.data.examples import Data
 from unbatch.data.labels import Classes, Labels, class_labels, named_classes, real_labels, word_labels
 from unbatch.domain import domain_of
@@ -35,10 +36,12 @@ def read_arrays(path: Path, classes: Classes) -> Data:
         )
     notes = list[str]()
     try:
-        inputs = _inputs(x, notes)
+        with np.errstate(all="ignore"):  # what is not finite afterwards is refused
+            inputs = _inputs(x, notes)
         if classes is None and "classes" in arrays:
             classes = named_classes([str(name) for name in arrays["classes"].ravel().tolist()])
-        labels = _labels(y, classes)
+        with np.errstate(all="ignore"):
+            labels = _labels(y, classes)
     except UnbatchError as error:
         raise UnbatchError(f"{path}: {error}") from None
     notes += labels.notes
@@ -48,6 +51,7 @@ def read_arrays(path: Path, classes: Classes) -> Data:
 def _arrays(path: Path) -> Mapping[str, np.ndarray]:
     how = "Save it with numpy.savez(path, inputs=..., labels=...)."
     try:
+        check_npz(path)
         with path.open("rb") as stream:
             file = np.load(stream, allow_pickle=False)
             if isinstance(file, np.ndarray):

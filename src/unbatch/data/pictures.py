@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unbatch.data.bounds import check_picture
 from unbatch.data.examples import Data
 from unbatch.data.labels import WHOLE_NUMBER, Classes, Labels, named_classes, text_labels
 from unbatch.domain import Images
@@ -107,8 +110,11 @@ def _picture(file: Path, reading: _Reading) -> Tensor:
     """One picture [1 or 3, h, w] in [0, 1]. Raises UnbatchError: it cannot be read, or its values have no range."""
     from PIL import Image, ImageOps
 
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it has to say is in its errors
     try:
-        with Image.open(file) as image:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter("ignore")  # of tags and profiles that are not read
+            check_picture(file, image)
             if getattr(image, "n_frames", 1) > 1:
                 reading.note("the first of several frames was taken")
             raw = _raw_mode(image)
@@ -117,7 +123,7 @@ def _picture(file: Path, reading: _Reading) -> Tensor:
                 reading.note("turned upright as the camera noted (EXIF)")
             values = _values(upright, raw, reading)
     except UnbatchError as error:
-        raise UnbatchError(f"{file}: {error}") from None
+        raise UnbatchError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
     except Exception as error:  # a broken file makes decoders fail in many ways
         words = str(error) or type(error).__name__
         raise UnbatchError(f"cannot read the image {file}: {words}. Remove or replace it.") from None

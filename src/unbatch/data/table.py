@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from unbatch.data.arrays import LABEL_NAMES
+from unbatch.data.bounds import check_unpacked
 from unbatch.data.examples import Data
 from unbatch.data.labels import Classes, text_labels
 from unbatch.domain import Table
@@ -164,6 +165,7 @@ def _column(cells: _Cells, i: int) -> _Column:
                 f"{cells.path}: column {name!r} holds {len(present):,} different words, more than {MOST_CATEGORIES:,}; "
                 "drop it (a name or a number of a row is no category), or group its values."
             )
+        check_unpacked(cells.path, len(present) * len(written) * 8, f"column {name!r}, one-hot,")
         places = {word: place for place, word in enumerate(present)}
         values = np.eye(len(present))[[places[word] for word in written]]
         return _Column(
