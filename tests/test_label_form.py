@@ -226,13 +226,22 @@ def test_a_label_is_solved_for_where_no_class_explains_the_update() -> None:
         (F.cross_entropy, 3, torch.tensor([0, 1, 2, -1])),
         (F.cross_entropy, 3, torch.rand(4, 2)),
         (F.cross_entropy, 3, torch.tensor([-100] * 4)),
-        (lambda o, y: F.cross_entropy(o, y, reduction="none"), 3, torch.tensor([0, 1, 2, 0])),
     ],
 )
 def test_labels_that_do_not_go_with_the_outputs_are_refused(loss: Loss, outputs: int, labels: Tensor) -> None:
     with pytest.raises(UnbatchError, match="do not go with outputs") as refusal:
         Setting(model=network(outputs), loss=loss, inputs=batch(4), labels=labels)
     assert "give labels so" in str(refusal.value)
+
+
+def test_a_loss_that_takes_no_labels_is_told_from_labels_that_it_does_not_take() -> None:
+    with pytest.raises(UnbatchError, match=r"it gives \[4\], and not one number.*look at the loss itself"):
+        Setting(
+            model=network(3),
+            loss=lambda o, y: F.cross_entropy(o, y, reduction="none"),
+            inputs=batch(4),
+            labels=torch.tensor([0, 1, 2, 0]),
+        )
 
 
 def test_labels_that_go_with_the_outputs_are_taken() -> None:

@@ -119,8 +119,13 @@ def _checked_labels(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
         why.append(reason)
     try:
         takes = f"it takes {LabelForm.of(loss, shape, device=beside.device).words()}"
-    except UnbatchError:
-        takes = "it takes none of the usual forms (class numbers, one-hot rows, bits, real targets) either"
+    except Exception as error:  # whatever the user's own function raises
+        raise UnbatchError(
+            f"the loss fails on outputs {[n, *shape]} and labels {str(labels.dtype).removeprefix('torch.')} "
+            f"{list(labels.shape)}: {why[0]}. It takes labels in no other form (class numbers, one-hot rows, bits, real "
+            "targets) either, so look at the loss itself: called with (outputs, labels) it returns one finite number, as a "
+            "tensor with its gradient (a mean or a sum, and no .item())."
+        ) from error
     if outside:
         low, high = int(labels.min()), int(labels.max())
         why.append(f"labels run from {low} to {high}, but the model has {classes} classes, 0 to {classes - 1}")
@@ -137,7 +142,7 @@ def _refusal(loss: Loss, outputs: Tensor, labels: Tensor) -> str | None:
             warnings.filterwarnings("error", message="Using a target size")
             value = loss(outputs, labels)
     except Exception as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
     if not isinstance(value, Tensor) or value.numel() != 1:
         return (
             f"it gives {list(value.shape) if isinstance(value, Tensor) else type(value).__name__}, and not one number"
