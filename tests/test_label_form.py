@@ -1,5 +1,7 @@
 """Labels in every form that losses take: found once, brought from one into another, and recovered in all of them."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -167,12 +169,55 @@ def test_whole_batches_come_back_in_the_form_that_the_loss_takes(loss: Loss, lab
 
 @pytest.mark.parametrize("loss", [nn.SoftMarginLoss(), nn.HingeEmbeddingLoss()])
 def test_labels_without_a_gradient_are_tried_one_after_the_other(loss: Loss) -> None:
-    own = Setting(model=network(1), loss=loss, inputs=batch(1), labels=torch.tensor([[-1.0]]))
-    found = Attack.parse("gradient-matching:iterations=200")(observe(own.model, loss, own.inputs, own.labels)[0])
-    assert found.labels is not None
-    assert found.labels.tolist() == [[-1.0]]
-    assert found.trace["labels"] == "tried"
-    assert torch.allclose(found.inputs.float(), own.inputs, atol=1e-3)
+    own = Setting(model=network(1), loss=loss, inputs=batch(2), labels=torch.tensor([[-1.0], [1.0]]))
+    record = audit(own, attacks=["gradient-matching:iterations=200"], analyses=[])
+    assert record.runs[0].trace["labels"] == "tried"
+    if isinstance(loss, nn.SoftMarginLoss):  # the other one's gradient is the same wherever its example lies
+        assert record.recovered() == {(0, 0), (0, 1)}
+        assert [e.scores["label-accuracy"] for e in record.runs[0].examples] == [1.0, 1.0]
+
+
+def held_weights(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Training code that holds its class weights in float32."""
+    return F.cross_entropy(outputs, labels, torch.tensor([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0])),
+        functools.partial(F.cross_entropy, weight=torch.ones(3)),
+        held_weights,
+    ],
+)
+def test_a_loss_that_holds_tensors_of_the_clients_precision_is_run_in_another(loss: Loss) -> None:
+    own = Setting(model=network(3), loss=loss, inputs=batch(3), labels=torch.tensor([0, 2, 1]))
+    record = audit(own, attacks=["unmix"], analyses=[])
+    assert len(record.recovered()) == 3, record.runs[0].words
+    assert "times" not in record.runs[0].trace.get("words", "")
+
+
+def test_rows_that_the_loss_ignores_are_no_factor_of_the_update() -> None:
+    own = Setting(model=network(3), loss=F.cross_entropy, inputs=batch(3), labels=torch.tensor([-100, 2, 1]))
+    record = audit(own, attacks=["unmix"], analyses=[])
+    assert record.recovered() == {(0, 1), (0, 2)}
+    assert "either 1 of the batch of 3 are ignored" in record.runs[0].trace["words"]
+
+
+@pytest.mark.parametrize(
+    ("last", "loss", "label"),
+    [
+        (nn.Sigmoid(), nn.BCELoss(), torch.tensor([[1.0]])),
+        (nn.Sequential(nn.Sigmoid(), nn.Flatten(0)), nn.BCELoss(), torch.tensor([0.0])),
+        (nn.Sequential(nn.Linear(1, 3), nn.LogSoftmax(1)), nn.NLLLoss(), torch.tensor([1])),
+    ],
+)
+@pytest.mark.parametrize("attack", ["bias-ratio", "gradient-matching"])
+def test_models_that_return_probabilities(last: nn.Module, loss: Loss, label: Tensor, attack: str) -> None:
+    own = Setting(model=nn.Sequential(network(1), last), loss=loss, inputs=batch(1), labels=label)
+    record = audit(own, attacks=[attack], analyses=[])
+    assert record.recovered() == {(0, 0)}, record.runs[0].words
+    assert record.runs[0].examples[0].scores["label-accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("loss", [F.l1_loss, nn.MultiLabelMarginLoss(), nn.SoftMarginLoss()])

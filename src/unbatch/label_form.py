@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections import Counter
@@ -20,6 +21,7 @@ Kind = Literal["class", "probabilities", "binary", "sign", "multi-label", "real"
 PROBES = (5, 7, 11)  # rows to try a loss on: an odd number, of which one is no side of the outputs
 NEARLY_WHOLE = 0.1  # entries of a row that far from 0 or 1 at most are read as 0 and 1
 CLOSE_TARGETS = 1e-2  # probabilities and real targets agree to that, relative to the larger of 1 and themselves
+WORDS_TO = 1e-3  # an entry of a label that near to a whole number is told as that number
 BROADCASTS = "it broadcasts labels over outputs, so that every label counts for every example"
 CONFIDENT = 40.0  # a logit whose probability is 1 to float32's rounding
 WHOLE_KINDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -301,13 +303,50 @@ def _bits(loss: Loss, outputs: Tensor, labels: Tensor) -> bool:
 
 
 def in_dtype(loss: Loss, dtype: torch.dtype) -> Loss:
-    """The loss with the tensors that it holds (class weights) in another precision, where it is a module.
+    """The loss for outputs in another precision than the client's: with the tensors that it holds, as class weights, moved.
+
+    Tensors of a module or of a functools.partial are moved; a function that holds some out of reach is run in the precision
+    that it takes, and its value brought back.
 
     >>> in_dtype(nn.CrossEntropyLoss(weight=torch.ones(3)), torch.float64).weight.dtype
     torch.float64
+    >>> weights, outputs = torch.ones(2), torch.zeros(1, 2, dtype=torch.float64)
+    >>> in_dtype(lambda o, y: F.cross_entropy(o, y, weights), torch.float64)(outputs, torch.tensor([0])).dtype
+    torch.float64
     """
-    holds = isinstance(loss, nn.Module) and bool([*loss.parameters(), *loss.buffers()])
-    return copy.deepcopy(loss).to(dtype) if holds else loss  # type: ignore[attr-defined]
+    if isinstance(loss, nn.Module):
+        held = [t for t in (*loss.parameters(), *loss.buffers()) if t.is_floating_point()]
+        return loss if all(t.dtype == dtype for t in held) else _module_in(loss, dtype)
+    if isinstance(loss, functools.partial):
+        moved = {k: v.to(dtype) if _real(v) else v for k, v in loss.keywords.items()}
+        return functools.partial(loss.func, *(v.to(dtype) if _real(v) else v for v in loss.args), **moved)
+    return loss if isinstance(loss, _Bridge) else _Bridge(loss)
+
+
+@functools.lru_cache(maxsize=8)
+def _module_in(loss: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(loss).to(dtype)
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@dataclass(frozen=True)
+class _Bridge:
+    """A loss that holds tensors of one precision, for outputs of another."""
+
+    loss: Loss
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        try:
+            return self.loss(outputs, labels)
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("scalar type", "dtype")):
+                raise
+            other = torch.float32 if outputs.dtype == torch.float64 else torch.float64
+            y = labels.to(other) if labels.is_floating_point() else labels
+            return self.loss(outputs.to(other), y).to(outputs.dtype)
 
 
 def loss_on_cpu(loss: Loss) -> Loss:
@@ -389,7 +428,7 @@ def label_words(label: Tensor, classes: Sequence[str] = ()) -> str:
     held = label.detach().cpu()
     if held.numel() == 1:
         return name(float(held))
-    values = held.flatten().tolist()
+    values = [round(v) if abs(v - round(v)) < WORDS_TO else v for v in held.flatten().tolist()]
     if held.ndim == 1 and held.is_floating_point() and min(values) >= 0 and abs(sum(values) - 1) < 1e-3:
         said = sorted(((v, j) for j, v in enumerate(values) if v >= 0.005), reverse=True)
         return name(said[0][1]) if len(said) == 1 else ", ".join(f"{100 * v:.0f} % {name(j)}" for v, j in said[:5])

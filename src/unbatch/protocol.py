@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from unbatch.errors import UnbatchError
+from unbatch.label_form import in_dtype
 from unbatch.loss import Loss
 from unbatch.network.dense import in_mode
 from unbatch.plugin import Options
@@ -124,7 +125,7 @@ def local_update(
 
     def gradient(weights: Sequence[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         outputs = functional_call(model, frozen | dict(zip(names, weights, strict=True)) | state, (x,))
-        value = loss(outputs, y)
+        value = in_dtype(loss, outputs.dtype)(outputs, y)
         return _dense(torch.autograd.grad(value, list(weights), create_graph=create_graph, materialize_grads=True))
 
     steps = protocol.steps(len(inputs))

@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from unbatch.errors import UnbatchError
+from unbatch.label_form import in_dtype
 from unbatch.loss import Loss
 from unbatch.network.chain import Chained
 from unbatch.network.dense import Call, LinearCalls
@@ -70,9 +71,9 @@ def work(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> float:
     >>> work(model, nn.functional.cross_entropy, torch.zeros(1, 1, 4, 4), torch.tensor([1])) > 1e4
     True
     """
-    model = copy.deepcopy(model).double().eval().requires_grad_()
+    model, fine = copy.deepcopy(model).double().eval().requires_grad_(), in_dtype(loss, torch.float64)
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
-        loss(model(x.double()), y.double() if y.is_floating_point() else y).backward()  # type: ignore[no-untyped-call]
+        fine(model(x.double()), y.double() if y.is_floating_point() else y).backward()  # type: ignore[no-untyped-call]
     dense = {id(layer.weight): sum(layer.weight.shape) + 1 for layer in model.modules() if isinstance(layer, nn.Linear)}
     entries, d = sum(min(p.numel(), dense.get(id(p), p.numel())) for p in model.parameters()), x.numel()
     rows = min(entries, max(ROWS_AN_UNKNOWN * d, JACOBIAN_ENTRIES // d))
@@ -167,7 +168,11 @@ class _Gradient:
         mode: Literal["train", "eval"],
         sent: Container[str] | None,
     ) -> None:
-        self.model, self.loss, self.shape = copy.deepcopy(model).double().train(mode == "train"), loss, x.shape
+        self.model, self.loss, self.shape = (
+            copy.deepcopy(model).double().train(mode == "train"),
+            in_dtype(loss, torch.float64),
+            x.shape,
+        )
         for module in self.model.modules():
             if isinstance(module, _DropoutNd):
                 module.eval()

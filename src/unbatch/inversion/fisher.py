@@ -13,6 +13,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.mean_round import mean_round, still
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge, shares
+from unbatch.label_form import in_dtype
 from unbatch.loss import reduction
 from unbatch.network.dense import forward, in_mode
 from unbatch.numerics.bounds.prior import GaussianPrior
@@ -276,7 +277,7 @@ def jumps(obs: Observation, x: Tensor, y: Tensor, rng: torch.Generator) -> str |
     with in_mode(double.model, double.protocol.mode), torch.enable_grad():
         state = {k: b.clone() for k, b in double.model.named_buffers()}
         outputs = torch.func.functional_call(double.model, state, (x.double(),))
-        value = double.loss(outputs, y.double() if y.is_floating_point() else y)
+        value = in_dtype(double.loss, outputs.dtype)(outputs, y.double() if y.is_floating_point() else y)
     seen, todo, found = set(), [value.grad_fn], set[str]()
     while todo:
         node = todo.pop()

@@ -17,7 +17,7 @@ from unbatch.inversion.input_span import SpanReduction, in_input_span
 from unbatch.inversion.rounds import averaged, each_restored
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
-from unbatch.label_form import LabelForm, one_hot_classes
+from unbatch.label_form import REFUSALS, LabelForm, one_hot_classes
 from unbatch.likelihood import Likelihood
 from unbatch.network.dense import forward
 from unbatch.numerics.label_counts import impulse, label_counts
@@ -111,6 +111,8 @@ class Unknowns:
 
         Raises UnbatchError: as `of`, or there are too many ways to label the batch.
         """
+        if view.known_labels is None and _confined(view):
+            return [cls.of(view, preset, dtype, tried=labels) for labels in _labellings(view)]
         if (
             view.known_labels is not None
             or _searchable(view.labels)
@@ -296,6 +298,20 @@ class Unknowns:
 def _searchable(form: LabelForm) -> bool:
     """Whether labels can be searched for in real numbers: the loss has a gradient with respect to them."""
     return form.sloped and form.kind != "sign" and (form.kind != "class" or form.rows is not None)
+
+
+def _confined(view: View) -> bool:
+    """Whether labels are zeros and ones that can be tried, since a search would leave the numbers that the loss takes."""
+    form = view.labels
+    ways = math.comb(view.knowledge.batch_size + 1, 1) if form.kind == "binary" else 0
+    if not 0 < ways <= MOST_LABEL_SETS or form.whole:
+        return False
+    parameter = next(view.model.parameters())
+    outputs = torch.full((1, *view.outputs), 0.5, dtype=parameter.dtype, device=parameter.device)
+    try:
+        return not bool(view.loss(outputs, form.every(parameter.detach().flatten()[0])[1] + 0.5).isfinite())
+    except REFUSALS:
+        return True
 
 
 def _to_be_found(view: View, outputs: Tensor) -> tuple[Tensor, Squash]:

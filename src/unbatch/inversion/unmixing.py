@@ -308,13 +308,13 @@ def _separated(problem: Unmixing, rng: torch.Generator, attempts: int, partial: 
     if mixture.classes:  # second: on pictures and most tables components are faster where they work
         ways.insert(1, ("descent", Descent(RemainingLabels(view, form, mixture, tail))))
     found = unmix(mixture, ways, rng, classes=classes, attempts=attempts, tick=tick)
-    told = mixture if found.weighed else mixture.unweighed()
-    weights = told.weights(told.F(found.z, found.labels), found.z)
+    own = mixture if found.weighed else mixture.unweighed()
+    weights = own.weights(own.F(found.z, found.labels), found.z)
     weights = weights * problem.clients / tail.n if form.reduction == "mean" else weights
     weighing = problem.weighing(weights)
     rounding = Rounding(view.obs, problem.layer, form, problem.span.rows, tail.n)
     reach = mixture_radius(
-        told,
+        own,
         found.z,
         found.labels,
         rng,
@@ -329,12 +329,36 @@ def _separated(problem: Unmixing, rng: torch.Generator, attempts: int, partial: 
         "log": found.log,
         "singular values": problem.span.values.tolist(),
     }
-    words = [weighing.words] if weighing.words else []
+    told = _factor_words(weighing, form, found.labels, view.knowledge.get("batch_size"))
+    words = [told] if told else []
     if len(found.z) < rank:
         words.append(_shortfall(mixture, tail, found, rank, view.knowledge.get("batch_size")))
     if words:
         trace["words"] = " ".join(words)
     return _returned(problem, found, weighing, weights, reach, trace, partial)
+
+
+def _factor_words(weighing: Weighing, form: LossForm, labels: Tensor, n: int | None) -> str:
+    """What multiple of the batch's gradient the update is, in words; rows that weigh less or are ignored are no factor."""
+    found, uneven = len(labels), form.ignored is not None or form.weights is not None
+    if (
+        n is None
+        or not found
+        or not uneven
+        or form.reduction != "mean"
+        or form.by_count
+        or len(weighing.times) != found
+    ):
+        return weighing.words
+    mass = float(form.weight_of(labels).sum()) if form.classes else float(found)
+    if abs(weighing.factor * mass / n - 1) > 1e-3:
+        return weighing.words
+    if found == n:
+        return ""
+    return (
+        f"The update is the mean gradient of these {found} examples: either {n - found} of the batch of {n} are ignored by "
+        f"the loss, or the update is {weighing.factor:.4g} times that of a batch in which they are hidden."
+    )
 
 
 def _returned(

@@ -16,6 +16,7 @@ from unbatch.inversion.backward.runs import runs
 from unbatch.inversion.label_fit import label_behind, possible_labels
 from unbatch.inversion.unmixing import unmixed
 from unbatch.inversion.view import View
+from unbatch.label_form import in_dtype
 from unbatch.layers.residual import split
 from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.network.chain import chain, follow
@@ -232,7 +233,7 @@ class FirstDense:
         """dL/dz [n, m] of the dense layer's outputs for its inputs x [n, p], by the layers above it."""
         z = follow(self.above[:1], x).detach().requires_grad_()
         with torch.enable_grad():
-            value = self.obs.loss(follow(self.above[1:], z), labels)
+            value = in_dtype(self.obs.loss, z.dtype)(follow(self.above[1:], z), labels)
         return torch.autograd.grad(value, z)[0]
 
     def likely(self) -> Tensor | None:
