@@ -162,3 +162,9 @@ def test_categories_are_scored_after_rounding() -> None:
     assert metric.score(found, true).tolist() == [1, 0.5, 0]
     assert Metric.parse("category-accuracy").on(TABLE) is None
     assert Metric.parse("category-accuracy").on(domain_of(torch.zeros(1, 3, 8, 8))) is None
+
+
+def test_labels_of_no_matched_pair_have_no_score() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    assert Metric.parse("label-accuracy").score(none, none).shape == (0,)
+    assert Metric.parse("label-accuracy").score(none.reshape(0, 3), none).shape == (0,)

@@ -386,9 +386,9 @@ def agree(found: Tensor, true: Tensor) -> Tensor:
     tensor([ True, False])
     """
     p = len(found)
-    a, b = found.detach().double().cpu().reshape(p, -1), true.detach().double().cpu().reshape(p, -1)
     if not p:
         return torch.zeros(0, dtype=torch.bool)
+    a, b = found.detach().double().cpu().reshape(p, -1), true.detach().double().cpu().reshape(p, -1)
     if a.shape[1] != b.shape[1]:
         a, b = (_rows_like(a, b), b) if a.shape[1] < b.shape[1] else (a, _rows_like(b, a))
     if a.shape[1] != b.shape[1]:
