@@ -15,6 +15,7 @@ from unbatch.analysis import Analysis
 from unbatch.attack import Attack
 from unbatch.auditing.client import observe
 from unbatch.inversion.backward.rank_count import Constraints, constraints
+from unbatch.inversion.determined_share import determined
 from unbatch.knowledge import Knowledge
 from unbatch.network.chain import chain, follow
 from unbatch.observation import Observation
@@ -272,7 +273,7 @@ def plain(words: str) -> str:
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_same_numbers_of_the_analyses(name: str) -> None:
     one, two = twins(name, 3)
-    for analysis in ("security-metric",):
+    for analysis in ("security-metric", "gradient-rank"):
         said = []
         for model in (one, two):
             found = Analysis.parse(analysis)(seen(model, 3)[0])
@@ -305,3 +306,37 @@ def test_the_same_picture_is_read(name: str, seed: int) -> None:
     assert (error is None) == (own is None)
     if error is not None and own is not None:
         assert error == pytest.approx(own, rel=1e-2, abs=1e-6)
+
+
+def test_functional_dropout_is_off_where_modules_of_it_are() -> None:
+    def made(functional: bool) -> nn.Module:
+        def forward(net: Net, x: Tensor) -> Tensor:
+            x = torch.tanh(net.a(x.flatten(1)))
+            return net.b(F.dropout(x, 0.5, net.training) if functional else net.d(x))
+
+        torch.manual_seed(0)
+        return Net(forward, a=nn.Linear(16, 12), b=nn.Linear(12, 3), **({} if functional else {"d": nn.Dropout()}))
+
+    at = torch.rand(1, 1, 4, 4), torch.tensor([1])
+    shares = [determined(made(functional), F.cross_entropy, *at, mode="train").share for functional in (True, False)]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-9)
+
+
+def test_gradient_rank_of_parameters_that_a_forward_holds_itself() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.b1 = nn.Parameter(torch.randn(12, 64) / 8), nn.Parameter(torch.zeros(12))
+            self.w2, self.b2 = nn.Parameter(torch.randn(3, 12) / 3), nn.Parameter(torch.zeros(3))
+            self.scale = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.tanh(F.linear(x.flatten(1), self.w1, self.b1)) * self.scale, self.w2, self.b2)
+
+    torch.manual_seed(0)
+    model = Raw().double()
+    found = [(each.layer, each.kind, each.rank) for each in Analysis.parse("gradient-rank")(seen(model, 0)[0])]
+    assert found == [("w1", "Linear", 1), ("scale", "AffineOperation", 1), ("w2", "Linear", 1)]
+    assert [link.name for link in chain(model, SHAPE)] == ["w1", "tanh", "mul", "w2"]
+    obs, x, _ = seen(model, 0)
+    assert float((Attack.parse("bias-ratio")(obs).inputs - x).norm()) < 1e-9

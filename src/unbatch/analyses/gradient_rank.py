@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from unbatch.analysis import Analysis, LayerRisk
 from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
+from unbatch.network.chain import named_after
 from unbatch.network.dense import forward
+from unbatch.network.operations import layer_of
 from unbatch.numerics.linear.span import numerical_rank
 from unbatch.observation import Observation
 
@@ -42,19 +45,57 @@ class GradientRank(Analysis):
         except NotApplicable:  # a model of token numbers: none of its layers reads the inputs themselves
             fed = set()
         eps = torch.finfo(obs.dtype).eps
-        risks = []
-        for name, module in obs.model.named_modules():
-            own = [key for key, _ in module.named_parameters(recurse=False)]
-            sent = [t for key in own if (t := obs.update.get(f"{name}.{key}" if name else key)) is not None]
-            if sent:
-                matrix = torch.cat([t.double().reshape(len(t), -1) if t.ndim else t.reshape(1, 1) for t in sent], 1)
-                risks.append(_risk(name, module, matrix, eps, sizes.get(name), name in fed, obs))
-        return risks
+        return [_risk(layer, eps, layer.name in fed, obs) for layer in _layers(view, sizes)]
 
 
-def _risk(
-    name: str, module: nn.Module, matrix: Tensor, eps: float, inputs: int | None, first: bool, obs: Observation
-) -> LayerRisk:
+@dataclass(frozen=True)
+class _Layer:
+    """Parameters that are of one layer, and what that is."""
+
+    name: str
+    module: nn.Module  # for its kind
+    tensors: Sequence[Tensor]  # their gradients
+    inputs: int | None  # numbers that enter it for one example, where that is seen
+
+
+def _layers(view: View, sizes: Mapping[str, int]) -> Iterator[_Layer]:
+    """The layers that sent gradients: modules, and functions that a forward passes parameters to."""
+    functions = _functions(view)
+    for name, module in view.model.named_modules():
+        names = [f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)]
+        sent = {key: view.update[key] for key in names if key in view.update}
+        taken = [each for each in functions if each[2] and set(each[2]) <= set(sent)]
+        for own, layer, keys, inputs in taken:
+            yield _Layer(own, layer, [sent.pop(key) for key in keys if key in sent], inputs)
+        together = not taken and len({t.shape[:1] for t in sent.values()}) == 1
+        if sent and together:
+            yield _Layer(name, module, list(sent.values()), sizes.get(name))
+        elif sent:
+            yield from (_Layer(key, module, [tensor], None) for key, tensor in sent.items())
+
+
+def _functions(view: View) -> list[tuple[str, nn.Module, list[str], int]]:
+    """Calls of functions that take parameters: name, the layer that it is, which of them were sent, size of the input."""
+    found = []
+    try:
+        calls = view.graph.calls
+    except NotApplicable:  # tokens, or a forward that no graph shows
+        return []
+    for call in calls:
+        fed = {value for value in call.given if value.fed}
+        own = [value for value in call.given if isinstance(value.held, nn.Parameter)]
+        keys = list(dict.fromkeys(value.name for value in own if value.name in view.update))
+        if not isinstance(call.ran, nn.Module) and keys and len(fed) == 1:
+            (given,) = fed
+            name = named_after(own[0].name)
+            found.append((name, layer_of(call, given), keys, int(torch.Size(given.shape[1:]).numel())))
+    return found
+
+
+def _risk(layer: _Layer, eps: float, first: bool, obs: Observation) -> LayerRisk:
+    name, module, inputs = layer.name, layer.module, layer.inputs
+    rows = [t.double().reshape(len(t), -1) if t.ndim else t.double().reshape(1, 1) for t in layer.tensors]
+    matrix = torch.cat(rows, 1)
     p, q = matrix.shape
     r = numerical_rank(matrix, eps=eps)
     n = obs.knowledge.get("batch_size", max(r, 1))  # in a dense layer below full rank, the rank is the batch size

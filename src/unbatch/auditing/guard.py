@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unbatch.attack import Attack
@@ -16,6 +18,7 @@ from unbatch.domain import domain_of
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss
+from unbatch.network.dense import forward
 from unbatch.observation import Observation
 from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
@@ -95,7 +98,7 @@ def guard(
         total_budget=seconds,
     )
     residual = record.clients[0].residual
-    if not stack.defences and residual is not None and residual > UNEXPLAINED and not _random(model, protocol):
+    if not stack.defences and residual is not None and residual > UNEXPLAINED and not _random(model, inputs, protocol):
         raise UnbatchError(
             f"this batch is not behind this update: it would send one that is {residual:.0%} off. Give the inputs, labels "
             "and model of this step, its protocol, and the defences that changed the update."
@@ -111,11 +114,11 @@ def guard(
     return record
 
 
-def _random(model: nn.Module, protocol: Protocol) -> bool:
-    """Whether two runs of the same step differ."""
-    return protocol.mode == "train" and any(
-        isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in model.modules()
-    )
+def _random(model: nn.Module, inputs: Tensor, protocol: Protocol) -> bool:
+    """Whether two runs of the model on the same inputs differ, as with dropout; found by running it."""
+    model = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        return not torch.equal(*(forward(model, inputs, protocol.mode) for _ in range(2)))
 
 
 def _leaks(record: Audit, max_psnr: float) -> tuple[list[str], list[int]]:

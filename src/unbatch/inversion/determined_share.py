@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from unbatch.errors import UnbatchError
@@ -19,6 +18,7 @@ from unbatch.label_form import in_dtype
 from unbatch.loss import Loss
 from unbatch.network.chain import Chained
 from unbatch.network.dense import Call, LinearCalls
+from unbatch.network.dropout import WithoutDropout
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.observation import Observation
 from unbatch.progress import afford_or_leave, tick_or_leave
@@ -72,9 +72,14 @@ def work(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> float:
     True
     """
     model, fine = copy.deepcopy(model).double().eval().requires_grad_(), in_dtype(loss, torch.float64)
-    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+    dense: dict[int, int] = {}  # numbers that hold a dense layer's gradient, by its weight
+
+    def hear(call: Call, compute: Callable[[], Tensor]) -> Tensor:
+        dense[id(call["weight"])] = sum(call["weight"].shape) + 1
+        return compute()
+
+    with FlopCounterMode(display=False) as counter, torch.enable_grad(), LinearCalls(hear):
         fine(model(x.double()), y.double() if y.is_floating_point() else y).backward()  # type: ignore[no-untyped-call]
-    dense = {id(layer.weight): sum(layer.weight.shape) + 1 for layer in model.modules() if isinstance(layer, nn.Linear)}
     entries, d = sum(min(p.numel(), dense.get(id(p), p.numel())) for p in model.parameters()), x.numel()
     rows = min(entries, max(ROWS_AN_UNKNOWN * d, JACOBIAN_ENTRIES // d))
     return 2.0 * d * float(counter.get_total_flops()) + SCATTER_OPERATIONS * d * entries + 2.0 * d**2 * (rows + d)
@@ -173,9 +178,6 @@ class _Gradient:
             in_dtype(loss, torch.float64),
             x.shape,
         )
-        for module in self.model.modules():
-            if isinstance(module, _DropoutNd):
-                module.eval()
         state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         self.state = {name: tensor.detach().clone() for name, tensor in state.items()}
         self.own = [name for name, _ in self.model.named_parameters() if sent is None or name in sent]
@@ -207,7 +209,7 @@ class _Gradient:
             inputs[name] = call["input"]
             return compute() + taps[name]
 
-        with LinearCalls(hear):
+        with WithoutDropout(), LinearCalls(hear):
             return self.loss(functional_call(self.model, whole, (at.view(self.shape),)), self.y), inputs
 
     def _outer(self) -> dict[str, _Outer]:
@@ -223,7 +225,7 @@ class _Gradient:
             return out
 
         copied = {k: self.state[k] if k in self.own else v.clone() for k, v in self.state.items()}
-        with LinearCalls(hear):
+        with WithoutDropout(), LinearCalls(hear):
             functional_call(self.model, copied, (self.at.view(self.shape),))
         taps = {name: self.at.new_zeros(1, p) for name, p in taken.items() if p}
         deltas, inputs = grad(self._heard, argnums=1, has_aux=True)({}, taps, self.at) if taps else ({}, {})

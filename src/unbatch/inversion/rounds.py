@@ -179,8 +179,8 @@ def _filled(view: View, law: Likelihood, lowest: bool) -> dict[str, Tensor]:
     if layer is None or not ((lowest and noisy) or bool(hidden[layer.weight].any())):
         return update
     names = [name for name in (layer.weight, layer.bias) if name in update]
-    A = torch.cat([update[name].double().view(len(update[layer.weight]), -1) for name in names], 1)
-    seen = ~torch.cat([hidden[name].view(len(A), -1) for name in names], 1)
+    A = torch.cat([update[name].double().reshape(len(update[layer.weight]), -1) for name in names], 1)
+    seen = ~torch.cat([hidden[name].reshape(len(A), -1) for name in names], 1)
     n = obs.knowledge.get("batch_size")
     target = 2 * torch.finfo(obs.dtype).eps
     for rank in range(1, min(TRIED_RANKS, *A.shape) + 1) if n is None else [min(n, *A.shape)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from unbatch.label_form import LabelForm
 from unbatch.loss import Loss, LossForm, identify
 from unbatch.network.chain import Link, chain
 from unbatch.network.dense import Anatomy, Dense, anatomy
+from unbatch.network.graph import Graph, trace
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol, Update
 
@@ -195,6 +197,19 @@ class View:
     def stand_in(self, n: int, rng: torch.Generator) -> Tensor:
         """Inputs [n, *input_shape] that look like examples but know nothing of the private ones: the domain's prior."""
         return self.domain.prior(n, rng).to(self.obs.device)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """What the network runs, modules and functions alike, with the tensors between them (`trace`), of a copy.
+
+        Raises NotApplicable: its forward depends on its data in a way that no graph shows; or input_shape is not known.
+        """
+        if "input_shape" not in self.knowledge:
+            raise NotApplicable("input_shape must be known, to run the model once.")
+        try:
+            return trace(copy.deepcopy(self.model), self.knowledge.input_shape, self.protocol.mode)
+        except ValueError as error:
+            raise NotApplicable(str(error)) from error
 
     @cached_property
     def links(self) -> list[Link]:

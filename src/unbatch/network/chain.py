@@ -109,6 +109,15 @@ class Chained(nn.Module):
         return {f"layers.{i}.{name}": link.called(name) for i, link, name in own}
 
 
+def named_after(weight: str) -> str:
+    """The name of the layer that a parameter is the weight of.
+
+    >>> named_after("features.0.weight"), named_after("w1"), named_after("weight")
+    ('features.0', 'w1', '')
+    """
+    return "" if weight == "weight" else weight.removesuffix(".weight")
+
+
 def follow(links: Sequence[Link], x: Tensor) -> Tensor:
     """The output [n, ...] of the links one after the other, for inputs x [n, *links[0].before]; x, if there are none.
 
@@ -249,8 +258,8 @@ class _Cutter:
         if cut.plain or weight is None:
             own = [s for s in self.graph.scopes if not s.nested and (s.given, s.gave) == (cut.given, cut.gave)]
             return own[-1].name if own and own[-1].name and not cut.plain else cut.last.name
-        name = self.names.get(id(weight), cut.last.name)
-        return "" if name == "weight" else name.removesuffix(".weight")
+        name = self.names.get(id(weight))
+        return cut.last.name if name is None else named_after(name)
 
     def _link(self, name: str, module: nn.Module, given: Value, after: tuple[int, ...], line: str) -> Link:
         first, k = name, 0
