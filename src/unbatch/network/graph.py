@@ -278,9 +278,9 @@ def leaf(module: nn.Module) -> bool:
     >>> leaf(nn.Linear(1, 1)), leaf(nn.Sequential())
     (True, False)
     """
-    inner = any(name != "parametrizations" for name, _ in module.named_children())
-    own = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.Sequential)
-    return isinstance(module, nn.MultiheadAttention) or (not inner and (own or parametrize.is_parametrized(module)))
+    home, inner = type(module).__module__, any(name != "parametrizations" for name, _ in module.named_children())
+    own = home.startswith("torch.nn.modules.") and home != nn.Sequential.__module__
+    return own or (not inner and parametrize.is_parametrized(module))
 
 
 class _Listener(TorchFunctionMode):
@@ -304,8 +304,9 @@ class _Listener(TorchFunctionMode):
 
     def hear(self, probe: Tensor, mode: Literal["train", "eval"]) -> _Heard:
         """One run on the probe, in that mode. Raises NotApplicable: it takes other than one tensor."""
-        hooks = [module.register_forward_pre_hook(self._begin, with_kwargs=True) for module in self.modules]
-        hooks += [module.register_forward_hook(self._end, with_kwargs=True) for module in self.modules]
+        heard = [module for module in self.modules if not isinstance(module, torch.jit.ScriptModule)]  # takes no hooks
+        hooks = [module.register_forward_pre_hook(self._begin, with_kwargs=True) for module in heard]
+        hooks += [module.register_forward_hook(self._end, with_kwargs=True) for module in heard]
         self.result: Value | None = None
         self.input = Value(tuple(probe.shape))
         try:
@@ -314,6 +315,8 @@ class _Listener(TorchFunctionMode):
         finally:
             for hook in hooks:
                 hook.remove()
+        if self.model not in heard:
+            raise NotApplicable("the network is no chain of layers: a scripted module does not tell what it runs.")
         output = self.result
         if self.flaw:
             raise NotApplicable(f"the network is no chain of layers: {self.flaw}.")
