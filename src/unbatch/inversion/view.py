@@ -18,7 +18,8 @@ from unbatch.label_form import LabelForm
 from unbatch.loss import Loss, LossForm, identify
 from unbatch.network.chain import Link, chain
 from unbatch.network.dense import Anatomy, Dense, anatomy
-from unbatch.network.graph import Graph, trace
+from unbatch.network.graph import Graph
+from unbatch.network.tracing import trace
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol, Update
 

@@ -21,7 +21,7 @@ def branches(calls: Sequence[Call], given: Value, gave: Value, prefix: str, kind
     Its parameters and layers have the network's own names, without the `prefix` of the module that they belong to; `kind`
     is what its class is called.
 
-    >>> from unbatch.network.graph import trace
+    >>> from unbatch.network.tracing import trace
     >>> class Net(nn.Module):
     ...     def __init__(self) -> None:
     ...         super().__init__()

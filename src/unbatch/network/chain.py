@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from unbatch.errors import NotApplicable
 from unbatch.network.branches import branches
 from unbatch.network.dense import forward
-from unbatch.network.graph import PROBES, Call, Graph, Scope, Value, trace
+from unbatch.network.graph import Call, Graph, Scope, Value
 from unbatch.network.operations import Reshape, layer_of, recognised
+from unbatch.network.tracing import PROBES, trace
 
 MISFIT_ROUNDINGS = 1e4  # of the largest output, by which the links together may miss the network's own output
 _NO_CHAIN = "the network is no chain of layers: "

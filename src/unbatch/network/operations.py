@@ -58,7 +58,7 @@ class Operation(nn.Module):
     call: one that ran, of one tensor fed by the network's input (`given`, however often) and otherwise parameters and
     constants. What works in place works on a copy here.
 
-    >>> from unbatch.network.graph import trace
+    >>> from unbatch.network.tracing import trace
     >>> class Double(nn.Module):
     ...     def forward(self, x: Tensor) -> Tensor:
     ...         return x.mul_(2)
@@ -122,7 +122,7 @@ def layer_of(call: Call, given: Value) -> nn.Module:
     given: the only value among its arguments that the network's input feeds.
     Whether an operation is affine is found by running it.
 
-    >>> from unbatch.network.graph import trace
+    >>> from unbatch.network.tracing import trace
     >>> class Net(nn.Module):
     ...     def forward(self, x: Tensor) -> Tensor:
     ...         return F.max_pool2d(torch.flatten(x, 0, 1)[:, None], 2).clamp(min=0).mean((2, 3))
