@@ -196,6 +196,13 @@ def test_the_model_keeps_its_mode_and_its_statistics() -> None:
     assert not chain(model, (1, 5, 5))[1].module.training
 
 
+def test_outputs_that_are_no_numbers_are_compared_too() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Flatten())
+    assert kinds(Between(lambda y: y, lambda out, x: out.log()), (4,))[-1] == ("log", "Operation")
+    model[0].weight.data.fill_(torch.inf)
+    assert names(model, (3,)) == ["0", "1"]
+
+
 def test_a_single_layer_and_a_forward_that_fails() -> None:
     assert names(nn.Linear(3, 2), (3,)) == [""]
     with pytest.raises(ValueError, match="forward fails"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], mode: Literal["train",
         torch.rand(PROBES[0], *input_shape, generator=rng),
         2 * torch.rand(PROBES[1], *input_shape, generator=rng) - 1,
     )
-    with torch.random.fork_rng(devices=[]):  # dropout draws
+    with draws_kept(model):
         first = Listener(model).hear(probes[0], mode)
         try:
             second = Listener(model).hear(probes[1], mode)
@@ -57,6 +58,20 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], mode: Literal["train",
             calls.insert(0, call)
             live.update(call.given)
     return Graph(first.input, first.output, tuple(calls), tuple(first.scopes))
+
+
+@contextmanager
+def draws_kept(model: nn.Module) -> Iterator[None]:
+    """Inside the block dropout draws as it would outside of it, where nothing then is drawn yet, wherever the model lies.
+
+    >>> with draws_kept(nn.Linear(1, 1)):
+    ...     first = torch.rand(2)
+    >>> bool((first == torch.rand(2)).all())
+    True
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
 
 
 def _agree(call: Call, again: Call, origin: dict[Value, Value]) -> None:
