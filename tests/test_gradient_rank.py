@@ -62,3 +62,33 @@ def test_without_a_bias_scale_is_open_and_zero_is_said() -> None:
     assert "up to scale" in Analysis.parse("gradient-rank")(obs)[0].words
     with pytest.raises(ValueError, match="needs to know input_shape"):
         Analysis.parse("gradient-rank")(obs.only("batch_size"))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
+def test_tensors_of_one_module_that_do_not_fit_side_by_side_are_counted_apart() -> None:
+    class Lora(nn.Module):
+        def __init__(self, d: int, m: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(m, d) / d**0.5, requires_grad=False)
+            self.A, self.B = nn.Parameter(torch.randn(2, d) / d**0.5), nn.Parameter(torch.randn(m, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight + self.B @ self.A)
+
+    torch.manual_seed(0)
+    x, y = torch.rand(1, 12), torch.tensor([0])
+    model = nn.Sequential(Lora(12, 6), nn.Tanh(), Lora(6, 3))
+    found = Analysis.parse("gradient-rank")(observe(model, nn.functional.cross_entropy, x, y)[0])
+    assert sum(risk.rank for risk in found) == 4  # one of each of both A and B
+    recurrent = nn.LSTM(4, 8, proj_size=5, batch_first=True)
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r, self.o = recurrent, nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.o(self.r(x)[0][:, -1])
+
+    found = Analysis.parse("gradient-rank")(observe(Last(), nn.functional.cross_entropy, torch.rand(1, 6, 4), y)[0])
+    assert {risk.layer.partition(".")[0] for risk in found} == {"r", "o"}

@@ -12,12 +12,11 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from unbatch.errors import UnbatchError
-from unbatch.label_form import in_dtype
 from unbatch.loss import Loss
 from unbatch.network.dense import in_mode
+from unbatch.network.precision import loss_value, outputs_of
 from unbatch.plugin import Options
 
 Update = Mapping[str, Tensor]  # parameter name -> tensor of that parameter's shape
@@ -124,8 +123,8 @@ def local_update(
     initial = weights
 
     def gradient(weights: Sequence[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        outputs = functional_call(model, frozen | dict(zip(names, weights, strict=True)) | state, (x,))
-        value = in_dtype(loss, outputs.dtype)(outputs, y)
+        held = frozen | dict(zip(names, weights, strict=True)) | state
+        value = loss_value(loss, outputs_of(model, x, held, twice=create_graph), y)
         return _dense(torch.autograd.grad(value, list(weights), create_graph=create_graph, materialize_grads=True))
 
     steps = protocol.steps(len(inputs))

@@ -20,9 +20,9 @@ from unbatch.inversion.backward.reading import KnownOutput, Reading, Unreadable
 from unbatch.inversion.rounds import restored, sharpened, unseen
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS
-from unbatch.label_form import in_dtype
 from unbatch.likelihood import Likelihood
 from unbatch.network.chain import follow
+from unbatch.network.precision import loss_value
 from unbatch.numerics.search.matching import cosine_distance, signed_adam, total_variation
 from unbatch.numerics.search.smoothest import smoothest, smoothest_root
 from unbatch.observation import Observation
@@ -189,7 +189,7 @@ class LayerByLayer(Attack):
 
         def objective(point: Tensor) -> Tensor:
             x = point.view_as(reading.x)
-            found = torch.autograd.grad(in_dtype(obs.loss, x.dtype)(follow(live, x), labels), sent, create_graph=True)
+            found = torch.autograd.grad(loss_value(obs.loss, follow(live, x), labels), sent, create_graph=True)
             off = (reading.solution.seen(point) - known).square().sum()
             variation = total_variation(x) if x.ndim == 4 else off.new_zeros(())
             parts = (cosine_distance(found, seen), variation, off)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from unbatch.analysis import Analysis, Bound, Finding, LayerRisk, Verdict
+from unbatch.auditing.judge import failure
 from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
 from unbatch.progress import Watch, watching
@@ -69,11 +70,11 @@ class Analyst:
         start, status, words = time.monotonic(), Status.DONE, ""
         try:
             with watching(self.watch):
-                findings = analysis(view, at=at, rng=torch.Generator().manual_seed(0))
+                findings = tuple(analysis(view, at=at, rng=torch.Generator().manual_seed(0)))
         except NotApplicable as why:
             status, words = Status.NOT_APPLICABLE, str(why)
         except Exception as error:
-            status, words = Status.FAILED, f"{type(error).__name__}: {error}"
+            status, words = Status.FAILED, failure(error)
         if self.watch.cut_short and status is not Status.FAILED:
             status = Status.CUT_SHORT
         seconds = time.monotonic() - start

@@ -107,8 +107,12 @@ def guard(
     failed = sorted({run.attack for run in record.runs if run.status == Status.FAILED})
     if failed:
         words.append(f"{', '.join(failed)} failed, so what it would have found is not known.")
+    unscored = sorted({name for run in record.runs for name in run.unscored})
+    if unscored:
+        words.append(f"{', '.join(unscored)} failed, so how near the attacks came is not known.")
     if not any(run.ran for run in record.runs):
-        words.append("No attack could run on it, so nothing is known.")
+        why = " ".join(dict.fromkeys(run.words for run in record.runs if run.words))
+        words.append("No attack could run on it, so nothing is known" + (f": {why}" if why else "."))
     if words:
         raise Leak(words, examples, record)
     return record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,15 @@ class Judge:
         matching = match(found, truth, domain)
         guess = _guess(found, truth, domain, len(setting.classes), rng)
         by_chance = match(guess, truth, domain)
-        scores = self._scores(found, truth, matching)
-        chance = self._scores(guess, truth, by_chance)
+        scores, chance = dict[str, Scores](), dict[str, Scores]()
+        for name, metric in self.metrics.items():
+            try:  # one metric's defect must not cost the others their scores
+                own = _scores(metric, found, truth, matching)
+                if own is not None:
+                    chance[name] = _scores(metric, guess, truth, by_chance) or [None] * len(truth)
+                    scores[name] = own
+            except Exception as error:
+                run.unscored[name] = failure(error)
         tiers = _tiers(matching, by_chance, truth, domain)
         run.examples = [
             Example(
@@ -75,35 +82,61 @@ class Judge:
             if matching.inputs is not None:
                 x, true = matching.inputs[pair], truth.inputs[j].double().cpu()
                 example.error = float((x - true).norm() / (true.norm() or 1.0))
-                example.picture = domain.render(x) if shown else None
-                example.difference = domain.difference(x, true) if shown else None
+                example.picture = shown_by(domain.render, x) if shown else None
+                example.difference = shown_by(domain.difference, x, true) if shown else None
 
     def _returned(self, found: Reconstruction, i: int) -> Example:
         shown = found.inputs is not None and not found.layer
         return Example(  # its tier follows from the bound
             index=i,
             bound=_claim(found, i),
-            picture=self.domain.render(found.inputs[i]) if shown and found.inputs is not None else None,
+            picture=shown_by(self.domain.render, found.inputs[i]) if shown and found.inputs is not None else None,
             label=label_words(found.labels[i]) if found.labels is not None else None,
         )
 
-    def _scores(self, found: Reconstruction, truth: Truth, matching: Matching) -> dict[str, list[float | None]]:
-        """Per metric and private example; None where it is not matched. One matching for all metrics."""
-        scores: dict[str, list[float | None]] = {}
-        for name, metric in self.metrics.items():
-            if metric.subject == "labels":
-                if found.labels is None:
-                    continue
-                values = metric.score(found.labels.cpu()[matching.found], truth.labels.cpu()[matching.true])
-            elif matching.inputs is None or found.layer:
-                continue
-            else:
-                values = metric.score(matching.inputs, truth.inputs.double().cpu()[matching.true])
-            held: list[float | None] = [None] * len(truth)
-            for j, value in zip(matching.true.tolist(), values.tolist(), strict=True):
-                held[j] = value
-            scores[name] = held
-        return scores
+
+Scores = list[float | None]  # by private example; None where it is not matched
+
+
+def failure(error: Exception) -> str:
+    """What failed, in a line of the report.
+
+    >>> failure(ValueError("too small"))
+    'ValueError: too small'
+    """
+    try:
+        words = str(error)
+    except Exception:
+        words = "it has no words"
+    return f"{type(error).__name__}: {words}"
+
+
+def shown_by(render: Callable[..., str], *shown: object) -> str:
+    """Examples as a domain renders them, or what else is shown; where that fails, why, in its place.
+
+    >>> shown_by(lambda example: str(example.tolist()), torch.ones(1)), shown_by(lambda example: 1 / 0, torch.ones(1))
+    ('[1.0]', 'not shown (ZeroDivisionError: division by zero)')
+    """
+    try:
+        return render(*shown)
+    except Exception as error:  # a domain's defect must not cost the example its scores
+        return f"not shown ({failure(error)})"
+
+
+def _scores(metric: Metric, found: Reconstruction, truth: Truth, matching: Matching) -> Scores | None:
+    """A metric's score of every private example; None where it has nothing to score. One matching for all metrics."""
+    if metric.subject == "labels":
+        if found.labels is None:
+            return None
+        values = metric.score(found.labels.cpu()[matching.found], truth.labels.cpu()[matching.true])
+    elif matching.inputs is None or found.layer:
+        return None
+    else:
+        values = metric.score(matching.inputs, truth.inputs.double().cpu()[matching.true])
+    held: Scores = [None] * len(truth)
+    for j, value in zip(matching.true.tolist(), values.tolist(), strict=True):
+        held[j] = value
+    return held
 
 
 def _guess(found: Reconstruction, truth: Truth, domain: Domain, classes: int, rng: torch.Generator) -> Reconstruction:
@@ -184,4 +217,4 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+    return value if isinstance(value, (str, int, float, bool)) or value is None else shown_by(str, value)

@@ -8,6 +8,7 @@ import itertools
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -24,7 +25,7 @@ from unbatch.auditing.client import observe
 from unbatch.auditing.diagnosis import diagnose
 from unbatch.auditing.explained import explains, freedom
 from unbatch.auditing.findings import Analyst
-from unbatch.auditing.judge import Judge
+from unbatch.auditing.judge import Judge, failure, shown_by
 from unbatch.auditing.suites import passive
 from unbatch.bundle import state_hash
 from unbatch.case import Case, Setting
@@ -113,12 +114,10 @@ def audit(
         if sink:
             sink(record)
     plan.look_again(record, watch)
-    record.notes += plan.notes()
+    record.notes += [*plan.flaws, *_unscored(record), *plan.notes()]
     for remedy in plan.remedies:
-        try:
+        with _noted(record, remedy):
             record.remedies += _remedy(setting, plan, remedy, seeds, budget, total_budget, device, watch, announce)
-        except MissingExtra as error:  # it must not cost the others their results
-            record.notes.append(f"{remedy} was not tried: {error}")
     record.complete = not watch.stop
     record.flags = flags(record)
     if sink:
@@ -164,9 +163,22 @@ class _Plan:
         else:
             self.domain = self.settings[0].domain
             self.exchanges = [self._exchange(s, i, device) for i, s in enumerate(self.settings)]
-        fitted = [m.on(self.domain) for m in Metric.several(Metric.find() if metrics is None else metrics)]
-        self.metrics = {m.name: m for m in fitted if m is not None}
+        self.flaws = list[str]()  # what of the audit's own parts failed, in words
+        self.metrics = self._fitted(Metric.several(Metric.find() if metrics is None else metrics))
         self.judge = Judge(self.domain, self.metrics)
+
+    def _fitted(self, metrics: Sequence[Metric]) -> dict[str, Metric]:
+        """The metrics that mean something here, by name. One that fails is said and left out."""
+        found = dict[str, Metric]()
+        for metric in metrics:
+            try:
+                fitted = metric.on(self.domain)
+            except Exception as error:
+                self.flaws.append(f"the metric {metric.name} was left out, since it failed: {failure(error)}")
+                continue
+            if fitted is not None:
+                found[metric.name] = fitted
+        return found
 
     def _exchange(self, setting: Setting, index: int, device: str | None) -> tuple[Observation, Truth | None]:
         model = copy.deepcopy(setting.model).to(device) if device else setting.model
@@ -191,7 +203,12 @@ class _Plan:
     def notes(self) -> list[str]:
         """For a captured update: what is off with it, as far as an exact find can tell."""
         obs, truth = self.exchanges[0]
-        return diagnose(obs, *(self.explained or (None, None))) if truth is None else []
+        if truth is not None:
+            return []
+        try:
+            return diagnose(obs, *(self.explained or (None, None)))
+        except Exception as error:  # the attacks' results stand without it
+            return [f"what may be off with this update was not looked at, since that failed: {failure(error)}"]
 
     def record(self, seeds: list[int], budget: float | None) -> Audit:
         obs, truth = self.exchanges[0]
@@ -209,7 +226,7 @@ class _Plan:
             privacy=obs.knowledge.get("privacy"),
             seeds=seeds,
             budget=budget,
-            model=str(obs.model),
+            model=shown_by(str, obs.model),
             parameters=sum(p.numel() for p in obs.model.parameters()),
             model_hash=state_hash(obs.model.state_dict()),
             loss=_loss(obs),
@@ -255,11 +272,14 @@ class _Plan:
             residual = obs.residual(truth.inputs, truth.labels)
         except (RuntimeError, ValueError):  # a defence may make the truth unusable as a guess (mixed labels)
             residual = None
+        except Exception as error:
+            residual = None
+            self.flaws.append(f"client {index}'s update was not computed again, since that failed: {failure(error)}")
         return Client(
             index=index,
             name=f"client {index}",
             size=len(truth),
-            pictures=[self.domain.render(x) for x in truth.inputs],
+            pictures=[shown_by(self.domain.render, x) for x in truth.inputs],
             labels=[setting.label_name(y) for y in truth.labels],
             reproducible=all(self.reproducible[index : index + 1]),
             residual=residual,
@@ -290,7 +310,12 @@ class _Plan:
             return
         run, inputs, labels = self.nearest
         if run.explains and record.explaining() is run and run.residual is not None:
-            run.freedom = freedom(self.exchanges[run.client][0], inputs, labels, run.residual, watch)
+            try:
+                run.freedom = freedom(self.exchanges[run.client][0], inputs, labels, run.residual, watch)
+            except Exception as error:  # the examples stand without it
+                self.flaws.append(
+                    f"what else explains the update was not looked for, since that failed: {failure(error)}"
+                )
 
     def blank(self, index: int, attack: Attack, seed: int, adaptive: bool) -> Run:
         """A run to be filled."""
@@ -329,7 +354,7 @@ class _Plan:
         except NotApplicable as why:
             run.status, run.words = Status.NOT_APPLICABLE, str(why)
         except Exception as error:  # one attack's defect must not cost the others their results
-            run.status, run.words = Status.FAILED, f"{type(error).__name__}: {error}"
+            run.status, run.words = Status.FAILED, failure(error)
         run.seconds = time.monotonic() - start
         return run
 
@@ -365,9 +390,17 @@ def _loss(obs: Observation) -> str:
     """The loss in words, where its form can be told: not of a model that takes token numbers."""
     try:
         form = View.of(obs).form
-    except NotApplicable:
+    except Exception:  # NotApplicable, or what the user's loss raises of outputs that it was not written for
         form = None
     return str(form) if form else "a custom loss"
+
+
+def _unscored(record: Audit) -> list[str]:
+    return [
+        f"{run.title}, client {run.client}: {name} failed: {why}"
+        for run in record.runs
+        for name, why in run.unscored.items()
+    ]
 
 
 def _moved(obs: Observation, device: str) -> Observation:
@@ -389,6 +422,17 @@ def _settings(target: Target) -> list[Setting]:
     if not settings:
         raise UnbatchError("there is no client to audit; give at least one Setting.")
     return settings
+
+
+@contextmanager
+def _noted(record: Audit, remedy: Defence) -> Iterator[None]:
+    """A remedy that fails, or that an extra is missing for, is a note: it must not cost the others their results."""
+    try:
+        yield
+    except MissingExtra as error:
+        record.notes.append(f"{remedy} was not tried: {error}")
+    except Exception as error:
+        record.notes.append(f"{remedy} was not tried, since it failed: {failure(error)}")
 
 
 def _remedy(

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from unbatch.errors import NotApplicable
-from unbatch.label_form import completed, in_dtype
+from unbatch.label_form import completed
 from unbatch.loss import LossForm
 from unbatch.network.dense import Call, Dense, LinearCalls, in_mode
+from unbatch.network.precision import loss_value, outputs_of
 from unbatch.observation import Observation
 
 
@@ -41,7 +41,6 @@ class Tail:
         self, obs: Observation, layer: Dense, form: LossForm, n: int, dtype: torch.dtype = torch.float64
     ) -> None:
         self.obs, self.form, self.n, self.weight = obs, form, n, layer.weight
-        self.loss = in_dtype(obs.loss, dtype)
         tensors = (
             dict(obs.model.named_parameters())
             | dict(obs.model.named_buffers())
@@ -73,14 +72,14 @@ class Tail:
             return before + 0 if call["weight"] is self.state[self.weight] else compute()  # in place may be written
 
         with in_mode(self.obs.model, self.obs.protocol.mode), LinearCalls(hear):
-            found: Tensor = functional_call(self.obs.model, self.state, (x,))
+            found: Tensor = outputs_of(self.obs.model, x, self.state, twice=True)
         return found
 
     def __call__(self, before: Tensor, y: Tensor) -> Tensor:
         """The deltas [g, m] of examples with the layer's outputs `before` [g, m]; with a graph if `before` has one."""
         live = before if before.requires_grad else before.detach().requires_grad_()
         with torch.enable_grad():
-            value = self.loss(self.outputs(live), self._target(y)) * self._share(y)
+            value = loss_value(self.obs.loss, self.outputs(live), self._target(y)) * self._share(y)
             (delta,) = torch.autograd.grad(value, live, create_graph=before.requires_grad)
         return delta.nan_to_num(0.0) if self.form.weights is not None else delta  # a mean over ignored rows alone
 

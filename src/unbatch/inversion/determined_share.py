@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -10,15 +9,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from unbatch.errors import UnbatchError
-from unbatch.label_form import in_dtype
 from unbatch.loss import Loss
 from unbatch.network.chain import Chained
 from unbatch.network.dense import Call, LinearCalls
 from unbatch.network.dropout import WithoutDropout
+from unbatch.network.precision import in_double, loss_value, outputs_of
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.observation import Observation
 from unbatch.progress import afford_or_leave, tick_or_leave
@@ -71,7 +70,7 @@ def work(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> float:
     >>> work(model, nn.functional.cross_entropy, torch.zeros(1, 1, 4, 4), torch.tensor([1])) > 1e4
     True
     """
-    model, fine = copy.deepcopy(model).double().eval().requires_grad_(), in_dtype(loss, torch.float64)
+    model = in_double(model).eval().requires_grad_()
     dense: dict[int, int] = {}  # numbers that hold a dense layer's gradient, by its weight
 
     def hear(call: Call, compute: Callable[[], Tensor]) -> Tensor:
@@ -79,7 +78,8 @@ def work(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> float:
         return compute()
 
     with FlopCounterMode(display=False) as counter, torch.enable_grad(), LinearCalls(hear):
-        fine(model(x.double()), y.double() if y.is_floating_point() else y).backward()  # type: ignore[no-untyped-call]
+        value = loss_value(loss, outputs_of(model, x.double()), y.double() if y.is_floating_point() else y)
+        value.backward()  # type: ignore[no-untyped-call]
     entries, d = sum(min(p.numel(), dense.get(id(p), p.numel())) for p in model.parameters()), x.numel()
     rows = min(entries, max(ROWS_AN_UNKNOWN * d, JACOBIAN_ENTRIES // d))
     return 2.0 * d * float(counter.get_total_flops()) + SCATTER_OPERATIONS * d * entries + 2.0 * d**2 * (rows + d)
@@ -173,11 +173,7 @@ class _Gradient:
         mode: Literal["train", "eval"],
         sent: Container[str] | None,
     ) -> None:
-        self.model, self.loss, self.shape = (
-            copy.deepcopy(model).double().train(mode == "train"),
-            in_dtype(loss, torch.float64),
-            x.shape,
-        )
+        self.model, self.loss, self.shape = in_double(model).train(mode == "train"), loss, x.shape
         state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         self.state = {name: tensor.detach().clone() for name, tensor in state.items()}
         self.own = [name for name, _ in self.model.named_parameters() if sent is None or name in sent]
@@ -210,7 +206,7 @@ class _Gradient:
             return compute() + taps[name]
 
         with WithoutDropout(), LinearCalls(hear):
-            return self.loss(functional_call(self.model, whole, (at.view(self.shape),)), self.y), inputs
+            return loss_value(self.loss, outputs_of(self.model, at.view(self.shape), whole), self.y), inputs
 
     def _outer(self) -> dict[str, _Outer]:
         """The dense layers whose weight is met once, with one vector, so that its gradient is an outer product."""
@@ -226,7 +222,7 @@ class _Gradient:
 
         copied = {k: self.state[k] if k in self.own else v.clone() for k, v in self.state.items()}
         with WithoutDropout(), LinearCalls(hear):
-            functional_call(self.model, copied, (self.at.view(self.shape),))
+            outputs_of(self.model, self.at.view(self.shape), copied)
         taps = {name: self.at.new_zeros(1, p) for name, p in taken.items() if p}
         deltas, inputs = grad(self._heard, argnums=1, has_aux=True)({}, taps, self.at) if taps else ({}, {})
         found = {}

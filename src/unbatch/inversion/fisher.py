@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass, replace
 
@@ -13,9 +12,9 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.mean_round import mean_round, still
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge, shares
-from unbatch.label_form import in_dtype
 from unbatch.loss import reduction
 from unbatch.network.dense import forward, in_mode
+from unbatch.network.precision import in_double, loss_value, outputs_of
 from unbatch.numerics.bounds.prior import GaussianPrior
 from unbatch.numerics.search.softening import has_kinks
 from unbatch.observation import Observation
@@ -276,8 +275,8 @@ def jumps(obs: Observation, x: Tensor, y: Tensor, rng: torch.Generator) -> str |
     double = doubled(obs)
     with in_mode(double.model, double.protocol.mode), torch.enable_grad():
         state = {k: b.clone() for k, b in double.model.named_buffers()}
-        outputs = torch.func.functional_call(double.model, state, (x.double(),))
-        value = in_dtype(double.loss, outputs.dtype)(outputs, y.double() if y.is_floating_point() else y)
+        outputs = outputs_of(double.model, x.double(), dict(double.model.named_parameters()) | state)
+        value = loss_value(double.loss, outputs, y.double() if y.is_floating_point() else y)
     seen, todo, found = set(), [value.grad_fn], set[str]()
     while todo:
         node = todo.pop()
@@ -319,7 +318,7 @@ def doubled(obs: Observation) -> Observation:
     """The same exchange in float64."""
     if next(obs.model.parameters()).dtype == torch.float64:
         return obs
-    return replace(obs, model=copy.deepcopy(obs.model).double(), update={k: u.double() for k, u in obs.update.items()})
+    return replace(obs, model=in_double(obs.model), update={k: u.double() for k, u in obs.update.items()})
 
 
 def _flat(

@@ -9,11 +9,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
 from unbatch.network.dense import Call, Dense, LinearCalls, in_mode
+from unbatch.network.precision import outputs_of
 from unbatch.numerics.moments.hermite import coefficients
 from unbatch.observation import Observation
 
@@ -190,7 +190,7 @@ class MiddleActivation:
             return flat + 0 if call["weight"] is first else compute()  # an activation may write in place
 
         with in_mode(self.model, mode), torch.random.fork_rng(devices=[]), LinearCalls(hear):
-            functional_call(self.model, self.state, (x,))
+            outputs_of(self.model, x, self.state, twice=True)
         return seen[-1].flatten()[: t.numel()].view(t.shape).to(t.device)
 
     def derivative(self, t: Tensor) -> Tensor:

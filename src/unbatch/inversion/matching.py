@@ -161,7 +161,7 @@ class UpdateMatching:
 
     def _ours(self, rough: Unknowns, rng: torch.Generator, *, glance: bool = False) -> Iterator[Candidate]:
         """Least squares in the span and outside, and where they fail signed Adam before them; a `glance` ends there."""
-        fine = rough.to(torch.float64)
+        fine = _finest(rough)
         start = fine.start(rng, 0.1)
         yield fine.candidate(self._score(fine, start), start, start, "start")
         bent = has_kinks(fine.clean, start, rng, reach=0.1)
@@ -288,6 +288,16 @@ def _explained(problem: Unknowns) -> float:
 
 def _solved(problem: Unknowns) -> float:
     return max(SOLVED_SHARE, min(1.1 * problem.drawn, LARGEST_DRAWN_SHARE))
+
+
+def _finest(problem: Unknowns) -> Unknowns:
+    """The problem in float64; in its own precision, where the model does not run in another."""
+    fine = problem.to(torch.float64)
+    try:
+        fine.clean(fine.start(torch.Generator().manual_seed(0), 0.0))
+    except NotApplicable:
+        return problem
+    return fine
 
 
 def _flat(update: list[Tensor]) -> Tensor:

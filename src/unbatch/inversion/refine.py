@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from unbatch.errors import NotApplicable
 from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
+from unbatch.network.precision import in_double
 from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
 from unbatch.numerics.search.least_squares import (
     Cost,
@@ -52,7 +52,7 @@ class BatchLikelihood:
         known, self.law = obs.knowledge, law
         if "buffers" in known:
             known = known | Knowledge(buffers={k: _double(b) for k, b in known.buffers.items()})
-        self.rounds = replace(obs, model=copy.deepcopy(obs.model).double(), knowledge=known).exchanges
+        self.rounds = replace(obs, model=in_double(obs.model), knowledge=known).exchanges
         self.updates = [{name: tensor.double() for name, tensor in one.update.items()} for one in self.rounds]
         self.labels, self.shape = _double(labels.to(obs.device)), obs.knowledge.input_shape
         eps = SUM_ROUNDINGS * torch.finfo(obs.dtype).eps + ARITHMETIC_ROUNDINGS * torch.finfo(torch.float64).eps

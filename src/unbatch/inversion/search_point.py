@@ -20,6 +20,7 @@ from unbatch.knowledge import Knowledge
 from unbatch.label_form import REFUSALS, LabelForm, one_hot_classes
 from unbatch.likelihood import Likelihood
 from unbatch.network.dense import forward
+from unbatch.network.precision import in_double
 from unbatch.numerics.label_counts import impulse, label_counts
 from unbatch.numerics.search.matching import norm_squared
 from unbatch.observation import Observation
@@ -151,7 +152,8 @@ class Unknowns:
     def to(self, dtype: torch.dtype) -> Unknowns:
         """The same problem in another precision, read anew from the update as it was sent."""
         obs = self.sent.obs
-        known, model = obs.knowledge, copy.deepcopy(obs.model).to(dtype)
+        known = obs.knowledge
+        model = in_double(obs.model) if dtype == torch.float64 else copy.deepcopy(obs.model).to(dtype)
         if "buffers" in known:
             known = known | Knowledge(buffers={name: in_precision(b, dtype) for name, b in known.buffers.items()})
         update = {name: tensor.to(dtype) for name, tensor in obs.update.items()}
@@ -183,7 +185,7 @@ class Unknowns:
         return replace(
             self,
             view=View.of(span.obs),
-            middle=middle,
+            middle=middle.to(self.seen[0].dtype),
             scale=scale,
             box=None,
             seen=seen,

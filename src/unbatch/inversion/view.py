@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar, cast
 
 import torch
@@ -17,13 +17,16 @@ from unbatch.knowledge import Knowledge
 from unbatch.label_form import LabelForm
 from unbatch.loss import Loss, LossForm, identify
 from unbatch.network.chain import Link, chain
-from unbatch.network.dense import Anatomy, Dense, anatomy
+from unbatch.network.dense import Anatomy, Dense, anatomy, forward
 from unbatch.network.graph import Graph
+from unbatch.network.precision import loss_value
 from unbatch.network.tracing import trace
 from unbatch.observation import Observation
 from unbatch.protocol import Protocol, Update
 
 T = TypeVar("T")
+
+WHOLE_NUMBERS = "the inputs are tokens or other whole numbers, and this reads inputs that are real numbers."
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +44,26 @@ class _Network:
         try:
             return anatomy(self.model, self.input_shape)
         except ValueError as error:
+            if self.takes_whole_numbers:
+                raise NotApplicable(WHOLE_NUMBERS) from error
             raise NotApplicable(f"it is looked at with real numbers as inputs, and {error}") from error
 
     @cached_property
+    def takes_whole_numbers(self) -> bool:
+        """Whether the model runs on whole numbers, such as tokens; asked of one that does not run on real ones."""
+        if self.input_shape is None:
+            return False
+        device = next(self.model.parameters()).device
+        try:
+            forward(self.model, torch.zeros(2, *self.input_shape, dtype=torch.long, device=device))
+        except ValueError:
+            return False
+        return True
+
+    @cached_property
     def form(self) -> LossForm | None:
-        shape = (2, *self.anatomy.outputs)
-        return identify(self.loss, shape, device=next(self.model.parameters()).device) if len(shape) <= 2 else None
+        shape, loss = (2, *self.anatomy.outputs), partial(loss_value, self.loss)
+        return identify(loss, shape, device=next(self.model.parameters()).device) if len(shape) <= 2 else None
 
     @cached_property
     def labels(self) -> LabelForm:
@@ -222,8 +239,10 @@ class View:
             raise NotApplicable("input_shape must be known, to run the model once.")
         try:
             return chain(self.model, self.knowledge.input_shape, self.protocol.mode)
+        except NotApplicable:
+            raise
         except ValueError as error:
-            raise NotApplicable(str(error)) from error
+            raise NotApplicable(WHOLE_NUMBERS if self.network.takes_whole_numbers else str(error)) from error
 
     def once(self, name: str, at: tuple[Tensor, ...], find: Callable[[], T]) -> T:
         """What `find` gives at these tensors; asked by the same name at equal ones, it is not computed again.

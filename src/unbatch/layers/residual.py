@@ -128,7 +128,15 @@ def parsed(module: nn.Module) -> Block | None:
         return None
     try:
         graph = fx.GraphModule(module, fx.Tracer().trace(module), type(module).__name__)
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, NameError):  # by what it computes
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        NotImplementedError,
+        NameError,
+        IndexError,
+    ):  # by what it computes
         return None
     (node,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
     if not isinstance(node, fx.Node):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from unbatch.errors import UnbatchError
+from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.network.precision import outputs_of
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def in_mode(model: nn.Module, mode: Literal["train", "eval"]) -> Iterator[nn.Mod
 def forward(model: nn.Module, inputs: Tensor, mode: Literal["train", "eval"] = "eval") -> Tensor:
     """The model's outputs in that mode, on its parameters' device and in their precision, without a graph.
 
-    Raises UnbatchError: the forward fails, or does not return one tensor.
+    Raises UnbatchError: the forward fails, or does not return one tensor. NotApplicable: it does not run in float64.
 
     >>> forward(nn.Linear(2, 3), torch.zeros(5, 2)).shape
     torch.Size([5, 3])
@@ -49,7 +50,9 @@ def forward(model: nn.Module, inputs: Tensor, mode: Literal["train", "eval"] = "
     x = inputs.to(first.device, first.dtype) if inputs.is_floating_point() else inputs.to(first.device)
     try:
         with torch.no_grad(), in_mode(model, mode):
-            outputs = model(x)
+            outputs = outputs_of(model, x)
+    except NotApplicable:
+        raise
     except Exception as error:  # the model is the user's: anything may go wrong in it
         raise UnbatchError(f"the model's forward fails on inputs of shape {tuple(x.shape[1:])}: {error}") from error
     if not isinstance(outputs, Tensor):
@@ -205,7 +208,7 @@ class DenseFeatures:
             return compute()
 
         with in_mode(self.model, self.mode), LinearCalls(hear):
-            self.model(inputs)
+            outputs_of(self.model, inputs, twice=True)
         if not seen:
             raise UnbatchError(f"no dense layer called {self.name!r} runs in this model.")
         return seen[-1]

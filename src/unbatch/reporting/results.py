@@ -118,6 +118,7 @@ class Run(_Record):
     )
     examples: list[Example] = []
     trace: dict[str, Any] = {}
+    unscored: dict[str, str] = {}  # metrics that failed on what it returned, and why
 
     def __repr__(self) -> str:
         what = f"examples as they enter {self.layer}" if self.layer else "examples"

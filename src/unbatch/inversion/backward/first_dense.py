@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,10 +15,10 @@ from unbatch.inversion.backward.runs import runs
 from unbatch.inversion.label_fit import label_behind, possible_labels
 from unbatch.inversion.unmixing import unmixed
 from unbatch.inversion.view import View
-from unbatch.label_form import in_dtype
 from unbatch.layers.residual import split
 from unbatch.network.batch_norm import KnownBatchNorm, known_batch_norms
 from unbatch.network.chain import chain, follow
+from unbatch.network.precision import in_double, loss_value
 from unbatch.reconstruction import Reconstruction
 
 INPUT_SIZES = (1e-3, 1e4, 200)  # of a layer without a bias: from, to, and how many are tried
@@ -90,7 +89,7 @@ class FirstDense:
         obs = view.obs
         self.view, self.obs, self.n = view, obs, obs.knowledge.get("batch_size", 1)
         first = view.first
-        model = copy.deepcopy(obs.model).double()
+        model = in_double(obs.model)
         sent = obs.knowledge.get("buffers", {})
         for name, buffer in model.named_buffers():
             if name in sent:
@@ -233,7 +232,7 @@ class FirstDense:
         """dL/dz [n, m] of the dense layer's outputs for its inputs x [n, p], by the layers above it."""
         z = follow(self.above[:1], x).detach().requires_grad_()
         with torch.enable_grad():
-            value = in_dtype(self.obs.loss, z.dtype)(follow(self.above[1:], z), labels)
+            value = loss_value(self.obs.loss, follow(self.above[1:], z), labels)
         return torch.autograd.grad(value, z)[0]
 
     def likely(self) -> Tensor | None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import grad, jvp, vjp, vmap
 
 from unbatch.errors import UnbatchError
 from unbatch.network.chain import Link
+from unbatch.network.precision import outputs_of
 from unbatch.numerics.callables import Tick
 from unbatch.numerics.linear.linsys import COLUMN_ENTRIES, LinearSystem, Solution
 from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, damped_gauss_newton
@@ -86,7 +87,7 @@ class Pullback:
         for link in self.links:
             held = (*link.module.named_parameters(), *link.module.named_buffers())
             own = {name: state[link.called(name)] for name, _ in held}
-            x = functional_call(link.module, own, (x.reshape(1, *link.before),))
+            x = outputs_of(link.module, x.reshape(1, *link.before), own, twice=True)
         return x
 
     def __call__(self, x: Tensor) -> Tensor:

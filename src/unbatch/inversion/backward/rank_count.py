@@ -19,6 +19,7 @@ from unbatch.layers.affine import Affine
 from unbatch.layers.residual import bend, split
 from unbatch.loss import Loss
 from unbatch.network.chain import Link
+from unbatch.network.precision import loss_value
 from unbatch.numerics.linear.linsys import LinearSystem
 from unbatch.numerics.linear.rank_law import ConvRanks, conv_ranks
 
@@ -123,7 +124,7 @@ def constraints(
             inputs.append(z)
             z = link.module.double()(z.clone())  # the chain's modules are copies; an activation may write in place
         outputs = [*inputs[1:], z]
-        grads = torch.autograd.grad(loss(z, y), outputs)
+        grads = torch.autograd.grad(loss_value(loss, z, y), outputs)
     found: list[Constraints | Unread] = []
     after = _After(everything(z.detach()[0]))
     for i, link in reversed(list(enumerate(links))):
