@@ -22,10 +22,32 @@ MOST_UNKNOWNS = 4096  # of which the Jacobian of the update is formed
 FREEDOM_SECONDS = 3.0
 
 
-def rounding(obs: Observation, examples: int) -> float:
-    """What rounding alone leaves of the update, relative: half a unit in the last place of every entry that was sent.
+def rounding_of_tensors(obs: Observation, examples: int) -> dict[str, float]:
+    """What rounding alone leaves of each tensor of the update, relative: half a unit in the last place of every entry.
 
-    A difference of parameters is also off by half a unit of those, in each of its steps. sqrt(sum of squares) / |update|.
+    A difference of parameters is also off by half a unit of those, in each of its steps: sqrt(sum of squares) / |tensor|,
+    infinite where a tensor is zero.
+
+    >>> import torch
+    >>> net, loss = torch.nn.Linear(2, 2, bias=False), torch.nn.functional.mse_loss
+    >>> seen = Observation(model=net, loss=loss, update={"weight": torch.ones(2, 2)})
+    >>> f"{rounding_of_tensors(seen, 1)['weight']:.1e}"
+    '6.0e-08'
+    """
+    own, steps = dict(obs.model.named_parameters()), obs.protocol.steps(examples)
+    found = {}
+    for name, tensor in obs.update.items():
+        size = float(tensor.detach().double().norm())
+        square = (size * torch.finfo(tensor.dtype).eps / 2) ** 2
+        if steps:
+            coarse = max(torch.finfo(t.dtype).eps for t in (own[name], tensor))
+            square += steps * (float(own[name].detach().double().norm()) * coarse / 2) ** 2
+        found[name] = math.sqrt(square) / size if size else math.inf
+    return found
+
+
+def rounding(obs: Observation, examples: int) -> float:
+    """The same of the update as a whole.
 
     >>> import torch
     >>> net, loss = torch.nn.Linear(2, 2, bias=False), torch.nn.functional.mse_loss
@@ -33,17 +55,10 @@ def rounding(obs: Observation, examples: int) -> float:
     >>> f"{rounding(seen, 1):.1e}"
     '6.0e-08'
     """
-    whole = flatten(obs.update, obs.update).norm()
-    steps = obs.protocol.steps(examples)
-    own = dict(obs.model.named_parameters())
-    square = 0.0
-    for name, tensor in obs.update.items():
-        square += float((tensor.detach().double().norm() * torch.finfo(tensor.dtype).eps / 2).square())
-        if steps:
-            parameter = own[name].detach()
-            least = max(torch.finfo(t.dtype).eps for t in (parameter, tensor))
-            square += steps * float((parameter.double().norm() * least / 2).square())
-    return math.sqrt(square) / float(whole) if whole > 0 else math.inf
+    sizes = {name: float(tensor.detach().double().norm()) for name, tensor in obs.update.items()}
+    each = rounding_of_tensors(obs, examples)
+    whole = math.hypot(*sizes.values())
+    return math.hypot(*(each[name] * size for name, size in sizes.items() if size)) / whole if whole else math.inf
 
 
 def explains(obs: Observation, residual: float | None, examples: int) -> bool:

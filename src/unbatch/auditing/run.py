@@ -22,7 +22,7 @@ from unbatch.auditing.allowance import DEFAULT_SECONDS, SEARCH_SECONDS, Allowanc
 from unbatch.auditing.certify import certify
 from unbatch.auditing.checks import flags
 from unbatch.auditing.client import observe
-from unbatch.auditing.diagnosis import diagnose
+from unbatch.auditing.diagnosis import UNREAD, diagnose, unexplained, unreadable
 from unbatch.auditing.explained import explains, freedom
 from unbatch.auditing.findings import Analyst
 from unbatch.auditing.judge import Judge, failure, shown_by
@@ -40,7 +40,7 @@ from unbatch.plugin import OneOrMore
 from unbatch.progress import Watch, watching
 from unbatch.reconstruction import Reconstruction
 from unbatch.reporting.results import Audit, Client, MetricInfo, Remedy, Run, Status
-from unbatch.reporting.tiers import Tier
+from unbatch.reporting.tiers import Outcome, Tier
 from unbatch.truth import Truth
 
 Sink = Callable[[Audit], None]
@@ -147,6 +147,7 @@ class _Plan:
         self.analyses = Analysis.several(Analysis.find() if analyses is None else analyses)
         self.settings = _settings(target)
         self.name = str(target) if isinstance(target, Case) else self.settings[0].name if self.settings else "captured"
+        self.captured = isinstance(target, Observation)
         self.exchanges: list[tuple[Observation, Truth | None]]
         self.reproducible: list[bool] = []
         self.explained: tuple[Tensor, Tensor] | None = None  # what an exact attack found
@@ -305,17 +306,26 @@ class _Plan:
         return Allowance(queue=queue, budget=budget, total=total, searching=searching, stops=not self.chosen)
 
     def look_again(self, record: Audit, watch: Watch) -> None:
-        """At the examples that explain a captured update: whether others near them do as well."""
-        if self.nearest is None or watch.stop:
+        """At a captured update: whether others explain it as well as what was found, or no reading of it fits the model."""
+        if not self.captured or watch.stop:
             return
-        run, inputs, labels = self.nearest
-        if run.explains and record.explaining() is run and run.residual is not None:
-            try:
-                run.freedom = freedom(self.exchanges[run.client][0], inputs, labels, run.residual, watch)
-            except Exception as error:  # the examples stand without it
-                self.flaws.append(
-                    f"what else explains the update was not looked for, since that failed: {failure(error)}"
-                )
+        try:
+            self._look_again(record, watch)
+        except Exception as error:  # what was found stands without it
+            self.flaws.append(f"whether the update was read right was not looked at, since that failed: {failure(error)}")
+
+    def _look_again(self, record: Audit, watch: Watch) -> None:
+        obs, truth = self.exchanges[0]
+        run, inputs, labels = self.nearest or (None, None, None)
+        if inputs is not None and labels is not None and run is not None and record.explaining() is run:
+            run.freedom = freedom(obs, inputs, labels, run.residual or 0.0, watch)
+        if record.outcome in (Outcome.EXACT, Outcome.COPY, Outcome.RECOGNISABLE, Outcome.EXPLAINED):
+            return
+        batch = (truth.inputs, truth.labels) if truth is not None else (None, None)
+        record.not_audited = unreadable(obs, *batch)
+        residuals = [one.residual for one in record.tried() if one.residual is not None]
+        if truth is None and not record.not_audited and residuals and min(residuals) > UNREAD:
+            record.not_audited = unexplained(obs, min(residuals), inputs, labels)
 
     def blank(self, index: int, attack: Attack, seed: int, adaptive: bool) -> Run:
         """A run to be filled."""
