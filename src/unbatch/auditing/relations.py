@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,6 @@ from torch.func import functional_call
 from unbatch.auditing.explained import rounding, rounding_of_tensors
 from unbatch.errors import UnbatchError
 from unbatch.inversion.view import View
-from unbatch.loss import draw_labels
 from unbatch.network.dense import Dense, in_mode
 from unbatch.observation import Observation
 from unbatch.protocol import Update, fit, flatten
@@ -54,8 +52,8 @@ class Relation:
 class Relations:
     """The equations that every gradient of a network and loss obeys, and every plain step of SGD, by trying them out.
 
-    Where adding a number to all outputs leaves the loss as it is (cross entropy), the head's gradient sums to 0 over the
-    outputs. Where scaling one layer up and the next one down leaves the outputs as they are (relu), <W, dW> + <b, db> of
+    Cross entropy does not see a number that is added to all outputs, so the head's gradient sums to 0 over the outputs.
+    Where scaling one layer up and the next one down leaves the outputs as they are (relu), <W, dW> + <b, db> of
     the one is <W, dW> of the other. Where a dense layer reads one vector an example, dW of a batch of n has rank n, and db
     lies in the span of its columns.
 
@@ -88,10 +86,10 @@ class Relations:
             return nothing
         view = View.of(obs)
         try:
-            layers, outputs = view.layers, view.outputs
+            layers, form = view.layers, view.form
         except (UnbatchError, RuntimeError, ValueError):
             return nothing
-        head = view.head if _shift_unseen(obs, outputs) else None
+        head = view.head if form is not None and form.name == "cross-entropy" else None
         if steps > 1:  # its gradients are those of several weights, each of which obeys the first relation
             return replace(nothing, head=head)
         return cls(head, tuple(_scalings(view)), layers, n or None, own, nothing.rounding)
@@ -298,20 +296,6 @@ def orders(obs: Observation) -> Iterator[tuple[str, dict[str, Tensor]]]:
     if sum(len(names) > 1 for names in several) > 1:
         back = {name: update[at] for names in several for at, name in zip(names, reversed(names), strict=True)}
         yield "tensors of one shape in the opposite order", back
-
-
-def _shift_unseen(obs: Observation, outputs: tuple[int, ...]) -> bool:
-    """Whether adding one number to all outputs of an example leaves the loss as it is."""
-    if len(outputs) != 1 or outputs[0] < 2:
-        return False
-    rng = torch.Generator().manual_seed(0)
-    scores = torch.randn((3, *outputs), generator=rng, dtype=torch.float64).to(obs.device)
-    try:
-        labels = draw_labels(obs.loss, scores, rng)
-        before, after = float(obs.loss(scores, labels)), float(obs.loss(scores + 1.5, labels))
-    except (UnbatchError, RuntimeError, ValueError, TypeError, IndexError):
-        return False
-    return math.isclose(before, after, rel_tol=EXACT_SYMMETRY, abs_tol=EXACT_SYMMETRY)
 
 
 def _scalings(view: View) -> Iterator[tuple[tuple[str, ...], str]]:
