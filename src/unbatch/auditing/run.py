@@ -312,7 +312,9 @@ class _Plan:
         try:
             self._look_again(record, watch)
         except Exception as error:  # what was found stands without it
-            self.flaws.append(f"whether the update was read right was not looked at, since that failed: {failure(error)}")
+            self.flaws.append(
+                f"whether the update was read right was not looked at, since that failed: {failure(error)}"
+            )
 
     def _look_again(self, record: Audit, watch: Watch) -> None:
         obs, truth = self.exchanges[0]
