@@ -340,3 +340,51 @@ def test_gradient_rank_of_parameters_that_a_forward_holds_itself() -> None:
     assert [link.name for link in chain(model, SHAPE)] == ["w1", "tanh", "mul", "w2"]
     obs, x, _ = seen(model, 0)
     assert float((Attack.parse("bias-ratio")(obs).inputs - x).norm()) < 1e-9
+
+
+class Normalised(nn.Module):
+    """Its own normalisation by a buffer, channels last and back, padding, and a mean over rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.5, 0.4]).view(2, 1, 1))
+        self.a, self.b = nn.Conv2d(2, 12, 3), nn.Linear(96, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) / 0.25
+        x = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1).permute(0, 3, 1, 2)
+        return self.b(torch.tanh(self.a(x)).mean(2).reshape(len(x), -1))
+
+
+class Joined(nn.Module):
+    """Two convolutions of different sizes, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.f = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(2, 8, 5, padding=2), nn.Linear(768, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(torch.cat([torch.tanh(self.a(x)), F.leaky_relu(self.b(x))], 1).flatten(1))
+
+
+def test_what_is_affine_is_read_whatever_function_it_is() -> None:
+    torch.manual_seed(0)
+    links = chain(Normalised().double(), (2, 8, 8))
+    found = [type(link.module).__name__ for link in links]
+    assert found == [*["AffineOperation"] * 5, "Conv2d", "Tanh", "AffineOperation", "Linear"]
+    x, y = torch.rand(1, 2, 8, 8, dtype=torch.float64), torch.tensor([1])
+    (mean,) = (each for each in constraints(links, x, y, F.cross_entropy) if each.link.name == "mean")
+    assert isinstance(mean, Constraints)
+    assert (mean.unknowns, mean.both) == (768, 96)
+
+
+def test_branches_are_read_with_their_gradients_or_refused_with_the_line() -> None:
+    torch.manual_seed(0)
+    model, x, y = Joined().double(), torch.rand(1, 2, 8, 8, dtype=torch.float64), torch.tensor([1])
+    knowledge = Knowledge(input_range=(0.0, 1.0), input_shape=(2, 8, 8))
+    obs = observe(model, F.cross_entropy, x, y, knowledge=knowledge, protocol=Protocol(mode="eval"))[0]
+    found = Attack.parse("layer-by-layer")(obs, seed=0)
+    assert float((found.inputs - x).norm() / x.norm()) < 1e-9
+    assert bool(found.bound.isfinite().all())
+    stopped = Attack.parse("layer-by-layer:method=r-gap")(obs, seed=0).trace["stopped"]
+    assert re.match(r"layer 'cat' \(Branches, test_functional.py:\d+\) cannot be read backward", stopped)
