@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import unbatch
 from unbatch.attacks.unmix import Unmix
+from unbatch.case import Case
 from unbatch.errors import NotApplicable
 from unbatch.inversion.weighing import Weighing
 from unbatch.knowledge import Earlier, Knowledge
@@ -127,6 +128,14 @@ def test_a_batch_that_is_larger_than_known_is_never_returned() -> None:
     for known in ({"batch_size": 2}, {}):
         found = Unmix()(client.seen(client.gradient(factor=4.0), **known))
         client.found_all(found)
+
+
+def test_a_phantom_of_the_wrong_factor_does_not_stop_the_others() -> None:
+    setting = Case.parse("photos:batch=16,size=16,width=200,activation=gelu").setting()
+    seen, _ = unbatch.observe(setting.model, setting.loss, setting.inputs, setting.labels)
+    found = Unmix()(replace(seen, update={k: 2 * u for k, u in seen.update.items()}), seed=1)
+    assert (len(found), found.trace["certified"]) == (16, 16)
+    assert found.trace["factor"] == pytest.approx(2.0, rel=1e-3)
 
 
 STEP = Protocol(local_steps=1, learning_rate=0.05)
@@ -250,6 +259,8 @@ def test_how_often_examples_occur_follows_from_how_much_they_count() -> None:
         told = Weighing.of(torch.tensor(weights), form, rank=len(weights), n=n, clients=clients)
         assert told.times.tolist() == times, weights
         assert told.factor == pytest.approx(factor), weights
+    part = Weighing.of(torch.tensor([0.5, 0.5]), mean, rank=4, n=4)  # the other two stand for one each at least
+    assert (part.times.tolist(), part.factor) == ([1, 1], 2.0)
     uneven = Weighing.of(torch.tensor([0.3, 0.41]), mean, rank=2, n=2)
     assert uneven.times.tolist() == [1, 1]
     assert "count unequally in the update, 0.3 to 0.41" in uneven.words

@@ -54,10 +54,11 @@ class Weighing:
             told = "" if clients == 1 else f"The update is the sum of the mean gradients of {clients} clients."
             return cls(once, float(clients), n, told)
         unit = (clients / n if n else None) if mean else 1.0
-        times = None if unit is None or n is None else _multiples(weights, unit, tolerance, n)
+        missing = rank - len(weights)  # each of which stands for one at least
+        times = None if unit is None or n is None else _multiples(weights, unit, tolerance, n - missing)
         if times is None:
             least = float(weights[weights.abs().argmin()])
-            most = n if n is not None else MOST_TIMES * len(weights)
+            most = n - missing if n is not None else MOST_TIMES * len(weights)
             times = _multiples(weights, least, tolerance, most)
         if times is None:
             low, high = weights[weights.abs().argmin()], weights[weights.abs().argmax()]

@@ -87,6 +87,10 @@ class Mixture:
         deltas = self.deltas
         return replace(self, weighed=False, deltas=lambda before, y: factor * deltas(before, y))
 
+    def reweighed(self, factor: float) -> Mixture:
+        """The same mixture where every example counts `factor` times as much as was assumed."""
+        return replace(self.unweighed(factor), weighed=True)
+
     def scaled(self, z: Tensor) -> Tensor:
         """z [g, n] on z . ones = 1."""
         return z if self.ones is None else z / (z @ self.ones)[:, None]

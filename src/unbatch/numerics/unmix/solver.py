@@ -53,6 +53,7 @@ FREE_SHARE = 0.1  # examples left over neurons up to which the patterns of the g
 LAST_EXAMPLES = 8  # examples left up to which this goes for guesses that no program has moved
 DEEPER_TURNS = 2  # times that all guesses take more turns, while they lead to less than half of the examples left
 OPPOSITE_LABELS = 0.1  # spread of the weights under the opposite labels, over that under the labels, that tells them
+FEW_AT_FIRST = 8  # examples left over those that the first guesses led to, from which on these are few
 LABELS_TRIED = 10  # tried with every guess, those that fit it best
 
 
@@ -179,9 +180,11 @@ def by_polish(
     rest, z, y = whole, whole.U.new_zeros(0, whole.n), None
     log: list[dict[str, object]] = []
     guesses, misses = z, 0
+    factor: float | None = None  # by which those left are taken to count as well, once it was read off those found
     while rest.n and tick(1 - rest.n / whole.n):
-        if misses == len(starts) and whole.weighed and whole.classes:
-            whole, rest, misses = whole.unweighed(), rest.unweighed(), 0
+        if misses == len(starts) and (whole.weighed or factor is not None) and whole.classes:
+            whole, misses, factor = whole.unweighed(), 0, None
+            rest = whole.without(whole.sent(z, y), z) if y is not None else whole
         if misses == attempts * len(starts):
             break
         name, start = starts[misses % len(starts)]
@@ -192,13 +195,12 @@ def by_polish(
         else:
             begun, spare = _guessed(rest, start, classes, rng)
         tried, labels, chosen = _polished(rest, begun, classes, rng)
-        if y is None and not len(chosen) and whole.weighed and whole.classes:
-            free = rest.unweighed()
-            again = _polished(free, begun, classes, rng)
-            if len(again[2]):
+        few = len(chosen) < rest.n and len(chosen) <= max(1, rest.n // FEW_AT_FIRST)
+        if y is None and few and whole.weighed and whole.classes:  # those few may be phantoms of a wrong assumption
+            again = _polished(rest.unweighed(), begun, classes, rng)
+            if len(again[2]) > len(chosen):
                 tried, labels, chosen = again
-                factor = float(free.weights(free.F(tried[chosen], labels[chosen]), tried[chosen]).median())
-                whole, rest = whole.unweighed(factor), rest.unweighed(factor)
+                whole, factor = whole.unweighed(), 1.0
         log.append({"start": name, "left": rest.n, "guesses": len(tried), "found": len(chosen)})
         guesses, misses = torch.cat([tried, spare]) @ rest.basis, misses + 1
         if len(chosen):
@@ -210,6 +212,9 @@ def by_polish(
                 z, y, _ = refine_jointly(whole, z, y, others=rest.n, steps=4)
                 rest = whole.without(whole.sent(z, y), z)
             log[-1]["noise"] = rest.noise / whole.noise
+            if factor is not None:
+                factor = float(whole.weights(whole.F(z, y), z).median())
+                rest = rest.reweighed(factor)
     if y is None:
         return Separation(z, _no_labels(whole, classes), log, guesses)
     if not rest.n:
