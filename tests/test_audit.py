@@ -77,11 +77,14 @@ def test_a_right_answer_in_another_order(setting: Setting) -> None:
     assert record.complete
 
 
-def test_a_wrong_claim_is_flagged_and_not_counted(setting: Setting) -> None:
+def test_a_wrong_claim_is_withdrawn_and_said_so(setting: Setting) -> None:
     record = one(setting, "wrong")
     assert record.recovered() == set()
-    assert {"exact-claim-fails", "bound-violated"} <= {f.name for f in record.flags}
-    assert not {f.name for f in one(setting, "guess").flags} & {"exact-claim-fails", "bound-violated"}
+    assert not {f.name for f in record.flags} & {"exact-claim-fails", "bound-violated"}
+    assert [e.bound for e in record.runs[0].examples] == [None] * 3
+    assert "3 claims were withdrawn by the second judge" in record.runs[0].words
+    assert any(record.runs[0].words in note for note in record.notes)
+    assert not one(setting, "guess").runs[0].words
 
 
 def test_unmatched_examples_score_null_not_zero(setting: Setting) -> None:

@@ -68,7 +68,7 @@ def test_peers_get_the_same_gradient_and_are_scored_alike() -> None:
         "FastICA of the span",
     ]
     assert all(peer["seconds"] >= 0.5 for peer in row["peers"][:2])
-    obs, truth, domain, _ = unmix._exchange(replace(problem, data="photos"), pool("photos", None), 0, "cpu")
+    obs, truth, domain, _ = unmix.batch_exchange(replace(problem, data="photos"), pool("photos", None), 0, "cpu")
     first = next(name for name, tensor in obs.update.items() if tensor.ndim == 2)
     rows = torch.linalg.svd(obs.update[first].double(), full_matrices=False)[2][:2]
     draws = torch.randn(200, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ rows

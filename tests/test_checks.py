@@ -34,6 +34,9 @@ def spoilt(clean: Audit, name: str) -> Audit:
         run.examples[0].error = 0.5
     elif name == "bound-violated":
         run.guarantee, run.examples[0].error = "bounded", 0.5
+    elif name == "label-proof-fails":
+        wrong = next(str(label) for label in range(10) if str(label) not in audit.clients[0].labels)
+        audit.runs.append(heuristic(guarantee="bounded", examples=[Example(index=0, bound=0.0, label=wrong)]))
     elif name == "lower-bound-beaten":
         audit.bounds = [Bound(name="B", value=0.1, scope="any", assumptions="", source="")]
         run.examples[0].scores["psnr"] = 20.5

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.inversion.claims import judged
 from unbatch.inversion.view import View
 from unbatch.knowledge import check_fields
 from unbatch.observation import Observation
@@ -135,8 +136,8 @@ class Attack(Plugin, ABC):
         view = View.of(obs.only(*(self.needs | self.uses)))
         with torch.random.fork_rng(devices=[]):  # an attack that reads the global generator must not disturb the caller
             found = _as_the_loss_takes(view, self.run(view, torch.Generator().manual_seed(seed)))
-        self._judge(obs, found)
-        return found
+            self._judge(obs, found)
+            return judged(view.on(obs), found)
 
     @final
     def _judge(self, obs: Observation, found: Reconstruction) -> None:

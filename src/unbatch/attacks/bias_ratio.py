@@ -24,9 +24,11 @@ class BiasRatio(Attack):
 
     One example: dL/dW = delta x^T and dL/db = delta, so x = (dL/dW)^T (dL/db) / |dL/db|^2.
 
-    The same ratio survives any common factor of the two (clipping, the learning rate, sign) and SGD's local steps
-    without weight decay, whose sum of delta_t x^T has the sum of delta_t beside it. Where nothing but a normalisation
-    lies before the layer the network's input is returned, otherwise the layer's exact input features.
+    The same ratio survives any common factor of the two (clipping, the learning rate, a flipped sign) and SGD's local steps
+    without weight decay, whose sum of delta_t x^T has the sum of delta_t beside it. That the two carry one factor the
+    layer alone does not show: whatever is returned is held to the update that it would send (the label found, the layers
+    above), and claimed where it explains the update up to one factor. Where nothing but a normalisation lies before the
+    layer the network's input is returned, otherwise the layer's exact input features.
 
     Bound: let each of dL/dW, dL/db carry relative error at most e; then |x' - x| / |x'| <= e (1 + sqrt(1 + r^2)) /
     (1 - e), r the relative residual of the rank-one fit; e is taken as the larger of r and the rounding of the update.

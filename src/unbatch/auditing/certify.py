@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from unbatch.inversion.claims import judged
+from unbatch.inversion.view import View
 from unbatch.observation import Observation
 from unbatch.reconstruction import Reconstruction
 
@@ -15,10 +17,12 @@ def certify(obs: Observation, found: Reconstruction) -> Reconstruction:
 
     `bound` [k] is the largest |error| / |returned example| (l2), inf where nothing is claimed.
 
-    An attack's own claim is kept, but never below the unit roundoff of the update, which no reading of it can beat. An
-    example that came with no claim gets none. Where every example and label of a batch of known size is there, the
-    trace holds the residual, |update - simulated update| / |update|: a small one is evidence, not a proof, since
-    different batches can share a gradient.
+    An attack's own claim is kept where a second judge agrees: what the claimed examples send is computed again, from them
+    and the exchange alone, and a claim that does not explain the update is withdrawn, with the reason in the trace
+    (`unbatch.inversion.claims.judged`, which every attack's answer passes as well). A bound is never below the unit
+    roundoff of the update, which no reading of it can beat. An example that came with no claim gets none. Where every
+    example and label of a batch of known size is there, the trace holds the residual, |update - simulated update| /
+    |update|: a small one is evidence, not a proof, since different batches can share a gradient.
 
     >>> import torch, unbatch
     >>> model, loss = torch.nn.Linear(4, 3), torch.nn.functional.cross_entropy
@@ -27,7 +31,11 @@ def certify(obs: Observation, found: Reconstruction) -> Reconstruction:
     >>> certified = certify(seen, guess)
     >>> certified.bound, certified.trace["residual"] > 0.1
     (tensor([inf], dtype=torch.float64), True)
+    >>> claim = replace(guess, bound=torch.tensor([1e-6]))
+    >>> certify(seen, claim).bound
+    tensor([inf], dtype=torch.float64)
     """
+    found = judged(View.of(obs), found)
     k = len(found)
     bound = found.bound if found.bound is not None else torch.full((k,), torch.inf, dtype=torch.float64)
     if found.inputs is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -46,6 +47,18 @@ def _bound_violated(audit: Audit) -> Iterable[str]:
     for run, e in _pairs(audit):
         if e.error is not None and e.bound is not None and e.error > e.bound:
             yield f"{run.title}, example {e.index} of client {run.client}: error {e.error:.1e} above bound {e.bound:.1e}."
+
+
+def _label_proof(audit: Audit) -> Iterable[str]:
+    held = {client.index: Counter(client.labels) for client in audit.clients}
+    for run in audit.runs:
+        proven = Counter(
+            e.label for e in run.examples if e.bound is not None and e.error is None and e.label is not None
+        )
+        for label, count in proven.items():
+            true = held.get(run.client, Counter())[label]
+            if audit.truth and count > true:
+                yield f"{run.title} proves that client {run.client} holds {count} of class {label}; it holds {true}."
 
 
 def _lower_bound_beaten(audit: Audit) -> Iterable[str]:
@@ -179,6 +192,14 @@ CHECKS: tuple[Check, ...] = (
         "The assumption behind the bound does not hold, or the bound is wrong.",
         "Look at what changed the update (a defence, half precision), and do not quote the bound.",
         _bound_violated,
+    ),
+    Check(
+        "label-proof-fails",
+        "labels that an attack proves are not among those of the private batch",
+        "The assumption behind the proof does not hold (the loss, the scale of the update, what a defence did to it), or "
+        "the proof is wrong.",
+        "Do not quote the labels. Look at what changed the update; where nothing did, report the case.",
+        _label_proof,
     ),
     Check(
         "lower-bound-beaten",

@@ -115,6 +115,7 @@ def audit(
             sink(record)
     plan.look_again(record, watch)
     record.notes += [*plan.flaws, *_unscored(record), *plan.notes()]
+    record.notes += [f"{run.title}, client {run.client}: {run.words}" for run in record.runs if run.ran and run.words]
     for remedy in plan.remedies:
         with _noted(record, remedy):
             record.remedies += _remedy(setting, plan, remedy, seeds, budget, total_budget, device, watch, announce)
@@ -361,6 +362,7 @@ class _Plan:
             if found.inputs is not None and found.labels is not None and not found.layer and _certain(found):
                 self.explained = found.inputs, found.labels
             run.status = Status.CUT_SHORT if watch.cut_short else Status.DONE
+            run.words = str(found.trace.get("withdrawn", ""))
             self.judge.fill(run, found, obs, truth, self.settings[index] if self.settings else None)
             self._keep(run, found, obs, truth)
         except NotApplicable as why:

@@ -243,7 +243,7 @@ def _measure(problem: PictureProblem, data: Path | None, seed: int, device: str,
     paces: dict[str, Pace] = {}
     metrics, begun = list[int](), clock()
     for i in range(problem.pictures):
-        obs, truth = _exchange(problem, pool(problem.data, data), seed, i, device)
+        obs, truth = picture_exchange(problem, pool(problem.data, data), seed, i, device)
         for method in problem.methods:
             spec, time = METHODS[method], LIMIT
             if method in SEARCHES:
@@ -334,7 +334,7 @@ def _convolutions(obs: Observation) -> list[str]:
     return [name for name, module in obs.model.named_modules() if isinstance(module, nn.Conv2d)]
 
 
-def _exchange(
+def picture_exchange(
     problem: PictureProblem, pictures: tuple[Tensor, Tensor], seed: int, i: int, device: str
 ) -> tuple[Observation, Truth]:
     """The i-th picture's gradient, at weights drawn for it."""

@@ -233,7 +233,7 @@ def _measure(problem: BatchProblem, data: Path | None, seed: int, device: str, s
     shares, certified, spent, ratios, logs, accuracies = [], [], [], [], [], []
     first = list[tuple[Observation, Truth, Domain]]()
     for trial in range(seed, seed + problem.seeds):
-        obs, truth, domain, accuracy = _exchange(problem, examples, trial, device)
+        obs, truth, domain, accuracy = batch_exchange(problem, examples, trial, device)
         accuracies.append(accuracy)
         begun = clock()
         with watching(allowance(LIMIT)):
@@ -301,7 +301,7 @@ def _peer(name: str, found: Reconstruction, truth: Truth, domain: Domain, second
     return {"attack": name, "recovered": share, "seconds": seconds, "mean |cosine|": cosine}
 
 
-def _exchange(
+def batch_exchange(
     problem: BatchProblem, pool: tuple[Tensor, Tensor], seed: int, device: str
 ) -> tuple[Observation, Truth, Domain, float]:
     """The gradient, the truth, the domain, and the share of the pool that the network classifies rightly (trained only)."""

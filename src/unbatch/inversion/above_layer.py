@@ -98,13 +98,31 @@ class Tail:
         return y.to(kind).reshape(-1, *self.form.labels.shape)
 
     def check(self) -> None:
+        """Makes sure that what an example sends back tells it apart from others.
+
+        Raises NotApplicable, saying why: as `check_apart`, or everything above is linear, so that the gradient tells the
+        span of the inputs and nothing more.
+        """
+        self.check_apart()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            before = self._probes()
+            line = self.outputs(torch.stack([before[0], before[1], (before[0] + before[1]) / 2]))
+        if torch.allclose(line[2], (line[0] + line[1]) / 2, rtol=1e-9, atol=1e-12):
+            raise NotApplicable(
+                "everything above the layer is linear, so its gradient leaks the span of the inputs and nothing more."
+            )
+
+    def _probes(self) -> Tensor:
+        rng = torch.Generator().manual_seed(0)
+        return torch.randn(4, self.m, generator=rng, dtype=torch.float64).to(self.obs.device)
+
+    def check_apart(self) -> None:
         """Makes sure that what an example sends back depends on its own output of the layer and on nothing else.
 
-        Raises NotApplicable, saying why: the model draws at random, examples interact above the layer, the input bypasses
-        it, or everything above is linear, so that the gradient tells the span of the inputs and nothing more.
+        Raises NotApplicable, saying why: the model draws at random, examples interact above the layer, or the input
+        bypasses it.
         """
-        rng = torch.Generator().manual_seed(0)
-        before = torch.randn(4, self.m, generator=rng, dtype=torch.float64).to(self.obs.device)
+        before = self._probes()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             whole, again = self.outputs(before), self.outputs(before)
             if not torch.allclose(whole, again):
@@ -120,11 +138,6 @@ class Tail:
                 raise NotApplicable(
                     "the input also bypasses the first dense layer, so its deltas depend on more than its own output."
                 )
-            line = self.outputs(torch.stack([before[0], before[1], (before[0] + before[1]) / 2]))
-        if torch.allclose(line[2], (line[0] + line[1]) / 2, rtol=1e-9, atol=1e-12):
-            raise NotApplicable(
-                "everything above the layer is linear, so its gradient leaks the span of the inputs and nothing more."
-            )
 
 
 class Rounding:

@@ -16,6 +16,7 @@ EXPLAINS = 1e-3  # relative misfit below which a label explains an update
 MOST_SOLVED_ENTRIES = 256  # of a label that is solved for: as many updates are simulated
 MOST_SOLVED_NUMBERS = 10**8  # of those updates together; beyond, the last tensors alone are looked at
 BITS_TO = 1e-3  # a solved label that is zeros and ones to that is read as such
+SURE_FIT = 1e-2  # relative misfit above which no fit is to rounding, whatever the precision
 
 
 def possible_labels(view: View) -> list[Tensor]:
@@ -57,7 +58,7 @@ def explaining_label(obs: Observation, inputs: Tensor, candidates: Sequence[Tens
     for y in candidates:
         factor, fit = obs.fit(inputs, y.to(kind) if y.is_floating_point() else y)
         best = min(best, (round(fit, DIGITS_OF_A_FIT), abs(factor - 1), y), key=lambda found: found[:2])
-        if len(candidates) > 2 and fit < 1e3 * torch.finfo(obs.dtype).eps:
+        if len(candidates) > 2 and fit < min(1e3 * torch.finfo(obs.dtype).eps, SURE_FIT):
             break
     return best[2]
 

@@ -90,6 +90,13 @@ class BatchLikelihood:
         """Whether the likelihood is as curved at inputs [n, d] as at what was seen: it is that of Gaussian noise."""
         return torch.allclose(self.cost(self(point).detach())[2], self.bend, rtol=1e-3)
 
+    def explains(self, point: Tensor) -> bool:
+        """Whether inputs [n, d] explain what was seen to within what its errors allow."""
+        off = self.seen - self(point).detach()
+        return bool(off.isfinite().all()) and bool(
+            (self.weights * off.square()).sum() <= (self.weights * self.allowed.square()).sum()
+        )
+
     def flat(self, updates: Sequence[Update]) -> Tensor:
         """Updates of all rounds as one vector [N], parameter after parameter."""
         found: Tensor = torch.cat([update[name].flatten() for update in updates for name in self.updates[0]])
@@ -150,11 +157,11 @@ def batch_radius(obs: Observation, inputs: Tensor, labels: Tensor, rng: torch.Ge
     the seen entries do not give back a random direction, or are not explained to within what their errors allow.
     """
     search, x = BatchLikelihood(obs, labels), inputs.to(obs.device).double().flatten(1)
+    nothing = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    if not search.explains(x):
+        return nothing
     D, here = search.weights, search(x).detach()
     off = search.seen - here
-    nothing = torch.full((len(x),), torch.inf, dtype=torch.float64)
-    if not bool(off.isfinite().all()) or (D * off.square()).sum() > (D * search.allowed.square()).sum():
-        return nothing
     system = System(search, x)
     gram = example_gram(system.push, x, len(off), rng, D)
     shift = 1e-10 * float(gram.diagonal().mean())

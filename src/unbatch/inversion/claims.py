@@ -1,0 +1,219 @@
+"""Claims: what the bounds of a reconstruction imply, recomputed from the claim and the exchange alone.
+
+An attack says that its examples lie within their bounds of private ones. If so, an honest client who holds them sends this
+update, to the rounding of its numbers and up to one common factor. That is computed again here, by nothing that the attack
+used on its way, and a claim that fails is withdrawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from unbatch.errors import NotApplicable
+from unbatch.inversion.above_exchange import exchange_above
+from unbatch.inversion.peeling import directions_hold, peeled, sent_back
+from unbatch.inversion.recomputing import Recomputed, recomputed
+from unbatch.inversion.refine import BatchLikelihood
+from unbatch.inversion.rounds import averaged
+from unbatch.inversion.view import View
+from unbatch.likelihood import Likelihood
+from unbatch.network.dense import Dense
+from unbatch.reconstruction import Reconstruction
+
+LEAST_SUM = 1e-3  # of a head's gradient over the classes, relative: under cross entropy it is zero
+SUM_ROUNDINGS = 64  # of the addends of a sum over the batch, which may cancel each other
+NOISE_SIGMAS = 7.0  # of a sum of known noise: what label-count allows for as well
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """Which claims stand, and why in words."""
+
+    kept: Tensor  # [k], bool
+    words: str
+    factor: float | None = None  # by which the update is what these inputs send
+
+
+def judged(view: View, found: Reconstruction) -> Reconstruction:
+    """A reconstruction without the claims that its own examples contradict: their bounds become inf, the trace says why.
+
+    Every finite bound is held to what it implies: `trace["second judge"]` says what was compared, `trace["claims"]` how
+    many were made and kept, `trace["recomputed factor"]` by which factor the update is what these inputs send, and
+    `trace["withdrawn"]` why claims were withdrawn.
+
+    the whole batch with labels: the simulated update, tensor by tensor, up to one factor; under a defence whose law is
+    known, as that law allows;
+    a part of a batch, or examples whose labels are open: the gradient of their dense layer, from which each example's own
+    contribution is to be separable;
+    labels alone: that nothing altered the update, and that the head's gradient adds up as cross entropy's does.
+
+    What cannot be recomputed is not certified.
+
+    >>> import unbatch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> x, y = torch.rand(1, 4), torch.tensor([2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> claim = Reconstruction(inputs=x, labels=y, bound=torch.tensor([1e-6]))
+    >>> judged(View.of(seen), claim).bound.isfinite()
+    tensor([True])
+    >>> judged(View.of(seen), replace(claim, inputs=x / 2)).bound.isfinite()
+    tensor([False])
+    """
+    if found.bound is None or not bool(found.bound.isfinite().any()):
+        return found
+    sure = found.bound.isfinite()
+    try:
+        ruling = _labels_alone(view, sure) if found.inputs is None else _ruling(view, found, sure)
+    except Exception as why:  # the model and its loss are the user's: anything may go wrong in them
+        ruling = Ruling(torch.zeros_like(sure), f"it could not be recomputed, and is not certified: {why}")
+    lost = int((sure & ~ruling.kept).sum())
+    counts = {"made": int(sure.sum()), "kept": int((sure & ruling.kept).sum())}
+    trace = {**found.trace, "second judge": ruling.words, "claims": counts}
+    if ruling.factor is not None:
+        trace["recomputed factor"] = ruling.factor
+    if lost:
+        noun = "claim was" if lost == 1 else "claims were"
+        trace["withdrawn"] = f"{lost} {noun} withdrawn by the second judge: {ruling.words}"
+        trace["bounds before"] = found.bound.tolist()
+    return replace(found, bound=found.bound.masked_fill(sure & ~ruling.kept, torch.inf), trace=trace)
+
+
+def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
+    known, x, y = view.knowledge, found.inputs, found.labels
+    if x is None or found.bound is None:
+        raise NotApplicable("there are no inputs.")
+    none = torch.zeros_like(sure)
+    if known.get("mixup") and known.get("batch_size") != 1:
+        return Ruling(none, "the client blends its examples, so what explains its update is a blend of them.")
+    sure, repeated = _once(view, found, sure)
+    far = torch.where(sure, found.bound, 0.0).double() * x.double().flatten(1).norm(dim=1).cpu()
+    layer = _layer(view, found.layer)
+    if not found.layer and y is not None and Likelihood.of(known) is not None and found.up_to <= {"permutation"}:
+        law = _by_law(view, x, y, sure, far)
+        if law is not None:
+            return law
+    if not found.up_to <= {"permutation"}:
+        return _directions(view, layer, found, sure, far)
+    own = y
+    if y is None and len(x) == 1 and layer is not None:
+        own = sent_back(view.gradient, layer, x, bool(found.layer)).label
+    whole: Recomputed | None = None
+    if own is not None:
+        place = exchange_above(view.obs, layer) if found.layer and layer is not None else view.obs
+        if view.steps > 1 and found.layer and len(place.update) < len(view.update):
+            words = f"the layers below {found.layer!r} move within the local steps, and its inputs with them."
+            return Ruling(none, words)
+        chosen = sure if repeated else torch.ones_like(sure)  # guesses of the same answer may complete the batch
+        whole = recomputed(place, _of(x, chosen), _of(own, chosen), far[chosen])
+        if whole.fits and whole.settled:
+            return Ruling(sure, whole.words, whole.factor)
+    if "altered" in known:
+        why = whole.words if whole is not None else "their labels are not known."
+        return Ruling(none, f"the update was altered by {known.altered}, and the whole of it must explain it: {why}")
+    if whole is not None and whole.fits:
+        return Ruling(none, whole.words, whole.factor)
+    if layer is None or view.gradient.steps:
+        return Ruling(none, whole.words if whole is not None else "their labels are not known.")
+    part = peeled(view.gradient, layer, found, sure, far, doubted=_all_there(view, found, sure))
+    kept = sure & part.kept
+    words = part.words if whole is None or bool(kept.any()) else f"{whole.words} {part.words}"
+    return Ruling(kept, words, part.factor if bool(kept.any()) else None)
+
+
+def _by_law(view: View, x: Tensor, y: Tensor, sure: Tensor, far: Tensor) -> Ruling | None:
+    """The ruling by the law of a defence; None where the law does not explain the update by these inputs.
+
+    A bound below what the draws leave open is none, even of inputs that explain the update: unbiased estimates spread by
+    (J^T J)^-1 at least, J in units of the draws, so that a move by a bound b that holds shows by |J b|^2 >= d.
+    """
+    search, flat = BatchLikelihood(averaged(view.obs), y), x.to(view.obs.device).double().flatten(1)
+    if not search.explains(flat):
+        return None
+    way = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(flat)
+    moved = flat + far.to(flat)[:, None] * torch.nn.functional.normalize(way, dim=1)
+    shown = float((search.off(moved) - search.off(flat)).square().sum())
+    if shown < int(sure.sum()) * flat.shape[1]:
+        return Ruling(torch.zeros_like(sure), "what the defence draws leaves more open than these bounds say.")
+    return Ruling(sure, "these inputs explain the update as the law of the defence allows.")
+
+
+def _once(view: View, found: Reconstruction, sure: Tensor) -> tuple[Tensor, bool]:
+    """The claims without copies, where there are more of them than the batch has examples; and whether there were any."""
+    n, x = view.knowledge.get("batch_size"), found.inputs
+    if n is None or int(sure.sum()) <= n or x is None or found.bound is None:
+        return sure, False
+    flat = x.double().flatten(1).cpu()
+    far = found.bound.double() * flat.norm(dim=1)
+    kept = torch.zeros_like(sure)
+    for i in sure.nonzero().flatten().tolist():
+        gaps = (flat[kept] - flat[i]).norm(dim=1)
+        kept[i] = bool((gaps > far[kept] + far[i]).all())
+    return (kept, True) if int(kept.sum()) <= n else (torch.zeros_like(sure), True)
+
+
+def _of(values: Tensor, chosen: Tensor) -> Tensor:
+    return values[chosen.to(values.device)]
+
+
+def _all_there(view: View, found: Reconstruction, sure: Tensor) -> bool:
+    """Whether the whole batch is claimed, so that the update should be explained as well."""
+    return bool(sure.all()) and view.knowledge.get("batch_size", len(found)) == len(found)
+
+
+def _directions(view: View, layer: Dense | None, found: Reconstruction, sure: Tensor, far: Tensor) -> Ruling:
+    """The ruling on inputs whose scale or sign nothing tells."""
+    known = view.knowledge
+    if layer is None or view.gradient.steps or "altered" in known:
+        words = "inputs up to their scale are held to their dense layer's gradient alone, which is not one here."
+        return Ruling(torch.zeros_like(sure), words)
+    part = directions_hold(view.gradient, layer, found, sure, far)
+    return Ruling(sure & part.kept, part.words)
+
+
+def _layer(view: View, name: str) -> Dense | None:
+    """The dense layer whose inputs are claimed; of the network's own inputs the first one that reads them."""
+    if name:
+        layer = next((layer for layer in view.layers if layer.name == name), None)
+        if layer is None:
+            raise NotApplicable(f"no dense layer called {name!r} runs on one vector an example.")
+        return layer
+    try:
+        return next((each for each in view.layers if each.feeds is not None and each.weight in view.update), None)
+    except NotApplicable:
+        return None
+
+
+def _labels_alone(view: View, sure: Tensor) -> Ruling:
+    """Whether the head's gradient is one that labels can be counted in."""
+    known, head, form = view.knowledge, view.head, view.form
+    none = torch.zeros_like(sure)
+    if "altered" in known:
+        words = f"the update was altered by {known.altered}, so that its head's gradient proves nothing of the labels."
+        return Ruling(none, words)
+    sums = form is not None and form.name == "cross-entropy" and form.classes
+    protocol = view.protocol
+    if (
+        form is None
+        or not sums
+        or head is None
+        or (view.steps and (protocol.optimiser != "sgd" or protocol.weight_decay))
+    ):
+        return Ruling(sure, "nothing but the head's gradient was looked at.")
+    parameters = dict(view.model.named_parameters(remove_duplicate=False))
+    for name in (head.weight, head.bias):
+        if name is None or name not in view.update:
+            continue
+        u = view.update[name]
+        eps = max(torch.finfo(t.dtype).eps for t in (u, parameters[name]))
+        drift = view.steps * parameters[name].detach().double().abs().sum(0).max()
+        noise = NOISE_SIGMAS * float(known.get("noise", 0.0)) * len(u) ** 0.5
+        allowed = LEAST_SUM * u.double().abs().sum(0).max() + SUM_ROUNDINGS * eps * (abs(form.scale) + drift) + noise
+        if bool((u.double().sum(0).abs() > allowed).any()):
+            words = (
+                f"the gradient {name!r} of the head does not add up to zero over the classes, as cross entropy's does."
+            )
+            return Ruling(none, words)
+    return Ruling(sure, "the head's gradient adds up to zero over the classes, as cross entropy's does.")
