@@ -248,6 +248,7 @@ def test_constant_images(exchange: Exchange, activation: str) -> None:
     alone = [3, 4, 5] if activation == "gelu" else []  # piecewise linear networks give all or none
     assert sorted(errors(found, x).argmin(1).tolist()) == alone
     assert f"{len(alone)} of 5 examples were found. The batch has 6" in found.trace["words"]
+    assert "Tried without success" in found.trace["words"]
     assert "linear on these inputs" not in found.trace["words"]
 
 

@@ -6,6 +6,7 @@ judged by the same bounds.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -420,7 +421,16 @@ def _shortfall(mixture: Mixture, tail: Tail, found: Separation, rank: int, n: in
             f" All but {bent:.1e} of the deltas' span is that of a linear network: everything above the layer is all but "
             "linear on these inputs, and the gradient of a linear network leaks the span of the inputs and nothing more."
         )
-    return words
+    return words + _failed(found)
+
+
+def _failed(found: Separation) -> str:
+    """Which starts were tried without success since the last one that had some."""
+    held = [i for i, entry in enumerate(found.log) if entry.get("found")] if len(found.z) else []
+    last = max(held, default=-1)
+    misses = Counter(str(entry["start"]) for entry in found.log[last + 1 :])
+    told = [f"{name}{f' ({times} times)' if times > 1 else ''}" for name, times in misses.items()]
+    return f" Tried without success{' after the last of them' * (last >= 0)}: {', '.join(told)}." if told else ""
 
 
 def _bend(mixture: Mixture, tail: Tail) -> float:

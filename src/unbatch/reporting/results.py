@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 SCHEMA = 1
+MOST_EXAMPLES = 100_000  # of one client: a file that claims more is none of an audit's
 DERIVED = ("outcome", "counts", "headline")  # written for readers of the JSON; worked out anew when it is read
 PICTURE = "data:image/"
 
@@ -174,7 +175,7 @@ class Client(_Record):
 
     index: int
     name: str
-    size: int
+    size: int = Field(ge=0, le=MOST_EXAMPLES)
     pictures: list[str] = []
     labels: list[str] = []
     reproducible: bool = True  # the same seed gave the same update twice
