@@ -93,6 +93,11 @@ def test_every_form_gives_the_same_update(net: Net, grads: dict[str, Tensor | No
     assert all(torch.equal(seen.update[name], found[name]) for name in found)
 
 
+def test_values_keyed_by_the_parameters_themselves_are_named(net: Net, grads: dict[str, Tensor | None]) -> None:
+    found = as_update(net, {p: grads[name] for name, p in net.named_parameters()})
+    assert list(found) == list(good(grads))
+
+
 def test_one_vector_of_all_parameters_is_cut(net: Net) -> None:
     flat = nn.utils.parameters_to_vector(net.parameters())
     for form in (flat, flat.detach().numpy()):
@@ -133,7 +138,9 @@ def test_states_before_and_after_give_the_difference_of_parameters() -> None:
     arrays = [t.numpy() for t in after.values()]  # as Flower sends them: in the order of the state, buffers among them
     counted = [t for name, t in after.items() if "num_batches" not in name]
     wrapped = {f"module.{name}": t for name, t in after.items()}
-    for form in (after, arrays, counted, wrapped):
+    trained = norm()
+    trained.load_state_dict(after)
+    for form in (after, arrays, counted, wrapped, trained, nn.DataParallel(trained)):
         found = as_update(model, form, before=before)
         assert list(found) == [name for name, _ in model.named_parameters()]
         assert all(torch.allclose(t, torch.full_like(t, 0.5)) for t in found.values())

@@ -28,9 +28,9 @@ def as_update(model: nn.Module, sent: Any, *, before: Any = None) -> dict[str, T
     parameter that was not used, is left out. They are detached and moved to the model's device, and keep their precision.
     `module.`, `_orig_mod.` and `_module.`, which wrappers put before names, are dropped.
 
-    With `before`, both are states of the model, and the update is the difference `sent` - `before` of its parameters, which
-    local training sends. Buffers in such a state are no part of the update: a client that sends them makes them known, and
-    `Knowledge(buffers={...})` says so.
+    With `before`, both are states of the model, or models, and the update is the difference `sent` - `before` of its
+    parameters, which local training sends. Buffers in such a state are no part of the update: a client that sends them
+    makes them known, and `Knowledge(buffers={...})` says so.
 
     Raises UnbatchError, saying what, why and what to do: the form or a value of it is none of these, or names, numbers and
     shapes are not those of the model's parameters.
@@ -55,8 +55,8 @@ def as_update(model: nn.Module, sent: Any, *, before: Any = None) -> dict[str, T
     else:
         held = _difference(
             network,
-            named_values(network, sent, "the state after"),
-            named_values(network, before, "the state before"),
+            named_values(network, _state(sent), "the state after"),
+            named_values(network, _state(before), "the state before"),
         )
     update = _untied(network, held)
     check_update(network, update)
@@ -79,6 +79,8 @@ def named_values(model: nn.Module, held: Any, what: str) -> dict[str, Tensor]:
     for name, value in pairs:
         if value is None:
             continue
+        if isinstance(name, Tensor):  # a parameter itself, as optimisers key their state
+            name = next((own_name for own_name, tensor in own.items() if tensor is name), name)
         if not isinstance(name, str):
             raise UnbatchError(
                 f"{what} is keyed by {type(name).__name__} ({_short(name)}), not by the names of parameters; key it as "
@@ -165,6 +167,10 @@ def some(names: Sequence[str], most: int = 4) -> str:
     """
     shown = ", ".join(map(repr, names[:most])) or "none else"
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _state(held: Any) -> Any:
+    return held.state_dict() if isinstance(held, nn.Module) else held
 
 
 def _pairs(model: nn.Module, held: Any, what: str) -> list[tuple[Any, Any]]:
