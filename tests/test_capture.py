@@ -140,7 +140,7 @@ def test_verdict_page_and_gate_refuse_a_wrong_capture(truth: unbatch.Truth | Non
     flipped = captured(model, {name: -t for name, t in gradient(model).items()})
     audit = unbatch.audit(flipped, truth=truth, attacks=["label-count", "gradient-matching:iterations=20"], analyses=())
     assert audit.outcome is Outcome.NOT_AUDITED
-    assert audit.verdict().startswith("This update is not audited, and that is not safety: ")
+    assert audit.verdict().startswith("This update is not audited, and that is not safety. ")
     assert "sign is flipped" in audit.verdict()
     assert report.severity(audit) == ("untested", "Not audited")
     assert any("not audited" in words for words in breaches(audit, max_recovered=2))

@@ -135,7 +135,7 @@ def test_verdict_comes_first(audit: Audit) -> None:
     page = report.render(audit)
     headline = re.search(r"<h1>(.*?)</h1>", page, re.DOTALL)
     assert headline is not None
-    assert unescape(headline[1]) == audit.verdict()
+    assert unescape(re.sub("</?small>", "", headline[1])) == audit.verdict()
     assert page.index("<h1>") < page.index('id="examples"') < page.index('id="why"') < page.index('id="flags"')
 
 
@@ -372,4 +372,4 @@ def test_in_a_browser(make: Any, tmp_path: Path) -> None:
     assert len(seen["images"]) == len(Page(page).all("img"))
     assert all(natural > 0 and height > 0 and shown > 40 for natural, height, shown in seen["images"])
     assert all(name.startswith("data:") for name in seen["requests"]), seen["requests"]
-    assert seen["headline"] == make().verdict()
+    assert " ".join(seen["headline"].split()) == make().verdict()

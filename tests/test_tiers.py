@@ -102,7 +102,7 @@ def left_out() -> Audit:
         (
             not_audited(),
             "not audited",
-            "This update is not audited, and that is not safety: its sign is",
+            "This update is not audited, and that is not safety. Its sign is",
             "Not audited",
         ),
         (left_out(), "none found", "None of 2 private images recovered by 1 run;", "None found"),
@@ -181,7 +181,7 @@ def test_a_score_counts_where_it_means_something() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_half_precision_client_s_pictures_come_out_as_copies(dtype: torch.dtype) -> None:
     client = unbatch.Setting(model=net(dtype), loss=F.cross_entropy, inputs=X.to(dtype), labels=Y)
-    audit = unbatch.audit(client, attacks="gradient-matching", metrics="label-accuracy", analyses=(), budget=2)
+    audit = unbatch.audit(client, attacks="gradient-matching:iterations=300", metrics="label-accuracy", analyses=())
     assert {e.tier for e in audit.runs[0].examples} <= {Tier.EXACT, Tier.COPY}  # whichever metrics were asked for
     assert audit.outcome in (Outcome.COPY, Outcome.EXACT)
     assert breaches(audit, max_recovered=0)

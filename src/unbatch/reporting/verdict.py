@@ -141,7 +141,7 @@ def _explained(audit: Audit) -> str:
 
 
 def _not_audited(audit: Audit) -> str:
-    return f"This update is not audited, and that is not safety: {audit.not_audited}"
+    return f"This update is not audited, and that is not safety. {audit.not_audited[:1].upper()}{audit.not_audited[1:]}"
 
 
 def _features(audit: Audit) -> str:
