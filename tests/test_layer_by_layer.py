@@ -580,7 +580,7 @@ def test_exchanges_that_it_does_not_read_are_declined_in_words(exchange: Exchang
     refused(exchange(model, n=2)[0], "the only dense layer is the head")
     untold = replace(exchange(model, n=2)[0], knowledge=Knowledge(input_shape=SMALL))
     refused(untold, "'3' is not of rank one")
-    refused(exchange(model, local_steps=1)[0], "local steps")
+    refused(exchange(model, local_steps=2)[0], "local steps")
     refused(changed(obs, lambda _, t: torch.zeros_like(t)), "gradient of '3' is zero")
     refused(replace(obs, update={"0.weight": obs.update["0.weight"]}), "no dense layer")
     refused(exchange(drawn(nn.Sequential(conv(3, 5, 8), nn.Flatten())))[0], "no dense layer")
