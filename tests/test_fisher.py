@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -172,18 +173,24 @@ def test_noise_of_another_size_than_is_told_is_refused_where_the_batch_is_known(
 
 @pytest.mark.parametrize("name", ["cramer-rao", "van-trees", "noise-information", "dp-reconstruction"])
 def test_statistics_that_are_sent_without_noise_are_no_constants(name: str) -> None:
-    told = Knowledge(buffers={"1.running_mean": torch.zeros(24)})
     obs = update_of([PRIVATE], LOSSES["mean"], "mean", 0.01)
     assert Analysis.parse(name)(obs)
     with pytest.raises(ValueError, match="statistics are sent without noise"):
-        Analysis.parse(name)(replace(obs, knowledge=obs.knowledge | told))
+        Analysis.parse(name)(with_statistics(obs, running_mean=torch.zeros(24)))
+
+
+def with_statistics(obs: Observation, **sent: Tensor) -> Observation:
+    """The exchange of a model that has such buffers too, which were sent."""
+    model = copy.deepcopy(obs.model)
+    for name, tensor in sent.items():
+        model.register_buffer(name, torch.zeros_like(tensor))
+    return replace(obs, model=model, knowledge=obs.knowledge | Knowledge(buffers=sent))
 
 
 def test_statistics_are_counted() -> None:
     obs = update_of(["prune:share=0.99"], LOSSES["mean"], "mean", 0.0)
-    told = Knowledge(buffers={"1.running_mean": torch.rand(64), "1.num_batches_tracked": torch.tensor(1)})
     verdict = Analysis.parse("counting")(obs)[-1]
-    more = Analysis.parse("counting")(replace(obs, knowledge=obs.knowledge | told))[-1]
+    more = Analysis.parse("counting")(with_statistics(obs, mean=torch.rand(64), count=torch.tensor(1)))[-1]
     assert isinstance(verdict, Verdict)
     assert isinstance(more, Verdict)
     assert more.value == pytest.approx(verdict.value + 64 / 80)

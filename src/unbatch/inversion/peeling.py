@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.above_exchange import FromLayer
@@ -17,6 +15,7 @@ from unbatch.inversion.label_fit import DIGITS_OF_A_FIT, possible_labels
 from unbatch.inversion.unmixing import layer_span
 from unbatch.inversion.view import View
 from unbatch.network.dense import Dense, in_mode, layer_inputs
+from unbatch.network.precision import in_double, loss_value, outputs_of
 from unbatch.numerics.linear.span import Span
 from unbatch.protocol import fit
 from unbatch.reconstruction import Reconstruction
@@ -76,7 +75,9 @@ def sent_back(view: View, layer: Dense, inputs: Tensor, of_layer: bool) -> SentB
     for y in possible_labels(view):
         live = outputs.detach().requires_grad_()
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(view.loss(live, y.double() if y.is_floating_point() else y), live)
+            (slope,) = torch.autograd.grad(
+                loss_value(view.loss, live, y.double() if y.is_floating_point() else y), live
+            )
         made = J.T @ slope.flatten()
         factor, left = fit(seen, made)  # two classes may send the same up to sign: then the factor nearest to 1 decides
         best = max(best, (round(1 - min(left, 1.0), DIGITS_OF_A_FIT), -abs(factor - 1), y), key=lambda held: held[:2])
@@ -380,13 +381,14 @@ def _tail(view: View, layer: Dense, n: int) -> Tail:
 def _outputs(view: View, layer: Dense, before: Tensor) -> Tensor:
     """The model's outputs [k, K], flat, where the layer gives `before` [k, m]; in float64."""
     obs = view.obs
-    above = FromLayer(copy.deepcopy(obs.model).double(), layer.weight, obs.knowledge.input_shape, output=True)
+    above = FromLayer(in_double(obs.model), layer.weight, obs.knowledge.input_shape, output=True)
     buffers = {
         f"whole.{k}": b.double() if b.is_floating_point() else b for k, b in obs.knowledge.get("buffers", {}).items()
     }
+    held = {**dict(above.named_parameters()), **buffers}
     with torch.enable_grad(), in_mode(above, obs.protocol.mode), torch.random.fork_rng(devices=[]):
-        found: Tensor = functional_call(above, buffers, (before,))
-        again: Tensor = functional_call(above, buffers, (before,))
+        found: Tensor = outputs_of(above, before, held)
+        again: Tensor = outputs_of(above, before, held)
     if not torch.allclose(found, again):
         raise NotApplicable("the model is random in the client's mode (dropout), so what it sends back is not known.")
     return found
