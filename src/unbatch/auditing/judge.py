@@ -44,7 +44,7 @@ class Judge:
         run.guesses, run.layer, run.up_to = len(found), found.layer, sorted(found.up_to)
         run.trace = {key: _plain(value) for key, value in found.trace.items()}
         run.residual = found.trace.get("residual")
-        run.words = str(
+        run.words = run.words or str(
             found.trace.get("words", "")
         )  # what the attack says of its answer: why it is not whole, the factor
         if truth is None or setting is None:
