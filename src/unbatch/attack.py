@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
@@ -17,6 +18,8 @@ from unbatch.knowledge import check_fields
 from unbatch.observation import Observation
 from unbatch.plugin import Plugin
 from unbatch.reconstruction import Reconstruction
+
+LACKS_DERIVATIVE = re.compile(r"derivative for (?:aten::)?(\w+) is not implemented")  # as PyTorch says it
 
 
 class Guarantee(StrEnum):
@@ -133,11 +136,25 @@ class Attack(Plugin, ABC):
         missing = sorted(self.needs - set(obs.knowledge))
         if missing:
             raise NotApplicable(f"{self.name} needs {', '.join(missing)}, which the attacker does not know here.")
+        obs = obs.as_rounded()
         view = View.of(obs.only(*(self.needs | self.uses)))
         with torch.random.fork_rng(devices=[]):  # an attack that reads the global generator must not disturb the caller
-            found = _as_the_loss_takes(view, self.run(view, torch.Generator().manual_seed(seed)))
+            found = _as_the_loss_takes(view, self._run(view, seed))
             self._judge(obs, found)
             return judged(view.on(obs), found)
+
+    @final
+    def _run(self, view: View, seed: int) -> Reconstruction:
+        try:
+            return self.run(view, torch.Generator().manual_seed(seed))
+        except RuntimeError as error:
+            lacking = LACKS_DERIVATIVE.search(str(error))
+            if lacking is None:
+                raise
+            raise NotApplicable(
+                f"it differentiates what the client computes once more than the client does, and PyTorch has no "
+                f"derivative of {lacking[1]}, which the model or the loss calls; write that one in other operations."
+            ) from error
 
     @final
     def _judge(self, obs: Observation, found: Reconstruction) -> None:

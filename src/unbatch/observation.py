@@ -19,7 +19,7 @@ from unbatch.loss import Loss
 from unbatch.network.unwrapped import unwrapped
 from unbatch.numerics.linear.span import rounding_noise
 from unbatch.protocol import Protocol, Update, fit, flatten, local_update
-from unbatch.update import as_update, check_update, named_values, some
+from unbatch.update import as_rounded, as_update, check_update, named_values, some
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -168,6 +168,18 @@ class Observation:
         }
         update = _gradient(self.update, state, rate, protocol.weight_decay)
         return replace(self, update=update, knowledge=told, grain=grain)
+
+    def as_rounded(self) -> Observation:
+        """The same exchange with its update in the coarsest type that holds its numbers, which is how they were rounded.
+
+        >>> model = nn.Linear(10, 10, bias=False)
+        >>> sent = {"weight": torch.linspace(0, 1, 100).reshape(10, 10).bfloat16().float()}
+        >>> Observation(model=model, loss=nn.functional.mse_loss, update=sent).as_rounded().dtype
+        torch.bfloat16
+        """
+        update = as_rounded(self.update)
+        same = all(tensor.dtype == self.update[name].dtype for name, tensor in update.items())
+        return self if same else replace(self, update=update)
 
     def only(self, *names: str) -> Observation:
         """The same exchange for an attacker who knows only the named fields."""

@@ -15,6 +15,13 @@ from unbatch.errors import UnbatchError
 from unbatch.network.unwrapped import PREFIXES, unwrapped
 from unbatch.protocol import Update
 
+# The types, the coarsest first, whose numbers may be kept in a finer one.
+COARSER = {
+    torch.float64: (torch.bfloat16, torch.float16, torch.float32),
+    torch.float32: (torch.bfloat16, torch.float16),
+}
+TELLING = 32  # different sizes among an update's numbers, from which on all of one type are no chance
+SAMPLE = 4096  # numbers of a tensor that are looked at first
 HINTED_PREFIXES = (*PREFIXES, "model.")  # that a message names
 
 
@@ -62,6 +69,36 @@ def as_update(model: nn.Module, sent: Any, *, before: Any = None) -> dict[str, T
     check_update(network, update)
     parameters = dict(network.named_parameters())
     return {name: tensor.to(parameters[name].device) for name, tensor in update.items()}
+
+
+def as_rounded(update: Update) -> dict[str, Tensor]:
+    """The same numbers in the coarsest type that holds all of them: how finely an update was rounded, wherever it is kept.
+
+    A gradient of float32 is often kept in float64, as numpy does, and one that was sent in half precision in float32. Its
+    numbers are as coarse as they were, and what explains them is off by as much. Few different numbers (signs, counts)
+    tell nothing of how they were rounded, and are left as they are, as are tensors of several types.
+
+    >>> sent = torch.linspace(0, 1, 100).bfloat16()
+    >>> as_rounded({"weight": sent.double()})["weight"].dtype, as_rounded({"weight": sent[:9].double()})["weight"].dtype
+    (torch.bfloat16, torch.float64)
+    """
+    types = {tensor.dtype for tensor in update.values()}
+    held = next(iter(types))
+    if len(types) > 1 or held not in COARSER:
+        return dict(update)
+    for coarse in COARSER[held]:
+        if all(_holds(tensor.flatten()[:SAMPLE], coarse) for tensor in update.values()) and all(
+            _holds(tensor, coarse) for tensor in update.values()
+        ):
+            numbers = torch.cat([tensor[tensor != 0][:SAMPLE] for tensor in update.values()])
+            enough = len(torch.unique(numbers.abs())) >= TELLING
+            return {name: tensor.to(coarse) for name, tensor in update.items()} if enough else dict(update)
+    return dict(update)
+
+
+def _holds(tensor: Tensor, coarse: torch.dtype) -> bool:
+    """Whether a type holds all numbers of a tensor as they are."""
+    return torch.equal(tensor.to(coarse).to(tensor.dtype), tensor)
 
 
 def named_values(model: nn.Module, held: Any, what: str) -> dict[str, Tensor]:

@@ -158,6 +158,7 @@ class _Plan:
                 raise UnbatchError(
                     "a captured update already has its defences in it; leave `defences` and `remedies` out."
                 )
+            target = target.as_rounded()
             self.domain = domain_told(target.knowledge)
             self.exchanges = [(_moved(target, device) if device else target, truth)]
             if truth is not None:

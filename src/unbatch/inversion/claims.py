@@ -89,6 +89,9 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
     if known.get("mixup") and known.get("batch_size") != 1:
         return Ruling(none, "the client blends its examples, so what explains its update is a blend of them.")
     sure, repeated = _once(view, found, sure)
+    if not bool(sure.any()):
+        words = f"more different examples are claimed than the {known.batch_size} of the batch."
+        return Ruling(none, words)
     far = torch.where(sure, found.bound, 0.0).double() * x.double().flatten(1).norm(dim=1).cpu()
     layer = _layer(view, found.layer)
     if not found.layer and y is not None and Likelihood.of(known) is not None and found.up_to <= {"permutation"}:

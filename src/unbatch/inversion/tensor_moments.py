@@ -126,6 +126,11 @@ class TensorMoments:
         order, why = self._order(pair)
         if order == 0 and n is not None and n > 1:
             raise NotApplicable(why)
+        if n is not None and n > 1 and pair.m < GROUPS:
+            raise NotApplicable(
+                f"the {pair.m} neurons of {first.name!r} are fewer than the {GROUPS} groups of them whose averages tell "
+                "how far the moments are off."
+            )
         span = None
         if A is not None:
             eps, guess = torch.finfo(view.obs.dtype).eps, view.knowledge.get("batch_size", 8) + 8
