@@ -146,6 +146,13 @@ def test_the_gate_counts_copies_and_what_explains_the_update() -> None:
     assert any(words.startswith("unmix left out for want of time") for words in breaches(left_out(), max_recovered=9))
 
 
+def test_one_example_is_spoken_of_as_one() -> None:
+    audit = explained(1e-5)
+    audit.runs[0].examples, audit.runs[0].residual = audit.runs[0].examples[:1], 0.0
+    said = "explains it to the last digit, and nothing else near it does."
+    assert audit.verdict() == f"The image that matching read out of this update {said}"
+
+
 def test_labels_alone_are_no_answer_about_examples() -> None:
     labels = run("labels", [Example(index=0, label="dog", bound=0.0)], family="labels")
     audit = an_audit(runs=[labels])

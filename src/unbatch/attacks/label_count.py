@@ -272,12 +272,14 @@ def _words(
         )
     elif counted:
         left = f", and the other {n - counted} are estimates" if n > counted else ""
+        held = "label is a class that" if n == 1 else f"labels are {n} classes, each of which"
         words = (
-            f"If the labels are {n} classes, each of which counts, and the update has its protocol's factor, the gradient "
-            f"of {name} fixes {counted} of them{left}. It proves none: {rest}"
+            f"If the {held} counts, and the update has its protocol's factor, the gradient "
+            f"of {name} fixes {'it' if n == 1 else f'{counted} of them'}{left}. It proves none: {rest}"
         )
     else:
-        words = f"The gradient of {name} proves nothing about the classes; all {n} labels are estimates"
+        rest = "the label is an estimate" if n == 1 else f"all {n} labels are estimates"
+        words = f"The gradient of {name} proves nothing about the classes; {rest}"
     times = gradient.factor_of_class(row) if row is not None and not sure else None
     if times is not None and gradient.bias is not None:
         words += f". It is that of class {int(gradient.bias.argmin())} at {times:.4g} times that factor"

@@ -68,10 +68,17 @@ def amounts(audit: Audit) -> str:
 
 def how_explained(run: Run, what: str = "it") -> str:
     """How well a run's examples explain a captured update, and whether something else nearby does as well."""
-    size = f"{run.residual or 0.0:.0e}"
+    one = len(run.examples) == 1
+    verb, them = ("explains", "it") if one else ("explain", "them")
+    said = f"{verb} {what} to {run.residual:.0e}" if run.residual else f"{verb} {what} to the last digit"
     if run.freedom is not None and run.freedom <= SETTLED_FREEDOM:
-        return f"explain {what} to {size}, and nothing else near them does"
-    return f"explain {what} to {size}; whether other batches do as well was not settled"
+        return f"{said}, and nothing else near {them} does"
+    return f"{said}; whether other batches do as well was not settled"
+
+
+def _the(audit: Audit, run: Run) -> str:
+    """The examples that a run returned, in words."""
+    return f"The {audit.noun}" if len(run.examples) == 1 else f"The {audit.named(len(run.examples))}"
 
 
 def _things(audit: Audit) -> str:
@@ -129,7 +136,7 @@ def _certified(audit: Audit) -> str:
     said = f"{audit.named(hit)} certified{how} to be behind this update; {_has(hit).replace('this update', 'it')}."
     run = audit.explaining()
     if run and len(run.examples) > exact:
-        said += f" The {audit.named(len(run.examples))} of {run.title} {how_explained(run)}."
+        said += f" {_the(audit, run)} of {run.title} {how_explained(run)}."
     return said
 
 
@@ -137,7 +144,7 @@ def _explained(audit: Audit) -> str:
     run = audit.explaining()
     if run is None:
         raise RuntimeError("nothing explains this update; this is a defect of unbatch.")
-    return f"The {audit.named(len(run.examples))} that {run.title} read out of this update {how_explained(run)}."
+    return f"{_the(audit, run)} that {run.title} read out of this update {how_explained(run)}."
 
 
 def _not_audited(audit: Audit) -> str:
