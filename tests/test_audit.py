@@ -149,6 +149,16 @@ def test_finished_runs_are_sunk_one_by_one_and_a_resumed_audit_repeats_none(sett
     assert after.complete
 
 
+def test_an_audit_that_is_resumed_with_other_attacks_keeps_what_was_found(setting: Setting) -> None:
+    before = one(setting, "right")
+    after = unbatch.audit(setting, attacks=[Chosen(answer="labels")], seeds=[4], resume=before)
+    assert after.runs[:1] == before.runs
+    assert [(run.attack, run.seed) for run in after.runs] == [("chosen:answer=right", 0), ("chosen:answer=labels", 4)]
+    assert set(after.attacks) == {run.attack for run in after.runs}
+    assert set(after.seeds) == {0, 4}
+    assert after.verdict() == before.verdict()
+
+
 def test_an_audit_of_something_else_is_not_resumed(setting: Setting) -> None:
     before = one(setting, "right")
     other = Case.parse("digits:batch=3,width=16,seed=1").setting()

@@ -1,8 +1,11 @@
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+import unbatch
 from unbatch import Attack, Knowledge, NotApplicable, Observation, Protocol, observe
 from unbatch.case import Case
 
@@ -139,3 +142,55 @@ def test_a_normalised_input_is_undone() -> None:
     obs, truth = observe(Normalised(), F.cross_entropy, x, y)
     found = Attack.parse("bias-ratio")(obs)
     assert (found.inputs - truth.inputs.double()).norm() <= found.bound[0] * found.inputs.norm()
+
+
+class Lossy(nn.Module):
+    """Features that are drawn anew in every pass, before the only dense layer."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.draw, self.conv, self.head = draw, nn.Conv2d(1, 4, 3, stride=2), nn.Linear(36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.draw(self.conv(x).tanh().flatten(1)))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [nn.Dropout(0.5), lambda z: F.dropout(z, 0.5, training=True), lambda z: z + 0.1 * torch.randn_like(z)],
+    ids=["module", "function", "noise"],
+)
+def test_features_that_are_drawn_anew_are_not_called_a_false_claim(draw: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    setting = unbatch.Setting(
+        model=Lossy(draw), loss=F.cross_entropy, inputs=torch.rand(1, 1, 8, 8), labels=torch.tensor([3])
+    )
+    audit = unbatch.audit(setting, attacks=["bias-ratio"], analyses=())
+    assert not {"exact-claim-fails", "bound-violated"} & {flag.name for flag in audit.flags}
+    assert "the features at 'head' are drawn anew in every pass" in audit.runs[0].words
+    assert audit.runs[0].examples[0].error is None
+    assert audit.runs[0].examples[0].bound is not None
+
+
+class Shifted(nn.Module):
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift, self.first, self.head = shift, nn.Linear(64, 32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x.flatten(1) + torch.full((64,), self.shift)).tanh())
+
+
+@pytest.mark.parametrize("shift", [1.0, -40.0])
+@pytest.mark.parametrize("attack", ["bias-ratio", "unmix", "layer-by-layer"])
+def test_behind_a_constant_the_picture_has_its_shape_and_its_bound_holds(attack: str, shift: float) -> None:
+    torch.manual_seed(0)
+    model, x, y = Shifted(shift), torch.rand(1, 1, 8, 8), torch.tensor([3])
+    seen, _ = unbatch.observe(model, F.cross_entropy, x, y)
+    found = unbatch.Attack.parse(attack)(seen, seed=0)
+    assert found.inputs is not None
+    assert found.bound is not None
+    assert found.inputs.shape == x.shape
+    error = float((found.inputs - x).norm() / x.norm())
+    assert error <= float(found.bound)
+    assert error <= 1e-3

@@ -103,6 +103,9 @@ def test_npz_whole_numbers_without_a_range_are_refused_and_rows_of_them_are_toke
         ([[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [1.0, 0.0]], "real numbers"),
         (["dog", "cat"], [1, 0], "alphabetical order, 0 = cat, 1 = dog"),
         ([b"dog", b"cat"], [1, 0], "alphabetical order, 0 = cat, 1 = dog"),
+        (["10", "2"], [10, 2], "class numbers as they stand, 2 to 10"),
+        (["-1", "1"], [-1.0, 1.0], "real numbers as they stand, -1 to 1"),
+        (["10", "two"], [0, 1], "alphabetical order, 0 = 10, 1 = two"),
         ([True, False], [1, 0], "class numbers"),
         ([[0, 2, 1], [1, 1, 0]], [[0, 2, 1], [1, 1, 0]], "class numbers"),
     ],
@@ -298,6 +301,21 @@ def test_hidden_files_are_left_out(tmp_path) -> None:
     data = read(tmp_path)
     assert len(data.inputs) == 1
     assert "1 hidden files were left out" in told(data)
+
+
+def test_what_else_lies_in_a_folder_is_told(tmp_path) -> None:
+    sorted_folder(tmp_path, "cat/a.png")
+    (tmp_path / "cat" / "b.heic").write_bytes(b"a photograph of a kind that is not read")
+    (tmp_path / "dog").mkdir()
+    notes = told(read(tmp_path))
+    assert "were left out: b.heic." in notes
+    assert "folders without a picture were not counted as classes: dog." in notes
+
+
+def test_a_file_that_is_no_archive_is_not_called_a_pickle(tmp_path) -> None:
+    (tmp_path / "d.npz").write_text("inputs,labels")
+    with pytest.raises(UnbatchError, match=r"it is no \.npz file \(a zip archive of arrays\)\. Save it with"):
+        read(tmp_path / "d.npz")
 
 
 # --- csv

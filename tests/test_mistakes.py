@@ -20,6 +20,11 @@ def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.L
 def needs(width): return mlp()
 def raising(): return undefined_name
 def nothing(): pass
+def leaving(): raise SystemExit(3)
+def diverged():
+    model = mlp()
+    nn.init.constant_(model[1].bias, float("nan"))
+    return model
 def norm(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 10))
 def frozen(): return mlp().requires_grad_(False)
 class Bound(nn.Module):
@@ -35,6 +40,8 @@ class Pair(Head):
     def answer(self, out): return out, 3
 class Cut(Head):
     def answer(self, out): return out.detach()
+class Writes(Head):
+    def forward(self, x): return self.head(x.mul_(0.5).flatten(1))
 class Mask(Head):
     def answer(self, out): return {}["mask"] if self.training else out
 def each(o, y): return F.cross_entropy(o, y, reduction="none")
@@ -66,6 +73,10 @@ MISTAKES = [
     ),
     (["--model", "nets:nothing"], "nets:nothing gave NoneType, not a torch.nn.Module; return the model itself."),
     (["--model", "nets:text"], "nets:text gave str, not a torch.nn.Module; name a function that returns your model."),
+    (["--model", "nets:leaving"], "--model nets:leaving fails: SystemExit: 3 (nets.py, line 9, in leaving). Mend it"),
+    (["--model", "nets:diverged"], "the model's '1.bias' holds NaN, as after training that diverged"),
+    (["--model", "nets:Writes"], "the model's forward writes into its own inputs"),
+    (["--seed", "99999999999999999999"], "Invalid value for '--seed'"),
     (["--model", "nets:frozen"], "frozen"),
     (["--model", "nets:Typo"], "AttributeError: 'Tensor' object has no attribute 'missing'. Give inputs of the form"),
     (["--model", "nets:Pair"], "the model returns tuple; wrap it so that it returns one tensor"),

@@ -168,6 +168,7 @@ def test_tied_weights_are_taken_once_and_frozen_ones_left_out() -> None:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "meta": ({"a.bias": torch.empty(8, device="meta")}, "on the meta device and has no values"),
+    "masked": ({"a.bias": np.ma.masked_array(np.ones(8), mask=[True] + [False] * 7)}, "is a masked array"),
     "complex": ({"a.bias": torch.zeros(8, dtype=torch.complex64)}, "updates are real"),
     "text": ({"a.bias": "0.1"}, "'0.1', a str"),
     "ragged": ({"a.bias": [[1.0], [1.0, 2.0]]}, "makes no array of numbers"),

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal, Self, final
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from unbatch.domain import Domain, domain_of
 from unbatch.errors import UnbatchError
@@ -76,11 +77,20 @@ class Setting:
         first = next(self.model.parameters(), None)
         if first is None:
             raise UnbatchError("the model has no parameters, so there is no gradient to audit.")
+        bad = [name for name, tensor in self.model.state_dict().items() if _diverged(tensor)]
+        if bad:
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            raise UnbatchError(
+                f"the model's {bad[0]!r}{more} holds NaN, as after training that diverged; give a "
+                "model, or weights, of finite numbers."
+            )
         flags = [(module, module.training) for module in self.model.modules()]
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 x = self.inputs[:2].to(first.device)
-                outputs = self.model.eval()(x.to(first.dtype) if x.is_floating_point() else x)
+                x = x.to(first.dtype) if x.is_floating_point() else x
+                given = x.clone()
+                outputs = self.model.eval()(given)
         except Exception as error:
             words = (
                 f"the model's forward fails on inputs of shape {shape}, {str(self.inputs.dtype).removeprefix('torch.')}"
@@ -90,6 +100,11 @@ class Setting:
         finally:
             for module, flag in flags:
                 module.training = flag
+        if not torch.equal(given, x):
+            raise UnbatchError(
+                "the model's forward writes into its own inputs (an in-place operation, such as x.mul_() or inplace=True, "
+                "on what it is given), so that every pass would change the batch; let it work on a copy, x.clone()."
+            )
         if not isinstance(outputs, Tensor):
             raise UnbatchError(f"the model returns {type(outputs).__name__}; wrap it so that it returns one tensor.")
         object.__setattr__(self, "labels", _checked_labels(self.loss, outputs.detach(), self.labels))
@@ -97,6 +112,12 @@ class Setting:
     def label_name(self, label: Tensor) -> str:
         """A label in words, as the report shows it; by number where the classes have no names."""
         return label_words(label, self.classes)
+
+
+def _diverged(tensor: object) -> bool:
+    if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta or not tensor.is_floating_point():
+        return False
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isnan().any())
 
 
 def _checked_labels(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:

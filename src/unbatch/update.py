@@ -360,6 +360,8 @@ def _of_array(value: Any, what: str) -> Tensor:
             f"{what} is a {type(value).__name__}, which is neither a tensor nor an array; give a tensor, a numpy array or "
             "a list of numbers."
         )
+    if np.ma.is_masked(value):
+        raise UnbatchError(f"{what} is a masked array; fill the masked entries, or leave the mask out.")
     try:
         array = np.asarray(value if hasattr(value, "__array__") else value.numpy())
     except Exception as error:  # another framework's object: anything may go wrong in it

@@ -119,6 +119,7 @@ class LayerByLayer(Attack):
             return Reconstruction(inputs=nothing, bound=nothing.new_zeros(0), trace=trace)
         last, open_ = found[-1], self._open(found)
         inputs = last.x if open_ == 0 else self._completed(obs, last)
+        inputs = inputs.reshape(-1, *obs.knowledge.input_shape)  # a view alone may lie before the first link
         if trace["deficient"]:
             trace["undetermined"] = open_
         labels = label if label is not None else first.label(inputs)

@@ -52,7 +52,10 @@ class Judge:
             return
         domain, shown = self.domain, not found.layer
         if found.layer:
-            features = layer_inputs(obs.model, found.layer, truth.inputs, obs.protocol.mode)
+            features, again = (layer_inputs(obs.model, found.layer, truth.inputs, obs.protocol.mode) for _ in range(2))
+            if not torch.allclose(features, again, rtol=1e-2, atol=1e-3 * float(features.abs().max())):
+                self._drawn_anew(run, found, len(truth))
+                return
             truth = Truth(inputs=features, labels=truth.labels)
             domain = Table(shape=tuple(features.shape[1:]), low=float(features.min()), high=float(features.max()))
         rng = torch.Generator().manual_seed(run.seed)
@@ -87,6 +90,15 @@ class Judge:
                 example.error = float((x - true).norm() / (true.norm() or 1.0))
                 example.picture = shown_by(domain.render, x) if shown else None
                 example.difference = shown_by(domain.difference, x, true) if shown else None
+
+    def _drawn_anew(self, run: Run, found: Reconstruction, n: int) -> None:
+        """Features that are random, as behind dropout: those that the client drew are gone, so none is scored."""
+        run.examples = [self._returned(found, i) if i < len(found) else Example(index=i) for i in range(n)]
+        drawn = (
+            f"the features at {found.layer!r} are drawn anew in every pass (dropout, or noise), so those of the client "
+            "are not known to compare with."
+        )
+        run.words = f"{run.words} {drawn}".strip()
 
     def _returned(self, found: Reconstruction, i: int) -> Example:
         shown = found.inputs is not None and not found.layer

@@ -92,6 +92,7 @@ def audit(
     record.allowance = allowance.total if allowance.stops and budget is None else None
     held = [blank.key for _, blank in allowance.queue if blank.key in kept]
     record.runs = [kept[key] for key in held]  # whatever ends this, they stand in it
+    besides = _besides(record, resume, allowance)
     watch = watch or Watch()
     record.clients = [plan.client(index) for index in range(len(plan.exchanges))]
     patience = budget if analysis_budget is None else analysis_budget
@@ -109,7 +110,7 @@ def audit(
             done = plan.run(blank, attack, watch)
             allowance.spend(attack, done)
         kept[blank.key] = done
-        record.runs = [kept[each.key] for _, each in allowance.queue if each.key in kept]
+        record.runs = besides + [kept[each.key] for _, each in allowance.queue if each.key in kept]
         record.flags = flags(record)
         if sink:
             sink(record)
@@ -502,6 +503,16 @@ def _kept(record: Audit, resume: Audit | None) -> dict[tuple[int, str, int], Run
             "the audit to resume is of another model, batch, protocol or defence; give its own settings or start anew."
         )
     return {run.key: run for run in resume.runs if run.finished}
+
+
+def _besides(record: Audit, resume: Audit | None, allowance: Allowance) -> list[Run]:
+    """Runs of the audit that is resumed by attacks or seeds that are not asked for again: they stay in the record."""
+    asked = {blank.key for _, blank in allowance.queue}
+    besides = [run for run in (resume.runs if resume else ()) if run.key not in asked]
+    record.attacks = list(dict.fromkeys([*record.attacks, *(run.attack for run in besides)]))
+    record.seeds = list(dict.fromkeys([*record.seeds, *(run.seed for run in besides)]))
+    record.runs = list(besides)
+    return besides
 
 
 def _words(value: object) -> str:

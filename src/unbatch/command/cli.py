@@ -23,6 +23,8 @@ from unbatch import __version__
 from unbatch.command.blame import said
 from unbatch.errors import MissingExtra, UnbatchError
 
+MOST_SEED = 2**63 - 1  # that a random generator takes
+
 if TYPE_CHECKING:
     from unbatch.reporting.results import Audit
 
@@ -120,7 +122,7 @@ def _root(
 def demo(
     context: typer.Context,
     folder: Annotated[Path, typer.Option("--out", help="Where report.html and audit.json go.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the attacks' draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the attacks' draws.")] = 0,
     device: Device = None,
     force: Force = False,
     quiet: Quiet = False,
@@ -172,7 +174,8 @@ def audit_command(
     protocol: Rules = None,
     knows: Knows = None,
     seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="Of the attacks; give several times for several runs.")
+        list[int] | None,
+        typer.Option(min=0, max=MOST_SEED, help="Of the attacks; give several times for several runs."),
     ] = None,
     budget: Budget = None,
     folder: Annotated[Path, typer.Option("--out", help="Where report.html and audit.json go.")] = Path("audit"),

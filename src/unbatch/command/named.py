@@ -51,7 +51,7 @@ def load_model(spec: str) -> nn.Module:
             )
         try:
             network = made()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UnbatchError(f"--model {spec} fails: {_told(error)} Mend it there.") from error
     if not isinstance(network, nn.Module):
         raise UnbatchError(f"{spec} gave {type(network).__name__}, not a torch.nn.Module; return the model itself.")

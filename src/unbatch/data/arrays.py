@@ -14,11 +14,22 @@ from torch import Tensor
 
 from unbatch.data.bounds import check_npz
 from unbatch.data.examples import Data
-from unbatch.data.labels import Classes, Labels, class_labels, named_classes, real_labels, word_labels
+from unbatch.data.labels import (
+    WHOLE_NUMBER,
+    Classes,
+    Labels,
+    class_labels,
+    named_classes,
+    real_labels,
+    text_labels,
+    word_labels,
+)
 from unbatch.domain import domain_of
 from unbatch.errors import UnbatchError
 
+LONGEST_NUMBER = 18  # digits of a class number
 INPUT_NAMES, LABEL_NAMES = ("inputs", "images", "x", "data"), ("labels", "y", "targets", "label")
+_STARTS = (b"PK\x03\x04", b"PK\x05\x06", b"\x93NUM")  # a zip archive, an empty one, one array
 
 
 def read_arrays(path: Path, classes: Classes) -> Data:
@@ -53,6 +64,9 @@ def _arrays(path: Path) -> Mapping[str, np.ndarray]:
     try:
         check_npz(path)
         with path.open("rb") as stream:
+            if stream.read(len(_STARTS[0])) not in _STARTS:
+                raise UnbatchError(f"cannot read {path}: it is no .npz file (a zip archive of arrays). {how}")
+            stream.seek(0)
             file = np.load(stream, allow_pickle=False)
             if isinstance(file, np.ndarray):
                 raise UnbatchError(f"{path} holds a single array without a name (.npy). {how}")
@@ -117,6 +131,10 @@ def _labels(y: np.ndarray, classes: Classes) -> Labels:
         words = [w.decode("utf-8", "replace") if isinstance(w, bytes) else str(w) for w in y.ravel().tolist()]
         if len(words) != len(y):
             raise UnbatchError(f"labels of shape {shape} are text; give one word an example.")
+        if all(
+            WHOLE_NUMBER.fullmatch(word) and len(word) <= LONGEST_NUMBER for word in words
+        ):  # as a column of a table
+            return text_labels(words, np.array([float(word) for word in words]), classes, what="labels")
         return word_labels(words, classes, what="labels")
     if kind == "f":
         return _real(torch.from_numpy(y.astype(np.float64 if y.dtype.itemsize > 4 else np.float32)), classes)

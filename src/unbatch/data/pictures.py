@@ -23,6 +23,7 @@ from unbatch.errors import UnbatchError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_SHOWN = 8  # names in a note
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -67,9 +68,28 @@ def read_pictures(path: Path, size: int | None, classes: Classes) -> Data:
     shape = tuple(inputs.shape[1:])
     depth = "one grey channel, since every picture is grey" if shape[0] == 1 else "three channels"
     notes = [f"pictures are {list(shape)} in [0, 1]: {depth}.", *reading.notes(len(files)), *labels.notes]
+    notes += _left_out(path, files)
     if len(files) < len(every):
         notes.append(f"{len(every) - len(files)} hidden files were left out.")
     return Data(inputs=inputs, labels=labels.values, domain=Images(shape=shape), classes=labels.classes, notes=notes)
+
+
+def _left_out(path: Path, files: Sequence[Path]) -> list[str]:
+    """What lies in the folder besides the pictures that were read: files of another kind, and folders without a picture."""
+    notes, read = list[str](), set(files)
+    shown = [p for p in sorted(path.rglob("*")) if not any(_hidden(part) for part in p.relative_to(path).parts)]
+    others = [p.name for p in shown if p.is_file() and p not in read]
+    if others:
+        notes.append(f"files of another kind than {', '.join(sorted(SUFFIXES))} were left out: {_first(others)}.")
+    held = {file.relative_to(path).parts[0] for file in files if len(file.relative_to(path).parts) > 1}
+    empty = [p.name for p in shown if p.parent == path and p.is_dir() and p.name not in held]
+    if held and empty:
+        notes.append(f"folders without a picture were not counted as classes: {_first(empty)}.")
+    return notes
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" ... ({len(names)} in all)" if len(names) > _SHOWN else "")
 
 
 def _labels(path: Path, files: Sequence[Path], classes: Classes) -> Labels:

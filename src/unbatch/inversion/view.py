@@ -265,13 +265,15 @@ class View:
         """The network's inputs [n, *input_shape] behind what a dense layer received [n, d], with their relative bounds [n].
 
         Where nothing but a normalisation z = scale x + shift lies before the layer it is undone; relative errors then
-        stretch by |z| / (|x| min |scale|) at most, and are never taken to shrink. Otherwise what the layer received is
-        returned. The third value is the layer's name then, and empty where these are the network's own inputs.
+        stretch by |z| / (|x| min |scale|) at most, and are never taken to shrink; the rounding of z itself comes to
+        them. Otherwise what the layer received is returned. The third value is the layer's name then, and empty where these are the network's own inputs.
         """
         if layer.feeds is None:
             return received, bound, layer.name
         x = layer.feeds.invert(received)
         least = layer.feeds.scale.abs().min().to(x)
         stretch = received.norm(dim=1) / x.norm(dim=1).clamp_min(1e-300) / least
+        if not torch.equal(x.reshape_as(received), received):  # what the layer received was rounded on its way there
+            bound = bound + torch.finfo(self.obs.dtype).eps
         shaped = x.reshape(-1, *self.knowledge.input_shape)
         return shaped, bound * stretch.clamp_min(1.0).to(bound.device), ""
