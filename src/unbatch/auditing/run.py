@@ -511,7 +511,7 @@ def _besides(record: Audit, resume: Audit | None, allowance: Allowance) -> list[
     besides = [run for run in (resume.runs if resume else ()) if run.key not in asked]
     record.attacks = list(dict.fromkeys([*record.attacks, *(run.attack for run in besides)]))
     record.seeds = list(dict.fromkeys([*record.seeds, *(run.seed for run in besides)]))
-    record.runs = list(besides)
+    record.runs = besides + record.runs
     return besides
 
 

@@ -266,7 +266,8 @@ class View:
 
         Where nothing but a normalisation z = scale x + shift lies before the layer it is undone; relative errors then
         stretch by |z| / (|x| min |scale|) at most, and are never taken to shrink; the rounding of z itself comes to
-        them. Otherwise what the layer received is returned. The third value is the layer's name then, and empty where these are the network's own inputs.
+        them. Otherwise what the layer received is returned. The third value is the layer's name then, and empty where these
+        are the network's own inputs.
         """
         if layer.feeds is None:
             return received, bound, layer.name
