@@ -1,0 +1,122 @@
+"""Whatever a client does to an update: no claim is false, nothing ends in an exception, and what changes no number
+changes no verdict."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from draws import CLIENTS, HARMFUL, HARMLESS, HOLDS, LOSSES, NETWORKS, WHOLE, Draw, draws
+from hypothesis import HealthCheck, given, seed
+from hypothesis import settings as hypothesis_settings
+
+import unbatch
+from unbatch import UnbatchError
+from unbatch.reporting.results import Audit, Status
+
+ATTACKS = ("bias-ratio", "label-count", "feature-inversion", "unmix", "layer-by-layer")
+PARTS, EACH = 20, 100  # draws of the whole suite
+SECONDS = 1.5  # of each attack
+REFUSED = ("batch norm", "deals 1 examples to 2 clients")  # why one example by itself may be
+FLAGS = ("exact-claim-fails", "bound-violated", "label-claim-fails")
+
+
+def audited(draw: Draw, attacks: tuple[str, ...] = ATTACKS) -> Audit | str:
+    """The audit of a draw, or why the exchange was refused, in words."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            obs, truth = draw.observed(draw.setting())
+        except UnbatchError as error:
+            return str(error)
+        return unbatch.audit(obs, truth=truth, attacks=attacks, analyses=(), budget=SECONDS)
+
+
+def faults(record: Audit) -> Iterator[str]:
+    """Runs that ended in an exception, and claims that the truth refutes."""
+    for run in record.runs:
+        if run.status is Status.FAILED:
+            yield f"{run.attack} failed: {run.words}"
+        for e in run.examples:
+            if e.bound is None:
+                continue
+            if e.error is not None and e.error > e.bound:
+                yield f"{run.attack} {run.layer}: error {e.error:.1e} above its bound {e.bound:.1e}"
+            if e.bound == 0 and e.error is None and e.scores.get("label-accuracy") == 0:
+                yield f"{run.attack} proves the label {e.label}, which is false"
+    yield from (f"flag {flag.name}: {flag.words}" for flag in record.flags if flag.name in FLAGS)
+
+
+def certified(record: Audit) -> dict[str, int]:
+    """By attack, how many examples it certifies."""
+    return {run.attack: sum(e.bound is not None for e in run.examples) for run in record.runs}
+
+
+BASE = Draw("dense", "Tanh", "", "cross entropy", 2, False, "", "", 0)
+EVERYTHING = [
+    *(replace(BASE, network=name) for name in NETWORKS),
+    *(replace(BASE, hold=name) for name in HOLDS),
+    *(replace(BASE, loss=name) for name in LOSSES),
+    *(replace(BASE, done=name) for name in (*HARMLESS, *HARMFUL, *WHOLE)),
+    *(replace(BASE, client=name) for name in CLIENTS),
+]
+
+
+@pytest.mark.parametrize(
+    "draw", EVERYTHING, ids=lambda draw: f"{draw.network} {draw.hold} {draw.loss} {draw.done}{draw.client}"
+)
+@pytest.mark.parametrize("n", [1, 2])
+def test_everything_is_taken_by_itself(draw: Draw, n: int) -> None:
+    draw = replace(draw, n=n)
+    record = audited(draw)
+    if isinstance(record, str):
+        assert n == 1, record
+        assert any(words in record for words in REFUSED), record
+    else:
+        assert not list(faults(record))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_claim_is_false_whatever_is_done(part: int, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = Counter[str]()
+
+    @seed(part)
+    @given(draws())
+    @hypothesis_settings(max_examples=EACH, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    def held(draw: Draw) -> None:
+        record = audited(draw)
+        if isinstance(record, str):
+            seen["refused"] += 1
+            return
+        seen["audited"] += 1
+        seen["claims"] += sum(certified(record).values())
+        assert not list(faults(record))
+
+    held()
+    with capsys.disabled():
+        print(
+            f"part {part}: {seen['audited']} exchanges audited, {seen['refused']} refused, {seen['claims']} claims held"
+        )
+    assert seen["audited"] > EACH // 2
+    assert seen["claims"] > 10
+
+
+@given(draws())
+@hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_no_claim_is_false_in_a_sample(draw: Draw) -> None:
+    record = audited(draw)
+    assert isinstance(record, str) or not list(faults(record))
+
+
+@given(draws(done=tuple(HARMLESS), clients=()))
+@hypothesis_settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_what_changes_no_number_changes_no_verdict(draw: Draw) -> None:
+    changed, plain = audited(draw), audited(replace(draw, done=""))
+    if isinstance(changed, str) or isinstance(plain, str):
+        assert changed == plain
+    else:
+        assert certified(changed) == certified(plain)
