@@ -256,7 +256,7 @@ CLIENTS: dict[str, tuple[tuple[str, ...], Protocol]] = {
             "label-smoothing:epsilon=0.1",
             "secure-aggregation:clients=2",
             "mixup:alpha=0.4",
-            "dp-sgd:clip=1,noise_multiplier=0.01",
+            "dp-sgd:clip=1,noise_multiplier=0.5",
         )
     },
     "clipped and pruned": (("prune:share=0.5", "clip:norm=0.1"), Protocol()),

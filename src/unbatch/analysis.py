@@ -143,6 +143,10 @@ class Analysis(Plugin, ABC):
         import torch
 
         from unbatch.inversion.view import View
+        from unbatch.network.precision import underivable
 
         view = obs if isinstance(obs, View) else View.of(obs)
-        return self.run(view, at, torch.Generator().manual_seed(0) if rng is None else rng)
+        try:
+            return self.run(view, at, torch.Generator().manual_seed(0) if rng is None else rng)
+        except RuntimeError as error:
+            raise underivable(error) or error from None

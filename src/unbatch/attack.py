@@ -15,6 +15,7 @@ from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.claims import judged
 from unbatch.inversion.view import View
 from unbatch.knowledge import check_fields
+from unbatch.network.precision import underivable
 from unbatch.observation import Observation
 from unbatch.plugin import Plugin
 from unbatch.reconstruction import Reconstruction

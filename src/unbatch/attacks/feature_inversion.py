@@ -79,7 +79,7 @@ class FeatureInversion(Attack):
         if inputs is None or bound is None:
             return found
         sure = bound <= LARGEST_FEATURE_BOUND  # without features that their bounds leave open
-        features = inputs[sure.to(inputs.device)].to(view.obs.device, view.obs.dtype)
+        features = inputs[sure.to(inputs.device)].to(next(view.model.parameters()))
         labels = None if found.labels is None else found.labels[sure.to(found.labels.device)]
         shape, n = view.knowledge.input_shape, len(features)
         low, high = view.knowledge.get("input_range", (-2.0, 2.0))
@@ -122,7 +122,8 @@ class FeatureInversion(Attack):
         below = DenseFeatures(copy.deepcopy(view.model), name, view.protocol.mode)
         shape = (2, *view.knowledge.input_shape)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            first, again = (below(torch.ones(shape, device=view.obs.device, dtype=view.obs.dtype)) for _ in range(2))
+            ones = torch.ones(shape).to(next(view.model.parameters()))
+            first, again = below(ones), below(ones)
         if not torch.equal(first, again):
             raise NotApplicable(
                 f"the layers before {name!r} are random in the client's mode (dropout): features have no one picture."

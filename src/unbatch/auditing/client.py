@@ -76,14 +76,24 @@ def _stepped(step: Step, turn: Round) -> Update:
     except (UnbatchError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        words = misstep(turn.model, turn.loss, turn.inputs, turn.labels, turn.protocol.mode)
+        words = _misstep(turn)
         if words is None:
             raise
         raise words from error
-    words = None if whole else misstep(turn.model, turn.loss, turn.inputs, turn.labels, turn.protocol.mode)
+    words = None if whole else _misstep(turn)
     if words is not None:
         raise words
     return update
+
+
+def _misstep(turn: Round) -> UnbatchError | None:
+    """Why the step fails, on a batch of a size that the protocol takes; None where it does not."""
+    n, size = len(turn.inputs), min(turn.protocol.local_batch_size or len(turn.inputs), len(turn.inputs))
+    for k in dict.fromkeys((n, size, n % size or size)):
+        words = misstep(turn.model, turn.loss, turn.inputs[:k], turn.labels[:k], turn.protocol.mode)
+        if words is not None:
+            return words
+    return None
 
 
 def moved(model: nn.Module, update: Update, rate: float, known: Knowledge) -> nn.Module:

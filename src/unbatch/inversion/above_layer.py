@@ -65,6 +65,8 @@ class Tail:
 
         Everything below the layer is run on constant `inputs` and overruled, so that they are of no account.
         """
+        if not len(before):  # a forward that reshapes by hand may not take a batch of none
+            return before.new_zeros(0, *self.output)
         x = torch.full((1, *self.shape), inputs, dtype=before.dtype, device=before.device)
         x = x.expand(len(before), *self.shape)
 
@@ -77,6 +79,8 @@ class Tail:
 
     def __call__(self, before: Tensor, y: Tensor) -> Tensor:
         """The deltas [g, m] of examples with the layer's outputs `before` [g, m]; with a graph if `before` has one."""
+        if not len(before):
+            return before
         live = before if before.requires_grad else before.detach().requires_grad_()
         with torch.enable_grad():
             value = loss_value(self.obs.loss, self.outputs(live), self._target(y)) * self._share(y)

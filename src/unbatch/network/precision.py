@@ -225,3 +225,23 @@ def _names_lower(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     wanted = args[1] if len(args) > 1 else kwargs.get("dtype")
     words = wanted if isinstance(wanted, str) else getattr(wanted, "__name__", "")
     return any(words.endswith(kind) for kind in ("FloatTensor", "HalfTensor", "BFloat16Tensor"))
+
+
+def underivable(error: RuntimeError) -> NotApplicable | None:
+    """What torch says where it has no derivative of an operation, in our words; None of any other error.
+
+    Gradients are differentiated again by whoever searches for inputs, and some losses and kernels can be once alone.
+
+    >>> outputs = torch.zeros(1, 3, requires_grad=True)
+    >>> value = nn.functional.multi_margin_loss(outputs, torch.tensor([0]))
+    >>> (slope,) = torch.autograd.grad(value, outputs, create_graph=True)
+    >>> try:
+    ...     slope.sum().backward()
+    ... except RuntimeError as error:
+    ...     print(underivable(error))
+    it differentiates gradients, and torch cannot: derivative for aten::multi_margin_loss_backward is not implemented.
+    """
+    words = str(error).partition("\n")[0]
+    if "derivative for" not in words or "not implemented" not in words:
+        return None
+    return NotApplicable(f"it differentiates gradients, and torch cannot: {words.rstrip('.')}.")
