@@ -125,7 +125,7 @@ NETWORKS: dict[str, Callable[[str, int], nn.Module]] = {
 HOLDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "": lambda net: net,
     "data parallel": nn.DataParallel,
-    "grad sample": GradSampleModule,
+    "grad sample": lambda net: GradSampleModule(net, strict=False),
     "channels last": lambda net: net.to(memory_format=torch.channels_last),
     "double": lambda net: net.double(),
     "bfloat16": lambda net: net.bfloat16(),

@@ -21,22 +21,32 @@ ATTACKS = ("bias-ratio", "label-count", "feature-inversion", "unmix", "layer-by-
 PARTS, EACH = 20, 100  # draws of the whole suite
 SECONDS = 1.5  # of each attack
 REFUSED = ("batch norm", "deals 1 examples to 2 clients")  # why one example by itself may be
+SELDOM = 8  # draws for one that is looked at by everything
 FLAGS = ("exact-claim-fails", "bound-violated", "label-claim-fails")
 
 
-def audited(draw: Draw, attacks: tuple[str, ...] = ATTACKS) -> Audit | str:
-    """The audit of a draw, or why the exchange was refused, in words."""
+def audited(draw: Draw) -> Audit | str:
+    """The audit of a draw, or why the exchange was refused, in words; now and then with analyses and a search as well."""
+    more = draw.seed % SELDOM == 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             obs, truth = draw.observed(draw.setting())
         except UnbatchError as error:
             return str(error)
-        return unbatch.audit(obs, truth=truth, attacks=attacks, analyses=(), budget=SECONDS)
+        return unbatch.audit(
+            obs,
+            truth=truth,
+            attacks=(*ATTACKS, "gradient-matching") if more else ATTACKS,
+            analyses=None if more else (),
+            budget=SECONDS,
+            analysis_budget=SECONDS / 5,
+        )
 
 
 def faults(record: Audit) -> Iterator[str]:
-    """Runs that ended in an exception, and claims that the truth refutes."""
+    """Runs and analyses that ended in an exception, and claims that the truth refutes."""
+    yield from (f"{each.title} failed: {each.words}" for each in record.analyses if each.status is Status.FAILED)
     for run in record.runs:
         if run.status is Status.FAILED:
             yield f"{run.attack} failed: {run.words}"

@@ -136,8 +136,19 @@ def state_hash(state: Mapping[str, Any]) -> str:
     for name, tensor in sorted(state.items()):
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """The bytes of a tensor's entries in their order, whatever its device and its strides.
+
+    >>> column = torch.arange(4, dtype=torch.uint8).view(2, 2)[:, :1]
+    >>> raw_bytes(column)
+    b'\\x00\\x02'
+    """
+    solid = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # contiguous() keeps strides of single entries
+    return solid.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def holds_state(path: Path) -> bool:

@@ -27,7 +27,7 @@ from unbatch.auditing.explained import explains, freedom
 from unbatch.auditing.findings import Analyst
 from unbatch.auditing.judge import Judge, failure, shown_by
 from unbatch.auditing.suites import passive
-from unbatch.bundle import state_hash
+from unbatch.bundle import raw_bytes, state_hash
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Domain, domain_told
@@ -262,7 +262,7 @@ class _Plan:
                 held += [*past.update.values(), *past.state.values()]
             held += [truth.inputs, truth.labels] if truth is not None else []
             for tensor in held:
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(raw_bytes(tensor))
             digest.update(repr(sorted((k, _words(obs.knowledge.get(k))) for k in obs.knowledge)).encode())
         digest.update(repr([str(d) for d in self.defences]).encode())
         return digest.hexdigest()

@@ -169,9 +169,9 @@ class UpdateMatching:
         enough = _explained(fine)
         if inside is not None and (yield from self._in_span(inside, rng, bent)) < enough:
             return
-        ladder = (
-            [(fine, sharpness) for sharpness in SHARPNESS_LADDER] if bent else [(rough, math.inf), (fine, math.inf)]
-        )
+        ladder = [(fine, sharpness) for sharpness in SHARPNESS_LADDER] if bent else [(fine, math.inf)]
+        if not bent and rough.seen[0].dtype not in (torch.float16, torch.bfloat16):  # no least squares in three digits
+            ladder.insert(0, (rough, math.inf))
         if (yield from self._squares(ladder, start, start, rng, patience=0)) < enough or glance:
             return
         if (yield from self._softly(rough, ladder, rng)):
