@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
@@ -19,8 +18,6 @@ from unbatch.network.precision import underivable
 from unbatch.observation import Observation
 from unbatch.plugin import Plugin
 from unbatch.reconstruction import Reconstruction
-
-LACKS_DERIVATIVE = re.compile(r"derivative for (?:aten::)?(\w+) is not implemented")  # as PyTorch says it
 
 
 class Guarantee(StrEnum):
@@ -140,22 +137,12 @@ class Attack(Plugin, ABC):
         obs = obs.as_rounded()
         view = View.of(obs.only(*(self.needs | self.uses)))
         with torch.random.fork_rng(devices=[]):  # an attack that reads the global generator must not disturb the caller
-            found = _as_the_loss_takes(view, self._run(view, seed))
+            try:
+                found = _as_the_loss_takes(view, self.run(view, torch.Generator().manual_seed(seed)))
+            except RuntimeError as error:
+                raise underivable(error) or error from None
             self._judge(obs, found)
             return judged(view.on(obs), found)
-
-    @final
-    def _run(self, view: View, seed: int) -> Reconstruction:
-        try:
-            return self.run(view, torch.Generator().manual_seed(seed))
-        except RuntimeError as error:
-            lacking = LACKS_DERIVATIVE.search(str(error))
-            if lacking is None:
-                raise
-            raise NotApplicable(
-                f"it differentiates what the client computes once more than the client does, and PyTorch has no "
-                f"derivative of {lacking[1]}, which the model or the loss calls; write that one in other operations."
-            ) from error
 
     @final
     def _judge(self, obs: Observation, found: Reconstruction) -> None:

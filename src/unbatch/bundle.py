@@ -147,7 +147,7 @@ def raw_bytes(tensor: Tensor) -> bytes:
     >>> raw_bytes(column)
     b'\\x00\\x02'
     """
-    solid = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # contiguous() keeps strides of single entries
+    solid = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # contiguous() may keep strides
     return solid.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -20,6 +21,8 @@ from unbatch.errors import NotApplicable
 from unbatch.label_form import in_dtype
 
 T = TypeVar("T")
+
+LACKS_DERIVATIVE = re.compile(r"derivative for (?:aten::)?(\w+) is not implemented")  # as PyTorch says it
 
 LOWER = (torch.float32, torch.float16, torch.bfloat16)  # than float64
 CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
@@ -238,11 +241,14 @@ def underivable(error: RuntimeError) -> NotApplicable | None:
     >>> try:
     ...     slope.sum().backward()
     ... except RuntimeError as error:
-    ...     print(underivable(error))
-    it differentiates gradients, and torch cannot: derivative for aten::multi_margin_loss_backward is not implemented.
+    ...     print(str(underivable(error)).partition(",")[2].partition(",")[0].strip())
+    and PyTorch has no derivative of multi_margin_loss_backward
     """
-    words = str(error).partition("\n")[0]
-    told = "derivative for" in words and "not implemented" in words
-    if not told and "ZeroTensors are immutable" not in words:  # what forward mode says of some recurrent cells
+    lacking = LACKS_DERIVATIVE.search(str(error))
+    if lacking is None and "ZeroTensors are immutable" not in str(error):  # what forward mode says of recurrent cells
         return None
-    return NotApplicable(f"it differentiates gradients, and torch cannot: {words.rstrip('.')}.")
+    what = lacking[1] if lacking else "a recurrent cell in forward mode"
+    return NotApplicable(
+        "it differentiates what the client computes once more than the client does, and PyTorch has no derivative of "
+        f"{what}, which the model or the loss calls; write that one in other operations."
+    )
