@@ -6,6 +6,7 @@ judged by the same bounds.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -377,8 +378,10 @@ def _returned(
     """
     view, order = problem.view, weights.abs().argsort(stable=True)
     order = order if problem.clients > 1 else torch.arange(len(order)).to(order)
-    order = order.repeat_interleave(weighing.times.to(order.device)[order])
-    z, labels, reach = found.z[order], found.labels[order], reach[order]
+    times = weighing.times[order.cpu()]
+    spare = torch.cat([torch.arange(int(t)) >= _proven_times(problem, weighing, int(t)) for t in times] or [times > 0])
+    order = order.repeat_interleave(times.to(order.device))
+    z, labels, reach = found.z[order], found.labels[order], reach[order].masked_fill(spare.to(reach.device), torch.inf)
     trace |= {
         "weights": (weights / weighing.times.to(weights))[order].tolist(),
         "certified": int(reach.isfinite().sum()),
@@ -403,6 +406,19 @@ def _returned(
         bound=bound,
         trace=trace,
     )
+
+
+def _proven_times(problem: Unmixing, weighing: Weighing, times: int) -> int:
+    """How often an example that counts `times` times occurs at least, whatever rows the loss ignored.
+
+    The mean over the rows that count is the same for every example once and twice: the common divisor of all counts may be
+    ignored rows as well as copies.
+    """
+    form = problem.form
+    if form.ignored is None or form.by_count or form.reduction != "mean" or problem.view.known_labels is not None:
+        return times
+    whole = len(weighing.times) == problem.rank
+    return times // math.gcd(*weighing.times.tolist()) if whole else 1
 
 
 def _shortfall(mixture: Mixture, tail: Tail, found: Separation, rank: int, n: int | None) -> str:
