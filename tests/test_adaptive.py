@@ -70,10 +70,11 @@ def test_knowing_the_defence_costs_nothing_over_ten_batches(attack: str, defence
     judged(attack, defence, 10)
 
 
-@pytest.mark.parametrize("defence", ["clip:norm=0.1", "prune:share=0.3", "quantise:bits=12"])
-def test_what_the_naive_attack_cannot_read_is_certified(defence: str) -> None:
+@pytest.mark.parametrize(("defence", "naive"), [("clip:norm=0.1", 2), ("prune:share=0.3", 0), ("quantise:bits=12", 0)])
+def test_what_the_naive_attack_cannot_read_is_certified(defence: str, naive: int) -> None:
+    """A clip is a common factor, which is fitted without being told."""
     row = compare("unmix", "photos:batch=2,size=8,activation=gelu,width=60", [defence], 0, 1, 60.0)  # it ends by itself
-    assert len(row["naive"]["certified"]) == 0
+    assert len(row["naive"]["certified"]) == naive
     assert len(row["adaptive"]["certified"]) == 2
     assert row["adaptive"]["psnr"] > 60
 

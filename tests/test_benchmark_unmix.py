@@ -60,14 +60,14 @@ def test_a_network_that_does_not_learn_is_no_trained_one() -> None:
 
 def test_peers_get_the_same_gradient_and_are_scored_alike() -> None:
     problem = BatchProblem(n=2, width=50, precision="float32", seeds=1, peers=True)
-    (row,) = unmix.run(seconds=0.5, wanted=[problem])
+    (row,) = unmix.run(seconds=3.0, wanted=[problem])  # torch's first optimiser in a process takes over one
     names = [peer["attack"] for peer in row["peers"]]
     assert names == [
         "gradient-matching:preset=dlg",
         "gradient-matching:preset=inverting-gradients",
         "FastICA of the span",
     ]
-    assert all(peer["seconds"] >= 0.5 for peer in row["peers"][:2])
+    assert all(peer["seconds"] >= 3.0 for peer in row["peers"][:2])
     obs, truth, domain, _ = unmix.batch_exchange(replace(problem, data="photos"), pool("photos", None), 0, "cpu")
     first = next(name for name, tensor in obs.update.items() if tensor.ndim == 2)
     rows = torch.linalg.svd(obs.update[first].double(), full_matrices=False)[2][:2]

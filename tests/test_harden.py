@@ -226,7 +226,7 @@ def test_the_command_writes_prints_and_draws(tmp_path: Path, monkeypatch: pytest
         "from torch import nn\n"
         "def net(): return nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.Tanh(), nn.Linear(8, 3))\n"
     )
-    own = ["harden", "--model", "own:net", "--data", "data.npz", "--family", "clip", "--rounds", "2"]
+    own = ["harden", "--model", "own:net", "--data", "data.npz", "--family", "clip", "--rounds", "2", "--force"]
     with pytest.raises(SystemExit):
         main([*own, "--attack", "label-count", "--analysis", "gradient-rank", "--batch", "3"])
     told = json.loads(Path("harden/harden.json").read_text())

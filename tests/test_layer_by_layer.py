@@ -592,7 +592,7 @@ def test_exchanges_that_it_does_not_read_are_declined_in_words(exchange: Exchang
     with pytest.raises(NotApplicable, match="needs input_shape"):
         LayerByLayer()(obs.only("batch_size"))
     loose = changed(exchange(model, dtype=torch.float32)[0], lambda _, t: t.double())
-    refused(loose, "not of rank one")
+    assert len(LayerByLayer()(loose)) == 1  # its numbers tell that they were rounded to less
 
 
 def test_a_clipped_update_without_biases_is_declined_in_words(exchange: Exchange) -> None:
