@@ -3,6 +3,7 @@ changes no verdict."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from unbatch import UnbatchError
 from unbatch.reporting.results import Audit, Status
 
 ATTACKS = ("bias-ratio", "label-count", "feature-inversion", "unmix", "layer-by-layer")
-PARTS, EACH = 20, 100  # draws of the whole suite
+PARTS, EACH = 20, int(os.environ.get("UNBATCH_DRAWS", 100))  # draws of the whole suite
 SECONDS = 1.5  # of each attack
 REFUSED = ("Batch norm", "deals 1 examples to 2 clients")  # why one example by itself may be
 SELDOM = 8  # draws for one that is looked at by everything
@@ -89,6 +90,7 @@ def test_everything_is_taken_by_itself(draw: Draw, n: int) -> None:
         assert not list(faults(record))
 
 
+@pytest.mark.skipif("UNBATCH_DRAWS" not in os.environ, reason="an hour: UNBATCH_DRAWS=100 draws so many in each part")
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_no_claim_is_false_whatever_is_done(part: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +114,7 @@ def test_no_claim_is_false_whatever_is_done(part: int, capsys: pytest.CaptureFix
             f"part {part}: {seen['audited']} exchanges audited, {seen['refused']} refused, {seen['claims']} claims held"
         )
     assert seen["audited"] > EACH // 2
-    assert seen["claims"] > 10
+    assert seen["claims"] > EACH // 10
 
 
 @given(draws())
