@@ -90,6 +90,15 @@ def test_everything_is_taken_by_itself(draw: Draw, n: int) -> None:
         assert not list(faults(record))
 
 
+@pytest.mark.parametrize("done", ["", *HARMLESS, "twice", "half", "sign flipped", "a step", "loss scaling", "clipped"])
+@pytest.mark.parametrize("network", ["dense", "deep", "functional"])
+def test_nothing_true_is_lost(network: str, done: str) -> None:
+    """Without it, a judge that withdraws everything would pass."""
+    record = audited(replace(BASE, network=network, done=done, n=2))
+    assert not isinstance(record, str)
+    assert certified(record)["unmix"] == 2
+
+
 @pytest.mark.skipif("UNBATCH_DRAWS" not in os.environ, reason="an hour: UNBATCH_DRAWS=100 draws so many in each part")
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))

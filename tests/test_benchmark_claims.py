@@ -18,11 +18,25 @@ def test_claims_are_counted_printed_and_stored(tmp_path: Path) -> None:
     assert "true and lost" in screen.export_text()
 
 
+def test_no_multiple_of_a_gradient_costs_a_claim_and_nothing_done_to_it_makes_one_false() -> None:
+    whole = claims.run(wanted=lambda name: name.startswith("scaled: photos, unit, relu, n=16"))
+    assert [(row["made"], row["true"], row["kept"]) for row in whole] == [(16, 16, 16)] * len(claims.FACTORS)
+    altered = {
+        row["problem"].removeprefix("altered: "): row for row in claims.run(wanted=lambda n: n.startswith("altered"))
+    }
+    assert {way: row["false"] for way, row in altered.items() if row["false"]} == {}
+    assert sum(row["made"] - row["true"] for row in altered.values()) > 100  # false ones that were made
+    for way in ("nothing", "times 3", "times -0.1"):
+        assert altered[way]["kept"] == altered[way]["true"] == altered[way]["exchanges"] > 30
+
+
 @pytest.mark.slow
 def test_no_true_claim_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
     rows = claims.run()
-    made, true, kept, lost = (sum(row[key] for row in rows) for key in ("made", "true", "kept", "lost"))
+    sums = {key: sum(row[key] for row in rows) for key in ("made", "true", "kept", "lost", "false")}
     with capsys.disabled():
-        print(f"{len(rows)} problems: {made} claims made, {true} of them true, {kept} kept, {lost} true ones lost")
-    assert lost == 0, [row for row in rows if row["lost"]]
-    assert kept == true > 150
+        print(f"{len(rows)} problems: {sums}")
+    honest = [row for row in rows if row["problem"] != "altered: the head at twice its rate"]  # which some cannot tell
+    assert [row for row in honest if row["lost"]] == []
+    assert sums["false"] == 0
+    assert sums["true"] > 900

@@ -217,7 +217,8 @@ def _told(
     for name, s in here.items():
         turn = float((_direction(larger[name]) - _direction(s)).norm()) * SCALE_ERROR / SCALE_MOVE
         turned = turned or turn > LEAST_TURN * rounding[name] / (abs(c) * float(s.norm()) + 1e-300)
-    if not turned or any(_explains(double, t * x, y, allowed) for t in {abs(c), 1 / abs(c), abs(c) ** 0.5, 0.5, 2.0}):
+    scales = [t for t in (abs(c), 1 / abs(c), abs(c) ** 0.5, 0.5, 2.0) if abs(t - 1) > SCALE_ERROR]
+    if not turned or any(_explains(double, t * x, y, allowed) for t in scales):
         return False
     return "batch_size" in place.knowledge or _answers(double, x, y) > 1
 
