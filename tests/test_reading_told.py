@@ -147,3 +147,13 @@ def test_targets_that_a_loss_does_not_mean_are_refused(
     assert takes in said
     assert "How t.csv was read" in said
     assert "defect" not in said
+
+
+def test_codes_keep_their_zeros(tmp_path: Path) -> None:
+    """A zip code that is read as a number loses its zero without a word."""
+    path = tmp_path / "places.csv"
+    path.write_text("zip,rooms,label\n02139,3,0\n94110,4,1\n10001,0,1\n")
+    held = read(path)
+    assert isinstance(held.domain, unbatch.domain.Table)
+    assert held.domain.columns == ("zip=02139", "zip=10001", "zip=94110", "rooms")
+    assert [note for note in held.notes if "codes and no numbers" in note and "zip" in note]

@@ -90,11 +90,14 @@ def _tried(obs: Observation, x: Tensor, y: Tensor, candidates: Sequence[Protocol
     return found
 
 
-def diagnose(obs: Observation, inputs: Tensor | None = None, labels: Tensor | None = None) -> list[str]:
+def diagnose(
+    obs: Observation, inputs: Tensor | None = None, labels: Tensor | None = None, *, certified: bool = False
+) -> list[str]:
     """What is off with a captured update (sign, scale, mode, optimiser, steps), in sentences; empty where nothing is.
 
     With inputs and labels that the update should come from (your own test batch, or an exact attack's find) the
-    readings of `explanations` are compared. Without them, only what the head's gradient alone proves is said.
+    readings of `explanations` are compared. Without them, only what the head's gradient alone proves is said. Inputs that
+    are `certified` are behind the update, whatever else was done to the rest of it.
 
     >>> import torch, unbatch
     >>> model, loss = torch.nn.Linear(4, 3), torch.nn.functional.cross_entropy
@@ -121,6 +124,13 @@ def diagnose(obs: Observation, inputs: Tensor | None = None, labels: Tensor | No
     best = min(
         fitting, key=lambda e: (abs(e.factor - 1) > LARGEST_FIT_RESIDUAL, e.protocol != obs.protocol, e.residual)
     )
+    if not best.fits and certified:
+        return [
+            *notes,
+            "The certified examples come out of one layer's gradient; no reading explains the rest of the update by them "
+            f"(best: {best.protocol}, relative residual {best.residual:.2g}): they count unequally, or the other tensors "
+            "were changed each by itself.",
+        ]
     if not best.fits:
         return [
             *notes,

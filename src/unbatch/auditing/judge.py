@@ -121,7 +121,7 @@ def failure(error: Exception) -> str:
     """
     try:
         words = str(error)
-    except Exception:
+    except Exception:  # an error of the user's own class, whose words are code of the user's
         words = "it has no words"
     return f"{type(error).__name__}: {words}"
 

@@ -34,6 +34,7 @@ from unbatch.domain import Domain, domain_told
 from unbatch.errors import MissingExtra, NotApplicable, UnbatchError
 from unbatch.inversion.view import View
 from unbatch.knowledge import Earlier
+from unbatch.label_form import REFUSALS
 from unbatch.metric import Metric
 from unbatch.observation import Observation
 from unbatch.plugin import OneOrMore
@@ -117,9 +118,14 @@ def audit(
     plan.look_again(record, watch)
     record.notes += [*plan.flaws, *_unscored(record), *plan.notes()]
     record.notes += [f"{run.title}, client {run.client}: {run.words}" for run in record.runs if run.ran and run.words]
+    record.remedies = _tried_already(plan, record, resume)
     for remedy in plan.remedies:
+        if str(remedy) in {each.defence for each in record.remedies}:
+            continue
         with _noted(record, remedy):
             record.remedies += _remedy(setting, plan, remedy, seeds, budget, total_budget, device, watch, announce)
+        if sink:
+            sink(record)
     record.complete = not watch.stop
     record.flags = flags(record)
     if sink:
@@ -210,7 +216,7 @@ class _Plan:
         if truth is not None:
             return []
         try:
-            return diagnose(obs, *(self.explained or (None, None)))
+            return diagnose(obs, *(self.explained or (None, None)), certified=self.explained is not None)
         except Exception as error:  # the attacks' results stand without it
             return [f"what may be off with this update was not looked at, since that failed: {failure(error)}"]
 
@@ -406,7 +412,7 @@ def _loss(obs: Observation) -> str:
     """The loss in words, where its form can be told: not of a model that takes token numbers."""
     try:
         form = View.of(obs).form
-    except Exception:  # NotApplicable, or what the user's loss raises of outputs that it was not written for
+    except (NotApplicable, *REFUSALS):  # by a loss of outputs that it was not written for
         form = None
     return str(form) if form else "a custom loss"
 
@@ -513,6 +519,15 @@ def _besides(record: Audit, resume: Audit | None, allowance: Allowance) -> list[
     record.seeds = list(dict.fromkeys([*record.seeds, *(run.seed for run in besides)]))
     record.runs = besides + record.runs
     return besides
+
+
+def _tried_already(plan: _Plan, record: Audit, resume: Audit | None) -> list[Remedy]:
+    """Remedies of the audit that is resumed; those asked for again with other attacks or seeds are tried again."""
+    if resume is None:
+        return []
+    same = resume.attacks == [str(attack) for attack in plan.attacks] and resume.seeds == record.seeds
+    asked = {str(remedy) for remedy in plan.remedies}
+    return [each for each in resume.remedies if same or each.defence not in asked]
 
 
 def _words(value: object) -> str:

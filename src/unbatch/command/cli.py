@@ -193,20 +193,7 @@ def audit_command(
     from unbatch.command.console import run_audit
     from unbatch.command.settings import Asked, refuse_unused, target_of
 
-    asked = Asked(
-        case=case,
-        model=model,
-        weights=weights,
-        data=data,
-        loss=loss,
-        reduction=reduction,
-        size=size,
-        classes=classes,
-        batch=batch,
-        observation=observation,
-        protocol=protocol,
-        knows=knows or (),
-    )
+    asked = Asked.of(locals())
     refuse_unused(asked, attack=attack, suite=suite, defence=defence, remedy=remedy, metric=metric, seed=seed)
     target = target_of(asked)
     record = run_audit(
@@ -261,20 +248,7 @@ def risk(
     from unbatch.auditing.run import audit as run
     from unbatch.command.settings import Asked, refuse_unused, target_of
 
-    asked = Asked(
-        case=case,
-        model=model,
-        weights=weights,
-        data=data,
-        loss=loss,
-        reduction=reduction,
-        size=size,
-        classes=classes,
-        batch=batch,
-        observation=observation,
-        protocol=protocol,
-        knows=knows or (),
-    )
+    asked = Asked.of(locals())
     refuse_unused(asked, defence=defence)
     target = target_of(asked)
     record = run(
@@ -401,17 +375,7 @@ def harden_command(
     from unbatch.command.settings import Asked, case_or_data
     from unbatch.files import claimed
 
-    asked = Asked(
-        case=case,
-        model=model,
-        weights=weights,
-        data=data,
-        loss=loss,
-        reduction=reduction,
-        size=size,
-        classes=classes,
-        batch=batch,
-    )
+    asked = Asked.of(locals())
     with claimed(folder, "harden.json"):
         if (folder / "harden.json").exists() and not force:
             raise UnbatchError(

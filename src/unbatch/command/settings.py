@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from unbatch.command.named import load_loss, load_model, load_weights
 from unbatch.data import Data, read
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge, check_fields
-from unbatch.label_form import LabelForm
+from unbatch.label_form import REFUSALS, LabelForm
 from unbatch.loss import Loss
 from unbatch.network.dense import forward
 from unbatch.observation import Observation
@@ -44,6 +44,12 @@ class Asked:
     observation: Path | None = None
     protocol: str | None = None
     knows: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Asked:
+        """What a command was given, by the names of its parameters; those that name no target are left out."""
+        names = [each.name for each in fields(cls) if given.get(each.name) is not None]
+        return cls(**{name: given[name] for name in names})
 
     def __post_init__(self) -> None:
         self._check_target()
@@ -123,6 +129,8 @@ def target_of(asked: Asked) -> Target:
     else:
         settings = [_client(asked)]
     rules = _rules(asked.protocol) if asked.protocol else None
+    if rules is not None and not (rules.local_steps or rules.epochs):
+        _refuse_idle(rules)
     told = [replace(s, protocol=rules or s.protocol, knowledge=s.knowledge | _known(asked.knows, s)) for s in settings]
     return Target(what=told)
 
@@ -175,7 +183,7 @@ def _client(asked: Asked) -> Setting:
     except UnbatchError as error:  # it may lie in how the data was read
         try:
             return setting(_in_the_loss_s_form(examples, network, criterion))
-        except Exception:
+        except REFUSALS:  # what the model or the loss says of labels in that form; an UnbatchError is among them
             raise UnbatchError(f"{error} How {data} was read: {' '.join(examples.notes)}") from error
 
 
@@ -230,6 +238,19 @@ def _examples(asked: Asked, path: Path) -> Data:
     if not 1 <= n <= held:
         raise UnbatchError(f"--batch {n}, and {path} holds {held} examples; give a number from 1 to {held}.")
     return replace(examples, inputs=examples.inputs[:n], labels=examples.labels[:n])
+
+
+def _refuse_idle(rules: Protocol) -> None:
+    """Refuse what only local steps use, of a client that takes none."""
+    idle = [name for name in _OF_STEPS if name in rules.model_fields_set and getattr(rules, name)]
+    if idle:
+        raise UnbatchError(
+            f"--protocol {idle[0]} would not be used: a client without local steps sends one gradient. Add "
+            "local_steps=N or epochs=N, or leave it out."
+        )
+
+
+_OF_STEPS = ("learning_rate", "momentum", "weight_decay", "optimiser", "local_batch_size")
 
 
 def _rules(words: str) -> Protocol:

@@ -20,6 +20,7 @@ from unbatch.domain import Table
 from unbatch.errors import UnbatchError
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+CODE = re.compile(r"[+-]?0\d+")  # 02139, which would lose its zero as a number
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 MISSING = {"", "na", "n/a", "#n/a", "nan", "+nan", "-nan", "null", "none", "?", "-", "inf", "-inf", "+inf"}
 MOST_CATEGORIES = 1000
@@ -39,6 +40,7 @@ class _Column:
     centre: float = 0.0  # in words a value is centre + spread * entry
     spread: float = 1.0
     mixed: bool = False  # a category some of whose words are numbers
+    coded: bool = False  # a category of codes, whose leading zeros a number would lose
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
 def _values(cells: _Cells, i: int) -> tuple[list[str], np.ndarray | None]:
     """A column as written, and as numbers where it is numeric: where most of what is not missing reads as a number.
 
+    A column with a code in it, digits behind a zero such as 02139, is one of words.
+
     Raises UnbatchError: a cell is missing, or a numeric column holds something else.
     """
     name, written = cells.header[i], [row[i] for row in cells.rows]
@@ -133,7 +137,7 @@ def _values(cells: _Cells, i: int) -> tuple[list[str], np.ndarray | None]:
 
     held = [cell for cell in written if cell.lower() not in MISSING]
     read = sum(NUMBER.fullmatch(cell) is not None for cell in held)
-    numeric = read > 0 and 2 * read >= len(held)
+    numeric = read > 0 and 2 * read >= len(held) and not any(CODE.fullmatch(cell) for cell in held)
     for k, cell in enumerate(written):
         if not cell or (numeric and cell.lower() in MISSING):
             what = "NaN or an infinite value" if cell.lower().strip("+-") in ("nan", "inf") else f"no value ({cell!r})"
@@ -168,9 +172,9 @@ def _column(cells: _Cells, i: int) -> _Column:
         check_unpacked(cells.path, len(present) * len(written) * 8, f"column {name!r}, one-hot,")
         places = {word: place for place, word in enumerate(present)}
         values = np.eye(len(present))[[places[word] for word in written]]
-        return _Column(
-            [f"{name}={word}" for word in present], values, "category", mixed=any(map(NUMBER.fullmatch, present))
-        )
+        coded = any(map(CODE.fullmatch, present))
+        mixed = not coded and any(map(NUMBER.fullmatch, present))
+        return _Column([f"{name}={word}" for word in present], values, "category", mixed=mixed, coded=coded)
     centre, spread = float(numbers.mean()), float(numbers.std())
     if (numbers == numbers[0]).all() or not spread:  # rounding alone gives equal values a spread
         return _Column([name], numbers[:, None], "kept")
@@ -194,6 +198,11 @@ def _done(columns: Sequence[_Column], n: int) -> list[str]:
         told = [f"{c.titles[0].partition('=')[0]} ({len(c.titles)})" for c in words]
         notes.append(f"columns of words were one-hot encoded, a column a category: {_first(told)}.")
         odd = sorted({t for c in words for t in c.titles if t.partition("=")[2].lower() in MISSING})
+        coded = [c.titles[0].partition("=")[0] for c in words if c.coded]
+        if coded:
+            notes.append(
+                f"digits behind a zero are codes and no numbers, so that these are categories: {_first(coded)}."
+            )
         mixed = [c.titles[0].partition("=")[0] for c in words if c.mixed]
         if mixed:
             notes.append(f"some of these categories are numbers, but most are words: {_first(mixed)}.")
