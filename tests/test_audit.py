@@ -413,6 +413,17 @@ def test_remedies_are_measured_beside() -> None:
     assert clip.psnr > 80
 
 
+def test_a_resumed_audit_keeps_its_remedies() -> None:
+    case, ran = Case.parse("digits:width=16"), []
+    first = unbatch.audit(case, attacks=["bias-ratio"], analyses=(), remedies=["clip:norm=0.1"])
+    asked = {"attacks": ["bias-ratio"], "analyses": (), "resume": first, "announce": ran.append}
+    again = unbatch.audit(case, remedies=["clip:norm=0.1", "noise:sigma=0.1"], **asked)
+    assert again.remedies[0] == first.remedies[0]
+    assert [each.defence.partition(":")[0] for each in again.remedies] == ["clip", "noise"]
+    assert not [words for words in ran if "clip" in words]  # nothing twice
+    assert unbatch.audit(case, **asked).remedies == first.remedies  # and nothing lost
+
+
 def test_the_server_is_not_told_a_range_read_off_the_private_batch() -> None:
     x, y = 7 * torch.rand(2, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
     record = unbatch.audit(Setting(model=nn.Linear(6, 3), loss=F.cross_entropy, inputs=x, labels=y), attacks=[])

@@ -118,14 +118,9 @@ def audit(
     plan.look_again(record, watch)
     record.notes += [*plan.flaws, *_unscored(record), *plan.notes()]
     record.notes += [f"{run.title}, client {run.client}: {run.words}" for run in record.runs if run.ran and run.words]
-    record.remedies = _tried_already(plan, record, resume)
-    for remedy in plan.remedies:
-        if str(remedy) in {each.defence for each in record.remedies}:
-            continue
+    for remedy in _untried(plan, record, resume):
         with _noted(record, remedy):
             record.remedies += _remedy(setting, plan, remedy, seeds, budget, total_budget, device, watch, announce)
-        if sink:
-            sink(record)
     record.complete = not watch.stop
     record.flags = flags(record)
     if sink:
@@ -521,13 +516,17 @@ def _besides(record: Audit, resume: Audit | None, allowance: Allowance) -> list[
     return besides
 
 
-def _tried_already(plan: _Plan, record: Audit, resume: Audit | None) -> list[Remedy]:
-    """Remedies of the audit that is resumed; those asked for again with other attacks or seeds are tried again."""
-    if resume is None:
-        return []
-    same = resume.attacks == [str(attack) for attack in plan.attacks] and resume.seeds == record.seeds
-    asked = {str(remedy) for remedy in plan.remedies}
-    return [each for each in resume.remedies if same or each.defence not in asked]
+def _untried(plan: _Plan, record: Audit, resume: Audit | None) -> list[Defence]:
+    """The remedies still to try; those of the audit that is resumed stay in the record.
+
+    One that is asked for again with other attacks or seeds is tried again.
+    """
+    if resume is not None:
+        same = resume.attacks == [str(attack) for attack in plan.attacks] and resume.seeds == record.seeds
+        asked = {str(remedy) for remedy in plan.remedies}
+        record.remedies = [each for each in resume.remedies if same or each.defence not in asked]
+    measured = {each.defence for each in record.remedies}
+    return [remedy for remedy in plan.remedies if str(remedy) not in measured]
 
 
 def _words(value: object) -> str:

@@ -89,7 +89,8 @@ WAYS: dict[str, Callable[[str, Tensor], Tensor]] = {  # what is done to each ten
     "the largest fifth of entries": lambda name, u: torch.where(u.abs() >= u.abs().quantile(0.8), u, 0),
     "8 bits": lambda name, u: (u / u.abs().max() * 127).round() * u.abs().max() / 127,
 }
-OUTPUTS, ACTIVATIONS, DRAWS = (1, 2, 10), ("relu", "tanh"), 6  # of one example's networks to which each is done
+OUTPUTS, DRAWS = (1, 2, 10), 6  # of one example's networks to which each is done
+ACTIVATIONS: tuple[small.ActivationName, ...] = ("relu", "tanh")
 
 
 def run(
@@ -167,7 +168,7 @@ def _problems(seed: int, device: str) -> Iterator[tuple[str, str, Sequence[Excha
     for problem in SCALED:
         photos = replace(problem, data="photos")
         for factor in FACTORS:
-            scaled = partial(_altered, partial(batch, photos), lambda name, u, factor=factor: factor * u)
+            scaled = partial(_altered, partial(batch, photos), partial(_times, factor))
             yield f"scaled: {photos.name}, times {factor:g}", "unmix", [scaled]
     for way, change in WAYS.items():
         clients = [
@@ -185,6 +186,10 @@ def _one(outputs: int, activation: small.ActivationName, seed: int, device: str)
     model = small.build("mlp", (20,), outputs, width=40, activation=activation, rng=rng).to(device)
     x, y = torch.rand(1, 20, generator=rng), torch.randint(max(outputs, 2), (1,), generator=rng)
     return observe(model, loss_named("cross-entropy" if outputs > 1 else "binary-cross-entropy"), x, y)
+
+
+def _times(factor: float, name: str, u: Tensor) -> Tensor:
+    return factor * u
 
 
 def _altered(exchange: Exchange, change: Callable[[str, Tensor], Tensor]) -> tuple[Observation, Truth]:

@@ -16,7 +16,7 @@ from unbatch.command.named import load_loss, load_model, load_weights
 from unbatch.data import Data, read
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge, check_fields
-from unbatch.label_form import REFUSALS, LabelForm
+from unbatch.label_form import LabelForm
 from unbatch.loss import Loss
 from unbatch.network.dense import forward
 from unbatch.observation import Observation
@@ -183,7 +183,7 @@ def _client(asked: Asked) -> Setting:
     except UnbatchError as error:  # it may lie in how the data was read
         try:
             return setting(_in_the_loss_s_form(examples, network, criterion))
-        except REFUSALS:  # what the model or the loss says of labels in that form; an UnbatchError is among them
+        except Exception:  # the loss is the user's: anything may go wrong in it, and the first error is the one to say
             raise UnbatchError(f"{error} How {data} was read: {' '.join(examples.notes)}") from error
 
 

@@ -62,7 +62,7 @@ def read_table(path: Path, classes: Classes) -> Data:
     columns = [_column(cells, i) for i in range(len(header)) if i != target]
     if not columns:
         raise UnbatchError(f"{path} has only the label column {header[target]!r}; it needs at least one more.")
-    answers, numbers = _values(cells, target)
+    answers, numbers = _values(cells, target, codes=False)  # a class 007 is number 7
     try:
         labels = text_labels(answers, numbers, classes, what=f"labels, column {header[target]!r}")
     except UnbatchError as error:
@@ -123,10 +123,10 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
             raise UnbatchError(f"{path}: two columns are named {name!r}; rename or drop one.")
 
 
-def _values(cells: _Cells, i: int) -> tuple[list[str], np.ndarray | None]:
+def _values(cells: _Cells, i: int, *, codes: bool) -> tuple[list[str], np.ndarray | None]:
     """A column as written, and as numbers where it is numeric: where most of what is not missing reads as a number.
 
-    A column with a code in it, digits behind a zero such as 02139, is one of words.
+    With `codes` a column that holds one, digits behind a zero such as 02139, is one of words.
 
     Raises UnbatchError: a cell is missing, or a numeric column holds something else.
     """
@@ -137,7 +137,7 @@ def _values(cells: _Cells, i: int) -> tuple[list[str], np.ndarray | None]:
 
     held = [cell for cell in written if cell.lower() not in MISSING]
     read = sum(NUMBER.fullmatch(cell) is not None for cell in held)
-    numeric = read > 0 and 2 * read >= len(held) and not any(CODE.fullmatch(cell) for cell in held)
+    numeric = read > 0 and 2 * read >= len(held) and not (codes and any(map(CODE.fullmatch, held)))
     for k, cell in enumerate(written):
         if not cell or (numeric and cell.lower() in MISSING):
             what = "NaN or an infinite value" if cell.lower().strip("+-") in ("nan", "inf") else f"no value ({cell!r})"
@@ -161,7 +161,7 @@ def _values(cells: _Cells, i: int) -> tuple[list[str], np.ndarray | None]:
 def _column(cells: _Cells, i: int) -> _Column:
     """A numeric column standardised, one whose values are all the same as it stands, words as one column a category."""
     name = cells.header[i]
-    written, numbers = _values(cells, i)
+    written, numbers = _values(cells, i, codes=True)
     if numbers is None:
         present = sorted(set(written))
         if len(present) > MOST_CATEGORIES:
