@@ -24,6 +24,7 @@ MOVE_SLACK = 3.0  # times what moves of the inputs by their bounds are seen to d
 NOISE_SLACK = 1.25  # times the known noise's own size
 LARGEST_FACTOR_ERROR = 0.05  # by which a factor that is 1 may seem another, however coarse the update
 LARGEST_ALLOWANCE = 0.5  # of a tensor, and of the update, however wide the bounds: with more they explain nothing
+AS_WELL = 2.0  # times what is left by the inputs that are claimed
 SCALE_ERROR = 0.1  # of the inputs, relative, that the update must be able to show
 SCALE_MOVE = 1e-5  # relative, by which that is measured, within one piece of a kinked network
 LEAST_TURN = 10.0  # times what is allowed by which it must show
@@ -93,7 +94,7 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
     whole = math.hypot(*allowed.values()) / size if size else math.inf
     worst = max(seen, key=lambda name: off[name] / (allowed[name] or 1e-300))
     fits = bool(c) and all(off[name] <= allowed[name] for name in seen) and _wide(place, x, y, far, again, c)
-    settled = fits and (_near(place, c, whole, size) or _told(place, x, y, rounding, c, allowed))
+    settled = fits and (_near(place, c, whole, size) or _told(place, x, y, rounding, c, residual))
     return Recomputed(c, residual, whole, fits, settled, worst.removeprefix("whole."), off[worst] > allowed[worst])
 
 
@@ -197,15 +198,13 @@ def _near(place: Observation, c: float, allowed: float, size: float) -> bool:
     return abs(c - 1) <= near or (clip is not None and 0 < c < 1 and math.isclose(size, clip, rel_tol=1e-3))
 
 
-def _told(
-    place: Observation, x: Tensor, y: Tensor, rounding: Mapping[str, float], c: float, allowed: Mapping[str, float]
-) -> bool:
+def _told(place: Observation, x: Tensor, y: Tensor, rounding: Mapping[str, float], c: float, residual: float) -> bool:
     """Whether the update would have shown a wrong scale of the inputs, although its own is free.
 
     It would if some tensor of inputs a tenth larger has another direction, by what the first order says: a kink that is
-    crossed would show that scale, but not all smaller ones. Nor may the inputs at another scale explain the update, the
-    factor's own among them. Where the loss sends back one number an example, a mixture of several explains an update as
-    well as one does, so that their number must be known.
+    crossed would show that scale, but not all smaller ones. Nor may the inputs at another scale, the factor's own among
+    them, explain the update as well as those that are claimed, which leave `residual` of it. Where the loss sends back one
+    number an example, a mixture of several explains an update as well as one does, so that their number must be known.
     """
     double = _in_double(place)
     x, y = x.double(), y.double() if y.is_floating_point() else y
@@ -217,18 +216,11 @@ def _told(
     for name, s in here.items():
         turn = float((_direction(larger[name]) - _direction(s)).norm()) * SCALE_ERROR / SCALE_MOVE
         turned = turned or turn > LEAST_TURN * rounding[name] / (abs(c) * float(s.norm()) + 1e-300)
+    rounded = math.hypot(*rounding.values()) / float(flatten(place.update, place.update).norm())
     scales = [t for t in (abs(c), 1 / abs(c), abs(c) ** 0.5, 0.5, 2.0) if abs(t - 1) > SCALE_ERROR]
-    if not turned or any(_explains(double, t * x, y, allowed) for t in scales):
+    if not turned or any(double.fit(t * x, y)[1] <= max(AS_WELL * residual, rounded) for t in scales):
         return False
     return "batch_size" in place.knowledge or _answers(double, x, y) > 1
-
-
-def _explains(place: Observation, x: Tensor, y: Tensor, allowed: Mapping[str, float]) -> bool:
-    """Whether these inputs explain every tensor of the update as well, at a factor of their own."""
-    again = {name: s.detach().double() for name, s in place.simulate(x, y).items()}
-    seen = {name: u.double() for name, u in place.update.items()}
-    c, _ = fit(flatten(seen, seen), flatten(again, seen))
-    return all(float((u - c * again[name]).norm()) <= allowed[name] for name, u in seen.items())
 
 
 def _direction(t: Tensor) -> Tensor:
