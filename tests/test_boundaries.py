@@ -186,7 +186,7 @@ def test_what_cannot_be_shown_is_said_in_its_place() -> None:
 
 
 def test_a_diagnosis_that_fails_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: object) -> list[str]:
+    def fails(*args: object, **named: object) -> list[str]:
         raise BrokenError
 
     monkeypatch.setattr("unbatch.auditing.run.diagnose", fails)
