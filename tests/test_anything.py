@@ -109,7 +109,11 @@ def test_no_claim_is_false_whatever_is_done(part: int, capsys: pytest.CaptureFix
     @seed(part)
     @given(draws())
     @hypothesis_settings(
-        max_examples=EACH, deadline=None, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate]
+        max_examples=EACH,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        phases=[Phase.generate],
     )
     def held(draw: Draw) -> None:
         try:
