@@ -149,7 +149,8 @@ SMALL = [name for name in get_args(small.Name) if not name.startswith("cnn4")]  
 
 @pytest.mark.parametrize(("spec", "name"), [*product(PICTURES, SMALL), *product(["photos"], NETWORKS)])
 def test_every_case_with_every_model(spec: str, name: str) -> None:
-    setting = case(spec, model=name, batch=3, width=4).setting()
+    narrow = {} if "width" in small.unused(name) else {"width": 4}
+    setting = case(spec, model=name, batch=3, **narrow).setting()
     update = gradient(setting)
     assert update.keys() == dict(setting.model.named_parameters()).keys()
     assert all(part.isfinite().all() and part.abs().sum() > 0 for part in update.values())

@@ -17,7 +17,7 @@ from unbatch.inversion.backward.rank_count import Constraints, constraints
 from unbatch.knowledge import Knowledge
 from unbatch.layer import rule_for
 from unbatch.layers.residual import Residual, bend, parsed, split
-from unbatch.models import small
+from unbatch.models.residual import ResidualBlock
 from unbatch.network.chain import chain
 from unbatch.protocol import Protocol
 from unbatch.testing import check_layer_rule
@@ -111,7 +111,7 @@ def test_the_sum_is_told_from_the_activation_behind_it() -> None:
 
 
 def test_a_branch_with_an_activation_is_refused_in_words() -> None:
-    own = small.ResidualBlock(3, 3, 1, nn.ReLU).eval()
+    own = ResidualBlock(3, 3, 1, nn.ReLU).eval()
     assert parsed(own).after == "act2"
     assert rule_for(own) is None
     assert "'act1' (ReLU)" in bend(own)

@@ -14,9 +14,11 @@ from torch.func import functional_call
 
 from unbatch.models import small
 from unbatch.models.published import NETWORKS, PublishedName
+from unbatch.models.residual import ResidualBlock
 from unbatch.models.small import build
 
-NAMES = [name for name in get_args(small.Name) if name not in NETWORKS]
+DEEP = get_args(small.DeepName)  # tests/test_deep_models.py
+NAMES = [name for name in get_args(small.Name) if name not in NETWORKS and name not in DEEP]
 ACTIVATIONS = get_args(small.ActivationName)
 
 
@@ -34,7 +36,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_every_name_has_a_model_and_every_activation_a_module() -> None:
-    assert set(NAMES) == set(small._MODELS)
+    assert {*NAMES, *DEEP} == set(small._MODELS)
     assert set(ACTIVATIONS) == set(small.ACTIVATIONS)
 
 
@@ -174,7 +176,7 @@ def test_depth_and_width() -> None:
     assert [tuple(p.shape)[:2] for p in convnet.parameters() if p.ndim == 4] == [(4, 3), (4, 4), (8, 4), (8, 8)]
     assert convnet.get_submodule("dense1").weight.shape == (16, 8 * 4 * 4)
     resnet = build("resnet-small", (3, 16, 16), 2, depth=2, width=4, rng=rng())
-    blocks = [m for m in resnet.modules() if isinstance(m, small.ResidualBlock)]
+    blocks = [m for m in resnet.modules() if isinstance(m, ResidualBlock)]
     identity = [isinstance(block.shortcut, nn.Identity) for block in blocks]
     assert identity == [True, True, False, True, False, True]
 

@@ -11,7 +11,8 @@ from unbatch.analysis import Analysis
 from unbatch.attacks.layer_by_layer import LayerByLayer
 from unbatch.auditing.client import observe
 from unbatch.inversion.backward.rank_count import c_of, constraints
-from unbatch.models.small import ResidualBlock, build, initialise
+from unbatch.models.residual import ResidualBlock
+from unbatch.models.small import build, initialise
 from unbatch.network.chain import chain
 from unbatch.protocol import Protocol
 

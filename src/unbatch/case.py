@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal, Self, final
+from typing import Annotated, ClassVar, Literal, Self, final, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -20,6 +20,7 @@ from unbatch.knowledge import Knowledge
 from unbatch.label_form import BROADCASTS, PROBES, LabelForm, label_words, loss_on_cpu, objection
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small
+from unbatch.models.channel_norm import NormName
 from unbatch.network.unwrapped import unwrapped
 from unbatch.plugin import Plugin
 from unbatch.protocol import Protocol
@@ -222,7 +223,13 @@ class Case(Plugin, ABC):
     depth: Annotated[
         int, Field(gt=0, description="hidden layers of an mlp, blocks of a convnet or of a resnet's stage")
     ] = 1
-    width: Annotated[int, Field(gt=0, description="hidden units of an mlp, first channels of a convnet or resnet")] = 64
+    width: Annotated[
+        int,
+        Field(gt=0, description="hidden units of an mlp; channels of a convolutional network, which all scale with it"),
+    ] = 64
+    norm: Annotated[
+        NormName | None, Field(description="normalisation of a resnet, a vgg or convnet8; none leaves it out")
+    ] = "batch"
     activation: Annotated[
         small.ActivationName | None,
         Field(description="between layers; none takes the model's own, relu unless published"),
@@ -240,6 +247,13 @@ class Case(Plugin, ABC):
     def _someone_to_repeat(self) -> Self:
         if self.near_duplicates >= self.batch:
             raise UnbatchError(f"near_duplicates={self.near_duplicates} must be below batch={self.batch}")
+        return self
+
+    @model_validator(mode="after")
+    def _of_use(self) -> Self:
+        for option in sorted(self.model_fields_set & small.unused(self.model)):
+            takers = [name for name in get_args(small.Name) if option not in small.unused(name)]
+            raise UnbatchError(f"{self.model} takes no {option}; leave it out. Models that do: {', '.join(takers)}")
         return self
 
     @abstractmethod
@@ -275,6 +289,7 @@ class Case(Plugin, ABC):
             width=self.width,
             activation=self.activation,
             bias=self.bias,
+            norm=self.norm,
             rng=torch.Generator().manual_seed(self.seed + 1),
         )
         return Setting(

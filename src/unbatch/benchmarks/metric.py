@@ -28,7 +28,7 @@ from unbatch.inversion.determined_share import determined
 from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.models import small
-from unbatch.models.small import ResidualBlock
+from unbatch.models.residual import ResidualBlock
 from unbatch.observation import Observation
 from unbatch.progress import watching
 from unbatch.protocol import Protocol

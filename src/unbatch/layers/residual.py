@@ -115,7 +115,7 @@ class Block:
 def parsed(module: nn.Module) -> Block | None:
     """The block of two branches that a module is, by tracing it; None where it is none, or cannot be traced.
 
-    >>> from unbatch.models.small import ResidualBlock
+    >>> from unbatch.models.residual import ResidualBlock
     >>> block = parsed(ResidualBlock(3, 3, 1, nn.Tanh))
     >>> len(block.branches), block.after
     (2, 'act2')
@@ -156,7 +156,7 @@ def parsed(module: nn.Module) -> Block | None:
 def bend(module: nn.Module) -> str:
     """Why a block of two branches has no rule, in words; empty for what is none.
 
-    >>> from unbatch.models.small import ResidualBlock
+    >>> from unbatch.models.residual import ResidualBlock
     >>> bend(ResidualBlock(3, 3, 1, nn.Tanh).eval())
     "its branch is not affine in x at 'act1' (Tanh), and a sum does not tell its sides."
     """
