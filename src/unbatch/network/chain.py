@@ -132,7 +132,7 @@ def follow(links: Sequence[Link], x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """The calls between two cuts: what lies there, from the tensor given to the tensor that it gave."""
 
     given: Value
@@ -161,7 +161,7 @@ class _Cutter:
 
     def __init__(self, graph: Graph, names: Mapping[int, str]) -> None:
         self.graph, self.names = graph, names
-        self.cuts = list(_cuts(graph))
+        self.cuts = list(cuts(graph))
         self.layers = [self._layer(cut) for cut in self.cuts]
         self.taken: set[str] = set()
 
@@ -190,7 +190,7 @@ class _Cutter:
                 yield self._link(self._named(first, layer), layer, first.given, after, line)
             i = end + 1
 
-    def _layer(self, cut: _Cut) -> nn.Module | None:
+    def _layer(self, cut: Cut) -> nn.Module | None:
         """The layer of a single call; None of branches, and of what takes other values from calls."""
         if cut.plain:
             return layer_of(cut.last, cut.given)
@@ -253,7 +253,7 @@ class _Cutter:
                     raise NotApplicable(f"{_NO_CHAIN}{name!r} runs 2 times; give every place a module of its own.")
             used |= {id(p): call.name for p in own}
 
-    def _named(self, cut: _Cut, layer: nn.Module) -> str:
+    def _named(self, cut: Cut, layer: nn.Module) -> str:
         """The module's name, that of the weight it takes, or the function's behind the module that called it."""
         weight = getattr(layer, "weight", None)
         if cut.plain or weight is None:
@@ -279,8 +279,13 @@ def _fed(call: Call) -> Value | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _cuts(graph: Graph) -> Iterator[_Cut]:
-    """The calls between every two tensors through which all goes. Raises NotApplicable: examples stay folded."""
+def cuts(graph: Graph) -> Iterator[Cut]:
+    """The calls between every two tensors through which all goes. Raises NotApplicable: examples stay folded.
+
+    >>> graph = trace(nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.ReLU()), (2, 2))
+    >>> [cut.gave.shape for cut in cuts(graph)]
+    [(2, 4), (2, 2), (2, 2)]
+    """
     fed = [call for call in graph.calls if call.fed]
     until: dict[Value, float] = {}
     for i, call in enumerate(fed):
@@ -294,7 +299,7 @@ def _cuts(graph: Graph) -> Iterator[_Cut]:
         if len(open_) == 1 and (gave := next(iter(open_))).each:
             needed = _needed(here, side)
             order = [each for each in graph.calls if each in needed]
-            yield _Cut(given, gave, tuple(order), len(here))
+            yield Cut(given, gave, tuple(order), len(here))
             given, here = gave, []
     if here:
         raise NotApplicable(f"{_NO_CHAIN}{here[0].where} folds examples into each other.")

@@ -79,11 +79,13 @@ def sharpened(rows: Tensor, ray: Tensor, *, null: float = NULL) -> Tensor | None
     >>> sharpened(rows, torch.tensor([3.0, 4.0, 1e-9, 1e-8]).double()).abs()
     tensor([0.6000, 0.8000, 0.0000, 0.0000], dtype=torch.float64)
     """
+    if len(rows) == 1:
+        return rows[0] * torch.sign(rows[0].sum())
     zeros = ray.abs() < SMALLEST_ENTRY * ray.abs().max()
     while int(zeros.sum()) >= len(rows):  # fewer zeros leave a vector whatever they are
         turn, values, _ = torch.linalg.svd(rows[:, zeros], full_matrices=False)
         found = turn[:, -1] @ rows
-        if len(rows) == 1 or values[-1] <= null * values[-2]:
+        if values[-1] <= null * values[-2]:
             return found * torch.sign(found.sum())
         size = found.abs() * zeros
         zeros &= size < 0.5 * size.max()

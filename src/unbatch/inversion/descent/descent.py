@@ -1,0 +1,198 @@
+"""Descent: the inputs of a batch, by way of an inner layer at which its examples can be told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.inversion.descent.above import Above, above, labels_sent
+from unbatch.inversion.descent.pictures import Misfit, newton, response, searched
+from unbatch.inversion.descent.places import Place, at_cuts, places
+from unbatch.inversion.descent.separation import Separation, separated
+from unbatch.inversion.descent.walk import Told, Walk, walk
+from unbatch.inversion.view import View
+from unbatch.network.graph import Graph
+from unbatch.network.precision import in_double
+from unbatch.network.sections import section
+from unbatch.network.tracing import trace
+from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
+from unbatch.progress import tick
+from unbatch.reconstruction import Reconstruction
+
+LARGEST_HEAD_MISFIT = 1e-3  # relative, of the head's gradient: beyond it the maps or their scales are wrong
+SURPLUS = 1.5  # equations an unknown that a search needs
+NOISES = 10.0  # times the equations' own noise that may be left over
+DRAWS = 2  # of the equations' noise, which show how far it moves the inputs
+LOST_SHARE = 0.05  # of a random direction that the equations may fail to give back
+SHARES = 0.3, 0.4, 0.8  # of the work that is done after separation, walk and search
+
+
+@dataclass(frozen=True, eq=False)
+class Descent:
+    """A batch told apart and led down: what is known of its inner tensors."""
+
+    graph: Graph
+    head: Place
+    separation: Separation
+    above: Above
+    walk: Walk
+
+
+def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, partial: bool) -> Reconstruction:
+    """The inputs of the batch behind a gradient, each with its bound; none where no layer tells the examples apart."""
+    view = view.gradient
+    if view.steps:
+        raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
+    if float(view.knowledge.get("noise", 0.0)) > 0 or "log_prob" in view.knowledge:
+        raise NotApplicable("a defence's noise fills the span of every layer's gradient, so that none counts its examples.")
+    shape, trace_ = view.knowledge.input_shape, dict[str, Any]()
+    found = _descent(view, rng, trace_)
+    if found is None:
+        return Reconstruction(inputs=torch.zeros(0, *shape), bound=torch.zeros(0), trace=trace_)
+    labels = labels_sent(view, found.graph, found.head, found.above)
+    trace_["labels"] = "not told" if labels is None else "told by the head"
+    inputs, bound = _pictures(view, found, rng, trace_, steps=steps, attempts=attempts)
+    kept = torch.ones(len(inputs), dtype=torch.bool) if partial else bound.isfinite()
+    told = None if labels is None else labels[kept.to(labels.device)]
+    return Reconstruction(inputs=inputs[kept.to(inputs.device)], labels=told, bound=bound[kept], trace=trace_)
+
+
+def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descent | None:
+    graph = _graph(view)
+    update = {name: tensor.double() for name, tensor in view.update.items()}
+    every = [place for place in places(graph)]
+    head = every[-1] if every else None
+    if head is None or not head.dense or head.weight not in update:
+        raise NotApplicable("the network ends in no dense layer that sent its gradient, from which the labels would follow.")
+    eps = float(torch.finfo(view.obs.dtype).eps)
+    tried = list[str]()
+    for place in candidates(graph, every):
+        if place.weight not in update:
+            continue
+        found = separated(place, place.flat(update[place.weight]), eps, rng, lambda: tick(SHARES[0] / 2))
+        if found is None:
+            continue
+        if found.missed:
+            tried.append(f"{place.call.name}: {len(found)} of {len(found) + found.missed} examples")
+            continue
+        up = above(graph, found, head, update)
+        if not up.misfit < LARGEST_HEAD_MISFIT:
+            tried.append(f"{place.call.name}: the head's gradient is {up.misfit:.1e} off")
+            continue
+        trace_ |= {"layer": place.call.name, "examples": len(found), "head misfit": up.misfit}
+        tick(SHARES[0])
+        down = walk(graph, every, place.given, up.maps, up.delta, update, eps)
+        trace_["equations"] = [_row(told) for told in down.told]
+        trace_["stops"] = down.stops
+        return Descent(graph, head, found, up, down)
+    trace_["stopped"] = "; ".join(tried) or "no layer's gradient has the rank of a few examples times its windows."
+    return None
+
+
+def candidates(graph: Graph, every: list[Place]) -> Iterator[Place]:
+    """The layers at which a batch may be told apart, those nearest the input first: everything goes through their inputs."""
+    whole = at_cuts(graph)
+    yield from (place for place in every if place.given in whole and place.groups == 1 and place.given is not graph.input)
+
+
+def _graph(view: View) -> Graph:
+    """What the network runs, in float64 and in the client's mode."""
+    mode = view.protocol.mode
+    model = in_double(view.model).train(mode == "train").requires_grad_(False)
+    mixing = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if mode == "train" and mixing:
+        raise NotApplicable(f"{mixing[0]!r} is batch norm in train mode, which mixes the examples.")
+    if mode == "train" and any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
+        raise NotApplicable("dropout in train mode draws what nobody knows.")
+    try:
+        return trace(model, view.knowledge.input_shape, mode)
+    except (ValueError, UnbatchError) as error:
+        raise NotApplicable(str(error)) from error
+
+
+def _pictures(
+    view: View, found: Descent, rng: torch.Generator, trace_: dict[str, Any], *, steps: int, attempts: int
+) -> tuple[Tensor, Tensor]:
+    """The inputs [n, *shape] and their bounds [n]."""
+    n, shape = len(found.separation), view.knowledge.input_shape
+    nothing = torch.full((n,), torch.inf, dtype=torch.float64)
+    told = target(found.walk, n * torch.Size(shape).numel())
+    if told.value is found.graph.input:
+        return _bounded_input(told, shape)
+    misfit = Misfit(section(found.graph, found.graph.input, told.value), told)
+    low, high = view.knowledge.get("input_range", (-2.0, 2.0))
+    middle, scale = (low + high) / 2, (high - low) / 4
+    single, best, x = misfit.single(), torch.inf, torch.zeros(n, *shape)
+    for attempt in range(attempts):
+        start = middle + 0.1 * scale * torch.randn(n, *shape, generator=rng)
+        count = steps * 2**attempt
+        for step, (value, point) in enumerate(searched(single, start.to(told.seen.device), scale, steps=count)):
+            if not tick(SHARES[1] + (SHARES[2] - SHARES[1]) * step / count, value):
+                break
+        if value < best:
+            best, x = value, point.clone()
+        noise = float(told.noise.norm() / told.seen.norm())
+        size, move = torch.inf, torch.zeros(0)
+        point = x.double()
+        for size, moved in newton(misfit, point):
+            move, point = moved - point, moved
+            if not tick(SHARES[2], size) or size < noise:
+                break
+        trace_["misfit"], trace_["noise"] = size, noise
+        if size <= NOISES * noise:
+            return point, _bound(misfit, told, point, move, size / noise, rng)
+        if not tick(SHARES[2], size):
+            break
+    return x.double(), nothing
+
+
+def target(down: Walk, unknowns: int) -> Told:
+    """Which tensor's equations the inputs are searched by: the shallowest that has enough of them."""
+    enough = [told for told in down.told if told.equations >= SURPLUS * unknowns]
+    return enough[-1] if enough else max(down.told, key=lambda told: told.equations)
+
+
+def _bound(misfit: Misfit, told: Told, x: Tensor, move: Tensor, excess: float, rng: torch.Generator) -> Tensor:
+    """The largest relative error of each input [n], from how far the equations' noise moves it; inf where that is open."""
+    push, pull = misfit.linear(x)
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=rng, dtype=torch.float64).to(like)
+
+    probe = drawn(x)
+    lost = (response(push, pull, push(probe)) - probe).flatten(1).norm(dim=1) / probe.flatten(1).norm(dim=1)
+    moves = []
+    for _ in range(DRAWS):
+        noise = (drawn(told.noise) * told.noise / misfit.size).flatten()
+        moves.append(response(push, pull, noise).flatten(1))
+    spread = torch.stack(moves).square().sum(2).mean(0).sqrt()
+    far = ERROR_SIGMAS * max(1.0, excess) * spread + 2 * move.flatten(1).norm(dim=1)
+    relative = far / x.flatten(1).norm(dim=1).clamp_min(1e-300)
+    return torch.where((lost < LOST_SHARE) & (relative < LARGEST_RADIUS), relative, torch.inf).cpu()
+
+
+def _bounded_input(told: Told, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Inputs that the way down reached itself."""
+    n = told.shape[0]
+    if told.rows is not None:
+        return torch.zeros(n, *shape, dtype=torch.float64), torch.full((n,), torch.inf, dtype=torch.float64)
+    x = told.seen.reshape(n, *shape)
+    far = ERROR_SIGMAS * told.noise.reshape(n, -1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-300)
+    return x, far.cpu()
+
+
+def _row(told: Told) -> dict[str, Any]:
+    call = told.value.call
+    return {
+        "tensor": call.name if call is not None else "the input",
+        "known": told.rows is None,
+        "equations": told.equations,
+        "unknowns": int(torch.Size(told.shape).numel()),
+        "condition": told.condition,
+        "misfit": told.misfit,
+    }

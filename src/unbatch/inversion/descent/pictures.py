@@ -1,0 +1,99 @@
+"""Pictures: the inputs of a batch whose inner tensors obey known equations, by a search and then Gauss and Newton."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.inversion.descent.walk import Told
+
+Push = Callable[[Tensor], Tensor]
+STEPS = 250  # of Adam, in float32
+RATE = 0.2  # of Adam at its highest, in units of the inputs' spread
+PRODUCTS = 40, 200  # with the Jacobian, in the first step of Gauss and Newton and at most
+NEWTON_STEPS = 12
+
+
+class Misfit:
+    """How far inputs [n, *shape] are from what is told of an inner tensor, as one vector, in units of all that is told."""
+
+    def __init__(self, below: nn.Module, told: Told) -> None:
+        self.below, self.told = below, told
+        self.size = float(told.seen.norm())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[e], differentiable."""
+        made = self.below(x)
+        rows, seen = self.told.rows, self.told.seen
+        if rows is not None:
+            made = made.reshape(self.told.shape).transpose(0, 1).flatten(1) @ rows.to(made).T
+        return (made - seen.to(made)).flatten() / self.size
+
+    def linear(self, x: Tensor) -> tuple[Push, Push]:
+        """The products with the Jacobian at inputs x, and with its transpose."""
+        _, pull = torch.func.vjp(self, x)
+        return lambda v: torch.func.jvp(self, (x,), (v,))[1], lambda u: pull(u)[0]
+
+    def single(self) -> Misfit:
+        """The same in float32."""
+        found = copy.copy(self)
+        found.below = copy.deepcopy(self.below).float()
+        return found
+
+
+def searched(misfit: Misfit, start: Tensor, scale: float, *, steps: int = STEPS) -> Iterator[tuple[float, Tensor]]:
+    """Adam from `start`, its rate rising and falling over the steps; yields |misfit|^2 and the inputs at every step."""
+    x = start.clone().requires_grad_()
+    optimiser = torch.optim.Adam([x], lr=RATE * scale)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE * scale, total_steps=steps)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            loss = misfit(x).square().sum()
+            loss.backward()
+        optimiser.step()
+        schedule.step()
+        yield float(loss.detach()), x.detach()
+
+
+def newton(misfit: Misfit, x: Tensor, *, steps: int = NEWTON_STEPS) -> Iterator[tuple[float, Tensor]]:
+    """Gauss and Newton: misfits in float64, the linear systems by conjugate gradients in float32; yields |misfit| and x.
+
+    A step that is good to a few digits takes the error down by as many, so that few products in double are needed.
+    """
+    coarse = misfit.single()
+    r = misfit(x).detach()
+    for k in range(steps):
+        size = float(r.norm())
+        push, pull = coarse.linear(x.float())
+        move = size * response(push, pull, (r / size).float(), products=min(PRODUCTS[0] * 2**k, PRODUCTS[1])).to(x)
+        step, better = 1.0, False
+        while step > 1e-3 and not better:
+            moved = x - step * move
+            other = misfit(moved).detach()
+            better = float(other.norm()) < size
+            step = step if better else step / 2
+        if not better:
+            return
+        x, r = moved, other
+        yield float(r.norm()), x
+
+
+def response(push: Push, pull: Push, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-5) -> Tensor:
+    """The least-squares d of J d = r, by conjugate gradients on J^T J d = J^T r."""
+    b = pull(r)
+    d, direction, rest = torch.zeros_like(b), b.clone(), b.clone()
+    first = size = float(rest.square().sum())
+    for _ in range(products):
+        if not size > tolerance**2 * first:
+            break
+        image = push(direction)
+        a = size / float(image.square().sum())
+        d = d + a * direction
+        rest = rest - a * pull(image)
+        new = float(rest.square().sum())
+        direction, size = rest + new / size * direction, new
+    return d
