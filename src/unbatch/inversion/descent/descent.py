@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.descent.above import Above, above, labels_sent
 from unbatch.inversion.descent.pictures import Misfit, newton, response, searched
 from unbatch.inversion.descent.places import Place, at_cuts, places
-from unbatch.inversion.descent.separation import Separation, separated
+from unbatch.inversion.descent.separation import Separation, separated, span
 from unbatch.inversion.descent.walk import Told, Walk, walk
 from unbatch.inversion.view import View
 from unbatch.network.graph import Graph
@@ -25,9 +25,12 @@ from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
 LARGEST_HEAD_MISFIT = 1e-3  # relative, of the head's gradient: beyond it the maps or their scales are wrong
-SURPLUS = 1.5  # equations an unknown that a search needs
+ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
+AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
+FOUND = 1e-2  # squared misfit, relative, below which a search has found its valley
 NOISES = 10.0  # times the equations' own noise that may be left over
 DRAWS = 2  # of the equations' noise, which show how far it moves the inputs
+RESPONSE_TOLERANCE = 1e-3  # of the linear systems that show it, relative
 LOST_SHARE = 0.05  # of a random direction that the equations may fail to give back
 SHARES = 0.3, 0.4, 0.8  # of the work that is done after separation, walk and search
 
@@ -70,10 +73,8 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
     if head is None or not head.dense or head.weight not in update:
         raise NotApplicable("the network ends in no dense layer that sent its gradient, from which the labels would follow.")
     eps = float(torch.finfo(view.obs.dtype).eps)
-    tried = list[str]()
-    for place in candidates(graph, every):
-        if place.weight not in update:
-            continue
+    tried, best = list[str](), None
+    for place in candidates(graph, every, update, eps):
         found = separated(place, place.flat(update[place.weight]), eps, rng, lambda: tick(SHARES[0] / 2))
         if found is None:
             continue
@@ -84,20 +85,34 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
         if not up.misfit < LARGEST_HEAD_MISFIT:
             tried.append(f"{place.call.name}: the head's gradient is {up.misfit:.1e} off")
             continue
-        trace_ |= {"layer": place.call.name, "examples": len(found), "head misfit": up.misfit}
         tick(SHARES[0])
         down = walk(graph, every, place.given, up.maps, up.delta, update, eps)
-        trace_["equations"] = [_row(told) for told in down.told]
-        trace_["stops"] = down.stops
-        return Descent(graph, head, found, up, down)
-    trace_["stopped"] = "; ".join(tried) or "no layer's gradient has the rank of a few examples times its windows."
-    return None
+        told, unknowns = target(down), len(found) * torch.Size(view.knowledge.input_shape).numel()
+        if best is None or told.equations > target(best.walk).equations:
+            best = Descent(graph, head, found, up, down)
+        if told.equations >= ENOUGH * unknowns:
+            break
+    if best is None:
+        trace_["stopped"] = "; ".join(tried) or "no layer's gradient has the rank of a few examples times its windows."
+        return None
+    trace_ |= {"layer": best.separation.place.call.name, "examples": len(best.separation), "head misfit": best.above.misfit}
+    trace_["equations"] = [_row(told) for told in best.walk.told]
+    trace_["stops"] = best.walk.stops
+    return best
 
 
-def candidates(graph: Graph, every: list[Place]) -> Iterator[Place]:
-    """The layers at which a batch may be told apart, those nearest the input first: everything goes through their inputs."""
-    whole = at_cuts(graph)
-    yield from (place for place in every if place.given in whole and place.groups == 1 and place.given is not graph.input)
+def candidates(graph: Graph, every: list[Place], update: Mapping[str, Tensor], eps: float) -> list[Place]:
+    """The layers at which a batch may be told apart, those of least rank first, of equal ones that nearest the input.
+
+    Everything goes through their inputs, and their gradient's rank is below what it can be, or just that.
+    """
+    whole, ranks = at_cuts(graph), list[tuple[int, Place]]()
+    for place in every:
+        if place.given not in whole or place.groups != 1 or place.given is graph.input or place.weight not in update:
+            continue
+        if place.positions <= place.limit:
+            ranks.append((len(span(place.flat(update[place.weight]), eps)), place))
+    return [place for _, place in sorted(ranks, key=lambda pair: pair[0])]
 
 
 def _graph(view: View) -> Graph:
@@ -121,9 +136,10 @@ def _pictures(
     """The inputs [n, *shape] and their bounds [n]."""
     n, shape = len(found.separation), view.knowledge.input_shape
     nothing = torch.full((n,), torch.inf, dtype=torch.float64)
-    told = target(found.walk, n * torch.Size(shape).numel())
+    told = target(found.walk)
     if told.value is found.graph.input:
         return _bounded_input(told, shape)
+    trace_["searched by"] = told.value.call.name if told.value.call is not None else "the input"
     misfit = Misfit(section(found.graph, found.graph.input, told.value), told)
     low, high = view.knowledge.get("input_range", (-2.0, 2.0))
     middle, scale = (low + high) / 2, (high - low) / 4
@@ -136,42 +152,46 @@ def _pictures(
                 break
         if value < best:
             best, x = value, point.clone()
+        if not value < FOUND:
+            continue
         noise = float(told.noise.norm() / told.seen.norm())
-        size, move = torch.inf, torch.zeros(0)
-        point = x.double()
-        for size, moved in newton(misfit, point):
-            move, point = moved - point, moved
-            if not tick(SHARES[2], size) or size < noise:
+        size, point = torch.inf, x.double()
+        for size, point in newton(misfit, point):  # noqa: B007
+            if not tick(SHARES[2], size) or size <= noise:
                 break
         trace_["misfit"], trace_["noise"] = size, noise
         if size <= NOISES * noise:
-            return point, _bound(misfit, told, point, move, size / noise, rng)
+            return point, _bound(misfit, told, point, size / noise, rng)
         if not tick(SHARES[2], size):
             break
     return x.double(), nothing
 
 
-def target(down: Walk, unknowns: int) -> Told:
-    """Which tensor's equations the inputs are searched by: the shallowest that has enough of them."""
-    enough = [told for told in down.told if told.equations >= SURPLUS * unknowns]
-    return enough[-1] if enough else max(down.told, key=lambda told: told.equations)
+def target(down: Walk) -> Told:
+    """Which tensor's equations the inputs are searched by: that with most of them, of the shallower if they are as good."""
+    most = max(told.equations for told in down.told)
+    return [told for told in down.told if told.equations >= AS_GOOD * most][-1]
 
 
-def _bound(misfit: Misfit, told: Told, x: Tensor, move: Tensor, excess: float, rng: torch.Generator) -> Tensor:
+def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Generator) -> Tensor:
     """The largest relative error of each input [n], from how far the equations' noise moves it; inf where that is open."""
-    push, pull = misfit.linear(x)
+    push, pull = misfit.single().linear(x.float())
 
     def drawn(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=rng, dtype=torch.float64).to(like)
 
-    probe = drawn(x)
-    lost = (response(push, pull, push(probe)) - probe).flatten(1).norm(dim=1) / probe.flatten(1).norm(dim=1)
-    moves = []
+    def answer(r: Tensor) -> Tensor:
+        return response(push, pull, r.float(), tolerance=RESPONSE_TOLERANCE).double().flatten(1)
+
+    probe, moves = drawn(x).float(), []
+    lost = (answer(push(probe)) - probe.flatten(1)).norm(dim=1) / probe.flatten(1).norm(dim=1)
+    unit = float(told.noise.norm())
     for _ in range(DRAWS):
-        noise = (drawn(told.noise) * told.noise / misfit.size).flatten()
-        moves.append(response(push, pull, noise).flatten(1))
+        moves.append(answer((drawn(told.noise) * told.noise / unit).flatten()) * unit / misfit.size)
+    off = misfit(x).detach()
+    left = answer(off / off.norm()) * float(off.norm())
     spread = torch.stack(moves).square().sum(2).mean(0).sqrt()
-    far = ERROR_SIGMAS * max(1.0, excess) * spread + 2 * move.flatten(1).norm(dim=1)
+    far = ERROR_SIGMAS * max(1.0, excess) * spread + 2 * left.norm(dim=1) + torch.finfo(torch.float64).eps * x.flatten(1).norm(dim=1)
     relative = far / x.flatten(1).norm(dim=1).clamp_min(1e-300)
     return torch.where((lost < LOST_SHARE) & (relative < LARGEST_RADIUS), relative, torch.inf).cpu()
 

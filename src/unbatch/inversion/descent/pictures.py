@@ -13,7 +13,7 @@ from unbatch.inversion.descent.walk import Told
 Push = Callable[[Tensor], Tensor]
 STEPS = 250  # of Adam, in float32
 RATE = 0.2  # of Adam at its highest, in units of the inputs' spread
-PRODUCTS = 40, 200  # with the Jacobian, in the first step of Gauss and Newton and at most
+PRODUCTS = 40, 160  # with the Jacobian, in the first step of Gauss and Newton and at most
 NEWTON_STEPS = 12
 
 
@@ -82,7 +82,7 @@ def newton(misfit: Misfit, x: Tensor, *, steps: int = NEWTON_STEPS) -> Iterator[
         yield float(r.norm()), x
 
 
-def response(push: Push, pull: Push, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-5) -> Tensor:
+def response(push: Push, pull: Push, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-4) -> Tensor:
     """The least-squares d of J d = r, by conjugate gradients on J^T J d = J^T r."""
     b = pull(r)
     d, direction, rest = torch.zeros_like(b), b.clone(), b.clone()

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from unbatch.numerics.windows.geometry import Windows
-from unbatch.numerics.windows.rays import least_nonnegative, sharpened, vanishing
+from unbatch.numerics.windows.rays import least_nonnegative, sharpened
 
 ZERO = 1e-10  # of a window's largest entry, below which an entry is zero: a threshold of 1e-6 breaks the next layer
+VANISHES = 1e-7  # singular value of the known entries, up to which they leave a vector of the span open
 SLACK = 1e-9  # of the largest entry, by which a program may miss a bound
 
 
@@ -61,8 +62,11 @@ def grown(
 def _next(rows: Tensor, target: Tensor, known: Tensor, padded: Tensor) -> Tensor | None:
     """The window with these known entries."""
     fixed = known | padded
-    z = torch.linalg.lstsq(rows[:, fixed].T, target[fixed][:, None], driver="gelsd").solution[:, 0]
-    base, free = z @ rows, vanishing(rows, fixed, tolerance=1e-7)
+    Q, R = torch.linalg.qr(rows[:, fixed].T)  # [f, q], [q, r]
+    U, S, V = torch.linalg.svd(R)
+    held = int((S > VANISHES).sum())
+    z = ((U.T @ (Q.T @ target[fixed]))[:held] / S[:held]) @ V[:held]
+    base, free = z @ rows, V[held:] @ rows
     rough = base
     if len(free):
         open_ = ~fixed

@@ -21,8 +21,13 @@ def vanishing(rows: Tensor, where: Tensor, *, tolerance: float = 1e-8) -> Tensor
     >>> vanishing(rows, torch.tensor([True, False, False])).shape
     torch.Size([2, 3])
     """
-    turn, values, _ = torch.linalg.svd(rows[:, where], full_matrices=True)
+    turn, values, _ = torch.linalg.svd(_narrow(rows[:, where]), full_matrices=True)
     return turn[:, int((values > tolerance).sum()) :].T @ rows
+
+
+def _narrow(rows: Tensor) -> Tensor:
+    """A matrix [r, r at most] with the same left singular vectors and values as `rows` [r, k]."""
+    return rows if rows.shape[1] <= len(rows) else torch.linalg.qr(rows.T, mode="r").R.T
 
 
 def least_nonnegative(base: Tensor, rows: Tensor, *, slack: float = 0.0) -> Tensor | None:
@@ -83,7 +88,7 @@ def sharpened(rows: Tensor, ray: Tensor, *, null: float = NULL) -> Tensor | None
         return rows[0] * torch.sign(rows[0].sum())
     zeros = ray.abs() < SMALLEST_ENTRY * ray.abs().max()
     while int(zeros.sum()) >= len(rows):  # fewer zeros leave a vector whatever they are
-        turn, values, _ = torch.linalg.svd(rows[:, zeros], full_matrices=False)
+        turn, values, _ = torch.linalg.svd(_narrow(rows[:, zeros]))
         found = turn[:, -1] @ rows
         if values[-1] <= null * values[-2]:
             return found * torch.sign(found.sum())
