@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable, UnbatchError
-from unbatch.inversion.descent.above import Above, above, labels_sent
+from unbatch.inversion.descent.above import Above, above, labels_sent, scaled
 from unbatch.inversion.descent.pictures import Misfit, newton, response, searched
 from unbatch.inversion.descent.places import Place, at_cuts, places
 from unbatch.inversion.descent.separation import Separation, separated, span
-from unbatch.inversion.descent.walk import Told, Walk, walk
+from unbatch.inversion.descent.walk import Told, Walk, solved, walk
 from unbatch.inversion.view import View
 from unbatch.network.graph import Graph
 from unbatch.network.precision import in_double
@@ -25,6 +25,7 @@ from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
 LARGEST_HEAD_MISFIT = 1e-3  # relative, of the head's gradient: beyond it the maps or their scales are wrong
+POLISHES = 4  # of the separated maps
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
 AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
 FOUND = 1e-2  # squared misfit, relative, below which a search has found its valley
@@ -81,12 +82,13 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
         if found.missed:
             tried.append(f"{place.call.name}: {len(found)} of {len(found) + found.missed} examples")
             continue
-        up = above(graph, found, head, update)
+        readers = [each for each in every if each.given is place.given]
+        up, error = _polished(graph, readers, scaled(graph, found, update), head, update, eps, found.error)
         if not up.misfit < LARGEST_HEAD_MISFIT:
             tried.append(f"{place.call.name}: the head's gradient is {up.misfit:.1e} off")
             continue
         tick(SHARES[0])
-        down = walk(graph, every, place.given, up.maps, up.delta, update, eps)
+        down = walk(graph, every, place.given, up.maps, up.delta, update, eps, error)
         told, unknowns = target(down), len(found) * torch.Size(view.knowledge.input_shape).numel()
         if best is None or told.equations > target(best.walk).equations:
             best = Descent(graph, head, found, up, down)
@@ -99,6 +101,32 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
     trace_["equations"] = [_row(told) for told in best.walk.told]
     trace_["stops"] = best.walk.stops
     return best
+
+
+def _polished(
+    graph: Graph,
+    readers: list[Place],
+    maps: Tensor,
+    head: Place,
+    update: Mapping[str, Tensor],
+    eps: float,
+    error: float,
+) -> tuple[Above, float]:
+    """What is known above the maps, and their relative error, once they are solved for again by the layers that read them.
+
+    With what came back to these layers known, their gradients are linear in the maps, with more equations than unknowns:
+    the rounding that the span's weakest directions suffered averages out.
+    """
+    up = above(graph, readers, maps, head, update)
+    for _ in range(POLISHES):
+        told = solved(readers[0].given, readers, up.deltas, update, eps, error)
+        if told is None or told.rows is not None:
+            break
+        left = float(told.noise.norm() / told.seen.norm())
+        if not left < error:
+            break
+        up, error = above(graph, readers, told.seen, head, update), left
+    return up, error
 
 
 def candidates(graph: Graph, every: list[Place], update: Mapping[str, Tensor], eps: float) -> list[Place]:

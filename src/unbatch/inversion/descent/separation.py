@@ -15,6 +15,8 @@ from unbatch.numerics.windows.rays import rays, vanishing
 GAP = 1e3  # least ratio of neighbouring singular values at which a rank ends
 ROUNDINGS = 1e2  # of the largest singular value, below which nothing is counted
 LARGEST_MISFIT = 1e-6  # of shared entries, relative, up to which a map is right
+MISFIT_ERRORS = 300.0  # the same in units of the span's own error
+LARGEST_ERROR = 1e-3  # of the span, at which nothing can be told from a zero
 PROGRAMS = 12, 40  # linear programs: so many an example, and so many besides
 
 
@@ -30,6 +32,7 @@ class Separation:
     maps: Tensor
     shares: Tensor
     missed: int  # examples that were counted and not found
+    error: float  # of the maps, relative, as far as rounding goes
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -50,27 +53,34 @@ def span(G: Tensor, eps: float) -> Tensor:
     return V[: last + 1] if float(drops[last]) > GAP else V
 
 
+def span_error(G: Tensor, rank: int, eps: float) -> float:
+    """How far a vector of the row space of the first singular vectors is known, relative: eps S_1 / S_rank."""
+    S = torch.linalg.svdvals(G)
+    return eps * float(S[0] / S[rank - 1])
+
+
 def separated(place: Place, G: Tensor, eps: float, rng: torch.Generator, tick: Callable[[], bool]) -> Separation | None:
     """The maps behind a layer's weight gradient [c_out, c_in k^2]; None where the layer does not tell them apart."""
     windows, rows = place.windows(), span(G, eps)
+    error = span_error(G, len(rows), eps)
     corner = int(windows.padded.sum(1).argmax())
     own = rows
     if len(windows) > 1:
         if not bool(windows.padded[corner].any()):
             return None
-        own = vanishing(rows, windows.padded[corner].to(rows.device))
+        own = vanishing(rows, windows.padded[corner].to(rows.device), tolerance=max(1e-8, 30 * error))
     n, shape = len(own), torch.Size(windows.shape)
-    if not n or n * len(windows) > place.limit:
+    if not n or n * len(windows) > place.limit or error > LARGEST_ERROR:
         return None
     maps = list[Tensor]()
-    for ray in rays(own, rng, most=PROGRAMS[0] * n + PROGRAMS[1]):
+    for ray in rays(own, rng, most=PROGRAMS[0] * n + PROGRAMS[1], error=error):
         if not tick():
             break
         if len(windows) == 1:
             maps.append(ray.view(shape))
             continue
-        found, misfit = grown(rows, windows, ray, corner, tick=tick)
-        if misfit < LARGEST_MISFIT:
+        found, misfit = grown(rows, windows, ray, corner, error=error, tick=tick)
+        if misfit < max(LARGEST_MISFIT, MISFIT_ERRORS * error):
             maps.append(found.nan_to_num(0.0))
     if not maps:
         return None
@@ -78,4 +88,4 @@ def separated(place: Place, G: Tensor, eps: float, rng: torch.Generator, tick: C
     patches = windows.rows(held).flatten(0, 1)  # [n p, d]
     shares = torch.linalg.lstsq(patches.T, G.T).solution  # [n p, c_out]
     shares = shares.view(len(held), len(windows), -1).transpose(1, 2)
-    return Separation(place, held, shares, n - len(held))
+    return Separation(place, held, shares, n - len(held), error)

@@ -14,8 +14,8 @@ from unbatch.network.operations import AffineOperation, Operation, Reshape, laye
 from unbatch.network.sections import between
 from unbatch.numerics.windows.weight_equations import weight_equations
 
-LOST = 1e6  # roundings, of the largest singular value: equations below it say nothing
-ZERO_ROUNDINGS = 1e4  # of the largest entry, times the condition number's root: behind a ReLU smaller ones are zero
+LOST, LOST_ERRORS = 2e-10, 30.0  # of the largest singular value, or of the start's error: equations below say nothing
+ZERO, ZERO_SIGMAS = 1e-11, 6.0  # of the largest entry, or of its spread: behind a ReLU smaller ones are zero
 LINEAR = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad2d)
 
 
@@ -55,16 +55,17 @@ def walk(
     delta: Tensor,
     update: Mapping[str, Tensor],
     eps: float,
+    error: float,
 ) -> Walk:
-    """The walk from the tensor `start`, whose values `maps` and gradient `delta` are known, both [n, ...].
+    """The walk from the tensor `start`, whose values `maps` and gradient `delta` are known up to a relative `error`.
 
     Going through the calls backward, what came back to a call's output goes on to its inputs wherever the call's derivative
     is known: of linear layers always, of a ReLU where its output is. A layer's weight gradient then gives equations for its
     input (`weight_equations`), those of all layers that read the same tensor together.
     """
     found = Walk({start: maps}, {start: delta})
-    noise = eps * maps.square().mean().sqrt().expand_as(maps)
-    found.told.append(Told(start, None, maps, tuple(maps.shape), noise))
+    noise = error * maps.square().mean().sqrt().expand_as(maps)
+    found.told.append(Told(start, None, maps, (len(maps), *start.shape[1:]), noise))
     blocked = set[Value]()
     readers: dict[Value, list[Place]] = {}
     for place in all_places:
@@ -73,10 +74,10 @@ def walk(
         fed = [value for value in call.given if value.fed]
         for value in call.gave:
             if value not in found.values:
-                _solve(found, value, readers.get(value, []), update, eps)
+                _solve(found, value, readers.get(value, []), update, eps, error)
         _back(found, call, fed, blocked)
     if graph.input not in found.values:
-        _solve(found, graph.input, readers.get(graph.input, []), update, eps)
+        _solve(found, graph.input, readers.get(graph.input, []), update, eps, error)
     return found
 
 
@@ -124,39 +125,63 @@ def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tens
     return [back]
 
 
-def _solve(found: Walk, value: Value, readers: Sequence[Place], update: Mapping[str, Tensor], eps: float) -> None:
+def _solve(
+    found: Walk, value: Value, readers: Sequence[Place], update: Mapping[str, Tensor], eps: float, error: float
+) -> None:
     """The equations of a tensor by the weights of all layers that read it."""
-    own = [p for p in readers if p.weight in update and p.gave in found.deltas and p.groups == 1]
+    told = solved(value, readers, found.deltas, update, eps, error)
+    if told is not None:
+        found.told.append(told)
+        if told.rows is None:
+            found.values[value] = told.seen
+
+
+def solved(
+    value: Value,
+    readers: Sequence[Place],
+    deltas: Mapping[Value, Tensor],
+    update: Mapping[str, Tensor],
+    eps: float,
+    error: float,
+) -> Told | None:
+    """What the weight gradients of the layers that read a tensor say of it, where it is known what came back to them.
+
+    The noise of their equations is measured by what no input explains of them. None where no layer says anything.
+    """
+    own = [p for p in readers if p.weight in update and p.gave in deltas and p.groups == 1]
     if not own:
-        return
-    n = len(found.deltas[own[0].gave])
-    systems, sides = [], []
+        return None
+    n, systems, sides = len(deltas[own[0].gave]), [], []
     for place in own:
-        windows = place.windows(1)
-        systems.append(weight_equations(found.deltas[place.gave].reshape(n, len(place.layer.weight), -1), windows))
+        sent = deltas[place.gave].reshape(n, len(place.layer.weight), -1)
+        systems.append(weight_equations(sent, place.windows(1)))
         G = update[place.weight]
         sides.append(G.reshape(len(G), G.shape[1], -1).transpose(1, 2).reshape(-1, G.shape[1]))  # [c_out k^2, c]
     A, B = torch.cat(systems), torch.cat(sides)
     U, S, V = torch.linalg.svd(A, full_matrices=False)
-    kept = S > LOST * eps * S[0]
+    kept = S > max(LOST, LOST_ERRORS * error) * S[0]
     rank = int(kept.sum())
+    if not rank:
+        return None
     seen = (U[:, kept].T @ B).T  # [c, r]
-    off, free = float((B - U[:, kept] @ seen.T).norm()), max(1, len(A) - rank) * B.shape[1]
-    misfit = off / max(float(B.norm()), 1e-300)
-    noise = max(off / free**0.5, eps * float(B.square().mean().sqrt())) / S[kept]  # [r]
-    seen = seen / S[kept]
-    condition = float(S[0] / S[kept][-1])
-    c, sides_ = B.shape[1], value.shape[2:] if len(value.shape) == 4 else (1, 1)
-    shape = (n, c, *sides_)
+    off = (B - U[:, kept] @ seen.T).square().sum(0)  # [c]
+    misfit = float(off.sum().sqrt() / B.norm().clamp_min(1e-300))
+    free = max(1, len(A) - rank)
+    noise = torch.maximum(off / free, eps**2 * B.square().mean(0)).sqrt()[:, None] / S[kept]  # [c, r]
+    seen, condition = seen / S[kept], float(S[0] / S[kept][-1])
+    c, grid = B.shape[1], value.shape[2:] if len(value.shape) == 4 else (1, 1)
+    shape = (n, c, *grid)
     if rank < A.shape[1]:
-        found.told.append(Told(value, V[kept], seen, shape, noise.expand_as(seen), condition, misfit))
-        return
-    x = (seen @ V[kept]).view(c, n, *sides_).transpose(0, 1).reshape(n, *value.shape[1:])
+        return Told(value, V[kept], seen, shape, noise, condition, misfit)
+    V = V[kept]
+
+    def batched(per_channel: Tensor) -> Tensor:
+        return per_channel.view(c, n, *grid).transpose(0, 1).reshape(n, *value.shape[1:])
+
+    x, spread = batched(seen @ V), batched((noise.square() @ V.square()).sqrt())
     if value.call is not None and isinstance(layer_of(value.call, value.call.given[0]), nn.ReLU):
-        x = torch.where(x < ZERO_ROUNDINGS * eps * condition * x.max(), 0.0, x)
-    found.values[value] = x
-    even = noise.square().mean().sqrt().expand_as(x)
-    found.told.append(Told(value, None, x, shape, even, condition, misfit))
+        x = torch.where(x < torch.maximum(ZERO * x.max(), ZERO_SIGMAS * spread), 0.0, x)
+    return Told(value, None, x, shape, spread, condition, misfit)
 
 
 ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
