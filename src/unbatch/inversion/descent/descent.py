@@ -69,10 +69,12 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
 def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descent | None:
     graph = _graph(view)
     update = {name: tensor.double() for name, tensor in view.update.items()}
-    every = [place for place in places(graph)]
+    every = list(places(graph))
     head = every[-1] if every else None
-    if head is None or not head.dense or head.weight not in update:
-        raise NotApplicable("the network ends in no dense layer that sent its gradient, from which the labels would follow.")
+    if head is None or not head.dense:
+        raise NotApplicable("the network ends in no dense layer, from whose gradient the labels would follow.")
+    if head.weight not in update:
+        raise NotApplicable(f"the last dense layer {head.call.name!r} sent no gradient, from which the labels would follow.")
     eps = float(torch.finfo(view.obs.dtype).eps)
     tried, best = list[str](), None
     for place in candidates(graph, every, update, eps):

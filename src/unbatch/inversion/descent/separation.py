@@ -82,10 +82,8 @@ def separated(place: Place, G: Tensor, eps: float, rng: torch.Generator, tick: C
         found, misfit = grown(rows, windows, ray, corner, error=error, tick=tick)
         if misfit < max(LARGEST_MISFIT, MISFIT_ERRORS * error):
             maps.append(found.nan_to_num(0.0))
-    if not maps:
-        return None
-    held = torch.stack(maps)
+    held = torch.stack(maps) if maps else G.new_zeros(0, *shape)
     patches = windows.rows(held).flatten(0, 1)  # [n p, d]
-    shares = torch.linalg.lstsq(patches.T, G.T).solution  # [n p, c_out]
-    shares = shares.view(len(held), len(windows), -1).transpose(1, 2)
+    shares = torch.linalg.lstsq(patches.T, G.T).solution if maps else G.new_zeros(0, len(G))  # [n p, c_out]
+    shares = shares.view(len(held), len(windows), len(G)).transpose(1, 2)
     return Separation(place, held, shares, n - len(held), error)
