@@ -35,7 +35,7 @@ class Descend(Attack):
     )
     demo: ClassVar[Demo] = Demo(case="photos:batch=2,model=convnet,width=32", floors={"psnr": 60.0})
 
-    steps: Annotated[int, Field(gt=0, description="of the search for pictures, in the first attempt; each has twice as many")] = 250
+    steps: Annotated[int, Field(gt=0, description="of the search for pictures, in the first attempt; each has twice as many")] = 400
     attempts: Annotated[int, Field(ge=1, description="searches from other starting points")] = 3
     partial: Annotated[
         bool, Field(description="also return guesses that are not certified, with an infinite bound")
