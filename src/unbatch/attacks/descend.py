@@ -51,7 +51,7 @@ class Descend(Attack):
 
     steps: Annotated[
         int, Field(gt=0, description="of the first search for pictures; each next one has twice as many")
-    ] = 250
+    ] = 400
     attempts: Annotated[int, Field(ge=1, description="searches from other starting points")] = 3
     partial: Annotated[
         bool, Field(description="also return guesses that are not certified, with an infinite bound")

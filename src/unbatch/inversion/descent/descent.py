@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.descent.above import Above, above, labels_sent, scaled
-from unbatch.inversion.descent.pictures import Misfit, newton, response, searched
+from unbatch.inversion.descent.pictures import Back, Misfit, newton, response, searched
 from unbatch.inversion.descent.places import Place, at_cuts, places
 from unbatch.inversion.descent.separation import Separation, separated, span
 from unbatch.inversion.descent.walk import Told, Walk, solved, walk
@@ -28,7 +28,7 @@ LARGEST_HEAD_MISFIT = 1e-3  # relative, of the head's gradient: beyond it the ma
 POLISHES = 4  # of the separated maps
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
 AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
-FOUND = 1e-2  # squared misfit, relative, below which a search has found its valley
+FOUND = 2e-2  # misfit, relative, of absolute values, below which a search has found its valley
 NOISES = 10.0  # times the equations' own noise that may be left over
 DRAWS = 2  # of the equations' noise, which show how far it moves the inputs
 RESPONSE_TOLERANCE = 1e-3  # of the linear systems that show it, relative
@@ -171,13 +171,15 @@ def _pictures(
         return _bounded_input(told, shape)
     trace_["searched by"] = told.value.call.name if told.value.call is not None else "the input"
     misfit = Misfit(section(found.graph, found.graph.input, told.value), told)
+    back = _back(found, told, misfit.below, view.update)
     low, high = view.knowledge.get("input_range", (-2.0, 2.0))
     middle, scale = (low + high) / 2, (high - low) / 4
     single, best, x = misfit.single(), torch.inf, torch.zeros(n, *shape)
     for attempt in range(attempts):
         start = middle + 0.1 * scale * torch.randn(n, *shape, generator=rng)
         count = steps * 2**attempt
-        for step, (value, point) in enumerate(searched(single, start.to(told.seen.device), scale, steps=count)):
+        helped = back if attempt else None  # it takes three times as long
+        for step, (value, point) in enumerate(searched(single, start.to(told.seen.device), scale, steps=count, back=helped)):
             if not tick(SHARES[1] + (SHARES[2] - SHARES[1]) * step / count, value):
                 break
         if value < best:
@@ -195,6 +197,17 @@ def _pictures(
         if not tick(SHARES[2], size):
             break
     return x.double(), nothing
+
+
+def _back(found: Descent, told: Told, below: nn.Module, update: Mapping[str, Tensor]) -> Back | None:
+    """The gradients of the weights below a tensor, where what came back to it is known."""
+    if told.value not in found.walk.deltas:
+        return None
+    names = {id(place.layer.weight): place.weight for place in places(found.graph) if place.weight in update}
+    own = {name: update[names[id(weight)]] for name, weight in below.named_parameters() if id(weight) in names}
+    own = {name: gradient for name, gradient in own.items() if bool(gradient.any())}
+    delta = found.walk.deltas[told.value].detach().reshape(told.shape[0], *told.value.shape[1:])
+    return Back(below, delta, own) if own else None
 
 
 def target(down: Walk) -> Told:
