@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from unbatch.inversion.descent.masks import NEAR_ZERO, flipped
 from unbatch.inversion.descent.places import Place
 from unbatch.network.graph import Call, Graph, Value
 from unbatch.network.operations import AffineOperation, Operation, Reshape, layer_of
 from unbatch.network.sections import between
+from unbatch.numerics.trimming import trimmed
 from unbatch.numerics.windows.weight_equations import weight_equations
 
 LOST, LOST_ERRORS = 2e-10, 30.0  # of the largest singular value, or of the start's error: equations below say nothing
 ZERO, ZERO_SIGMAS = 1e-11, 6.0  # of the largest entry, or of its spread: behind a ReLU smaller ones are zero
+RETURNS = 5  # to a ReLU, to mend its masks
 LINEAR = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad2d)
 
 
@@ -30,6 +33,7 @@ class Told:
     noise: Tensor  # of `seen`, the standard deviation of what its rounding adds, as far as the equations show it
     condition: float = 1.0
     misfit: float = 0.0  # of the equations of its layers, relative
+    wrong: Mapping[tuple[Place, int], Tensor] = field(default_factory=dict)  # output channels that contradict it [c_in, k^2]
 
     @property
     def equations(self) -> int:
@@ -45,6 +49,12 @@ class Walk:
     deltas: dict[Value, Tensor] = field(default_factory=dict)
     told: list[Told] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)  # where the way down ends, in words
+    blocked: set[Value] = field(default_factory=set)  # to which something came back that is not known
+    flips: dict[Value, tuple[Value, Tensor]] = field(default_factory=dict)  # a ReLU, and what its flipped masks would change
+
+    def copy(self) -> Walk:
+        """The same, to come back to."""
+        return Walk(dict(self.values), dict(self.deltas), list(self.told), list(self.stops), set(self.blocked), dict(self.flips))
 
 
 def walk(
@@ -66,24 +76,60 @@ def walk(
     found = Walk({start: maps}, {start: delta})
     noise = error * maps.square().mean().sqrt().expand_as(maps)
     found.told.append(Told(start, None, maps, (len(maps), *start.shape[1:]), noise))
-    blocked = set[Value]()
     readers: dict[Value, list[Place]] = {}
     for place in all_places:
         readers.setdefault(place.given, []).append(place)
-    for call in reversed(between(graph, graph.input, start)):
-        fed = [value for value in call.given if value.fed]
-        for value in call.gave:
+    calls = [*reversed(between(graph, graph.input, start)), None]
+    before: dict[Value, tuple[int, Walk]] = {}  # each ReLU's output: where the walk stood there
+    left, at = dict[Value, int](), 0
+    while at < len(calls):
+        call = calls[at]
+        for value in call.gave if call is not None else [graph.input]:
             if value not in found.values:
                 _solve(found, value, readers.get(value, []), update, eps, error)
-        _back(found, call, fed, blocked)
-    if graph.input not in found.values:
-        _solve(found, graph.input, readers.get(graph.input, []), update, eps, error)
+        for relu, mended in _mended(found).items():
+            if left.setdefault(relu, RETURNS) > 0:
+                left[relu] -= 1
+                at, found = before[relu][0], before[relu][1].copy()
+                found.values[relu] = mended
+                found.told = [replace(told, seen=mended) if told.value is relu else told for told in found.told]
+                call = calls[at]
+                break
+        if call is not None:
+            if call.gave[0] in found.values:
+                before[call.gave[0]] = at, found.copy()
+            _back(found, call, [value for value in call.given if value.fed])
+        at += 1
     return found
 
 
-def _back(found: Walk, call: Call, fed: list[Value], blocked: set[Value]) -> None:
+def _mended(found: Walk) -> dict[Value, Tensor]:
+    """The outputs of ReLUs some of whose masks were decided wrongly, by the channels that contradict the tensor found last."""
+    told = found.told[-1]
+    if told.rows is not None:
+        return {}
+    mended: dict[Value, Tensor] = {}
+    for place in {place for place, _ in told.wrong}:
+        if place.gave not in found.flips:
+            continue
+        relu, change = found.flips[place.gave]
+        own = next(each for each in found.told if each.value is relu)
+        x, channels = found.values[relu], [channel for each, channel in told.wrong if each is place]
+        n = len(x)
+        off = torch.stack([told.wrong[place, channel].flatten() for channel in channels])
+        open_ = (x <= NEAR_ZERO * own.noise).reshape(n, x.shape[1], -1)[:, channels]
+        flip = flipped(off, change.reshape(n, x.shape[1], -1)[:, channels], told.seen.reshape(n, *place.windows().shape), place.windows(), open_)
+        if bool(flip.any()):
+            every = torch.zeros_like(x, dtype=torch.bool).view(n, x.shape[1], -1)
+            every[:, channels] = flip
+            x = mended.get(relu, x)
+            mended[relu] = torch.where(every.view_as(x), torch.where(x > 0, 0.0, own.noise), x)
+    return mended
+
+
+def _back(found: Walk, call: Call, fed: list[Value]) -> None:
     """What came back to a call's output, sent on to what it was given."""
-    gave = call.gave[0]
+    gave, blocked = call.gave[0], found.blocked
     sent: list[Tensor | None]
     if gave in blocked or gave not in found.deltas or not call.alone:
         sent = [None] * len(fed)
@@ -97,6 +143,14 @@ def _back(found: Walk, call: Call, fed: list[Value], blocked: set[Value]) -> Non
             found.deltas.pop(value, None)
         else:
             found.deltas[value] = found.deltas[value] + part if value in found.deltas else part
+    layer = layer_of(call, fed[0])
+    if isinstance(layer, nn.ReLU) and gave in found.values and gave in found.deltas:
+        found.flips[fed[0]] = gave, found.deltas[gave] * (1 - 2 * (found.values[gave] > 0).double())
+    elif gave in found.flips and (call.ran in ADDS or isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d | AffineOperation)):
+        relu, change = found.flips[gave]
+        for value, part in zip(fed, _sent(found, call, fed, change), strict=True):
+            if part is not None:
+                found.flips[value] = relu, part
 
 
 def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tensor | None]:
@@ -151,28 +205,36 @@ def solved(
     own = [p for p in readers if p.weight in update and p.gave in deltas and p.groups == 1]
     if not own:
         return None
-    n, systems, sides = len(deltas[own[0].gave]), [], []
+    n, systems, sides, units, channels = len(deltas[own[0].gave]), [], [], [], [(p, o) for p in own for o in range(len(p.layer.weight))]
     for place in own:
         sent = deltas[place.gave].reshape(n, len(place.layer.weight), -1)
-        systems.append(weight_equations(sent, place.windows(1)))
         G = update[place.weight]
-        sides.append(G.reshape(len(G), G.shape[1], -1).transpose(1, 2).reshape(-1, G.shape[1]))  # [c_out k^2, c]
+        unit = G.square().mean().sqrt().clamp_min(torch.finfo(G.dtype).tiny)
+        units += [unit] * len(G)
+        systems.append(weight_equations(sent, place.windows(1)) / unit)
+        sides.append(G.reshape(len(G), G.shape[1], -1).transpose(1, 2).reshape(-1, G.shape[1]) / unit)  # [c_out k^2, c]
     A, B = torch.cat(systems), torch.cat(sides)
     U, S, V = torch.linalg.svd(A, full_matrices=False)
     kept = S > max(LOST, LOST_ERRORS * error) * S[0]
     rank = int(kept.sum())
     if not rank:
         return None
+    windows = torch.tensor([p.layer.weight[0, 0].numel() for p, _ in channels], device=B.device)
+    block = torch.arange(len(channels), device=B.device).repeat_interleave(windows)
+    out, E = trimmed(U[:, kept], B, block)
+    D = out[block]
+    wrong = {channels[k]: E[block == k].T * units[k] for k in out.nonzero().flatten().tolist()}
+    B = torch.where(D[:, None], B - E, B)
     seen = (U[:, kept].T @ B).T  # [c, r]
-    off = (B - U[:, kept] @ seen.T).square().sum(0)  # [c]
+    off = E[~D].square().sum(0)  # [c]
     misfit = float(off.sum().sqrt() / B.norm().clamp_min(1e-300))
-    free = max(1, len(A) - rank)
+    free = max(1, int((~D).sum()) - rank)
     noise = torch.maximum(off / free, eps**2 * B.square().mean(0)).sqrt()[:, None] / S[kept]  # [c, r]
     seen, condition = seen / S[kept], float(S[0] / S[kept][-1])
     c, grid = B.shape[1], value.shape[2:] if len(value.shape) == 4 else (1, 1)
     shape = (n, c, *grid)
     if rank < A.shape[1]:
-        return Told(value, V[kept], seen, shape, noise, condition, misfit)
+        return Told(value, V[kept], seen, shape, noise, condition, misfit, wrong)
     V = V[kept]
 
     def batched(per_channel: Tensor) -> Tensor:
@@ -181,7 +243,7 @@ def solved(
     x, spread = batched(seen @ V), batched((noise.square() @ V.square()).sqrt())
     if value.call is not None and isinstance(layer_of(value.call, value.call.given[0]), nn.ReLU):
         x = torch.where(x < torch.maximum(ZERO * x.max(), ZERO_SIGMAS * spread), 0.0, x)
-    return Told(value, None, x, shape, spread, condition, misfit)
+    return Told(value, None, x, shape, spread, condition, misfit, wrong)
 
 
 ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
