@@ -27,11 +27,12 @@ def trimmed(U: Tensor, B: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     ([1], [0.0, 1.0, 0.0])
     """
     R = E = B - U @ (U.T @ B)
-    rows = torch.bincount(block)
+    free = (1 - U.square().sum(1)).clamp_min(LEAST_HOLD)  # share of its error that an equation shows
+    rows = torch.zeros(int(block[-1]) + 1).to(U).index_add(0, block, free)
     none = torch.zeros(len(rows), dtype=torch.bool, device=B.device)
     out, floor = none, torch.finfo(B.dtype).eps * float(B.norm())
     while True:
-        miss = torch.zeros_like(rows, dtype=B.dtype).index_add(0, block, E.square().sum(1)).div(rows).sqrt()
+        miss = torch.zeros_like(rows).index_add(0, block, E.square().sum(1)).div(rows).sqrt()
         bar = STANDS_OUT * float(miss[~out].median()) + floor
         worst = float(miss[~out].max())
         if not worst > bar:
