@@ -121,13 +121,13 @@ def _polished(
     """
     up = above(graph, readers, maps, head, update)
     for _ in range(POLISHES):
-        told = solved(readers[0].given, readers, up.deltas, update, eps, error)
+        told = solved(readers[0].given, readers, up.deltas, update, eps, 0.0)
         if told is None or told.rows is not None:
             break
-        left = float(told.noise.norm() / told.seen.norm())
-        if not left < error:
+        other = above(graph, readers, told.seen, head, update)
+        if not other.misfit < up.misfit:
             break
-        up, error = above(graph, readers, told.seen, head, update), left
+        up, error = other, float(told.noise.norm() / told.seen.norm())
     return up, error
 
 
@@ -211,9 +211,13 @@ def _back(found: Descent, told: Told, below: nn.Module, update: Mapping[str, Ten
 
 
 def target(down: Walk) -> Told:
-    """Which tensor's equations the inputs are searched by: that with most of them, of the shallower if they are as good."""
-    most = max(told.equations for told in down.told)
-    return [told for told in down.told if told.equations >= AS_GOOD * most][-1]
+    """Which tensor's equations the inputs are searched by: that with most of them, of the shallower if they are as good.
+
+    Equations that nothing checks may follow from a mask that was decided wrongly.
+    """
+    sure = [told for told in down.told if told.checked]
+    most = max(told.equations for told in sure)
+    return [told for told in sure if told.equations >= AS_GOOD * most][-1]
 
 
 def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Generator) -> Tensor:

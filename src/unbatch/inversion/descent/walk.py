@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from unbatch.inversion.descent.masks import NEAR_ZERO, flipped, pursued
 from unbatch.inversion.descent.places import Place
 from unbatch.network.graph import Call, Graph, Value
 from unbatch.network.operations import AffineOperation, Operation, Reshape, layer_of
 from unbatch.network.sections import between
+from unbatch.numerics.trimming import trimmed
 from unbatch.numerics.windows.weight_equations import weight_equations
 
 LOST, LOST_ERRORS = 2e-10, 30.0  # of the largest singular value, or of the start's error: equations below say nothing
 ZERO, ZERO_SIGMAS = 1e-11, 6.0  # of the largest entry, or of its spread: behind a ReLU smaller ones are zero
+CHECKED = 0.05  # of the equations, which must be more than are needed, so that a wrong one shows
+SURE = 1e-10  # error of what is known, at which no mask is in doubt
+RETURNS = 5  # to a ReLU, to mend its masks
 LINEAR = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad2d)
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """What the equations A X = B of some layers leave over."""
+
+    U: Tensor  # [m, r], an orthonormal basis of A's columns
+    B: Tensor  # [m, c]
+    off: Tensor  # [m, c], by how much each equation contradicts those that are not left out
+    out: Tensor  # [m], whether an equation is left out, with its output channel
+    rows: dict[Place, Tensor]  # of every layer [c_out, k^2]
+    units: dict[Place, float]  # of a layer's equations
+
+    def flipped(self, place: Place, change: Tensor, inputs: Tensor, open_: Tensor) -> Tensor:
+        """Which entries of the mask before a layer were decided wrongly; all [n, c_out, p] (`masks`)."""
+        rows, windows, change = self.rows[place], place.windows(), change / self.units[place]
+        found, wrong = torch.zeros_like(open_), self.out[rows[:, 0]]
+        if bool(wrong.any()):
+            off = self.off[rows[wrong]].transpose(1, 2).flatten(1)
+            found[:, wrong] = flipped(off, change[:, wrong], inputs, windows, open_[:, wrong])
+        if bool(found.any()):
+            return found
+        left = self.B - self.U @ (self.U.T @ self.B)
+        return pursued(left, self.U, rows, change, inputs, windows, open_)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +59,8 @@ class Told:
     noise: Tensor  # of `seen`, the standard deviation of what its rounding adds, as far as the equations show it
     condition: float = 1.0
     misfit: float = 0.0  # of the equations of its layers, relative
+    left: Left | None = None  # of the equations of its layers, where it is known
+    checked: bool = True  # there are equations enough to show a wrong one
 
     @property
     def equations(self) -> int:
@@ -45,6 +76,12 @@ class Walk:
     deltas: dict[Value, Tensor] = field(default_factory=dict)
     told: list[Told] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)  # where the way down ends, in words
+    blocked: set[Value] = field(default_factory=set)  # to which something came back that is not known
+    flips: dict[Value, tuple[Value, Tensor]] = field(default_factory=dict)  # a ReLU, and what its flipped masks would change
+
+    def copy(self) -> Walk:
+        """The same, to come back to."""
+        return Walk(dict(self.values), dict(self.deltas), list(self.told), list(self.stops), set(self.blocked), dict(self.flips))
 
 
 def walk(
@@ -66,24 +103,54 @@ def walk(
     found = Walk({start: maps}, {start: delta})
     noise = error * maps.square().mean().sqrt().expand_as(maps)
     found.told.append(Told(start, None, maps, (len(maps), *start.shape[1:]), noise))
-    blocked = set[Value]()
     readers: dict[Value, list[Place]] = {}
     for place in all_places:
         readers.setdefault(place.given, []).append(place)
-    for call in reversed(between(graph, graph.input, start)):
-        fed = [value for value in call.given if value.fed]
-        for value in call.gave:
+    calls = [*reversed(between(graph, graph.input, start)), None]
+    before: dict[Value, tuple[int, Walk]] = {}  # each ReLU's output: where the walk stood there
+    left, at = dict[Value, int](), 0
+    while at < len(calls):
+        call, told = calls[at], len(found.told)
+        for value in call.gave if call is not None else [graph.input]:
             if value not in found.values:
                 _solve(found, value, readers.get(value, []), update, eps, error)
-        _back(found, call, fed, blocked)
-    if graph.input not in found.values:
-        _solve(found, graph.input, readers.get(graph.input, []), update, eps, error)
+        for relu, mended in _mended(found).items() if len(found.told) > told else ():
+            if left.setdefault(relu, RETURNS) > 0:
+                left[relu] -= 1
+                at, found = before[relu][0], before[relu][1].copy()
+                found.values[relu] = mended
+                found.told = [replace(each, seen=mended) if each.value is relu else each for each in found.told]
+                call = calls[at]
+                break
+        if call is not None:
+            if call.gave[0] in found.values:
+                before[call.gave[0]] = at, found.copy()
+            _back(found, call, [value for value in call.given if value.fed])
+        at += 1
     return found
 
 
-def _back(found: Walk, call: Call, fed: list[Value], blocked: set[Value]) -> None:
+def _mended(found: Walk) -> dict[Value, Tensor]:
+    """The outputs of ReLUs some of whose masks were decided wrongly, by what contradicts the tensor found last."""
+    told, mended = found.told[-1], dict[Value, Tensor]()
+    for place, rows in told.left.rows.items() if told.left is not None else ():
+        if place.gave not in found.flips:
+            continue
+        relu, change = found.flips[place.gave]
+        x, noise = found.values[relu], next(each.noise for each in found.told if each.value is relu)
+        flat = len(x), rows.shape[0], -1
+        change, open_ = change.reshape(flat), (x <= NEAR_ZERO * noise).reshape(flat)
+        inputs = told.seen.reshape(len(x), *place.windows().shape)
+        flip = told.left.flipped(place, change, inputs, open_).view_as(x)
+        if bool(flip.any()):
+            x = mended.get(relu, x)
+            mended[relu] = torch.where(flip, torch.where(x > 0, 0.0, noise), x)
+    return mended
+
+
+def _back(found: Walk, call: Call, fed: list[Value]) -> None:
     """What came back to a call's output, sent on to what it was given."""
-    gave = call.gave[0]
+    gave, blocked = call.gave[0], found.blocked
     sent: list[Tensor | None]
     if gave in blocked or gave not in found.deltas or not call.alone:
         sent = [None] * len(fed)
@@ -97,6 +164,14 @@ def _back(found: Walk, call: Call, fed: list[Value], blocked: set[Value]) -> Non
             found.deltas.pop(value, None)
         else:
             found.deltas[value] = found.deltas[value] + part if value in found.deltas else part
+    layer = layer_of(call, fed[0])
+    if isinstance(layer, nn.ReLU) and gave in found.values and gave in found.deltas:
+        found.flips[fed[0]] = gave, found.deltas[gave] * (1 - 2 * (found.values[gave] > 0).double())
+    elif gave in found.flips and (call.ran in ADDS or isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d | AffineOperation)):
+        relu, change = found.flips[gave]
+        for value, part in zip(fed, _sent(found, call, fed, change), strict=True):
+            if part is not None:
+                found.flips[value] = relu, part
 
 
 def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tensor | None]:
@@ -129,6 +204,7 @@ def _solve(
     found: Walk, value: Value, readers: Sequence[Place], update: Mapping[str, Tensor], eps: float, error: float
 ) -> None:
     """The equations of a tensor by the weights of all layers that read it."""
+    error = max(error, *(told.misfit for told in found.told))  # what came back is known no better than that
     told = solved(value, readers, found.deltas, update, eps, error)
     if told is not None:
         found.told.append(told)
@@ -151,28 +227,39 @@ def solved(
     own = [p for p in readers if p.weight in update and p.gave in deltas and p.groups == 1]
     if not own:
         return None
-    n, systems, sides = len(deltas[own[0].gave]), [], []
+    n, systems, sides = len(deltas[own[0].gave]), list[Tensor](), list[Tensor]()
+    rows, units, count, blocks = dict[Place, Tensor](), dict[Place, float](), 0, list[Tensor]()
     for place in own:
-        sent = deltas[place.gave].reshape(n, len(place.layer.weight), -1)
-        systems.append(weight_equations(sent, place.windows(1)))
-        G = update[place.weight]
-        sides.append(G.reshape(len(G), G.shape[1], -1).transpose(1, 2).reshape(-1, G.shape[1]))  # [c_out k^2, c]
+        G = update[place.weight].flatten(2) if place.layer.weight.dim() > 2 else update[place.weight][..., None]
+        sent, k = deltas[place.gave].reshape(n, len(G), -1), G.shape[2]
+        units[place] = float(G.square().mean().sqrt().clamp_min(torch.finfo(G.dtype).tiny))
+        systems.append(weight_equations(sent, place.windows(1)) / units[place])
+        sides.append(G.transpose(1, 2).reshape(-1, G.shape[1]) / units[place])  # [c_out k^2, c]
+        rows[place] = count + torch.arange(len(G) * k, device=G.device).view(len(G), k)
+        blocks.append((len(blocks) and int(blocks[-1][-1]) + 1) + torch.arange(len(G), device=G.device).repeat_interleave(k))
+        count += len(G) * k
     A, B = torch.cat(systems), torch.cat(sides)
     U, S, V = torch.linalg.svd(A, full_matrices=False)
     kept = S > max(LOST, LOST_ERRORS * error) * S[0]
     rank = int(kept.sum())
     if not rank:
         return None
-    seen = (U[:, kept].T @ B).T  # [c, r]
-    off = (B - U[:, kept] @ seen.T).square().sum(0)  # [c]
+    U = U[:, kept]
+    out, E = trimmed(U, B, torch.cat(blocks))
+    D = out[torch.cat(blocks)]
+    left = Left(U, B, E, D, rows, units)
+    B = torch.where(D[:, None], B - E, B)
+    seen = (U.T @ B).T  # [c, r]
+    off = E[~D].square().sum(0)  # [c]
     misfit = float(off.sum().sqrt() / B.norm().clamp_min(1e-300))
-    free = max(1, len(A) - rank)
-    noise = torch.maximum(off / free, eps**2 * B.square().mean(0)).sqrt()[:, None] / S[kept]  # [c, r]
+    free = max(1, int((~D).sum()) - rank)
+    checked = free > CHECKED * len(A) or error < SURE
+    noise = torch.maximum(off / free, max(eps, error) ** 2 * B.square().mean(0)).sqrt()[:, None] / S[kept]  # [c, r]
     seen, condition = seen / S[kept], float(S[0] / S[kept][-1])
     c, grid = B.shape[1], value.shape[2:] if len(value.shape) == 4 else (1, 1)
     shape = (n, c, *grid)
     if rank < A.shape[1]:
-        return Told(value, V[kept], seen, shape, noise, condition, misfit)
+        return Told(value, V[kept], seen, shape, noise, condition, misfit, None, checked)
     V = V[kept]
 
     def batched(per_channel: Tensor) -> Tensor:
@@ -181,7 +268,7 @@ def solved(
     x, spread = batched(seen @ V), batched((noise.square() @ V.square()).sqrt())
     if value.call is not None and isinstance(layer_of(value.call, value.call.given[0]), nn.ReLU):
         x = torch.where(x < torch.maximum(ZERO * x.max(), ZERO_SIGMAS * spread), 0.0, x)
-    return Told(value, None, x, shape, spread, condition, misfit)
+    return Told(value, None, x, shape, spread, condition, misfit, left, checked)
 
 
 ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
