@@ -76,7 +76,7 @@ def separated(place: Place, G: Tensor, eps: float, rng: torch.Generator, tick: C
     for ray in rays(own, rng, most=PROGRAMS[0] * n + PROGRAMS[1], error=error):
         if not tick():
             break
-        if len(windows) == 1:
+        if place.dense:
             maps.append(ray.view(shape))
             continue
         found, misfit = grown(rows, windows, ray, corner, error=error, tick=tick)

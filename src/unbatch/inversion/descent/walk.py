@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -73,15 +74,17 @@ class Walk:
     """What is found on the way down; `told` holds the equations of ever shallower tensors."""
 
     values: dict[Value, Tensor] = field(default_factory=dict)
+    noises: dict[Value, Tensor] = field(default_factory=dict)  # of `values`
     deltas: dict[Value, Tensor] = field(default_factory=dict)
     told: list[Told] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)  # where the way down ends, in words
     blocked: set[Value] = field(default_factory=set)  # to which something came back that is not known
     flips: dict[Value, tuple[Value, Tensor]] = field(default_factory=dict)  # a ReLU, and what its flipped masks would change
 
-    def copy(self) -> Walk:
+    def kept(self) -> Walk:
         """The same, to come back to."""
-        return Walk(dict(self.values), dict(self.deltas), list(self.told), list(self.stops), set(self.blocked), dict(self.flips))
+        held = {each.name: copy.copy(getattr(self, each.name)) for each in fields(self)}
+        return Walk(**held)
 
 
 def walk(
@@ -100,8 +103,8 @@ def walk(
     is known: of linear layers always, of a ReLU where its output is. A layer's weight gradient then gives equations for its
     input (`weight_equations`), those of all layers that read the same tensor together.
     """
-    found = Walk({start: maps}, {start: delta})
     noise = error * maps.square().mean().sqrt().expand_as(maps)
+    found = Walk({start: maps}, {start: noise}, {start: delta})
     found.told.append(Told(start, None, maps, (len(maps), *start.shape[1:]), noise))
     readers: dict[Value, list[Place]] = {}
     for place in all_places:
@@ -117,14 +120,14 @@ def walk(
         for relu, mended in _mended(found).items() if len(found.told) > told else ():
             if left.setdefault(relu, RETURNS) > 0:
                 left[relu] -= 1
-                at, found = before[relu][0], before[relu][1].copy()
+                at, found = before[relu][0], before[relu][1].kept()
                 found.values[relu] = mended
                 found.told = [replace(each, seen=mended) if each.value is relu else each for each in found.told]
                 call = calls[at]
                 break
         if call is not None:
             if call.gave[0] in found.values:
-                before[call.gave[0]] = at, found.copy()
+                before[call.gave[0]] = at, found.kept()
             _back(found, call, [value for value in call.given if value.fed])
         at += 1
     return found
@@ -137,7 +140,7 @@ def _mended(found: Walk) -> dict[Value, Tensor]:
         if place.gave not in found.flips:
             continue
         relu, change = found.flips[place.gave]
-        x, noise = found.values[relu], next(each.noise for each in found.told if each.value is relu)
+        x, noise = found.values[relu], found.noises[relu]
         flat = len(x), rows.shape[0], -1
         change, open_ = change.reshape(flat), (x <= NEAR_ZERO * noise).reshape(flat)
         inputs = told.seen.reshape(len(x), *place.windows().shape)
@@ -184,6 +187,7 @@ def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tens
     if isinstance(layer, Reshape | nn.Flatten | nn.Identity | nn.Unflatten) or (isinstance(layer, nn.Dropout) and not layer.training):
         if gave in found.values and fed[0] not in found.values:
             found.values[fed[0]] = found.values[gave].reshape(shape)
+            found.noises[fed[0]] = found.noises[gave].reshape(shape)
         return [delta.reshape(shape)]
     if isinstance(layer, nn.ReLU):
         if gave not in found.values:
@@ -209,7 +213,7 @@ def _solve(
     if told is not None:
         found.told.append(told)
         if told.rows is None:
-            found.values[value] = told.seen
+            found.values[value], found.noises[value] = told.seen, told.noise
 
 
 def solved(
