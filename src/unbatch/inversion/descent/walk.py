@@ -17,6 +17,7 @@ from unbatch.network.sections import between
 from unbatch.numerics.trimming import trimmed
 from unbatch.numerics.windows.weight_equations import weight_equations
 
+CONTRADICTS = 100.0  # roundings of a system's right side, beyond which some mask is wrong
 LOST, LOST_ERRORS = 2e-10, 30.0  # of the largest singular value, or of the start's error: equations below say nothing
 ZERO, ZERO_SIGMAS = 1e-11, 6.0  # of the largest entry, or of its spread: behind a ReLU smaller ones are zero
 CHECKED = 0.05  # of the equations, which must be more than are needed, so that a wrong one shows
@@ -117,7 +118,7 @@ def walk(
         for value in call.gave if call is not None else [graph.input]:
             if value not in found.values:
                 _solve(found, value, readers.get(value, []), update, eps, error)
-        for relu, mended in _mended(found).items() if len(found.told) > told else ():
+        for relu, mended in _mended(found, eps).items() if len(found.told) > told else ():
             if left.setdefault(relu, RETURNS) > 0:
                 left[relu] -= 1
                 at, found = before[relu][0], before[relu][1].kept()
@@ -133,10 +134,12 @@ def walk(
     return found
 
 
-def _mended(found: Walk) -> dict[Value, Tensor]:
+def _mended(found: Walk, eps: float) -> dict[Value, Tensor]:
     """The outputs of ReLUs some of whose masks were decided wrongly, by what contradicts the tensor found last."""
     told, mended = found.told[-1], dict[Value, Tensor]()
-    for place, rows in told.left.rows.items() if told.left is not None else ():
+    if told.left is None or not float(told.left.off.norm()) > CONTRADICTS * eps * float(told.left.B.norm()):
+        return mended
+    for place, rows in told.left.rows.items():
         if place.gave not in found.flips:
             continue
         relu, change = found.flips[place.gave]
