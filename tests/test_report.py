@@ -232,7 +232,7 @@ def test_changes_that_would_make_it_safer_stand_in_one_table() -> None:
     assert page.row("conv2 at stride 2")[1:] == ["−1,502", "not counted", "Parameters 48,777 -> 12,327."]
     assert "c(M) −1,470 of the network as it is" in page.text
     assert "c(M): conv1" not in page.text
-    assert "with one layer changed" not in Page(report.render(exact())).text
+    assert "with one thing changed" not in Page(report.render(exact())).text
 
 
 def test_obstacles_are_told() -> None:
