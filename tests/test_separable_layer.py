@@ -115,7 +115,8 @@ def test_the_way_down_is_the_one_that_the_attack_takes(exchange: Exchange, n: in
     (start,) = {place.given for place in every if place.weight == forecast.at.place.weight}
     maps = section(graph, graph.input, start)(x).detach().requires_grad_()
     (back,) = torch.autograd.grad(obs.loss(section(graph, start, graph.output)(maps), y), maps)
-    down = walk(graph, every, start, maps.detach(), back, obs.update, torch.finfo(torch.float64).eps)
+    eps = torch.finfo(torch.float64).eps
+    down = walk(graph, every, start, maps.detach(), back, obs.update, eps, eps)
     assert [(told.rows is None, told.shape) for told in down.told] == [
         (rung.known, (n, *rung.value.shape[1:])) for rung in forecast.rungs
     ]
@@ -184,6 +185,19 @@ def test_few_zeros_keep_large_batches_together(exchange: Exchange) -> None:
     assert prospect.counted == 4
     assert prospect.up_to == 1
     assert "since only 0 entries of its input are zero for one example and not for all" in found(obs)[0]["3"].words
+
+
+def test_padding_tells_so_many_corners_from_all_other_windows(exchange: Exchange) -> None:
+    """Few padded entries leave more vectors of the span zero there than the corners' own windows."""
+    layers = nn.Conv2d(2, 2, 3, 1, 1), nn.ReLU(), nn.Conv2d(2, 200, 5, 1, 2, dilation=1), nn.ReLU(), nn.Flatten()
+    obs, *_ = exchange(drawn(nn.Sequential(*layers, nn.Linear(3200, 5))), shape=(2, 4, 4), n=3, dtype=torch.float64)
+    (prospect,) = [p for p in counted(obs).each if p.name == "2"]
+    assert (prospect.counted, prospect.padded, prospect.up_to) == (3, 2 * 16, 2)
+    assert "since only 32 entries of a corner's window are padding" in found(obs)[0]["2"].words
+    rows = torch.linalg.svd(obs.update["2.weight"].flatten(1), full_matrices=False).Vh[:48]
+    padded = prospect.place.windows().padded[0]
+    open_ = len(rows) - int(torch.linalg.matrix_rank(rows[:, padded]))
+    assert open_ > 3
 
 
 def test_batch_norm_in_train_mode_leaves_differences(exchange: Exchange) -> None:

@@ -70,9 +70,12 @@ def _own(prospect: Prospect, n: int) -> str:
         return f"{words} it tells no batch apart, since {prospect.why_not}."
     if not prospect.up_to:
         return f"{words} it tells no batch apart, since one example alone has more windows than that."
-    where = "its input" if p == 1 else "a corner's window"
-    few = f", since only {prospect.zeros:,} entries of {where} are zero for one example and not for all"
-    least = "" if prospect.up_to == prospect.counted else few
+    where, least = "its input" if p == 1 else "a corner's window", ""
+    if prospect.up_to < prospect.counted:
+        cornered = prospect.up_to == prospect.cornered
+        what = f"{prospect.padded:,} entries of {where} are padding"
+        zero = f"{prospect.zeros:,} entries of {where} are zero for one example and not for all"
+        least = f", since only {what if cornered else zero}"
     size = "one example" if place.dense and prospect.up_to == 1 else f"a batch of up to {prospect.up_to:,}"
     return f"{words} {size} is told apart here{least}."
 

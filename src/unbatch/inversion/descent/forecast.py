@@ -31,13 +31,15 @@ _NORMS = nn.BatchNorm1d | nn.BatchNorm2d
 class Prospect:
     """What a layer's gradient can say of the batch that it is given, by shapes and by what is zero in its input.
 
-    Its gradient's rank is that of n windows matrices, at most min(n windows, c_out, c_in k^2). Windows are told apart by
-    their zeros: of those in a corner each of n is the only one that has its zeros, which takes at least n - 1 of them.
+    Its gradient's rank is at most min(n windows, c_out, c_in k^2). Zero padding tells a corner's windows from those of all
+    other places, which takes as many padded entries as these have windows; of a corner's n windows each is the only one
+    with its zeros, which takes n - 1 of them.
     """
 
     place: Place
     windows: int  # of one example
     limit: int  # min(c_out, c_in k^2); one less where what came back adds up to zero over the outputs
+    padded: int  # entries of a corner's window that are padding
     zeros: int  # entries of a corner's window that are zero for one example and not for all, on average
     filled: float  # share of its input's entries that are not zero
     why_not: str = ""  # why it tells no batch apart, whatever its size; empty where it may
@@ -58,9 +60,17 @@ class Prospect:
         return (self.limit + self.mixed) // self.windows
 
     @property
+    def cornered(self) -> int | None:
+        """The largest batch whose corners padding tells from all other windows; None where there are no others."""
+        return self.padded // (self.windows - 1) if self.windows > 1 else None
+
+    @property
     def up_to(self) -> int:
         """The largest batch that it tells apart; 0 where none."""
-        return 0 if self.why_not else min(self.counted, self.zeros + 1)
+        if self.why_not:
+            return 0
+        most = min(self.counted, self.zeros + 1)
+        return most if self.cornered is None else min(most, self.cornered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +263,7 @@ class _Seen:
 
 def _prospect(graph: Graph, place: Place, seen: _Seen, sent: Collection[str], balanced: bool) -> Prospect:
     x = seen(place.given)
-    zeros, why = 0, _why_not(graph, place, x)
+    padded, zeros, why = 0, 0, _why_not(graph, place, x)
     limit = min(place.limit, len(place.layer.weight) - balanced)
     if place.weight not in sent:
         why = "its gradient was not sent"
@@ -263,10 +273,13 @@ def _prospect(graph: Graph, place: Place, seen: _Seen, sent: Collection[str], ba
         except ValueError as error:
             why = str(error)
         else:
+            padded = int(windows.padded.sum(1).max())
             zeros, why = _zeros(windows.padded, windows.rows(x.reshape(len(x), *windows.shape)))
     behind = [layer for layer in _behind(graph, place.gave) if isinstance(layer, _NORMS)]
     filled = float((x != 0).double().mean())
-    return Prospect(place, place.positions, limit, zeros, filled, why, any(mixes(layer) for layer in behind[:1]))
+    return Prospect(
+        place, place.positions, limit, padded, zeros, filled, why, any(mixes(layer) for layer in behind[:1])
+    )
 
 
 def _zeros(padded: Tensor, windows: Tensor) -> tuple[int, str]:

@@ -46,7 +46,9 @@ def _changes(found: Prospects) -> Iterator[tuple[str, Callable[[Prospect], Prosp
     )
     yield (
         "half the channels in every layer",
-        lambda prospect: replace(prospect, limit=_halved(prospect), zeros=prospect.zeros // 2),
+        lambda prospect: replace(
+            prospect, limit=_halved(prospect), padded=prospect.padded // 2, zeros=prospect.zeros // 2
+        ),
         "the rank has room for half as many windows.",
     )
     if last := _last_stride(found):
