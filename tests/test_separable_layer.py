@@ -16,6 +16,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.descent.forecast import Prospects, prospects
 from unbatch.inversion.descent.places import places
 from unbatch.inversion.descent.redesign import redesigns
+from unbatch.inversion.descent.separation import separated
 from unbatch.inversion.descent.walk import walk
 from unbatch.inversion.view import View
 from unbatch.network.sections import section
@@ -79,16 +80,16 @@ def test_a_residual_network_layer_by_layer(exchange: Exchange) -> None:
         "conv3": (12, "exact"),
         "head": (3, "exact"),
     }
-    assert "4 windows an example, rank at most min(3 x 4, 64) = 12: a batch of up to 16 is told" in risks["conv3"].words
+    assert "4 windows an example, rank at most min(3 x 4, 64) = 12: a batch of up to 16 can be" in risks["conv3"].words
     assert "The shallowest that does so for this batch." in risks["conv3"].words
     assert "another branch leads around its input" in risks["right"].words
     assert "from what lies above, of up to 18 examples: 48 equations for 48 unknowns" in risks["left"].words
-    assert "a batch of up to 2 is told apart here." in risks["left"].words
+    assert "a batch of up to 2 can be told apart here." in risks["left"].words
     assert "176 equations for 192 unknowns of each channel; of up to 2 examples it would follow" in risks["conv2"].words
     assert "it reads the network's inputs" in risks["conv1"].words
     assert "by running the network" in risks["head"].words
     assert verdicts["examples told apart"].value == 16
-    assert "a batch of up to 16 is told apart at 'conv3', the shallowest" in verdicts["examples told apart"].words
+    assert "a batch of up to 16 can be told apart at 'conv3', the shallowest" in verdicts["examples told apart"].words
     down = verdicts["equations for each unknown"]
     assert "the inputs of 'right' and 'left' follow linearly; that of 'conv2' is the first to stay open" in down.words
     assert "equations for the 384 unknowns of the inputs: enough, as they are up to a batch of" in down.words
@@ -123,6 +124,17 @@ def test_the_way_down_is_the_one_that_the_attack_takes(exchange: Exchange, n: in
     for told, rung in zip(down.told, forecast.rungs, strict=True):
         if told.rows is not None:  # a unit that is off for everybody sends nothing
             assert 0.9 * rung.independent <= len(told.rows) <= rung.independent
+
+
+def test_what_is_excluded_is_not_told_apart_and_well_below_it_all_are(exchange: Exchange) -> None:
+    for n in (2, 6, 17):
+        obs, *_ = exchange(drawn(Residual()), shape=SHAPE, n=n, dtype=torch.float64)
+        (prospect,) = [p for p in counted(obs).each if p.name == "conv3"]
+        G, rng = prospect.place.flat(obs.update["conv3.weight"]), torch.Generator().manual_seed(0)
+        apart = separated(prospect.place, G, torch.finfo(torch.float64).eps, rng, lambda: True)
+        assert prospect.up_to == 16
+        assert (apart is None) == (n > prospect.up_to)
+        assert apart is None or (len(apart), apart.missed) == (n, 0)
 
 
 def tiny(**options: object) -> Callable[[], nn.Module]:
@@ -241,7 +253,7 @@ def test_a_batch_that_no_layer_tells_apart(exchange: Exchange) -> None:
     assert {risk.level for risk in risks.values()} == {"low"}
     assert (
         verdicts["examples told apart"].words
-        == "no layer tells a batch of 40 apart; up to 16 are told apart at 'conv3'."
+        == "no layer tells a batch of 40 apart; up to 16 can be told apart at 'conv3'."
     )
     assert "equations for each unknown" not in verdicts
     obs, *_ = exchange(drawn(Residual(act=nn.Tanh)), shape=SHAPE, n=2)
@@ -312,11 +324,13 @@ def test_safer_design_and_the_security_metric_know_of_it(exchange: Exchange) -> 
     obs, *_ = exchange(drawn(nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 5))), shape=(1, 8, 8), n=2)
     (metric,) = Analysis.parse("security-metric:work=0")(obs)
     assert metric.value < 0 < counted(obs).readable
-    assert re.search(r"by counting, a batch of up to \d+ is told apart at '4', with equations enough", metric.words)
+    assert re.search(r"by counting, a batch of up to \d+ can be told apart at '4', with equations enough", metric.words)
     changes = {
-        v.name: v for v in Analysis.parse("safer-design:work=0")(obs) if v.name.startswith("examples told apart")
+        v.name: v
+        for v in Analysis.parse("safer-design:work=0,exact=1")(obs)
+        if v.name.startswith("examples told apart")
     }
     assert changes["examples told apart: a smooth activation in place of every ReLU"].value == 0
     smooth, *_ = exchange(drawn(Residual(act=nn.Tanh)), shape=SHAPE, n=2)
     with pytest.raises(NotApplicable):
-        Analysis.parse("safer-design:work=0")(smooth)
+        Analysis.parse("safer-design:work=0,exact=1")(smooth)

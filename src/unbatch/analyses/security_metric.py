@@ -106,6 +106,6 @@ def _apart(view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -
     if layer is None:
         return []
     return [
-        f"It does not know the way by an inner layer: by counting, a batch of up to {found.readable:,} is told apart at "
-        f"{layer.name!r}, with equations enough below it (separable-layer)."
+        f"It does not know the way by an inner layer: by counting, a batch of up to {found.readable:,} can be told apart "
+        f"at {layer.name!r}, with equations enough below it (separable-layer)."
     ]

@@ -77,7 +77,7 @@ def _own(prospect: Prospect, n: int) -> str:
         zero = f"{prospect.zeros:,} entries of {where} are zero for one example and not for all"
         least = f", since only {what if cornered else zero}"
     size = "one example" if place.dense and prospect.up_to == 1 else f"a batch of up to {prospect.up_to:,}"
-    return f"{words} {size} is told apart here{least}."
+    return f"{words} {size} can be told apart here{least}."
 
 
 def _from(found: Prospects, forecast: Forecast, prospect: Prospect, rung: Rung | None) -> str:
@@ -129,11 +129,14 @@ def _apart(found: Prospects, forecast: Forecast) -> str:
     if at is None:
         best = max(found.each, key=lambda prospect: prospect.up_to)
         if best.up_to:
-            return f"no layer tells {batch} apart; up to {best.up_to:,} are told apart at {best.name!r}."
+            return f"no layer tells {batch} apart; up to {best.up_to:,} can be told apart at {best.name!r}."
         return (
             f"no layer tells {batch} apart: each has more windows than its rank has room for, or lies behind no ReLU."
         )
-    words = f"a batch of up to {at.up_to:,} is told apart at {at.name!r}, the shallowest layer that does so for {batch}"
+    words = (
+        f"by counting, a batch of up to {at.up_to:,} can be told apart at {at.name!r}, the shallowest layer that does so for "
+        f"{batch}"
+    )
     best = max(found.each, key=lambda prospect: prospect.up_to)
     words += f"; of up to {best.up_to:,} at {best.name!r}." if best.up_to > at.up_to else "."
     if found.mixing:
