@@ -178,6 +178,8 @@ def _apart(view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -
         found = prospects(view, at, rng)
     except NotApplicable:
         return []
+    if found.mixing:
+        return []
     return [
         Verdict(
             name=f"examples told apart: {change.words}",

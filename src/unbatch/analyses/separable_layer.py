@@ -40,7 +40,7 @@ class SeparableLayer(Analysis):
         told = "" if "batch_size" in view.knowledge else " The batch size is not known: counted for one example."
         risks = [_risk(found, forecast, prospect) for prospect in found.each]
         apart = Verdict(name=APART, value=float(found.up_to), words=_apart(found, forecast) + told)
-        if forecast.at is None or forecast.target is None:
+        if forecast.at is None or forecast.target is None or found.mixing:
             return [*risks, apart]
         words = _down(found, forecast, forecast.at, forecast.target)
         return [*risks, apart, Verdict(name="equations for each unknown", value=forecast.surplus, words=words)]
@@ -134,8 +134,8 @@ def _apart(found: Prospects, forecast: Forecast) -> str:
             f"no layer tells {batch} apart: each has more windows than its rank has room for, or lies behind no ReLU."
         )
     words = (
-        f"by counting, a batch of up to {at.up_to:,} can be told apart at {at.name!r}, the shallowest layer that does so for "
-        f"{batch}"
+        f"by counting, a batch of up to {at.up_to:,} can be told apart at {at.name!r}, the shallowest layer that does so "
+        f"for {batch}"
     )
     best = max(found.each, key=lambda prospect: prospect.up_to)
     words += f"; of up to {best.up_to:,} at {best.name!r}." if best.up_to > at.up_to else "."
@@ -149,9 +149,8 @@ def _apart(found: Prospects, forecast: Forecast) -> str:
 
 def _down(found: Prospects, forecast: Forecast, at: Prospect, target: Rung) -> str:
     """How far the way leads down from the layer that tells the batch apart."""
-    mixed = f" Not where {found.mixing!r} mixes the examples." if found.mixing else ""
     if forecast.linear:
-        return f"from {at.name!r} down every layer's input follows linearly, to the network's own.{mixed}"
+        return f"from {at.name!r} down every layer's input follows linearly, to the network's own."
     known = [rung for rung in forecast.rungs if rung.known and rung.readers]
     words = f"below {at.name!r} "
     words += f"the inputs of {_several(known)} follow linearly" if known else "no layer's input follows linearly"
@@ -165,10 +164,10 @@ def _down(found: Prospects, forecast: Forecast, at: Prospect, target: Rung) -> s
         f". The input of {what} gives {forecast.equations:,} equations for the {forecast.unknowns:,} unknowns of the "
     )
     if not forecast.readable:
-        return f"{words}inputs: too few to determine them.{mixed}"
+        return f"{words}inputs: too few to determine them."
     return (
         f"{words}inputs: enough, as they are up to a batch of {found.readable:,}, for a search through "
-        f"{_above(found, target)}, of which no count can tell how it ends.{mixed}"
+        f"{_above(found, target)}, of which no count can tell how it ends."
     )
 
 
