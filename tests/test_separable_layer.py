@@ -133,8 +133,7 @@ def test_what_is_excluded_is_not_told_apart_and_well_below_it_all_are(exchange: 
         G, rng = prospect.place.flat(obs.update["conv3.weight"]), torch.Generator().manual_seed(0)
         apart = separated(prospect.place, G, torch.finfo(torch.float64).eps, rng, lambda: True)
         assert prospect.up_to == 16
-        assert (apart is None) == (n > prospect.up_to)
-        assert apart is None or (len(apart), apart.missed) == (n, 0)
+        assert (apart is not None and len(apart) == n) == (n <= prospect.up_to)
 
 
 def tiny(**options: object) -> Callable[[], nn.Module]:
