@@ -17,6 +17,11 @@ from unbatch.network.operations import layer_of
 from unbatch.network.precision import loss_value
 from unbatch.network.sections import section
 
+GRID = -2.0, 5.0, 36  # of scales, exponents of 10 and number
+FINEST = 1e-3  # spacing of the grid, relative, at which the search ends
+SECANTS = 8
+TOLD = 1e-9  # of a share that may be left at the right scale
+SILENT = 1e-10  # singular value of the head's gradient over the largest, below which a direction was sent nothing
 SURE_COSINE = 1e-4  # by which the gradient of a label may be turned from what was sent back
 
 
@@ -39,10 +44,12 @@ def above(graph: Graph, found: Separation, head: Place, update: Mapping[str, Ten
     """Runs the network from told-apart maps to its head, and back with what the head's gradient says was sent.
 
     dL/dW = sum_i sent_i f_i^T and dL/db = sum_i sent_i are linear in what was sent, once the features f are known. No label
-    enters. Raises NotApplicable: nothing tells the maps' scales.
+    enters. Raises NotApplicable: nothing can tell the maps' scales.
     """
     place = found.place
     inverse = inverse_scales(graph, found, update)
+    if inverse is None:
+        inverse = 1 / scales_by_share(graph, found, head, update)
     maps = (found.maps / inverse.view(-1, 1, 1, 1)).reshape(-1, *place.given.shape[1:])
     if place is head:
         features, sent = maps, found.shares[..., 0] * inverse[:, None]
@@ -62,20 +69,79 @@ def above(graph: Graph, found: Separation, head: Place, update: Mapping[str, Ten
     return Above(maps, delta, sent, last.detach(), misfit)
 
 
-def inverse_scales(graph: Graph, found: Separation, update: Mapping[str, Tensor]) -> Tensor:
+def inverse_scales(graph: Graph, found: Separation, update: Mapping[str, Tensor]) -> Tensor | None:
     """One over the factor of each example's map [n], from the gradient of a shift behind the layer.
 
     A shift that every window of a channel gets has the gradient sum over examples and windows of delta, and delta is share
     times the inverse. Behind the layer such a shift is its own bias, or that of batch norm with fixed statistics.
-    Raises NotApplicable: there is none.
+    None: there is none.
     """
     want = _shift(graph, found.place, update)
-    if want is None:
-        raise NotApplicable(
-            f"behind {found.place.call.where} lies no shift (a bias, or a batch norm with fixed statistics) whose gradient "
-            "tells the scales of the examples."
-        )
-    return torch.linalg.lstsq(found.shares.sum(2).T, want[:, None]).solution[:, 0]
+    return None if want is None else torch.linalg.lstsq(found.shares.sum(2).T, want[:, None]).solution[:, 0]
+
+
+def scales_by_share(graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor]) -> Tensor:
+    """The factor of each example's map [n], by what the layers above would send back to it.
+
+    Example i sent back delta = share / s. Run with s times its map, the layers above send back a sum over the directions that
+    the head's gradient spans, with coefficients that least squares find: one unknown s an example is left, which is searched
+    on a grid and then by secants. Layers that are blind to scales but for the eps of a norm tell it in float64 all the same.
+    Raises NotApplicable: the layer is the head itself.
+    """
+    if found.place is head:
+        raise NotApplicable(f"the head {head.call.where} has no bias, whose gradient would tell the scales of the examples.")
+    U, S, _ = torch.linalg.svd(update[head.weight], full_matrices=False)
+    directions = U[:, S > SILENT * S[0]].T
+    made = section(graph, found.place.given, head.gave)
+
+    def left(s: Tensor) -> Tensor:
+        return _left(made, found, directions, s)
+
+    grid = torch.logspace(*GRID, dtype=torch.float64).to(found.maps)
+    sizes = torch.stack([left(s.expand(len(found))).norm(dim=1) for s in grid])
+    best, low = grid[sizes.argmin(0)], sizes.amin(0)
+    width = float(grid[1] / grid[0])
+    while width > 1 + FINEST:
+        for power in (-1.0, -0.5, 0.5, 1.0):
+            other = best * width**power
+            size = left(other).norm(dim=1)
+            best, low = torch.where(size < low, other, best), torch.minimum(size, low)
+        best, low = _secants(left, best, low, width - 1)
+        width = width**0.5
+        if bool((low < TOLD).all()):
+            break
+    return best
+
+
+def _secants(left: Callable[[Tensor], Tensor], best: Tensor, low: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+    """Steps to where what is left vanishes, along the line through the last two points."""
+    before, at = best * (1 + 0.1 * gap), best
+    rest = left(before), left(at)
+    for _ in range(SECANTS):
+        slope = (rest[1] - rest[0]) / (at - before)[:, None]
+        move = -(rest[1] * slope).sum(1) / slope.square().sum(1).clamp_min(1e-300)
+        before, at = at, at + torch.minimum(torch.maximum(move, -0.3 * at), 0.3 * at)
+        at = torch.where(at == before, at * (1 + torch.finfo(at.dtype).eps), at)
+        rest = rest[1], left(at)
+        size = rest[1].norm(dim=1)
+        best, low = torch.where(size < low, at, best), torch.minimum(size, low)
+    return best, low
+
+
+def _left(made: nn.Module, found: Separation, directions: Tensor, s: Tensor) -> Tensor:
+    """What no sum of the directions explains of each example's share [n, e], relative, with its map s times as large."""
+    place, n = found.place, len(found)
+    maps = (found.maps * s.view(-1, *[1] * (found.maps.ndim - 1))).reshape(n, *place.given.shape[1:])
+    nothing = maps.new_zeros(n, *place.gave.shape[1:]).requires_grad_()
+    listening = made.get_submodule(place.call.name).register_forward_hook(lambda _, __, output: output + nothing)
+    with torch.enable_grad():
+        last = made(maps)
+    listening.remove()
+    backs = [torch.autograd.grad(last, nothing, d.expand_as(last), retain_graph=True)[0].flatten(1) for d in directions]
+    A = torch.stack(backs, 2) * s.view(-1, 1, 1)  # [n, e, k]
+    want = found.shares.flatten(1)[..., None]
+    Q = torch.linalg.qr(A).Q
+    return ((want - Q @ (Q.transpose(1, 2) @ want)) / want.norm(dim=1, keepdim=True))[..., 0]
 
 
 def _shift(graph: Graph, place: Place, update: Mapping[str, Tensor]) -> Tensor | None:

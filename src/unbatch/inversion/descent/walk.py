@@ -8,15 +8,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from unbatch.inversion.descent.implicit import Reader, Seen, solved
 from unbatch.inversion.descent.places import Place
 from unbatch.network.graph import Call, Graph, Value
 from unbatch.network.operations import AffineOperation, Operation, Reshape, layer_of
-from unbatch.network.sections import between
+from unbatch.network.sections import between, section
 from unbatch.numerics.windows.weight_equations import weight_equations
 
 LOST = 1e6  # roundings, of the largest singular value: equations below it say nothing
 ZERO_ROUNDINGS = 1e4  # of the largest entry, times the condition number's root: behind a ReLU smaller ones are zero
 LINEAR = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad2d)
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass(frozen=True, eq=False)
+class Late:
+    """Of a tensor whose gradient depends on the tensor itself: a deeper tensor and what came back to that one."""
+
+    value: Value
+    cotangent: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +53,8 @@ class Walk:
 
     values: dict[Value, Tensor] = field(default_factory=dict)
     deltas: dict[Value, Tensor] = field(default_factory=dict)
+    late: dict[Value, Late] = field(default_factory=dict)
+    scaled: dict[Value, Value | None] = field(default_factory=dict)  # whose scale that of a gradient goes with, if any
     told: list[Told] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)  # where the way down ends, in words
 
@@ -62,7 +74,7 @@ def walk(
     is known: of linear layers always, of a ReLU where its output is. A layer's weight gradient then gives equations for its
     input (`weight_equations`), those of all layers that read the same tensor together.
     """
-    found = Walk({start: maps}, {start: delta})
+    found = Walk({start: maps}, {start: delta}, scaled={start: start})
     noise = eps * maps.square().mean().sqrt().expand_as(maps)
     found.told.append(Told(start, None, maps, tuple(maps.shape), noise))
     blocked = set[Value]()
@@ -72,17 +84,29 @@ def walk(
     for call in reversed(between(graph, graph.input, start)):
         fed = [value for value in call.given if value.fed]
         for value in call.gave:
-            if value not in found.values:
-                _solve(found, value, readers.get(value, []), update, eps)
+            _tell(graph, found, value, readers.get(value, []), blocked, update, eps)
         _back(found, call, fed, blocked)
-    if graph.input not in found.values:
-        _solve(found, graph.input, readers.get(graph.input, []), update, eps)
+    _tell(graph, found, graph.input, readers.get(graph.input, []), blocked, update, eps)
     return found
+
+
+def _tell(
+    graph: Graph, found: Walk, value: Value, readers: list[Place], blocked: set[Value], update: Mapping[str, Tensor], eps: float
+) -> None:
+    """Finds a tensor if it is not known yet, and what came back to it through the layers that waited for it."""
+    if any(place.gave in found.late for place in readers):
+        if value in found.values or not _solve_late(graph, found, value, readers, update, eps):
+            blocked.add(value)
+            found.deltas.pop(value, None)
+    elif value not in found.values:
+        _solve(found, value, readers, update, eps)
 
 
 def _back(found: Walk, call: Call, fed: list[Value], blocked: set[Value]) -> None:
     """What came back to a call's output, sent on to what it was given."""
     gave = call.gave[0]
+    if call.alone and gave not in blocked and _waits(found, call, fed):
+        return
     sent: list[Tensor | None]
     if gave in blocked or gave not in found.deltas or not call.alone:
         sent = [None] * len(fed)
@@ -95,7 +119,33 @@ def _back(found: Walk, call: Call, fed: list[Value], blocked: set[Value]) -> Non
             blocked.add(value)
             found.deltas.pop(value, None)
         else:
-            found.deltas[value] = found.deltas[value] + part if value in found.deltas else part
+            _add(found, value, part, found.scaled.get(gave))
+
+
+def _add(found: Walk, value: Value, part: Tensor, scaled: Value | None) -> None:
+    """One more part of what came back to a tensor."""
+    alike = value not in found.deltas or found.scaled.get(value) is scaled
+    found.deltas[value] = found.deltas[value] + part if value in found.deltas else part
+    found.scaled[value] = scaled if alike else None
+
+
+def _waits(found: Walk, call: Call, fed: list[Value]) -> bool:
+    """Whether a call's derivative depends on a tensor that is not known yet, but will be; then it is kept for later."""
+    gave = call.gave[0]
+    if len(fed) != 1:
+        return False
+    layer = layer_of(call, fed[0])
+    if gave in found.late:
+        return type(layer) in (nn.Conv2d, nn.Linear)
+    fixed = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and not layer.training and layer.running_var is not None
+    if fixed or not isinstance(layer, NORMS) or gave not in found.deltas or fed[0] in found.deltas:
+        return False
+    made_by = None if fed[0].call is None else layer_of(fed[0].call, fed[0].call.given[0])
+    if type(made_by) not in (nn.Conv2d, nn.Linear):
+        return False
+    found.late[fed[0]] = Late(gave, found.deltas[gave])
+    found.scaled[fed[0]] = found.scaled.get(gave)
+    return True
 
 
 def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tensor | None]:
@@ -159,4 +209,84 @@ def _solve(found: Walk, value: Value, readers: Sequence[Place], update: Mapping[
     found.told.append(Told(value, None, x, shape, even, condition, misfit))
 
 
+def _solve_late(
+    graph: Graph, found: Walk, value: Value, places: list[Place], update: Mapping[str, Tensor], eps: float
+) -> bool:
+    """A tensor by the weights of all layers that read it, where what came back to some depends on their outputs."""
+    if not all(p.weight in update and p.groups == 1 and (p.gave in found.late or p.gave in found.deltas) for p in places):
+        return False
+    readers = []
+    for place in places:
+        late = found.late.get(place.gave)
+        behind = None if late is None else section(graph, place.gave, late.value)
+        cotangent = found.deltas[place.gave] if late is None else late.cotangent
+        loose = found.scaled.get(place.gave) is not None
+        readers.append(Reader(place, update[place.weight], cotangent, behind, loose))
+    n, seen = len(readers[0].cotangent), _seen(graph, found, value)
+    shape = (n, *value.shape[1:])
+    size = float(found.told[-1].seen.square().mean().sqrt())
+    answer = solved(readers, shape, seen, size)
+    if answer is None or not answer.misfit < LARGEST_MISFIT:
+        found.stops.append(f"the input of {places[0].call.where} is not determined")
+        return False
+    x = answer.x
+    if value.call is not None and isinstance(layer_of(value.call, value.call.given[0]), nn.ReLU):
+        x = torch.where(x < ZERO_ROUNDINGS * eps * answer.condition * x.max(), 0.0, x)
+    found.values[value] = x
+    factors = iter(answer.factors)
+    for place, reader in zip(places, readers, strict=True):
+        if reader.loose:
+            _rescale(found, found.scaled[place.gave], next(factors))
+    own = None if seen is not None else value
+    for place, reader in zip(places, readers, strict=True):
+        z = reader.output(x)
+        if reader.behind is not None:
+            found.values[place.gave] = z
+            found.values[found.late.pop(place.gave).value] = reader.behind(z)
+            _add(found, value, reader.back(x, reader.delta(z)), own)
+    noise = max(eps * answer.condition, answer.blur) * x.square().mean().sqrt().expand_as(x)
+    found.told.append(Told(value, None, x, shape, noise, answer.condition, answer.misfit))
+    return True
+
+
+def _rescale(found: Walk, owner: Value | None, factors: Tensor) -> None:
+    """Corrects the scales [n] of a tensor and of all that came back and goes with them."""
+    for value, scaled in found.scaled.items():
+        if owner is None or scaled is not owner:
+            continue
+        if value in found.deltas:
+            found.deltas[value] = found.deltas[value] * _sides(factors, found.deltas[value])
+        if value in found.late:
+            late = found.late[value]
+            found.late[value] = Late(late.value, late.cotangent * _sides(factors, late.cotangent))
+    if owner is not None:
+        found.values[owner] = found.values[owner] / _sides(factors, found.values[owner])
+
+
+def _sides(factors: Tensor, like: Tensor) -> Tensor:
+    return factors.view(-1, *[1] * (like.ndim - 1))
+
+
+def _seen(graph: Graph, found: Walk, value: Value) -> Seen | None:
+    """The entries of a tensor that are known since it was added to a known one, and a ReLU let the sum pass."""
+    same = {value}
+    for call in graph.calls:
+        fed = [other for other in call.given if other.fed]
+        if len(fed) == 1 and fed[0] in same and isinstance(call.ran, nn.Identity):
+            same.add(call.gave[0])
+        if call.ran not in ADDS or len(fed) != 2 or len(same.intersection(fed)) != 1:
+            continue
+        (other,) = set(fed) - same
+        passed = next((c.gave[0] for c in graph.calls if call.gave[0] in c.given and _is_relu(c)), None)
+        if other in found.values and passed in found.values:
+            where = found.values[passed] > 0
+            return Seen(where, (found.values[passed] - found.values[other])[where])
+    return None
+
+
+def _is_relu(call: Call) -> bool:
+    return isinstance(layer_of(call, call.given[0]), nn.ReLU)
+
+
+LARGEST_MISFIT = 1e-6  # relative, of the weights' gradients, up to which a tensor is right
 ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}

@@ -1,0 +1,262 @@
+"""Implicit: a layer's input where what came back to its output depends on that output itself, as behind a group norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unbatch.inversion.descent.places import Place
+from unbatch.numerics.windows.weight_equations import weight_equations
+
+ROUNDS = 60  # of the fixed point
+NEAR = 1e-3  # relative change of a round, below which Newton's steps begin
+NEWTON_STEPS = 12
+PRODUCTS = 60  # with the Jacobian, a step
+FEWER = 1e-3  # by which the products of a step take its system's residual down
+LARGEST_STEP = 0.5  # of an input's scale, relative
+DETERMINED = 1e-9  # least eigenvalue of the normal equations over the largest, below which they leave something open
+
+
+@dataclass(eq=False)
+class Reader:
+    """A layer that reads the tensor in question, with what came back to the output of what lies behind it.
+
+    `behind` is the module from the layer's output to where `cotangent` is known, None where that is the output itself. `loose`:
+    the cotangent of every example is known up to a factor near 1. `gradient` is that of the layer's weight.
+    """
+
+    place: Place
+    gradient: Tensor
+    cotangent: Tensor
+    behind: nn.Module | None
+    loose: bool
+
+    def delta(self, output: Tensor) -> Tensor:
+        """What came back to the layer's output, if that is `output`."""
+        if self.behind is None:
+            return self.cotangent
+        at = output.detach().requires_grad_()
+        with torch.enable_grad():
+            (back,) = torch.autograd.grad(self.behind(at), at, self.cotangent)
+        return back
+
+    def turned(self, output: Tensor, move: Tensor) -> Tensor:
+        """The derivative of `delta` in the direction `move`; being a Hessian it is its own transpose."""
+        if self.behind is None:
+            return torch.zeros_like(move)
+        at = output.detach().requires_grad_()
+        with torch.enable_grad():
+            (back,) = torch.autograd.grad(self.behind(at), at, self.cotangent, create_graph=True)
+            (found,) = torch.autograd.grad(back, at, move)
+        return found
+
+    def apply(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The layer without its bias, with another weight if one is given."""
+        own = self.place.layer
+        weight = own.weight if weight is None else weight
+        if isinstance(own, nn.Linear):
+            return F.linear(x, weight)
+        return own._conv_forward(x, weight, None)
+
+    def output(self, x: Tensor) -> Tensor:
+        """The layer."""
+        found: Tensor = self.place.layer(x)
+        return found
+
+    def weighed(self, x: Tensor, delta: Tensor) -> Tensor:
+        """The weight's gradient for an input and what came back to the output."""
+        weight = torch.zeros_like(self.place.layer.weight).requires_grad_()
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(self.apply(x, weight), weight, delta)
+        return found
+
+    def back(self, x: Tensor, delta: Tensor, weight: Tensor | None = None) -> Tensor:
+        """What goes on to the input."""
+        at = torch.zeros_like(x).requires_grad_()
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(self.apply(at, weight), at, delta)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Entries of the tensor itself that are known."""
+
+    where: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The tensor, the factors [n] by which each loose reader's cotangent is to be multiplied, and the misfit, relative."""
+
+    x: Tensor
+    factors: list[Tensor]
+    misfit: float
+    condition: float
+    blur: float  # how far rounding may move an example's scale, relative
+
+
+class _System:
+    """The weight gradients of all readers as functions of the tensor, each in units of its own size."""
+
+    def __init__(self, readers: Sequence[Reader], shape: tuple[int, ...], seen: Seen | None) -> None:
+        self.readers, self.shape, self.seen = readers, shape, seen
+        self.unit = [float(reader.gradient.norm()) for reader in readers]
+        self.size = 1.0 if seen is None else float(seen.values.norm())
+
+    def misfit(self, x: Tensor) -> Tensor:
+        parts = [
+            (reader.weighed(x, reader.delta(reader.output(x))) - reader.gradient).flatten() / unit
+            for reader, unit in zip(self.readers, self.unit, strict=True)
+        ]
+        if self.seen is not None:
+            parts.append((x[self.seen.where] - self.seen.values) / self.size)
+        return torch.cat(parts)
+
+    def linear(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        outputs = [reader.output(x) for reader in self.readers]
+        deltas = [reader.delta(z) for reader, z in zip(self.readers, outputs, strict=True)]
+        every = list(zip(self.readers, self.unit, outputs, deltas, strict=True))
+
+        def push(v: Tensor) -> Tensor:
+            parts = [
+                (r.weighed(v, delta) + r.weighed(x, r.turned(z, r.apply(v)))).flatten() / unit for r, unit, z, delta in every
+            ]
+            if self.seen is not None:
+                parts.append(v[self.seen.where] / self.size)
+            return torch.cat(parts)
+
+        def pull(u: Tensor) -> Tensor:
+            total, at = torch.zeros_like(x), 0
+            for r, unit, z, delta in every:
+                k = r.gradient.numel()
+                weight, at = u[at : at + k].view_as(r.gradient) / unit, at + k
+                total += r.back(x, delta, weight) + r.back(x, r.turned(z, r.apply(x, weight)))
+            if self.seen is not None:
+                total[self.seen.where] += u[at:] / self.size
+            return total
+
+        return push, pull
+
+    def each(self, x: Tensor, k: int) -> Tensor:
+        """The share of every example in one reader's gradient, as columns [e, n]."""
+        reader = self.readers[k]
+        delta = reader.delta(reader.output(x))
+        before = sum(r.gradient.numel() for r in self.readers[:k])
+        columns = [reader.weighed(a[None], d[None]).flatten() / self.unit[k] for a, d in zip(x, delta, strict=True)]
+        total = sum(r.gradient.numel() for r in self.readers) + (0 if self.seen is None else len(self.seen.values))
+        found = x.new_zeros(total, len(x))
+        found[before : before + len(columns[0])] = torch.stack(columns, 1)
+        return found
+
+    def normal(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The normal equations of all channels with the deltas held: matrix [n h w, n h w] and right side [n h w, c]."""
+        n, c = self.shape[:2]
+        H = b = torch.zeros(())
+        for reader, unit in zip(self.readers, self.unit, strict=True):
+            z = torch.zeros_like(reader.cotangent[:, :1]) if x is None else reader.output(x)
+            delta = _first(reader) if x is None else reader.delta(z)
+            A = weight_equations(delta.reshape(n, len(reader.gradient), -1), reader.place.windows(1)) / unit
+            G = reader.gradient
+            B = G.reshape(len(G), G.shape[1], -1).transpose(1, 2).reshape(-1, G.shape[1]) / unit
+            H, b = H + A.T @ A, b + A.T @ B
+        return H, b
+
+
+def _first(reader: Reader) -> Tensor:
+    """What came back for outputs that nobody knows: the mean over random ones, in which what depends on them drowns."""
+    if reader.behind is None:
+        return reader.cotangent
+    rng = torch.Generator().manual_seed(0)
+    shape = (len(reader.cotangent), *reader.place.gave.shape[1:])
+    return torch.stack([reader.delta(torch.randn(shape, generator=rng).to(reader.cotangent)) for _ in range(16)]).mean(0)
+
+
+def solved(readers: Sequence[Reader], shape: tuple[int, ...], seen: Seen | None, size: float) -> Found | None:
+    """The tensor [n, c, ...] that all readers' weight gradients are of; None where they leave it open or nothing converges.
+
+    First as a fixed point: the deltas for the last tensor, then the tensor by its linear equations. Then by Newton, with
+    the same equations as preconditioner. What lies behind may be blind to an example's scale but for its eps: these
+    directions, and the factors of loose cotangents, are solved for densely. `size` is where the scales begin (root mean square).
+    """
+    system = _System(readers, shape, seen)
+    x, last = None, None
+    for _ in range(ROUNDS):
+        H, b = system.normal(x)
+        values = torch.linalg.eigvalsh(H)
+        if not float(values[0]) > DETERMINED * float(values[-1]):
+            return None
+        new = torch.cholesky_solve(b, torch.linalg.cholesky(H)).T.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
+        new = new * (size / float(new.square().mean().sqrt())) if x is None else new
+        far = 1.0 if x is None else float((new - x).norm() / new.norm())
+        x = new
+        if far < NEAR:
+            break
+        last = far
+    assert x is not None
+    condition = float(values[-1] / values[0]) ** 0.5
+    return _newton(system, x, torch.linalg.cholesky(H), condition)
+
+
+def _newton(system: _System, x: Tensor, root: Tensor, condition: float) -> Found:
+    n, loose = len(x), [k for k, reader in enumerate(system.readers) if reader.loose]
+    factors = [x.new_ones(n) for _ in loose]
+    r, blur = system.misfit(x), torch.inf
+    side = (-1, *[1] * (x.ndim - 1))
+    for _ in range(NEWTON_STEPS):
+        push, pull = system.linear(x)
+        own = [x * (torch.arange(n, device=x.device) == i).view(side) for i in range(n)]
+        dense = torch.cat([torch.stack([push(v) for v in own], 1), *[system.each(x, k) for k in loose]], 1)
+        scale = dense.norm(dim=0)
+        Q, R = torch.linalg.qr(dense / scale)
+        d = _least(push, pull, r - Q @ (Q.T @ r), Q, root, x)
+        rest = Q.T @ (r - push(d))
+        blur = float((torch.linalg.inv(R).norm(dim=1) / scale)[:n].max()) * torch.finfo(x.dtype).eps
+        c = torch.linalg.solve_triangular(R, rest[:, None], upper=True)[:, 0] / scale
+        c = c.clamp(-LARGEST_STEP, LARGEST_STEP)
+        new = (x - d) * (1 - c[:n]).view(side)
+        old = [reader.cotangent for reader in system.readers]
+        for j, k in enumerate(loose):
+            factor = 1 - c[n * (j + 1) : n * (j + 2)]
+            system.readers[k].cotangent = old[k] * factor.view(-1, *[1] * (old[k].ndim - 1))
+            factors[j] = factors[j] * factor
+        moved = system.misfit(new)
+        if not float(moved.norm()) < float(r.norm()):
+            for j, k in enumerate(loose):
+                system.readers[k].cotangent = old[k]
+                factors[j] = factors[j] / (1 - c[n * (j + 1) : n * (j + 2)])
+            break
+        x, r = new, moved
+    return Found(x, factors, float(r.norm()), condition, blur)
+
+
+def _least(push, pull, r: Tensor, Q: Tensor, root: Tensor, x: Tensor) -> Tensor:
+    """The d with the least |P (J d - r)|, P away from the dense columns, by preconditioned conjugate gradients."""
+    n, c = x.shape[:2]
+
+    def smooth(v: Tensor) -> Tensor:
+        flat = v.transpose(0, 1).reshape(c, -1).T
+        return torch.cholesky_solve(flat, root).T.reshape(c, n, *x.shape[2:]).transpose(0, 1)
+
+    d = torch.zeros_like(x)
+    g = pull(r)
+    y = smooth(g)
+    p, size = y, float((g * y).sum())
+    first = size
+    for _ in range(PRODUCTS):
+        if not size > FEWER**2 * first:
+            break
+        image = push(p)
+        image = image - Q @ (Q.T @ image)
+        a = size / float(image.square().sum())
+        d, r = d + a * p, r - a * image
+        g = pull(r)
+        y = smooth(g)
+        new = float((g * y).sum())
+        p, size = y + new / size * p, new
+    return d
