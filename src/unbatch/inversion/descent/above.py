@@ -21,6 +21,9 @@ GRID = -2.0, 5.0, 36  # of scales, exponents of 10 and number
 FINEST = 1e-3  # spacing of the grid, relative, at which the search ends
 SECANTS = 8
 TOLD = 1e-9  # of a share that may be left at the right scale
+POLISHES = 4
+NUDGE = 1e-6  # of a scale, relative, that shows how the head's gradient depends on it
+FELT = 1e-3  # singular value of that dependence, above which it is used
 SILENT = 1e-10  # singular value of the head's gradient over the largest, below which a direction was sent nothing
 SURE_COSINE = 1e-4  # by which the gradient of a label may be turned from what was sent back
 
@@ -40,16 +43,16 @@ class Above:
     misfit: float
 
 
-def above(graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor]) -> Above:
+def above(graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor], *, mixed: bool = False) -> Above:
     """Runs the network from told-apart maps to its head, and back with what the head's gradient says was sent.
 
     dL/dW = sum_i sent_i f_i^T and dL/db = sum_i sent_i are linear in what was sent, once the features f are known. No label
     enters. Raises NotApplicable: nothing can tell the maps' scales.
     """
     place = found.place
-    inverse = inverse_scales(graph, found, update)
+    inverse = None if mixed else inverse_scales(graph, found, update)
     if inverse is None:
-        inverse = 1 / scales_by_share(graph, found, head, update)
+        inverse = 1 / scales_by_share(graph, found, head, update, mixed=mixed)
     maps = (found.maps / inverse.view(-1, 1, 1, 1)).reshape(-1, *place.given.shape[1:])
     if place is head:
         features, sent = maps, found.shares[..., 0] * inverse[:, None]
@@ -80,12 +83,17 @@ def inverse_scales(graph: Graph, found: Separation, update: Mapping[str, Tensor]
     return None if want is None else torch.linalg.lstsq(found.shares.sum(2).T, want[:, None]).solution[:, 0]
 
 
-def scales_by_share(graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor]) -> Tensor:
+def scales_by_share(
+    graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor], *, mixed: bool = False
+) -> Tensor:
     """The factor of each example's map [n], by what the layers above would send back to it.
 
     Example i sent back delta = share / s. Run with s times its map, the layers above send back a sum over the directions that
     the head's gradient spans, with coefficients that least squares find: one unknown s an example is left, which is searched
     on a grid and then by secants. Layers that are blind to scales but for the eps of a norm tell it in float64 all the same.
+
+    `mixed`: the layer's outputs go into batch norm in train mode. What came back sums to zero over the batch then, which tells
+    the scales but for one factor; that is searched for in the same way, with all examples at once.
     Raises NotApplicable: the layer is the head itself.
     """
     if found.place is head:
@@ -93,12 +101,17 @@ def scales_by_share(graph: Graph, found: Separation, head: Place, update: Mappin
     U, S, _ = torch.linalg.svd(update[head.weight], full_matrices=False)
     directions = U[:, S > SILENT * S[0]].T
     made = section(graph, found.place.given, head.gave)
+    ratios = torch.ones(len(found)).to(found.maps)
+    if mixed:
+        silent = torch.linalg.svd(found.shares.sum(2).T)[2][-1]  # what times the shares sums to zero in every channel
+        ratios = 1 / silent.abs().clamp_min(1e-300) if len(found) > 1 else ratios
+        ratios = ratios / ratios.mean()
 
     def left(s: Tensor) -> Tensor:
-        return _left(made, found, directions, s)
+        return _left(made, found, directions, s * ratios, mixed)
 
     grid = torch.logspace(*GRID, dtype=torch.float64).to(found.maps)
-    sizes = torch.stack([left(s.expand(len(found))).norm(dim=1) for s in grid])
+    sizes = torch.stack([left(s.expand(1 if mixed else len(found))).norm(dim=1) for s in grid])
     best, low = grid[sizes.argmin(0)], sizes.amin(0)
     width = float(grid[1] / grid[0])
     while width > 1 + FINEST:
@@ -110,7 +123,29 @@ def scales_by_share(graph: Graph, found: Separation, head: Place, update: Mappin
         width = width**0.5
         if bool((low < TOLD).all()):
             break
-    return best
+    return _by_head(graph, found, head, update, _secants(left, best, low, FINEST)[0] * ratios)
+
+
+def _by_head(graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor], scales: Tensor) -> Tensor:
+    """Scales [n] to the last digit by Gauss and Newton on the head's gradient, where its features depend on them."""
+    made, G = section(graph, found.place.given, head.given), update[head.weight]
+
+    def left(s: Tensor) -> Tensor:
+        maps = (found.maps * s.view(-1, *[1] * (found.maps.ndim - 1))).reshape(len(s), *found.place.given.shape[1:])
+        Q = torch.linalg.qr(made(maps).detach().T).Q
+        return ((G - (G @ Q) @ Q.T) / G.norm()).flatten()
+
+    for _ in range(POLISHES):
+        rest = left(scales)
+        moved = (left(scales * (1 + NUDGE * row)) for row in torch.eye(len(scales)).to(scales))
+        J = torch.stack([(other - rest) / NUDGE for other in moved], 1)
+        if not float(torch.linalg.svdvals(J)[-1]) > FELT:
+            break
+        new = scales * (1 - torch.linalg.lstsq(J, rest[:, None]).solution[:, 0])
+        if not float(left(new).norm()) < float(rest.norm()):
+            break
+        scales = new
+    return scales
 
 
 def _secants(left: Callable[[Tensor], Tensor], best: Tensor, low: Tensor, gap: float) -> tuple[Tensor, Tensor]:
@@ -128,8 +163,11 @@ def _secants(left: Callable[[Tensor], Tensor], best: Tensor, low: Tensor, gap: f
     return best, low
 
 
-def _left(made: nn.Module, found: Separation, directions: Tensor, s: Tensor) -> Tensor:
-    """What no sum of the directions explains of each example's share [n, e], relative, with its map s times as large."""
+def _left(made: nn.Module, found: Separation, directions: Tensor, s: Tensor, mixed: bool) -> Tensor:
+    """What no sum of the directions explains of each example's share [n, e], relative, with its map s times as large.
+
+    With `mixed` of all shares together [1, n e].
+    """
     place, n = found.place, len(found)
     maps = (found.maps * s.view(-1, *[1] * (found.maps.ndim - 1))).reshape(n, *place.given.shape[1:])
     nothing = maps.new_zeros(n, *place.gave.shape[1:]).requires_grad_()
@@ -137,9 +175,14 @@ def _left(made: nn.Module, found: Separation, directions: Tensor, s: Tensor) -> 
     with torch.enable_grad():
         last = made(maps)
     listening.remove()
-    backs = [torch.autograd.grad(last, nothing, d.expand_as(last), retain_graph=True)[0].flatten(1) for d in directions]
+    sent = [d.expand_as(last) for d in directions]
+    if mixed:
+        sent = [e[:, None] * d for d in directions for e in torch.eye(n).to(d)]
+    backs = [torch.autograd.grad(last, nothing, cotangent, retain_graph=True)[0].flatten(1) for cotangent in sent]
     A = torch.stack(backs, 2) * s.view(-1, 1, 1)  # [n, e, k]
     want = found.shares.flatten(1)[..., None]
+    if mixed:
+        A, want = A.flatten(0, 1)[None], want.flatten(0, 1)[None]
     Q = torch.linalg.qr(A).Q
     return ((want - Q @ (Q.transpose(1, 2) @ want)) / want.norm(dim=1, keepdim=True))[..., 0]
 

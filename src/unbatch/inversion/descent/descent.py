@@ -73,15 +73,16 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
     if head is None or not head.dense or head.weight not in update:
         raise NotApplicable("the network ends in no dense layer that sent its gradient, from which the labels would follow.")
     eps = float(torch.finfo(view.obs.dtype).eps)
+    mixed = any(isinstance(m := call.ran, nn.modules.batchnorm._BatchNorm) and m.training for call in graph.calls)
     tried, best = list[str](), None
     for place in candidates(graph, every, update, eps):
-        found = separated(place, place.flat(update[place.weight]), eps, rng, lambda: tick(SHARES[0] / 2))
+        found = separated(place, place.flat(update[place.weight]), eps, rng, lambda: tick(SHARES[0] / 2), mixed=mixed)
         if found is None:
             continue
         if found.missed:
             tried.append(f"{place.call.name}: {len(found)} of {len(found) + found.missed} examples")
             continue
-        up = above(graph, found, head, update)
+        up = above(graph, found, head, update, mixed=mixed)
         if not up.misfit < LARGEST_HEAD_MISFIT:
             tried.append(f"{place.call.name}: the head's gradient is {up.misfit:.1e} off")
             continue
@@ -119,9 +120,10 @@ def _graph(view: View) -> Graph:
     """What the network runs, in float64 and in the client's mode."""
     mode = view.protocol.mode
     model = in_double(view.model).train(mode == "train").requires_grad_(False)
-    mixing = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if mode == "train" and mixing:
-        raise NotApplicable(f"{mixing[0]!r} is batch norm in train mode, which mixes the examples.")
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
+            m.running_mean = m.running_var = m.num_batches_tracked = None  # nothing reads them, and nothing is to write to them
+            m.track_running_stats = False
     if mode == "train" and any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
         raise NotApplicable("dropout in train mode draws what nobody knows.")
     try:

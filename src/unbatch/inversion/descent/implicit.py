@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,15 @@ from torch.nn import functional as F
 from unbatch.inversion.descent.places import Place
 from unbatch.numerics.windows.weight_equations import weight_equations
 
+Push = Callable[[Tensor], Tensor]
 ROUNDS = 60  # of the fixed point
 NEAR = 1e-3  # relative change of a round, below which Newton's steps begin
 NEWTON_STEPS = 12
 PRODUCTS = 60  # with the Jacobian, a step
 FEWER = 1e-3  # by which the products of a step take its system's residual down
 LARGEST_STEP = 0.5  # of an input's scale, relative
+SMALLEST_STEP = 1e-3
+SEES = 1e-3  # of the largest entry of an open direction, above which it moves an entry
 DETERMINED = 1e-9  # least eigenvalue of the normal equations over the largest, below which they leave something open
 
 
@@ -118,7 +121,7 @@ class _System:
             parts.append((x[self.seen.where] - self.seen.values) / self.size)
         return torch.cat(parts)
 
-    def linear(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    def linear(self, x: Tensor) -> tuple[Push, Push]:
         outputs = [reader.output(x) for reader in self.readers]
         deltas = [reader.delta(z) for reader, z in zip(self.readers, outputs, strict=True)]
         every = list(zip(self.readers, self.unit, outputs, deltas, strict=True))
@@ -177,71 +180,103 @@ def _first(reader: Reader) -> Tensor:
     return torch.stack([reader.delta(torch.randn(shape, generator=rng).to(reader.cotangent)) for _ in range(16)]).mean(0)
 
 
-def solved(readers: Sequence[Reader], shape: tuple[int, ...], seen: Seen | None, size: float) -> Found | None:
+def solved(
+    readers: Sequence[Reader], shape: tuple[int, ...], seen: Seen | None, size: float, *, rectified: bool
+) -> Found | None:
     """The tensor [n, c, ...] that all readers' weight gradients are of; None where they leave it open or nothing converges.
 
     First as a fixed point: the deltas for the last tensor, then the tensor by its linear equations. Then by Newton, with
     the same equations as preconditioner. What lies behind may be blind to an example's scale but for its eps: these
     directions, and the factors of loose cotangents, are solved for densely. `size` is where the scales begin (root mean square).
+    Batch norm in train mode is blind to a constant that only the middle weight of a strided layer sees: one open direction a
+    channel, in which a `rectified` tensor is taken to reach zero.
     """
     system = _System(readers, shape, seen)
-    x, last = None, None
+    x = None
     for _ in range(ROUNDS):
         H, b = system.normal(x)
-        values = torch.linalg.eigvalsh(H)
-        if not float(values[0]) > DETERMINED * float(values[-1]):
+        values, vectors = torch.linalg.eigh(H)
+        open_ = vectors[:, values <= DETERMINED * values[-1]]
+        if open_.shape[1] > (1 if rectified else 0):
             return None
-        new = torch.cholesky_solve(b, torch.linalg.cholesky(H)).T.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
+        root = torch.linalg.cholesky(H + float(values[-1]) * open_ @ open_.T)
+        flat = torch.cholesky_solve(b - open_ @ (open_.T @ b), root).T  # [c, n h w]
+        new = _unflat(_lowered(flat, open_), shape)
         new = new * (size / float(new.square().mean().sqrt())) if x is None else new
         far = 1.0 if x is None else float((new - x).norm() / new.norm())
         x = new
         if far < NEAR:
             break
-        last = far
-    assert x is not None
-    condition = float(values[-1] / values[0]) ** 0.5
-    return _newton(system, x, torch.linalg.cholesky(H), condition)
+    if x is None:
+        return None
+    condition = float(values[-1] / values[open_.shape[1]]) ** 0.5
+    found = _newton(system, x, root, condition)
+    return replace(found, x=_unflat(_lowered(_flat(found.x), open_), shape))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[n, c, ...] as [c, n h w]."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def _unflat(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return flat.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
+
+
+def _lowered(flat: Tensor, open_: Tensor) -> Tensor:
+    """Channels [c, n h w] moved along the one open direction, if there is one, until the least entry that it moves is zero."""
+    if not open_.shape[1]:
+        return flat
+    way = open_[:, 0] * torch.sign(open_[:, 0].sum())
+    moved = way > SEES * way.max()
+    least = (flat[:, moved] / way[moved]).amin(1)
+    return flat - least[:, None] * torch.where(moved, way, 0.0)
 
 
 def _newton(system: _System, x: Tensor, root: Tensor, condition: float) -> Found:
-    n, loose = len(x), [k for k, reader in enumerate(system.readers) if reader.loose]
-    factors = [x.new_ones(n) for _ in loose]
+    loose = [k for k, reader in enumerate(system.readers) if reader.loose]
+    given = [reader.cotangent for reader in system.readers]
+    factors = x.new_ones(1 + len(loose), len(x))  # of the tensor itself, not kept, and of the loose cotangents
     r, blur = system.misfit(x), torch.inf
-    side = (-1, *[1] * (x.ndim - 1))
     for _ in range(NEWTON_STEPS):
-        push, pull = system.linear(x)
-        own = [x * (torch.arange(n, device=x.device) == i).view(side) for i in range(n)]
-        dense = torch.cat([torch.stack([push(v) for v in own], 1), *[system.each(x, k) for k in loose]], 1)
-        scale = dense.norm(dim=0)
-        Q, R = torch.linalg.qr(dense / scale)
-        d = _least(push, pull, r - Q @ (Q.T @ r), Q, root, x)
-        rest = Q.T @ (r - push(d))
-        blur = float((torch.linalg.inv(R).norm(dim=1) / scale)[:n].max()) * torch.finfo(x.dtype).eps
-        c = torch.linalg.solve_triangular(R, rest[:, None], upper=True)[:, 0] / scale
-        c = c.clamp(-LARGEST_STEP, LARGEST_STEP)
-        new = (x - d) * (1 - c[:n]).view(side)
-        old = [reader.cotangent for reader in system.readers]
-        for j, k in enumerate(loose):
-            factor = 1 - c[n * (j + 1) : n * (j + 2)]
-            system.readers[k].cotangent = old[k] * factor.view(-1, *[1] * (old[k].ndim - 1))
-            factors[j] = factors[j] * factor
-        moved = system.misfit(new)
-        if not float(moved.norm()) < float(r.norm()):
-            for j, k in enumerate(loose):
-                system.readers[k].cotangent = old[k]
-                factors[j] = factors[j] / (1 - c[n * (j + 1) : n * (j + 2)])
+        d, c, blur = _step(system, x, r, root, loose)
+        step, better = 1.0, False
+        while step > SMALLEST_STEP and not better:
+            turned = 1 - step * c
+            new = (x - step * d) * turned[0].view(-1, *[1] * (x.ndim - 1))
+            for k, factor in zip(loose, factors[1:] * turned[1:], strict=True):
+                system.readers[k].cotangent = given[k] * factor.view(-1, *[1] * (given[k].ndim - 1))
+            moved = system.misfit(new)
+            better = float(moved.norm()) < float(r.norm())
+            step = step if better else step / 4
+        if not better:
             break
-        x, r = new, moved
-    return Found(x, factors, float(r.norm()), condition, blur)
+        x, r, factors = new, moved, factors * turned
+    for k, factor in zip(loose, factors[1:], strict=True):
+        system.readers[k].cotangent = given[k] * factor.view(-1, *[1] * (given[k].ndim - 1))
+    return Found(x, list(factors[1:]), float(r.norm()), condition, blur)
 
 
-def _least(push, pull, r: Tensor, Q: Tensor, root: Tensor, x: Tensor) -> Tensor:
+def _step(system: _System, x: Tensor, r: Tensor, root: Tensor, loose: list[int]) -> tuple[Tensor, Tensor, float]:
+    """Newton's step: of the tensor, of factors [1 + loose, n], and how far rounding moves the tensor's scales."""
+    n = len(x)
+    push, pull = system.linear(x)
+    own = [x * (torch.arange(n, device=x.device) == i).view(-1, *[1] * (x.ndim - 1)) for i in range(n)]
+    dense = torch.cat([torch.stack([push(v) for v in own], 1), *[system.each(x, k) for k in loose]], 1)
+    scale = dense.norm(dim=0)
+    Q, R = torch.linalg.qr(dense / scale)
+    d = _least(push, pull, r - Q @ (Q.T @ r), Q, root, x)
+    inverse = torch.linalg.pinv(R) / scale[:, None]
+    blur = float(inverse.norm(dim=1)[:n].max()) * torch.finfo(x.dtype).eps
+    c = (inverse @ (Q.T @ (r - push(d)))).clamp(-LARGEST_STEP, LARGEST_STEP)
+    return d, c.view(-1, n), blur
+
+
+def _least(push: Push, pull: Push, r: Tensor, Q: Tensor, root: Tensor, x: Tensor) -> Tensor:
     """The d with the least |P (J d - r)|, P away from the dense columns, by preconditioned conjugate gradients."""
-    n, c = x.shape[:2]
 
     def smooth(v: Tensor) -> Tensor:
-        flat = v.transpose(0, 1).reshape(c, -1).T
-        return torch.cholesky_solve(flat, root).T.reshape(c, n, *x.shape[2:]).transpose(0, 1)
+        return _unflat(torch.cholesky_solve(_flat(v).T, root).T, tuple(x.shape))
 
     d = torch.zeros_like(x)
     g = pull(r)

@@ -225,12 +225,13 @@ def _solve_late(
     n, seen = len(readers[0].cotangent), _seen(graph, found, value)
     shape = (n, *value.shape[1:])
     size = float(found.told[-1].seen.square().mean().sqrt())
-    answer = solved(readers, shape, seen, size)
+    rectified = value.call is not None and _is_relu(value.call)
+    answer = solved(readers, shape, seen, size, rectified=rectified)
     if answer is None or not answer.misfit < LARGEST_MISFIT:
         found.stops.append(f"the input of {places[0].call.where} is not determined")
         return False
     x = answer.x
-    if value.call is not None and isinstance(layer_of(value.call, value.call.given[0]), nn.ReLU):
+    if rectified:
         x = torch.where(x < ZERO_ROUNDINGS * eps * answer.condition * x.max(), 0.0, x)
     found.values[value] = x
     factors = iter(answer.factors)
