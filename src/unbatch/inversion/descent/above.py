@@ -97,7 +97,9 @@ def scales_by_share(
     Raises NotApplicable: the layer is the head itself.
     """
     if found.place is head:
-        raise NotApplicable(f"the head {head.call.where} has no bias, whose gradient would tell the scales of the examples.")
+        raise NotApplicable(
+            f"the head {head.call.where} has no bias, whose gradient would tell the scales of the examples."
+        )
     U, S, _ = torch.linalg.svd(update[head.weight], full_matrices=False)
     directions = U[:, S > SILENT * S[0]].T
     made = section(graph, found.place.given, head.gave)
@@ -192,7 +194,9 @@ def _shift(graph: Graph, place: Place, update: Mapping[str, Tensor]) -> Tensor |
     if place.bias in update:
         return update[place.bias]  # type: ignore[index]
     for call in graph.calls:
-        if place.gave not in call.given or not isinstance(norm := layer_of(call, place.gave), nn.BatchNorm2d | nn.BatchNorm1d):
+        if place.gave not in call.given or not isinstance(
+            norm := layer_of(call, place.gave), nn.BatchNorm2d | nn.BatchNorm1d
+        ):
             continue
         name = f"{call.name}.bias" if isinstance(call.ran, nn.Module) else graph.names().get(id(norm.bias), "")
         if norm.training or norm.running_var is None or name not in update:

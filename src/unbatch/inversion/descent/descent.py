@@ -52,7 +52,9 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
     if view.steps:
         raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
     if float(view.knowledge.get("noise", 0.0)) > 0 or "log_prob" in view.knowledge:
-        raise NotApplicable("a defence's noise fills the span of every layer's gradient, so that none counts its examples.")
+        raise NotApplicable(
+            "a defence's noise fills the span of every layer's gradient, so that none counts its examples."
+        )
     shape, trace_ = view.knowledge.input_shape, dict[str, Any]()
     found = _descent(view, rng, trace_)
     if found is None:
@@ -71,7 +73,9 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
     every = [place for place in places(graph)]
     head = every[-1] if every else None
     if head is None or not head.dense or head.weight not in update:
-        raise NotApplicable("the network ends in no dense layer that sent its gradient, from which the labels would follow.")
+        raise NotApplicable(
+            "the network ends in no dense layer that sent its gradient, from which the labels would follow."
+        )
     eps = float(torch.finfo(view.obs.dtype).eps)
     mixed = any(isinstance(m := call.ran, nn.modules.batchnorm._BatchNorm) and m.training for call in graph.calls)
     tried, best = list[str](), None
@@ -96,7 +100,11 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
     if best is None:
         trace_["stopped"] = "; ".join(tried) or "no layer's gradient has the rank of a few examples times its windows."
         return None
-    trace_ |= {"layer": best.separation.place.call.name, "examples": len(best.separation), "head misfit": best.above.misfit}
+    trace_ |= {
+        "layer": best.separation.place.call.name,
+        "examples": len(best.separation),
+        "head misfit": best.above.misfit,
+    }
     trace_["equations"] = [_row(told) for told in best.walk.told]
     trace_["stops"] = best.walk.stops
     return best
@@ -122,7 +130,9 @@ def _graph(view: View) -> Graph:
     model = in_double(view.model).train(mode == "train").requires_grad_(False)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
-            m.running_mean = m.running_var = m.num_batches_tracked = None  # nothing reads them, and nothing is to write to them
+            m.running_mean = m.running_var = m.num_batches_tracked = (
+                None  # nothing reads them, and nothing is to write to them
+            )
             m.track_running_stats = False
     if mode == "train" and any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
         raise NotApplicable("dropout in train mode draws what nobody knows.")
@@ -193,7 +203,11 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
     off = misfit(x).detach()
     left = answer(off / off.norm()) * float(off.norm())
     spread = torch.stack(moves).square().sum(2).mean(0).sqrt()
-    far = ERROR_SIGMAS * max(1.0, excess) * spread + 2 * left.norm(dim=1) + torch.finfo(torch.float64).eps * x.flatten(1).norm(dim=1)
+    far = (
+        ERROR_SIGMAS * max(1.0, excess) * spread
+        + 2 * left.norm(dim=1)
+        + torch.finfo(torch.float64).eps * x.flatten(1).norm(dim=1)
+    )
     relative = far / x.flatten(1).norm(dim=1).clamp_min(1e-300)
     return torch.where((lost < LOST_SHARE) & (relative < LARGEST_RADIUS), relative, torch.inf).cpu()
 

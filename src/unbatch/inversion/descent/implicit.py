@@ -17,9 +17,10 @@ ROUNDS = 60  # of the fixed point
 NEAR = 1e-3  # relative change of a round, below which Newton's steps begin
 NEWTON_STEPS = 12
 PRODUCTS = 60  # with the Jacobian, a step
-FEWER = 1e-3  # by which the products of a step take its system's residual down
+FEWER = 1e-4  # by which the products of a step take its system's residual down
 LARGEST_STEP = 0.5  # of an input's scale, relative
 SMALLEST_STEP = 1e-3
+ENDED = 0.9  # of the misfit, which a whole step leaves once only rounding is left
 SEES = 1e-3  # of the largest entry of an open direction, above which it moves an entry
 DETERMINED = 1e-9  # least eigenvalue of the normal equations over the largest, below which they leave something open
 
@@ -37,6 +38,12 @@ class Reader:
     cotangent: Tensor
     behind: nn.Module | None
     loose: bool
+
+    @property
+    def mixes(self) -> bool:
+        """Whether what lies behind mixes the examples."""
+        modules = () if self.behind is None else self.behind.modules()
+        return any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) and m.training for m in modules)
 
     def delta(self, output: Tensor) -> Tensor:
         """What came back to the layer's output, if that is `output`."""
@@ -109,6 +116,7 @@ class _System:
 
     def __init__(self, readers: Sequence[Reader], shape: tuple[int, ...], seen: Seen | None) -> None:
         self.readers, self.shape, self.seen = readers, shape, seen
+        self.together = any(reader.mixes for reader in readers)  # the examples have one scale and no more
         self.unit = [float(reader.gradient.norm()) for reader in readers]
         self.size = 1.0 if seen is None else float(seen.values.norm())
 
@@ -128,7 +136,8 @@ class _System:
 
         def push(v: Tensor) -> Tensor:
             parts = [
-                (r.weighed(v, delta) + r.weighed(x, r.turned(z, r.apply(v)))).flatten() / unit for r, unit, z, delta in every
+                (r.weighed(v, delta) + r.weighed(x, r.turned(z, r.apply(v)))).flatten() / unit
+                for r, unit, z, delta in every
             ]
             if self.seen is not None:
                 parts.append(v[self.seen.where] / self.size)
@@ -147,13 +156,14 @@ class _System:
         return push, pull
 
     def each(self, x: Tensor, k: int) -> Tensor:
-        """The share of every example in one reader's gradient, as columns [e, n]."""
+        """The share of every example in one reader's gradient, as columns [e, n], or of all together [e, 1]."""
         reader = self.readers[k]
         delta = reader.delta(reader.output(x))
         before = sum(r.gradient.numel() for r in self.readers[:k])
-        columns = [reader.weighed(a[None], d[None]).flatten() / self.unit[k] for a, d in zip(x, delta, strict=True)]
+        parts = [(x, delta)] if self.together else [(a[None], d[None]) for a, d in zip(x, delta, strict=True)]
+        columns = [reader.weighed(*part).flatten() / self.unit[k] for part in parts]
         total = sum(r.gradient.numel() for r in self.readers) + (0 if self.seen is None else len(self.seen.values))
-        found = x.new_zeros(total, len(x))
+        found = x.new_zeros(total, len(columns))
         found[before : before + len(columns[0])] = torch.stack(columns, 1)
         return found
 
@@ -177,7 +187,9 @@ def _first(reader: Reader) -> Tensor:
         return reader.cotangent
     rng = torch.Generator().manual_seed(0)
     shape = (len(reader.cotangent), *reader.place.gave.shape[1:])
-    return torch.stack([reader.delta(torch.randn(shape, generator=rng).to(reader.cotangent)) for _ in range(16)]).mean(0)
+    return torch.stack([reader.delta(torch.randn(shape, generator=rng).to(reader.cotangent)) for _ in range(16)]).mean(
+        0
+    )
 
 
 def solved(
@@ -251,7 +263,10 @@ def _newton(system: _System, x: Tensor, root: Tensor, condition: float) -> Found
             step = step if better else step / 4
         if not better:
             break
+        ended = step == 1.0 and float(moved.norm()) > ENDED * float(r.norm())
         x, r, factors = new, moved, factors * turned
+        if ended:
+            break
     for k, factor in zip(loose, factors[1:], strict=True):
         system.readers[k].cotangent = given[k] * factor.view(-1, *[1] * (given[k].ndim - 1))
     return Found(x, list(factors[1:]), float(r.norm()), condition, blur)
@@ -261,15 +276,15 @@ def _step(system: _System, x: Tensor, r: Tensor, root: Tensor, loose: list[int])
     """Newton's step: of the tensor, of factors [1 + loose, n], and how far rounding moves the tensor's scales."""
     n = len(x)
     push, pull = system.linear(x)
-    own = [x * (torch.arange(n, device=x.device) == i).view(-1, *[1] * (x.ndim - 1)) for i in range(n)]
+    own = [x] if system.together else [x * row.view(-1, *[1] * (x.ndim - 1)) for row in torch.eye(n).to(x)]
     dense = torch.cat([torch.stack([push(v) for v in own], 1), *[system.each(x, k) for k in loose]], 1)
     scale = dense.norm(dim=0)
     Q, R = torch.linalg.qr(dense / scale)
     d = _least(push, pull, r - Q @ (Q.T @ r), Q, root, x)
     inverse = torch.linalg.pinv(R) / scale[:, None]
-    blur = float(inverse.norm(dim=1)[:n].max()) * torch.finfo(x.dtype).eps
+    blur = float(inverse.norm(dim=1)[: len(own)].max()) * torch.finfo(x.dtype).eps
     c = (inverse @ (Q.T @ (r - push(d)))).clamp(-LARGEST_STEP, LARGEST_STEP)
-    return d, c.view(-1, n), blur
+    return d, c.view(-1, len(own)).expand(-1, n), blur
 
 
 def _least(push: Push, pull: Push, r: Tensor, Q: Tensor, root: Tensor, x: Tensor) -> Tensor:

@@ -91,7 +91,13 @@ def walk(
 
 
 def _tell(
-    graph: Graph, found: Walk, value: Value, readers: list[Place], blocked: set[Value], update: Mapping[str, Tensor], eps: float
+    graph: Graph,
+    found: Walk,
+    value: Value,
+    readers: list[Place],
+    blocked: set[Value],
+    update: Mapping[str, Tensor],
+    eps: float,
 ) -> None:
     """Finds a tensor if it is not known yet, and what came back to it through the layers that waited for it."""
     if any(place.gave in found.late for place in readers):
@@ -155,7 +161,9 @@ def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tens
     if len(fed) != 1:
         return [None] * len(fed)
     layer, shape = layer_of(call, fed[0]), (n, *fed[0].shape[1:])
-    if isinstance(layer, Reshape | nn.Flatten | nn.Identity | nn.Unflatten) or (isinstance(layer, nn.Dropout) and not layer.training):
+    if isinstance(layer, Reshape | nn.Flatten | nn.Identity | nn.Unflatten) or (
+        isinstance(layer, nn.Dropout) and not layer.training
+    ):
         if gave in found.values and fed[0] not in found.values:
             found.values[fed[0]] = found.values[gave].reshape(shape)
         return [delta.reshape(shape)]
@@ -213,7 +221,9 @@ def _solve_late(
     graph: Graph, found: Walk, value: Value, places: list[Place], update: Mapping[str, Tensor], eps: float
 ) -> bool:
     """A tensor by the weights of all layers that read it, where what came back to some depends on their outputs."""
-    if not all(p.weight in update and p.groups == 1 and (p.gave in found.late or p.gave in found.deltas) for p in places):
+    if not all(
+        p.weight in update and p.groups == 1 and (p.gave in found.late or p.gave in found.deltas) for p in places
+    ):
         return False
     readers = []
     for place in places:

@@ -51,4 +51,8 @@ def maps_in(rows: Tensor, windows: Windows, *, differences: bool = False) -> Ten
     entries = torch.einsum("mjb,bca->mcja", held, apart).reshape(len(held), channels, places * taps)
     found = (entries @ torch.linalg.pinv(made).T)[..., : height * width].flatten(1)
     _, S, V = torch.linalg.svd(found, full_matrices=False)
-    return V[S > VANISHED * max(1.0, float(S[0]))].view(-1, channels, height, width) if len(S) else found.view(0, *windows.shape)
+    return (
+        V[S > VANISHED * max(1.0, float(S[0]))].view(-1, channels, height, width)
+        if len(S)
+        else found.view(0, *windows.shape)
+    )
