@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.descent.places import Place
 from unbatch.inversion.descent.separation import Separation
 from unbatch.inversion.view import View
-from unbatch.network.graph import Graph
+from unbatch.network.graph import Graph, Value
 from unbatch.network.operations import layer_of
 from unbatch.network.precision import loss_value
 from unbatch.network.sections import section
@@ -32,55 +32,64 @@ SURE_COSINE = 1e-4  # by which the gradient of a label may be turned from what w
 class Above:
     """What is known at a layer's input for every example of the batch.
 
-    maps [n, *shape] are the inputs, delta [n, *shape] the gradient that came back to them, sent [n, k] that of the network's
-    last dense layer's outputs; misfit says how well its weight's gradient agrees, relative.
+    maps [n, *shape] are the inputs, delta [n, *shape] the gradient that came back to them, deltas that to the outputs of the
+    layers that read them, sent [n, k] that to the network's last dense layer's outputs; misfit says how well its weight's
+    gradient agrees, relative.
     """
 
     maps: Tensor
     delta: Tensor
+    deltas: dict[Value, Tensor]
     sent: Tensor
     last: Tensor  # those outputs
     misfit: float
 
 
-def above(graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor], *, mixed: bool = False) -> Above:
-    """Runs the network from told-apart maps to its head, and back with what the head's gradient says was sent.
+def above(graph: Graph, readers: Sequence[Place], maps: Tensor, head: Place, update: Mapping[str, Tensor]) -> Above:
+    """Runs the network from what some layers read to its head, and back with what the head's gradient says was sent.
 
     dL/dW = sum_i sent_i f_i^T and dL/db = sum_i sent_i are linear in what was sent, once the features f are known. No label
-    enters. Raises NotApplicable: nothing can tell the maps' scales.
+    enters. `readers` are the layers that read `maps`.
     """
-    place = found.place
-    inverse = None if mixed else inverse_scales(graph, found, update)
-    if inverse is None:
-        inverse = 1 / scales_by_share(graph, found, head, update, mixed=mixed)
-    maps = (found.maps / inverse.view(-1, 1, 1, 1)).reshape(-1, *place.given.shape[1:])
-    if place is head:
-        features, sent = maps, found.shares[..., 0] * inverse[:, None]
-    else:
-        features = section(graph, place.given, head.given)(maps).detach()
-        sides, seen = [features], [update[head.weight].T]
-        if head.bias in update:
-            sides.append(torch.ones_like(features[:, :1]))
-            seen.append(update[head.bias][None])  # type: ignore[index]
-        sent = torch.linalg.lstsq(torch.cat(sides, 1).T, torch.cat(seen)).solution  # [n, k]
+    given = readers[0].given
+    features = maps if head in readers else section(graph, given, head.given)(maps).detach()
+    sides, seen = [features], [update[head.weight].T]
+    if head.bias in update:
+        sides.append(torch.ones_like(features[:, :1]))
+        seen.append(update[head.bias][None])  # type: ignore[index]
+    sent = torch.linalg.lstsq(torch.cat(sides, 1).T, torch.cat(seen)).solution  # [n, k]
     off = update[head.weight] - sent.T @ features
     misfit = float(off.norm() / update[head.weight].norm().clamp_min(1e-300))
-    at = maps.detach().requires_grad_()
+    at, whole, heard = maps.detach().requires_grad_(), section(graph, given, head.gave), dict[Value, Tensor]()
+    for reader in readers:
+        layer = whole.get_submodule(reader.call.name)
+        layer.register_forward_hook(lambda _, __, output, value=reader.gave: heard.update({value: output}))
     with torch.enable_grad():
-        last = section(graph, place.given, head.gave)(at)
-        (delta,) = torch.autograd.grad(last, at, sent)
-    return Above(maps, delta, sent, last.detach(), misfit)
+        last = whole(at)
+        delta, *deltas = torch.autograd.grad(last, [at, *heard.values()], sent)
+    return Above(maps, delta, dict(zip(heard, deltas, strict=True)), sent, last.detach(), misfit)
 
 
-def inverse_scales(graph: Graph, found: Separation, update: Mapping[str, Tensor]) -> Tensor | None:
-    """One over the factor of each example's map [n], from the gradient of a shift behind the layer.
+def scaled(
+    graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor], *, mixed: bool = False
+) -> Tensor:
+    """The maps [n, *shape] at their own scale, from the gradient of a shift behind the layer or else what it was sent back.
 
     A shift that every window of a channel gets has the gradient sum over examples and windows of delta, and delta is share
-    times the inverse. Behind the layer such a shift is its own bias, or that of batch norm with fixed statistics.
-    None: there is none.
+    over scale, which is linear in one over the scales. Behind the layer such a shift is its own bias, or that of batch norm
+    with fixed statistics. Where there is none, or with `mixed`, see `scales_by_share`.
     """
-    want = _shift(graph, found.place, update)
-    return None if want is None else torch.linalg.lstsq(found.shares.sum(2).T, want[:, None]).solution[:, 0]
+    want = None if mixed else _shift(graph, found.place, update)
+    if want is None:
+        scales = scales_by_share(graph, found, head, update, mixed=mixed)
+    else:
+        scales = 1 / torch.linalg.lstsq(found.shares.sum(2).T, want[:, None]).solution[:, 0]
+    return _at(found, scales)
+
+
+def _at(found: Separation, scales: Tensor) -> Tensor:
+    maps = found.maps * scales.view(-1, *[1] * (found.maps.ndim - 1))
+    return maps.reshape(-1, *found.place.given.shape[1:])
 
 
 def scales_by_share(
@@ -133,8 +142,7 @@ def _by_head(graph: Graph, found: Separation, head: Place, update: Mapping[str, 
     made, G = section(graph, found.place.given, head.given), update[head.weight]
 
     def left(s: Tensor) -> Tensor:
-        maps = (found.maps * s.view(-1, *[1] * (found.maps.ndim - 1))).reshape(len(s), *found.place.given.shape[1:])
-        Q = torch.linalg.qr(made(maps).detach().T).Q
+        Q = torch.linalg.qr(made(_at(found, s)).detach().T).Q
         return ((G - (G @ Q) @ Q.T) / G.norm()).flatten()
 
     for _ in range(POLISHES):
@@ -171,7 +179,7 @@ def _left(made: nn.Module, found: Separation, directions: Tensor, s: Tensor, mix
     With `mixed` of all shares together [1, n e].
     """
     place, n = found.place, len(found)
-    maps = (found.maps * s.view(-1, *[1] * (found.maps.ndim - 1))).reshape(n, *place.given.shape[1:])
+    maps = _at(found, s)
     nothing = maps.new_zeros(n, *place.gave.shape[1:]).requires_grad_()
     listening = made.get_submodule(place.call.name).register_forward_hook(lambda _, __, output: output + nothing)
     with torch.enable_grad():

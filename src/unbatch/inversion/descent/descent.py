@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable, UnbatchError
-from unbatch.inversion.descent.above import Above, above, labels_sent
-from unbatch.inversion.descent.pictures import Misfit, newton, response, searched
+from unbatch.inversion.descent.above import Above, above, labels_sent, scaled
+from unbatch.inversion.descent.pictures import Back, Misfit, newton, response, searched
 from unbatch.inversion.descent.places import Place, at_cuts, places
 from unbatch.inversion.descent.separation import Separation, separated, span
-from unbatch.inversion.descent.walk import Told, Walk, walk
+from unbatch.inversion.descent.walk import Told, Walk, solved, walk
 from unbatch.inversion.view import View
 from unbatch.network.graph import Graph
 from unbatch.network.precision import in_double
@@ -25,9 +25,10 @@ from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
 LARGEST_HEAD_MISFIT = 1e-3  # relative, of the head's gradient: beyond it the maps or their scales are wrong
+POLISHES = 4  # of the separated maps
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
 AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
-FOUND = 1e-2  # squared misfit, relative, below which a search has found its valley
+FOUND = 2e-2  # misfit, relative, of absolute values, below which a search has found its valley
 NOISES = 10.0  # times the equations' own noise that may be left over
 DRAWS = 2  # of the equations' noise, which show how far it moves the inputs
 RESPONSE_TOLERANCE = 1e-3  # of the linear systems that show it, relative
@@ -70,11 +71,13 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
 def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descent | None:
     graph = _graph(view)
     update = {name: tensor.double() for name, tensor in view.update.items()}
-    every = [place for place in places(graph)]
+    every = list(places(graph))
     head = every[-1] if every else None
-    if head is None or not head.dense or head.weight not in update:
+    if head is None or not head.dense:
+        raise NotApplicable("the network ends in no dense layer, from whose gradient the labels would follow.")
+    if head.weight not in update:
         raise NotApplicable(
-            "the network ends in no dense layer that sent its gradient, from which the labels would follow."
+            f"the last dense layer {head.call.name!r} sent no gradient, from which the labels would follow."
         )
     eps = float(torch.finfo(view.obs.dtype).eps)
     mixed = any(isinstance(m := call.ran, nn.modules.batchnorm._BatchNorm) and m.training for call in graph.calls)
@@ -86,12 +89,14 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
         if found.missed:
             tried.append(f"{place.call.name}: {len(found)} of {len(found) + found.missed} examples")
             continue
-        up = above(graph, found, head, update, mixed=mixed)
+        readers = [each for each in every if each.given is place.given]
+        maps = scaled(graph, found, head, update, mixed=mixed)
+        up, error = _polished(graph, readers, maps, head, update, eps, found.error)
         if not up.misfit < LARGEST_HEAD_MISFIT:
             tried.append(f"{place.call.name}: the head's gradient is {up.misfit:.1e} off")
             continue
         tick(SHARES[0])
-        down = walk(graph, every, place.given, up.maps, up.delta, update, eps)
+        down = walk(graph, every, place.given, up.maps, up.delta, update, eps, error)
         told, unknowns = target(down), len(found) * torch.Size(view.knowledge.input_shape).numel()
         if best is None or told.equations > target(best.walk).equations:
             best = Descent(graph, head, found, up, down)
@@ -108,6 +113,32 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
     trace_["equations"] = [_row(told) for told in best.walk.told]
     trace_["stops"] = best.walk.stops
     return best
+
+
+def _polished(
+    graph: Graph,
+    readers: list[Place],
+    maps: Tensor,
+    head: Place,
+    update: Mapping[str, Tensor],
+    eps: float,
+    error: float,
+) -> tuple[Above, float]:
+    """What is known above the maps, and their relative error, once they are solved for again by the layers that read them.
+
+    With what came back to these layers known, their gradients are linear in the maps, with more equations than unknowns:
+    the rounding that the span's weakest directions suffered averages out.
+    """
+    up = above(graph, readers, maps, head, update)
+    for _ in range(POLISHES):
+        told = solved(readers[0].given, readers, up.deltas, update, eps, 0.0)
+        if told is None or told.rows is not None:
+            break
+        other = above(graph, readers, told.seen, head, update)
+        if not other.misfit < up.misfit:
+            break
+        up, error = other, float(told.noise.norm() / told.seen.norm())
+    return up, error
 
 
 def candidates(graph: Graph, every: list[Place], update: Mapping[str, Tensor], eps: float) -> list[Place]:
@@ -131,7 +162,7 @@ def _graph(view: View) -> Graph:
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
             m.running_mean = m.running_var = m.num_batches_tracked = (
-                None  # nothing reads them, and nothing is to write to them
+                None  # nothing reads them, nothing is to write to them
             )
             m.track_running_stats = False
     if mode == "train" and any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
@@ -153,13 +184,17 @@ def _pictures(
         return _bounded_input(told, shape)
     trace_["searched by"] = told.value.call.name if told.value.call is not None else "the input"
     misfit = Misfit(section(found.graph, found.graph.input, told.value), told)
+    back = _back(found, told, misfit.below, view.update)
     low, high = view.knowledge.get("input_range", (-2.0, 2.0))
     middle, scale = (low + high) / 2, (high - low) / 4
     single, best, x = misfit.single(), torch.inf, torch.zeros(n, *shape)
     for attempt in range(attempts):
         start = middle + 0.1 * scale * torch.randn(n, *shape, generator=rng)
         count = steps * 2**attempt
-        for step, (value, point) in enumerate(searched(single, start.to(told.seen.device), scale, steps=count)):
+        helped = back if attempt else None  # it takes three times as long
+        for step, (value, point) in enumerate(
+            searched(single, start.to(told.seen.device), scale, steps=count, back=helped)
+        ):
             if not tick(SHARES[1] + (SHARES[2] - SHARES[1]) * step / count, value):
                 break
         if value < best:
@@ -179,10 +214,25 @@ def _pictures(
     return x.double(), nothing
 
 
+def _back(found: Descent, told: Told, below: nn.Module, update: Mapping[str, Tensor]) -> Back | None:
+    """The gradients of the weights below a tensor, where what came back to it is known."""
+    if told.value not in found.walk.deltas:
+        return None
+    names = {id(place.layer.weight): place.weight for place in places(found.graph) if place.weight in update}
+    own = {name: update[names[id(weight)]] for name, weight in below.named_parameters() if id(weight) in names}
+    own = {name: gradient for name, gradient in own.items() if bool(gradient.any())}
+    delta = found.walk.deltas[told.value].detach().reshape(told.shape[0], *told.value.shape[1:])
+    return Back(below, delta, own) if own else None
+
+
 def target(down: Walk) -> Told:
-    """Which tensor's equations the inputs are searched by: that with most of them, of the shallower if they are as good."""
-    most = max(told.equations for told in down.told)
-    return [told for told in down.told if told.equations >= AS_GOOD * most][-1]
+    """Which tensor's equations the inputs are searched by: that with most of them, of the shallower if they are as good.
+
+    Equations that nothing checks may follow from a mask that was decided wrongly.
+    """
+    sure = [told for told in down.told if told.checked]
+    most = max(told.equations for told in sure)
+    return [told for told in sure if told.equations >= AS_GOOD * most][-1]
 
 
 def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Generator) -> Tensor:

@@ -192,14 +192,21 @@ def _first(reader: Reader) -> Tensor:
     )
 
 
-def solved(
-    readers: Sequence[Reader], shape: tuple[int, ...], seen: Seen | None, size: float, *, rectified: bool
+def settled(
+    readers: Sequence[Reader],
+    shape: tuple[int, ...],
+    seen: Seen | None,
+    size: float,
+    eps: float,
+    *,
+    rectified: bool,
 ) -> Found | None:
     """The tensor [n, c, ...] that all readers' weight gradients are of; None where they leave it open or nothing converges.
 
     First as a fixed point: the deltas for the last tensor, then the tensor by its linear equations. Then by Newton, with
     the same equations as preconditioner. What lies behind may be blind to an example's scale but for its eps: these
-    directions, and the factors of loose cotangents, are solved for densely. `size` is where the scales begin (root mean square).
+    directions, and the factors of loose cotangents, are solved for densely. `size` is where the scales begin (root mean square),
+    `eps` the gradients' rounding.
     Batch norm in train mode is blind to a constant that only the middle weight of a strided layer sees: one open direction a
     channel, in which a `rectified` tensor is taken to reach zero.
     """
@@ -223,7 +230,7 @@ def solved(
         return None
     condition = float(values[-1] / values[open_.shape[1]]) ** 0.5
     found = _newton(system, x, root, condition)
-    return replace(found, x=_unflat(_lowered(_flat(found.x), open_), shape))
+    return replace(found, blur=found.blur * eps, x=_unflat(_lowered(_flat(found.x), open_), shape))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -273,7 +280,7 @@ def _newton(system: _System, x: Tensor, root: Tensor, condition: float) -> Found
 
 
 def _step(system: _System, x: Tensor, r: Tensor, root: Tensor, loose: list[int]) -> tuple[Tensor, Tensor, float]:
-    """Newton's step: of the tensor, of factors [1 + loose, n], and how far rounding moves the tensor's scales."""
+    """Newton's step: of the tensor, of factors [1 + loose, n], and by how many roundings its scales may be off."""
     n = len(x)
     push, pull = system.linear(x)
     own = [x] if system.together else [x * row.view(-1, *[1] * (x.ndim - 1)) for row in torch.eye(n).to(x)]
@@ -282,7 +289,7 @@ def _step(system: _System, x: Tensor, r: Tensor, root: Tensor, loose: list[int])
     Q, R = torch.linalg.qr(dense / scale)
     d = _least(push, pull, r - Q @ (Q.T @ r), Q, root, x)
     inverse = torch.linalg.pinv(R) / scale[:, None]
-    blur = float(inverse.norm(dim=1)[: len(own)].max()) * torch.finfo(x.dtype).eps
+    blur = float(inverse.norm(dim=1)[: len(own)].max())
     c = (inverse @ (Q.T @ (r - push(d)))).clamp(-LARGEST_STEP, LARGEST_STEP)
     return d, c.view(-1, len(own)).expand(-1, n), blur
 

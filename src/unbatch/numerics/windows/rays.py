@@ -10,6 +10,9 @@ from torch import Tensor
 
 SMALLEST_ENTRY = 3e-5  # of the largest, below which an entry of a ray begins as a zero
 NULL = 1e-11  # least singular value over the next, at which a vector is the only one with its zeros
+SMALLEST_ERRORS, NULL_ERRORS = 10.0, 30.0  # both in units of the span's own error, where that is larger
+LEAST_NEGATIVE = 1e-8  # of the largest entry, by which one may lie below zero
+NEGATIVE_ERRORS = 100.0  # the same in units of the span's own error
 
 
 def vanishing(rows: Tensor, where: Tensor, *, tolerance: float = 1e-8) -> Tensor:
@@ -50,12 +53,12 @@ def least_nonnegative(base: Tensor, rows: Tensor, *, slack: float = 0.0) -> Tens
     return None if held.x is None else base + torch.as_tensor(held.x).to(base) @ rows
 
 
-def extreme_ray(rows: Tensor, entry: int) -> Tensor | None:
+def extreme_ray(rows: Tensor, entry: int, *, slack: float = 0.0) -> Tensor | None:
     """An extreme ray of the nonnegative vectors in a span, by one linear program: min sum(u), u >= 0, u[entry] = 1.
 
     What stood behind a ReLU is such a ray wherever enough of its entries are zero, whatever the vectors that it is mixed
     with: no other vectors of the cone add up to it. `rows` [r, d] need not be orthonormal. None where no vector of the cone
-    has that entry. A program may end on the edge between two rays that share the least sum: `sharpened` tells.
+    has that entry. Entries may lie `slack` below zero. A program may end on the edge between two rays that share the least sum: `sharpened` tells.
 
     >>> rows = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
     >>> extreme_ray(rows, 0)
@@ -64,7 +67,7 @@ def extreme_ray(rows: Tensor, entry: int) -> Tensor | None:
     held = linprog(
         rows.sum(1).cpu().numpy(),
         A_ub=-rows.T.cpu().numpy(),
-        b_ub=torch.zeros(rows.shape[1]).numpy(),
+        b_ub=torch.full((rows.shape[1],), slack, dtype=torch.float64).numpy(),
         A_eq=rows[:, entry][None].cpu().numpy(),
         b_eq=[1.0],
         bounds=(None, None),
@@ -73,12 +76,12 @@ def extreme_ray(rows: Tensor, entry: int) -> Tensor | None:
     return None if held.x is None else torch.as_tensor(held.x).to(rows) @ rows
 
 
-def sharpened(rows: Tensor, ray: Tensor, *, null: float = NULL) -> Tensor | None:
+def sharpened(rows: Tensor, ray: Tensor, *, error: float = 0.0) -> Tensor | None:
     """The one unit vector of a span with the zeros of a rough ray, to rounding; None where its zeros do not determine one.
 
     It is the null vector of rows[:, zeros]. Tiny positive entries that were taken for zeros stand in the way: while the
-    least singular value is not `null` times the next, those of the set on which the vector is largest are dropped.
-    `rows` [r, d] orthonormal, `ray` [d] good to a few digits.
+    least singular value is not next to nothing beside the next, those of the set on which the vector is largest are dropped.
+    `rows` [r, d] orthonormal, each vector of their span known up to `error`, relative; `ray` [d] good to a few digits.
 
     >>> rows = torch.tensor([[0.6, 0.8, 0.0, 0.0], [0.0, 0.0, 0.8, 0.6]], dtype=torch.float64)
     >>> sharpened(rows, torch.tensor([3.0, 4.0, 1e-9, 1e-8]).double()).abs()
@@ -86,7 +89,8 @@ def sharpened(rows: Tensor, ray: Tensor, *, null: float = NULL) -> Tensor | None
     """
     if len(rows) == 1:
         return rows[0] * torch.sign(rows[0].sum())
-    zeros = ray.abs() < SMALLEST_ENTRY * ray.abs().max()
+    zeros = ray.abs() < max(SMALLEST_ENTRY, SMALLEST_ERRORS * error) * ray.abs().max()
+    null = max(NULL, NULL_ERRORS * error)
     while int(zeros.sum()) >= len(rows):  # fewer zeros leave a vector whatever they are
         turn, values, _ = torch.linalg.svd(_narrow(rows[:, zeros]))
         found = turn[:, -1] @ rows
@@ -97,10 +101,10 @@ def sharpened(rows: Tensor, ray: Tensor, *, null: float = NULL) -> Tensor | None
     return None
 
 
-def rays(rows: Tensor, rng: torch.Generator, *, most: int, null: float = NULL) -> Iterator[Tensor]:
+def rays(rows: Tensor, rng: torch.Generator, *, most: int, error: float = 0.0) -> Iterator[Tensor]:
     """Different extreme rays of the nonnegative vectors in a span, as unit vectors, from up to `most` programs.
 
-    Programs begin at random entries, those first that the rays found so far leave small. `rows` [r, d] orthonormal.
+    Programs begin at random entries, those first that the rays found so far leave small. `rows` [r, d] orthonormal, with their `error` as in `sharpened`.
 
     >>> x = torch.rand(3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sub(0.5).relu()
     >>> rows = torch.linalg.qr(x.T).Q.T
@@ -116,13 +120,13 @@ def rays(rows: Tensor, rng: torch.Generator, *, most: int, null: float = NULL) -
         taken = torch.stack(found)[:, inside].amax(0) if found else torch.zeros_like(held[0])
         odds = (reached[inside] / (1e-3 * reached.max() + taken)).cpu()
         entry = int(torch.multinomial(odds, 1, generator=rng))
-        rough = extreme_ray(held, entry)
-        sharp = None if rough is None else sharpened(held, rough, null=null)
-        if sharp is None or float(sharp.min()) < -1e-8 * float(sharp.max()):
+        rough = extreme_ray(held, entry, slack=error)
+        sharp = None if rough is None else sharpened(held, rough, error=error)
+        if sharp is None or float(sharp.min()) < -max(LEAST_NEGATIVE, NEGATIVE_ERRORS * error) * float(sharp.max()):
             continue
         ray = torch.zeros_like(rows[0])
         ray[inside] = sharp
-        if all(float((ray - other).norm()) > 1e-5 for other in found):
+        if all(float((ray - other).norm()) > max(1e-5, NEGATIVE_ERRORS * error) for other in found):
             found.append(ray)
             yield ray
             if len(found) == len(rows):
