@@ -42,7 +42,10 @@ from unbatch.reconstruction import Reconstruction
 Row = dict[str, Any]
 RECOVERED = 60.0  # dB
 LIMIT = 1800.0  # seconds of one run of descend
-PEERS = {"gradient-matching": "gradient-matching", "inverting-gradients": "gradient-matching:preset=inverting-gradients"}
+PEERS = {
+    "gradient-matching": "gradient-matching",
+    "inverting-gradients": "gradient-matching:preset=inverting-gradients",
+}
 # Mean dB of four CIFAR-10 pictures on a ResNet-18 by Inverting Gradients after 24,000 iterations of Adam.
 PUBLISHED = {
     "four classes": (22.03, "Inverting Gradients, in the survey arXiv:2503.11514"),
@@ -125,7 +128,18 @@ def run(
 def table(rows: list[Row]) -> Table:
     """The share recovered and certified, the worst picture, bound over error, time, memory, and the peers' dB."""
     shown = Table(title=f"descend: share of pictures above {RECOVERED:.0f} dB with a bound, median over seeds")
-    columns = ("network", "share", "dB", "false", "bound / error", "seconds", "GiB", "told apart at", "peers (dB)", "why")
+    columns = (
+        "network",
+        "share",
+        "dB",
+        "false",
+        "bound / error",
+        "seconds",
+        "GiB",
+        "told apart at",
+        "peers (dB)",
+        "why",
+    )
     for column in columns:
         shown.add_column(column, justify="left" if column in ("network", "told apart at", "why") else "right")
     for row in rows:

@@ -35,8 +35,8 @@ def between(graph: Graph, given: Value, gave: Value) -> tuple[Call, ...]:
     return tuple(call for call in graph.calls if call in needed)
 
 
-def section(graph: Graph, given: Value, gave: Value, *, train: bool = False) -> fx.GraphModule:
-    """The module that computes one tensor of a network from another; its layers are the graph's own.
+def section(graph: Graph, given: Value, gave: Value) -> fx.GraphModule:
+    """The module that computes one tensor of a network from another; its layers are the graph's own, in its mode.
 
     >>> import torch
     >>> from torch import nn
@@ -45,5 +45,4 @@ def section(graph: Graph, given: Value, gave: Value, *, train: bool = False) -> 
     >>> section(graph, graph.calls[0].gave[0], graph.calls[1].gave[0])(torch.tensor([[-1.0, 0.0, 2.0]]))
     tensor([[0., 0., 2.]])
     """
-    made = branches(between(graph, given, gave), given, gave, "", "Section")
-    return made.train(train)
+    return branches(between(graph, given, gave), given, gave, "", "Section")
