@@ -116,6 +116,8 @@ def rays(rows: Tensor, rng: torch.Generator, *, most: int, error: float = 0.0) -
     True
     """
     found = list[Tensor]()
+    if not len(rows):
+        return
     reached = rows.norm(dim=0)
     inside = (reached > 1e-9 * reached.max()).nonzero()[:, 0]  # elsewhere every vector of the span is zero
     held = rows[:, inside]
