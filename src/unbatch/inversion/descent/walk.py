@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
 
+from unbatch.inversion.descent.implicit import Reader, Seen, settled
+from unbatch.inversion.descent.masks import NEAR_ZERO, flipped, pursued
 from unbatch.inversion.descent.places import Place
 from unbatch.network.graph import Call, Graph, Value
 from unbatch.network.operations import AffineOperation, Operation, Reshape, layer_of
-from unbatch.network.sections import between
+from unbatch.network.sections import between, section
+from unbatch.numerics.trimming import trimmed
 from unbatch.numerics.windows.weight_equations import weight_equations
 
+CONTRADICTS = 100.0  # roundings of a system's right side, beyond which some mask is wrong
 LOST, LOST_ERRORS = 2e-10, 30.0  # of the largest singular value, or of the start's error: equations below say nothing
 ZERO, ZERO_SIGMAS = 1e-11, 6.0  # of the largest entry, or of its spread: behind a ReLU smaller ones are zero
+CHECKED = 0.05  # of the equations, which must be more than are needed, so that a wrong one shows
+SURE = 1e-10  # error of what is known, at which no mask is in doubt
+RETURNS = 5  # to a ReLU, to mend its masks
 LINEAR = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad2d)
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass(frozen=True, eq=False)
+class Late:
+    """Of a tensor whose gradient depends on the tensor itself: a deeper tensor and what came back to that one."""
+
+    value: Value
+    cotangent: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """What the equations A X = B of some layers leave over."""
+
+    U: Tensor  # [m, r], an orthonormal basis of A's columns
+    B: Tensor  # [m, c]
+    off: Tensor  # [m, c], by how much each equation contradicts those that are not left out
+    out: Tensor  # [m], whether an equation is left out, with its output channel
+    rows: dict[Place, Tensor]  # of every layer [c_out, k^2]
+    units: dict[Place, float]  # of a layer's equations
+
+    def flipped(self, place: Place, change: Tensor, inputs: Tensor, open_: Tensor) -> Tensor:
+        """Which entries of the mask before a layer were decided wrongly; all [n, c_out, p] (`masks`)."""
+        rows, windows, change = self.rows[place], place.windows(), change / self.units[place]
+        found, wrong = torch.zeros_like(open_), self.out[rows[:, 0]]
+        if bool(wrong.any()):
+            off = self.off[rows[wrong]].transpose(1, 2).flatten(1)
+            found[:, wrong] = flipped(off, change[:, wrong], inputs, windows, open_[:, wrong])
+        if bool(found.any()):
+            return found
+        left = self.B - self.U @ (self.U.T @ self.B)
+        return pursued(left, self.U, rows, change, inputs, windows, open_)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +71,8 @@ class Told:
     noise: Tensor  # of `seen`, the standard deviation of what its rounding adds, as far as the equations show it
     condition: float = 1.0
     misfit: float = 0.0  # of the equations of its layers, relative
+    left: Left | None = None  # of the equations of its layers, where it is known
+    checked: bool = True  # there are equations enough to show a wrong one
 
     @property
     def equations(self) -> int:
@@ -42,9 +85,21 @@ class Walk:
     """What is found on the way down; `told` holds the equations of ever shallower tensors."""
 
     values: dict[Value, Tensor] = field(default_factory=dict)
+    noises: dict[Value, Tensor] = field(default_factory=dict)  # of `values`
     deltas: dict[Value, Tensor] = field(default_factory=dict)
+    late: dict[Value, Late] = field(default_factory=dict)
+    scaled: dict[Value, Value | None] = field(default_factory=dict)  # whose scale that of a gradient goes with, if any
     told: list[Told] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)  # where the way down ends, in words
+    blocked: set[Value] = field(default_factory=set)  # to which something came back that is not known
+    flips: dict[Value, tuple[Value, Tensor]] = field(
+        default_factory=dict
+    )  # a ReLU, and what its flipped masks would change
+
+    def kept(self) -> Walk:
+        """The same, to come back to."""
+        held = {each.name: copy.copy(getattr(self, each.name)) for each in fields(self)}
+        return Walk(**held)
 
 
 def walk(
@@ -63,27 +118,78 @@ def walk(
     is known: of linear layers always, of a ReLU where its output is. A layer's weight gradient then gives equations for its
     input (`weight_equations`), those of all layers that read the same tensor together.
     """
-    found = Walk({start: maps}, {start: delta})
     noise = error * maps.square().mean().sqrt().expand_as(maps)
+    found = Walk({start: maps}, {start: noise}, {start: delta}, scaled={start: start})
     found.told.append(Told(start, None, maps, (len(maps), *start.shape[1:]), noise))
-    blocked = set[Value]()
     readers: dict[Value, list[Place]] = {}
     for place in all_places:
         readers.setdefault(place.given, []).append(place)
-    for call in reversed(between(graph, graph.input, start)):
-        fed = [value for value in call.given if value.fed]
-        for value in call.gave:
-            if value not in found.values:
-                _solve(found, value, readers.get(value, []), update, eps, error)
-        _back(found, call, fed, blocked)
-    if graph.input not in found.values:
-        _solve(found, graph.input, readers.get(graph.input, []), update, eps, error)
+    calls = [*reversed(between(graph, graph.input, start)), None]
+    before: dict[Value, tuple[int, Walk]] = {}  # each ReLU's output: where the walk stood there
+    left, at = dict[Value, int](), 0
+    while at < len(calls):
+        call, told = calls[at], len(found.told)
+        for value in call.gave if call is not None else [graph.input]:
+            _tell(graph, found, value, readers.get(value, []), update, eps, error)
+        for relu, mended in _mended(found, eps).items() if len(found.told) > told else ():
+            if left.setdefault(relu, RETURNS) > 0:
+                left[relu] -= 1
+                at, found = before[relu][0], before[relu][1].kept()
+                found.values[relu] = mended
+                found.told = [replace(each, seen=mended) if each.value is relu else each for each in found.told]
+                call = calls[at]
+                break
+        if call is not None:
+            if call.gave[0] in found.values:
+                before[call.gave[0]] = at, found.kept()
+            _back(found, call, [value for value in call.given if value.fed])
+        at += 1
     return found
 
 
-def _back(found: Walk, call: Call, fed: list[Value], blocked: set[Value]) -> None:
+def _tell(
+    graph: Graph,
+    found: Walk,
+    value: Value,
+    readers: list[Place],
+    update: Mapping[str, Tensor],
+    eps: float,
+    error: float,
+) -> None:
+    """Finds a tensor if it is not known yet, and what came back to it through the layers that waited for it."""
+    if any(place.gave in found.late for place in readers):
+        if value in found.values or not _solve_late(graph, found, value, readers, update, eps):
+            found.blocked.add(value)
+            found.deltas.pop(value, None)
+    elif value not in found.values:
+        _solve(found, value, readers, update, eps, error)
+
+
+def _mended(found: Walk, eps: float) -> dict[Value, Tensor]:
+    """The outputs of ReLUs some of whose masks were decided wrongly, by what contradicts the tensor found last."""
+    told, mended = found.told[-1], dict[Value, Tensor]()
+    if told.left is None or not float(told.left.off.norm()) > CONTRADICTS * eps * float(told.left.B.norm()):
+        return mended
+    for place, rows in told.left.rows.items():
+        if place.gave not in found.flips:
+            continue
+        relu, change = found.flips[place.gave]
+        x, noise = found.values[relu], found.noises[relu]
+        flat = len(x), rows.shape[0], -1
+        change, open_ = change.reshape(flat), (x <= NEAR_ZERO * noise).reshape(flat)
+        inputs = told.seen.reshape(len(x), *place.windows().shape)
+        flip = told.left.flipped(place, change, inputs, open_).view_as(x)
+        if bool(flip.any()):
+            x = mended.get(relu, x)
+            mended[relu] = torch.where(flip, torch.where(x > 0, 0.0, noise), x)
+    return mended
+
+
+def _back(found: Walk, call: Call, fed: list[Value]) -> None:
     """What came back to a call's output, sent on to what it was given."""
-    gave = call.gave[0]
+    gave, blocked = call.gave[0], found.blocked
+    if call.alone and gave not in blocked and _waits(found, call, fed):
+        return
     sent: list[Tensor | None]
     if gave in blocked or gave not in found.deltas or not call.alone:
         sent = [None] * len(fed)
@@ -96,7 +202,43 @@ def _back(found: Walk, call: Call, fed: list[Value], blocked: set[Value]) -> Non
             blocked.add(value)
             found.deltas.pop(value, None)
         else:
-            found.deltas[value] = found.deltas[value] + part if value in found.deltas else part
+            _add(found, value, part, found.scaled.get(gave))
+    layer = layer_of(call, fed[0])
+    if isinstance(layer, nn.ReLU) and gave in found.values and gave in found.deltas:
+        found.flips[fed[0]] = gave, found.deltas[gave] * (1 - 2 * (found.values[gave] > 0).double())
+    elif gave in found.flips and (
+        call.ran in ADDS or isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d | AffineOperation)
+    ):
+        relu, change = found.flips[gave]
+        for value, part in zip(fed, _sent(found, call, fed, change), strict=True):
+            if part is not None:
+                found.flips[value] = relu, part
+
+
+def _add(found: Walk, value: Value, part: Tensor, scaled: Value | None) -> None:
+    """One more part of what came back to a tensor."""
+    alike = value not in found.deltas or found.scaled.get(value) is scaled
+    found.deltas[value] = found.deltas[value] + part if value in found.deltas else part
+    found.scaled[value] = scaled if alike else None
+
+
+def _waits(found: Walk, call: Call, fed: list[Value]) -> bool:
+    """Whether a call's derivative depends on a tensor that is not known yet, but will be; then it is kept for later."""
+    gave = call.gave[0]
+    if len(fed) != 1:
+        return False
+    layer = layer_of(call, fed[0])
+    if gave in found.late:
+        return type(layer) in (nn.Conv2d, nn.Linear)
+    fixed = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and not layer.training and layer.running_var is not None
+    if fixed or not isinstance(layer, NORMS) or gave not in found.deltas or fed[0] in found.deltas:
+        return False
+    made_by = None if fed[0].call is None else layer_of(fed[0].call, fed[0].call.given[0])
+    if type(made_by) not in (nn.Conv2d, nn.Linear):
+        return False
+    found.late[fed[0]] = Late(gave, found.deltas[gave])
+    found.scaled[fed[0]] = found.scaled.get(gave)
+    return True
 
 
 def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tensor | None]:
@@ -106,9 +248,12 @@ def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tens
     if len(fed) != 1:
         return [None] * len(fed)
     layer, shape = layer_of(call, fed[0]), (n, *fed[0].shape[1:])
-    if isinstance(layer, Reshape | nn.Flatten | nn.Identity | nn.Unflatten) or (isinstance(layer, nn.Dropout) and not layer.training):
+    if isinstance(layer, Reshape | nn.Flatten | nn.Identity | nn.Unflatten) or (
+        isinstance(layer, nn.Dropout) and not layer.training
+    ):
         if gave in found.values and fed[0] not in found.values:
             found.values[fed[0]] = found.values[gave].reshape(shape)
+            found.noises[fed[0]] = found.noises[gave].reshape(shape)
         return [delta.reshape(shape)]
     if isinstance(layer, nn.ReLU):
         if gave not in found.values:
@@ -129,11 +274,12 @@ def _solve(
     found: Walk, value: Value, readers: Sequence[Place], update: Mapping[str, Tensor], eps: float, error: float
 ) -> None:
     """The equations of a tensor by the weights of all layers that read it."""
+    error = max(error, *(told.misfit for told in found.told))  # what came back is known no better than that
     told = solved(value, readers, found.deltas, update, eps, error)
     if told is not None:
         found.told.append(told)
         if told.rows is None:
-            found.values[value] = told.seen
+            found.values[value], found.noises[value] = told.seen, told.noise
 
 
 def solved(
@@ -148,31 +294,44 @@ def solved(
 
     The noise of their equations is measured by what no input explains of them. None where no layer says anything.
     """
-    own = [p for p in readers if p.weight in update and p.gave in deltas and p.groups == 1]
+    own = [p for p in readers if p.weight in update and p.gave in deltas and p.plain]
     if not own:
         return None
-    n, systems, sides = len(deltas[own[0].gave]), [], []
+    n, systems, sides = len(deltas[own[0].gave]), list[Tensor](), list[Tensor]()
+    rows, units, count, blocks = dict[Place, Tensor](), dict[Place, float](), 0, list[Tensor]()
     for place in own:
-        sent = deltas[place.gave].reshape(n, len(place.layer.weight), -1)
-        systems.append(weight_equations(sent, place.windows(1)))
-        G = update[place.weight]
-        sides.append(G.reshape(len(G), G.shape[1], -1).transpose(1, 2).reshape(-1, G.shape[1]))  # [c_out k^2, c]
+        G = update[place.weight].flatten(2) if place.layer.weight.dim() > 2 else update[place.weight][..., None]
+        sent, k = deltas[place.gave].reshape(n, len(G), -1), G.shape[2]
+        units[place] = float(G.square().mean().sqrt().clamp_min(torch.finfo(G.dtype).tiny))
+        systems.append(weight_equations(sent, place.windows(1)) / units[place])
+        sides.append(G.transpose(1, 2).reshape(-1, G.shape[1]) / units[place])  # [c_out k^2, c]
+        rows[place] = count + torch.arange(len(G) * k, device=G.device).view(len(G), k)
+        blocks.append(
+            (len(blocks) and int(blocks[-1][-1]) + 1) + torch.arange(len(G), device=G.device).repeat_interleave(k)
+        )
+        count += len(G) * k
     A, B = torch.cat(systems), torch.cat(sides)
     U, S, V = torch.linalg.svd(A, full_matrices=False)
     kept = S > max(LOST, LOST_ERRORS * error) * S[0]
     rank = int(kept.sum())
     if not rank:
         return None
-    seen = (U[:, kept].T @ B).T  # [c, r]
-    off = (B - U[:, kept] @ seen.T).square().sum(0)  # [c]
+    U = U[:, kept]
+    out, E = trimmed(U, B, torch.cat(blocks))
+    D = out[torch.cat(blocks)]
+    left = Left(U, B, E, D, rows, units)
+    B = torch.where(D[:, None], B - E, B)
+    seen = (U.T @ B).T  # [c, r]
+    off = E[~D].square().sum(0)  # [c]
     misfit = float(off.sum().sqrt() / B.norm().clamp_min(1e-300))
-    free = max(1, len(A) - rank)
-    noise = torch.maximum(off / free, eps**2 * B.square().mean(0)).sqrt()[:, None] / S[kept]  # [c, r]
+    free = max(1, int((~D).sum()) - rank)
+    checked = free > CHECKED * len(A) or error < SURE
+    noise = torch.maximum(off / free, max(eps, error) ** 2 * B.square().mean(0)).sqrt()[:, None] / S[kept]  # [c, r]
     seen, condition = seen / S[kept], float(S[0] / S[kept][-1])
     c, grid = B.shape[1], value.shape[2:] if len(value.shape) == 4 else (1, 1)
     shape = (n, c, *grid)
     if rank < A.shape[1]:
-        return Told(value, V[kept], seen, shape, noise, condition, misfit)
+        return Told(value, V[kept], seen, shape, noise, condition, misfit, None, checked)
     V = V[kept]
 
     def batched(per_channel: Tensor) -> Tensor:
@@ -181,7 +340,93 @@ def solved(
     x, spread = batched(seen @ V), batched((noise.square() @ V.square()).sqrt())
     if value.call is not None and isinstance(layer_of(value.call, value.call.given[0]), nn.ReLU):
         x = torch.where(x < torch.maximum(ZERO * x.max(), ZERO_SIGMAS * spread), 0.0, x)
-    return Told(value, None, x, shape, spread, condition, misfit)
+    return Told(value, None, x, shape, spread, condition, misfit, left, checked)
 
 
+def _solve_late(
+    graph: Graph, found: Walk, value: Value, places: list[Place], update: Mapping[str, Tensor], eps: float
+) -> bool:
+    """A tensor by the weights of all layers that read it, where what came back to some depends on their outputs."""
+    if not all(
+        p.weight in update and p.groups == 1 and (p.gave in found.late or p.gave in found.deltas) for p in places
+    ):
+        return False
+    readers = []
+    for place in places:
+        late = found.late.get(place.gave)
+        behind = None if late is None else section(graph, place.gave, late.value)
+        cotangent = found.deltas[place.gave] if late is None else late.cotangent
+        loose = found.scaled.get(place.gave) is not None
+        readers.append(Reader(place, update[place.weight], cotangent, behind, loose))
+    n, seen = len(readers[0].cotangent), _seen(graph, found, value)
+    shape = (n, *value.shape[1:])
+    size = float(found.told[-1].seen.square().mean().sqrt())
+    rectified = value.call is not None and _is_relu(value.call)
+    answer = settled(readers, shape, seen, size, eps, rectified=rectified)
+    if answer is None or not answer.misfit < LARGEST_MISFIT:
+        found.stops.append(f"the input of {places[0].call.where} is not determined")
+        return False
+    x = answer.x
+    noise = eps * answer.condition * x.square().mean().sqrt().expand_as(x)
+    if rectified:
+        x = torch.where(x < torch.maximum(ZERO * x.max(), ZERO_SIGMAS * noise), 0.0, x)
+    noise = torch.maximum(noise, answer.blur * x.square().mean().sqrt())
+    found.values[value], found.noises[value] = x, noise
+    factors = iter(answer.factors)
+    for place, reader in zip(places, readers, strict=True):
+        if reader.loose:
+            _rescale(found, found.scaled[place.gave], next(factors))
+    own = None if seen is not None else value
+    for place, reader in zip(places, readers, strict=True):
+        z = reader.output(x)
+        if reader.behind is not None:
+            found.values[place.gave] = z
+            found.values[found.late.pop(place.gave).value] = reader.behind(z)
+            _add(found, value, reader.back(x, reader.delta(z)), own)
+    found.told.append(Told(value, None, x, shape, noise, answer.condition, answer.misfit))
+    return True
+
+
+def _rescale(found: Walk, owner: Value | None, factors: Tensor) -> None:
+    """Corrects the scales [n] of a tensor and of all that came back and goes with them."""
+    for value, scaled in found.scaled.items():
+        if owner is None or scaled is not owner:
+            continue
+        if value in found.deltas:
+            found.deltas[value] = found.deltas[value] * _sides(factors, found.deltas[value])
+        if value in found.late:
+            late = found.late[value]
+            found.late[value] = Late(late.value, late.cotangent * _sides(factors, late.cotangent))
+    if owner is not None:
+        right = found.values[owner] / _sides(factors, found.values[owner])
+        found.told = [replace(told, seen=right) if told.value is owner else told for told in found.told]
+        found.values[owner] = right
+
+
+def _sides(factors: Tensor, like: Tensor) -> Tensor:
+    return factors.view(-1, *[1] * (like.ndim - 1))
+
+
+def _seen(graph: Graph, found: Walk, value: Value) -> Seen | None:
+    """The entries of a tensor that are known since it was added to a known one, and a ReLU let the sum pass."""
+    same = {value}
+    for call in graph.calls:
+        fed = [other for other in call.given if other.fed]
+        if len(fed) == 1 and fed[0] in same and isinstance(call.ran, nn.Identity):
+            same.add(call.gave[0])
+        if call.ran not in ADDS or len(fed) != 2 or len(same.intersection(fed)) != 1:
+            continue
+        (other,) = set(fed) - same
+        passed = next((c.gave[0] for c in graph.calls if call.gave[0] in c.given and _is_relu(c)), None)
+        if other in found.values and passed in found.values:
+            where = found.values[passed] > 0
+            return Seen(where, (found.values[passed] - found.values[other])[where])
+    return None
+
+
+def _is_relu(call: Call) -> bool:
+    return isinstance(layer_of(call, call.given[0]), nn.ReLU)
+
+
+LARGEST_MISFIT = 1e-6  # relative, of the weights' gradients, up to which a tensor is right
 ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
