@@ -44,8 +44,8 @@ class Misfit:
 
     def linear(self, x: Tensor) -> tuple[Push, Push]:
         """The products with the Jacobian at inputs x, and with its transpose."""
-        _, pull = torch.func.vjp(self, x)
-        return lambda v: torch.func.jvp(self, (x,), (v,))[1], lambda u: pull(u)[0]  # type: ignore[misc]
+        pull: Push = torch.func.vjp(self, x)[1]
+        return lambda v: torch.func.jvp(self, (x,), (v,))[1], lambda u: pull(u)[0]
 
     def single(self) -> Misfit:
         """The same in float32."""
