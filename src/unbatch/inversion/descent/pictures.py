@@ -30,7 +30,7 @@ class Misfit:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[e], differentiable."""
-        made = self.below(x)
+        made: Tensor = self.below(x)
         rows, seen = self.told.rows, self.told.seen
         if rows is not None:
             made = made.reshape(self.told.shape).transpose(0, 1).flatten(1) @ rows.to(made).T
@@ -44,7 +44,7 @@ class Misfit:
 
     def linear(self, x: Tensor) -> tuple[Push, Push]:
         """The products with the Jacobian at inputs x, and with its transpose."""
-        _, pull = torch.func.vjp(self, x)
+        pull: Push = torch.func.vjp(self, x)[1]
         return lambda v: torch.func.jvp(self, (x,), (v,))[1], lambda u: pull(u)[0]
 
     def single(self) -> Misfit:
@@ -94,7 +94,7 @@ def searched(
             smooth = ROUGH * max(0.0, 1 - step / (SMOOTHED * steps))
             loss = features + (smooth / scale * roughness(x) if smooth else 0.0)
             loss = loss if back is None else loss + BACK * back(x)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
         yield float(features.detach()), x.detach()
