@@ -197,6 +197,7 @@ def designed() -> Audit:
         ],
         verdicts=[
             Verdict(name="c(M)", value=-1470.0, words="of the network as it is", analysis="security-metric"),
+            Verdict(name="examples told apart", value=32.0, words="at 'conv2'", analysis="separable-layer"),
             change("c(M): conv1 at stride 2", -12596.0),
             change("share determined: conv1 at stride 2", 0.25),
             change("c(M): conv2 at stride 2", -1502.0),

@@ -232,7 +232,18 @@ def test_changes_that_would_make_it_safer_stand_in_one_table() -> None:
     assert page.row("conv2 at stride 2")[1:] == ["−1,502", "not counted", "Parameters 48,777 -> 12,327."]
     assert "c(M) −1,470 of the network as it is" in page.text
     assert "c(M): conv1" not in page.text
-    assert "with one layer changed" not in Page(report.render(exact())).text
+    assert "with one thing changed" not in Page(report.render(exact())).text
+
+
+def test_the_way_by_an_inner_layer_stands_beside_the_way_back() -> None:
+    text = Page(report.render(designed())).text
+    way, inner, risk, numbers = (
+        text.index(words)
+        for words in ("The way back", "The way by an inner layer", "set of equations on what", "Numbers about")
+    )
+    assert way < inner < risk < numbers
+    assert text.count("examples told apart 32 at 'conv2'") == 1
+    assert "The way by an inner layer" not in Page(report.render(exact())).text
 
 
 def test_obstacles_are_told() -> None:

@@ -15,6 +15,8 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.c_metric import Kind, solvability
 from unbatch.inversion.backward.rank_count import EACH_LAYER, RANKED_UNKNOWNS, Constraints, Unread, constraints
 from unbatch.inversion.backward.variants import Variant, first_dense, parameters, variants
+from unbatch.inversion.descent.forecast import prospects
+from unbatch.inversion.descent.redesign import redesigns
 from unbatch.inversion.determined_share import SHARE_NAME, share, work
 from unbatch.inversion.probe import probe
 from unbatch.inversion.view import View
@@ -78,6 +80,10 @@ class SaferDesign(Analysis):
     Each change alone: the stride doubled, the channels halved, average pooling after it; the layers that must change with
     it have fresh weights, drawn by PyTorch's default law. Ranks by the rank law, else measured. It is said of one example
     alone, and nothing of how well the changed network learns.
+
+    Where an inner layer tells a batch apart (`separable-layer`), also what would break that, of the whole network: a smooth
+    activation, padding without zeros, half the channels, one stride less; counted on its shapes, by the largest batch that
+    any layer still tells apart. That defends against the attack `descend`, and is no proof against others.
     """
 
     paper: ClassVar[str] = "Chen, Campbell, 2021 (c(M))"
@@ -98,6 +104,18 @@ class SaferDesign(Analysis):
     )
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Verdict]:
+        try:
+            found, why = list(self._of_one_layer(view, at, rng)), ""
+        except NotApplicable as error:
+            found, why = [], str(error)
+        apart = _apart(view, at, rng)
+        if why and not apart:
+            raise NotApplicable(why)
+        if why:
+            apart[-1] = apart[-1].model_copy(update={"words": f"{apart[-1].words} Of single layers: {why}"})
+        return [*found, *apart]
+
+    def _of_one_layer(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Verdict]:
         links = view.links
         x, y, _ = probe(view, at, rng)
         changes = list(variants(links, rng))
@@ -152,6 +170,24 @@ class SaferDesign(Analysis):
                     skipped.setdefault(str(why).rstrip("."), []).append(variant.words)
             counted += [(values, variant)] if values else []
         return counted
+
+
+def _apart(view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> list[Verdict]:
+    """What would keep a batch's examples together, where an inner layer tells them apart."""
+    try:
+        found = prospects(view, at, rng)
+    except NotApplicable:
+        return []
+    if found.mixing:
+        return []
+    return [
+        Verdict(
+            name=f"examples told apart: {change.words}",
+            value=float(change.up_to),
+            words=f"examples told apart is {found.up_to:,} now. By counting: {change.breaks}",
+        )
+        for change in redesigns(found)
+    ]
 
 
 def _left(skipped: dict[str, list[str]]) -> str:

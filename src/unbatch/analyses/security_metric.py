@@ -13,6 +13,7 @@ from unbatch.analysis import Analysis, Verdict
 from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.c_metric import solvability
 from unbatch.inversion.backward.rank_count import EACH_LAYER, RANKED_UNKNOWNS, constraints
+from unbatch.inversion.descent.forecast import prospects
 from unbatch.inversion.determined_share import SHARE_NAME, share, work
 from unbatch.inversion.probe import probe
 from unbatch.inversion.view import View
@@ -57,8 +58,9 @@ class SecurityMetric(Analysis):
                 refused.append(str(why))
         if not found:
             raise NotApplicable(" ".join(refused))
-        if refused:
-            found[0] = found[0].model_copy(update={"words": f"{found[0].words} {refused[0]}"})
+        more = [*refused[:1], *_apart(view, at, rng)]
+        if more:
+            found[0] = found[0].model_copy(update={"words": " ".join([found[0].words, *more])})
         return found
 
     def _published(self, view: View, x: Tensor, y: Tensor, whose: str) -> Verdict:
@@ -92,3 +94,18 @@ class SecurityMetric(Analysis):
             f"place can expect about {found.psnr:.0f} dB of PSNR (1: all of it; 0: nothing beyond what inputs look like)."
         )
         return Verdict(name="determined share", value=found.share, words=words)
+
+
+def _apart(view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> list[str]:
+    """That a network is not safe for a number of its first layers, where an inner one tells a batch apart."""
+    try:
+        found = prospects(view, at, rng)
+    except NotApplicable:
+        return []
+    layer = found.forecast(found.readable).at if found.readable else None
+    if layer is None:
+        return []
+    return [
+        f"It does not know the way by an inner layer: by counting, a batch of up to {found.readable:,} can be told apart "
+        f"at {layer.name!r}, with equations enough below it (separable-layer)."
+    ]

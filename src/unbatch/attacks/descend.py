@@ -22,7 +22,18 @@ class Descend(Attack):
     these are no more than its channels, its row space is the windows' span; a window of an inner layer is an extreme ray of
     the nonnegative vectors in it (a linear program), padding separates the corners, and overlaps grow whole maps from them.
     Above, the head's gradient tells labels and deltas. Below, each layer's gradient is linear in its input maps. From the
-    shallowest tensor with enough equations the pictures follow by a search and Gauss-Newton. Batch size and labels are found.
+    shallowest tensor with enough equations the pictures follow by a search and Gauss-Newton. Batch size and labels are
+    found.
+
+    >>> import torch, unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model = build("resnet18", (1, 8, 8), 3, width=8, norm=None, rng=rng).double()
+    >>> x, y = torch.randn(1, 1, 8, 8, generator=rng).double(), torch.tensor([2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> found = unbatch.attacks.Descend()(seen)
+    >>> found.labels, torch.allclose(found.inputs, x, atol=1e-8), found.trace["layer"]
+    (tensor([2]), True, 'block7.conv1')
     """
 
     family: ClassVar[str] = "span"
@@ -33,9 +44,14 @@ class Descend(Attack):
     uses: ClassVar[frozenset[str]] = (
         frozenset({"batch_size", "labels", "noise", "log_prob", "buffers", "clients"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
     )
-    demo: ClassVar[Demo] = Demo(case="photos:batch=2,model=convnet,width=32", floors={"psnr": 60.0})
+    demo: ClassVar[Demo] = Demo(
+        case="photos:batch=2,size=16,model=resnet18,width=16,norm=none,double=true",
+        floors={"psnr": 200.0, "label-accuracy": 1.0},
+    )
 
-    steps: Annotated[int, Field(gt=0, description="of the search for pictures, in the first attempt; each has twice as many")] = 250
+    steps: Annotated[
+        int, Field(gt=0, description="of the first search for pictures; each next one has twice as many")
+    ] = 400
     attempts: Annotated[int, Field(ge=1, description="searches from other starting points")] = 3
     partial: Annotated[
         bool, Field(description="also return guesses that are not certified, with an infinite bound")

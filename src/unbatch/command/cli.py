@@ -399,7 +399,10 @@ def harden_command(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="adaptive, bounds, defences, layers, matching, metric, tensor or unmix")],
+    name: Annotated[
+        str,
+        typer.Argument(help="adaptive, bounds, claims, defences, descend, layers, matching, metric, tensor or unmix"),
+    ],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
     seconds: Annotated[
         float | None,

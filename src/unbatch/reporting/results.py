@@ -394,6 +394,10 @@ class Audit(_Record):
         """The layers that an attacker reads backward, from the network's input to its output."""
         return [risk for risk in self.risks if risk.analysis == "layer-equations"]
 
+    def inner_way(self) -> list[Verdict]:
+        """What is said of telling a batch apart at an inner layer."""
+        return [verdict for verdict in self.verdicts if verdict.analysis == "separable-layer"]
+
     def changes(self) -> dict[str, dict[str, Verdict]]:
         """What would make the network safer: by change, the safest first, what each metric says of it."""
         found: dict[str, dict[str, Verdict]] = {}

@@ -17,6 +17,14 @@ from unbatch.network.operations import layer_of
 from unbatch.network.precision import loss_value
 from unbatch.network.sections import section
 
+GRID = -2.0, 5.0, 36  # of scales, exponents of 10 and number
+FINEST = 1e-3  # spacing of the grid, relative, at which the search ends
+SECANTS = 8
+TOLD = 1e-9  # of a share that may be left at the right scale
+POLISHES = 4
+NUDGE = 1e-6  # of a scale, relative, that shows how the head's gradient depends on it
+FELT = 1e-3  # singular value of that dependence, above which it is used
+SILENT = 1e-10  # singular value of the head's gradient over the largest, below which a direction was sent nothing
 SURE_COSINE = 1e-4  # by which the gradient of a label may be turned from what was sent back
 
 
@@ -37,9 +45,7 @@ class Above:
     misfit: float
 
 
-def above(
-    graph: Graph, readers: Sequence[Place], maps: Tensor, head: Place, update: Mapping[str, Tensor]
-) -> Above:
+def above(graph: Graph, readers: Sequence[Place], maps: Tensor, head: Place, update: Mapping[str, Tensor]) -> Above:
     """Runs the network from what some layers read to its head, and back with what the head's gradient says was sent.
 
     dL/dW = sum_i sent_i f_i^T and dL/db = sum_i sent_i are linear in what was sent, once the features f are known. No label
@@ -64,21 +70,131 @@ def above(
     return Above(maps, delta, dict(zip(heard, deltas, strict=True)), sent, last.detach(), misfit)
 
 
-def scaled(graph: Graph, found: Separation, update: Mapping[str, Tensor]) -> Tensor:
-    """The maps [n, *shape] at their own scale, from the gradient of a shift behind the layer.
+def scaled(
+    graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor], *, mixed: bool = False
+) -> Tensor:
+    """The maps [n, *shape] at their own scale, from the gradient of a shift behind the layer or else what it was sent back.
 
     A shift that every window of a channel gets has the gradient sum over examples and windows of delta, and delta is share
-    over scale, which is linear in one over the scales. Behind the layer such a shift is its own bias, or that of batch norm with fixed statistics.
-    Raises NotApplicable: there is none.
+    over scale, which is linear in one over the scales. Behind the layer such a shift is its own bias, or that of batch norm
+    with fixed statistics. Where there is none, or with `mixed`, see `scales_by_share`.
     """
-    want = _shift(graph, found.place, update)
+    want = None if mixed else _shift(graph, found.place, update)
     if want is None:
+        scales = scales_by_share(graph, found, head, update, mixed=mixed)
+    else:
+        scales = 1 / torch.linalg.lstsq(found.shares.sum(2).T, want[:, None]).solution[:, 0]
+    return _at(found, scales)
+
+
+def _at(found: Separation, scales: Tensor) -> Tensor:
+    maps = found.maps * scales.view(-1, *[1] * (found.maps.ndim - 1))
+    return maps.reshape(-1, *found.place.given.shape[1:])
+
+
+def scales_by_share(
+    graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor], *, mixed: bool = False
+) -> Tensor:
+    """The factor of each example's map [n], by what the layers above would send back to it.
+
+    Example i sent back delta = share / s. Run with s times its map, the layers above send back a sum over the directions that
+    the head's gradient spans, with coefficients that least squares find: one unknown s an example is left, which is searched
+    on a grid and then by secants. Layers that are blind to scales but for the eps of a norm tell it in float64 all the same.
+
+    `mixed`: the layer's outputs go into batch norm in train mode. What came back sums to zero over the batch then, which tells
+    the scales but for one factor; that is searched for in the same way, with all examples at once.
+    Raises NotApplicable: the layer is the head itself.
+    """
+    if found.place is head:
         raise NotApplicable(
-            f"behind {found.place.call.where} lies no shift (a bias, or a batch norm with fixed statistics) whose gradient "
-            "tells the scales of the examples."
+            f"the head {head.call.where} has no bias, whose gradient would tell the scales of the examples."
         )
-    inverse = torch.linalg.lstsq(found.shares.sum(2).T, want[:, None]).solution[:, 0]
-    return (found.maps / inverse.view(-1, 1, 1, 1)).reshape(-1, *found.place.given.shape[1:])
+    U, S, _ = torch.linalg.svd(update[head.weight], full_matrices=False)
+    directions = U[:, S > SILENT * S[0]].T
+    made = section(graph, found.place.given, head.gave)
+    ratios = torch.ones(len(found)).to(found.maps)
+    if mixed:
+        silent = torch.linalg.svd(found.shares.sum(2).T)[2][-1]  # what times the shares sums to zero in every channel
+        ratios = 1 / silent.abs().clamp_min(1e-300) if len(found) > 1 else ratios
+        ratios = ratios / ratios.mean()
+
+    def left(s: Tensor) -> Tensor:
+        return _left(made, found, directions, s * ratios, mixed)
+
+    grid = torch.logspace(*GRID, dtype=torch.float64).to(found.maps)
+    sizes = torch.stack([left(s.expand(1 if mixed else len(found))).norm(dim=1) for s in grid])
+    best, low = grid[sizes.argmin(0)], sizes.amin(0)
+    width = float(grid[1] / grid[0])
+    while width > 1 + FINEST:
+        for power in (-1.0, -0.5, 0.5, 1.0):
+            other = best * width**power
+            size = left(other).norm(dim=1)
+            best, low = torch.where(size < low, other, best), torch.minimum(size, low)
+        best, low = _secants(left, best, low, width - 1)
+        width = width**0.5
+        if bool((low < TOLD).all()):
+            break
+    return _by_head(graph, found, head, update, _secants(left, best, low, FINEST)[0] * ratios)
+
+
+def _by_head(graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor], scales: Tensor) -> Tensor:
+    """Scales [n] to the last digit by Gauss and Newton on the head's gradient, where its features depend on them."""
+    made, G = section(graph, found.place.given, head.given), update[head.weight]
+
+    def left(s: Tensor) -> Tensor:
+        Q = torch.linalg.qr(made(_at(found, s)).detach().T).Q
+        return ((G - (G @ Q) @ Q.T) / G.norm()).flatten()
+
+    for _ in range(POLISHES):
+        rest = left(scales)
+        moved = (left(scales * (1 + NUDGE * row)) for row in torch.eye(len(scales)).to(scales))
+        J = torch.stack([(other - rest) / NUDGE for other in moved], 1)
+        if not float(torch.linalg.svdvals(J)[-1]) > FELT:
+            break
+        new = scales * (1 - torch.linalg.lstsq(J, rest[:, None]).solution[:, 0])
+        if not float(left(new).norm()) < float(rest.norm()):
+            break
+        scales = new
+    return scales
+
+
+def _secants(left: Callable[[Tensor], Tensor], best: Tensor, low: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+    """Steps to where what is left vanishes, along the line through the last two points."""
+    before, at = best * (1 + 0.1 * gap), best
+    rest = left(before), left(at)
+    for _ in range(SECANTS):
+        slope = (rest[1] - rest[0]) / (at - before)[:, None]
+        move = -(rest[1] * slope).sum(1) / slope.square().sum(1).clamp_min(1e-300)
+        before, at = at, at + torch.minimum(torch.maximum(move, -0.3 * at), 0.3 * at)
+        at = torch.where(at == before, at * (1 + torch.finfo(at.dtype).eps), at)
+        rest = rest[1], left(at)
+        size = rest[1].norm(dim=1)
+        best, low = torch.where(size < low, at, best), torch.minimum(size, low)
+    return best, low
+
+
+def _left(made: nn.Module, found: Separation, directions: Tensor, s: Tensor, mixed: bool) -> Tensor:
+    """What no sum of the directions explains of each example's share [n, e], relative, with its map s times as large.
+
+    With `mixed` of all shares together [1, n e].
+    """
+    place, n = found.place, len(found)
+    maps = _at(found, s)
+    nothing = maps.new_zeros(n, *place.gave.shape[1:]).requires_grad_()
+    listening = made.get_submodule(place.call.name).register_forward_hook(lambda _, __, output: output + nothing)
+    with torch.enable_grad():
+        last = made(maps)
+    listening.remove()
+    sent = [d.expand_as(last) for d in directions]
+    if mixed:
+        sent = [e[:, None] * d for d in directions for e in torch.eye(n).to(d)]
+    backs = [torch.autograd.grad(last, nothing, cotangent, retain_graph=True)[0].flatten(1) for cotangent in sent]
+    A = torch.stack(backs, 2) * s.view(-1, 1, 1)  # [n, e, k]
+    want = found.shares.flatten(1)[..., None]
+    if mixed:
+        A, want = A.flatten(0, 1)[None], want.flatten(0, 1)[None]
+    Q = torch.linalg.qr(A).Q
+    return ((want - Q @ (Q.transpose(1, 2) @ want)) / want.norm(dim=1, keepdim=True))[..., 0]
 
 
 def _shift(graph: Graph, place: Place, update: Mapping[str, Tensor]) -> Tensor | None:
@@ -86,7 +202,9 @@ def _shift(graph: Graph, place: Place, update: Mapping[str, Tensor]) -> Tensor |
     if place.bias in update:
         return update[place.bias]  # type: ignore[index]
     for call in graph.calls:
-        if place.gave not in call.given or not isinstance(norm := layer_of(call, place.gave), nn.BatchNorm2d | nn.BatchNorm1d):
+        if place.gave not in call.given or not isinstance(
+            norm := layer_of(call, place.gave), nn.BatchNorm2d | nn.BatchNorm1d
+        ):
             continue
         name = f"{call.name}.bias" if isinstance(call.ran, nn.Module) else graph.names().get(id(norm.bias), "")
         if norm.training or norm.running_var is None or name not in update:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.descent.above import Above, above, labels_sent, scaled
-from unbatch.inversion.descent.pictures import Misfit, newton, response, searched
+from unbatch.inversion.descent.pictures import Back, Misfit, newton, response, searched
 from unbatch.inversion.descent.places import Place, at_cuts, places
 from unbatch.inversion.descent.separation import Separation, separated, span
 from unbatch.inversion.descent.walk import Told, Walk, solved, walk
@@ -31,7 +31,7 @@ SLOWEST = 0.95  # share of their error that a turn may leave
 CLIENT_ROUNDINGS = 4  # of the update's type, by which the client's own arithmetic is off
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
 AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
-FOUND = 1e-2  # squared misfit, relative, below which a search has found its valley
+FOUND = 2e-2  # misfit, relative, of absolute values, below which a search has found its valley
 NOISES = 10.0  # times the equations' own noise that may be left over
 DRAWS = 2  # of the equations' noise, which show how far it moves the inputs
 RESPONSE_TOLERANCE = 1e-3  # of the linear systems that show it, relative
@@ -56,7 +56,9 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
     if view.steps:
         raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
     if float(view.knowledge.get("noise", 0.0)) > 0 or "log_prob" in view.knowledge:
-        raise NotApplicable("a defence's noise fills the span of every layer's gradient, so that none counts its examples.")
+        raise NotApplicable(
+            "a defence's noise fills the span of every layer's gradient, so that none counts its examples."
+        )
     shape, trace_ = view.knowledge.input_shape, dict[str, Any]()
     found = _descent(view, rng, trace_)
     if found is None:
@@ -72,21 +74,27 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
 def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descent | None:
     graph = _graph(view)
     update = {name: tensor.double() for name, tensor in view.update.items()}
-    every = [place for place in places(graph)]
+    every = list(places(graph))
     head = every[-1] if every else None
-    if head is None or not head.dense or head.weight not in update:
-        raise NotApplicable("the network ends in no dense layer that sent its gradient, from which the labels would follow.")
+    if head is None or not head.dense:
+        raise NotApplicable("the network ends in no dense layer, from whose gradient the labels would follow.")
+    if head.weight not in update:
+        raise NotApplicable(
+            f"the last dense layer {head.call.name!r} sent no gradient, from which the labels would follow."
+        )
     eps = float(torch.finfo(view.obs.dtype).eps)
+    mixed = any(isinstance(m := call.ran, nn.modules.batchnorm._BatchNorm) and m.training for call in graph.calls)
     tried, best = list[str](), None
     for place in candidates(graph, every, update, eps):
-        found = separated(place, place.flat(update[place.weight]), eps, rng, lambda: tick(SHARES[0] / 2))
+        found = separated(place, place.flat(update[place.weight]), eps, rng, lambda: tick(SHARES[0] / 2), mixed=mixed)
         if found is None:
             continue
         if found.missed:
             tried.append(f"{place.call.name}: {len(found)} of {len(found) + found.missed} examples")
             continue
         readers = [each for each in every if each.given is place.given]
-        up, error = _polished(graph, readers, scaled(graph, found, update), head, update, eps, found.error)
+        maps = scaled(graph, found, head, update, mixed=mixed)
+        up, error = _polished(graph, readers, maps, head, update, eps, found.error)
         if not up.misfit < LARGEST_HEAD_MISFIT:
             tried.append(f"{place.call.name}: the head's gradient is {up.misfit:.1e} off")
             continue
@@ -100,7 +108,11 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
     if best is None:
         trace_["stopped"] = "; ".join(tried) or "no layer's gradient has the rank of a few examples times its windows."
         return None
-    trace_ |= {"layer": best.separation.place.call.name, "examples": len(best.separation), "head misfit": best.above.misfit}
+    trace_ |= {
+        "layer": best.separation.place.call.name,
+        "examples": len(best.separation),
+        "head misfit": best.above.misfit,
+    }
     trace_["equations"] = [_row(told) for told in best.walk.told]
     trace_["stops"] = best.walk.stops
     return best
@@ -145,7 +157,7 @@ def candidates(graph: Graph, every: list[Place], update: Mapping[str, Tensor], e
     """
     whole, ranks = at_cuts(graph), list[tuple[int, Place]]()
     for place in every:
-        if place.given not in whole or place.groups != 1 or place.given is graph.input or place.weight not in update:
+        if place.given not in whole or not place.plain or place.given is graph.input or place.weight not in update:
             continue
         if place.positions <= place.limit:
             ranks.append((len(span(place.flat(update[place.weight]), eps)), place))
@@ -156,9 +168,12 @@ def _graph(view: View) -> Graph:
     """What the network runs, in float64 and in the client's mode."""
     mode = view.protocol.mode
     model = in_double(view.model).train(mode == "train").requires_grad_(False)
-    mixing = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if mode == "train" and mixing:
-        raise NotApplicable(f"{mixing[0]!r} is batch norm in train mode, which mixes the examples.")
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
+            m.running_mean = m.running_var = m.num_batches_tracked = (
+                None  # nothing reads them, nothing is to write to them
+            )
+            m.track_running_stats = False
     if mode == "train" and any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
         raise NotApplicable("dropout in train mode draws what nobody knows.")
     try:
@@ -178,13 +193,17 @@ def _pictures(
         return _bounded_input(told, shape)
     trace_["searched by"] = told.value.call.name if told.value.call is not None else "the input"
     misfit = Misfit(section(found.graph, found.graph.input, told.value), told)
+    back = _back(found, told, misfit.below, view.update)
     low, high = view.knowledge.get("input_range", (-2.0, 2.0))
     middle, scale = (low + high) / 2, (high - low) / 4
     single, best, x = misfit.single(), torch.inf, torch.zeros(n, *shape)
     for attempt in range(attempts):
         start = middle + 0.1 * scale * torch.randn(n, *shape, generator=rng)
         count = steps * 2**attempt
-        for step, (value, point) in enumerate(searched(single, start.to(told.seen.device), scale, steps=count)):
+        helped = back if attempt else None  # it takes three times as long
+        for step, (value, point) in enumerate(
+            searched(single, start.to(told.seen.device), scale, steps=count, back=helped)
+        ):
             if not tick(SHARES[1] + (SHARES[2] - SHARES[1]) * step / count, value):
                 break
         if value < best:
@@ -202,6 +221,17 @@ def _pictures(
         if not tick(SHARES[2], size):
             break
     return x.double(), nothing
+
+
+def _back(found: Descent, told: Told, below: nn.Module, update: Mapping[str, Tensor]) -> Back | None:
+    """The gradients of the weights below a tensor, where what came back to it is known."""
+    if told.value not in found.walk.deltas:
+        return None
+    names = {id(place.layer.weight): place.weight for place in places(found.graph) if place.weight in update}
+    own = {name: update[names[id(weight)]] for name, weight in below.named_parameters() if id(weight) in names}
+    own = {name: gradient for name, gradient in own.items() if bool(gradient.any())}
+    delta = found.walk.deltas[told.value].detach().reshape(told.shape[0], *told.value.shape[1:])
+    return Back(below, delta, own) if own else None
 
 
 def target(down: Walk) -> Told:
@@ -232,7 +262,11 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
     off = misfit(x).detach()
     left = answer(off / off.norm()) * float(off.norm())
     spread = torch.stack(moves).square().sum(2).mean(0).sqrt()
-    far = ERROR_SIGMAS * max(1.0, excess) * spread + 2 * left.norm(dim=1) + torch.finfo(torch.float64).eps * x.flatten(1).norm(dim=1)
+    far = (
+        ERROR_SIGMAS * max(1.0, excess) * spread
+        + 2 * left.norm(dim=1)
+        + torch.finfo(torch.float64).eps * x.flatten(1).norm(dim=1)
+    )
     relative = far / x.flatten(1).norm(dim=1).clamp_min(1e-300)
     return torch.where((lost < LOST_SHARE) & (relative < LARGEST_RADIUS), relative, torch.inf).cpu()
 

@@ -60,7 +60,9 @@ def _chosen(columns: Tensor, off: Tensor) -> Tensor:
     return taken
 
 
-def pursued(left: Tensor, U: Tensor, rows: Tensor, flips: Tensor, inputs: Tensor, windows: Windows, open_: Tensor) -> Tensor:
+def pursued(
+    left: Tensor, U: Tensor, rows: Tensor, flips: Tensor, inputs: Tensor, windows: Windows, open_: Tensor
+) -> Tensor:
     """The same where no channel stands out, as there are hardly more equations than unknowns: what all of them leave is used.
 
     `left` [m, c_in] = B - U U^T B is what the equations A X = B of a tensor leave over, for all input channels, `U` [m, r]

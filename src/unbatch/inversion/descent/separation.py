@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from unbatch.inversion.descent.places import Place
-from unbatch.numerics.windows.growth import grown
+from unbatch.numerics.windows.geometry import Windows
+from unbatch.numerics.windows.growth import ZERO, grown
+from unbatch.numerics.windows.maps import maps_in
 from unbatch.numerics.windows.rays import rays, vanishing
 
 GAP = 1e3  # least ratio of neighbouring singular values at which a rank ends
@@ -17,6 +19,7 @@ ROUNDINGS = 1e2  # of the largest singular value, below which nothing is counted
 LARGEST_MISFIT = 1e-6  # of shared entries, relative, up to which a map is right
 MISFIT_ERRORS = 300.0  # the same in units of the span's own error
 LARGEST_ERROR = 1e-3  # of the span, at which nothing can be told from a zero
+MOST_COEFFICIENTS = 5000  # of the space of whole maps, whose cube is its cost
 PROGRAMS = 12, 40  # linear programs: so many an example, and so many besides
 
 
@@ -59,33 +62,69 @@ def span_error(G: Tensor, rank: int, eps: float) -> float:
     return eps * float(S[0] / S[rank - 1])
 
 
-def separated(place: Place, G: Tensor, eps: float, rng: torch.Generator, tick: Callable[[], bool]) -> Separation | None:
-    """The maps behind a layer's weight gradient [c_out, c_in k^2]; None where the layer does not tell them apart."""
+def separated(
+    place: Place, G: Tensor, eps: float, rng: torch.Generator, tick: Callable[[], bool], *, mixed: bool = False
+) -> Separation | None:
+    """The maps behind a layer's weight gradient [c_out, c_in k^2]; None where the layer does not tell them apart.
+
+    Where the span tells the space of whole maps (`maps_in`), the maps are the extreme rays of what is nonnegative in it;
+    where windows overlap too little for that, those of the windows in a corner are grown to maps. With `mixed` the outputs
+    go into batch norm in train mode, whose gradients sum to zero, and the span is that of the windows' differences.
+    """
     windows, rows = place.windows(), span(G, eps)
     error = span_error(G, len(rows), eps)
+    if error > LARGEST_ERROR:
+        return None
+    n, maps = _whole(windows, rows, rng, tick, error, mixed)
+    if not n and not mixed:
+        n, maps = _grown(place, windows, rows, rng, tick, error)
+    if not n or n * len(windows) > place.limit:
+        return None
+    held = torch.stack(maps) if maps else G.new_zeros(0, *windows.shape)
+    patches = windows.rows(held).flatten(0, 1)  # [n p, d]
+    shares = torch.linalg.lstsq(patches.T, G.T).solution if maps else G.new_zeros(0, len(G))  # [n p, c_out]
+    shares = shares.view(len(held), len(windows), len(G)).transpose(1, 2)
+    return Separation(place, held, shares, n - len(held), error)
+
+
+def _whole(
+    windows: Windows, rows: Tensor, rng: torch.Generator, tick: Callable[[], bool], error: float, mixed: bool
+) -> tuple[int, list[Tensor]]:
+    """The number of examples, and maps as extreme rays of the space of whole maps; 0 where that is not their space."""
+    n, rest = divmod(len(rows) + mixed, len(windows))
+    if len(windows) == 1 or rest or not n or len(windows) * len(rows) > MOST_COEFFICIENTS:
+        return 0, []
+    basis = maps_in(rows, windows, differences=mixed, error=error).flatten(1)
+    if len(basis) != n:
+        return 0, []
+    found = list[Tensor]()
+    for ray in rays(basis, rng, most=PROGRAMS[0] * n + PROGRAMS[1], error=error):
+        if not tick():
+            break
+        found.append(torch.where(ray < max(ZERO, error) * ray.max(), 0.0, ray).view(windows.shape))
+    return n, found
+
+
+def _grown(
+    place: Place, windows: Windows, rows: Tensor, rng: torch.Generator, tick: Callable[[], bool], error: float
+) -> tuple[int, list[Tensor]]:
+    """The number of examples, and maps grown from windows in a corner."""
     corner = int(windows.padded.sum(1).argmax())
     own = rows
     if len(windows) > 1:
         if not bool(windows.padded[corner].any()):
-            return None
+            return 0, []
         own = vanishing(rows, windows.padded[corner].to(rows.device), tolerance=max(1e-8, 30 * error))
-    n, shape = len(own), torch.Size(windows.shape)
-    if not n or n * len(windows) > place.limit or error > LARGEST_ERROR:
-        return None
-    maps = list[Tensor]()
+    n, maps = len(own), list[Tensor]()
+    if n * len(windows) > place.limit:
+        return 0, []
     for ray in rays(own, rng, most=PROGRAMS[0] * n + PROGRAMS[1], error=error):
         if not tick():
             break
         if place.dense:
-            maps.append(ray.view(shape))
+            maps.append(ray.view(windows.shape))
             continue
         found, misfit = grown(rows, windows, ray, corner, error=error, tick=tick)
         if misfit < max(LARGEST_MISFIT, MISFIT_ERRORS * error):
             maps.append(found.nan_to_num(0.0))
-    if not maps:
-        return None
-    held = torch.stack(maps)
-    patches = windows.rows(held).flatten(0, 1)  # [n p, d]
-    shares = torch.linalg.lstsq(patches.T, G.T).solution  # [n p, c_out]
-    shares = shares.view(len(held), len(windows), -1).transpose(1, 2)
-    return Separation(place, held, shares, n - len(held), error)
+    return n, maps

@@ -9,20 +9,31 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor, nn
 
+from unbatch.inversion.descent.implicit import Reader, Seen, settled
 from unbatch.inversion.descent.masks import NEAR_ZERO, flipped, pursued
 from unbatch.inversion.descent.places import Place
 from unbatch.network.graph import Call, Graph, Value
 from unbatch.network.operations import AffineOperation, Operation, Reshape, layer_of
-from unbatch.network.sections import between
+from unbatch.network.sections import between, section
 from unbatch.numerics.trimming import trimmed
 from unbatch.numerics.windows.weight_equations import weight_equations
 
+CONTRADICTS = 100.0  # roundings of a system's right side, beyond which some mask is wrong
 LOST, LOST_ERRORS = 2e-10, 30.0  # of the largest singular value, or of the start's error: equations below say nothing
 ZERO, ZERO_SIGMAS = 1e-11, 6.0  # of the largest entry, or of its spread: behind a ReLU smaller ones are zero
 CHECKED = 0.05  # of the equations, which must be more than are needed, so that a wrong one shows
 SURE = 1e-10  # error of what is known, at which no mask is in doubt
 RETURNS = 5  # to a ReLU, to mend its masks
 LINEAR = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad2d)
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass(frozen=True, eq=False)
+class Late:
+    """Of a tensor whose gradient depends on the tensor itself: a deeper tensor and what came back to that one."""
+
+    value: Value
+    cotangent: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +87,14 @@ class Walk:
     values: dict[Value, Tensor] = field(default_factory=dict)
     noises: dict[Value, Tensor] = field(default_factory=dict)  # of `values`
     deltas: dict[Value, Tensor] = field(default_factory=dict)
+    late: dict[Value, Late] = field(default_factory=dict)
+    scaled: dict[Value, Value | None] = field(default_factory=dict)  # whose scale that of a gradient goes with, if any
     told: list[Told] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)  # where the way down ends, in words
     blocked: set[Value] = field(default_factory=set)  # to which something came back that is not known
-    flips: dict[Value, tuple[Value, Tensor]] = field(default_factory=dict)  # a ReLU, and what its flipped masks would change
+    flips: dict[Value, tuple[Value, Tensor]] = field(
+        default_factory=dict
+    )  # a ReLU, and what its flipped masks would change
 
     def kept(self) -> Walk:
         """The same, to come back to."""
@@ -104,7 +119,7 @@ def walk(
     input (`weight_equations`), those of all layers that read the same tensor together.
     """
     noise = error * maps.square().mean().sqrt().expand_as(maps)
-    found = Walk({start: maps}, {start: noise}, {start: delta})
+    found = Walk({start: maps}, {start: noise}, {start: delta}, scaled={start: start})
     found.told.append(Told(start, None, maps, (len(maps), *start.shape[1:]), noise))
     readers: dict[Value, list[Place]] = {}
     for place in all_places:
@@ -115,9 +130,8 @@ def walk(
     while at < len(calls):
         call, told = calls[at], len(found.told)
         for value in call.gave if call is not None else [graph.input]:
-            if value not in found.values:
-                _solve(found, value, readers.get(value, []), update, eps, error)
-        for relu, mended in _mended(found).items() if len(found.told) > told else ():
+            _tell(graph, found, value, readers.get(value, []), update, eps, error)
+        for relu, mended in _mended(found, eps).items() if len(found.told) > told else ():
             if left.setdefault(relu, RETURNS) > 0:
                 left[relu] -= 1
                 at, found = before[relu][0], before[relu][1].kept()
@@ -133,10 +147,30 @@ def walk(
     return found
 
 
-def _mended(found: Walk) -> dict[Value, Tensor]:
+def _tell(
+    graph: Graph,
+    found: Walk,
+    value: Value,
+    readers: list[Place],
+    update: Mapping[str, Tensor],
+    eps: float,
+    error: float,
+) -> None:
+    """Finds a tensor if it is not known yet, and what came back to it through the layers that waited for it."""
+    if any(place.gave in found.late for place in readers):
+        if value in found.values or not _solve_late(graph, found, value, readers, update, eps):
+            found.blocked.add(value)
+            found.deltas.pop(value, None)
+    elif value not in found.values:
+        _solve(found, value, readers, update, eps, error)
+
+
+def _mended(found: Walk, eps: float) -> dict[Value, Tensor]:
     """The outputs of ReLUs some of whose masks were decided wrongly, by what contradicts the tensor found last."""
     told, mended = found.told[-1], dict[Value, Tensor]()
-    for place, rows in told.left.rows.items() if told.left is not None else ():
+    if told.left is None or not float(told.left.off.norm()) > CONTRADICTS * eps * float(told.left.B.norm()):
+        return mended
+    for place, rows in told.left.rows.items():
         if place.gave not in found.flips:
             continue
         relu, change = found.flips[place.gave]
@@ -154,6 +188,8 @@ def _mended(found: Walk) -> dict[Value, Tensor]:
 def _back(found: Walk, call: Call, fed: list[Value]) -> None:
     """What came back to a call's output, sent on to what it was given."""
     gave, blocked = call.gave[0], found.blocked
+    if call.alone and gave not in blocked and _waits(found, call, fed):
+        return
     sent: list[Tensor | None]
     if gave in blocked or gave not in found.deltas or not call.alone:
         sent = [None] * len(fed)
@@ -166,15 +202,43 @@ def _back(found: Walk, call: Call, fed: list[Value]) -> None:
             blocked.add(value)
             found.deltas.pop(value, None)
         else:
-            found.deltas[value] = found.deltas[value] + part if value in found.deltas else part
+            _add(found, value, part, found.scaled.get(gave))
     layer = layer_of(call, fed[0])
     if isinstance(layer, nn.ReLU) and gave in found.values and gave in found.deltas:
         found.flips[fed[0]] = gave, found.deltas[gave] * (1 - 2 * (found.values[gave] > 0).double())
-    elif gave in found.flips and (call.ran in ADDS or isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d | AffineOperation)):
+    elif gave in found.flips and (
+        call.ran in ADDS or isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d | AffineOperation)
+    ):
         relu, change = found.flips[gave]
         for value, part in zip(fed, _sent(found, call, fed, change), strict=True):
             if part is not None:
                 found.flips[value] = relu, part
+
+
+def _add(found: Walk, value: Value, part: Tensor, scaled: Value | None) -> None:
+    """One more part of what came back to a tensor."""
+    alike = value not in found.deltas or found.scaled.get(value) is scaled
+    found.deltas[value] = found.deltas[value] + part if value in found.deltas else part
+    found.scaled[value] = scaled if alike else None
+
+
+def _waits(found: Walk, call: Call, fed: list[Value]) -> bool:
+    """Whether a call's derivative depends on a tensor that is not known yet, but will be; then it is kept for later."""
+    gave = call.gave[0]
+    if len(fed) != 1:
+        return False
+    layer = layer_of(call, fed[0])
+    if gave in found.late:
+        return type(layer) in (nn.Conv2d, nn.Linear)
+    fixed = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and not layer.training and layer.running_var is not None
+    if fixed or not isinstance(layer, NORMS) or gave not in found.deltas or fed[0] in found.deltas:
+        return False
+    made_by = None if fed[0].call is None else layer_of(fed[0].call, fed[0].call.given[0])
+    if type(made_by) not in (nn.Conv2d, nn.Linear):
+        return False
+    found.late[fed[0]] = Late(gave, found.deltas[gave])
+    found.scaled[fed[0]] = found.scaled.get(gave)
+    return True
 
 
 def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tensor | None]:
@@ -184,7 +248,9 @@ def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tens
     if len(fed) != 1:
         return [None] * len(fed)
     layer, shape = layer_of(call, fed[0]), (n, *fed[0].shape[1:])
-    if isinstance(layer, Reshape | nn.Flatten | nn.Identity | nn.Unflatten) or (isinstance(layer, nn.Dropout) and not layer.training):
+    if isinstance(layer, Reshape | nn.Flatten | nn.Identity | nn.Unflatten) or (
+        isinstance(layer, nn.Dropout) and not layer.training
+    ):
         if gave in found.values and fed[0] not in found.values:
             found.values[fed[0]] = found.values[gave].reshape(shape)
             found.noises[fed[0]] = found.noises[gave].reshape(shape)
@@ -228,7 +294,7 @@ def solved(
 
     The noise of their equations is measured by what no input explains of them. None where no layer says anything.
     """
-    own = [p for p in readers if p.weight in update and p.gave in deltas and p.groups == 1]
+    own = [p for p in readers if p.weight in update and p.gave in deltas and p.plain]
     if not own:
         return None
     n, systems, sides = len(deltas[own[0].gave]), list[Tensor](), list[Tensor]()
@@ -240,7 +306,9 @@ def solved(
         systems.append(weight_equations(sent, place.windows(1)) / units[place])
         sides.append(G.transpose(1, 2).reshape(-1, G.shape[1]) / units[place])  # [c_out k^2, c]
         rows[place] = count + torch.arange(len(G) * k, device=G.device).view(len(G), k)
-        blocks.append((len(blocks) and int(blocks[-1][-1]) + 1) + torch.arange(len(G), device=G.device).repeat_interleave(k))
+        blocks.append(
+            (len(blocks) and int(blocks[-1][-1]) + 1) + torch.arange(len(G), device=G.device).repeat_interleave(k)
+        )
         count += len(G) * k
     A, B = torch.cat(systems), torch.cat(sides)
     U, S, V = torch.linalg.svd(A, full_matrices=False)
@@ -275,4 +343,90 @@ def solved(
     return Told(value, None, x, shape, spread, condition, misfit, left, checked)
 
 
+def _solve_late(
+    graph: Graph, found: Walk, value: Value, places: list[Place], update: Mapping[str, Tensor], eps: float
+) -> bool:
+    """A tensor by the weights of all layers that read it, where what came back to some depends on their outputs."""
+    if not all(
+        p.weight in update and p.groups == 1 and (p.gave in found.late or p.gave in found.deltas) for p in places
+    ):
+        return False
+    readers = []
+    for place in places:
+        late = found.late.get(place.gave)
+        behind = None if late is None else section(graph, place.gave, late.value)
+        cotangent = found.deltas[place.gave] if late is None else late.cotangent
+        loose = found.scaled.get(place.gave) is not None
+        readers.append(Reader(place, update[place.weight], cotangent, behind, loose))
+    n, seen = len(readers[0].cotangent), _seen(graph, found, value)
+    shape = (n, *value.shape[1:])
+    size = float(found.told[-1].seen.square().mean().sqrt())
+    rectified = value.call is not None and _is_relu(value.call)
+    answer = settled(readers, shape, seen, size, eps, rectified=rectified)
+    if answer is None or not answer.misfit < LARGEST_MISFIT:
+        found.stops.append(f"the input of {places[0].call.where} is not determined")
+        return False
+    x = answer.x
+    noise = eps * answer.condition * x.square().mean().sqrt().expand_as(x)
+    if rectified:
+        x = torch.where(x < torch.maximum(ZERO * x.max(), ZERO_SIGMAS * noise), 0.0, x)
+    noise = torch.maximum(noise, answer.blur * x.square().mean().sqrt())
+    found.values[value], found.noises[value] = x, noise
+    factors = iter(answer.factors)
+    for place, reader in zip(places, readers, strict=True):
+        if reader.loose:
+            _rescale(found, found.scaled[place.gave], next(factors))
+    own = None if seen is not None else value
+    for place, reader in zip(places, readers, strict=True):
+        z = reader.output(x)
+        if reader.behind is not None:
+            found.values[place.gave] = z
+            found.values[found.late.pop(place.gave).value] = reader.behind(z)
+            _add(found, value, reader.back(x, reader.delta(z)), own)
+    found.told.append(Told(value, None, x, shape, noise, answer.condition, answer.misfit))
+    return True
+
+
+def _rescale(found: Walk, owner: Value | None, factors: Tensor) -> None:
+    """Corrects the scales [n] of a tensor and of all that came back and goes with them."""
+    for value, scaled in found.scaled.items():
+        if owner is None or scaled is not owner:
+            continue
+        if value in found.deltas:
+            found.deltas[value] = found.deltas[value] * _sides(factors, found.deltas[value])
+        if value in found.late:
+            late = found.late[value]
+            found.late[value] = Late(late.value, late.cotangent * _sides(factors, late.cotangent))
+    if owner is not None:
+        right = found.values[owner] / _sides(factors, found.values[owner])
+        found.told = [replace(told, seen=right) if told.value is owner else told for told in found.told]
+        found.values[owner] = right
+
+
+def _sides(factors: Tensor, like: Tensor) -> Tensor:
+    return factors.view(-1, *[1] * (like.ndim - 1))
+
+
+def _seen(graph: Graph, found: Walk, value: Value) -> Seen | None:
+    """The entries of a tensor that are known since it was added to a known one, and a ReLU let the sum pass."""
+    same = {value}
+    for call in graph.calls:
+        fed = [other for other in call.given if other.fed]
+        if len(fed) == 1 and fed[0] in same and isinstance(call.ran, nn.Identity):
+            same.add(call.gave[0])
+        if call.ran not in ADDS or len(fed) != 2 or len(same.intersection(fed)) != 1:
+            continue
+        (other,) = set(fed) - same
+        passed = next((c.gave[0] for c in graph.calls if call.gave[0] in c.given and _is_relu(c)), None)
+        if other in found.values and passed in found.values:
+            where = found.values[passed] > 0
+            return Seen(where, (found.values[passed] - found.values[other])[where])
+    return None
+
+
+def _is_relu(call: Call) -> bool:
+    return isinstance(layer_of(call, call.given[0]), nn.ReLU)
+
+
+LARGEST_MISFIT = 1e-6  # relative, of the weights' gradients, up to which a tensor is right
 ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
