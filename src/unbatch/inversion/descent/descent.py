@@ -25,7 +25,10 @@ from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
 LARGEST_HEAD_MISFIT = 1e-3  # relative, of the head's gradient: beyond it the maps or their scales are wrong
-POLISHES = 4  # of the separated maps
+POLISHES = 10  # of the separated maps
+SURELY = 10.0  # times the error, above which an entry is positive that was zero in the span's cone
+SLOWEST = 0.95  # share of their error that a turn may leave
+CLIENT_ROUNDINGS = 4  # of the update's type, by which the client's own arithmetic is off
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
 AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
 FOUND = 2e-2  # misfit, relative, of absolute values, below which a search has found its valley
@@ -127,18 +130,24 @@ def _polished(
     """What is known above the maps, and their relative error, once they are solved for again by the layers that read them.
 
     With what came back to these layers known, their gradients are linear in the maps, with more equations than unknowns:
-    the rounding that the span's weakest directions suffered averages out.
+    the rounding that the span's weakest directions suffered averages out. What is zero in the span's cone stays zero. What
+    came back is only as good as the maps: each turn leaves a share of their error, and the moves tell which.
     """
-    up = above(graph, readers, maps, head, update)
-    for _ in range(POLISHES):
+    up, moved, share = above(graph, readers, maps, head, update), error, 0.5
+    for turn in range(POLISHES):
         told = solved(readers[0].given, readers, up.deltas, update, eps, 0.0)
         if told is None or told.rows is not None:
             break
-        other = above(graph, readers, told.seen, head, update)
+        held = told.seen.view_as(up.maps)
+        positive = (maps > 0) | (held > SURELY * error * held.square().mean().sqrt())
+        held = torch.where(positive, torch.where(held > 0, held, maps), 0.0)
+        other = above(graph, readers, held, head, update)
         if not other.misfit < up.misfit:
             break
-        up, error = other, float(told.noise.norm() / told.seen.norm())
-    return up, error
+        before, moved = moved, float((held - up.maps).norm() / held.norm())
+        share = min(max(share, moved / before), SLOWEST) if turn else share
+        up, error = other, float(told.noise.norm() / told.seen.norm()) + moved * share / (1 - share)
+    return up, max(error, CLIENT_ROUNDINGS * eps)
 
 
 def candidates(graph: Graph, every: list[Place], update: Mapping[str, Tensor], eps: float) -> list[Place]:
