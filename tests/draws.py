@@ -292,7 +292,9 @@ class Draw:
         torch.manual_seed(self.seed)
         rng = torch.Generator().manual_seed(self.seed)
         loss, outputs, labelled = LOSSES[self.loss]
-        net = HOLDS[self.hold](NETWORKS[self.network](self.activation, outputs))
+        net = NETWORKS[self.network](self.activation, outputs)
+        held = self.hold if not (self.hold == "grad sample" and list(net.buffers())) else ""  # Opacus refuses buffers
+        net = HOLDS[held](net)
         dtype = next(net.parameters()).dtype
         x = (torch.randn if self.normal else torch.rand)(self.n, 1, 4, 4, generator=rng).to(dtype)
         y = labelled(self.n, rng)

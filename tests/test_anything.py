@@ -90,6 +90,57 @@ def test_everything_is_taken_by_itself(draw: Draw, n: int) -> None:
         assert not list(faults(record))
 
 
+BARE = replace(BASE, network="no bias", activation="ReLU", n=1, normal=True)  # of linear pieces: no size of its own
+HINGE = replace(BASE, loss="hinge", n=1)
+MENDED = [  # each was a false claim or an exception once; beside it what is nearest to it
+    *(replace(BARE, loss=loss, done=done) for loss in ("squares of numbers", "one-hot rows") for done in ("", "twice")),
+    replace(BARE, loss="squares of one-hot rows", done="half precision", seed=512),
+    replace(BARE, loss="cross entropy", done="rates by layer", seed=165),
+    replace(BARE, loss="squares of numbers", done="only the last", activation="LeakyReLU", seed=1357),
+    *(
+        replace(BASE, network="linear", loss=loss, n=1, done=done, seed=2556)
+        for loss in ("cross entropy", "squares of numbers", "soft rows", "hinge", "binary, a column")
+        for done in ("two learning rates", "each clipped")
+    ),
+    replace(BASE, network="functional", activation="LeakyReLU", n=1, normal=True, done="rates by layer", seed=393),
+    replace(HINGE, network="convolutional", activation="Sigmoid", done="rates by layer", seed=85),
+    replace(BASE, network="skip", loss="binary, unsqueezed", hold="double", n=1, done="rates by layer", seed=3869),
+    replace(BASE, network="group norm", hold="double", loss="binary, a column", n=1, done="adam", seed=8393),
+    *(replace(BASE, network="bottleneck", activation="SiLU", done=done, seed=1193) for done in ("signs", "adam")),
+    *(
+        replace(BASE, network="bottleneck", activation="ELU", loss="binary, unsqueezed", done=done, seed=506)
+        for done in ("half precision", "bfloat16 on the way")
+    ),
+    replace(BASE, network="recurrent", hold="bfloat16", n=1, normal=True, done="a list", seed=3231),
+    replace(BASE, activation="GELU", n=1, client="mixup:alpha=0.4", seed=9968),
+    *(
+        replace(BASE, network=net, activation="Softplus", n=3, client="prune:share=0.9", seed=277)
+        for net in ("dense", "scaled")
+    ),
+    replace(BASE, network="convolutional", activation="Softplus", n=1, client="prune:share=0.9", seed=177),
+    *(replace(BASE, loss="one class ignored", n=n, client="label-smoothing:epsilon=0.1") for n in (1, 2)),
+    replace(HINGE, activation="GELU", seed=1000),
+    replace(BASE, network="batch norm", activation="GELU", seed=336),
+    replace(BASE, network="group norm", hold="channels last", activation="ReLU", n=1, seed=4000),
+]
+
+
+@pytest.mark.parametrize(
+    "draw", MENDED, ids=lambda d: f"{d.network} {d.activation} {d.hold} {d.loss} {d.n} {d.done}{d.client}"
+)
+def test_what_was_found_stays_mended(draw: Draw) -> None:
+    record = audited(draw)
+    assert not isinstance(record, str)
+    assert not list(faults(record))
+
+
+def test_a_share_of_one_example_is_refused_in_words_under_batch_norm() -> None:
+    for n in (2, 3):
+        words = audited(replace(BASE, network="batch norm", n=n, client="secure-aggregation:clients=2"))
+        assert isinstance(words, str)
+        assert "Batch norm needs more than one example" in words
+
+
 @pytest.mark.parametrize("done", ["", *HARMLESS, "twice", "half", "sign flipped", "a step", "loss scaling", "clipped"])
 @pytest.mark.parametrize("network", ["dense", "deep", "functional"])
 def test_nothing_true_is_lost(network: str, done: str) -> None:

@@ -15,7 +15,7 @@ from unbatch.attack import Guarantee
 from unbatch.benchmarks import allowance, tensor
 from unbatch.defence import Defence
 from unbatch.inversion.view import View
-from unbatch.loss import loss_named
+from unbatch.loss import Loss, loss_named
 from unbatch.models import small
 from unbatch.network.dense import layer_inputs
 from unbatch.progress import watching
@@ -101,6 +101,34 @@ def test_a_common_factor_is_fitted_and_stated(which: str, way: str) -> None:
     factor = {"three times": 3.0, "a step": -0.1, "clipped": 1e-3}.get(way, 1.0)
     if CLIENTS[which].get("classes", 5) != 1:
         assert abs(found.trace["recomputed factor"]) == pytest.approx(abs(factor), rel=0.2)
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, nn.SmoothL1Loss()])
+def test_an_honest_update_of_real_targets_is_certified_where_something_is_left_that_must_agree(loss: Loss) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.rand(1, 20, generator=rng), torch.randn(1, 3, generator=rng)
+    deep, flat = small.build("mlp", (20,), 3, width=40, activation="tanh", rng=rng), nn.Linear(20, 3)
+    found = Attack.parse("bias-ratio")(unbatch.observe(deep, loss, x, y)[0])
+    assert found.bound is not None
+    assert found.bound.isfinite().all(), found.trace["second judge"]
+    found = Attack.parse("bias-ratio")(unbatch.observe(flat, loss, x, y)[0])
+    assert found.bound is not None
+    assert found.bound.isinf().all()  # weight and bias at two rates would be another input with other targets
+    assert found.inputs is not None
+    assert torch.allclose(found.inputs.float(), x, rtol=1e-4)
+
+
+def test_copies_are_certified_where_the_update_is_fine_enough_to_tell_them() -> None:
+    rng = torch.Generator().manual_seed(0)
+    model = small.build("mlp", (20,), 5, width=40, activation="gelu", rng=rng)
+    x, y = torch.rand(2, 20, generator=rng)[[0, 1, 1]], torch.tensor([2, 0, 0])
+    obs, _ = unbatch.observe(model, F.cross_entropy, x, y)
+    found = Attack.parse("unmix")(obs)
+    assert found.bound is not None
+    assert found.bound.isfinite().sum() == 3
+    coarse = Attack.parse("unmix")(altered(obs, lambda name, u: u.bfloat16()))
+    assert coarse.bound is not None
+    assert coarse.bound.isfinite().sum() <= 1
 
 
 def test_a_factor_that_hides_a_wrong_scale_is_not_certified() -> None:

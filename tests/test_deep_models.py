@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from unbatch import UnbatchError
+from unbatch import Analysis, NotApplicable, Protocol, UnbatchError, observe
 from unbatch.case import Case
+from unbatch.inversion.backward import pullback, rank_count
+from unbatch.inversion.backward.pullback import Pullback
+from unbatch.knowledge import Knowledge
 from unbatch.models.channel_norm import channel_norm
 from unbatch.models.residual import PreActivationBlock, ResidualBlock
 from unbatch.models.small import DeepName, build, unused
+from unbatch.network.chain import Link, chain
 from unbatch.network.tracing import trace
+from unbatch.numerics.linear.linsys import LinearSystem
+from unbatch.observation import Observation
 
 NAMES = get_args(DeepName)
 NORMS = ("batch", "group", None)
@@ -199,3 +206,63 @@ def test_options_that_a_model_has_no_use_for_are_refused_in_words() -> None:
     with pytest.raises(UnbatchError, match="resnet18 convolves pictures"):
         Case.parse("tables:model=resnet18").setting()
     assert all(unused(name) == {"depth"} for name in NAMES)
+
+
+def observed(spelling: str, mode: str) -> Observation:
+    client = Case.parse(spelling).setting()
+    known = Knowledge(labels=client.labels, domain="images", input_range=(0.0, 1.0))
+    rules = Protocol(mode=mode)
+    return observe(client.model, client.loss, client.inputs, client.labels, knowledge=known, protocol=rules)[0]
+
+
+@pytest.mark.parametrize("name", ["layer-equations", "security-metric", "safer-design"])
+def test_analyses_of_one_example_say_where_the_model_takes_none_alone(name: str) -> None:
+    """Eight pixels a side are one in the last stage, where batch norm in train mode has one value a channel."""
+    obs = observed("digits:batch=2,model=resnet18,width=4", "train")
+    with pytest.raises(
+        NotApplicable, match=r"one example alone, which the model does not take in train mode: .*more than 1"
+    ):
+        Analysis.find(name)()(obs)
+
+
+def test_derivatives_of_residual_blocks_are_computed_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Pullback] = []
+
+    class Counted(Pullback):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(rank_count, "Pullback", Counted)
+    model = build("resnet18", (1, 8, 8), 3, width=2, norm="group", rng=rng())
+    x, y = pictures(1, 1, 8, 8), torch.tensor([1])
+    found = rank_count.constraints(chain(model, (1, 8, 8)), x, y, nn.functional.cross_entropy)
+    blocks = [each for each in found if "block" in each.link.name]
+    assert len(blocks) == 8
+    assert not made
+    last = blocks[-1]
+    assert last.effort > 0
+    assert last.both <= last.unknowns
+    assert len(made) == 1
+    assert last.weights.equations + last.gradients.equations == made[0].equations
+
+
+def test_columns_of_large_gradients_are_computed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes through every entry of the weights' gradients, whatever few of them are kept."""
+    chunks: list[int] = []
+
+    def vmap(function: Callable[..., Tensor], chunk_size: int) -> Callable[..., Tensor]:
+        chunks.append(chunk_size)
+        return torch.func.vmap(function, chunk_size=chunk_size)
+
+    monkeypatch.setattr(pullback, "vmap", vmap)
+    for channels in (4, 1024):
+        link = Link("0", nn.Conv2d(channels, channels, 2, bias=False).double(), (channels, 2, 2), (channels, 1, 1))
+        zero = torch.zeros(channels, dtype=torch.float64)
+        known = LinearSystem.some(torch.arange(channels), zero, channels)
+        update = {"0.weight": torch.zeros_like(link.module.weight)}
+        system = Pullback([link], known, zero.view(1, channels, 1, 1), update)
+        monkeypatch.setattr(pullback, "JACOBIAN_HELD", 0)
+        system.system(torch.zeros(4 * channels, dtype=torch.float64)).push(torch.zeros(1, 4 * channels).double())
+    assert chunks[0] > 1000
+    assert chunks[1] == 1

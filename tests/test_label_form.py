@@ -305,3 +305,11 @@ def test_labels_that_go_with_the_outputs_are_taken() -> None:
     )
     assert whole.labels.dtype == torch.int64
     assert audit(whole, attacks="unmix", analyses=[]).recovered() == {(0, 0), (0, 1)}
+
+
+def test_no_label_is_solved_for_at_inputs_that_are_no_numbers() -> None:
+    model, x, y = nn.Linear(4, 3), torch.rand(1, 4), torch.tensor([[0.2, 0.5, 0.3]])
+    view = View.of(unbatch.observe(model, F.cross_entropy, x, y)[0])
+    assert label_behind(view, x) is not None
+    for value in (torch.inf, torch.nan):
+        label_behind(view, torch.full_like(x, value))  # whatever it says, it ends

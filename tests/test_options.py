@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import unbatch
 from unbatch.auditing.suites import LATEST
 from unbatch.command.cli import app, main
+from unbatch.command.settings import Asked, target_of
 
 NETS = """
 import torch
@@ -235,3 +236,33 @@ def test_a_factory_gives_the_same_model_whatever_was_drawn_before(here: Path) ->
     assert all(
         torch.equal(a, b) for a, b in zip(first.parameters(), load_model("nets:small").parameters(), strict=True)
     )
+
+
+IDLE = (
+    "learning_rate=0.1",
+    "momentum=0.9",
+    "weight_decay=0.01",
+    "optimiser=adam",
+    "local_batch_size=2",
+    "local_batch_size=1,mode=eval",
+)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if "protocol" in options(name)])
+@pytest.mark.parametrize("rules", IDLE)
+def test_what_only_local_steps_use_is_refused_without_them(
+    command: str, rules: str, here: Path, monkeypatch, capsys
+) -> None:
+    assert asked(monkeypatch, [command, *TARGETS["a case"], "--protocol", rules])[0] == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--protocol {rules.partition('=')[0]} would not be used" in said
+    assert "local_steps=N or epochs=N" in said
+
+
+@pytest.mark.parametrize(
+    "rules", ["local_steps=1,learning_rate=0.1", "epochs=1,momentum=0.5", "mode=eval", "momentum=0"]
+)
+def test_rules_that_are_used_or_change_nothing_are_taken(rules: str) -> None:
+    (setting,) = target_of(Asked(case="digits:batch=2,width=8", protocol=rules)).what
+    name, _, value = rules.partition(",")[0].partition("=")
+    assert str(getattr(setting.protocol, name)) in (value, f"{value}.0")

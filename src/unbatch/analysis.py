@@ -143,10 +143,10 @@ class Analysis(Plugin, ABC):
         import torch
 
         from unbatch.inversion.view import View
-        from unbatch.network.precision import underivable
+        from unbatch.network.precision import in_our_words
 
         view = obs if isinstance(obs, View) else View.of(obs)
         try:
             return self.run(view, at, torch.Generator().manual_seed(0) if rng is None else rng)
-        except RuntimeError as error:
-            raise underivable(error) or error from None
+        except (RuntimeError, ValueError) as error:
+            raise in_our_words(error) or error from None

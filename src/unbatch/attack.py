@@ -14,7 +14,7 @@ from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.claims import judged
 from unbatch.inversion.view import View
 from unbatch.knowledge import check_fields
-from unbatch.network.precision import underivable
+from unbatch.network.precision import in_our_words
 from unbatch.observation import Observation
 from unbatch.plugin import Plugin
 from unbatch.reconstruction import Reconstruction
@@ -139,8 +139,8 @@ class Attack(Plugin, ABC):
         with torch.random.fork_rng(devices=[]):  # an attack that reads the global generator must not disturb the caller
             try:
                 found = _as_the_loss_takes(view, self.run(view, torch.Generator().manual_seed(seed)))
-            except RuntimeError as error:
-                raise underivable(error) or error from None
+            except (RuntimeError, ValueError) as error:
+                raise in_our_words(error) or error from None
             self._judge(obs, found)
             return judged(view.on(obs), found)
 

@@ -76,7 +76,7 @@ def _stepped(step: Step, turn: Round) -> Update:
     except (UnbatchError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        words = _misstep(turn)
+        words = _misstep(turn, 1)  # a share of the batch may be one example
         if words is None:
             raise
         raise words from error
@@ -86,10 +86,10 @@ def _stepped(step: Step, turn: Round) -> Update:
     return update
 
 
-def _misstep(turn: Round) -> UnbatchError | None:
-    """Why the step fails, on a batch of a size that the protocol takes; None where it does not."""
+def _misstep(turn: Round, *more: int) -> UnbatchError | None:
+    """Why the step fails, on a batch of a size that the protocol takes, or of `more`; None where it does not."""
     n, size = len(turn.inputs), min(turn.protocol.local_batch_size or len(turn.inputs), len(turn.inputs))
-    for k in dict.fromkeys((n, size, n % size or size)):
+    for k in dict.fromkeys((n, size, n % size or size, *more)):
         words = misstep(turn.model, turn.loss, turn.inputs[:k], turn.labels[:k], turn.protocol.mode)
         if words is not None:
             return words

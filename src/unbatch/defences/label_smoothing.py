@@ -19,7 +19,8 @@ from unbatch.protocol import Update
 class LabelSmoothing(Defence):
     """Trains on softened labels: a share of each is spread over all classes.
 
-    L(o, y) -> (1 - epsilon) L(o, y) + (epsilon / K) sum_k L(o, k), over the K classes (or the bits 0 and 1).
+    L(o, y) -> (1 - epsilon) L(o, y) + (epsilon / K) sum_k L(o, k), over the K classes (or the bits 0 and 1) that the loss
+    does not ignore.
 
     The loss is declared, so attacks compute with it, and there is no likelihood of its own.
     For cross entropy and binary cross entropy this is training on smoothed targets.
@@ -57,7 +58,15 @@ class LabelSmoothing(Defence):
 
         def smoothed(outputs: Tensor, y: Tensor) -> Tensor:
             k = 2 if y.is_floating_point() or outputs.ndim < 2 else max(outputs.shape[1], 2)
-            uniform = torch.stack([loss(outputs, torch.full_like(y, c)) for c in range(k)]).mean()
+            taken = [c for c in range(k) if not _ignored(loss, outputs, y, c)]
+            uniform = torch.stack([loss(outputs, torch.full_like(y, c)) for c in taken]).mean()
             return (1 - self.epsilon) * loss(outputs, y) + self.epsilon * uniform
 
         return smoothed
+
+
+def _ignored(loss: Loss, outputs: Tensor, y: Tensor, label: int) -> bool:
+    """Whether the mean over rows of that class alone is none, since the loss ignores it."""
+    blank = torch.zeros(1, *outputs.shape[1:], dtype=outputs.dtype, device=outputs.device)
+    with torch.no_grad():
+        return bool(loss(blank, torch.full((1, *y.shape[1:]), label, dtype=y.dtype, device=y.device)).isnan())

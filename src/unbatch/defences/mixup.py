@@ -59,6 +59,6 @@ class Mixup(Defence):
                 return blend * round_.loss(outputs, first) + (1 - blend) * round_.loss(outputs, second)
 
             pairs = torch.stack([y, y[order]], 1)  # one tensor, so that local batches and shares cut both alike
-            return step(replace(round_, inputs=blend * x + (1 - blend) * x[order], labels=pairs, loss=loss))
+            return step(replace(round_, inputs=torch.lerp(x[order], x, blend), labels=pairs, loss=loss))
 
         return mixed

@@ -15,7 +15,7 @@ from torch import Tensor
 from unbatch.errors import NotApplicable
 from unbatch.inversion.above_exchange import exchange_above
 from unbatch.inversion.peeling import directions_hold, peeled, sent_back
-from unbatch.inversion.recomputing import Recomputed, recomputed
+from unbatch.inversion.recomputing import Recomputed, recomputed, split_shows
 from unbatch.inversion.refine import BatchLikelihood
 from unbatch.inversion.rounds import averaged
 from unbatch.inversion.view import View
@@ -25,6 +25,7 @@ from unbatch.reconstruction import Reconstruction
 
 LEAST_SUM = 1e-3  # of a head's gradient over the classes, relative: under cross entropy it is zero
 SUM_ROUNDINGS = 64  # of the addends of a sum over the batch, which may cancel each other
+LARGEST_BOUND = 0.5  # of an example: beyond it nothing is told of it
 NOISE_SIGMAS = 7.0  # of a sum of known noise: what label-count allows for as well
 
 
@@ -88,6 +89,9 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
     none = torch.zeros_like(sure)
     if known.get("mixup") and known.get("batch_size") != 1:
         return Ruling(none, "the client blends its examples, so what explains its update is a blend of them.")
+    sure = sure & (found.bound < LARGEST_BOUND)
+    if not bool(sure.any()):
+        return Ruling(none, "bounds of half an example and more say nothing of it.")
     sure, repeated = _once(view, found, sure)
     if not bool(sure.any()):
         words = f"more different examples are claimed than the {known.batch_size} of the batch."
@@ -103,6 +107,10 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
     own = y
     if y is None and len(x) == 1 and layer is not None:
         own = sent_back(view.gradient, layer, x, bool(found.layer)).label
+    if own is not None and not repeated:
+        sure = sure & ~_blurred(view, found, own, sure, far)
+        if not bool(sure.any()):
+            return Ruling(none, "the update is too coarse to tell examples that occur twice from two that are alike.")
     whole: Recomputed | None = None
     if own is not None:
         place = exchange_above(view.obs, layer) if found.layer and layer is not None else view.obs
@@ -155,6 +163,22 @@ def _once(view: View, found: Reconstruction, sure: Tensor) -> tuple[Tensor, bool
         gaps = (flat[kept] - flat[i]).norm(dim=1)
         kept[i] = bool((gaps > far[kept] + far[i]).all())
     return (kept, True) if int(kept.sum()) <= n else (torch.zeros_like(sure), True)
+
+
+def _blurred(view: View, found: Reconstruction, labels: Tensor, sure: Tensor, far: Tensor) -> Tensor:
+    """Which claims [k] are of the same example several times, where two that differ would send the same to its rounding."""
+    none = torch.zeros_like(sure)
+    if found.inputs is None or found.layer or len(labels) != len(sure):
+        return none
+    flat, y = found.inputs.double().flatten(1).cpu(), labels.cpu()
+    chosen, owner = sure.nonzero().flatten().tolist(), torch.arange(len(sure))
+    for i in chosen:
+        same = (j for j in chosen if (flat[i] - flat[j]).norm() <= far[i] + far[j] and torch.equal(y[i], y[j]))
+        owner[i] = next(same, i)
+    alike = sure.cpu() & (torch.bincount(owner[chosen], minlength=len(sure))[owner] > 1)
+    if not bool(alike.any()) or split_shows(view.obs, _of(found.inputs, alike), _of(labels, alike), owner[alike]):
+        return none
+    return alike.to(sure.device)
 
 
 def _of(values: Tensor, chosen: Tensor) -> Tensor:

@@ -118,6 +118,8 @@ def _solved_label(view: View, inputs: Tensor) -> Tensor | None:
             torch.cat([columns, size * sums.to(columns)]),
             torch.cat([right, size * right.new_ones(len(sums))]),
         )
+    if not bool(columns.isfinite().all() and right.isfinite().all()):  # inputs of no size that the model takes
+        return None
     found = torch.linalg.lstsq(columns.T @ columns, columns.T @ right[:, None]).solution[:, 0]
     label = found.to(blank).view_as(blank)
     if form.kind != "real" and float((label - label.round()).abs().max()) < BITS_TO:

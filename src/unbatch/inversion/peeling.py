@@ -29,6 +29,7 @@ LARGEST_SHARE = 0.2  # of what is compared: beyond it the comparison says nothin
 SCALE_ERROR = 0.1  # of an example, relative, that its delta must be able to show
 SCALE_MOVE = 1e-5  # relative, by which that is measured, within one piece of a kinked network
 SCALES = 81  # of an input, within four decades, that are tried where nothing tells it
+LEAST_SINGULAR = 1e-6  # of what targets change, relative, below which it is the arithmetic's
 LARGEST_TURN = 0.5  # of a delta, however wide the bounds: with more it explains nothing
 SCALE_STEP = 0.05  # of a delta, relative, which lies between two of them
 DIRECTION_SLACK = 3.0  # times what the claimed bounds do to a delta
@@ -110,6 +111,9 @@ def peeled(
     span = layer_span(view, layer, torch.Generator().manual_seed(0))
     send = _Sender(view, layer, tail)
     y = _claimed(found.labels, sure) if found.labels is not None else _best_labels(view, send, span, x)
+    if _solved(view, y) and 2 * tail.targets > tail.m:
+        words = f"labels were solved for, and {tail.targets} numbers may send back to {tail.m} neurons nearly anything."
+        return Peeling(kept, words)
     which, times, owner = _distinct(x, y, near)
     one = torch.ones_like(times)
     held = _compared(view, layer, span, send, x[which], y[which], times, near[which], doubted)
@@ -222,6 +226,8 @@ def _compared(
     open_ = (weights - 1).abs() > near  # its factor leaves the scale of an example to its delta's direction
     shown = _shows_scale(send, x, y) > 10 * allowed[1] / delta.norm(dim=1)
     good &= shown if doubted else shown | ~open_
+    if _solved(view, y):
+        good &= _pinned(send, x, y, delta) > 10 * allowed[1] / delta.norm(dim=1)
     if doubted:
         good &= _shows_sign(view, send, x, delta) > 10 * allowed[1] / delta.norm(dim=1)
     if not bool(good.any()):
@@ -237,6 +243,26 @@ def _shows_scale(send: _Sender, x: Tensor, y: Tensor) -> Tensor:
     here, larger = (torch.nn.functional.normalize(send(t * x, y), dim=1) for t in (1.0, 1 + SCALE_MOVE))
     turn: Tensor = (larger - here).norm(dim=1) * SCALE_ERROR / SCALE_MOVE
     return turn
+
+
+def _solved(view: View, y: Tensor) -> bool:
+    """Whether labels y [k, ...] are real numbers that were solved for, and not class numbers or bits that were tried."""
+    return "labels" not in view.knowledge and y.is_floating_point() and not bool(((y == 0) | (y.abs() == 1)).all())
+
+
+def _pinned(send: _Sender, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+    """By how much, relative, the deltas [k] of examples a tenth larger leave all that real targets y [k, ...] make of them.
+
+    Without a bias t x and a delta of 1 / t send the same gradient, a bias at another rate is another size as well, and
+    where nothing above bends some target makes it so.
+    """
+    flat = y.flatten(1)
+    units = torch.eye(flat.shape[1]).to(flat)
+    columns = torch.stack([send(x, (flat + SCALE_MOVE * e).view_as(y)) - delta for e in units], 2)  # [k, m, targets]
+    moved = (send((1 + SCALE_MOVE) * x, y) - delta)[:, :, None]
+    beside = (moved - columns @ (torch.linalg.pinv(columns, rtol=LEAST_SINGULAR) @ moved))[:, :, 0]
+    found: Tensor = beside.norm(dim=1) / delta.norm(dim=1) * SCALE_ERROR / SCALE_MOVE
+    return found
 
 
 def _shows_sign(view: View, send: _Sender, x: Tensor, delta: Tensor) -> Tensor:

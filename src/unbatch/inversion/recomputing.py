@@ -28,6 +28,13 @@ AS_WELL = 2.0  # times what is left by the inputs that are claimed
 SCALE_ERROR = 0.1  # of the inputs, relative, that the update must be able to show
 SCALE_MOVE = 1e-5  # relative, by which that is measured, within one piece of a kinked network
 LEAST_TURN = 10.0  # times what is allowed by which it must show
+MOVE_ERROR = 1e-8  # of what a move by SCALE_MOVE shows, relative
+LEAST_STANDING = 3.0  # times what is off by which another size, or a tensor at twice its rate, must show
+MOST_TARGETS = 1024  # of a batch that are moved one by one
+MOST_NUMBERS = 10**7  # of what moving targets and inputs changes together
+MOST_WORK = 3 * 10**8  # numbers that are simulated for it
+MOST_SIZES = 16  # examples up to which each is made larger by itself
+LEAST_SINGULAR = 1e-6  # of what targets change, relative, below which it is the arithmetic's
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,10 @@ class Recomputed:
     residual: float  # |update - c simulated| / |update|
     allowed: float  # of it, by rounding, known noise and the claimed bounds
     fits: bool  # every tensor does
-    settled: bool  # the factor is 1, or leaves nothing open
+    settled: bool  # the factor is 1, or leaves nothing open, nor is it open otherwise
     worst: str  # the tensor that is furthest beyond what is allowed
     beyond: bool  # it is
+    pinned: bool = True  # at a factor of 1, sizes of inputs and factors of single tensors would have shown
 
     @property
     def words(self) -> str:
@@ -51,6 +59,11 @@ class Recomputed:
             return (
                 f"what these inputs would send is {self.residual:.1e} of the update off it, where {self.allowed:.1e} is "
                 f"allowed for, whatever the common factor; {self.worst!r} is the furthest."
+            )
+        if not self.settled and not self.pinned:
+            return (
+                f"these inputs explain the update to {self.residual:.1e} of it, and so would others with other labels, or "
+                "with a factor of its own on one of its tensors: nothing is left in it that must agree."
             )
         if not self.settled:
             return (
@@ -94,8 +107,38 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
     whole = math.hypot(*allowed.values()) / size if size else math.inf
     worst = max(seen, key=lambda name: off[name] / (allowed[name] or 1e-300))
     fits = bool(c) and all(off[name] <= allowed[name] for name in seen) and _wide(place, x, y, far, again, c)
-    settled = fits and (_near(place, c, whole, size) or _told(place, x, y, rounding, c, residual))
-    return Recomputed(c, residual, whole, fits, settled, worst.removeprefix("whole."), off[worst] > allowed[worst])
+    near = _near(place, c, whole, size)
+    pinned = not fits or _pinned(place, x, y, off, free=not near)
+    settled = fits and pinned and (near or _told(place, x, y, rounding, c, residual))
+    beyond = off[worst] > allowed[worst]
+    return Recomputed(c, residual, whole, fits, settled, worst.removeprefix("whole."), beyond, pinned or not near)
+
+
+def split_shows(place: Observation, inputs: Tensor, labels: Tensor, owner: Tensor) -> bool:
+    """Whether the update shows that inputs [k, ...] of the same `owner` [k] are copies, and do not differ by a tenth.
+
+    Moves that cancel within each group leave the sum of their gradients as it is to first order: what tells copies from
+    examples that are alike is of second order, and lost in coarse rounding.
+
+    >>> import unbatch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    >>> x, y = torch.rand(1, 4).repeat(2, 1), torch.tensor([2, 2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> coarse = replace(seen, update={name: u.bfloat16() for name, u in seen.update.items()})
+    >>> split_shows(seen, x, y, torch.tensor([0, 0])), split_shows(coarse, x, y, torch.tensor([0, 0]))
+    (True, False)
+    """
+    kind, owner = next(place.model.parameters()).dtype, owner.cpu()
+    x, y = inputs.to(place.device).double(), _labels(labels, place, torch.float64)
+    way = torch.randn(x.flatten(1).shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for one in set(owner.tolist()):
+        way[owner == one] -= way[owner == one].mean(0)
+    way = SCALE_ERROR * way.to(x) * x.flatten(1).norm(dim=1, keepdim=True) / way.norm(dim=1).mean().to(x)
+    double = _in_double(place)
+    together, apart = (double.simulate(at, y) for at in (x, x + way.view_as(x)))
+    c = abs(fit(flatten(place.update, place.update), flatten(together, place.update))[0])
+    allowed = _rounding(place, kind)
+    return any(c * float((apart[name] - together[name]).norm()) > allowed[name] for name in place.update)
 
 
 def _labels(labels: Tensor, place: Observation, kind: torch.dtype) -> Tensor:
@@ -221,6 +264,79 @@ def _told(place: Observation, x: Tensor, y: Tensor, rounding: Mapping[str, float
     if not turned or any(double.fit(t * x, y)[1] <= max(AS_WELL * residual, rounded) for t in scales):
         return False
     return "batch_size" in place.knowledge or _answers(double, x, y) > 1
+
+
+def _pinned(place: Observation, x: Tensor, y: Tensor, off: Mapping[str, float], *, free: bool) -> bool:
+    """Whether the update would have shown another size of an input, and another factor of a part of its own tensors.
+
+    With targets that were solved for many a size explains an update: without biases a network of linear pieces sends the
+    same from t x as from x where the loss sends back 1 / t of it. And where nothing is left that must agree (one layer
+    under real targets, or under a loss whose slope is one of a few numbers) two learning rates are another input. So what
+    each input's size changes, and each tensor by itself, the vectors together and each layer, is to stand out from all that
+    sizes, targets and, with `free`, the common factor change: in first order, in units of what the claim leaves `off` of
+    each tensor, or of its rounding; in a sample of the entries where they are many. Beyond MOST_TARGETS targets nothing is
+    said against the claim.
+    """
+    told = "labels" in place.knowledge or not y.is_floating_point() or bool(((y == 0) | (y.abs() == 1)).all())
+    solved = 0 if told else y.numel()
+    seen = flatten(place.update, place.update)
+    if solved > MOST_TARGETS or solved * len(seen) > MOST_WORK:
+        return True
+    double, kind = _in_double(place), next(place.model.parameters()).dtype
+    unit = {
+        n: max(off[n], float(u.double().norm()) * max(MOVE_ERROR, *(torch.finfo(k).eps for k in (u.dtype, kind))))
+        or 1.0
+        for n, u in place.update.items()
+    }
+    x, y = x.double(), y.double() if y.is_floating_point() else y
+    each = solved + len(x) + 2 * len(place.update)
+    some = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[: MOST_NUMBERS // each].to(seen.device)
+
+    def weighed(update: Mapping[str, Tensor]) -> Tensor:
+        inside = {n: s.detach().double() / unit[n] for n, s in update.items()}
+        found: Tensor = flatten(inside, place.update)[some] * (len(seen) / len(some)) ** 0.5
+        return found
+
+    try:
+        here = weighed(double.simulate(x, y))
+        units = list(torch.eye(solved).to(y).view(-1, *y.shape)) if solved else []
+        targets = [(weighed(double.simulate(x, y + SCALE_MOVE * e)) - here) / SCALE_MOVE for e in units]
+        rows = range(len(x)) if len(x) <= MOST_SIZES else [slice(None)]
+        sizes = [
+            weighed(double.simulate(_sized(x, i, 1), y)) - weighed(double.simulate(_sized(x, i, -1), y)) for i in rows
+        ]
+        sizes = [each / (2 * SCALE_MOVE) for each in sizes]
+    except (RuntimeError, ValueError, TypeError):  # a loss or model that takes its own precision alone
+        return True
+    own = [here] if free else []
+    if targets and not bool((_beside(sizes, targets + own) > LEAST_STANDING).all()):
+        return False
+    groups = [weighed({n: u if n in group else 0 * u for n, u in place.update.items()}) for group in _groups(place)]
+    return bool((_beside(groups, targets + sizes + own) > LEAST_STANDING).all())
+
+
+def _beside(vectors: list[Tensor], others: list[Tensor]) -> Tensor:
+    """How far each vector stands out from the span of the others."""
+    if not vectors:
+        return torch.full((1,), torch.inf)
+    basis, size, _ = torch.linalg.svd(torch.nn.functional.normalize(torch.stack(others, 1), dim=0), full_matrices=False)
+    basis, each = basis[:, size > LEAST_SINGULAR * size[:1]], torch.stack(vectors, 1)
+    found: Tensor = (each - basis @ (basis.T @ each)).norm(dim=0)
+    return found
+
+
+def _groups(place: Observation) -> list[frozenset[str]]:
+    """Tensors of the update that are likely to have a factor of their own: each, the vectors, and each layer."""
+    names = list(place.update)
+    layers = [frozenset(n for n in names if n.rpartition(".")[0] == m.rpartition(".")[0]) for m in names]
+    found = [*(frozenset([n]) for n in names), frozenset(n for n in names if place.update[n].ndim < 2), *layers]
+    return [group for group in dict.fromkeys(found) if 0 < len(group) < len(names)]
+
+
+def _sized(x: Tensor, which: int | slice, sign: int) -> Tensor:
+    found = x.clone()
+    found[which] *= 1 + sign * SCALE_MOVE
+    return found
 
 
 def _direction(t: Tensor) -> Tensor:

@@ -142,6 +142,11 @@ class Unmixing:
                 f"the gradient of {layer.name!r} has rank {n}, and {m} neurons give {m - n} equations for the {n} unknowns "
                 "of an example: fewer than it takes."
             )
+        if layer.bias in view.update and layer.bias is not None and not bool(view.update[layer.bias].any()):
+            raise NotApplicable(
+                f"the gradient of {layer.bias!r} is zero and that of {layer.weight!r} is not: the examples' deltas cancel, "
+                "or it was pruned, and the span says nothing of their size."
+            )
         targets = 0 if tail.classes else tail.targets
         if 2 * n + targets > m:
             raise NotApplicable(
@@ -152,11 +157,16 @@ class Unmixing:
         return cls(view, layer, form, span)
 
     def softened(self) -> Unmixing | None:
-        """The same equations for rows of probabilities in place of class numbers; None where the loss takes none."""
+        """The same equations for rows of probabilities in place of class numbers.
+
+        None where the loss takes none, or they are more numbers than the neurons can tell.
+        """
         rows = self.form.labels.softened()
         if rows is None or "labels" in self.view.knowledge:
             return None
-        return replace(self, form=replace(self.form, labels=rows))
+        form = replace(self.form, labels=rows)
+        told = 2 * self.rank + Tail(self.view.obs, self.layer, form, 1).targets <= len(self.span.columns)
+        return replace(self, form=form) if told else None
 
     @property
     def rank(self) -> int:
@@ -461,6 +471,8 @@ def _bend(mixture: Mixture, tail: Tail) -> float:
     before = mixture.before(z).detach().requires_grad_()
     outputs = tail.outputs(before).flatten()
     J = torch.cat([torch.autograd.grad(output, before, retain_graph=True)[0] for output in outputs])  # [k, m]
+    if not bool(J.isfinite().all()):  # no typical input: of a bias whose gradient was pruned away
+        return 1.0
     _, S, Vh = torch.linalg.svd(J, full_matrices=False)
     Q = Vh[S > 1e-9 * S[0]]
     return float((1 - (Q @ mixture.U).square().sum() / n) / (1 - len(Q) / m))

@@ -119,10 +119,14 @@ class Affine(LayerRule):
         chunk = max(1, COLUMN_ENTRIES // max(f.zero.numel(), dz.numel()))
 
         def push(v: Tensor) -> Tensor:
+            if not len(v):
+                return v.new_zeros(0, W.numel())
             found: Tensor = vmap(by_weight, in_dims=(0, None), chunk_size=chunk)(v.view(-1, *shape), W) - offset
             return found.flatten(1)
 
         def pull(u: Tensor) -> Tensor:
+            if not len(u):
+                return u.new_zeros(0, f.zero.numel())
             found: Tensor = vmap(by_input, in_dims=(None, 0), chunk_size=chunk)(f.zero[0], u.view(-1, *W.shape)) - base
             return found.flatten(1)
 

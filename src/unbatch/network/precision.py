@@ -22,7 +22,10 @@ from unbatch.label_form import in_dtype
 
 T = TypeVar("T")
 
-LACKS_DERIVATIVE = re.compile(r"derivative for (?:aten::)?(\w+) is not implemented")  # as PyTorch says it
+LACKS_DERIVATIVE = re.compile(  # as PyTorch says it
+    r"derivative for (?:aten::)?(\w+) is not implemented|forward AD with (\w+) that does not support it"
+)
+ONE_VALUE = "Expected more than 1 value per channel when training"  # as it says of batch norm
 
 LOWER = (torch.float32, torch.float16, torch.bfloat16)  # than float64
 CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
@@ -103,6 +106,8 @@ def in_double(model: nn.Module) -> nn.Module:
     torch.float64
     """
     copied = copy.deepcopy(model).double()
+    for held in (*copied.parameters(), *copied.buffers()):  # in the plain layout: forward mode takes no other
+        held.data = held.data.contiguous()
     copied.__dict__["_own_precision"] = _own_precision(model)
     return copied
 
@@ -230,8 +235,8 @@ def _names_lower(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return any(words.endswith(kind) for kind in ("FloatTensor", "HalfTensor", "BFloat16Tensor"))
 
 
-def underivable(error: RuntimeError) -> NotApplicable | None:
-    """What torch says where it has no derivative of an operation, in our words; None of any other error.
+def in_our_words(error: Exception) -> NotApplicable | None:
+    """What torch says where it has no derivative of an operation, or batch norm has one example alone; None of all else.
 
     Gradients are differentiated again by whoever searches for inputs, and some losses and kernels can be once alone.
 
@@ -241,13 +246,18 @@ def underivable(error: RuntimeError) -> NotApplicable | None:
     >>> try:
     ...     slope.sum().backward()
     ... except RuntimeError as error:
-    ...     print(str(underivable(error)).partition(",")[2].partition(",")[0].strip())
+    ...     print(str(in_our_words(error)).partition(",")[2].partition(",")[0].strip())
     and PyTorch has no derivative of multi_margin_loss_backward
     """
+    if ONE_VALUE in str(error):
+        return NotApplicable(
+            "one example is looked at by itself, and batch norm in train mode takes the mean over several: alone it has "
+            "none."
+        )
     lacking = LACKS_DERIVATIVE.search(str(error))
     if lacking is None and "ZeroTensors are immutable" not in str(error):  # what forward mode says of recurrent cells
         return None
-    what = lacking[1] if lacking else "a recurrent cell in forward mode"
+    what = lacking[1] or lacking[2] if lacking else "a recurrent cell in forward mode"
     return NotApplicable(
         "it differentiates what the client computes once more than the client does, and PyTorch has no derivative of "
         f"{what}, which the model or the loss calls; write that one in other operations."

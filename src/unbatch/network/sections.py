@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from unbatch.errors import NotApplicable
 from unbatch.network.branches import branches
 from unbatch.network.graph import Call, Graph, Value
 
@@ -11,7 +12,7 @@ from unbatch.network.graph import Call, Graph, Value
 def between(graph: Graph, given: Value, gave: Value) -> tuple[Call, ...]:
     """The calls by which one tensor of a network becomes another, in the order in which they ran.
 
-    Those that compute something from parameters alone are among them. Raises ValueError: the second depends on the input by
+    Those that compute something from parameters alone are among them. Raises NotApplicable: the second depends on the input by
     another way as well.
 
     >>> from torch import nn
@@ -27,7 +28,7 @@ def between(graph: Graph, given: Value, gave: Value) -> tuple[Call, ...]:
         if value is given or value.held is not None:
             continue
         if value.call is None:
-            raise ValueError("another way leads from the network's input around this tensor.")
+            raise NotApplicable("another way leads from the network's input around this tensor.")
         if value.call not in needed:
             needed.add(value.call)
             left += value.call.given

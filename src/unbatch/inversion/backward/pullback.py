@@ -55,7 +55,7 @@ class Pullback:
     def __init__(
         self, links: Sequence[Link], known: LinearSystem, gradient: Tensor, update: Mapping[str, Tensor]
     ) -> None:
-        self.links = [replace(link, module=_still(link.module)) for link in links]
+        self.links = [standing_still(link, known.b.device) for link in links]
         self.gradient, self.known = gradient.double(), known
         self.state = {
             link.called(name): tensor.detach()
@@ -65,14 +65,11 @@ class Pullback:
         self.sent = {name: update[name].double() for name in self.state if name in update}
         most = EQUATIONS_AN_UNKNOWN * self.links[0].unknowns
         rng = torch.Generator().manual_seed(0)
+        self.entries = sum(tensor.numel() for tensor in self.sent.values())  # of whole gradients, drawn from
         self.which = {name: _which(tensor, most, rng) for name, tensor in self.sent.items()}
         self.sent = {name: _some(tensor, self.which[name]) for name, tensor in self.sent.items()}
         self.sizes = {name: float(tensor.norm()) for name, tensor in self.sent.items()}
         self.size = float(known.b.norm())
-        for link in self.links:
-            at = torch.zeros(1, *link.before, dtype=torch.float64, device=known.b.device) + 1
-            if not torch.equal(link.module(at), link.module(at)):
-                raise UnbatchError(f"layer {link.name!r} draws at random: it gives two outputs for one input.")
 
     @property
     def equations(self) -> int:
@@ -111,7 +108,7 @@ class Pullback:
     def system(self, x: Tensor) -> LinearSystem:
         """J d = -r at x [d]."""
         r, back = vjp(self, x)[:2]
-        chunk = max(1, COLUMN_ENTRIES // (4 * max(len(x), len(r))))
+        chunk = max(1, COLUMN_ENTRIES // max(4 * len(x), 4 * len(r), self.entries))
 
         def push(v: Tensor) -> Tensor:
             moved: Tensor = vmap(lambda d: jvp(self, (x,), (d,))[1], chunk_size=chunk)(v)
@@ -183,6 +180,27 @@ class LeastNorm:
         return steps
 
 
+def standing_still(link: Link, device: torch.device) -> Link:
+    """The link with a copy of its module, on that device, in float64, that writes no statistics and draws nothing.
+
+    Batch norm in train mode takes the statistics of what it is given alone. Raises UnbatchError: it draws at random, as
+    dropout does in train mode.
+
+    >>> standing_still(Link("0", nn.Linear(2, 2), (2,), (2,)), torch.device("cpu")).module.weight.dtype
+    torch.float64
+    """
+    module: nn.Module = copy.deepcopy(link.module).double()
+    for norm in module.modules():
+        if norm.training and getattr(norm, "track_running_stats", False):
+            norm.track_running_stats = False  # type: ignore[assignment]
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None  # type: ignore[assignment]
+    at = torch.ones(1, *link.before, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        if not torch.equal(module(at), module(at)):
+            raise UnbatchError(f"layer {link.name!r} draws at random: it gives two outputs for one input.")
+    return replace(link, module=module)
+
+
 def _which(tensor: Tensor, most: int, rng: torch.Generator) -> Tensor | None:
     """The entries that count: at most so many of those that were sent; None for all."""
     known = tensor.flatten().isfinite().nonzero()[:, 0]
@@ -193,13 +211,3 @@ def _which(tensor: Tensor, most: int, rng: torch.Generator) -> Tensor | None:
 
 def _some(tensor: Tensor, which: Tensor | None) -> Tensor:
     return tensor.flatten() if which is None else tensor.flatten()[which]
-
-
-def _still(module: nn.Module) -> nn.Module:
-    """A copy in float64 that writes no statistics: batch norm in train mode takes those of what it is given alone."""
-    module = copy.deepcopy(module).double()
-    for norm in module.modules():
-        if norm.training and getattr(norm, "track_running_stats", False):
-            norm.track_running_stats = False  # type: ignore[assignment]
-            norm.running_mean = norm.running_var = norm.num_batches_tracked = None  # type: ignore[assignment]
-    return module

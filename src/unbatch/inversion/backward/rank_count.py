@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial, reduce
 
 import torch
 from torch import Tensor, nn
 
 from unbatch.inversion.backward.affine_runs import everything, held
-from unbatch.inversion.backward.pullback import Pullback
+from unbatch.inversion.backward.pullback import EQUATIONS_AN_UNKNOWN, Pullback, standing_still
 from unbatch.inversion.backward.runs import RESHAPES
 from unbatch.layer import LayerRule, rule_for
 from unbatch.layers.activation import Activation
@@ -25,6 +25,7 @@ from unbatch.numerics.linear.rank_law import ConvRanks, conv_ranks
 
 EACH_LAYER = "constraints of each layer"  # by what name views keep them (`View.once`)
 EFFORT = 20.0  # operations for each cubed unknown, in whose time a layer's three ranks are measured
+ENTRY_EFFORT = 6e3  # for each unknown and each entry of the gradients, in whose time that is differentiated
 
 # Unknowns up to which a layer's ranks are measured, and its condition number is, where nobody says otherwise.
 RANKED_UNKNOWNS, CONDITIONED_UNKNOWNS = 4096, 1024
@@ -43,6 +44,7 @@ class Constraints:
     gradients: LinearSystem  # K x = dL/dW, and those of later layers where W does not hold them
     counted: ConvRanks | None
     curved: str = ""  # why the equations are not linear; both systems are their derivatives at the example then
+    entries: int = 0  # of the gradients that such derivatives go through
 
     @property
     def unknowns(self) -> int:
@@ -75,7 +77,7 @@ class Constraints:
     def effort(self) -> float:
         """Floating-point operations in which its ranks are measured, about; 0 where they are known."""
         known = self.counted is not None or {"gradient", "both"} <= set(self.__dict__)
-        return 0.0 if known else EFFORT * float(self.unknowns) ** 3
+        return 0.0 if known else self.unknowns * (EFFORT * float(self.unknowns) ** 2 + ENTRY_EFFORT * self.entries)
 
     @property
     def deficit(self) -> int:
@@ -203,10 +205,14 @@ class _After:
                 why = why or f"{link.name!r} ({type(link.module).__name__}) has no linear way back: {error}".rstrip(".")
                 follow = False
         if why or rule is None:
+            if follow:
+                try:
+                    standing_still(link, grad.device)
+                except ValueError as error:
+                    why, follow = f"{why}; {error}", False
             known = self.known if self.hidden else _joined((self.known, *self.extra))
-            after = _After(known, hidden=why, curve=(link, *self.curve) if follow else (), grad=self.grad)
-            if not self.hidden:
-                after = replace(after, grad=grad)
+            curve = (link, *self.curve) if follow else ()
+            after = _After(known, hidden=why, curve=curve, grad=self.grad if self.hidden else grad)
             return _curved(link, after, x), after
         K, W = _gradients(link, rule, grad), self.known.through(held(rule, link, self.known))
         later = () if self.whole else tuple(each.through(held(rule, link, each)) for each in self.extra)
@@ -216,18 +222,41 @@ class _After:
 
 
 def _curved(link: Link, after: _After, x: Tensor) -> Constraints | Unread:
-    """The derivatives at x of the equations that follow from there to what is known."""
+    """The derivatives at x of the equations that follow from there to what is known, computed when they are asked for."""
     if not after.curve or after.grad is None:
         return Unread(link, after.hidden)
-    update = {
-        each.called(name): torch.zeros_like(p) for each in after.curve for name, p in each.module.named_parameters()
-    }
-    try:
-        system = Pullback(after.curve, after.known, after.grad, update).system(x.flatten())
-    except ValueError as error:
-        return Unread(link, f"{after.hidden}; {error}")
-    rows, cut = torch.arange(system.equations, device=x.device), after.known.equations
-    return Constraints(link, system.among(rows[:cut]), system.among(rows[cut:]), None, after.hidden)
+    own = {each.called(name): p for each in after.curve for name, p in each.module.named_parameters()}
+    most = EQUATIONS_AN_UNKNOWN * link.unknowns
+    entries = sum(p.numel() for p in own.values())
+    cut, e = after.known.equations, after.known.equations + sum(min(p.numel(), most) for p in own.values())
+    kept = _Kept(partial(_derivatives, after.curve, after.known, after.grad, own, x))
+    whole = LinearSystem(kept.push, kept.pull, torch.zeros(e).to(after.grad.double()), link.unknowns)
+    rows = torch.arange(e, device=x.device)
+    return Constraints(link, whole.among(rows[:cut]), whole.among(rows[cut:]), None, after.hidden, entries)
+
+
+def _derivatives(
+    curve: Sequence[Link], known: LinearSystem, grad: Tensor, own: Mapping[str, Tensor], x: Tensor
+) -> LinearSystem:
+    update = {name: torch.zeros_like(p) for name, p in own.items()}
+    return Pullback(curve, known, grad, update).system(x.flatten())
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A linear system that is made when it is first multiplied with, and kept."""
+
+    make: Callable[[], LinearSystem]
+
+    @cached_property
+    def made(self) -> LinearSystem:
+        return self.make()
+
+    def push(self, v: Tensor) -> Tensor:
+        return self.made.push(v)
+
+    def pull(self, u: Tensor) -> Tensor:
+        return self.made.pull(u)
 
 
 def _joined(systems: Sequence[LinearSystem]) -> LinearSystem:

@@ -148,7 +148,7 @@ def candidates(graph: Graph, every: list[Place], update: Mapping[str, Tensor], e
     """
     whole, ranks = at_cuts(graph), list[tuple[int, Place]]()
     for place in every:
-        if place.given not in whole or place.groups != 1 or place.given is graph.input or place.weight not in update:
+        if place.given not in whole or not place.plain or place.given is graph.input or place.weight not in update:
             continue
         if place.positions <= place.limit:
             ranks.append((len(span(place.flat(update[place.weight]), eps)), place))

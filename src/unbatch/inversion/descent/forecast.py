@@ -257,7 +257,7 @@ class _Seen:
         place = self.order[value.call] if value.call is not None else -1
         before = [(v, x) for v, x in self.held if v.call is None or self.order[v.call] < place]
         given, x = before[-1]
-        found: Tensor = section(self.graph, given, value, train=self.train)(x)
+        found: Tensor = section(self.graph, given, value).train(self.train)(x)
         return found
 
 

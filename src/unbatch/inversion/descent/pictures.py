@@ -106,7 +106,7 @@ def roughness(x: Tensor) -> Tensor:
     >>> float(roughness(torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])))
     1.0
     """
-    if x.dim() != 4 or min(x.shape[2:]) < 2:  # noqa: PLR2004
+    if x.dim() != 4 or min(x.shape[2:]) < 2:
         return x.new_zeros(())
     return x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()
 

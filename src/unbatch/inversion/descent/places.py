@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import NotApplicable
 from unbatch.network.chain import cuts
 from unbatch.network.graph import Call, Graph, Value
 from unbatch.network.operations import layer_of
@@ -61,6 +62,14 @@ class Place:
         )
 
     @property
+    def plain(self) -> bool:
+        """Whether its windows have one matrix for all channels, and zeros where they reach over the edge."""
+        try:
+            return self.groups == 1 and (isinstance(self.layer, nn.Linear) or bool(padding(self.layer)))
+        except NotApplicable:
+            return False
+
+    @property
     def positions(self) -> int:
         """The number of windows of one example."""
         return 1 if self.dense else int(torch.Size(self.gave.shape[2:]).numel())
@@ -77,16 +86,16 @@ class Place:
 
 
 def padding(layer: nn.Conv2d) -> tuple[int, int]:
-    """The zero padding of a convolution on both sides, rows and columns. Raises ValueError: it differs, or is not zero.
+    """The zero padding of a convolution on both sides, rows and columns. Raises NotApplicable: it differs, or is not zero.
 
     >>> padding(nn.Conv2d(1, 1, 3, padding="same"))
     (1, 1)
     """
     left, right, top, bottom = layer._reversed_padding_repeated_twice
     if layer.padding_mode != "zeros" and any((left, right, top, bottom)):
-        raise ValueError(f"it pads with {layer.padding_mode!r} in place of zeros")
+        raise NotApplicable(f"it pads with {layer.padding_mode!r} in place of zeros.")
     if isinstance(layer.padding, str) and (left != right or top != bottom):
-        raise ValueError("it pads one side more than the other")
+        raise NotApplicable("it pads one side more than the other.")
     return (top, left) if isinstance(layer.padding, str) else _pair(layer.padding)
 
 

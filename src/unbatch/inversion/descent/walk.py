@@ -294,7 +294,7 @@ def solved(
 
     The noise of their equations is measured by what no input explains of them. None where no layer says anything.
     """
-    own = [p for p in readers if p.weight in update and p.gave in deltas and p.groups == 1]
+    own = [p for p in readers if p.weight in update and p.gave in deltas and p.plain]
     if not own:
         return None
     n, systems, sides = len(deltas[own[0].gave]), list[Tensor](), list[Tensor]()

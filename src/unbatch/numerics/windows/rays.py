@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from scipy.optimize import linprog
 from torch import Tensor
 
 SMALLEST_ENTRY = 3e-5  # of the largest, below which an entry of a ray begins as a zero
@@ -43,6 +42,8 @@ def least_nonnegative(base: Tensor, rows: Tensor, *, slack: float = 0.0) -> Tens
     tensor([0., 1.])
     """
     room = base + slack * float(base.abs().max())
+    from scipy.optimize import linprog
+
     held = linprog(
         rows.sum(1).cpu().numpy(),
         A_ub=-rows.T.cpu().numpy(),
@@ -64,6 +65,8 @@ def extreme_ray(rows: Tensor, entry: int, *, slack: float = 0.0) -> Tensor | Non
     >>> extreme_ray(rows, 0)
     tensor([1., 1., 0.])
     """
+    from scipy.optimize import linprog
+
     held = linprog(
         rows.sum(1).cpu().numpy(),
         A_ub=-rows.T.cpu().numpy(),
