@@ -186,7 +186,9 @@ def test_a_perturbed_update_is_not_certified() -> None:
 def test_what_it_does_not_read_is_refused_in_words() -> None:
     x, y = batch(2)
     net = residual()
-    steps = unbatch.observe(net, F.cross_entropy, x, y, protocol=Protocol(mode="eval", local_steps=2, learning_rate=0.1))[0]
+    steps = unbatch.observe(
+        net, F.cross_entropy, x, y, protocol=Protocol(mode="eval", local_steps=2, learning_rate=0.1)
+    )[0]
     with pytest.raises(NotApplicable, match="local steps"):
         Descend()(steps)
     noisy = unbatch.observe(net, F.cross_entropy, x, y, protocol=Protocol(mode="eval"), defences="noise:sigma=0.01")[0]

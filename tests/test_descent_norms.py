@@ -1,4 +1,4 @@
-"""Descent behind norms: scales by what is sent back, inputs of layers behind which a norm stands, whole maps from a span."""
+"""Descent behind norms: scales by what is sent back, inputs of layers before a norm, whole maps from a span."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbatch.inversion.descent.above import above, scaled
-from unbatch.inversion.descent.places import Place, places
+from unbatch.inversion.descent.above import at_own_scale, known_above
+from unbatch.inversion.descent.places import WindowLayer, places
 from unbatch.inversion.descent.separation import separated
 from unbatch.inversion.descent.walk import Walk, walk
 from unbatch.models.channel_norm import NormName
@@ -23,7 +23,7 @@ EPS = torch.finfo(torch.float64).eps
 SHAPE = (3, 16, 16)
 
 
-def problem(norm: NormName, mode: str, n: int) -> tuple[Graph, list[Place], dict[str, Tensor], Tensor]:
+def problem(norm: NormName, mode: str, n: int) -> tuple[Graph, list[WindowLayer], dict[str, Tensor], Tensor]:
     """A small residual network, its gradient and the batch that it is of."""
     rng = torch.Generator().manual_seed(0)
     net = build("resnet-small", SHAPE, 5, depth=2, width=32, norm=norm, rng=rng).double().train(mode == "train")
@@ -42,14 +42,15 @@ def problem(norm: NormName, mode: str, n: int) -> tuple[Graph, list[Place], dict
 
 def told_apart(
     norm: NormName, mode: str, n: int, layer: str
-) -> tuple[Graph, list[Place], dict[str, Tensor], Tensor, Tensor]:
+) -> tuple[Graph, list[WindowLayer], dict[str, Tensor], Tensor, Tensor]:
     """The problem, and the maps at a layer at their own scales, in the order of the examples."""
     graph, every, update, x = problem(norm, mode, n)
     place = next(place for place in every if place.call.name == layer)
     rng, mixed = torch.Generator().manual_seed(0), mode == "train" and norm == "batch"
     found = separated(place, place.flat(update[place.weight]), EPS, rng, lambda: True, mixed=mixed)
-    assert found is not None and (len(found), found.missed) == (n, 0)
-    maps = scaled(graph, found, every[-1], update, mixed=mixed)
+    assert found is not None
+    assert (len(found), found.missed) == (n, 0)
+    maps = at_own_scale(graph, found, every[-1], update, mixed=mixed)
     true = section(graph, graph.input, place.given)(x)
     near = torch.cdist(maps.flatten(1), true.flatten(1)).argmin(0)
     return graph, every, update, x, maps[near]
@@ -69,7 +70,7 @@ def test_maps_are_told_apart_at_their_own_scales(norm: NormName, mode: str, n: i
 def led_down(norm: NormName, mode: str, n: int) -> Iterator[tuple[str, float]]:
     graph, every, update, x, maps = told_apart(norm, mode, n, "block6.conv1")
     readers = [place for place in every if place.call.name == "block6.conv1"]
-    up = above(graph, readers, maps, every[-1], update)
+    up = known_above(graph, readers, maps, every[-1], update)
     down: Walk = walk(graph, every, readers[0].given, up.maps, up.delta, update, EPS, EPS)
     for told in down.told:
         assert told.value.call is not None
@@ -94,5 +95,7 @@ def test_whole_maps_are_among_those_whose_windows_lie_in_the_span(stride: int) -
     windows = Windows.of(tuple(x.shape[1:]), kernel=(3, 3), stride=(stride, stride), padding=(1, 1))  # type: ignore[arg-type]
     rows = torch.linalg.qr(windows.rows(x).flatten(0, 1).T).Q.T
     basis = maps_in(rows, windows).flatten(1)
-    assert len(basis) == (2 if stride == 1 else 32)  # shifted maps fit as well where no window reaches beyond the far edge
+    assert len(basis) == (
+        2 if stride == 1 else 32
+    )  # shifted maps fit as well where no window reaches beyond the far edge
     assert torch.allclose(x.flatten(1) @ basis.T @ basis, x.flatten(1))

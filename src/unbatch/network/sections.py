@@ -12,8 +12,8 @@ from unbatch.network.graph import Call, Graph, Value
 def between(graph: Graph, given: Value, gave: Value) -> tuple[Call, ...]:
     """The calls by which one tensor of a network becomes another, in the order in which they ran.
 
-    Those that compute something from parameters alone are among them. Raises NotApplicable: the second depends on the input by
-    another way as well.
+    Those that compute something from parameters alone are among them. Raises NotApplicable: the second depends on the
+    input by another way as well.
 
     >>> from torch import nn
     >>> from unbatch.network.tracing import trace

@@ -13,11 +13,12 @@ LEAST_HOLD = 0.05  # of a direction that the other blocks must still measure
 def trimmed(U: Tensor, B: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     """Which blocks of equations contradict all others, and how far each equation is from what those others say.
 
-    Of equations A X = B, `U` [m, r] is an orthonormal basis of A's columns, `B` [m, c], `block` [m] counts the block of each
-    row from 0. The worst blocks are left out and predicted by the rest until none stands out. With R = B - U U^T B, the
-    equations D that are left out miss their prediction by E_D = (I - U_D U_D^T)^-1 R_D, the rest by R + U U_D^T E_D: no
-    system is solved again. Returns whether a block is left out [blocks], and E [m, c]: with B - E in place of B in the rows
-    that are left out, U^T B gives the least-squares solution of the rest. None is left out where the rest would not do.
+    Of equations A X = B, `U` [m, r] is an orthonormal basis of A's columns, `B` [m, c], `block` [m] counts the block of
+    each row from 0. The worst blocks are left out and predicted by the rest until none stands out. With R = B - U U^T
+    B, the equations D that are left out miss their prediction by E_D = (I - U_D U_D^T)^-1 R_D, the rest by R + U U_D^T
+    E_D: no system is solved again. Returns whether a block is left out [blocks], and E [m, c]: with B - E in place of B
+    in the rows that are left out, U^T B gives the least-squares solution of the rest. None is left out where the rest
+    would not do.
 
     >>> U = torch.linalg.qr(torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
     >>> B = U @ torch.tensor([[1.0], [2.0]], dtype=torch.float64)

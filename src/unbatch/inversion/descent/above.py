@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable
-from unbatch.inversion.descent.places import Place
-from unbatch.inversion.descent.separation import Separation
+from unbatch.inversion.descent.places import WindowLayer
+from unbatch.inversion.descent.separation import ToldApart
 from unbatch.inversion.view import View
 from unbatch.network.graph import Graph, Value
 from unbatch.network.operations import layer_of
@@ -32,9 +32,9 @@ SURE_COSINE = 1e-4  # by which the gradient of a label may be turned from what w
 class Above:
     """What is known at a layer's input for every example of the batch.
 
-    maps [n, *shape] are the inputs, delta [n, *shape] the gradient that came back to them, deltas that to the outputs of the
-    layers that read them, sent [n, k] that to the network's last dense layer's outputs; misfit says how well its weight's
-    gradient agrees, relative.
+    maps [n, *shape] are the inputs, delta [n, *shape] the gradient that came back to them, deltas that to the outputs
+    of the layers that read them, sent [n, k] that to the network's last dense layer's outputs; misfit says how well its
+    weight's gradient agrees, relative.
     """
 
     maps: Tensor
@@ -45,7 +45,9 @@ class Above:
     misfit: float
 
 
-def above(graph: Graph, readers: Sequence[Place], maps: Tensor, head: Place, update: Mapping[str, Tensor]) -> Above:
+def known_above(
+    graph: Graph, readers: Sequence[WindowLayer], maps: Tensor, head: WindowLayer, update: Mapping[str, Tensor]
+) -> Above:
     """Runs the network from what some layers read to its head, and back with what the head's gradient says was sent.
 
     dL/dW = sum_i sent_i f_i^T and dL/db = sum_i sent_i are linear in what was sent, once the features f are known. No label
@@ -70,8 +72,8 @@ def above(graph: Graph, readers: Sequence[Place], maps: Tensor, head: Place, upd
     return Above(maps, delta, dict(zip(heard, deltas, strict=True)), sent, last.detach(), misfit)
 
 
-def scaled(
-    graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor], *, mixed: bool = False
+def at_own_scale(
+    graph: Graph, found: ToldApart, head: WindowLayer, update: Mapping[str, Tensor], *, mixed: bool = False
 ) -> Tensor:
     """The maps [n, *shape] at their own scale, from the gradient of a shift behind the layer or else what it was sent back.
 
@@ -87,23 +89,24 @@ def scaled(
     return _at(found, scales)
 
 
-def _at(found: Separation, scales: Tensor) -> Tensor:
+def _at(found: ToldApart, scales: Tensor) -> Tensor:
     maps = found.maps * scales.view(-1, *[1] * (found.maps.ndim - 1))
     return maps.reshape(-1, *found.place.given.shape[1:])
 
 
 def scales_by_share(
-    graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor], *, mixed: bool = False
+    graph: Graph, found: ToldApart, head: WindowLayer, update: Mapping[str, Tensor], *, mixed: bool = False
 ) -> Tensor:
     """The factor of each example's map [n], by what the layers above would send back to it.
 
-    Example i sent back delta = share / s. Run with s times its map, the layers above send back a sum over the directions that
-    the head's gradient spans, with coefficients that least squares find: one unknown s an example is left, which is searched
-    on a grid and then by secants. Layers that are blind to scales but for the eps of a norm tell it in float64 all the same.
+    Example i sent back delta = share / s. Run with s times its map, the layers above send back a sum over the
+    directions that the head's gradient spans, with coefficients that least squares find: one unknown s an example is
+    left, which is searched on a grid and then by secants. Layers that are blind to scales but for the eps of a norm
+    tell it in float64 all the same.
 
-    `mixed`: the layer's outputs go into batch norm in train mode. What came back sums to zero over the batch then, which tells
-    the scales but for one factor; that is searched for in the same way, with all examples at once.
-    Raises NotApplicable: the layer is the head itself.
+    `mixed`: the layer's outputs go into batch norm in train mode. What came back sums to zero over the batch then,
+    which tells the scales but for one factor; that is searched for in the same way, with all examples at once. Raises
+    NotApplicable: the layer is the head itself.
     """
     if found.place is head:
         raise NotApplicable(
@@ -137,13 +140,14 @@ def scales_by_share(
     return _by_head(graph, found, head, update, _secants(left, best, low, FINEST)[0] * ratios)
 
 
-def _by_head(graph: Graph, found: Separation, head: Place, update: Mapping[str, Tensor], scales: Tensor) -> Tensor:
+def _by_head(graph: Graph, found: ToldApart, head: WindowLayer, update: Mapping[str, Tensor], scales: Tensor) -> Tensor:
     """Scales [n] to the last digit by Gauss and Newton on the head's gradient, where its features depend on them."""
     made, G = section(graph, found.place.given, head.given), update[head.weight]
 
     def left(s: Tensor) -> Tensor:
-        Q = torch.linalg.qr(made(_at(found, s)).detach().T).Q
-        return ((G - (G @ Q) @ Q.T) / G.norm()).flatten()
+        Q: Tensor = torch.linalg.qr(made(_at(found, s)).detach().T).Q
+        rest: Tensor = (G - (G @ Q) @ Q.T) / G.norm()
+        return rest.flatten()
 
     for _ in range(POLISHES):
         rest = left(scales)
@@ -173,7 +177,7 @@ def _secants(left: Callable[[Tensor], Tensor], best: Tensor, low: Tensor, gap: f
     return best, low
 
 
-def _left(made: nn.Module, found: Separation, directions: Tensor, s: Tensor, mixed: bool) -> Tensor:
+def _left(made: nn.Module, found: ToldApart, directions: Tensor, s: Tensor, mixed: bool) -> Tensor:
     """What no sum of the directions explains of each example's share [n, e], relative, with its map s times as large.
 
     With `mixed` of all shares together [1, n e].
@@ -193,11 +197,12 @@ def _left(made: nn.Module, found: Separation, directions: Tensor, s: Tensor, mix
     want = found.shares.flatten(1)[..., None]
     if mixed:
         A, want = A.flatten(0, 1)[None], want.flatten(0, 1)[None]
-    Q = torch.linalg.qr(A).Q
-    return ((want - Q @ (Q.transpose(1, 2) @ want)) / want.norm(dim=1, keepdim=True))[..., 0]
+    Q: Tensor = torch.linalg.qr(A).Q
+    rest: Tensor = (want - Q @ (Q.transpose(1, 2) @ want)) / want.norm(dim=1, keepdim=True)
+    return rest[..., 0]
 
 
-def _shift(graph: Graph, place: Place, update: Mapping[str, Tensor]) -> Tensor | None:
+def _shift(graph: Graph, place: WindowLayer, update: Mapping[str, Tensor]) -> Tensor | None:
     """The sum of what came back to the layer's outputs [c_out]."""
     if place.bias in update:
         return update[place.bias]  # type: ignore[index]
@@ -215,7 +220,7 @@ def _shift(graph: Graph, place: Place, update: Mapping[str, Tensor]) -> Tensor |
     return None
 
 
-def labels_sent(view: View, graph: Graph, head: Place, found: Above) -> Tensor | None:
+def labels_sent(view: View, graph: Graph, head: WindowLayer, found: Above) -> Tensor | None:
     """The labels [n, ...] with which the loss sends this back to the head's outputs; None where none does.
 
     Each class is tried for all examples, then rows of probabilities, then real numbers that enter one by one.

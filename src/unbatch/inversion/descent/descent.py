@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable, UnbatchError
-from unbatch.inversion.descent.above import Above, above, labels_sent, scaled
-from unbatch.inversion.descent.pictures import Back, Misfit, newton, response, searched
-from unbatch.inversion.descent.places import Place, at_cuts, places
-from unbatch.inversion.descent.separation import Separation, separated, span
-from unbatch.inversion.descent.walk import Told, Walk, solved, walk
+from unbatch.inversion.descent.above import Above, at_own_scale, known_above, labels_sent
+from unbatch.inversion.descent.pictures import Back, Misfit, least_squares, newton, searched
+from unbatch.inversion.descent.places import WindowLayer, at_cuts, places
+from unbatch.inversion.descent.separation import ToldApart, separated, span
+from unbatch.inversion.descent.walk import Told, Walk, told_by, walk
 from unbatch.inversion.view import View
 from unbatch.network.graph import Graph
 from unbatch.network.precision import in_double
@@ -40,12 +40,12 @@ SHARES = 0.3, 0.4, 0.8  # of the work that is done after separation, walk and se
 
 
 @dataclass(frozen=True, eq=False)
-class Descent:
+class WayDown:
     """A batch told apart and led down: what is known of its inner tensors."""
 
     graph: Graph
-    head: Place
-    separation: Separation
+    head: WindowLayer
+    separation: ToldApart
     above: Above
     walk: Walk
 
@@ -71,7 +71,7 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
     return Reconstruction(inputs=inputs[kept.to(inputs.device)], labels=told, bound=bound[kept], trace=trace_)
 
 
-def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descent | None:
+def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDown | None:
     graph = _graph(view)
     update = {name: tensor.double() for name, tensor in view.update.items()}
     every = list(places(graph))
@@ -93,7 +93,7 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
             tried.append(f"{place.call.name}: {len(found)} of {len(found) + found.missed} examples")
             continue
         readers = [each for each in every if each.given is place.given]
-        maps = scaled(graph, found, head, update, mixed=mixed)
+        maps = at_own_scale(graph, found, head, update, mixed=mixed)
         up, error = _polished(graph, readers, maps, head, update, eps, found.error)
         if not up.misfit < LARGEST_HEAD_MISFIT:
             tried.append(f"{place.call.name}: the head's gradient is {up.misfit:.1e} off")
@@ -102,7 +102,7 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
         down = walk(graph, every, place.given, up.maps, up.delta, update, eps, error)
         told, unknowns = target(down), len(found) * torch.Size(view.knowledge.input_shape).numel()
         if best is None or told.equations > target(best.walk).equations:
-            best = Descent(graph, head, found, up, down)
+            best = WayDown(graph, head, found, up, down)
         if told.equations >= ENOUGH * unknowns:
             break
     if best is None:
@@ -120,9 +120,9 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> Descen
 
 def _polished(
     graph: Graph,
-    readers: list[Place],
+    readers: list[WindowLayer],
     maps: Tensor,
-    head: Place,
+    head: WindowLayer,
     update: Mapping[str, Tensor],
     eps: float,
     error: float,
@@ -133,15 +133,15 @@ def _polished(
     the rounding that the span's weakest directions suffered averages out. What is zero in the span's cone stays zero. What
     came back is only as good as the maps: each turn leaves a share of their error, and the moves tell which.
     """
-    up, moved, share = above(graph, readers, maps, head, update), error, 0.5
+    up, moved, share = known_above(graph, readers, maps, head, update), error, 0.5
     for turn in range(POLISHES):
-        told = solved(readers[0].given, readers, up.deltas, update, eps, 0.0)
+        told = told_by(readers[0].given, readers, up.deltas, update, eps, 0.0)
         if told is None or told.rows is not None:
             break
         held = told.seen.view_as(up.maps)
         positive = (maps > 0) | (held > SURELY * error * held.square().mean().sqrt())
         held = torch.where(positive, torch.where(held > 0, held, maps), 0.0)
-        other = above(graph, readers, held, head, update)
+        other = known_above(graph, readers, held, head, update)
         if not other.misfit < up.misfit:
             break
         before, moved = moved, float((held - up.maps).norm() / held.norm())
@@ -150,12 +150,12 @@ def _polished(
     return up, max(error, CLIENT_ROUNDINGS * eps)
 
 
-def candidates(graph: Graph, every: list[Place], update: Mapping[str, Tensor], eps: float) -> list[Place]:
+def candidates(graph: Graph, every: list[WindowLayer], update: Mapping[str, Tensor], eps: float) -> list[WindowLayer]:
     """The layers at which a batch may be told apart, those of least rank first, of equal ones that nearest the input.
 
     Everything goes through their inputs, and their gradient's rank is below what it can be, or just that.
     """
-    whole, ranks = at_cuts(graph), list[tuple[int, Place]]()
+    whole, ranks = at_cuts(graph), list[tuple[int, WindowLayer]]()
     for place in every:
         if place.given not in whole or not place.plain or place.given is graph.input or place.weight not in update:
             continue
@@ -183,7 +183,7 @@ def _graph(view: View) -> Graph:
 
 
 def _pictures(
-    view: View, found: Descent, rng: torch.Generator, trace_: dict[str, Any], *, steps: int, attempts: int
+    view: View, found: WayDown, rng: torch.Generator, trace_: dict[str, Any], *, steps: int, attempts: int
 ) -> tuple[Tensor, Tensor]:
     """The inputs [n, *shape] and their bounds [n]."""
     n, shape = len(found.separation), view.knowledge.input_shape
@@ -201,9 +201,9 @@ def _pictures(
         start = middle + 0.1 * scale * torch.randn(n, *shape, generator=rng)
         count = steps * 2**attempt
         helped = back if attempt else None  # it takes three times as long
-        for step, (value, point) in enumerate(
-            searched(single, start.to(told.seen.device), scale, steps=count, back=helped)
-        ):
+        value, point = torch.inf, start.to(told.seen.device)
+        search = searched(single, point, scale, steps=count, back=helped)
+        for step, (value, point) in enumerate(search):  # noqa: B007
             if not tick(SHARES[1] + (SHARES[2] - SHARES[1]) * step / count, value):
                 break
         if value < best:
@@ -211,8 +211,9 @@ def _pictures(
         if not value < FOUND:
             continue
         noise = float(told.noise.norm() / told.seen.norm())
-        size, point = torch.inf, x.double()
-        for size, point in newton(misfit, point):  # noqa: B007
+        steps_left = newton(misfit, point.double())
+        size, point = torch.inf, point.double()
+        for size, point in steps_left:  # noqa: B007
             if not tick(SHARES[2], size) or size <= noise:
                 break
         trace_["misfit"], trace_["noise"] = size, noise
@@ -223,7 +224,7 @@ def _pictures(
     return x.double(), nothing
 
 
-def _back(found: Descent, told: Told, below: nn.Module, update: Mapping[str, Tensor]) -> Back | None:
+def _back(found: WayDown, told: Told, below: nn.Module, update: Mapping[str, Tensor]) -> Back | None:
     """The gradients of the weights below a tensor, where what came back to it is known."""
     if told.value not in found.walk.deltas:
         return None
@@ -252,7 +253,7 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
         return torch.randn(like.shape, generator=rng, dtype=torch.float64).to(like)
 
     def answer(r: Tensor) -> Tensor:
-        return response(push, pull, r.float(), tolerance=RESPONSE_TOLERANCE).double().flatten(1)
+        return least_squares(push, pull, r.float(), tolerance=RESPONSE_TOLERANCE).double().flatten(1)
 
     probe, moves = drawn(x).float(), []
     lost = (answer(push(probe)) - probe.flatten(1)).norm(dim=1) / probe.flatten(1).norm(dim=1)

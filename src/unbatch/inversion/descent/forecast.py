@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.descent.descent import AS_GOOD
-from unbatch.inversion.descent.places import Place, at_cuts, places
+from unbatch.inversion.descent.places import WindowLayer, at_cuts, places
 from unbatch.inversion.descent.walk import ADDS, LINEAR
 from unbatch.inversion.view import WHOLE_NUMBERS, View
 from unbatch.network.chain import cuts, named_after
@@ -36,7 +36,7 @@ class Prospect:
     with its zeros, which takes n - 1 of them.
     """
 
-    place: Place
+    place: WindowLayer
     windows: int  # of one example
     limit: int  # min(c_out, c_in k^2); one less where what came back adds up to zero over the outputs
     padded: int  # entries of a corner's window that are padding
@@ -261,7 +261,7 @@ class _Seen:
         return found
 
 
-def _prospect(graph: Graph, place: Place, seen: _Seen, sent: Collection[str], balanced: bool) -> Prospect:
+def _prospect(graph: Graph, place: WindowLayer, seen: _Seen, sent: Collection[str], balanced: bool) -> Prospect:
     x = seen(place.given)
     padded, zeros, why = 0, 0, _why_not(graph, place, x)
     limit = min(place.limit, len(place.layer.weight) - balanced)
@@ -291,7 +291,7 @@ def _zeros(padded: Tensor, windows: Tensor) -> tuple[int, str]:
     return int((zero & ~zero.all(0)).double().sum(1).mean()), ""  # what is zero for everybody tells nobody apart
 
 
-def _why_not(graph: Graph, place: Place, x: Tensor) -> str:
+def _why_not(graph: Graph, place: WindowLayer, x: Tensor) -> str:
     """Why a layer tells no batch apart, whatever its size, by where it stands."""
     if place.given in _bare(graph):
         return "it reads the network's inputs, which no ReLU made zero anywhere"
@@ -341,7 +341,7 @@ class _Ladder:
     def __init__(self, of: Prospects, n: int, at: Prospect) -> None:
         self.of, self.n = of, n
         self.filled = {prospect.place.given: prospect.filled for prospect in of.each}
-        self.readers: dict[Value, list[Place]] = {}
+        self.readers: dict[Value, list[WindowLayer]] = {}
         for prospect in of.each:
             self.readers.setdefault(prospect.place.given, []).append(prospect.place)
         graph, start = of.graph, at.place.given

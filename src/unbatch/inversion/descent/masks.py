@@ -18,10 +18,9 @@ NEAR_ZERO = 100.0  # times an entry's noise, above which it is surely positive
 def flipped(contradictions: Tensor, flips: Tensor, inputs: Tensor, windows: Windows, open_: Tensor) -> Tensor:
     """Which entries of a mask were decided wrongly, for output channels whose gradient contradicts what came back to them.
 
-    `contradictions` [o, c_in k^2] is the channels' weight gradient less the sum of delta patch^T, `flips` [n, o, p] how much
-    each entry's delta changes if its mask does, `inputs` [n, *shape] what the layer was given, looked at through `windows`;
-    entries not `open_` [n, o, p] are sure.
-    Returns [n, o, p].
+    `contradictions` [o, c_in k^2] is the channels' weight gradient less the sum of delta patch^T, `flips` [n, o, p] how
+    much each entry's delta changes if its mask does, `inputs` [n, *shape] what the layer was given, looked at through
+    `windows`; entries not `open_` [n, o, p] are sure. Returns [n, o, p].
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> windows = Windows.of((2, 4, 4), kernel=(3, 3))
@@ -47,10 +46,9 @@ def _chosen(columns: Tensor, off: Tensor) -> Tensor:
     if DETERMINED * len(columns) <= len(off):
         units = sizes.sqrt().clamp_min(torch.finfo(sizes.dtype).tiny)
         shares = torch.linalg.lstsq((columns / units[:, None]).T, off[:, None]).solution[:, 0] / units
-        taken = shares > 0.5
-        if float((off - columns[taken].sum(0)).norm()) < CLOSED * float(off.norm()):
-            return taken
-        taken.fill_(False)
+        sure: Tensor = shares > 0.5
+        if float((off - columns[sure].sum(0)).norm()) < CLOSED * float(off.norm()):
+            return sure
     while not bool(taken.all()):
         gains = (2 * columns @ off - sizes).masked_fill(taken, -torch.inf)
         best = int(gains.argmax())
@@ -63,7 +61,7 @@ def _chosen(columns: Tensor, off: Tensor) -> Tensor:
 def pursued(
     left: Tensor, U: Tensor, rows: Tensor, flips: Tensor, inputs: Tensor, windows: Windows, open_: Tensor
 ) -> Tensor:
-    """The same where no channel stands out, as there are hardly more equations than unknowns: what all of them leave is used.
+    """The same where no channel stands out, with hardly more equations than unknowns: what all of them leave is used.
 
     `left` [m, c_in] = B - U U^T B is what the equations A X = B of a tensor leave over, for all input channels, `U` [m, r]
     an orthonormal basis of A's columns, `rows` [o, k^2] those of this layer, `flips` and `open_` [n, o, p] as above for all

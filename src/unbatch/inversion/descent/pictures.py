@@ -121,7 +121,7 @@ def newton(misfit: Misfit, x: Tensor, *, steps: int = NEWTON_STEPS) -> Iterator[
     for k in range(steps):
         size = float(r.norm())
         push, pull = coarse.linear(x.float())
-        move = size * response(push, pull, (r / size).float(), products=min(PRODUCTS[0] * 2**k, PRODUCTS[1])).to(x)
+        move = size * least_squares(push, pull, (r / size).float(), products=min(PRODUCTS[0] * 2**k, PRODUCTS[1])).to(x)
         step, better = 1.0, False
         while step > 1e-3 and not better:
             moved = x - step * move
@@ -134,7 +134,7 @@ def newton(misfit: Misfit, x: Tensor, *, steps: int = NEWTON_STEPS) -> Iterator[
         yield float(r.norm()), x
 
 
-def response(push: Push, pull: Push, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-4) -> Tensor:
+def least_squares(push: Push, pull: Push, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-4) -> Tensor:
     """The least-squares d of J d = r, by conjugate gradients on J^T J d = J^T r."""
     b = pull(r)
     d, direction, rest = torch.zeros_like(b), b.clone(), b.clone()

@@ -16,7 +16,7 @@ from unbatch.numerics.windows.geometry import Windows
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class WindowLayer:
     """A layer that applies one matrix to every window of its input: a convolution, or a dense layer with one window.
 
     Its weight's gradient is the sum over examples and windows of delta patch^T, a dense layer's with windows as examples.
@@ -99,7 +99,7 @@ def padding(layer: nn.Conv2d) -> tuple[int, int]:
     return (top, left) if isinstance(layer.padding, str) else _pair(layer.padding)
 
 
-def places(graph: Graph) -> Iterator[Place]:
+def places(graph: Graph) -> Iterator[WindowLayer]:
     """The convolutions and dense layers of a network in the order in which they ran.
 
     >>> from unbatch.network.tracing import trace
@@ -118,7 +118,7 @@ def places(graph: Graph) -> Iterator[Place]:
             continue
         names = _names(call, graph, layer)
         if names is not None:
-            yield Place(call, layer, given, *names)  # type: ignore[arg-type]
+            yield WindowLayer(call, layer, given, *names)  # type: ignore[arg-type]
 
 
 def at_cuts(graph: Graph) -> set[Value]:
@@ -138,7 +138,7 @@ def _names(call: Call, graph: Graph, layer: nn.Module) -> tuple[str, str | None]
         return f"{prefix}weight", f"{prefix}bias" if layer.bias is not None else None
     names = graph.names()
     weight = names.get(id(layer.weight))
-    return None if weight is None else (weight, None if layer.bias is None else names.get(id(layer.bias)))  # type: ignore[arg-type]
+    return None if weight is None else (weight, None if layer.bias is None else names.get(id(layer.bias)))
 
 
 def _pair(sides: int | tuple[int, ...]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Separation: the input maps of a batch's examples at one layer, told apart in the span of their windows."""
+"""ToldApart: the input maps of a batch's examples at one layer, told apart in the span of their windows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.inversion.descent.places import Place
+from unbatch.inversion.descent.places import WindowLayer
 from unbatch.numerics.windows.geometry import Windows
 from unbatch.numerics.windows.growth import ZERO, grown
 from unbatch.numerics.windows.maps import maps_in
@@ -24,14 +24,14 @@ PROGRAMS = 12, 40  # linear programs: so many an example, and so many besides
 
 
 @dataclass(frozen=True, eq=False)
-class Separation:
+class ToldApart:
     """What a layer received from every example, each up to a factor of its own.
 
     maps [n, *shape]: its inputs, as unit vectors of windows; shares [n, c_out, p]: what came back to its outputs, in units
     of these maps: the gradient is the sum over examples and windows of share patch^T.
     """
 
-    place: Place
+    place: WindowLayer
     maps: Tensor
     shares: Tensor
     missed: int  # examples that were counted and not found
@@ -53,7 +53,8 @@ def span(G: Tensor, eps: float) -> Tensor:
     drops = ends[:-1] / ends[1:]
     drops[S <= floor] = 0.0
     last = int(drops.argmax())
-    return V[: last + 1] if float(drops[last]) > GAP else V
+    rows: Tensor = V[: last + 1] if float(drops[last]) > GAP else V
+    return rows
 
 
 def span_error(G: Tensor, rank: int, eps: float) -> float:
@@ -63,8 +64,8 @@ def span_error(G: Tensor, rank: int, eps: float) -> float:
 
 
 def separated(
-    place: Place, G: Tensor, eps: float, rng: torch.Generator, tick: Callable[[], bool], *, mixed: bool = False
-) -> Separation | None:
+    place: WindowLayer, G: Tensor, eps: float, rng: torch.Generator, tick: Callable[[], bool], *, mixed: bool = False
+) -> ToldApart | None:
     """The maps behind a layer's weight gradient [c_out, c_in k^2]; None where the layer does not tell them apart.
 
     Where the span tells the space of whole maps (`maps_in`), the maps are the extreme rays of what is nonnegative in it;
@@ -84,7 +85,7 @@ def separated(
     patches = windows.rows(held).flatten(0, 1)  # [n p, d]
     shares = torch.linalg.lstsq(patches.T, G.T).solution if maps else G.new_zeros(0, len(G))  # [n p, c_out]
     shares = shares.view(len(held), len(windows), len(G)).transpose(1, 2)
-    return Separation(place, held, shares, n - len(held), error)
+    return ToldApart(place, held, shares, n - len(held), error)
 
 
 def _whole(
@@ -106,7 +107,7 @@ def _whole(
 
 
 def _grown(
-    place: Place, windows: Windows, rows: Tensor, rng: torch.Generator, tick: Callable[[], bool], error: float
+    place: WindowLayer, windows: Windows, rows: Tensor, rng: torch.Generator, tick: Callable[[], bool], error: float
 ) -> tuple[int, list[Tensor]]:
     """The number of examples, and maps grown from windows in a corner."""
     corner = int(windows.padded.sum(1).argmax())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unbatch.inversion.descent.implicit import Reader, Seen, settled
 from unbatch.inversion.descent.masks import NEAR_ZERO, flipped, pursued
-from unbatch.inversion.descent.places import Place
+from unbatch.inversion.descent.places import WindowLayer
 from unbatch.network.graph import Call, Graph, Value
 from unbatch.network.operations import AffineOperation, Operation, Reshape, layer_of
 from unbatch.network.sections import between, section
@@ -44,10 +44,10 @@ class Left:
     B: Tensor  # [m, c]
     off: Tensor  # [m, c], by how much each equation contradicts those that are not left out
     out: Tensor  # [m], whether an equation is left out, with its output channel
-    rows: dict[Place, Tensor]  # of every layer [c_out, k^2]
-    units: dict[Place, float]  # of a layer's equations
+    rows: dict[WindowLayer, Tensor]  # of every layer [c_out, k^2]
+    units: dict[WindowLayer, float]  # of a layer's equations
 
-    def flipped(self, place: Place, change: Tensor, inputs: Tensor, open_: Tensor) -> Tensor:
+    def flipped(self, place: WindowLayer, change: Tensor, inputs: Tensor, open_: Tensor) -> Tensor:
         """Which entries of the mask before a layer were decided wrongly; all [n, c_out, p] (`masks`)."""
         rows, windows, change = self.rows[place], place.windows(), change / self.units[place]
         found, wrong = torch.zeros_like(open_), self.out[rows[:, 0]]
@@ -62,7 +62,7 @@ class Left:
 
 @dataclass(frozen=True, eq=False)
 class Told:
-    """Equations that hold of one tensor [n, c, h, w] of the batch: rows . x[:, c] = seen[c], the same rows for all channels."""
+    """Equations of one tensor [n, c, h, w] of the batch: rows . x[:, c] = seen[c], the same rows for all channels."""
 
     value: Value
     rows: Tensor | None  # [r, n h w], orthonormal; None: it is known
@@ -104,7 +104,7 @@ class Walk:
 
 def walk(
     graph: Graph,
-    all_places: Sequence[Place],
+    all_places: Sequence[WindowLayer],
     start: Value,
     maps: Tensor,
     delta: Tensor,
@@ -121,7 +121,7 @@ def walk(
     noise = error * maps.square().mean().sqrt().expand_as(maps)
     found = Walk({start: maps}, {start: noise}, {start: delta}, scaled={start: start})
     found.told.append(Told(start, None, maps, (len(maps), *start.shape[1:]), noise))
-    readers: dict[Value, list[Place]] = {}
+    readers: dict[Value, list[WindowLayer]] = {}
     for place in all_places:
         readers.setdefault(place.given, []).append(place)
     calls = [*reversed(between(graph, graph.input, start)), None]
@@ -151,7 +151,7 @@ def _tell(
     graph: Graph,
     found: Walk,
     value: Value,
-    readers: list[Place],
+    readers: list[WindowLayer],
     update: Mapping[str, Tensor],
     eps: float,
     error: float,
@@ -271,20 +271,20 @@ def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tens
 
 
 def _solve(
-    found: Walk, value: Value, readers: Sequence[Place], update: Mapping[str, Tensor], eps: float, error: float
+    found: Walk, value: Value, readers: Sequence[WindowLayer], update: Mapping[str, Tensor], eps: float, error: float
 ) -> None:
     """The equations of a tensor by the weights of all layers that read it."""
     error = max(error, *(told.misfit for told in found.told))  # what came back is known no better than that
-    told = solved(value, readers, found.deltas, update, eps, error)
+    told = told_by(value, readers, found.deltas, update, eps, error)
     if told is not None:
         found.told.append(told)
         if told.rows is None:
             found.values[value], found.noises[value] = told.seen, told.noise
 
 
-def solved(
+def told_by(
     value: Value,
-    readers: Sequence[Place],
+    readers: Sequence[WindowLayer],
     deltas: Mapping[Value, Tensor],
     update: Mapping[str, Tensor],
     eps: float,
@@ -298,7 +298,7 @@ def solved(
     if not own:
         return None
     n, systems, sides = len(deltas[own[0].gave]), list[Tensor](), list[Tensor]()
-    rows, units, count, blocks = dict[Place, Tensor](), dict[Place, float](), 0, list[Tensor]()
+    rows, units, count, blocks = dict[WindowLayer, Tensor](), dict[WindowLayer, float](), 0, list[Tensor]()
     for place in own:
         G = update[place.weight].flatten(2) if place.layer.weight.dim() > 2 else update[place.weight][..., None]
         sent, k = deltas[place.gave].reshape(n, len(G), -1), G.shape[2]
@@ -344,7 +344,7 @@ def solved(
 
 
 def _solve_late(
-    graph: Graph, found: Walk, value: Value, places: list[Place], update: Mapping[str, Tensor], eps: float
+    graph: Graph, found: Walk, value: Value, places: list[WindowLayer], update: Mapping[str, Tensor], eps: float
 ) -> bool:
     """A tensor by the weights of all layers that read it, where what came back to some depends on their outputs."""
     if not all(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unbatch.numerics.windows.geometry import Windows
-from unbatch.numerics.windows.rays import least_nonnegative, sharpened
+from unbatch.numerics.windows.rays import exact_ray, least_nonnegative
 
 ZERO = 1e-10  # of a window's largest entry, below which an entry is zero: a threshold of 1e-6 breaks the next layer
 VANISHES = 1e-7  # singular value of the known entries, up to which they leave a vector of the span open
@@ -29,11 +29,11 @@ def grown(
 
     The next window is always one that shares most entries with what is known. The vectors of the span with these entries
     differ by the few that vanish there, windows of corners and edges. The nonnegative one with the least sum is taken
-    (`least_nonnegative`), and made exact by its zeros (`sharpened`), scaled by the entries that are shared.
+    (`least_nonnegative`), and made exact by its zeros (`exact_ray`), scaled by the entries that are shared.
 
-    `rows` [r, channels k k] orthonormal, known up to `error`, relative, `windows` the convolution's, `window` [channels k k] the one at `place`. The other
-    value is the largest relative misfit of a shared entry, 0 for a map that is right; infinite where no vector fits, or
-    `tick` says that time is up. Entries that no window holds are nan.
+    `rows` [r, channels k k] orthonormal, known up to `error`, relative, `windows` the convolution's, `window` [channels
+    k k] the one at `place`. The other value is the largest relative misfit of a shared entry, 0 for a map that is
+    right; infinite where no vector fits, or `tick` says that time is up. Entries that no window holds are nan.
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> x = torch.randn(2, 24, 4, 4, generator=rng, dtype=torch.float64).relu()
@@ -82,7 +82,7 @@ def _next(rows: Tensor, target: Tensor, known: Tensor, padded: Tensor, error: fl
             return None
         rough = base.clone()
         rough[open_] = least
-    sharp = sharpened(rows, torch.where(padded, 0.0, rough), error=error)
+    sharp = exact_ray(rows, torch.where(padded, 0.0, rough), error=error)
     if sharp is None or not bool(target[known].any()):
         return _zeroed(rough, error)
     scale = float(sharp[known] @ target[known]) / float(sharp[known] @ sharp[known])

@@ -24,7 +24,8 @@ def vanishing(rows: Tensor, where: Tensor, *, tolerance: float = 1e-8) -> Tensor
     torch.Size([2, 3])
     """
     turn, values, _ = torch.linalg.svd(_narrow(rows[:, where]), full_matrices=True)
-    return turn[:, int((values > tolerance).sum()) :].T @ rows
+    found: Tensor = turn[:, int((values > tolerance).sum()) :].T @ rows
+    return found
 
 
 def _narrow(rows: Tensor) -> Tensor:
@@ -57,9 +58,10 @@ def least_nonnegative(base: Tensor, rows: Tensor, *, slack: float = 0.0) -> Tens
 def extreme_ray(rows: Tensor, entry: int, *, slack: float = 0.0) -> Tensor | None:
     """An extreme ray of the nonnegative vectors in a span, by one linear program: min sum(u), u >= 0, u[entry] = 1.
 
-    What stood behind a ReLU is such a ray wherever enough of its entries are zero, whatever the vectors that it is mixed
-    with: no other vectors of the cone add up to it. `rows` [r, d] need not be orthonormal. None where no vector of the cone
-    has that entry. Entries may lie `slack` below zero. A program may end on the edge between two rays that share the least sum: `sharpened` tells.
+    What stood behind a ReLU is such a ray wherever enough of its entries are zero, whatever the vectors that it is
+    mixed with: no other vectors of the cone add up to it. `rows` [r, d] need not be orthonormal. None where no vector
+    of the cone has that entry. Entries may lie `slack` below zero. A program may end on the edge between two rays that
+    share the least sum: `exact_ray` tells.
 
     >>> rows = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
     >>> extreme_ray(rows, 0)
@@ -79,15 +81,16 @@ def extreme_ray(rows: Tensor, entry: int, *, slack: float = 0.0) -> Tensor | Non
     return None if held.x is None else torch.as_tensor(held.x).to(rows) @ rows
 
 
-def sharpened(rows: Tensor, ray: Tensor, *, error: float = 0.0) -> Tensor | None:
+def exact_ray(rows: Tensor, ray: Tensor, *, error: float = 0.0) -> Tensor | None:
     """The one unit vector of a span with the zeros of a rough ray, to rounding; None where its zeros do not determine one.
 
     It is the null vector of rows[:, zeros]. Tiny positive entries that were taken for zeros stand in the way: while the
-    least singular value is not next to nothing beside the next, those of the set on which the vector is largest are dropped.
-    `rows` [r, d] orthonormal, each vector of their span known up to `error`, relative; `ray` [d] good to a few digits.
+    least singular value is not next to nothing beside the next, those of the set on which the vector is largest are
+    dropped. `rows` [r, d] orthonormal, each vector of their span known up to `error`, relative; `ray` [d] good to a few
+    digits.
 
     >>> rows = torch.tensor([[0.6, 0.8, 0.0, 0.0], [0.0, 0.0, 0.8, 0.6]], dtype=torch.float64)
-    >>> sharpened(rows, torch.tensor([3.0, 4.0, 1e-9, 1e-8]).double()).abs()
+    >>> exact_ray(rows, torch.tensor([3.0, 4.0, 1e-9, 1e-8]).double()).abs()
     tensor([0.6000, 0.8000, 0.0000, 0.0000], dtype=torch.float64)
     """
     if len(rows) == 1:
@@ -96,7 +99,7 @@ def sharpened(rows: Tensor, ray: Tensor, *, error: float = 0.0) -> Tensor | None
     null = max(NULL, NULL_ERRORS * error)
     while int(zeros.sum()) >= len(rows):  # fewer zeros leave a vector whatever they are
         turn, values, _ = torch.linalg.svd(_narrow(rows[:, zeros]))
-        found = turn[:, -1] @ rows
+        found: Tensor = turn[:, -1] @ rows
         if values[-1] <= null * values[-2]:
             return found * torch.sign(found.sum())
         size = found.abs() * zeros
@@ -107,7 +110,8 @@ def sharpened(rows: Tensor, ray: Tensor, *, error: float = 0.0) -> Tensor | None
 def rays(rows: Tensor, rng: torch.Generator, *, most: int, error: float = 0.0) -> Iterator[Tensor]:
     """Different extreme rays of the nonnegative vectors in a span, as unit vectors, from up to `most` programs.
 
-    Programs begin at random entries, those first that the rays found so far leave small. `rows` [r, d] orthonormal, with their `error` as in `sharpened`.
+    Programs begin at random entries, those first that the rays found so far leave small. `rows` [r, d] orthonormal,
+    with their `error` as in `exact_ray`.
 
     >>> x = torch.rand(3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sub(0.5).relu()
     >>> rows = torch.linalg.qr(x.T).Q.T
@@ -126,7 +130,7 @@ def rays(rows: Tensor, rng: torch.Generator, *, most: int, error: float = 0.0) -
         odds = (reached[inside] / (1e-3 * reached.max() + taken)).cpu()
         entry = int(torch.multinomial(odds, 1, generator=rng))
         rough = extreme_ray(held, entry, slack=error)
-        sharp = None if rough is None else sharpened(held, rough, error=error)
+        sharp = None if rough is None else exact_ray(held, rough, error=error)
         if sharp is None or float(sharp.min()) < -max(LEAST_NEGATIVE, NEGATIVE_ERRORS * error) * float(sharp.max()):
             continue
         ray = torch.zeros_like(rows[0])
