@@ -19,7 +19,7 @@ def broken(outputs: int, wrong: list[tuple[int, int, int]]) -> tuple[Tensor, Ten
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6, 4, 4, generator=rng, dtype=torch.float64).relu()
     full = torch.randn(2, outputs, 16, generator=rng, dtype=torch.float64)
-    mask = torch.rand(full.shape, generator=rng) > 0.5  # noqa: PLR2004
+    mask = torch.rand(full.shape, generator=rng) > 0.5
     sides = weight_equations(full * mask, SINGLE) @ x.transpose(0, 1).flatten(1).T
     for entry in wrong:
         mask[entry] = ~mask[entry]

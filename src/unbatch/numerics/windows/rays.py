@@ -115,6 +115,8 @@ def rays(rows: Tensor, rng: torch.Generator, *, most: int, error: float = 0.0) -
     >>> torch.allclose((found @ torch.nn.functional.normalize(x).T).amax(0), torch.ones(3, dtype=torch.float64))
     True
     """
+    if not len(rows):
+        return
     found = list[Tensor]()
     reached = rows.norm(dim=0)
     inside = (reached > 1e-9 * reached.max()).nonzero()[:, 0]  # elsewhere every vector of the span is zero
