@@ -27,7 +27,7 @@ from unbatch.reconstruction import Reconstruction
 LARGEST_HEAD_MISFIT = 1e-3  # relative, of the head's gradient: beyond it the maps or their scales are wrong
 POLISHES = 10  # of the separated maps
 SURELY = 10.0  # times the error, above which an entry is positive that was zero in the span's cone
-SLOWEST = 0.95  # share of their error that a turn may leave
+SLOWEST = 0.85  # share of their error that a turn may leave
 CLIENT_ROUNDINGS = 4  # of the update's type, by which the client's own arithmetic is off
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
 AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have

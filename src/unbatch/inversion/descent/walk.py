@@ -340,6 +340,7 @@ def told_by(
     x, spread = batched(seen @ V), batched((noise.square() @ V.square()).sqrt())
     if value.call is not None and isinstance(layer_of(value.call, value.call.given[0]), nn.ReLU):
         x = torch.where(x < torch.maximum(ZERO * x.max(), ZERO_SIGMAS * spread), 0.0, x)
+    spread = torch.hypot(spread, error * x)  # what came back may be wrong by a factor
     return Told(value, None, x, shape, spread, condition, misfit, left, checked)
 
 

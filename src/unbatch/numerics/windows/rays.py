@@ -119,6 +119,8 @@ def rays(rows: Tensor, rng: torch.Generator, *, most: int, error: float = 0.0) -
     >>> torch.allclose((found @ torch.nn.functional.normalize(x).T).amax(0), torch.ones(3, dtype=torch.float64))
     True
     """
+    if not len(rows):
+        return
     found = list[Tensor]()
     if not len(rows):
         return
