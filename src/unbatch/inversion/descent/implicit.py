@@ -29,8 +29,8 @@ DETERMINED = 1e-9  # least eigenvalue of the normal equations over the largest, 
 class Reader:
     """A layer that reads the tensor in question, with what came back to the output of what lies behind it.
 
-    `behind` is the module from the layer's output to where `cotangent` is known, None where that is the output itself. `loose`:
-    the cotangent of every example is known up to a factor near 1. `gradient` is that of the layer's weight.
+    `behind` is the module from the layer's output to where `cotangent` is known, None where that is the output itself.
+    `loose`: the cotangent of every example is known up to a factor near 1. `gradient` is that of the layer's weight.
     """
 
     place: Place
@@ -169,7 +169,7 @@ class _System:
 
     def normal(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
         """The normal equations of all channels with the deltas held: matrix [n h w, n h w] and right side [n h w, c]."""
-        n, c = self.shape[:2]
+        n = self.shape[0]
         H = b = torch.zeros(())
         for reader, unit in zip(self.readers, self.unit, strict=True):
             z = torch.zeros_like(reader.cotangent[:, :1]) if x is None else reader.output(x)
@@ -203,12 +203,11 @@ def settled(
 ) -> Found | None:
     """The tensor [n, c, ...] that all readers' weight gradients are of; None where they leave it open or nothing converges.
 
-    First as a fixed point: the deltas for the last tensor, then the tensor by its linear equations. Then by Newton, with
-    the same equations as preconditioner. What lies behind may be blind to an example's scale but for its eps: these
-    directions, and the factors of loose cotangents, are solved for densely. `size` is where the scales begin (root mean square),
-    `eps` the gradients' rounding.
-    Batch norm in train mode is blind to a constant that only the middle weight of a strided layer sees: one open direction a
-    channel, in which a `rectified` tensor is taken to reach zero.
+    First as a fixed point: the deltas for the last tensor, then the tensor by its linear equations. Then by Newton, with the
+    same equations as preconditioner. What lies behind may be blind to an example's scale but for its eps: these directions,
+    and the factors of loose cotangents, are solved for densely. `size` is where the scales begin (root mean square), `eps`
+    the gradients' rounding. Batch norm in train mode is blind to a constant that only the middle weight of a strided layer
+    sees: one open direction a channel, in which a `rectified` tensor is taken to reach zero.
     """
     system = _System(readers, shape, seen)
     x = None
@@ -243,7 +242,7 @@ def _unflat(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _lowered(flat: Tensor, open_: Tensor) -> Tensor:
-    """Channels [c, n h w] moved along the one open direction, if there is one, until the least entry that it moves is zero."""
+    """Channels [c, n h w] moved along the one open direction, if there is one, until the least entry in it is zero."""
     if not open_.shape[1]:
         return flat
     way = open_[:, 0] * torch.sign(open_[:, 0].sum())

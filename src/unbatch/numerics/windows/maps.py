@@ -16,9 +16,9 @@ def maps_in(rows: Tensor, windows: Windows, *, differences: bool = False, error:
     """The maps all of whose windows lie in a span, as an orthonormal basis [m, channels, height, width].
 
     Windows a_p rows are those of one map if shared entries agree and padding is zero: linear equations for the P r
-    coefficients a, whose solutions are the null vectors of the sum of squared misfits [P r, P r]. Where every window overlaps
-    others on all sides these are the batch's own maps and no more, whatever activation made them. With `differences` it is
-    the differences of a map's windows that lie in the span, as behind batch norm in train mode.
+    coefficients a, whose solutions are the null vectors of the sum of squared misfits [P r, P r]. Where every window
+    overlaps others on all sides these are the batch's own maps and no more, whatever activation made them. With
+    `differences` it is the differences of a map's windows that lie in the span, as behind batch norm in train mode.
 
     `rows` [r, channels k k] orthonormal and known up to `error`, `windows` the convolution's.
 
