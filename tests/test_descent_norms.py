@@ -1,6 +1,7 @@
 """Descent behind norms: scales by what is sent back, inputs of layers before a norm, whole maps from a span."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from unbatch.numerics.windows.maps import maps_in
 
 EPS = torch.finfo(torch.float64).eps
 SHAPE = (3, 16, 16)
+Mode = Literal["train", "eval"]
 
 
-def problem(norm: NormName, mode: str, n: int) -> tuple[Graph, list[WindowLayer], dict[str, Tensor], Tensor]:
+def problem(norm: NormName, mode: Mode, n: int) -> tuple[Graph, list[WindowLayer], dict[str, Tensor], Tensor]:
     """A small residual network, its gradient and the batch that it is of."""
     rng = torch.Generator().manual_seed(0)
     net = build("resnet-small", SHAPE, 5, depth=2, width=32, norm=norm, rng=rng).double().train(mode == "train")
@@ -41,7 +43,7 @@ def problem(norm: NormName, mode: str, n: int) -> tuple[Graph, list[WindowLayer]
 
 
 def told_apart(
-    norm: NormName, mode: str, n: int, layer: str
+    norm: NormName, mode: Mode, n: int, layer: str
 ) -> tuple[Graph, list[WindowLayer], dict[str, Tensor], Tensor, Tensor]:
     """The problem, and the maps at a layer at their own scales, in the order of the examples."""
     graph, every, update, x = problem(norm, mode, n)
@@ -60,14 +62,14 @@ CASES = [("group", "eval", 2), ("batch", "train", 1), ("batch", "train", 3)]
 
 
 @pytest.mark.parametrize(("norm", "mode", "n"), CASES)
-def test_maps_are_told_apart_at_their_own_scales(norm: NormName, mode: str, n: int) -> None:
+def test_maps_are_told_apart_at_their_own_scales(norm: NormName, mode: Mode, n: int) -> None:
     graph, every, _, x, maps = told_apart(norm, mode, n, "block6.conv1")
     given = next(place.given for place in every if place.call.name == "block6.conv1")
     true = section(graph, graph.input, given)(x)
     assert float((maps - true).norm() / true.norm()) < 1e-9
 
 
-def led_down(norm: NormName, mode: str, n: int) -> Iterator[tuple[str, float]]:
+def led_down(norm: NormName, mode: Mode, n: int) -> Iterator[tuple[str, float]]:
     graph, every, update, x, maps = told_apart(norm, mode, n, "block6.conv1")
     readers = [place for place in every if place.call.name == "block6.conv1"]
     up = known_above(graph, readers, maps, every[-1], update)
@@ -79,9 +81,10 @@ def led_down(norm: NormName, mode: str, n: int) -> Iterator[tuple[str, float]]:
             yield told.value.call.name, float((told.seen - true).norm() / true.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "mode", "n"), CASES)
 def test_inputs_of_layers_behind_which_a_norm_stands_are_found_whatever_it_mixes(
-    norm: NormName, mode: str, n: int
+    norm: NormName, mode: Mode, n: int
 ) -> None:
     errors = dict(led_down(norm, mode, n))
     assert {"block5.act2", "block5.act1", "block4.act2"} <= set(errors)

@@ -99,14 +99,13 @@ def scales_by_share(
 ) -> Tensor:
     """The factor of each example's map [n], by what the layers above would send back to it.
 
-    Example i sent back delta = share / s. Run with s times its map, the layers above send back a sum over the
-    directions that the head's gradient spans, with coefficients that least squares find: one unknown s an example is
-    left, which is searched on a grid and then by secants. Layers that are blind to scales but for the eps of a norm
-    tell it in float64 all the same.
+    Example i sent back delta = share / s. Run with s times its map, the layers above send back a sum over the directions
+    that the head's gradient spans, with coefficients that least squares find: one unknown s an example is left, searched
+    for on a grid and then by secants. Layers blind to scales but for the eps of a norm tell it in float64 all the same.
 
-    `mixed`: the layer's outputs go into batch norm in train mode. What came back sums to zero over the batch then,
-    which tells the scales but for one factor; that is searched for in the same way, with all examples at once. Raises
-    NotApplicable: the layer is the head itself.
+    `mixed`: the layer's outputs go into batch norm in train mode. What came back sums to zero over the batch then, which
+    tells the scales but for one factor; that is searched for in the same way, with all examples at once.
+    Raises NotApplicable: the layer is the head itself.
     """
     if found.place is head:
         raise NotApplicable(

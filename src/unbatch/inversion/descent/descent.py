@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.descent.above import Above, at_own_scale, known_above, labels_sent
-from unbatch.inversion.descent.pictures import Back, Misfit, least_squares, newton, searched
+from unbatch.inversion.descent.pictures import Answers, Back, Misfit, newton, searched
 from unbatch.inversion.descent.places import WindowLayer, at_cuts, places
 from unbatch.inversion.descent.separation import ToldApart, separated, span
 from unbatch.inversion.descent.walk import Told, Walk, told_by, walk
@@ -247,16 +247,16 @@ def target(down: Walk) -> Told:
 
 def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Generator) -> Tensor:
     """The largest relative error of each input [n], from how far the equations' noise moves it; inf where that is open."""
-    push, pull = misfit.single().linear(x.float())
+    answers = Answers(misfit, x)
 
     def drawn(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=rng, dtype=torch.float64).to(like)
 
     def answer(r: Tensor) -> Tensor:
-        return least_squares(push, pull, r.float(), tolerance=RESPONSE_TOLERANCE).double().flatten(1)
+        return answers(r, tolerance=RESPONSE_TOLERANCE).flatten(1)
 
-    probe, moves = drawn(x).float(), []
-    lost = (answer(push(probe)) - probe.flatten(1)).norm(dim=1) / probe.flatten(1).norm(dim=1)
+    probe, moves = drawn(x), []
+    lost = (answer(answers.exact(probe)) - probe.flatten(1)).norm(dim=1) / probe.flatten(1).norm(dim=1)
     unit = float(told.noise.norm())
     for _ in range(DRAWS):
         moves.append(answer((drawn(told.noise) * told.noise / unit).flatten()) * unit / misfit.size)

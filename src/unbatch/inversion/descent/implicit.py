@@ -244,7 +244,7 @@ def _unflat(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _lowered(flat: Tensor, open_: Tensor) -> Tensor:
-    """Channels [c, n h w] moved along the one open direction, if there is one, until the least moved entry is zero."""
+    """Channels [c, n h w] moved along the one open direction, if there is one, until the least entry in it is zero."""
     if not open_.shape[1]:
         return flat
     way = open_[:, 0] * torch.sign(open_[:, 0].sum())

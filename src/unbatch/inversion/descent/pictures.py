@@ -19,6 +19,7 @@ CORNER = 1e-4  # of the mean value, within which the absolute value is rounded o
 BACK = 0.3  # of the misfit of the gradients beside that of the features
 PRODUCTS = 40, 160  # with the Jacobian, in the first step of Gauss and Newton and at most
 NEWTON_STEPS = 12
+MOST_BROAD = 64  # directions that are solved for densely
 
 
 class Misfit:
@@ -116,12 +117,10 @@ def newton(misfit: Misfit, x: Tensor, *, steps: int = NEWTON_STEPS) -> Iterator[
 
     A step that is good to a few digits takes the error down by as many, so that few products in double are needed.
     """
-    coarse = misfit.single()
     r = misfit(x).detach()
     for k in range(steps):
         size = float(r.norm())
-        push, pull = coarse.linear(x.float())
-        move = size * least_squares(push, pull, (r / size).float(), products=min(PRODUCTS[0] * 2**k, PRODUCTS[1])).to(x)
+        move = size * Answers(misfit, x)(r / size, products=min(PRODUCTS[0] * 2**k, PRODUCTS[1]))
         step, better = 1.0, False
         while step > 1e-3 and not better:
             moved = x - step * move
@@ -132,6 +131,63 @@ def newton(misfit: Misfit, x: Tensor, *, steps: int = NEWTON_STEPS) -> Iterator[
             return
         x, r = moved, other
         yield float(r.norm()), x
+
+
+class Answers:
+    """The inputs' least-squares move for a misfit, at inputs x [n, *shape].
+
+    Norms hardly see how large a picture is, nor the mean of a colour: these broad directions of every example are
+    solved for densely in float64, all others by conjugate gradients in float32.
+    """
+
+    def __init__(self, misfit: Misfit, x: Tensor) -> None:
+        self.push, self.pull = misfit.single().linear(x.float())
+        self.exact, _ = misfit.linear(x)
+        self.broad = broad(x)
+        if len(self.broad):
+            dense = torch.stack([self.exact(v) for v in self.broad], 1)  # [e, b]
+            self.sizes = dense.norm(dim=0).clamp_min(torch.finfo(dense.dtype).tiny)
+            self.Q, self.R = torch.linalg.qr(dense / self.sizes)
+            self.single_Q = self.Q.float()
+
+    def __call__(self, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-4) -> Tensor:
+        """[n, *shape] for r [e]."""
+        if not len(self.broad):
+            return least_squares(self.push, self.pull, r.float(), products=products, tolerance=tolerance).to(r)
+        Q = self.single_Q
+
+        def away(u: Tensor) -> Tensor:
+            return u - Q @ (Q.T @ u)
+
+        def push(v: Tensor) -> Tensor:
+            return away(self.push(v))
+
+        def pull(u: Tensor) -> Tensor:
+            return self.pull(away(u))
+
+        rest = (r - self.Q @ (self.Q.T @ r)).float()
+        move = least_squares(push, pull, rest, products=products, tolerance=tolerance).to(r)
+        side = self.Q.T @ (r - self.exact(move))
+        along = torch.linalg.solve_triangular(self.R, side[:, None], upper=True)[:, 0] / self.sizes
+        return move + (along.view(-1, *[1] * move.ndim) * self.broad).sum(0)
+
+
+def broad(x: Tensor) -> Tensor:
+    """Every example itself, and a constant in each of its channels, as unit vectors [b, *x.shape]; none if they were many.
+
+    >>> broad(torch.ones(2, 3, 4, 4)).shape
+    torch.Size([8, 2, 3, 4, 4])
+    """
+    n, channels = x.shape[:2]
+    if x.dim() != 4 or n * (channels + 1) > MOST_BROAD:
+        return x.new_zeros(0, *x.shape)
+    found = x.new_zeros(n, channels + 1, *x.shape)
+    for i in range(n):
+        found[i, 0, i] = x[i] - x[i].mean((1, 2), keepdim=True)
+        for c in range(channels):
+            found[i, 1 + c, i, c] = 1.0
+    found = found.flatten(0, 1)
+    return found / found.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny).view(-1, *[1] * x.ndim)
 
 
 def least_squares(push: Push, pull: Push, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-4) -> Tensor:

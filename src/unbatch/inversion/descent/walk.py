@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor, nn
 
-from unbatch.inversion.descent.implicit import Reader, Seen, settled
+from unbatch.inversion.descent.implicit import Reader, Seen, solved_around
 from unbatch.inversion.descent.masks import NEAR_ZERO, flipped, pursued
 from unbatch.inversion.descent.places import WindowLayer
 from unbatch.network.graph import Call, Graph, Value
@@ -363,7 +363,7 @@ def _solve_late(
     shape = (n, *value.shape[1:])
     size = float(found.told[-1].seen.square().mean().sqrt())
     rectified = value.call is not None and _is_relu(value.call)
-    answer = settled(readers, shape, seen, size, eps, rectified=rectified)
+    answer = solved_around(readers, shape, seen, size, eps, rectified=rectified)
     if answer is None or not answer.misfit < LARGEST_MISFIT:
         found.stops.append(f"the input of {places[0].call.where} is not determined")
         return False
