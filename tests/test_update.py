@@ -361,6 +361,6 @@ def test_a_checkpoint_and_what_an_optimiser_keeps_are_named_with_what_to_hand_ov
         ):
             as_update(model, checkpoint)
     for theirs in (kept, optimiser.state, kept["state"], {"weight": {"exp_avg": state["weight"]}}):
-        with pytest.raises(UnbatchError, match="the state of an optimiser.*Give the gradients"):
+        with pytest.raises(UnbatchError, match=r"the state of an optimiser.*Give the gradients"):
             as_update(model, theirs)
     assert set(as_update(model, {name: p.grad for name, p in model.named_parameters()})) == {"weight", "bias"}

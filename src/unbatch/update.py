@@ -139,8 +139,8 @@ def _refuse_checkpoint(held: Any, what: str) -> None:
         names = [str(name) for name in kept] if isinstance(kept, Mapping) else []
         raise UnbatchError(
             f"{what} is the state of an optimiser{f' ({some(names)})' if names else ''}: what it keeps from step to step, "
-            "and not what was sent. Give the gradients, {name: p.grad for name, p in model.named_parameters()}, or the model's "
-            "states before and after the step."
+            "and not what was sent. Give the gradients, {name: p.grad for name, p in model.named_parameters()}, or the "
+            "model's states before and after the step."
         )
     at = next(key for key, value in held.items() if value is inner)
     raise UnbatchError(
