@@ -515,3 +515,12 @@ def test_reading_draws_nothing_from_torch() -> None:
 def test_a_path_may_be_text(tmp_path) -> None:
     table(tmp_path, "a,y\n1,0\n2,1\n")
     assert read(str(tmp_path / "t.csv")).labels.tolist() == [0, 1]
+
+
+def test_classes_and_categories_that_differ_by_case_or_spaces_alone_are_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("sex,size,label\nMale,1,true\nmale,2,True\nfemale,3,false\nfemale,4,true \n")
+    notes = " ".join(read(tmp_path / "rows.csv").notes)
+    assert "kept apart, though they differ by case or spaces alone: True and true" in notes
+    assert "column 'sex': kept apart, though they differ by case or spaces alone: Male and male" in notes
+    (tmp_path / "rows.csv").write_text("sex,size,label\nmale,1,true\nfemale,2,false\n")
+    assert "kept apart" not in " ".join(read(tmp_path / "rows.csv").notes)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unbatch import Analysis, NotApplicable, Protocol, UnbatchError, observe
 from unbatch.case import Case
+from unbatch.inversion import determined_share
 from unbatch.inversion.backward import pullback, rank_count
 from unbatch.inversion.backward.pullback import Pullback
 from unbatch.knowledge import Knowledge
@@ -21,6 +22,7 @@ from unbatch.network.chain import Link, chain
 from unbatch.network.tracing import trace
 from unbatch.numerics.linear.linsys import LinearSystem
 from unbatch.observation import Observation
+from unbatch.progress import Watch, watching
 
 NAMES = get_args(DeepName)
 NORMS = ("batch", "group", None)
@@ -264,3 +266,17 @@ def test_columns_of_large_gradients_are_computed_one_by_one(monkeypatch: pytest.
         system.system(torch.zeros(4 * channels, dtype=torch.float64)).push(torch.zeros(1, 4 * channels).double())
     assert chunks[0] > 1000
     assert chunks[1] == 1
+
+
+def test_the_share_is_the_same_by_one_column_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is computed where the gradients of all columns together would not fit into memory."""
+    model = build("lenet", (1, 4, 4), 3, activation="tanh", rng=rng())
+    x, y = pictures(1, 1, 4, 4), torch.tensor([1])
+    whole = determined_share.determined(model, nn.functional.cross_entropy, x, y)
+    monkeypatch.setattr(determined_share, "ENTRIES_AT_ONCE", 1)
+    shares = list[float]()
+    with watching(Watch(listener=lambda share, best: shares.append(share))):
+        single = determined_share.determined(model, nn.functional.cross_entropy, x, y)
+    assert len(shares) == 16
+    assert single.share == pytest.approx(whole.share, rel=1e-6)
+    assert 0 < single.share <= 1

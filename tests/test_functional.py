@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from unbatch.analysis import Analysis
 from unbatch.attack import Attack
 from unbatch.auditing.client import observe
+from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.rank_count import Constraints, constraints
 from unbatch.inversion.determined_share import determined
 from unbatch.knowledge import Knowledge
@@ -388,3 +389,19 @@ def test_branches_are_read_with_their_gradients_or_refused_with_the_line() -> No
     assert bool(found.bound.isfinite().all())
     stopped = Attack.parse("layer-by-layer:method=r-gap")(obs, seed=0).trace["stopped"]
     assert re.match(r"layer 'cat' \(Branches, test_functional.py:\d+\) cannot be read backward", stopped)
+
+
+def test_casts_detached_tensors_and_dropout_between_recurrent_layers_end_no_analysis() -> None:
+    def seen(model: nn.Module, *shape: int) -> Observation:
+        return observe(model, F.cross_entropy, torch.rand(2, *shape), torch.tensor([0, 2]))[0]
+
+    layers = {"a": nn.Linear(4, 8), "b": nn.Linear(8, 3)}
+    cast = Net(lambda net, x: net.b(F.relu(net.a(x.float()).half().float())), **layers)
+    assert {"a", "b"} <= {risk.layer for risk in Analysis.parse("layer-equations")(seen(cast, 4))}
+    detached = Net(lambda net, x: net.b(F.relu(net.a(x)).detach()), **layers)
+    with pytest.raises(NotApplicable, match="no gradient passes 'detach'"):
+        Analysis.parse("layer-equations")(seen(detached, 4))
+    parts = {"cell": nn.LSTM(4, 6, num_layers=2, dropout=0.5, batch_first=True), "out": nn.Linear(6, 3)}
+    recurrent = Net(lambda net, x: net.out(net.cell(x)[0][:, -1]), **parts)
+    (share,) = Analysis.parse("security-metric")(seen(recurrent, 5, 4))
+    assert 0 < share.value <= 1

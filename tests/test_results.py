@@ -3,6 +3,7 @@ import math
 import sys
 
 import pytest
+import torch
 from audits import captured, exact, features, not_recovered, nothing_ran
 
 import unbatch
@@ -215,3 +216,16 @@ def test_a_run_s_status_is_one_of_six(record: Audit) -> None:
     ] * 3
     with pytest.raises(ValueError, match="status"):
         Run.model_validate(stored | {"status": "finished"})
+
+
+@pytest.mark.parametrize(
+    ("shape", "noun"), [((6,), "row"), ((2, 4, 4, 4), "example"), ((3, 16), "example"), ((1, 4, 4), "image")]
+)
+def test_only_what_has_one_dimension_is_called_a_row(shape: tuple[int, ...], noun: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(math.prod(shape), 3))
+    setting = unbatch.Setting(
+        model=model, loss=torch.nn.functional.cross_entropy, inputs=torch.rand(1, *shape), labels=torch.tensor([1])
+    )
+    record = unbatch.audit(setting, attacks="bias-ratio", analyses=())
+    assert record.noun == noun
+    assert noun in record.verdict()

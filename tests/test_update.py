@@ -347,3 +347,20 @@ def test_parametrised_and_partly_frozen_models_are_audited(change: Callable[[nn.
     setting = Setting(model=model, loss=F.cross_entropy, inputs=x, labels=y)
     record = unbatch.audit(setting, attacks="bias-ratio", analyses=[])
     assert record.recovered(), record.runs[0].words
+
+
+def test_a_checkpoint_and_what_an_optimiser_keeps_are_named_with_what_to_hand_over() -> None:
+    model = nn.Linear(4, 3)
+    optimiser = torch.optim.Adam(model.parameters())
+    F.cross_entropy(model(torch.rand(2, 4)), torch.tensor([0, 2])).backward()
+    optimiser.step()
+    state, kept = model.state_dict(), optimiser.state_dict()
+    for checkpoint in ({"model": state, "optimizer": kept}, {"epoch": 3, "state_dict": state}, {"net": dict(state)}):
+        with pytest.raises(
+            UnbatchError, match=r"is a checkpoint: .* as_update\(model, held\['(model|state_dict|net)'\], before="
+        ):
+            as_update(model, checkpoint)
+    for theirs in (kept, optimiser.state, kept["state"], {"weight": {"exp_avg": state["weight"]}}):
+        with pytest.raises(UnbatchError, match=r"the state of an optimiser.*Give the gradients"):
+            as_update(model, theirs)
+    assert set(as_update(model, {name: p.grad for name, p in model.named_parameters()})) == {"weight", "bias"}

@@ -110,6 +110,7 @@ def named_values(model: nn.Module, held: Any, what: str) -> dict[str, Tensor]:
     >>> named_values(nn.Linear(1, 1), {"module.bias": np.ones(1)}, "the update")
     {'bias': tensor([1.], dtype=torch.float64)}
     """
+    _refuse_checkpoint(held, what)
     pairs = _pairs(model, held, what)
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     found: dict[str, Tensor] = {}
@@ -126,6 +127,32 @@ def named_values(model: nn.Module, held: Any, what: str) -> dict[str, Tensor]:
         bare, tensor = _stripped(name, own), as_dense(value, f"{what}'s {name!r}")
         _put(found, bare, tensor, what)
     return found
+
+
+def _refuse_checkpoint(held: Any, what: str) -> None:
+    """Raises UnbatchError, saying what it is and what to hand over: a checkpoint, or what an optimiser keeps."""
+    if not isinstance(held, Mapping) or not any(isinstance(value, Mapping) for value in held.values()):
+        return
+    inner = next(value for value in held.values() if isinstance(value, Mapping))
+    if "param_groups" in held or not all(isinstance(key, str) for key in held) or not _holds_tensors(inner):
+        kept = inner if "param_groups" not in held else next(iter(inner.values()), {})
+        names = [str(name) for name in kept] if isinstance(kept, Mapping) else []
+        raise UnbatchError(
+            f"{what} is the state of an optimiser{f' ({some(names)})' if names else ''}: what it keeps from step to step, "
+            "and not what was sent. Give the gradients, {name: p.grad for name, p in model.named_parameters()}, or the "
+            "model's states before and after the step."
+        )
+    at = next(key for key, value in held.items() if value is inner)
+    raise UnbatchError(
+        f"{what} is a checkpoint: it holds {some(list(held))}, and names and tensors are under {at!r}. Of a model's state, "
+        f"give the one before as well: as_update(model, held[{at!r}], before=...); of gradients, give held[{at!r}] itself."
+    )
+
+
+def _holds_tensors(held: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is from names of parameters, as states and gradients are, and not what an optimiser keeps."""
+    arrays = [isinstance(name, str) and (isinstance(v, Tensor) or hasattr(v, "__array__")) for name, v in held.items()]
+    return bool(arrays) and all(arrays) and not {"exp_avg", "momentum_buffer", "square_avg", "step"} & set(held)
 
 
 def as_dense(value: Any, what: str) -> Tensor:

@@ -222,6 +222,7 @@ class _Plan:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             case=self.name,
             domain=self.domain.name,
+            shape=list(self.domain.shape),
             truth=truth is not None,
             attacks=[str(a) for a in self.attacks],
             defences=[str(d) for d in self.defences],

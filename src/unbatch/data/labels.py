@@ -57,7 +57,23 @@ def word_labels(words: Sequence[str], classes: Classes, *, what: str) -> Labels:
             raise UnbatchError(f"{what}: {_named(strange)} is none of the given classes {_named(names)}.")
     places = {name: number for number, name in enumerate(names)}
     note = f"{what}: classes are numbered in {order}, {_named([f'{i} = {name}' for i, name in enumerate(names)])}."
-    return Labels(values=torch.tensor([places[word] for word in words]), classes=names, notes=[note])
+    notes = [note, *([f"{what}: {said}"] if (said := alike(present)) else [])]
+    return Labels(values=torch.tensor([places[word] for word in words]), classes=names, notes=notes)
+
+
+def alike(words: Sequence[str]) -> str:
+    """Which words differ by case or spaces alone, in words; empty where none do.
+
+    >>> alike(["Male", "female", "male"])
+    'kept apart, though they differ by case or spaces alone: Male and male; write them alike if they are one.'
+    """
+    groups: dict[str, list[str]] = {}
+    for word in words:
+        groups.setdefault("".join(word.split()).casefold(), []).append(word)
+    same = [" and ".join(group) for group in groups.values() if len(group) > 1]
+    if not same:
+        return ""
+    return f"kept apart, though they differ by case or spaces alone: {_named(same)}; write them alike if they are one."
 
 
 def class_labels(numbers: Tensor, classes: Classes, *, what: str) -> Labels:

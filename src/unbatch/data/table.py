@@ -15,7 +15,7 @@ import torch
 from unbatch.data.arrays import LABEL_NAMES
 from unbatch.data.bounds import check_unpacked
 from unbatch.data.examples import Data
-from unbatch.data.labels import Classes, text_labels
+from unbatch.data.labels import Classes, alike, text_labels
 from unbatch.domain import Table
 from unbatch.errors import UnbatchError
 
@@ -206,6 +206,9 @@ def _done(columns: Sequence[_Column], n: int) -> list[str]:
         mixed = [c.titles[0].partition("=")[0] for c in words if c.mixed]
         if mixed:
             notes.append(f"some of these categories are numbers, but most are words: {_first(mixed)}.")
+        for c in words:
+            if said := alike([title.partition("=")[2] for title in c.titles]):
+                notes.append(f"column {c.titles[0].partition('=')[0]!r}: {said}")
         if odd:
             notes.append(f"taken as categories of their own: {_first(odd)}.")
     return notes

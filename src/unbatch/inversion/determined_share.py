@@ -31,6 +31,7 @@ JACOBIAN_ENTRIES = (
 )  # of the Jacobian: where it has more, all tensors share its rows, `ROWS_AN_UNKNOWN` for each unknown at least
 SCATTER_OPERATIONS = 60.0  # operations in the time that a scattered sum takes for an entry
 COLUMNS_AT_ONCE = 64  # of the Jacobian that are computed at once
+ENTRIES_AT_ONCE = 2**26  # of their gradients, beyond which there are fewer columns: 512 MiB
 SHARE_NAME = "determined share"  # by what name views keep it (`View.once`)
 OUTER_PRODUCT_ERROR = 1e-9  # relative, up to which a gradient is the outer product that it must be
 
@@ -130,9 +131,10 @@ def determined(
         afford_or_leave(2.0 * d**2 * (rows + d), f"a matrix of {rows + d:,} x {d:,} was factored")
         system = seen.at.new_zeros(rows + d, d)
         system[rows:] = eye = torch.eye(d).to(seen.at)
-        for k, part in enumerate(torch.split(prior.push(eye), COLUMNS_AT_ONCE)):
-            tick_or_leave(k * COLUMNS_AT_ONCE / d, f"{d - k * COLUMNS_AT_ONCE:,} of the {d:,} unknowns were looked at")
-            system[:rows, k * COLUMNS_AT_ONCE : k * COLUMNS_AT_ONCE + len(part)] = seen.moved(part).T
+        columns = max(1, min(COLUMNS_AT_ONCE, ENTRIES_AT_ONCE // sum(map(len, seen.weights.values()))))
+        for k, part in enumerate(torch.split(prior.push(eye), columns)):
+            tick_or_leave(k * columns / d, f"{d - k * columns:,} of the {d:,} unknowns were looked at")
+            system[:rows, k * columns : k * columns + len(part)] = seen.moved(part).T
         afford_or_leave(2.0 * d**2 * (rows + d), f"a matrix of {rows + d:,} x {d:,} was factored")
         T = torch.linalg.qr(system, mode="r").R
         inverse = torch.linalg.solve_triangular(T, eye, upper=True)

@@ -19,6 +19,7 @@ _DROPS = {
     torch.dropout,
     torch.dropout_,
 }
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # which drop between their layers, by the one float that they take
 
 
 class WithoutDropout(TorchFunctionMode):
@@ -27,6 +28,10 @@ class WithoutDropout(TorchFunctionMode):
     >>> with WithoutDropout():
     ...     F.dropout(torch.ones(3), 0.9, training=True)
     tensor([1., 1., 1.])
+    >>> cell, x = torch.nn.LSTM(2, 3, num_layers=2, dropout=0.5), torch.ones(4, 1, 2)
+    >>> with WithoutDropout():
+    ...     torch.equal(cell(x)[0], cell(x)[0])
+    True
     """
 
     def __torch_function__(
@@ -35,4 +40,6 @@ class WithoutDropout(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _DROPS:
             return args[0] if args else kwargs["input"]
+        if getattr(func, "__name__", "") in _RECURRENT:
+            args = tuple(0.0 if isinstance(value, float) else value for value in args)
         return func(*args, **kwargs)

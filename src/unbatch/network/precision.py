@@ -107,7 +107,7 @@ def in_double(model: nn.Module) -> nn.Module:
     """
     copied = copy.deepcopy(model).double()
     for held in (*copied.parameters(), *copied.buffers()):  # in the plain layout: forward mode takes no other
-        held.data = held.data.contiguous()
+        held.data = held.data.clone(memory_format=torch.contiguous_format)
     copied.__dict__["_own_precision"] = _own_precision(model)
     return copied
 

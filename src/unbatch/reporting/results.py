@@ -231,6 +231,7 @@ class Audit(_Record):
     complete: bool = False
     case: str
     domain: str
+    shape: list[int] = []  # of one example
     truth: bool = True  # False for a captured update
     attacks: list[str]
     defences: list[str] = []  # outermost first
@@ -425,7 +426,9 @@ class Audit(_Record):
 
     @property
     def noun(self) -> str:
-        """What an example is called."""
+        """What an example is called; rows are of one dimension, and volumes or series are examples."""
+        if self.domain == "table" and len(self.shape) > 1:
+            return "example"
         return {"images": "image", "table": "row", "tokens": "text"}.get(self.domain, "example")
 
     def named(self, n: int) -> str:

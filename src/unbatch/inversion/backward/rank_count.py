@@ -10,6 +10,7 @@ from functools import cached_property, partial, reduce
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import NotApplicable
 from unbatch.inversion.backward.affine_runs import everything, held
 from unbatch.inversion.backward.pullback import EQUATIONS_AN_UNKNOWN, Pullback, standing_still
 from unbatch.inversion.backward.runs import RESHAPES
@@ -19,7 +20,7 @@ from unbatch.layers.affine import Affine
 from unbatch.layers.residual import bend, split
 from unbatch.loss import Loss
 from unbatch.network.chain import Link
-from unbatch.network.precision import loss_value
+from unbatch.network.precision import loss_value, outputs_of
 from unbatch.numerics.linear.linsys import LinearSystem
 from unbatch.numerics.linear.rank_law import ConvRanks, conv_ranks
 
@@ -124,7 +125,12 @@ def constraints(
         for link in links:
             z = z.reshape(len(z), *link.before)
             inputs.append(z)
-            z = link.module.double()(z.clone())  # the chain's modules are copies; an activation may write in place
+            # the chain's modules are copies; an activation may write in place, and a function may cast
+            z = outputs_of(link.module.double(), z.clone()).double()
+            if not z.requires_grad:
+                raise NotApplicable(
+                    f"no gradient passes {link.name!r} (a detached tensor, say), so there are none before it."
+                )
         outputs = [*inputs[1:], z]
         grads = torch.autograd.grad(loss_value(loss, z, y), outputs)
     found: list[Constraints | Unread] = []
