@@ -18,7 +18,7 @@ import unbatch
 from unbatch import UnbatchError
 from unbatch.reporting.results import Audit, Status
 
-ATTACKS = ("bias-ratio", "label-count", "feature-inversion", "unmix", "layer-by-layer")
+ATTACKS = ("bias-ratio", "label-count", "feature-inversion", "unmix", "layer-by-layer", "descend")
 PARTS, EACH = 20, int(os.environ.get("UNBATCH_DRAWS", 100))  # draws of the whole suite
 SECONDS = 1.5  # of each attack
 REFUSED = ("Batch norm", "deals 1 examples to 2 clients")  # why one example by itself may be

@@ -143,7 +143,7 @@ class Answers:
     def __init__(self, misfit: Misfit, x: Tensor) -> None:
         self.push, self.pull = misfit.single().linear(x.float())
         self.exact, _ = misfit.linear(x)
-        self.broad = broad(x)
+        self.broad = _broad(x)
         if len(self.broad):
             dense = torch.stack([self.exact(v) for v in self.broad], 1)  # [e, b]
             self.sizes = dense.norm(dim=0).clamp_min(torch.finfo(dense.dtype).tiny)
@@ -168,14 +168,14 @@ class Answers:
         rest = (r - self.Q @ (self.Q.T @ r)).float()
         move = least_squares(push, pull, rest, products=products, tolerance=tolerance).to(r)
         side = self.Q.T @ (r - self.exact(move))
-        along = torch.linalg.solve_triangular(self.R, side[:, None], upper=True)[:, 0] / self.sizes
+        along: Tensor = torch.linalg.solve_triangular(self.R, side[:, None], upper=True)[:, 0] / self.sizes
         return move + (along.view(-1, *[1] * move.ndim) * self.broad).sum(0)
 
 
-def broad(x: Tensor) -> Tensor:
+def _broad(x: Tensor) -> Tensor:
     """Every example itself, and a constant in each of its channels, as unit vectors [b, *x.shape]; none if they were many.
 
-    >>> broad(torch.ones(2, 3, 4, 4)).shape
+    >>> _broad(torch.ones(2, 3, 4, 4)).shape
     torch.Size([8, 2, 3, 4, 4])
     """
     n, channels = x.shape[:2]
@@ -186,8 +186,8 @@ def broad(x: Tensor) -> Tensor:
         found[i, 0, i] = x[i] - x[i].mean((1, 2), keepdim=True)
         for c in range(channels):
             found[i, 1 + c, i, c] = 1.0
-    found = found.flatten(0, 1)
-    return found / found.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny).view(-1, *[1] * x.ndim)
+    units: Tensor = found.flatten(0, 1)
+    return units / units.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny).view(-1, *[1] * x.ndim)
 
 
 def least_squares(push: Push, pull: Push, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-4) -> Tensor:
