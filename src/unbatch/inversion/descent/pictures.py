@@ -157,7 +157,8 @@ class Answers:
         Q = self.single_Q
 
         def away(u: Tensor) -> Tensor:
-            return u - Q @ (Q.T @ u)
+            rest: Tensor = u - Q @ (Q.T @ u)
+            return rest
 
         def push(v: Tensor) -> Tensor:
             return away(self.push(v))
@@ -187,7 +188,8 @@ def _broad(x: Tensor) -> Tensor:
         for c in range(channels):
             found[i, 1 + c, i, c] = 1.0
     units: Tensor = found.flatten(0, 1)
-    return units / units.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny).view(-1, *[1] * x.ndim)
+    sizes = units.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+    return units.div(sizes.view(-1, *[1] * x.ndim))
 
 
 def least_squares(push: Push, pull: Push, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-4) -> Tensor:
