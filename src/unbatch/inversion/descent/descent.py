@@ -34,7 +34,8 @@ AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
 FOUND = 2e-2  # misfit, relative, of absolute values, below which a search has found its valley
 NOISES = 10.0  # times the equations' own noise that may be left over
 DRAWS = 2  # of the equations' noise, which show how far it moves the inputs
-RESPONSE_TOLERANCE = 1e-3  # of the linear systems that show it, relative
+RESPONSE_TOLERANCES = 1e-3, 1e-5, 1e-6  # of the linear systems that show it, relative: the next where a probe is lost
+RESPONSE_PRODUCTS = 640  # with the Jacobian, at most
 LOST_SHARE = 0.05  # of a random direction that the equations may fail to give back
 SHARES = 0.3, 0.4, 0.8  # of the work that is done after separation, walk and search
 
@@ -252,11 +253,17 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
     def drawn(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=rng, dtype=torch.float64).to(like)
 
-    def answer(r: Tensor) -> Tensor:
-        return answers(r, tolerance=RESPONSE_TOLERANCE).flatten(1)
+    probe, moves = drawn(x), list[Tensor]()
+    seen, lost, tolerance = answers.exact(probe), torch.ones(len(x)), RESPONSE_TOLERANCES[0]
+    for tolerance in RESPONSE_TOLERANCES:
+        back = answers(seen, products=RESPONSE_PRODUCTS, tolerance=tolerance) - probe
+        lost = back.flatten(1).norm(dim=1) / probe.flatten(1).norm(dim=1)
+        if bool((lost < LOST_SHARE).all()):
+            break
 
-    probe, moves = drawn(x), []
-    lost = (answer(answers.exact(probe)) - probe.flatten(1)).norm(dim=1) / probe.flatten(1).norm(dim=1)
+    def answer(r: Tensor) -> Tensor:
+        return answers(r, products=RESPONSE_PRODUCTS, tolerance=tolerance).flatten(1)
+
     unit = float(told.noise.norm())
     for _ in range(DRAWS):
         moves.append(answer((drawn(told.noise) * told.noise / unit).flatten()) * unit / misfit.size)
