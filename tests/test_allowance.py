@@ -55,7 +55,7 @@ def test_the_default_is_all_that_only_looks_cheapest_first() -> None:
 
 def test_once_everything_is_certified_later_attacks_are_not_needed() -> None:
     audit = unbatch.audit(Case.parse("digits:width=16"), analyses=())
-    assert shown(audit)[:3] == [("bias-ratio", "done"), ("label-count", "done"), ("layer-by-layer", "not needed")]
+    assert shown(audit)[:3] == [("bias-ratio", "done"), ("label-count", "done"), ("descend", "not needed")]
     assert {status for _, status in shown(audit)[2:]} == {"not needed"}
     assert audit.runs[-1].words == "every example was recovered exactly and certified before, by bias-ratio."
     assert audit.allowance == 300.0

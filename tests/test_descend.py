@@ -81,7 +81,7 @@ def seen(net: nn.Module, x: Tensor, y: Tensor, loss: unbatch.Loss = F.cross_entr
 def errors(found: Reconstruction, x: Tensor) -> Tensor:
     """Of every recovered example, relative to the nearest true one."""
     assert found.inputs is not None
-    far = torch.cdist(found.inputs.flatten(1).cpu(), x.flatten(1))
+    far = torch.cdist(found.inputs.flatten(1).cpu().double(), x.flatten(1).double())
     return far.min(1).values / found.inputs.flatten(1).norm(dim=1).cpu()
 
 
@@ -136,11 +136,12 @@ def drawn(seed: int) -> tuple[nn.Module, Tensor, Tensor]:
     return net, *batch(1 + n, seed)
 
 
-def held(seeds: range) -> tuple[int, int, list[float]]:
+def held(seeds: range, dtype: torch.dtype = torch.float64) -> tuple[int, int, list[float]]:
     """Examples that were certified, those whose bound fails, and bound over error of each."""
     made, false, ratios = 0, 0, list[float]()
     for seed in seeds:
         net, x, y = drawn(seed)
+        net, x = net.to(dtype), x.to(dtype)
         found = Descend()(seen(net, x, y))
         if not len(found):
             continue

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.descent.above import Above, at_own_scale, known_above, labels_sent
 from unbatch.inversion.descent.pictures import Answers, Back, Misfit, newton, searched
-from unbatch.inversion.descent.places import WindowLayer, at_cuts, places
+from unbatch.inversion.descent.places import WindowLayer, at_cuts, places, rectified
 from unbatch.inversion.descent.separation import ToldApart, separated, span
 from unbatch.inversion.descent.walk import Told, Walk, told_by, walk
 from unbatch.inversion.view import View
@@ -36,6 +36,7 @@ NOISES = 10.0  # times the equations' own noise that may be left over
 DRAWS = 2  # of the equations' noise, which show how far it moves the inputs
 RESPONSE_TOLERANCES = 1e-3, 1e-5, 1e-6  # of the linear systems that show it, relative: the next where a probe is lost
 RESPONSE_PRODUCTS = 640  # with the Jacobian, at most
+COARSEST = 1e-6  # rounding of an update, relative, from which something is claimed
 LOST_SHARE = 0.05  # of a random direction that the equations may fail to give back
 SHARES = 0.3, 0.4, 0.8  # of the work that is done after separation, walk and search
 
@@ -67,6 +68,9 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
     labels = labels_sent(view, found.graph, found.head, found.above)
     trace_["labels"] = "not told" if labels is None else "told by the head"
     inputs, bound = _pictures(view, found, rng, trace_, steps=steps, attempts=attempts)
+    if torch.finfo(view.obs.dtype).eps > COARSEST:
+        bound = torch.full_like(bound, torch.inf)
+        trace_["not certified"] = "the update was rounded more coarsely than float32, so that zeros cannot be told."
     kept = torch.ones(len(inputs), dtype=torch.bool) if partial else bound.isfinite()
     told = None if labels is None else labels[kept.to(labels.device)]
     return Reconstruction(inputs=inputs[kept.to(inputs.device)], labels=told, bound=bound[kept], trace=trace_)
@@ -156,7 +160,7 @@ def candidates(graph: Graph, every: list[WindowLayer], update: Mapping[str, Tens
 
     Everything goes through their inputs, and their gradient's rank is below what it can be, or just that.
     """
-    whole, ranks = at_cuts(graph), list[tuple[int, WindowLayer]]()
+    whole, ranks = {value for value in at_cuts(graph) if rectified(value)}, list[tuple[int, WindowLayer]]()
     for place in every:
         if place.given not in whole or not place.plain or place.given is graph.input or place.weight not in update:
             continue
@@ -172,7 +176,7 @@ def _graph(view: View) -> Graph:
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
             m.running_mean = m.running_var = m.num_batches_tracked = (
-                None  # nothing reads them, nothing is to write to them
+                None  # nobody reads them, nothing is to write to them
             )
             m.track_running_stats = False
     if mode == "train" and any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):

@@ -11,8 +11,20 @@ from torch import Tensor, nn
 from unbatch.errors import NotApplicable
 from unbatch.network.chain import cuts
 from unbatch.network.graph import Call, Graph, Value
-from unbatch.network.operations import layer_of
+from unbatch.network.operations import Reshape, layer_of
 from unbatch.numerics.windows.geometry import Windows
+
+# layers behind which nothing is negative if nothing is before
+KEEPS_SIGNS = (
+    Reshape,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Identity,
+    nn.Dropout,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +131,24 @@ def places(graph: Graph) -> Iterator[WindowLayer]:
         names = _names(call, graph, layer)
         if names is not None:
             yield WindowLayer(call, layer, given, *names)  # type: ignore[arg-type]
+
+
+def rectified(value: Value) -> bool:
+    """Whether a tensor comes from a ReLU, as it is, reshaped, or pooled: no entry is negative, and many are zero.
+
+    >>> from unbatch.network.tracing import trace
+    >>> graph = trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Unflatten(1, (2, 2)), nn.Tanh()), (4,))
+    >>> [rectified(call.gave[0]) for call in graph.calls]
+    [False, True, True, False]
+    """
+    while value.call is not None and value.call.alone and value.call.given:
+        layer = layer_of(value.call, value.call.given[0])
+        if isinstance(layer, nn.ReLU | nn.ReLU6):
+            return True
+        if not isinstance(layer, KEEPS_SIGNS):
+            return False
+        value = value.call.given[0]
+    return False
 
 
 def at_cuts(graph: Graph) -> set[Value]:

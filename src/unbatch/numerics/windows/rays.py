@@ -42,9 +42,11 @@ def least_nonnegative(base: Tensor, rows: Tensor, *, slack: float = 0.0) -> Tens
     >>> least_nonnegative(torch.tensor([2.0, 3.0]), torch.tensor([[1.0, 1.0]]))
     tensor([0., 1.])
     """
-    room = base + slack * float(base.abs().max())
     from scipy.optimize import linprog
 
+    room = base + slack * float(base.abs().max())
+    if not bool(room.isfinite().all() and rows.isfinite().all()):
+        return None
     held = linprog(
         rows.sum(1).cpu().numpy(),
         A_ub=-rows.T.cpu().numpy(),
