@@ -283,7 +283,8 @@ def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def _same(a: Reconstruction, b: Reconstruction) -> bool:
     """Equal up to rounding, which differs from call to call.
 
-    BLAS sums in the order that its buffers' addresses give. A bound that is measured from that rounding differs as it does: by a factor below 2, and is finite for the same examples.
+    BLAS sums in the order that its buffers' addresses give. A bound that is measured from that rounding differs as it does:
+    by a factor below 2, and is finite for the same examples.
     """
 
     def equal(x: Tensor | None, y: Tensor | None) -> bool:
