@@ -57,7 +57,7 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
     view = view.gradient
     if view.steps:
         raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
-    if float(view.knowledge.get("noise", 0.0)) > 0 or "log_prob" in view.knowledge:
+    if float(view.knowledge.get("noise", 0.0)) > 0:
         raise NotApplicable(
             "a defence's noise fills the span of every layer's gradient, so that none counts its examples."
         )
