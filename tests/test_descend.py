@@ -203,3 +203,13 @@ def test_a_layer_that_is_missing_is_named() -> None:
     without = {name: u for name, u in obs.update.items() if not name.startswith("7")}
     with pytest.raises(NotApplicable, match="'7'"):
         Descend()(Observation(model=obs.model, loss=obs.loss, update=without, knowledge=obs.knowledge))
+
+
+def test_a_float32_gradient_of_a_deep_network_is_read_and_certified() -> None:
+    """Of its entries the judge looks at a sample, in which not every tensor has one."""
+    setting = unbatch.Case.parse("photos:batch=2,size=16,model=resnet18,width=16").setting()
+    found = Descend()(seen(setting.model, setting.inputs, setting.labels))
+    assert len(found) == 2
+    assert found.bound is not None
+    assert bool((errors(found, setting.inputs) <= found.bound.to(torch.float64)).all())
+    assert float(found.bound.max()) < 1e-3

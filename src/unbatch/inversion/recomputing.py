@@ -312,6 +312,9 @@ def _pinned(place: Observation, x: Tensor, y: Tensor, off: Mapping[str, float], 
     if targets and not bool((_beside(sizes, targets + own) > LEAST_STANDING).all()):
         return False
     groups = [weighed({n: u if n in group else 0 * u for n, u in place.update.items()}) for group in _groups(place)]
+    groups = [
+        each for each in groups if bool(each.any())
+    ]  # of a tensor that is zero, or in no sample, a factor is nothing
     return bool((_beside(groups, targets + sizes + own) > LEAST_STANDING).all())
 
 

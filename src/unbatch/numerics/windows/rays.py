@@ -130,7 +130,7 @@ def rays(rows: Tensor, rng: torch.Generator, *, most: int, error: float = 0.0) -
     inside = (reached > 1e-9 * reached.max()).nonzero()[:, 0]  # elsewhere every vector of the span is zero
     held = rows[:, inside]
     for _ in range(most):
-        taken = torch.stack(found)[:, inside].amax(0) if found else torch.zeros_like(held[0])
+        taken = torch.stack(found)[:, inside].amax(0).clamp_min(0) if found else torch.zeros_like(held[0])
         odds = (reached[inside] / (1e-3 * reached.max() + taken)).cpu()
         entry = int(torch.multinomial(odds, 1, generator=rng))
         rough = extreme_ray(held, entry, slack=error)
