@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.inversion.descent.walk import Told
+from unbatch.numerics.search.least_squares import conjugate_gradients
 
 Push = Callable[[Tensor], Tensor]
 STEPS = 400  # of Adam, in float32
@@ -195,15 +196,7 @@ def _broad(x: Tensor) -> Tensor:
 def least_squares(push: Push, pull: Push, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-4) -> Tensor:
     """The least-squares d of J d = r, by conjugate gradients on J^T J d = J^T r."""
     b = pull(r)
-    d, direction, rest = torch.zeros_like(b), b.clone(), b.clone()
-    first = size = float(rest.square().sum())
-    for _ in range(products):
-        if not size > tolerance**2 * first:
-            break
-        image = push(direction)
-        a = size / float(image.square().sum())
-        d = d + a * direction
-        rest = rest - a * pull(image)
-        new = float(rest.square().sum())
-        direction, size = rest + new / size * direction, new
-    return d
+    found = torch.zeros_like(b)
+    for found in conjugate_gradients(lambda v: pull(push(v)), b, lambda v: v, products, tolerance):  # noqa: B007
+        pass
+    return found
