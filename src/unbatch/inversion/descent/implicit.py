@@ -227,7 +227,7 @@ def solved_around(
         x = new
         if far < NEAR:
             break
-    if x is None:
+    if x is None or not bool(x.isfinite().all() and system.misfit(x).isfinite().all()):
         return None
     condition = float(values[-1] / values[open_.shape[1]]) ** 0.5
     found = _newton(system, x, root, condition)
@@ -259,7 +259,10 @@ def _newton(system: _System, x: Tensor, root: Tensor, condition: float) -> Found
     factors = x.new_ones(1 + len(loose), len(x))  # of the tensor itself, not kept, and of the loose cotangents
     r, blur = system.misfit(x), torch.inf
     for _ in range(NEWTON_STEPS):
-        d, c, blur = _step(system, x, r, root, loose)
+        move = _step(system, x, r, root, loose)
+        if move is None:
+            break
+        d, c, blur = move
         step, better = 1.0, False
         while step > SMALLEST_STEP and not better:
             turned = 1 - step * c
@@ -280,14 +283,19 @@ def _newton(system: _System, x: Tensor, root: Tensor, condition: float) -> Found
     return Found(x, list(factors[1:]), float(r.norm()), condition, blur)
 
 
-def _step(system: _System, x: Tensor, r: Tensor, root: Tensor, loose: list[int]) -> tuple[Tensor, Tensor, float]:
-    """Newton's step: of the tensor, of factors [1 + loose, n], and by how many roundings its scales may be off."""
+def _step(system: _System, x: Tensor, r: Tensor, root: Tensor, loose: list[int]) -> tuple[Tensor, Tensor, float] | None:
+    """Newton's step: of the tensor, of factors [1 + loose, n], and by how many roundings its scales may be off.
+
+    None where the derivative there is no number.
+    """
     n = len(x)
     push, pull = system.linear(x)
     own = [x] if system.together else [x * row.view(-1, *[1] * (x.ndim - 1)) for row in torch.eye(n).to(x)]
     dense = torch.cat([torch.stack([push(v) for v in own], 1), *[system.each(x, k) for k in loose]], 1)
-    scale = dense.norm(dim=0)
+    scale = dense.norm(dim=0).clamp_min(torch.finfo(dense.dtype).tiny)  # what the gradient does not feel stays zero
     Q, R = torch.linalg.qr(dense / scale)
+    if not bool(R.isfinite().all()):
+        return None
     d = _least(push, pull, r - Q @ (Q.T @ r), Q, root, x)
     inverse = torch.linalg.pinv(R) / scale[:, None]
     blur = float(inverse.norm(dim=1)[: len(own)].max())
@@ -311,7 +319,10 @@ def _least(push: Push, pull: Push, r: Tensor, Q: Tensor, root: Tensor, x: Tensor
             break
         image = push(p)
         image = image - Q @ (Q.T @ image)
-        a = size / float(image.square().sum())
+        curvature = float(image.square().sum())
+        if not curvature > 0:
+            break
+        a = size / curvature
         d, r = d + a * p, r - a * image
         g = pull(r)
         y = smooth(g)
