@@ -152,7 +152,9 @@ class Attack(Plugin, ABC):
             wrong = "examples that are not finite"
         elif found.inputs is not None and not found.layer and "input_shape" in obs.knowledge:
             shape = obs.knowledge.input_shape
-            if tuple(found.inputs.shape[1:]) != shape:
+            if obs.knowledge.get("domain") == "tokens" and found.inputs.is_floating_point():
+                wrong = "examples of real numbers where the inputs are tokens"
+            elif tuple(found.inputs.shape[1:]) != shape:
                 wrong = f"examples of shape {tuple(found.inputs.shape[1:])} where the inputs have {shape}"
         if found.labels is not None and len(found.labels) != k:
             wrong = f"{len(found.labels)} labels for {k} examples"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -188,22 +189,79 @@ class Table(Domain):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Tokens(Domain):
-    """Sequences of token numbers [length]; `high` is the vocabulary's last number."""
+    """Sequences of token numbers [length]; `high` is the vocabulary's last number.
+
+    `vocabulary` is each token in words, and `glue` what stands between two of them in a text; without a vocabulary tokens
+    are shown as numbers. `padding` is the number that fills short sequences up: it says nothing, and is never shown.
+    `frequency` is how often each token occurs in texts that anybody can read.
+
+    >>> said = Tokens(shape=(4,), high=3, vocabulary=["", "to", "be", "not"], padding=0)
+    >>> said.render(torch.tensor([3, 1, 2, 0])), Tokens(shape=(4,), high=3).render(torch.tensor([3, 1, 2, 0]))
+    ('not to be', '3 1 2 0')
+    """
 
     name: ClassVar[str] = "tokens"
     vocabulary: Sequence[str] = ()
+    glue: str = " "
+    padding: int | None = None
+    frequency: Sequence[float] = ()
+
+    def public(self) -> Knowledge:
+        """What the server knows of the task: that it is of tokens, the padding, and how many there are.
+
+        The vocabulary comes with the model; where its size was read off a batch, it is not told.
+        """
+        told = Knowledge(domain=self.name)
+        if self.bounded:
+            told |= Knowledge(input_range=(0.0, self.high))
+        return told if self.padding is None else told | Knowledge(padding=self.padding)
 
     def prior(self, n: int, rng: torch.Generator) -> Tensor:
-        """Tokens of the vocabulary, each as likely as any other."""
-        return torch.randint(int(self.high) + 1, (n, *self.shape), generator=rng)
+        """Tokens of the vocabulary, as often as they occur, or each as likely as any other; padded to any length.
+
+        >>> drawn = Tokens(shape=(9,), high=5, padding=0).prior(50, torch.Generator().manual_seed(0))
+        >>> int((drawn != 0).sum(1).min()), int((drawn != 0).sum(1).max())
+        (1, 9)
+        """
+        size = int(self.high) + 1
+        weights = torch.as_tensor(self.frequency, dtype=torch.float64) if self.frequency else torch.ones(size).double()
+        if self.padding is not None and self.padding < size:
+            weights[self.padding] = 0.0
+        count = math.prod(self.shape)
+        drawn = torch.multinomial(weights, max(n * count, 1), replacement=True, generator=rng)[: n * count].view(
+            n, count
+        )
+        if self.padding is not None:
+            lengths = torch.randint(1, count + 1, (n, 1), generator=rng)
+            drawn = drawn.masked_fill(torch.arange(count) >= lengths, self.padding)
+        return drawn.view(n, *self.shape)
 
     def distance(self, found: Tensor, true: Tensor) -> Tensor:
-        """Share of positions whose token differs: [k, length], [n, length] -> [k, n]."""
-        return (found[:, None].round() != true[None]).flatten(2).double().mean(2)
+        """Share of positions whose token differs: [k, length], [n, length] -> [k, n].
+
+        Positions that are padding in both count for nothing.
+        """
+        a, b = found.detach().cpu().flatten(1).round().long(), true.detach().cpu().flatten(1).round().long()
+        differs, counted = a[:, None] != b[None], torch.ones(len(a), len(b), a.shape[1], dtype=torch.bool)
+        if self.padding is not None:
+            counted = (a[:, None] != self.padding) | (b[None] != self.padding)
+        return differs.double().sum(2) / counted.double().sum(2).clamp_min(1)
 
     def render(self, example: Tensor) -> str:
-        numbers = [int(token) for token in example.flatten().tolist()]
-        return " ".join(self.vocabulary[i] for i in numbers) if self.vocabulary else " ".join(map(str, numbers))
+        """The text of a sequence, without its padding; the numbers of its tokens where no vocabulary is known."""
+        return self.text(example)
+
+    def text(self, example: Tensor) -> str:
+        """A sequence of tokens [length] as people read it."""
+        return (self.glue if self.vocabulary else " ").join(self.pieces(example)).strip()
+
+    def pieces(self, example: Tensor) -> list[str]:
+        """The tokens of a sequence [length] one by one, each in words or as its number, padding at the end left out."""
+        numbers = [round(token) for token in example.detach().double().flatten().tolist()]
+        while numbers and numbers[-1] == self.padding:
+            numbers.pop()
+        known = range(len(self.vocabulary))
+        return [self.vocabulary[i] if i in known else str(i) for i in numbers]
 
 
 def domain_of(inputs: Tensor) -> Domain:
@@ -218,7 +276,7 @@ def domain_of(inputs: Tensor) -> Domain:
     low, high = (float(inputs.min()), float(inputs.max())) if inputs.numel() else (0.0, 1.0)
     low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, max(high, low + 1.0))
     if not inputs.is_floating_point():
-        return Tokens(shape=shape, low=0.0, high=high)
+        return Tokens(shape=shape, low=0.0, high=high, bounded=False)
     if len(shape) == 3 and shape[0] in (1, 3):
         return Images(shape=shape, low=low, high=high)
     return Table(shape=shape, low=low, high=high)
@@ -248,4 +306,5 @@ def domain_told(knowledge: Knowledge) -> Domain:
             f"images are [channels, height, width], and the input's shape is {shape}; say domain='table'."
         )
     more: dict[str, Any] = {"categories": knowledge.get("categories", ())} if name == "table" else {}
+    more |= {"padding": knowledge.get("padding")} if name == "tokens" else {}
     return kinds[name](shape=shape, low=low, high=high, bounded=name != "table" or "input_range" in knowledge, **more)

@@ -55,7 +55,8 @@ class Knowledge:
     input_shape: tuple[int, ...]  # of one example
     batch_size: int
     labels: Tensor
-    input_range: tuple[float, float]
+    input_range: tuple[float, float]  # of tokens: 0 and the vocabulary's last number
+    padding: int  # of tokens: the number that fills short sequences up, at which nothing is said
     domain: str
     categories: tuple[tuple[int, ...], ...]  # of a table: columns that are one category, a 1 in one of them
     local_steps: int
@@ -186,7 +187,7 @@ class Knowledge:
 
 FIELDS: tuple[str, ...] = tuple(get_type_hints(Knowledge))
 PROTOCOL_FIELDS: frozenset[str] = frozenset(Protocol.model_fields)
-DOMAIN_FIELDS: frozenset[str] = frozenset({"domain", "input_range", "categories"})  # what the inputs are
+DOMAIN_FIELDS: frozenset[str] = frozenset({"domain", "input_range", "categories", "padding"})  # what the inputs are
 
 
 def check_fields(names: Iterable[str]) -> None:
@@ -206,7 +207,15 @@ def check_fields(names: Iterable[str]) -> None:
 
 
 MOST_ENTRIES = 10**10  # of one example: 40 GB in float32
-_LEAST = {"batch_size": 1, "local_steps": 0, "epochs": 1, "local_batch_size": 1, "rounds": 1, "clients": 1}
+_LEAST = {
+    "batch_size": 1,
+    "padding": 0,
+    "local_steps": 0,
+    "epochs": 1,
+    "local_batch_size": 1,
+    "rounds": 1,
+    "clients": 1,
+}
 _SIZES = ("noise", "noise_within", "clip", "clip_within", "mixup", "momentum", "weight_decay", "server_rate")
 _TEXTS = ("domain", "optimiser", "mode", "altered")
 

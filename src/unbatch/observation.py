@@ -221,7 +221,7 @@ class Observation:
         return fit(*self._flat(inputs, labels))
 
     def _flat(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = next(self.model.parameters()).dtype
+        dtype = next(self.model.parameters()).dtype if inputs.is_floating_point() else inputs.dtype  # tokens stay whole
         again = self.simulate(inputs.to(self.device, dtype), labels.to(self.device))
         return flatten(self.update, self.update), flatten(again, self.update)
 

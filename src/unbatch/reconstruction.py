@@ -20,11 +20,11 @@ class Reconstruction:
     (<Reconstruction: 2 examples [1, 8, 8], with labels, bounds up to 2e-06>, 2)
     """
 
-    inputs: Tensor | None  # [k, *shape]; None for an attack on labels alone
+    inputs: Tensor | None  # [k, *shape], whole numbers where they are tokens; None for an attack on labels alone
     labels: Tensor | None = None  # [k]
     layer: str = ""  # the module whose inputs these are; "" = the network's own
     up_to: frozenset[str] = frozenset({"permutation"})  # also "sign", "scale": what cannot be known
-    bound: Tensor | None = None  # [k] largest |error| / |returned example|, l2; inf = a guess, no claim
+    bound: Tensor | None = None  # [k] largest |error| / |returned example|, l2; inf = a guess, no claim; of tokens 0
     trace: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:

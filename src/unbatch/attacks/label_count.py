@@ -140,7 +140,9 @@ class LabelCount(Attack):
         expected = n * _mean_answer(form, forward(obs.model, inputs).double().cpu().reshape(len(inputs), -1))
         features = layer_inputs(obs.model, head.name, inputs).cpu()
         reach = torch.tensor([0.1, 1.0, 10.0]).repeat(len(inputs))[: len(inputs)]
-        wild = torch.randn(inputs.shape, generator=rng) * reach.view(-1, *[1] * (inputs.ndim - 1))
+        wild = inputs  # tokens have no other size
+        if inputs.is_floating_point():
+            wild = torch.randn(inputs.shape, generator=rng) * reach.view(-1, *[1] * (inputs.ndim - 1))
         nonnegative = bool((torch.cat([features, layer_inputs(obs.model, head.name, wild).cpu()]) >= 0).all())
         gradient = _head_gradient(obs, head, form, nonnegative)
         lower, upper, estimate = self._counts(obs, gradient, expected, features.mean(0))

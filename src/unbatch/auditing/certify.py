@@ -38,7 +38,7 @@ def certify(obs: Observation, found: Reconstruction) -> Reconstruction:
     found = judged(View.of(obs), found)
     k = len(found)
     bound = found.bound if found.bound is not None else torch.full((k,), torch.inf, dtype=torch.float64)
-    if found.inputs is not None:
+    if found.inputs is not None and found.inputs.is_floating_point():  # tokens are equal, or they are not
         bound = bound.double().clamp_min(torch.finfo(obs.dtype).eps / 2)
     trace = dict(found.trace)
     whole = found.inputs is not None and found.labels is not None and not found.layer

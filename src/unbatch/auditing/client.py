@@ -109,10 +109,11 @@ def moved(model: nn.Module, update: Update, rate: float, known: Knowledge) -> nn
 
 
 def published(inputs: Tensor, protocol: Protocol) -> Knowledge:
-    """What a bare round makes known: the shape and number of its inputs [n, ...], and the protocol's own numbers.
+    """What a bare round makes known: shape and number of its inputs [n, ...], that they are tokens, the protocol's numbers.
 
     >>> published(torch.zeros(4, 3, 8, 8), Protocol(local_steps=2)).only("input_shape", "batch_size", "local_steps")
     Knowledge(input_shape=(3, 8, 8), batch_size=4, local_steps=2)
     """
     numbers = {name: value for name, value in protocol if value is not None}
-    return Knowledge(input_shape=tuple(inputs.shape[1:]), batch_size=len(inputs), **numbers)
+    kind = {} if inputs.is_floating_point() else {"domain": "tokens"}
+    return Knowledge(input_shape=tuple(inputs.shape[1:]), batch_size=len(inputs), **kind, **numbers)

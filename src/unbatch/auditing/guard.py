@@ -24,7 +24,7 @@ from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
 from unbatch.reporting.results import Audit, Status
 from unbatch.reporting.thresholds import NEAR_CHANCE
-from unbatch.reporting.tiers import Tier
+from unbatch.reporting.tiers import Outcome, Tier
 from unbatch.truth import Truth
 from unbatch.update import as_update
 
@@ -110,9 +110,11 @@ def guard(
     unscored = sorted({name for run in record.runs for name in run.unscored})
     if unscored:
         words.append(f"{', '.join(unscored)} failed, so how near the attacks came is not known.")
-    if not any(run.ran for run in record.runs):
-        why = " ".join(dict.fromkeys(run.words for run in record.runs if run.words))
-        words.append("No attack could run on it, so nothing is known" + (f": {why}" if why else "."))
+    ran = [run for run in record.runs if run.ran]
+    if not ran or (attacks is None and record.outcome is Outcome.NOTHING_RAN):
+        why = " ".join(dict.fromkeys(run.words for run in record.runs if run.words and not run.ran))
+        what = "for its examples could run" if ran else "could run on it"
+        words.append(f"No attack {what}, so nothing is known" + (f": {why}" if why else "."))
     if words:
         raise Leak(words, examples, record)
     return record

@@ -168,7 +168,7 @@ def _once(view: View, found: Reconstruction, sure: Tensor) -> tuple[Tensor, bool
 def _blurred(view: View, found: Reconstruction, labels: Tensor, sure: Tensor, far: Tensor) -> Tensor:
     """Which claims [k] are of the same example several times, where two that differ would send the same to its rounding."""
     none = torch.zeros_like(sure)
-    if found.inputs is None or found.layer or len(labels) != len(sure):
+    if found.inputs is None or found.layer or len(labels) != len(sure) or not found.inputs.is_floating_point():
         return none
     flat, y = found.inputs.double().flatten(1).cpu(), labels.cpu()
     chosen, owner = sure.nonzero().flatten().tolist(), torch.arange(len(sure))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from unbatch.inversion.other_tokens import unseen_change
 from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
 from unbatch.network.dense import forward
@@ -49,6 +50,7 @@ class Recomputed:
     worst: str  # the tensor that is furthest beyond what is allowed
     beyond: bool  # it is
     pinned: bool = True  # at a factor of 1, sizes of inputs and factors of single tensors would have shown
+    open_token: str = ""  # a change of one token that would not have shown
 
     @property
     def words(self) -> str:
@@ -59,6 +61,11 @@ class Recomputed:
             return (
                 f"what these inputs would send is {self.residual:.1e} of the update off it, where {self.allowed:.1e} is "
                 f"allowed for, whatever the common factor; {self.worst!r} is the furthest."
+            )
+        if not self.settled and self.open_token:
+            return (
+                f"these tokens explain the update to {self.residual:.1e} of it, and so do others, with {self.open_token}: "
+                "that token does not show in it."
             )
         if not self.settled and not self.pinned:
             return (
@@ -93,7 +100,7 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
     False
     """
     kind = next(place.model.parameters()).dtype
-    x, y = inputs.to(place.device, kind), _labels(labels, place, kind)
+    x, y = _typed(inputs, place, kind), _typed(labels, place, kind)
     again = {name: s.detach().double() for name, s in place.simulate(x, y).items()}
     seen = {name: u.double() for name, u in place.update.items()}
     c, residual = fit(flatten(seen, seen), flatten(again, seen))
@@ -106,12 +113,36 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
     allowed = {name: min(a, LARGEST_ALLOWANCE * float(seen[name].norm())) for name, a in allowed.items()}
     whole = math.hypot(*allowed.values()) / size if size else math.inf
     worst = max(seen, key=lambda name: off[name] / (allowed[name] or 1e-300))
-    fits = bool(c) and all(off[name] <= allowed[name] for name in seen) and _wide(place, x, y, far, again, c)
+    fits = bool(c) and all(off[name] <= allowed[name] for name in seen)
     near = _near(place, c, whole, size)
+    beyond = off[worst] > allowed[worst]
+    worst = worst.removeprefix("whole.")
+    if not x.is_floating_point():
+        open_token = unseen_change(place, x, y, _explaining(place, allowed)) if fits else ""
+        targets = _targets_told(place, y)
+        settled = fits and not open_token and targets and (near or "batch_size" in place.knowledge)
+        return Recomputed(c, residual, whole, fits, settled, worst, beyond, targets or not near, open_token)
+    fits = fits and _wide(place, x, y, far, again, c)
     pinned = not fits or _pinned(place, x, y, off, free=not near)
     settled = fits and pinned and (near or _told(place, x, y, rounding, c, residual))
-    beyond = off[worst] > allowed[worst]
-    return Recomputed(c, residual, whole, fits, settled, worst.removeprefix("whole."), beyond, pinned or not near)
+    return Recomputed(c, residual, whole, fits, settled, worst, beyond, pinned or not near)
+
+
+def _explaining(place: Observation, allowed: Mapping[str, float]) -> Callable[[Tensor, Tensor], bool]:
+    """Whether other inputs and labels explain the update within twice what is allowed of each tensor, up to a factor."""
+    seen = {name: u.double() for name, u in place.update.items()}
+
+    def explains(x: Tensor, y: Tensor) -> bool:
+        again = {name: s.detach().double() for name, s in place.simulate(x, y).items()}
+        c = fit(flatten(seen, seen), flatten(again, seen))[0]
+        return all(float((u - c * again[name]).norm()) <= AS_WELL * allowed[name] for name, u in seen.items())
+
+    return explains
+
+
+def _targets_told(place: Observation, y: Tensor) -> bool:
+    """Whether targets are known, or of a few numbers, so that they leave nothing open."""
+    return "labels" in place.knowledge or not y.is_floating_point() or bool(((y == 0) | (y.abs() == 1)).all())
 
 
 def split_shows(place: Observation, inputs: Tensor, labels: Tensor, owner: Tensor) -> bool:
@@ -129,7 +160,7 @@ def split_shows(place: Observation, inputs: Tensor, labels: Tensor, owner: Tenso
     (True, False)
     """
     kind, owner = next(place.model.parameters()).dtype, owner.cpu()
-    x, y = inputs.to(place.device).double(), _labels(labels, place, torch.float64)
+    x, y = inputs.to(place.device).double(), _typed(labels, place, torch.float64)
     way = torch.randn(x.flatten(1).shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for one in set(owner.tolist()):
         way[owner == one] -= way[owner == one].mean(0)
@@ -141,8 +172,9 @@ def split_shows(place: Observation, inputs: Tensor, labels: Tensor, owner: Tenso
     return any(c * float((apart[name] - together[name]).norm()) > allowed[name] for name in place.update)
 
 
-def _labels(labels: Tensor, place: Observation, kind: torch.dtype) -> Tensor:
-    return labels.to(place.device, kind) if labels.is_floating_point() else labels.to(place.device)
+def _typed(values: Tensor, place: Observation, kind: torch.dtype) -> Tensor:
+    """Inputs or labels where the exchange lies, in that precision; tokens and classes stay whole numbers."""
+    return values.to(place.device, kind) if values.is_floating_point() else values.to(place.device)
 
 
 def _rounding(place: Observation, kind: torch.dtype) -> dict[str, float]:
@@ -194,27 +226,31 @@ def _reach(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) -> d
     themselves, and along each other; and of targets that were solved for.
     """
     kind = next(place.model.parameters()).dtype
-    x, rng = inputs.to(place.device).double(), torch.Generator().manual_seed(0)
-    flat = x.flatten(1)
-    random = torch.randn(flat.shape, generator=rng, dtype=torch.float64).to(flat)
-    mixed = torch.randn(len(flat), len(flat), generator=rng, dtype=torch.float64).to(flat) @ flat
+    x, rng = _typed(inputs, place, torch.float64), torch.Generator().manual_seed(0)
+    flat = x.double().flatten(1)
     step = (far.double().to(flat) + torch.finfo(kind).eps * flat.norm(dim=1))[:, None]
-    ways = [torch.zeros_like(flat), random, flat, *([mixed] if len(flat) > 1 else [])]
-    moved = [(flat + step * torch.nn.functional.normalize(way, dim=1)).view_as(x) for way in ways]
-    y = _labels(labels, place, kind)
-    here, *drawn = (place.simulate(at.to(kind), y) for at in moved)
+    ways = [torch.zeros_like(flat)]
+    if x.is_floating_point():  # tokens do not move
+        random = torch.randn(flat.shape, generator=rng, dtype=torch.float64).to(flat)
+        mixed = torch.randn(len(flat), len(flat), generator=rng, dtype=torch.float64).to(flat) @ flat
+        ways += [random, flat, *([mixed] if len(flat) > 1 else [])]
+    moved = [x + (step * torch.nn.functional.normalize(way, dim=1)).view_as(x).to(x) for way in ways]
+    y = _typed(labels, place, kind)
+    here, *drawn = (place.simulate(_typed(at, place, kind), y) for at in moved)
     if y.is_floating_point() and "labels" not in place.knowledge:  # targets that were solved for are off as inputs are
-        drawn.append(place.simulate(x.to(kind), _moved_targets(place, x.to(kind), y, step[:, 0] / flat.norm(dim=1))))
+        at = _typed(x, place, kind)
+        drawn.append(place.simulate(at, _moved_targets(place, at, y, step[:, 0] / flat.norm(dim=1))))
     try:
-        exact = _in_double(place).simulate(x, _labels(labels, place, torch.float64))
+        exact = _in_double(place).simulate(x, _typed(labels, place, torch.float64))
     except (RuntimeError, ValueError, TypeError):  # a loss or model that takes its own precision alone
-        exact = drawn[0]
+        exact = (drawn or [here])[0]
 
     def gap(one: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) -> float:
         return float((one[name].detach().double() - other[name].detach().double()).norm())
 
     return {
-        name: PRECISION_SLACK * gap(here, exact, name) + MOVE_SLACK * max(gap(each, exact, name) for each in drawn)
+        name: PRECISION_SLACK * gap(here, exact, name)
+        + MOVE_SLACK * max((gap(each, exact, name) for each in drawn), default=0.0)
         for name in exact
     }
 
@@ -277,8 +313,7 @@ def _pinned(place: Observation, x: Tensor, y: Tensor, off: Mapping[str, float], 
     each tensor, or of its rounding; in a sample of the entries where they are many. Beyond MOST_TARGETS targets nothing is
     said against the claim.
     """
-    told = "labels" in place.knowledge or not y.is_floating_point() or bool(((y == 0) | (y.abs() == 1)).all())
-    solved = 0 if told else y.numel()
+    solved = 0 if _targets_told(place, y) else y.numel()
     seen = flatten(place.update, place.update)
     if solved > MOST_TARGETS or solved * len(seen) > MOST_WORK:
         return True

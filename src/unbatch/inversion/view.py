@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from unbatch.domain import Domain, domain_told
+from unbatch.domain import Domain, Tokens, domain_told
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.label_form import LabelForm
 from unbatch.loss import Loss, LossForm, identify
 from unbatch.network.chain import Link, chain
-from unbatch.network.dense import Anatomy, Dense, anatomy, forward
+from unbatch.network.dense import Anatomy, Dense, anatomy
+from unbatch.network.embedded import token_table
 from unbatch.network.graph import Graph
 from unbatch.network.precision import loss_value
 from unbatch.network.tracing import trace
@@ -37,28 +38,42 @@ class _Network:
     loss: Loss
     input_shape: tuple[int, ...] | None
 
-    @cached_property
+    @property
     def anatomy(self) -> Anatomy:
         if self.input_shape is None:
             raise NotApplicable("input_shape must be known, to run the model once.")
-        try:
-            return anatomy(self.model, self.input_shape)
-        except ValueError as error:
-            if self.takes_whole_numbers:
-                raise NotApplicable(WHOLE_NUMBERS) from error
-            raise NotApplicable(f"it is looked at with real numbers as inputs, and {error}") from error
+        found, why = self._looked_at
+        if found is None:
+            raise NotApplicable(f"it is looked at with real numbers as inputs, and {why}")
+        return found
+
+    @property
+    def takes_whole_numbers(self) -> bool:
+        """Whether the model runs on whole numbers, such as tokens, and not on real ones."""
+        found, why = self._looked_at
+        return found is not None and bool(why)
 
     @cached_property
-    def takes_whole_numbers(self) -> bool:
-        """Whether the model runs on whole numbers, such as tokens; asked of one that does not run on real ones."""
+    def _looked_at(self) -> tuple[Anatomy | None, str]:
+        """What a run on real numbers tells, else one on whole numbers, and why real numbers do not go."""
         if self.input_shape is None:
-            return False
-        device = next(self.model.parameters()).device
+            return None, ""
         try:
-            forward(self.model, torch.zeros(2, *self.input_shape, dtype=torch.long, device=device))
+            return anatomy(self.model, self.input_shape), ""
+        except ValueError as error:
+            why = str(error)
+        try:
+            return anatomy(self.model, self.input_shape, whole=True), why
         except ValueError:
-            return False
-        return True
+            return None, why
+
+    @cached_property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model looks up; None where it looks none up."""
+        if self.input_shape is None:
+            return None
+        table = token_table(self.model, self.input_shape)
+        return None if table is None else len(self.model.get_parameter(table))
 
     @cached_property
     def form(self) -> LossForm | None:
@@ -165,18 +180,25 @@ class View:
 
     @property
     def layers(self) -> tuple[Dense, ...]:
-        """The dense layers in the order in which they run. Raises NotApplicable: the model takes no real inputs."""
+        """The dense layers in the order in which they run. Raises NotApplicable: the model takes tokens, or fails."""
+        if self.takes_tokens:
+            raise NotApplicable(WHOLE_NUMBERS)
         return self.network.anatomy.layers
 
     @property
+    def takes_tokens(self) -> bool:
+        """Whether the inputs are tokens, as told or by what the model runs on."""
+        return self.knowledge.get("domain") == "tokens" or self.network.takes_whole_numbers
+
+    @property
     def outputs(self) -> tuple[int, ...]:
-        """The shape of one example's outputs. Raises NotApplicable as `layers` does."""
+        """The shape of one example's outputs, of a model of tokens as well. Raises NotApplicable: the model fails."""
         return self.network.anatomy.outputs
 
     @property
     def head(self) -> Dense | None:
-        """The dense layer whose output is the network's; None where the network ends otherwise."""
-        return next((layer for layer in self.layers if layer.head), None)
+        """The dense layer whose output is the network's, of a model of tokens as well; None where it ends otherwise."""
+        return next((layer for layer in self.network.anatomy.layers if layer.head), None)
 
     @property
     def first(self) -> Dense | None:
@@ -190,7 +212,7 @@ class View:
 
     @property
     def labels(self) -> LabelForm:
-        """The form in which the loss takes labels. Raises NotApplicable: it takes none that is known, or as `layers`."""
+        """The form in which the loss takes labels. Raises NotApplicable: it takes none that is known, or as `outputs`."""
         return self.network.labels
 
     @property
@@ -209,8 +231,13 @@ class View:
 
     @cached_property
     def domain(self) -> Domain:
-        """The kind of the inputs and their range, as far as they are known."""
-        return domain_told(self.knowledge)
+        """The kind of the inputs and their range, as far as they are known; of tokens as many as the model looks up."""
+        told = domain_told(self.knowledge)
+        if not self.takes_tokens:
+            return told
+        size = self.network.vocabulary if "input_range" not in self.knowledge else None
+        told = told if isinstance(told, Tokens) else Tokens(shape=told.shape, padding=self.knowledge.get("padding"))
+        return told if size is None else replace(told, high=size - 1.0)
 
     def stand_in(self, n: int, rng: torch.Generator) -> Tensor:
         """Inputs [n, *input_shape] that look like examples but know nothing of the private ones: the domain's prior."""

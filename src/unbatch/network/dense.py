@@ -141,12 +141,13 @@ class Anatomy:
     outputs: tuple[int, ...]  # the shape of one example's outputs
 
 
-def anatomy(model: nn.Module, input_shape: tuple[int, ...]) -> Anatomy:
+def anatomy(model: nn.Module, input_shape: tuple[int, ...], *, whole: bool = False) -> Anatomy:
     """The dense layers that a model runs and what feeds them, by running it on four probe inputs in eval mode.
 
     Two probes tell each layer's elementwise affine map from the network's input, scale_j x_j + shift_j; the others check
-    it. Found by listening to F.linear, so custom modules count as well as nn.Linear.
-    Raises UnbatchError: the forward fails on real inputs of `input_shape`.
+    it. Found by listening to F.linear, so custom modules count as well as nn.Linear. With `whole` the probes are whole
+    numbers, 0 and 1, as a model of tokens takes them; no layer is then fed by an elementwise map.
+    Raises UnbatchError: the forward fails on such inputs of `input_shape`.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> [(layer.name, layer.head) for layer in anatomy(model, (1, 2, 2)).layers]
@@ -155,6 +156,7 @@ def anatomy(model: nn.Module, input_shape: tuple[int, ...]) -> Anatomy:
     rng = torch.Generator().manual_seed(0)
     probes = torch.rand(4, *input_shape, generator=rng, dtype=torch.float64)
     probes[0], probes[1] = 0.0, 1.0
+    probes = probes.round().long() if whole else probes
     calls, outputs = _heard(model, probes, "eval")
     used = [call.weight for call in calls]
     found = []
@@ -162,7 +164,7 @@ def anatomy(model: nn.Module, input_shape: tuple[int, ...]) -> Anatomy:
         if call.input.ndim != 2 or len(call.input) != len(probes) or used.count(call.weight) > 1:
             continue
         head = call.output.numel() == outputs.numel() and bool((call.output.flatten() == outputs.flatten()).all())
-        feeds = _affine(probes.to(call.input).flatten(1), call.input)
+        feeds = None if whole else _affine(probes.to(call.input).flatten(1), call.input)
         found.append(Dense(_module(call.weight), call.weight, call.bias, feeds, head))
     return Anatomy(tuple(found), tuple(outputs.shape[1:]))
 

@@ -1,0 +1,54 @@
+"""Where a model looks its tokens up: found by running it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from unbatch.network.dense import forward
+
+
+class EmbeddingCalls(TorchFunctionMode):
+    """Hears every F.embedding that runs in the block: `found` holds pairs of the numbers looked up and the table.
+
+    >>> layer = nn.Embedding(5, 2)
+    >>> with EmbeddingCalls() as heard:
+    ...     _ = layer(torch.tensor([[3, 1]]))
+    >>> numbers, table = heard.found[0]
+    >>> numbers.tolist(), table is layer.weight
+    ([[3, 1]], True)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.embedding:
+            call = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs or {})
+            self.found.append((call["input"], call["weight"]))
+        return func(*args, **(kwargs or {}))
+
+
+def token_table(model: nn.Module, input_shape: tuple[int, ...]) -> str | None:
+    """The name of the parameter [vocabulary, width] in which a model looks its input tokens up; None where it has none.
+
+    Raises UnbatchError: the forward fails on whole numbers of `input_shape`.
+
+    >>> model = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 3))
+    >>> token_table(model, (3,))
+    '0.weight'
+    """
+    tokens = torch.ones(2, *input_shape, dtype=torch.long)
+    with EmbeddingCalls() as heard:
+        forward(model, tokens)
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    tables = (names.get(id(table)) for numbers, table in heard.found if numbers.shape == tokens.shape)
+    return next((name for name in tables if name is not None), None)
