@@ -134,7 +134,16 @@ def test_no_way_to_the_truth_is_overlooked(line: str, tmp_path: Path, monkeypatc
     assert seen & HIDDEN or opaque(ast.parse(line))
 
 
-ON_USE = {"scipy", "sklearn", "skimage", "torchmetrics", "matplotlib", "pandas", "opacus"}  # slow to import, or extras
+ON_USE = {
+    "scipy",
+    "sklearn",
+    "skimage",
+    "torchmetrics",
+    "matplotlib",
+    "pandas",
+    "opacus",
+    "transformers",
+}  # slow to import, or extras
 PAGES = {"jinja2", "markupsafe", "rich", "typer", "click"}  # for people who look
 
 
@@ -158,7 +167,12 @@ def test_no_plugin_looks_another_up(module: str) -> None:
             assert ast.unparse(node.value) not in {"Attack", "Analysis", "Defence", "Metric", "Case"}, module
 
 
-EXTRAS = {"matplotlib": {"benchmarks", "command"}, "opacus": {"adapters"}, "pandas": {"reporting"}}  # package -> rooms
+EXTRAS = {  # package -> rooms
+    "matplotlib": {"benchmarks", "command"},
+    "opacus": {"adapters"},
+    "pandas": {"reporting"},
+    "transformers": {"adapters"},
+}
 NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "markupsafe": "jinja2"}  # import -> what brings it
 
 

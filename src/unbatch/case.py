@@ -107,7 +107,11 @@ class Setting:
                 "on what it is given), so that every pass would change the batch; let it work on a copy, x.clone()."
             )
         if not isinstance(outputs, Tensor):
-            raise UnbatchError(f"the model returns {type(outputs).__name__}; wrap it so that it returns one tensor.")
+            theirs = type(outputs).__module__.startswith("transformers.")
+            mend = " unbatch.adapters.huggingface.one_input(model) does that, and gives its loss." if theirs else ""
+            raise UnbatchError(
+                f"the model returns {type(outputs).__name__}; wrap it so that it returns one tensor.{mend}"
+            )
         object.__setattr__(self, "labels", _checked_labels(self.loss, outputs.detach(), self.labels))
 
     def label_name(self, label: Tensor) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from unbatch.adapters.huggingface import own_labels, with_its_loss
 from unbatch.bundle import holds_state, model_name
 from unbatch.case import Case, Setting
 from unbatch.command.named import load_loss, load_model, load_weights
@@ -60,7 +61,7 @@ class Asked:
             raise UnbatchError(f"--batch {self.batch} is no batch; give at least 1.")
 
     def _check_target(self) -> None:
-        if self.case is not None and (self.model or self.data or self.observation):
+        if self.case is not None and (self.data or self.observation):
             raise UnbatchError("give a built-in case, or --model with --data or --observation, not both.")
         if self.case is None and self.model is None:
             lone = "".join(f" --{name} alone is not enough." for name in ("data", "observation") if getattr(self, name))
@@ -78,11 +79,13 @@ class Asked:
         if self.case is not None:
             name, joint = self.case, "," if ":" in self.case else ":"
             own = {option: f"write it as {name}{joint}{option}={value}." for option, value in _OF_CASES.items()}
+            if self.model is not None:
+                own = {"batch": own["batch"]}
             return own | {
                 "size": f"the pictures of a case have the case's own size; `unbatch show {name.partition(':')[0]}` says "
                 "which option sets it.",
                 "classes": "a case has its own.",
-                "weights": "a case has its own model; give yours with --model.",
+                **({} if self.model else {"weights": "a case has its own model; give yours with --model."}),
             }
         unused = {}
         if self.loss is not None and ":" in self.loss:
@@ -124,6 +127,7 @@ def target_of(asked: Asked) -> Target:
     if asked.case is not None:
         built = Case.parse(asked.case)
         settings = [built.setting(client) for client in range(built.clients)]
+        settings = settings if asked.model is None else _with_own_model(asked, settings)
     elif asked.observation is not None:
         return _captured(asked, asked.observation)
     else:
@@ -159,12 +163,26 @@ def refuse_unused(asked: Asked, **given: Any) -> None:
 
 def case_or_data(asked: Asked) -> Case | Setting:
     """A case with all of its data, or one client that holds all of yours. Raises UnbatchError as `target_of` does."""
-    return Case.parse(asked.case) if asked.case is not None else _client(replace(asked, batch=None))
+    if asked.case is None:
+        return _client(replace(asked, batch=None))
+    if asked.model is not None:
+        raise UnbatchError("give a built-in case, or --model with --data, not both.")
+    return Case.parse(asked.case)
+
+
+def _with_own_model(asked: Asked, settings: Sequence[Setting]) -> list[Setting]:
+    """A case's clients, with your model in place of its own: under your loss, the model's, or else the case's."""
+    network, criterion = _network_and_loss(asked, settings[0].loss)
+    return [
+        replace(each, model=network, loss=criterion, labels=own_labels(network, each.inputs, each.labels), name=name)
+        for each in settings
+        for name in [f"{asked.model} on {each.name}"]
+    ]
 
 
 def _client(asked: Asked) -> Setting:
     data = asked.data or Path()
-    examples, network, criterion = _examples(asked, data), _network(asked), load_loss(asked.loss, asked.reduction)
+    examples, (network, criterion) = _examples(asked, data), _network_and_loss(asked)
 
     def setting(held: Data) -> Setting:
         return Setting(
@@ -205,7 +223,7 @@ def _in_the_loss_s_form(examples: Data, network: nn.Module, loss: Loss) -> Data:
 
 
 def _captured(asked: Asked, path: Path) -> Target:
-    network, criterion = _network(asked), load_loss(asked.loss, asked.reduction)
+    network, criterion = _network_and_loss(asked)
     try:
         obs = Observation.load(path, model=network, loss=criterion)
     except UnbatchError as error:
@@ -221,9 +239,13 @@ def _captured(asked: Asked, path: Path) -> Target:
     return Target(what=replace(obs, knowledge=known), truth=truth)
 
 
-def _network(asked: Asked) -> nn.Module:
+def _network_and_loss(asked: Asked, otherwise: Loss | None = None) -> tuple[nn.Module, Loss]:
+    """The model, and the loss that is named; if none is, the one that comes with the model, `otherwise`, cross entropy."""
     network = load_model(asked.model or "")
-    return network if asked.weights is None else load_weights(network, asked.weights)
+    network, own = with_its_loss(network if asked.weights is None else load_weights(network, asked.weights))
+    named = asked.loss is not None or asked.reduction is not None
+    criterion = None if named else own or otherwise
+    return network, criterion or load_loss(asked.loss, asked.reduction)
 
 
 def _examples(asked: Asked, path: Path) -> Data:
