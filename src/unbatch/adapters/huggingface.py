@@ -37,9 +37,9 @@ Side = Literal["left", "right", "both"]
 class TrainerLoss:
     """The loss that the Hugging Face Trainer takes of a model's logits, as a function of (outputs, labels).
 
-    *next token* (AutoModelForCausalLM): outputs [n, T, V] and labels [n, T], the tokens themselves; the loss shifts them,
+    *next token* (AutoModelForCausalLM): outputs [n, V, T] and labels [n, T], the tokens themselves; the loss shifts them,
     so that position t is held against token t + 1. *each token* (token classification, masked language models): outputs
-    [n, T, k], labels [n, T]. *whole input* (sequences and pictures): outputs [n, k], labels [n], or real numbers [n] or
+    [n, k, T], labels [n, T]. *whole input* (sequences and pictures): outputs [n, k], labels [n], or real numbers [n] or
     [n, k]: regression and several labels at once, as `problem` says, or as transformers guesses from the labels' type.
 
     A label of -100 counts for nothing, and the mean is over the labels that count. With `items` the sum is divided by that
@@ -47,7 +47,7 @@ class TrainerLoss:
     accumulates. Of one batch alone that number gives the mean, and so it is None.
 
     >>> loss = TrainerLoss("next token")
-    >>> outputs, tokens = torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]])
+    >>> outputs, tokens = torch.zeros(1, 4, 3), torch.tensor([[1, 2, -100]])
     >>> loss(outputs, tokens)  # one of three positions has a target: log 4
     tensor(1.3863)
     """
@@ -59,7 +59,7 @@ class TrainerLoss:
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of outputs and labels, one number."""
         if self.head == "next token":
-            return self._entropy(outputs.float(), F.pad(labels, (0, 1), value=IGNORED)[:, 1:])
+            return self._entropy(outputs.float()[..., :-1], labels[:, 1:])
         if self.head == "each token":
             return self._entropy(outputs.float(), labels)
         problem = self.problem or _problem_of(outputs, labels)
@@ -74,10 +74,9 @@ class TrainerLoss:
         return self._entropy(outputs, labels)
 
     def _entropy(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        flat, targets = outputs.reshape(-1, outputs.shape[-1]), labels.reshape(-1)
         if self.items is None:
-            return F.cross_entropy(flat, targets, ignore_index=IGNORED)
-        return F.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum") / self.items
+            return F.cross_entropy(outputs, labels, ignore_index=IGNORED)
+        return F.cross_entropy(outputs, labels, ignore_index=IGNORED, reduction="sum") / self.items
 
 
 def _problem_of(outputs: Tensor, labels: Tensor) -> str:
@@ -107,9 +106,9 @@ def one_input(
     """A Hugging Face model as a network of one input, and the loss that the Trainer takes of its outputs.
 
     For every AutoModelFor{CausalLM, SequenceClassification, TokenClassification, MaskedLM, ImageClassification}, and for
-    PEFT adapters on one. The network takes token ids [n, T] or pictures [n, c, h, w] and returns logits. It is the same
-    model under another forward: its parameters and buffers are the same tensors by the same names, tied ones once, and
-    what is frozen stays frozen. Caches are off. `model` itself is not changed.
+    PEFT adapters on one. The network takes token ids [n, T] or pictures [n, c, h, w] and returns logits [n, k], or
+    [n, k, T] of each token. It is the same model under another forward: its parameters and buffers are the same tensors by
+    the same names, tied ones once, and what is frozen stays frozen. Caches are off. `model` itself is not changed.
 
     pad_token_id: by default the configuration's; tokens of that id at a row's end, or its beginning, are padding, and
     masked. padding_side: *both* by default, *right* where the padding token also begins sentences. Labels of padding are
@@ -136,7 +135,7 @@ def one_input(
             "configuration's pad_token_id); set model.config.pad_token_id as in training."
         )
     begins = pad is not None and pad == getattr(base.config, "bos_token_id", None)
-    adapted = _with_one_input(model, base, pad, padding_side or ("right" if begins else "both"))
+    adapted = _with_one_input(model, base, head, pad, padding_side or ("right" if begins else "both"))
     loss = TrainerLoss(head, getattr(base.config, "problem_type", None), num_items_in_batch)
     _check_loss(model, adapted, TrainerLoss(head, loss.problem))
     adapted.__dict__[_MARK].loss = loss
@@ -194,7 +193,7 @@ def tokens_mask(tokens: Tensor, pad: int | None, side: Side = "both") -> Tensor:
     return (ends + begins) == 0
 
 
-def _with_one_input(model: nn.Module, base: Any, pad: int | None, side: Side) -> nn.Module:
+def _with_one_input(model: nn.Module, base: Any, head: Head, pad: int | None, side: Side) -> nn.Module:
     """The same module with a forward of one input: of a class of its own, made of the model's."""
     kind = type(model)
     fixed: dict[str, Any] = {"return_dict": True}
@@ -205,7 +204,7 @@ def _with_one_input(model: nn.Module, base: Any, pad: int | None, side: Side) ->
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         given = {base_input: x} if pictures else {base_input: x, "attention_mask": tokens_mask(x, pad, side).long()}
         logits: Tensor = kind.forward(self, **given, **fixed).logits
-        return logits
+        return logits if head == "whole input" else logits.transpose(1, 2)  # [n, k, T], as cross entropy takes them
 
     base_input = base.main_input_name
     adapted = copy.copy(model)
