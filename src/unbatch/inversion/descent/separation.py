@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unbatch.inversion.descent.places import WindowLayer
+from unbatch.numerics.windows.completion import bordering, completed
 from unbatch.numerics.windows.geometry import Windows
 from unbatch.numerics.windows.growth import ZERO, grown
 from unbatch.numerics.windows.maps import maps_in
@@ -69,8 +70,9 @@ def separated(
     """The maps behind a layer's weight gradient [c_out, c_in k^2]; None where the layer does not tell them apart.
 
     Where the span tells the space of whole maps (`maps_in`), the maps are the extreme rays of what is nonnegative in it;
-    where windows overlap too little for that, those of the windows in a corner are grown to maps. With `mixed` the outputs
-    go into batch norm in train mode, whose gradients sum to zero, and the span is that of the windows' differences.
+    where windows overlap too little for that, those of the windows in a corner are grown to maps. A span that is a few
+    directions short, since outputs are few or off for the whole batch, is `completed` first. With `mixed` the outputs go
+    into batch norm in train mode, whose gradients sum to zero, and the span is that of the windows' differences.
     """
     windows, rows = place.windows(), span(G, eps)
     error = span_error(G, len(rows), eps)
@@ -78,8 +80,10 @@ def separated(
         return None
     n, maps = _whole(windows, rows, rng, tick, error, mixed)
     if not n and not mixed:
-        n, maps = _grown(place, windows, rows, rng, tick, error)
-    if not n or n * len(windows) > place.limit:
+        n, maps = _completed(windows, rows, rng, tick, error)
+    if not n and not mixed:
+        n, maps = _grown(windows, rows, rng, tick, error, most=place.limit)
+    if not n or n * len(windows) > G.shape[1]:
         return None
     held = torch.stack(maps) if maps else G.new_zeros(0, *windows.shape)
     patches = windows.rows(held).flatten(0, 1)  # [n p, d]
@@ -106,10 +110,24 @@ def _whole(
     return n, found
 
 
-def _grown(
-    place: WindowLayer, windows: Windows, rows: Tensor, rng: torch.Generator, tick: Callable[[], bool], error: float
+def _completed(
+    windows: Windows, rows: Tensor, rng: torch.Generator, tick: Callable[[], bool], error: float
 ) -> tuple[int, list[Tensor]]:
-    """The number of examples, and maps grown from windows in a corner."""
+    """The number of examples, and maps grown in the completed span, if fewer than all windows' directions are there."""
+    fewest, rest = divmod(len(rows), len(windows))
+    if len(windows) == 1:
+        return 0, []
+    for n in range(fewest + bool(rest), fewest + fewest // 2 + 2):
+        whole = completed(rows, windows, n, error=error) if n * len(windows) > len(rows) else None
+        if whole is not None:
+            return _grown(bordering(windows), whole, rng, tick, error, most=len(whole))
+    return 0, []
+
+
+def _grown(
+    windows: Windows, rows: Tensor, rng: torch.Generator, tick: Callable[[], bool], error: float, *, most: int
+) -> tuple[int, list[Tensor]]:
+    """The number of examples, of no more than `most` windows, and maps grown from windows in a corner."""
     corner = int(windows.padded.sum(1).argmax())
     own = rows
     if len(windows) > 1:
@@ -117,12 +135,12 @@ def _grown(
             return 0, []
         own = vanishing(rows, windows.padded[corner].to(rows.device), tolerance=max(1e-8, 30 * error))
     n, maps = len(own), list[Tensor]()
-    if n * len(windows) > place.limit:
+    if n * len(windows) > most:
         return 0, []
     for ray in rays(own, rng, most=PROGRAMS[0] * n + PROGRAMS[1], error=error):
         if not tick():
             break
-        if place.dense:
+        if windows.whole:
             maps.append(ray.view(windows.shape))
             continue
         found, misfit = grown(rows, windows, ray, corner, error=error, tick=tick)

@@ -55,6 +55,11 @@ class Windows:
         """Whether an entry of a window is padding [p, channels k k]."""
         return self.entries == PADDED
 
+    @property
+    def whole(self) -> bool:
+        """Whether there is one window, and it is the whole input."""
+        return self.entries.tolist() == [list(range(torch.Size(self.shape).numel()))]
+
     def __len__(self) -> int:
         """The number of places."""
         return len(self.entries)
