@@ -77,6 +77,8 @@ def _own(prospect: Prospect, n: int) -> str:
         zero = f"{prospect.zeros:,} entries of {where} are zero for one example and not for all"
         least = f", since only {what if cornered else zero}"
     size = "one example" if place.dense and prospect.up_to == 1 else f"a batch of up to {prospect.up_to:,}"
+    if prospect.up_to > prospect.room:
+        least += ", since padding completes a span that lacks a few directions"
     return f"{words} {size} can be told apart here{least}."
 
 

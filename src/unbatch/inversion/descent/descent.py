@@ -158,15 +158,18 @@ def _polished(
 def candidates(graph: Graph, every: list[WindowLayer], update: Mapping[str, Tensor], eps: float) -> list[WindowLayer]:
     """The layers at which a batch may be told apart, those of least rank first, of equal ones that nearest the input.
 
-    Everything goes through their inputs, and their gradient's rank is below what it can be, or just that.
+    Everything goes through their inputs, and their gradient's rank is below what it can be, or just that. A dense layer
+    whose rank is all that it can be comes last: its batch may be larger, and mixtures of examples pass for them.
     """
-    whole, ranks = {value for value in at_cuts(graph) if rectified(value)}, list[tuple[int, WindowLayer]]()
+    whole, ranks = {value for value in at_cuts(graph) if rectified(value)}, list[tuple[bool, int, WindowLayer]]()
     for place in every:
         if place.given not in whole or not place.plain or place.given is graph.input or place.weight not in update:
             continue
         if place.positions <= place.limit:
-            ranks.append((len(span(place.flat(update[place.weight]), eps)), place))
-    return [place for _, place in sorted(ranks, key=lambda pair: pair[0])]
+            rank = len(span(place.flat(update[place.weight]), eps))
+            full = place.dense and rank >= place.limit - (place is every[-1])  # what is sent to classes may add up to zero
+            ranks.append((full, rank, place))
+    return [place for *_, place in sorted(ranks, key=lambda each: each[:2])]
 
 
 def _graph(view: View) -> Graph:

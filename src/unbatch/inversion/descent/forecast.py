@@ -19,6 +19,7 @@ from unbatch.network.graph import Call, Graph, Value
 from unbatch.network.operations import AffineOperation, Operation, Reshape, layer_of
 from unbatch.network.sections import between, section
 from unbatch.network.tracing import trace
+from unbatch.numerics.windows.completion import largest_completed
 from unbatch.numerics.windows.equation_count import EquationCount
 
 PROBED = 8  # examples that are run once, to see what is zero
@@ -44,6 +45,7 @@ class Prospect:
     filled: float  # share of its input's entries that are not zero
     why_not: str = ""  # why it tells no batch apart, whatever its size; empty where it may
     mixed: bool = False  # batch norm with the batch's own statistics lies behind it
+    completed: int = 0  # the largest batch whose windows' span padding completes, where the rank has no room for all
 
     @property
     def name(self) -> str:
@@ -56,6 +58,11 @@ class Prospect:
 
     @property
     def counted(self) -> int:
+        """The largest batch whose windows its rank has room for, or the rank and what padding completes."""
+        return max(self.room, self.completed)
+
+    @property
+    def room(self) -> int:
         """The largest batch whose windows its rank has room for."""
         return (self.limit + self.mixed) // self.windows
 
@@ -276,10 +283,9 @@ def _prospect(graph: Graph, place: WindowLayer, seen: _Seen, sent: Collection[st
             padded = int(windows.padded.sum(1).max())
             zeros, why = _zeros(windows.padded, windows.rows(x.reshape(len(x), *windows.shape)))
     behind = [layer for layer in _behind(graph, place.gave) if isinstance(layer, _NORMS)]
-    filled = float((x != 0).double().mean())
-    return Prospect(
-        place, place.positions, limit, padded, zeros, filled, why, any(mixes(layer) for layer in behind[:1])
-    )
+    filled, mixed = float((x != 0).double().mean()), any(mixes(layer) for layer in behind[:1])
+    more = largest_completed(place.windows(), limit) if padded and place.positions <= limit and not mixed else 0
+    return Prospect(place, place.positions, limit, padded, zeros, filled, why, mixed, more)
 
 
 def _zeros(padded: Tensor, windows: Tensor) -> tuple[int, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unbatch.inversion.descent.places import WindowLayer
-from unbatch.numerics.windows.completion import bordering, completed
+from unbatch.numerics.windows.completion import bordering, completed, largest_completed
 from unbatch.numerics.windows.geometry import Windows
 from unbatch.numerics.windows.growth import ZERO, grown
 from unbatch.numerics.windows.maps import maps_in
@@ -114,11 +114,8 @@ def _completed(
     windows: Windows, rows: Tensor, rng: torch.Generator, tick: Callable[[], bool], error: float
 ) -> tuple[int, list[Tensor]]:
     """The number of examples, and maps grown in the completed span, if fewer than all windows' directions are there."""
-    fewest, rest = divmod(len(rows), len(windows))
-    if len(windows) == 1:
-        return 0, []
-    for n in range(fewest + bool(rest), fewest + fewest // 2 + 2):
-        whole = completed(rows, windows, n, error=error) if n * len(windows) > len(rows) else None
+    for n in range(len(rows) // len(windows) + 1, largest_completed(windows, len(rows)) + 1):
+        whole = completed(rows, windows, n, error=error)
         if whole is not None:
             return _grown(bordering(windows), whole, rng, tick, error, most=len(whole))
     return 0, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,41 @@ def bordering(windows: Windows) -> Windows:
     torch.Size([9, 8])
     """
     return replace(windows, entries=windows.entries[:, windows.padded.any(0)])
+
+
+def largest_completed(windows: Windows, rank: int) -> int:
+    """The largest batch whose windows' span is `completed` from so many of its dimensions, by counting; 0 where none.
+
+    Each border place that has enough windows gives |Q_p| equations less the dimension of the others' windows, and on the
+    entries of `bordering` all but n P dimensions must go. What a place of an edge says a corner of that edge says again.
+
+    >>> windows = Windows.of((512, 4, 4), kernel=(3, 3), padding=(1, 1))
+    >>> 512 // 16, largest_completed(windows, 512)
+    (32, 42)
+    """
+    entries, most = _entries(windows), 0
+    borders = [(int(padded.sum()), covered, padded) for padded, covered in _borders(windows)]
+    for n in range(1, rank + 1):
+        count = n * len(windows)
+        used = [border for border in borders if count - rank <= n * border[1] and count - n * border[1] < border[0]]
+        held = [b for b in used if not any(b is not o and bool((o[2] | ~b[2]).all()) for o in used)]
+        if count >= entries or sum(size - (count - n * covered) for size, covered, _ in held) < entries - count:
+            break
+        most = n
+    return most
+
+
+def _entries(windows: Windows) -> int:
+    """The number of entries of `bordering`; 0 where they are all padding in some place, whose windows they do not show."""
+    seen = windows.padded.any(0)
+    return 0 if bool(windows.padded[:, seen].all(1).any()) else int(seen.sum())
+
+
+def _borders(windows: Windows) -> Iterator[tuple[Tensor, int]]:
+    """What is padding in a place of the border [d], and the number of places whose padding is no less."""
+    for padded in windows.padded.unique(dim=0):
+        if bool(padded.any()):
+            yield padded, int((windows.padded | ~padded).all(1).sum())
 
 
 def completed(rows: Tensor, windows: Windows, n: int, *, error: float = 0.0) -> Tensor | None:
@@ -46,13 +82,12 @@ def completed(rows: Tensor, windows: Windows, n: int, *, error: float = 0.0) -> 
     """
     count, short = n * len(windows), n * len(windows) - len(rows)
     seen = windows.padded.any(0)
-    if not bool(seen.any()) or count >= int(seen.sum()):
+    if count >= _entries(windows):
         return None
     misfit = rows.new_zeros(windows.entries.shape[1], windows.entries.shape[1])
-    for padded in windows.padded.unique(dim=0):
-        covered = int((windows.padded | ~padded).all(1).sum())  # places whose padding is no less
+    for padded, covered in _borders(windows):
         rank = count - n * covered
-        if not bool(padded.any()) or short > n * covered or rank >= int(padded.sum()):
+        if short > n * covered or rank >= int(padded.sum()):
             continue
         where = padded.nonzero()[:, 0].to(rows.device)
         Q = torch.linalg.svd(rows[:, where], full_matrices=False)[2][:rank]  # [rank, |Q|]
