@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import unbatch
 from unbatch import Protocol
 from unbatch.attacks import Descend
-from unbatch.numerics.windows.completion import bordering, completed, largest_completed
+from unbatch.numerics.windows.completion import bordering, completed_span, largest_completed
 from unbatch.numerics.windows.geometry import Windows
 
 SQUARE = Windows.of((24, 4, 4), kernel=(3, 3), padding=(1, 1))
@@ -28,7 +28,7 @@ def span(windows: Windows, n: int, outputs: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("outputs", [24, 31])
 def test_every_window_is_in_the_completed_span(outputs: int) -> None:
     rows, own = span(SQUARE, 2, outputs)
-    whole = completed(rows, SQUARE, 2)
+    whole = completed_span(rows, SQUARE, 2)
     assert whole is not None
     assert whole.shape == (32, 192)
     assert torch.allclose(own @ whole.T @ whole, own, atol=1e-10)
@@ -37,25 +37,27 @@ def test_every_window_is_in_the_completed_span(outputs: int) -> None:
 def test_no_more_may_be_missing_than_there_are_windows_at_an_edge() -> None:
     assert largest_completed(SQUARE, 24) == 2
     assert largest_completed(SQUARE, 23) == 1
-    assert completed(span(SQUARE, 2, 23)[0], SQUARE, 2) is None
+    assert completed_span(span(SQUARE, 2, 23)[0], SQUARE, 2) is None
 
 
 def test_another_batch_size_is_no_solution() -> None:
     rows, _ = span(SQUARE, 2, 30)
-    assert completed(rows, SQUARE, 3) is None
+    assert completed_span(rows, SQUARE, 3) is None
 
 
 @pytest.mark.parametrize(
     "windows",
     [
         Windows.of((24, 6, 6), kernel=(3, 3)),
-        Windows.of((24, 8, 8), kernel=(3, 3), stride=(2, 2), padding=(1, 1)),  # its first window is padding on all of them
+        Windows.of(
+            (24, 8, 8), kernel=(3, 3), stride=(2, 2), padding=(1, 1)
+        ),  # its first window is padding on all of them
     ],
     ids=["unpadded", "strided"],
 )
 def test_what_padding_does_not_say_is_not_said(windows: Windows) -> None:
     assert largest_completed(windows, 28) == 0
-    assert completed(span(windows, 2, 28)[0], windows, 2) is None
+    assert completed_span(span(windows, 2, 28)[0], windows, 2) is None
 
 
 @pytest.mark.parametrize("outputs", [26, 32])

@@ -167,7 +167,9 @@ def candidates(graph: Graph, every: list[WindowLayer], update: Mapping[str, Tens
             continue
         if place.positions <= place.limit:
             rank = len(span(place.flat(update[place.weight]), eps))
-            full = place.dense and rank >= place.limit - (place is every[-1])  # what is sent to classes may add up to zero
+            full = place.dense and rank >= place.limit - (
+                place is every[-1]
+            )  # what is sent to classes may add up to zero
             ranks.append((full, rank, place))
     return [place for *_, place in sorted(ranks, key=lambda each: each[:2])]
 

@@ -59,7 +59,11 @@ def _changes(found: Prospects) -> Iterator[tuple[str, Callable[[Prospect], Prosp
         name, step, behind = last
         yield (
             f"stride 1 in place of {step} in {name}",
-            lambda p: replace(p, windows=p.windows * step**2, completed=p.completed // step**2) if p in behind and p.windows > 1 else p,
+            lambda p: (
+                replace(p, windows=p.windows * step**2, completed=p.completed // step**2)
+                if p in behind and p.windows > 1
+                else p
+            ),
             f"every example has {step**2} times as many windows in the layers behind it, at as much more work.",
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unbatch.inversion.descent.places import WindowLayer
-from unbatch.numerics.windows.completion import bordering, completed, largest_completed
+from unbatch.numerics.windows.completion import bordering, completed_span, largest_completed
 from unbatch.numerics.windows.geometry import Windows
 from unbatch.numerics.windows.growth import ZERO, grown
 from unbatch.numerics.windows.maps import maps_in
@@ -71,8 +71,9 @@ def separated(
 
     Where the span tells the space of whole maps (`maps_in`), the maps are the extreme rays of what is nonnegative in it;
     where windows overlap too little for that, those of the windows in a corner are grown to maps. A span that is a few
-    directions short, since outputs are few or off for the whole batch, is `completed` first. With `mixed` the outputs go
-    into batch norm in train mode, whose gradients sum to zero, and the span is that of the windows' differences.
+    directions short, since outputs are few or off for the whole batch, is completed first (`completed_span`). With `mixed`
+    the outputs go into batch norm in train mode, whose gradients sum to zero, and the span is that of the windows'
+    differences.
     """
     windows, rows = place.windows(), span(G, eps)
     error = span_error(G, len(rows), eps)
@@ -115,7 +116,7 @@ def _completed(
 ) -> tuple[int, list[Tensor]]:
     """The number of examples, and maps grown in the completed span, if fewer than all windows' directions are there."""
     for n in range(len(rows) // len(windows) + 1, largest_completed(windows, len(rows)) + 1):
-        whole = completed(rows, windows, n, error=error)
+        whole = completed_span(rows, windows, n, error=error)
         if whole is not None:
             return _grown(bordering(windows), whole, rng, tick, error, most=len(whole))
     return 0, []

@@ -54,12 +54,12 @@ def _entries(windows: Windows) -> int:
 
 def _borders(windows: Windows) -> Iterator[tuple[Tensor, int]]:
     """What is padding in a place of the border [d], and the number of places whose padding is no less."""
-    for padded in windows.padded.unique(dim=0):
+    for padded in torch.unique(windows.padded, dim=0):
         if bool(padded.any()):
             yield padded, int((windows.padded | ~padded).all(1).sum())
 
 
-def completed(rows: Tensor, windows: Windows, n: int, *, error: float = 0.0) -> Tensor | None:
+def completed_span(rows: Tensor, windows: Windows, n: int, *, error: float = 0.0) -> Tensor | None:
     """The span of all n P windows on the entries of `bordering`, from a part of their span; None where that fails.
 
     A layer with fewer outputs than windows, or one of whose units is off for the whole batch, gives S = {sum z_ip w_ip :
@@ -75,7 +75,7 @@ def completed(rows: Tensor, windows: Windows, n: int, *, error: float = 0.0) -> 
     >>> windows = Windows.of((24, 4, 4), kernel=(3, 3), padding=(1, 1))
     >>> held = windows.rows(x).flatten(0, 1)  # [32, 216]
     >>> short = torch.randn(30, 32, generator=rng, dtype=torch.float64) @ held  # two outputs too few
-    >>> rows = completed(torch.linalg.qr(short.T).Q.T, windows, 2)
+    >>> rows = completed_span(torch.linalg.qr(short.T).Q.T, windows, 2)
     >>> own = bordering(windows).rows(x).flatten(0, 1)
     >>> rows.shape, torch.allclose(own @ rows.T @ rows, own)
     (torch.Size([32, 192]), True)
