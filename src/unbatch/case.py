@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from unbatch.domain import Domain, domain_of
+from unbatch.domain import Domain, Tokens, domain_of
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.label_form import BROADCASTS, PROBES, LabelForm, label_words, loss_on_cpu, objection
@@ -115,7 +115,12 @@ class Setting:
         object.__setattr__(self, "labels", _checked_labels(self.loss, outputs.detach(), self.labels))
 
     def label_name(self, label: Tensor) -> str:
-        """A label in words, as the report shows it; by number where the classes have no names."""
+        """A label in words, as the report shows it; by number where the classes have no names.
+
+        A token a place, such as the next one of a text, is read as a text.
+        """
+        if isinstance(self.domain, Tokens) and label.shape == self.domain.shape and not label.is_floating_point():
+            return self.domain.render(label.masked_fill(label < 0, self.domain.padding or 0))
         return label_words(label, self.classes)
 
 
@@ -244,7 +249,9 @@ class Case(Plugin, ABC):
     ] = "cross-entropy"
     reduction: Annotated[Literal["mean", "sum"], Field(description="over the batch")] = "mean"
     double: Annotated[bool, Field(description="gradients in float64")] = False
-    near_duplicates: Annotated[int, Field(ge=0, description="examples 1% away from another of the batch")] = 0
+    near_duplicates: Annotated[
+        int, Field(ge=0, description="examples 1%, or a token, away from another of the batch")
+    ] = 0
     repeated_labels: Annotated[bool, Field(description="the whole batch from at most half as many classes")] = False
 
     @model_validator(mode="after")
@@ -255,7 +262,7 @@ class Case(Plugin, ABC):
 
     @model_validator(mode="after")
     def _of_use(self) -> Self:
-        for option in sorted(self.model_fields_set & small.unused(self.model)):
+        for option in sorted(self.model_fields_set & self.unused()):
             takers = [name for name in get_args(small.Name) if option not in small.unused(name)]
             raise UnbatchError(f"{self.model} takes no {option}; leave it out. Models that do: {', '.join(takers)}")
         return self
@@ -263,6 +270,28 @@ class Case(Plugin, ABC):
     @abstractmethod
     def pool(self, rng: torch.Generator) -> Examples:
         """All examples that clients may hold, in random order; the same for the same state of `rng`."""
+
+    def unused(self) -> frozenset[str]:
+        """The options depth, width and norm that the chosen model has no use for: to give one is an error."""
+        return small.unused(self.model)
+
+    def global_model(self, examples: Examples, outputs: int, rng: torch.Generator) -> nn.Module:
+        """The model that all clients share, for examples of that pool and with that many outputs, drawn from `rng`."""
+        return small.build(
+            self.model,
+            tuple(examples.inputs.shape[1:]),
+            outputs,
+            depth=self.depth,
+            width=self.width,
+            activation=self.activation,
+            bias=self.bias,
+            norm=self.norm,
+            rng=rng,
+        )
+
+    def training_loss(self) -> Loss:
+        """The loss that clients train with."""
+        return loss_named(self.loss, self.reduction)
 
     @final
     def setting(self, client: int = 0) -> Setting:
@@ -285,21 +314,12 @@ class Case(Plugin, ABC):
         inputs, labels = self._repeat(pool.inputs[mine], pool.labels[mine], pool.domain, client)
         dtype = torch.float64 if self.double else torch.float32
         k = len(pool.classes)
-        network = small.build(
-            self.model,
-            tuple(inputs.shape[1:]),
-            1 if self.loss == "binary-cross-entropy" and k == 2 else k,
-            depth=self.depth,
-            width=self.width,
-            activation=self.activation,
-            bias=self.bias,
-            norm=self.norm,
-            rng=torch.Generator().manual_seed(self.seed + 1),
-        )
+        outputs = 1 if self.loss == "binary-cross-entropy" and k == 2 else k
+        network = self.global_model(pool, outputs, torch.Generator().manual_seed(self.seed + 1))
         return Setting(
             model=network.to(dtype),
-            loss=loss_named(self.loss, self.reduction),
-            inputs=inputs.to(dtype),
+            loss=self.training_loss(),
+            inputs=inputs.to(dtype) if inputs.is_floating_point() else inputs,
             labels=labels,
             domain=pool.domain,
             classes=pool.classes,
@@ -317,8 +337,17 @@ class Case(Plugin, ABC):
         return torch.isin(labels, torch.tensor(kept)).nonzero().flatten()
 
     def _repeat(self, inputs: Tensor, labels: Tensor, domain: Domain, client: int) -> tuple[Tensor, Tensor]:
-        """The last examples made near duplicates of the first ones: Gaussian noise of 1% of the example's norm."""
+        """The last examples made near duplicates of the first ones: Gaussian noise of 1% of the example's norm.
+
+        Of tokens, the first one is another.
+        """
         rng = torch.Generator().manual_seed(self.seed + 2)  # the parameters have seed + 1, the pool seed
+        if not inputs.is_floating_point():
+            fresh = len(inputs) - self.near_duplicates
+            for i in range(self.near_duplicates):
+                inputs[fresh + i], labels[fresh + i] = inputs[i % fresh], labels[i % fresh]
+                inputs[fresh + i, 0] = int(torch.randint(2, int(domain.high) + 1, (1,), generator=rng))
+            return inputs, labels
         noise = torch.randn(self.clients, self.near_duplicates, *inputs.shape[1:], generator=rng)[client].to(inputs)
         fresh = len(inputs) - self.near_duplicates
         for i, shift in enumerate(noise):

@@ -65,6 +65,10 @@ class Domain(ABC):
         """What separates a recovered example from the private one, rendered; empty where it has no picture."""
         return ""
 
+    def pieces(self, example: Tensor) -> list[str]:
+        """One example [*shape] in pieces that stand beside those of another one; empty where it has none."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Images(Domain):
@@ -191,7 +195,7 @@ class Table(Domain):
 class Tokens(Domain):
     """Sequences of token numbers [length]; `high` is the vocabulary's last number.
 
-    `vocabulary` is each token in words, and `glue` what stands between two of them in a text; without a vocabulary tokens
+    `vocabulary` is each token in words, and `glue` what stands before each of them in a text; without a vocabulary tokens
     are shown as numbers. `padding` is the number that fills short sequences up: it says nothing, and is never shown.
     `frequency` is how often each token occurs in texts that anybody can read.
 
@@ -249,19 +253,25 @@ class Tokens(Domain):
 
     def render(self, example: Tensor) -> str:
         """The text of a sequence, without its padding; the numbers of its tokens where no vocabulary is known."""
-        return self.text(example)
-
-    def text(self, example: Tensor) -> str:
-        """A sequence of tokens [length] as people read it."""
-        return (self.glue if self.vocabulary else " ").join(self.pieces(example)).strip()
+        return "".join(self.pieces(example)).strip()
 
     def pieces(self, example: Tensor) -> list[str]:
-        """The tokens of a sequence [length] one by one, each in words or as its number, padding at the end left out."""
+        """The tokens of a sequence [length] one by one as they stand in its text, spaces included, padding at its end not.
+
+        >>> said = Tokens(shape=(4,), high=3, vocabulary=["", "to", "be", "not"], padding=0)
+        >>> said.pieces(torch.tensor([3, 0, 2, 0]))
+        [' not', ' [padding]', ' be']
+        """
         numbers = [round(token) for token in example.detach().double().flatten().tolist()]
         while numbers and numbers[-1] == self.padding:
             numbers.pop()
-        known = range(len(self.vocabulary))
-        return [self.vocabulary[i] if i in known else str(i) for i in numbers]
+        return [self._piece(number) for number in numbers]
+
+    def _piece(self, number: int) -> str:
+        if number == self.padding:
+            return " [padding]"
+        known = 0 <= number < len(self.vocabulary)
+        return self.glue + self.vocabulary[number] if known else f" {number}"
 
 
 def domain_of(inputs: Tensor) -> Domain:

@@ -38,6 +38,7 @@ class Counting(Analysis):
     paper: ClassVar[str] = "Shannon, 1959 (rate distortion)"
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound | Verdict]:
+        view.refuse_tokens()
         obs = view.obs
         if why := uncounted(obs):
             raise NotApplicable(why)

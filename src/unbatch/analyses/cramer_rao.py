@@ -51,6 +51,7 @@ class CramerRao(Analysis):
     steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 60
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
+        view.refuse_tokens()
         obs = view.obs
         check_noise(obs, follows=True)
         x, y, whose = probe(view, at, rng, whole=True)

@@ -52,6 +52,7 @@ class DpReconstruction(Analysis):
     ] = 100
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound | Verdict]:
+        view.refuse_tokens()
         obs, known = view.obs, view.knowledge
         _check(obs)
         privacy = known.privacy

@@ -28,7 +28,9 @@ class GradientRank(Analysis):
     Numerical rank r of each layer's gradient [p, q] (weight and bias side by side), against its unknowns.
 
     A matrix of rank r has r (p + q - r) independent entries: so many equations on the layer's inputs. In a dense layer
-    dL/dW = sum_i delta_i x_i^T, so a rank below min(p, q) counts the examples and the row space is their span.
+    dL/dW = sum_i delta_i x_i^T, so a rank below min(p, q) counts the examples and the row space is their span; where
+    each example sends it several vectors, as tokens of a text, the span of those. Of a table of embeddings the rows that
+    are not zero name what was looked up.
     """
 
     paper: ClassVar[str] = "Wang, Lee, Lei, AISTATS 2023; Dimitrov et al. (SPEAR), NeurIPS 2024"
@@ -45,7 +47,7 @@ class GradientRank(Analysis):
         except NotApplicable:  # a model of token numbers: none of its layers reads the inputs themselves
             fed = set()
         eps = torch.finfo(obs.dtype).eps
-        return [_risk(layer, eps, layer.name in fed, obs) for layer in _layers(view, sizes)]
+        return [_looked_up(layer) or _risk(layer, eps, layer.name in fed, obs) for layer in _layers(view, sizes)]
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,50 @@ def _risk(layer: _Layer, eps: float, first: bool, obs: Observation) -> LayerRisk
     n = obs.knowledge.get("batch_size", max(r, 1))  # in a dense layer below full rank, the rank is the batch size
     equations, unknowns = r * (p + q - r), n * (inputs or 0)
     has_bias = getattr(module, "bias", None) is not None
-    words, level = _words(module, r, min(p, q), n, first, has_bias, equations, unknowns)
+    if isinstance(module, nn.Linear) and inputs and inputs > module.in_features and r:
+        of_weight = next((numerical_rank(t, eps=eps) for t in rows if t.shape[1] == module.in_features), r)
+        words, level = _of_places(of_weight, min(p, module.in_features), n * (inputs // module.in_features))
+    else:
+        words, level = _words(module, r, min(p, q), n, first, has_bias, equations, unknowns)
     return LayerRisk(
         layer=name, kind=type(module).__name__, unknowns=unknowns, equations=equations, rank=r, words=words, level=level
     )
+
+
+def _looked_up(layer: _Layer) -> LayerRisk | None:
+    """What a table of embeddings tells by the rows that are not zero; None of another layer."""
+    if not isinstance(layer.module, nn.Embedding) or len(layer.tensors) != 1:
+        return None
+    (table,) = layer.tensors
+    used, rows = int((table != 0).any(1).sum()), len(table)
+    level: Level = "partial" if used < rows else "low"
+    words = f"{used:,} of its {rows:,} rows are not zero"
+    words += ": they name what was looked up in it, in no order." if used < rows else ", so none is named by them."
+    return LayerRisk(
+        layer=layer.name,
+        kind="Embedding",
+        unknowns=0,
+        equations=used * table.shape[1],
+        rank=used,
+        words=words,
+        level=level,
+    )
+
+
+def _of_places(r: int, full: int, vectors: int) -> tuple[str, Level]:
+    """What the rank of its weight's gradient says of a dense layer that each example enters by several vectors.
+
+    Behind a layer norm they span one dimension less than the layer is wide, whatever they are.
+    """
+    if r >= full - 1:
+        return (
+            f"this layer's gradient has rank {r} of {full}: nearly everything is in its span, which does not tell what the "
+            f"{vectors} vectors were that entered it."
+        ), "low"
+    return (
+        f"this layer's gradient has rank {r} of {full}: it is the span of the vectors that entered the layer, {vectors} at "
+        "most, and whether a guess of one of them lies in it can be tested."
+    ), "partial"
 
 
 def _words(

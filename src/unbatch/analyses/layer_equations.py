@@ -51,6 +51,7 @@ class LayerEquations(Analysis):
     ] = None
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[LayerRisk]:
+        view.refuse_tokens()
         x, y, whose = probe(view, at, rng)
         n = view.knowledge.get("batch_size", 1)
         found, open_ = list[LayerRisk](), ""

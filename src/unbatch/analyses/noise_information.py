@@ -46,6 +46,7 @@ class NoiseInformation(Analysis):
     draws: Annotated[int, Field(ge=4, description="batches drawn from the prior")] = 16
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
+        view.refuse_tokens()
         obs = view.obs
         check_noise(obs)
         n, drawn = obs.knowledge.batch_size, Imagined.of(view, at, rng, self.draws, alike=2)

@@ -104,6 +104,7 @@ class SaferDesign(Analysis):
     )
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Verdict]:
+        view.refuse_tokens()
         try:
             found, why = list(self._of_one_layer(view, at, rng)), ""
         except NotApplicable as error:

@@ -46,9 +46,8 @@ class SecurityMetric(Analysis):
     work: Annotated[float, Field(ge=0, description="operations up to which the share is computed")] = 3e11
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Verdict]:
+        view.refuse_tokens()
         x, y, whose = probe(view, at, rng)
-        if not x.is_floating_point():
-            raise NotApplicable("the inputs are token numbers, and what a gradient determines is said of real ones.")
         found, refused = list[Verdict](), list[str]()
         for k, number in enumerate((self._published, self._share)):
             tick(k / 2)

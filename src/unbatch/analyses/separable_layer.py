@@ -34,6 +34,7 @@ class SeparableLayer(Analysis):
     paper: ClassVar[str] = "this library; equations a layer after Zhu, Blaschko, R-GAP, ICLR 2021"
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[LayerRisk | Verdict]:
+        view.refuse_tokens()
         found = prospects(view, at, rng)
         n = int(view.knowledge.get("batch_size", 1))
         forecast = found.forecast(n)

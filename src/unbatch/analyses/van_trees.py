@@ -63,6 +63,7 @@ class VanTrees(Analysis):
     steps: Annotated[int, Field(gt=0, description="conjugate-gradient steps for each probe")] = 20
 
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Bound]:
+        view.refuse_tokens()
         obs = view.obs
         check_noise(obs)
         n, unknowns = obs.knowledge.batch_size, obs.knowledge.batch_size * math.prod(obs.knowledge.input_shape)

@@ -59,6 +59,7 @@ class BiasRatio(Attack):
     ] = None
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        view.refuse_tokens()
         layer = self._layer(view)
         rounding = self._rounding(view.obs, layer)
         if rounding > 0.1:

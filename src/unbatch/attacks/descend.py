@@ -58,4 +58,5 @@ class Descend(Attack):
     ] = False
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        view.refuse_tokens()
         return descended(view, rng, steps=self.steps, attempts=self.attempts, partial=self.partial)

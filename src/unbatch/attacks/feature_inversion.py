@@ -67,6 +67,7 @@ class FeatureInversion(Attack):
     tv: Annotated[float, Field(ge=0, description="weight of total variation at the end")] = 0.003
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        view.refuse_tokens()
         if len(view.knowledge.input_shape) != 3:
             raise NotApplicable("the inputs are no pictures [c, h, w], and the prior is for pictures.")
         if any(layer.feeds is not None for layer in view.layers):

@@ -71,7 +71,7 @@ class Judge:
                     scores[name] = own
             except Exception as error:
                 run.unscored[name] = failure(error)
-        tiers = _tiers(matching, by_chance, truth, domain)
+        errors, tiers = _errors(matching, truth, domain), _tiers(matching, by_chance, truth, domain)
         run.examples = [
             Example(
                 index=j,
@@ -87,9 +87,10 @@ class Judge:
                 example.label = setting.label_name(found.labels[i])
             if matching.inputs is not None:
                 x, true = matching.inputs[pair], truth.inputs[j].double().cpu()
-                example.error = float((x - true).norm() / (true.norm() or 1.0))
+                example.error = errors[j]
                 example.picture = shown_by(domain.render, x) if shown else None
                 example.difference = shown_by(domain.difference, x, true) if shown else None
+                example.pieces = next(iter(pieces_by(domain, x[None])), []) if shown else []
 
     def _drawn_anew(self, run: Run, found: Reconstruction, n: int) -> None:
         """Features that are random, as behind dropout: those that the client drew are gone, so none is scored."""
@@ -101,11 +102,12 @@ class Judge:
         run.words = f"{run.words} {drawn}".strip()
 
     def _returned(self, found: Reconstruction, i: int) -> Example:
-        shown = found.inputs is not None and not found.layer
+        own = None if found.layer or found.inputs is None else found.inputs[i : i + 1]
         return Example(  # its tier follows from the bound
             index=i,
             bound=_claim(found, i),
-            picture=shown_by(self.domain.render, found.inputs[i]) if shown and found.inputs is not None else None,
+            picture=None if own is None else shown_by(self.domain.render, own[0]),
+            pieces=[] if own is None else next(iter(pieces_by(self.domain, own)), []),
             label=label_words(found.labels[i]) if found.labels is not None else None,
         )
 
@@ -136,6 +138,20 @@ def shown_by(render: Callable[..., str], *shown: object) -> str:
         return render(*shown)
     except Exception as error:  # a domain's defect must not cost the example its scores
         return f"not shown ({failure(error)})"
+
+
+def pieces_by(domain: Domain, examples: Tensor) -> list[list[str]]:
+    """Examples [n, ...] in pieces, as a domain cuts them; none where that fails: they are rendered whole besides.
+
+    >>> from unbatch.domain import Tokens
+    >>> pieces_by(Tokens(shape=(2,), high=9), torch.tensor([[3, 1]]))
+    [[' 3', ' 1']]
+    """
+    try:
+        found = [domain.pieces(example) for example in examples]
+    except Exception:  # a domain's defect must not cost the examples their scores
+        return []
+    return found if any(found) else []
 
 
 def _scores(metric: Metric, found: Reconstruction, truth: Truth, matching: Matching) -> Scores | None:
@@ -173,9 +189,9 @@ def _tiers(matching: Matching, by_chance: Matching, truth: Truth, domain: Domain
     if matching.inputs is None:
         return {}
     true = truth.inputs.double().cpu()
+    errors, of_chance = _errors(matching, truth, domain), _errors(by_chance, truth, domain)
     if isinstance(domain, Tokens):
-        return _token_tiers(matching, true)
-    errors, of_chance = _errors(matching, true), _errors(by_chance, true)
+        return {j: _token_tier(off) for j, off in errors.items()}
     psnr, ssim, ssim_of_chance = dict[int, float](), dict[int, float](), dict[int, float]()
     if isinstance(domain, Images):
         psnr = _each(Psnr().on(domain), matching, true)
@@ -194,22 +210,20 @@ def _tiers(matching: Matching, by_chance: Matching, truth: Truth, domain: Domain
     }
 
 
-def _token_tiers(matching: Matching, true: Tensor) -> dict[int, Tier]:
-    """Of sequences of tokens, whose numbers have no distance: all right, all but a hundredth, or more than half."""
-    found = matching.inputs
-    if found is None:
-        return {}
-    off = (found.round() != true[matching.true]).flatten(1).double().mean(1).tolist()
+def _token_tier(off: float) -> Tier:
+    """Of a sequence whose tokens are wrong by that share: all right, all but a hundredth, or more than half."""
     limits = ((0.0, Tier.EXACT), (COPY_ERROR, Tier.COPY), (0.5, Tier.RECOGNISABLE), (1.0, Tier.NONE))
-    each = zip(matching.true.tolist(), off, strict=True)
-    return {j: next(tier for most, tier in limits if share <= most) for j, share in each}
+    return next(tier for most, tier in limits if off <= most)
 
 
-def _errors(matching: Matching, true: Tensor) -> dict[int, float]:
-    """By private example that was matched, the relative l2 error of what it was matched with."""
+def _errors(matching: Matching, truth: Truth, domain: Domain) -> dict[int, float]:
+    """By private example that was matched, the relative l2 error; of tokens, the share of them that are wrong."""
     if matching.inputs is None:
         return {}
-    pairs = zip(matching.inputs, matching.true.tolist(), strict=True)
+    true = truth.inputs.double().cpu()
+    pairs = list(zip(matching.inputs, matching.true.tolist(), strict=True))
+    if isinstance(domain, Tokens):
+        return {j: float(domain.distance(x[None], true[j][None])) for x, j in pairs}
     return {j: float((x - true[j]).norm() / (true[j].norm() or 1.0)) for x, j in pairs}
 
 

@@ -25,7 +25,7 @@ from unbatch.auditing.client import observe
 from unbatch.auditing.diagnosis import UNREAD, diagnose, unexplained, unreadable
 from unbatch.auditing.explained import explains, freedom
 from unbatch.auditing.findings import Analyst
-from unbatch.auditing.judge import Judge, failure, shown_by
+from unbatch.auditing.judge import Judge, failure, pieces_by, shown_by
 from unbatch.auditing.suites import passive
 from unbatch.bundle import raw_bytes, state_hash
 from unbatch.case import Case, Setting
@@ -286,6 +286,7 @@ class _Plan:
             name=f"client {index}",
             size=len(truth),
             pictures=[shown_by(self.domain.render, x) for x in truth.inputs],
+            pieces=pieces_by(self.domain, truth.inputs),
             labels=[setting.label_name(y) for y in truth.labels],
             reproducible=all(self.reproducible[index : index + 1]),
             residual=residual,

@@ -30,7 +30,8 @@ from unbatch.truth import Truth
 class Asked:
     """What the options of a command name: a built-in case, or a model with data, a captured update, or both.
 
-    None stands for an option that was not given: one that is given is used or refused.
+    None stands for an option that was not given: one that is given is used or refused. A model of a case's own is named
+    without a colon, and is an option of the case.
     """
 
     case: str | None = None
@@ -53,6 +54,10 @@ class Asked:
         return cls(**{name: given[name] for name in names})
 
     def __post_init__(self) -> None:
+        if self.case is not None and self.model is not None and ":" not in self.model:  # one of the case's own models
+            joint = "," if ":" in self.case else ":"
+            object.__setattr__(self, "case", f"{self.case}{joint}model={self.model}")
+            object.__setattr__(self, "model", None)
         self._check_target()
         for name, instead in self._unused().items():
             if getattr(self, name) is not None:

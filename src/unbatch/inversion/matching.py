@@ -112,7 +112,7 @@ class UpdateMatching:
 
         Raises NotApplicable: the inputs are tokens, nothing was sent, or no guesses fit the model and the loss.
         """
-        if view.knowledge.get("domain") == "tokens":
+        if view.takes_tokens:
             raise NotApplicable("the inputs are tokens, which are no real numbers to optimise over.")
         if not any(bool(tensor.any()) for tensor in view.update.values()):
             raise NotApplicable("the update is zero everywhere, so there is nothing to match.")

@@ -27,7 +27,7 @@ from unbatch.protocol import Protocol, Update
 
 T = TypeVar("T")
 
-WHOLE_NUMBERS = "the inputs are tokens or other whole numbers, and this reads inputs that are real numbers."
+WHOLE_NUMBERS = "the inputs are tokens, which are whole numbers, and this reads inputs that are real numbers."
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +181,13 @@ class View:
     @property
     def layers(self) -> tuple[Dense, ...]:
         """The dense layers in the order in which they run. Raises NotApplicable: the model takes tokens, or fails."""
+        self.refuse_tokens()
+        return self.network.anatomy.layers
+
+    def refuse_tokens(self) -> None:
+        """Raises NotApplicable where the inputs are tokens, for a reader of real inputs."""
         if self.takes_tokens:
             raise NotApplicable(WHOLE_NUMBERS)
-        return self.network.anatomy.layers
 
     @property
     def takes_tokens(self) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor
 
+from unbatch.domain import Domain
 from unbatch.metric import Metric
 
 
@@ -23,6 +24,9 @@ class L2Error(Metric):
 
     higher_is_better: ClassVar[bool] = False
     best: ClassVar[float | None] = 0.0
+
+    def on(self, domain: Domain) -> Self | None:
+        return None if domain.name == "tokens" else self  # the numbers of tokens have no distance
 
     def score(self, found: Tensor, true: Tensor) -> Tensor:
         gap: Tensor = torch.linalg.vector_norm((found - true).double().flatten(1), dim=1)

@@ -125,8 +125,8 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.causal, self.reads, self.padding = causal, reads, 0
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(length, width) if positions == "learned" else None
+        self.tokens = _table(vocabulary, width)
+        self.positions = _table(length, width) if positions == "learned" else None
         rotary = positions == "rotary"
         self.norm = nn.LayerNorm(width)  # before the first layer of an encoder, after the last one of a decoder
         self.blocks = nn.ModuleList(
@@ -140,7 +140,8 @@ class Transformer(nn.Module):
         there = tokens != self.padding  # [n, t]
         x: Tensor = self.tokens(tokens)
         if self.positions is not None:
-            x = x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+            places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # by example, for Opacus
+            x = x + self.positions(places)
         x = x if self.causal else self.norm(x)
         seen = self._seen(there)
         for block in self.blocks:
@@ -166,6 +167,11 @@ class Transformer(nn.Module):
             return x[torch.arange(len(x), device=x.device), last]
         share = there.to(x.dtype) / there.sum(1, keepdim=True).clamp_min(1)
         return (share[:, :, None] * x).sum(1)
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """An embedding that is not filled: nn.Embedding's own draw on the meta device takes torch's compiler, and seconds."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
 def build_transformer(

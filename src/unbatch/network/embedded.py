@@ -46,9 +46,9 @@ def token_table(model: nn.Module, input_shape: tuple[int, ...]) -> str | None:
     >>> token_table(model, (3,))
     '0.weight'
     """
-    tokens = torch.ones(2, *input_shape, dtype=torch.long)
+    tokens = torch.ones(2, *input_shape, dtype=torch.long, device=next(model.parameters()).device)
     with EmbeddingCalls() as heard:
         forward(model, tokens)
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    tables = (names.get(id(table)) for numbers, table in heard.found if numbers.shape == tokens.shape)
+    tables = (names.get(id(table)) for numbers, table in heard.found if torch.equal(numbers, tokens))
     return next((name for name in tables if name is not None), None)

@@ -51,7 +51,7 @@ def title(metric: str) -> str:
     >>> title("psnr"), title("l2-error")
     ('PSNR', 'l2-error')
     """
-    return metric.upper() if metric in ("psnr", "ssim") else metric
+    return metric.upper() if metric in ("psnr", "ssim", "rouge") else metric
 
 
 def by_attack(audit: Audit) -> dict[str, list[Run]]:

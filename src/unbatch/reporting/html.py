@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -124,8 +124,8 @@ def side(picture: str) -> int:
 
 
 def primary(audit: Audit) -> str:
-    """The metric that pictures and chart are labelled with: psnr for images, else l2-error, else the first."""
-    first = "psnr" if audit.domain == "images" else "l2-error"
+    """What cards and chart are labelled with: psnr for images, token-accuracy for texts, else l2-error or the first."""
+    first = {"images": "psnr", "tokens": "token-accuracy"}.get(audit.domain, "l2-error")
     return first if first in audit.metrics else next(iter(audit.metrics), "")
 
 
@@ -160,6 +160,27 @@ def finding(run: Run, example: Example) -> tuple[str, str]:
     if example.picture is None and example.label is not None:
         return "open", f"label {example.label}"
     return "open", "guess"
+
+
+class Piece(NamedTuple):
+    """A token as it stands in a text, and whether the other text has the same one at its place.
+
+    >>> Piece(" to be", same=False).space, Piece(" to be", same=False).words
+    (' ', 'to be')
+    """
+
+    text: str
+    same: bool = True
+
+    @property
+    def words(self) -> str:
+        """The token without the spaces before it; what cannot be seen is named."""
+        return self.text.lstrip(" ") or "[space]"
+
+    @property
+    def space(self) -> str:
+        """The spaces before it."""
+        return self.text[: len(self.text) - len(self.text.lstrip(" "))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +219,22 @@ class Card:
         if not names[0] or names[0] != names[1] or any(len(names[0]) != len(parts) for parts in sides):
             return None
         return [(name, true, got) for (name, _, true), (_, _, got) in zip(*sides, strict=True)]
+
+    @property
+    def texts(self) -> tuple[list[Piece], list[Piece]] | None:
+        """The private and the recovered text, token by token; None where the examples are no texts."""
+        held = self.client.pieces[self.index] if self.index < len(self.client.pieces) else []
+        found = self.example.pieces if self.example else []
+        if not held and not found:
+            return None
+        if not held or not found:
+            return [Piece(text) for text in held], [Piece(text) for text in found]
+        pairs = [
+            (held[i : i + 1], found[i : i + 1], held[i : i + 1] == found[i : i + 1])
+            for i in range(max(len(held), len(found)))
+        ]
+        private = [Piece(text, same) for true, _, same in pairs for text in true]
+        return private, [Piece(text, same) for _, got, same in pairs for text in got]
 
     @property
     def badges(self) -> list[tuple[str, str]]:

@@ -56,6 +56,7 @@ class Example(_Record):
     bound: float | None = None  # largest relative error that the attack claims; None = no claim
     picture: str | None = None  # the recovered example, rendered
     difference: str | None = None
+    pieces: list[str] = []  # of a text: its tokens as they stand in it
     label: str | None = None  # the recovered label in words
     tier: Tier | None = None  # how near it came; None where nothing was matched, or nothing is known of how near
 
@@ -177,6 +178,7 @@ class Client(_Record):
     name: str
     size: int = Field(ge=0, le=MOST_EXAMPLES)
     pictures: list[str] = []
+    pieces: list[list[str]] = []  # of texts: the tokens of each as they stand in it
     labels: list[str] = []
     reproducible: bool = True  # the same seed gave the same update twice
     residual: float | None = None  # of the truth itself under the known protocol: what an undefended client leaves

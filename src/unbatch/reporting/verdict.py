@@ -105,7 +105,7 @@ def _recovered(audit: Audit) -> str:
 
 def _near(audit: Audit) -> str:
     """The nearest score with its chance, for what is not exact."""
-    metric = next((m for m in ("psnr", "l2-error") if m in audit.metrics), None)
+    metric = next((m for m in ("psnr", "l2-error", "token-accuracy") if m in audit.metrics), None)
     best = [hit for hit in audit.worst(metric).values() if hit] if metric else []
     if metric is None or not best:
         return ""
@@ -120,6 +120,8 @@ def _near(audit: Audit) -> str:
 
 
 def _said(value: float, metric: str) -> str:
+    if metric == "token-accuracy":
+        return f"with {value:.0%} of its tokens"
     return f"at {value:.1f} dB" if metric == "psnr" else f"{value:.2g} off"
 
 
