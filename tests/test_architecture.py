@@ -143,6 +143,8 @@ ON_USE = {
     "pandas",
     "opacus",
     "transformers",
+    "tokenizers",
+    "rouge_score",
 }  # slow to import, or extras
 PAGES = {"jinja2", "markupsafe", "rich", "typer", "click"}  # for people who look
 
@@ -172,8 +174,15 @@ EXTRAS = {  # package -> rooms
     "opacus": {"adapters"},
     "pandas": {"reporting"},
     "transformers": {"adapters"},
+    "tokenizers": {"data"},
+    "rouge_score": {"metrics"},
 }
-NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "markupsafe": "jinja2"}  # import -> what brings it
+NAMES = {
+    "rouge_score": "rouge-score",
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "markupsafe": "jinja2",
+}  # import -> what brings it
 
 
 def test_what_is_imported_is_declared() -> None:

@@ -18,7 +18,7 @@ SHOWN = (  # rooms, and modules at the top level, in which everything public com
     *("observation", "progress", "reconstruction", "truth", "update"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).with_suffix("").parts[0] in SHOWN)
-EXTRAS = {"matplotlib", "opacus", "pandas", "skimage", "sklearn", "IPython"}
+EXTRAS = {"matplotlib", "opacus", "pandas", "tokenizers", "rouge_score", "skimage", "sklearn", "IPython"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])

@@ -93,8 +93,6 @@ def test_options_that_a_text_has_no_use_for_are_refused_and_a_model_is_named_bes
     assert isinstance(settings, list)
     assert settings[0].name == "text:batch=2,model=bert,width=16"
     assert target_of(Asked(case="digits", model="lenet")).what[0].name == "digits:model=lenet"  # type: ignore[index]
-    with pytest.raises(UnbatchError, match="not both"):
-        Asked(case="text", model="package.module:factory")
     near = Case.parse(f"{SMALL},near_duplicates=1").setting()
     assert int((near.inputs[0] != near.inputs[3]).sum()) == 1
 

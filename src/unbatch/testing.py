@@ -23,7 +23,7 @@ from unbatch.auditing.client import observe
 from unbatch.auditing.run import audit
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
-from unbatch.domain import Images, Table
+from unbatch.domain import Images, Table, Tokens
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.layer import LayerRule
@@ -134,8 +134,11 @@ def check_metric(metric: type[Metric]) -> None:
     if made is None:  # then it is about the categories of rows
         true, other = true.flatten(1), other.flatten(1)
         made = metric().on(Table(shape=(768,), categories=(tuple(range(400)), tuple(range(400, 768)))))
+    if made is None:  # then about texts
+        true, other = (torch.randint(9, (3, 12), generator=rng) for _ in range(2))
+        made = metric().on(Tokens(shape=(12,), high=8))
     if made is None:
-        raise AssertionError(f"{metric.name} has no meaning on 16x16 pictures, nor on rows with categories.")
+        raise AssertionError(f"{metric.name} has no meaning on 16x16 pictures, rows with categories, or 12 tokens.")
     best, worse = made.score(true, true), made.score(other, true)
     _hold(best.shape == (3,) and worse.shape == (3,), metric, "does not give one score a pair")
     if metric.best is not None:
