@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.descent.above import Above, at_own_scale, known_above, labels_sent
-from unbatch.inversion.descent.pictures import Answers, Back, Misfit, newton, searched
+from unbatch.inversion.descent.pictures import Back
 from unbatch.inversion.descent.places import WindowLayer, at_cuts, places, rectified
 from unbatch.inversion.descent.separation import ToldApart, separated, span
+from unbatch.inversion.descent.sought import Search
 from unbatch.inversion.descent.walk import Told, Walk, told_by, walk
 from unbatch.inversion.view import View
 from unbatch.network.graph import Graph
 from unbatch.network.precision import in_double
 from unbatch.network.sections import section
 from unbatch.network.tracing import trace
-from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
+from unbatch.numerics.bounds.first_order import ERROR_SIGMAS
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
@@ -31,14 +32,8 @@ SLOWEST = 0.85  # share of their error that a turn may leave
 CLIENT_ROUNDINGS = 4  # of the update's type, by which the client's own arithmetic is off
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
 AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
-FOUND = 2e-2  # misfit, relative, of absolute values, below which a search has found its valley
-NOISES = 10.0  # times the equations' own noise that may be left over
-DRAWS = 2  # of the equations' noise, which show how far it moves the inputs
-RESPONSE_TOLERANCES = 1e-3, 1e-5, 1e-6  # of the linear systems that show it, relative: the next where a probe is lost
-RESPONSE_PRODUCTS = 640  # with the Jacobian, at most
 COARSEST = 1e-6  # rounding of an update, relative, from which something is claimed
-LOST_SHARE = 0.05  # of a random direction that the equations may fail to give back
-SHARES = 0.3, 0.4, 0.8  # of the work that is done after separation, walk and search
+SHARES = 0.3, 0.4, 1.0  # of the work that is done after separation, walk and search
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +99,10 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
             tried.append(f"{place.call.name}: the head's gradient is {up.misfit:.1e} off")
             continue
         tick(SHARES[0])
-        down = walk(graph, every, place.given, up.maps, up.delta, update, eps, error)
-        told, unknowns = target(down), len(found) * torch.Size(view.knowledge.input_shape).numel()
-        if best is None or told.equations > target(best.walk).equations:
+        unknowns = len(found) * torch.Size(view.knowledge.input_shape).numel()
+        down = walk(graph, every, place.given, up.maps, up.delta, update, eps, error, ENOUGH * unknowns)
+        told = target(down, unknowns)
+        if best is None or told.equations > target(best.walk, unknowns).equations:
             best = WayDown(graph, head, found, up, down)
         if told.equations >= ENOUGH * unknowns:
             break
@@ -196,42 +192,23 @@ def _pictures(
     view: View, found: WayDown, rng: torch.Generator, trace_: dict[str, Any], *, steps: int, attempts: int
 ) -> tuple[Tensor, Tensor]:
     """The inputs [n, *shape] and their bounds [n]."""
-    n, shape = len(found.separation), view.knowledge.input_shape
-    nothing = torch.full((n,), torch.inf, dtype=torch.float64)
-    told = target(found.walk)
+    shape = view.knowledge.input_shape
+    told = target(found.walk, len(found.separation) * torch.Size(shape).numel())
     if told.value is found.graph.input:
         return _bounded_input(told, shape)
     trace_["searched by"] = told.value.call.name if told.value.call is not None else "the input"
-    misfit = Misfit(section(found.graph, found.graph.input, told.value), told)
-    back = _back(found, told, misfit.below, view.update)
     low, high = view.knowledge.get("input_range", (-2.0, 2.0))
     middle, scale = (low + high) / 2, (high - low) / 4
-    single, best, x = misfit.single(), torch.inf, torch.zeros(n, *shape)
-    for attempt in range(attempts):
-        start = middle + 0.1 * scale * torch.randn(n, *shape, generator=rng)
-        count = steps * 2**attempt
-        helped = back if attempt else None  # it takes three times as long
-        value, point = torch.inf, start.to(told.seen.device)
-        search = searched(single, point, scale, steps=count, back=helped)
-        for step, (value, point) in enumerate(search):  # noqa: B007
-            if not tick(SHARES[1] + (SHARES[2] - SHARES[1]) * step / count, value):
-                break
-        if value < best:
-            best, x = value, point.clone()
-        if not value < FOUND:
-            continue
-        noise = float(told.noise.norm() / told.seen.norm())
-        steps_left = newton(misfit, point.double())
-        size, point = torch.inf, point.double()
-        for size, point in steps_left:  # noqa: B007
-            if not tick(SHARES[2], size) or size <= noise:
-                break
-        trace_["misfit"], trace_["noise"] = size, noise
-        if size <= NOISES * noise:
-            return point, _bound(misfit, told, point, size / noise, rng)
-        if not tick(SHARES[2], size):
-            break
-    return x.double(), nothing
+
+    def begin(count: int) -> Tensor:
+        drawn: Tensor = middle + 0.1 * scale * torch.randn(count, *shape, generator=rng)
+        return drawn
+
+    search = Search(section(found.graph, found.graph.input, told.value), told, scale, begin, SHARES[1:], rng)
+    answer = search.sought(steps, attempts, _back(found, told, search.below, view.update))
+    if bool(answer.done.any()):
+        trace_["misfit"], trace_["noise"] = answer.left_over, answer.noise
+    return answer.inputs, answer.bounds
 
 
 def _back(found: WayDown, told: Told, below: nn.Module, update: Mapping[str, Tensor]) -> Back | None:
@@ -245,47 +222,16 @@ def _back(found: WayDown, told: Told, below: nn.Module, update: Mapping[str, Ten
     return Back(below, delta, own) if own else None
 
 
-def target(down: Walk) -> Told:
+def target(down: Walk, unknowns: int) -> Told:
     """Which tensor's equations the inputs are searched by: that with most of them, of the shallower if they are as good.
 
-    Equations that nothing checks may follow from a mask that was decided wrongly.
+    Known tensors go before equations that mix the examples, if they have enough for all unknowns: then each example is
+    searched for by itself. Equations that nothing checks may follow from a mask that was decided wrongly.
     """
     sure = [told for told in down.told if told.checked]
-    most = max(told.equations for told in sure)
-    return [told for told in sure if told.equations >= AS_GOOD * most][-1]
-
-
-def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Generator) -> Tensor:
-    """The largest relative error of each input [n], from how far the equations' noise moves it; inf where that is open."""
-    answers = Answers(misfit, x)
-
-    def drawn(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=rng, dtype=torch.float64).to(like)
-
-    probe, moves = drawn(x), list[Tensor]()
-    seen, lost, tolerance = answers.exact(probe), torch.ones(len(x)), RESPONSE_TOLERANCES[0]
-    for tolerance in RESPONSE_TOLERANCES:
-        back = answers(seen, products=RESPONSE_PRODUCTS, tolerance=tolerance) - probe
-        lost = back.flatten(1).norm(dim=1) / probe.flatten(1).norm(dim=1)
-        if bool((lost < LOST_SHARE).all()):
-            break
-
-    def answer(r: Tensor) -> Tensor:
-        return answers(r, products=RESPONSE_PRODUCTS, tolerance=tolerance).flatten(1)
-
-    unit = float(told.noise.norm())
-    for _ in range(DRAWS):
-        moves.append(answer((drawn(told.noise) * told.noise / unit).flatten()) * unit / misfit.size)
-    off = misfit(x).detach()
-    left = answer(off / off.norm()) * float(off.norm())
-    spread = torch.stack(moves).square().sum(2).mean(0).sqrt()
-    far = (
-        ERROR_SIGMAS * max(1.0, excess) * spread
-        + 2 * left.norm(dim=1)
-        + torch.finfo(torch.float64).eps * x.flatten(1).norm(dim=1)
-    )
-    relative = far / x.flatten(1).norm(dim=1).clamp_min(1e-300)
-    return torch.where((lost < LOST_SHARE) & (relative < LARGEST_RADIUS), relative, torch.inf).cpu()
+    known = [told for told in sure if told.rows is None and told.equations >= ENOUGH * unknowns]
+    most = max(told.equations for told in known or sure)
+    return [told for told in known or sure if told.equations >= AS_GOOD * most][-1]
 
 
 def _bounded_input(told: Told, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

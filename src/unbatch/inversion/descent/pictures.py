@@ -39,10 +39,15 @@ class Misfit:
         return (made - seen.to(made)).flatten() / self.size
 
     def absolute(self, x: Tensor) -> Tensor:
-        """The sum of the absolute values, in units of that of all that is told; smooth within CORNER of their mean."""
-        told = self.told.seen.abs() / self.size
-        off = self(x)
-        return (off.square() + (CORNER * float(told.mean())) ** 2).sqrt().sum() / told.sum()
+        """The sums of the absolute values, in units of those of what is told; smooth within CORNER of their mean.
+
+        One for each example [n] where its tensor is known, one for all [1] where equations mix the examples.
+        """
+        alone = len(x) if self.told.rows is None else 1
+        told = (self.told.seen.abs() / self.size).reshape(alone, -1)
+        corner = CORNER * told.mean(1, keepdim=True)
+        off = self(x).view(alone, -1)
+        return (off.square() + corner.to(off).square()).sqrt().sum(1) / told.sum(1).to(off)
 
     def linear(self, x: Tensor) -> tuple[Push, Push]:
         """The products with the Jacobian at inputs x, and with its transpose."""
@@ -79,10 +84,11 @@ class Back:
 
 def searched(
     misfit: Misfit, start: Tensor, scale: float, *, steps: int = STEPS, back: Back | None = None
-) -> Iterator[tuple[float, Tensor]]:
-    """Adam from `start`, its rate rising and falling over the steps; yields the misfit of features and the inputs.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Adam from `start`, its rate rising and falling over the steps; yields misfits of features and the inputs.
 
-    The misfit is the sum of absolute values, relative. Squares end in a valley where a part of the maxima of a pooling are
+    A misfit is a sum of absolute values, relative (`Misfit.absolute`); examples with one of their own are searched for as
+    each would be alone. Squares end in a valley where a part of the maxima of a pooling are
     taken from the wrong pixel: all equations are then a little off. The least sum of absolute values holds those that are
     right exactly, however far off the rest are, and so finds the way on. Rough inputs count against themselves at first.
     """
@@ -94,12 +100,12 @@ def searched(
         with torch.enable_grad():
             features = misfit.absolute(x)
             smooth = ROUGH * max(0.0, 1 - step / (SMOOTHED * steps))
-            loss = features + (smooth / scale * roughness(x) if smooth else 0.0)
+            loss = features.mean() + (smooth / scale * roughness(x) if smooth else 0.0)
             loss = loss if back is None else loss + BACK * back(x)
             loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
-        yield float(features.detach()), x.detach()
+        yield features.detach(), x.detach()
 
 
 def roughness(x: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def _whole(
     n, rest = divmod(len(rows) + mixed, len(windows))
     if len(windows) == 1 or rest or not n or len(windows) * len(rows) > MOST_COEFFICIENTS:
         return 0, []
-    basis = maps_in(rows, windows, differences=mixed, error=error).flatten(1)
+    basis = maps_in(rows, windows, differences=mixed, error=error, most=n).flatten(1)
     if len(basis) != n:
         return 0, []
     found = list[Tensor]()
@@ -108,6 +108,8 @@ def _whole(
         if not tick():
             break
         found.append(torch.where(ray < max(ZERO, error) * ray.max(), 0.0, ray).view(windows.shape))
+        if len(found) == n:
+            break
     return n, found
 
 
@@ -139,9 +141,11 @@ def _grown(
         if not tick():
             break
         if windows.whole:
-            maps.append(ray.view(windows.shape))
-            continue
-        found, misfit = grown(rows, windows, ray, corner, error=error, tick=tick)
+            found, misfit = ray.view(windows.shape), 0.0
+        else:
+            found, misfit = grown(rows, windows, ray, corner, error=error, tick=tick)
         if misfit < max(LARGEST_MISFIT, MISFIT_ERRORS * error):
             maps.append(found.nan_to_num(0.0))
+        if len(maps) == n:
+            break
     return n, maps

@@ -79,6 +79,13 @@ class Told:
         """How many say something: of what is zero behind a ReLU none does."""
         return int((self.seen != 0).sum()) if self.rows is None else self.seen.numel()
 
+    def of(self, examples: list[int]) -> Told:
+        """The same of some examples alone. Raises ValueError: equations mix them."""
+        if self.rows is not None:
+            raise ValueError("equations that mix the examples do not come apart.")
+        shape = (len(examples), *self.shape[1:])
+        return replace(self, seen=self.seen[examples], noise=self.noise[examples], shape=shape, left=None)
+
 
 @dataclass(eq=False)
 class Walk:
@@ -90,6 +97,7 @@ class Walk:
     late: dict[Value, Late] = field(default_factory=dict)
     scaled: dict[Value, Value | None] = field(default_factory=dict)  # whose scale that of a gradient goes with, if any
     told: list[Told] = field(default_factory=list)
+    enough: float = float("inf")  # equations of a known tensor, with which no tensor is asked that is not determined
     stops: list[str] = field(default_factory=list)  # where the way down ends, in words
     blocked: set[Value] = field(default_factory=set)  # to which something came back that is not known
     flips: dict[Value, tuple[Value, Tensor]] = field(
@@ -111,15 +119,17 @@ def walk(
     update: Mapping[str, Tensor],
     eps: float,
     error: float,
+    enough: float = float("inf"),
 ) -> Walk:
     """The walk from the tensor `start`, whose values `maps` and gradient `delta` are known up to a relative `error`.
 
     Going through the calls backward, what came back to a call's output goes on to its inputs wherever the call's derivative
     is known: of linear layers always, of a ReLU where its output is. A layer's weight gradient then gives equations for its
-    input (`weight_equations`), those of all layers that read the same tensor together.
+    input (`weight_equations`), those of all layers that read the same tensor together. Where these are fewer than its
+    unknowns, and a known tensor has `enough` equations, the way down ends: their singular values cost more than they tell.
     """
     noise = error * maps.square().mean().sqrt().expand_as(maps)
-    found = Walk({start: maps}, {start: noise}, {start: delta}, scaled={start: start})
+    found = Walk({start: maps}, {start: noise}, {start: delta}, scaled={start: start}, enough=enough)
     found.told.append(Told(start, None, maps, (len(maps), *start.shape[1:]), noise))
     readers: dict[Value, list[WindowLayer]] = {}
     for place in all_places:
@@ -274,12 +284,23 @@ def _solve(
     found: Walk, value: Value, readers: Sequence[WindowLayer], update: Mapping[str, Tensor], eps: float, error: float
 ) -> None:
     """The equations of a tensor by the weights of all layers that read it."""
+    rows = sum(len(place.layer.weight) * place.layer.weight[0, 0].numel() for place in readers)
+    columns = len(found.told[0].seen) * torch.Size(value.shape[2:]).numel()
+    if rows < columns and any(
+        told.rows is None and told.checked and told.equations >= found.enough for told in found.told
+    ):
+        found.stops.append(f"{rows} equations for the {columns} entries of a channel of {_name(value)}")
+        return
     error = max(error, *(told.misfit for told in found.told))  # what came back is known no better than that
     told = told_by(value, readers, found.deltas, update, eps, error)
     if told is not None:
         found.told.append(told)
         if told.rows is None:
             found.values[value], found.noises[value] = told.seen, told.noise
+
+
+def _name(value: Value) -> str:
+    return "the input" if value.call is None else f"what {value.call.where} gave"
 
 
 def told_by(

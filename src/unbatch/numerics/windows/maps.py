@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unbatch.numerics.linear.null_space import null_space
 from unbatch.numerics.windows.geometry import PADDED, Windows
 
 FITS = 1e-10  # eigenvalue of the squared misfit of shared entries, below which windows fit
@@ -12,7 +13,9 @@ FITS_ERRORS = 30.0  # the same, its root, in units of the span's error
 VANISHED = 1e-8  # singular value over the largest, or norm of a map, below which it is zero
 
 
-def maps_in(rows: Tensor, windows: Windows, *, differences: bool = False, error: float = 0.0) -> Tensor:
+def maps_in(
+    rows: Tensor, windows: Windows, *, differences: bool = False, error: float = 0.0, most: int | None = None
+) -> Tensor:
     """The maps all of whose windows lie in a span, as an orthonormal basis [m, channels, height, width].
 
     Windows a_p rows are those of one map if shared entries agree and padding is zero: linear equations for the P r
@@ -20,7 +23,8 @@ def maps_in(rows: Tensor, windows: Windows, *, differences: bool = False, error:
     overlaps others on all sides these are the batch's own maps and no more, whatever activation made them. With
     `differences` it is the differences of a map's windows that lie in the span, as behind batch norm in train mode.
 
-    `rows` [r, channels k k] orthonormal and known up to `error`, `windows` the convolution's.
+    `rows` [r, channels k k] orthonormal and known up to `error`, `windows` the convolution's. With `most` no more than that
+    many are looked for, which is faster: where there are more, some more come back, and not all.
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> x = torch.randn(2, 24, 4, 4, generator=rng, dtype=torch.float64)
@@ -47,8 +51,7 @@ def maps_in(rows: Tensor, windows: Windows, *, differences: bool = False, error:
     apart = rows.view(r, channels, taps)
     products = torch.einsum("bca,dce->aebd", apart, apart)
     squares = torch.einsum("jakx,axbd->jbkd", off, products).reshape(places * r, places * r)
-    values, vectors = torch.linalg.eigh(squares)
-    held = vectors[:, values < max(FITS, (FITS_ERRORS * error) ** 2)].T.reshape(-1, places, r)
+    held = null_space(squares, max(FITS, (FITS_ERRORS * error) ** 2), most=most).view(-1, places, r)
     entries = torch.einsum("mjb,bca->mcja", held, apart).reshape(len(held), channels, places * taps)
     found: Tensor = (entries @ torch.linalg.pinv(made).T)[..., : height * width].flatten(1)
     if not len(found):

@@ -112,8 +112,9 @@ def exact_ray(rows: Tensor, ray: Tensor, *, error: float = 0.0) -> Tensor | None
 def rays(rows: Tensor, rng: torch.Generator, *, most: int, error: float = 0.0) -> Iterator[Tensor]:
     """Different extreme rays of the nonnegative vectors in a span, as unit vectors, from up to `most` programs.
 
-    Programs begin at random entries, those first that the rays found so far leave small. `rows` [r, d] orthonormal,
-    with their `error` as in `exact_ray`.
+    Programs begin at random entries, those first that the rays found so far leave small. There may be more rays than
+    dimensions: whoever looks for particular ones stops when these are found. `rows` [r, d] orthonormal, with their `error`
+    as in `exact_ray`.
 
     >>> x = torch.rand(3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sub(0.5).relu()
     >>> rows = torch.linalg.qr(x.T).Q.T
@@ -124,8 +125,6 @@ def rays(rows: Tensor, rng: torch.Generator, *, most: int, error: float = 0.0) -
     if not len(rows):
         return
     found = list[Tensor]()
-    if not len(rows):
-        return
     reached = rows.norm(dim=0)
     inside = (reached > 1e-9 * reached.max()).nonzero()[:, 0]  # elsewhere every vector of the span is zero
     held = rows[:, inside]
@@ -142,5 +141,3 @@ def rays(rows: Tensor, rng: torch.Generator, *, most: int, error: float = 0.0) -
         if all(float((ray - other).norm()) > max(1e-5, NEGATIVE_ERRORS * error) for other in found):
             found.append(ray)
             yield ray
-            if len(found) == len(rows):
-                return

@@ -1,0 +1,156 @@
+"""Sought: the inputs of a batch behind a tensor that was told, by searches, Gauss and Newton, each with its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.inversion.descent.pictures import Answers, Back, Misfit, newton, searched
+from unbatch.inversion.descent.walk import Told
+from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
+from unbatch.progress import tick
+
+FOUND = 2e-2  # misfit, relative, of absolute values, below which a search has found its valley
+NOISES = 10.0  # times the equations' own noise that may be left over
+DRAWS = 2  # of the equations' noise, which show how far it moves the inputs
+RESPONSE_TOLERANCES = 1e-3, 1e-5, 1e-6  # of the linear systems that show it, relative: the next where a probe is lost
+RESPONSE_PRODUCTS = 640  # with the Jacobian, at most
+LOST_SHARE = 0.05  # of a random direction that the equations may fail to give back
+AT_ONCE = 4  # examples that are searched for in one piece, where each has equations of its own
+
+
+@dataclass(eq=False)
+class Sought:
+    """Inputs [n, *shape] that were sought, the misfits [n] at which their search ended, and their bounds [n].
+
+    A bound is infinite where nothing is claimed; done [n] says whose search is over: Newton's steps ended exactly.
+    """
+
+    inputs: Tensor
+    misfits: Tensor
+    bounds: Tensor
+    done: Tensor
+    left_over: float = 0.0  # the largest misfit after Newton's steps of those that are done
+    noise: float = 0.0  # of the equations, the largest
+
+    @classmethod
+    def nothing(cls, start: Tensor) -> Sought:
+        """Nothing found yet, and the inputs from which the first search begins."""
+        n = len(start)
+        endless = torch.full((n,), torch.inf, dtype=torch.float64)
+        return cls(start.double(), endless, endless.clone(), torch.zeros(n, dtype=torch.bool))
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What a search goes by: the network `below` the tensor that is `told`, and the spread of its inputs.
+
+    `begin` draws inputs [n, *shape] to begin at, for so many; `shares` are those of the work before and after it.
+    """
+
+    below: nn.Module
+    told: Told
+    scale: float
+    begin: Callable[[int], Tensor]
+    shares: tuple[float, float]
+    rng: torch.Generator
+
+    @property
+    def apart(self) -> bool:
+        """Whether each example has equations of its own."""
+        mixes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.below.modules())
+        return self.told.rows is None and not mixes
+
+    def sought(self, steps: int, attempts: int, back: Back | None) -> Sought:
+        """The inputs, after up to so many searches; each has twice the steps of the one before.
+
+        Examples that have equations of their own are sought a few at a time, and those that were not found again. Where
+        none was found, or equations mix the examples, all are sought together, and by the gradients `back` below, too.
+        """
+        n = len(self.told.noise) if self.told.rows is None else self.told.shape[0]
+        found = Sought.nothing(self.begin(n))
+        for attempt in range(attempts):
+            left = (~found.done).nonzero().flatten().tolist()
+            helped = back if attempt and len(left) == n else None  # it takes three times as long
+            at_once = AT_ONCE if self.apart and helped is None else n
+            for at in range(0, len(left), at_once):
+                self._some(found, left[at : at + at_once], steps * 2**attempt, helped, (attempt, at / len(left)))
+                if not tick(self._share(attempt, (at + at_once) / len(left))):
+                    return found
+            if bool(found.done.all()):
+                break
+        return found
+
+    def _share(self, attempt: int, part: float) -> float:
+        before, after = self.shares
+        return before + (after - before) * (1 - 0.5**attempt * (1 - 0.5 * min(part, 1.0)))
+
+    def _some(
+        self, found: Sought, examples: list[int], steps: int, back: Back | None, where: tuple[int, float]
+    ) -> None:
+        """One search for some of the examples, and Newton's steps for those whose valley it found."""
+        told = self.told.of(examples) if self.apart else self.told
+        misfit = Misfit(self.below, told)
+        point = self.begin(len(examples)).to(told.seen.device)
+        values = torch.full((len(examples),), torch.inf)
+        for values, point in searched(misfit.single(), point, self.scale, steps=steps, back=back):  # noqa: B007, B020
+            if not tick(self._share(*where), float(values.max())):
+                break
+        values = values.cpu().double().expand(len(examples))
+        for j, i in enumerate(examples):
+            if values[j] < found.misfits[i]:
+                found.misfits[i], found.inputs[i] = values[j], point[j].to(found.inputs)
+        groups = [[j] for j in range(len(examples))] if self.apart else [list(range(len(examples)))]
+        for group in groups:
+            if all(float(values[j]) < FOUND for j in group):
+                part = told.of(group) if self.apart else told
+                self._finished(found, [examples[j] for j in group], part, point[group].double())
+
+    def _finished(self, found: Sought, examples: list[int], told: Told, point: Tensor) -> None:
+        """Newton's steps to where the equations' own noise is left, and the bounds there."""
+        misfit, size = Misfit(self.below, told), torch.inf
+        noise = float(told.noise.norm() / told.seen.norm())
+        for size, point in newton(misfit, point):  # noqa: B007, B020
+            if not tick(self.shares[1], size) or size <= noise:
+                break
+        found.noise = max(found.noise, noise)
+        if size <= NOISES * noise:
+            found.inputs[examples] = point.to(found.inputs)
+            found.done[examples], found.left_over = True, max(found.left_over, size)
+            found.bounds[examples] = _bound(misfit, told, point, size / noise, self.rng)
+
+
+def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Generator) -> Tensor:
+    """The largest relative error of each input [n], from how far the equations' noise moves it; inf where that is open."""
+    answers = Answers(misfit, x)
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=rng, dtype=torch.float64).to(like)
+
+    probe, moves = drawn(x), list[Tensor]()
+    seen, lost, tolerance = answers.exact(probe), torch.ones(len(x)), RESPONSE_TOLERANCES[0]
+    for tolerance in RESPONSE_TOLERANCES:
+        back = answers(seen, products=RESPONSE_PRODUCTS, tolerance=tolerance) - probe
+        lost = back.flatten(1).norm(dim=1) / probe.flatten(1).norm(dim=1)
+        if bool((lost < LOST_SHARE).all()):
+            break
+
+    def answer(r: Tensor) -> Tensor:
+        return answers(r, products=RESPONSE_PRODUCTS, tolerance=tolerance).flatten(1)
+
+    unit = float(told.noise.norm())
+    for _ in range(DRAWS):
+        moves.append(answer((drawn(told.noise) * told.noise / unit).flatten()) * unit / misfit.size)
+    off = misfit(x).detach()
+    left = answer(off / off.norm()) * float(off.norm())
+    spread = torch.stack(moves).square().sum(2).mean(0).sqrt()
+    far = (
+        ERROR_SIGMAS * max(1.0, excess) * spread
+        + 2 * left.norm(dim=1)
+        + torch.finfo(torch.float64).eps * x.flatten(1).norm(dim=1)
+    )
+    relative = far / x.flatten(1).norm(dim=1).clamp_min(1e-300)
+    return torch.where((lost < LOST_SHARE) & (relative < LARGEST_RADIUS), relative, torch.inf).cpu()
