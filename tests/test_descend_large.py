@@ -11,8 +11,11 @@ import unbatch
 from unbatch import Observation, Protocol, Reconstruction
 from unbatch.attacks import Descend
 from unbatch.inversion.descent.pictures import Misfit, searched
+from unbatch.inversion.descent.tangent import Tangent
 from unbatch.inversion.descent.walk import Told
 from unbatch.network.graph import Value
+from unbatch.network.sections import section
+from unbatch.network.tracing import trace
 from unbatch.numerics.linear.null_space import null_space
 from unbatch.numerics.windows.rays import rays
 
@@ -84,12 +87,6 @@ def test_examples_are_searched_for_as_each_would_be_alone() -> None:
     assert float(together[1]) == pytest.approx(float(alone[0]), rel=1e-3)
 
 
-def test_equations_that_mix_examples_do_not_come_apart() -> None:
-    told = Told(Value((2, 1, 2, 2)), torch.eye(8), torch.ones(1, 8), (2, 1, 2, 2), torch.zeros(1, 8))
-    with pytest.raises(ValueError, match="mix"):
-        told.of([0])
-
-
 def test_a_few_null_directions_of_a_large_matrix_are_all_found_and_too_many_show() -> None:
     rng = torch.Generator().manual_seed(0)
     Q = torch.linalg.qr(torch.randn(120, 120, generator=rng, dtype=torch.float64)).Q
@@ -109,3 +106,33 @@ def test_rays_beyond_the_number_of_dimensions_are_looked_for() -> None:
     vectors = (torch.cos(torch.tensor(torch.pi / 5)) - corners @ sides.T).repeat(1, 2)  # [5 rays, 10 facets]
     rows = torch.linalg.svd(vectors, full_matrices=False)[2][:3]
     assert len(list(rays(rows, torch.Generator().manual_seed(0), most=40))) == 5
+
+
+class Branched(nn.Module):
+    """What a residual network is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.end = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.a(x)))
+        return self.end(F.avg_pool2d(F.relu(self.b(y) + y), 4).flatten(1))
+
+
+def test_a_networks_tangent_is_its_derivative() -> None:
+    torch.manual_seed(0)
+    net = Branched().double()
+    net(views(4))
+    graph = trace(net.eval().requires_grad_(False), SHAPE)
+    whole = section(graph, graph.input, graph.output)
+    x, v = views(2), views(4)[2:]
+    assert Tangent.reads(whole)
+    assert torch.allclose(Tangent(whole, x).run(v), torch.func.jvp(net, (x,), (v,))[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [nn.GELU(), nn.MaxPool2d(2), nn.GroupNorm(1, 2), nn.BatchNorm2d(2)])
+def test_what_is_not_piecewise_linear_is_no_tangent(layer: nn.Module) -> None:
+    graph = trace(nn.Sequential(nn.Conv2d(2, 2, 1), layer), SHAPE, "train")
+    assert not Tangent.reads(section(graph, graph.input, graph.output))

@@ -31,6 +31,7 @@ SURELY = 10.0  # times the error, above which an entry is positive that was zero
 SLOWEST = 0.85  # share of their error that a turn may leave
 CLIENT_ROUNDINGS = 4  # of the update's type, by which the client's own arithmetic is off
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
+ALONE = 2.5  # equations an unknown of a known tensor, at which each example is searched for by itself
 AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
 COARSEST = 1e-6  # rounding of an update, relative, from which something is claimed
 SHARES = 0.3, 0.4, 1.0  # of the work that is done after separation, walk and search
@@ -100,7 +101,7 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
             continue
         tick(SHARES[0])
         unknowns = len(found) * torch.Size(view.knowledge.input_shape).numel()
-        down = walk(graph, every, place.given, up.maps, up.delta, update, eps, error, ENOUGH * unknowns)
+        down = walk(graph, every, place.given, up.maps, up.delta, update, eps, error, ALONE * unknowns)
         told = target(down, unknowns)
         if best is None or told.equations > target(best.walk, unknowns).equations:
             best = WayDown(graph, head, found, up, down)
@@ -229,7 +230,7 @@ def target(down: Walk, unknowns: int) -> Told:
     searched for by itself. Equations that nothing checks may follow from a mask that was decided wrongly.
     """
     sure = [told for told in down.told if told.checked]
-    known = [told for told in sure if told.rows is None and told.equations >= ENOUGH * unknowns]
+    known = [told for told in sure if told.rows is None and told.equations >= ALONE * unknowns]
     most = max(told.equations for told in known or sure)
     return [told for told in known or sure if told.equations >= AS_GOOD * most][-1]
 

@@ -6,8 +6,9 @@ import copy
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from unbatch.inversion.descent.tangent import Tangent
 from unbatch.inversion.descent.walk import Told
 from unbatch.numerics.search.least_squares import conjugate_gradients
 
@@ -32,11 +33,15 @@ class Misfit:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[e], differentiable."""
-        made: Tensor = self.below(x)
-        rows, seen = self.told.rows, self.told.seen
+        made = self._asked(self.below(x))
+        return made - self.told.seen.to(made).flatten() / self.size
+
+    def _asked(self, made: Tensor) -> Tensor:
+        """What the equations ask of a tensor [n, c, h, w], as one vector [e]; linear."""
+        rows = self.told.rows
         if rows is not None:
             made = made.reshape(self.told.shape).transpose(0, 1).flatten(1) @ rows.to(made).T
-        return (made - seen.to(made)).flatten() / self.size
+        return made.flatten() / self.size
 
     def absolute(self, x: Tensor) -> Tensor:
         """The sums of the absolute values, in units of those of what is told; smooth within CORNER of their mean.
@@ -52,6 +57,9 @@ class Misfit:
     def linear(self, x: Tensor) -> tuple[Push, Push]:
         """The products with the Jacobian at inputs x, and with its transpose."""
         pull: Push = torch.func.vjp(self, x)[1]
+        if isinstance(self.below, fx.GraphModule) and Tangent.reads(self.below):
+            tangent = Tangent(self.below, x)
+            return lambda v: self._asked(tangent.run(v)), lambda u: pull(u)[0]
         return lambda v: torch.func.jvp(self, (x,), (v,))[1], lambda u: pull(u)[0]
 
     def single(self) -> Misfit:

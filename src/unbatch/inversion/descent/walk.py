@@ -80,9 +80,7 @@ class Told:
         return int((self.seen != 0).sum()) if self.rows is None else self.seen.numel()
 
     def of(self, examples: list[int]) -> Told:
-        """The same of some examples alone. Raises ValueError: equations mix them."""
-        if self.rows is not None:
-            raise ValueError("equations that mix the examples do not come apart.")
+        """The same of some examples of a known tensor alone."""
         shape = (len(examples), *self.shape[1:])
         return replace(self, seen=self.seen[examples], noise=self.noise[examples], shape=shape, left=None)
 
@@ -286,7 +284,7 @@ def _solve(
     """The equations of a tensor by the weights of all layers that read it."""
     rows = sum(len(place.layer.weight) * place.layer.weight[0, 0].numel() for place in readers)
     columns = len(found.told[0].seen) * torch.Size(value.shape[2:]).numel()
-    if rows < columns and any(
+    if 0 < rows < columns and any(
         told.rows is None and told.checked and told.equations >= found.enough for told in found.told
     ):
         found.stops.append(f"{rows} equations for the {columns} entries of a channel of {_name(value)}")
