@@ -9,6 +9,7 @@ import torch
 
 import unbatch
 from unbatch import Attack, Case, Guarantee, Metric, Reconstruction
+from unbatch.adapters.vocabulary import tokens_of
 from unbatch.command.settings import Asked, target_of
 from unbatch.data.corpus import prose, sentences, tokenizer
 from unbatch.domain import Tokens
@@ -229,3 +230,24 @@ def test_the_rank_of_a_gradient_says_what_it_tells_of_tokens() -> None:
     told = {risk.layer: risk for risk in full.risks}["blocks.0.attention.value"]
     assert told.level == "low"
     assert "nearly everything is in its span" in told.words
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_tokenizer_s_own_words_are_shown(wrapped: bool) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    trained = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[PAD]": 0, "play": 1, "##ing": 2, "café": 3}))
+    trained.decoder = tokenizers.decoders.WordPiece(cleanup=False)
+    if wrapped:
+        transformers = pytest.importorskip("transformers")
+        trained = transformers.PreTrainedTokenizerFast(tokenizer_object=trained, pad_token="[PAD]")
+    else:
+        trained.enable_padding(pad_id=0, pad_token="[PAD]")
+    domain = tokens_of(trained, 5)
+    assert (domain.shape, domain.high, domain.padding) == ((5,), 3, 0)
+    assert domain.render(torch.tensor([3, 1, 2, 1, 0])) == "café playing play"
+    pairs = tokenizers.Tokenizer(tokenizers.models.BPE({"Ġ": 0, "a": 1, "Ġa": 2}, [("Ġ", "a")]))
+    pairs.decoder = tokenizers.decoders.ByteLevel()
+    assert tokens_of(pairs, 3).pieces(torch.tensor([2, 1, 2])) == [" a", "a", " a"]
+    assert tokens_of(pairs, 3).padding is None
+    with pytest.raises(UnbatchError, match="list is no tokenizer"):
+        tokens_of(["a", "b"], 3)

@@ -18,6 +18,7 @@ from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.claims import judged
 from unbatch.inversion.view import View
 from unbatch.models.transformer import Transformer, build_transformer
+from unbatch.network.embedded import token_table
 from unbatch.protocol import local_update
 
 LENGTH, VOCABULARY = 7, 30
@@ -181,6 +182,19 @@ def test_the_next_tokens_as_labels_change_with_the_tokens() -> None:
     other[1, -1] = x[1, -1] % (VOCABULARY - 1) + 1  # nothing but a label tells the last token
     labels = torch.cat([other[:, 1:], labels[:, -1:]], 1)
     assert not judged(View.of(obs), replace(found, inputs=other, labels=labels)).bound.isfinite().any()  # type: ignore[union-attr]
+
+
+def test_a_vocabulary_is_as_large_as_the_model_s_table_whether_told_or_not() -> None:
+    net, (x, y) = model(), batch()
+    guessed = unbatch.Setting(model=net, loss=F.cross_entropy, inputs=x % 7, labels=y).domain
+    assert (guessed.name, guessed.high, guessed.public().input_range) == ("tokens", VOCABULARY - 1, (0, VOCABULARY - 1))
+    assert token_table(net, (LENGTH,)) == "tokens.weight"
+    assert token_table(model(outputs=VOCABULARY, reads="each", tied=True), (LENGTH,)) == "tokens.weight"
+    seen, truth = unbatch.observe(net, F.cross_entropy, x, y)
+    assert View.of(seen).domain.high == VOCABULARY - 1
+    record = unbatch.audit(seen, attacks="label-count", analyses=(), truth=truth)
+    assert record.domain == "tokens"
+    assert record.clients[0].pieces[0] == [f" {number}" for number in x[0].tolist()]
 
 
 def test_an_attack_must_return_tokens_as_whole_numbers() -> None:

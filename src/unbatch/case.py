@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, Self, final, get_args
 
@@ -21,6 +21,7 @@ from unbatch.label_form import BROADCASTS, PROBES, LabelForm, label_words, loss_
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small
 from unbatch.models.channel_norm import NormName
+from unbatch.network.embedded import token_table
 from unbatch.network.unwrapped import unwrapped
 from unbatch.plugin import Plugin
 from unbatch.protocol import Protocol
@@ -67,6 +68,8 @@ class Setting:
         if self.domain is None:
             object.__setattr__(self, "domain", domain_of(self.inputs))
         self._try_forward()
+        if isinstance(self.domain, Tokens) and not self.domain.bounded:
+            object.__setattr__(self, "domain", _of_its_vocabulary(self.model, self.domain))
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.model.parameters())
@@ -122,6 +125,13 @@ class Setting:
         if isinstance(self.domain, Tokens) and label.shape == self.domain.shape and not label.is_floating_point():
             return self.domain.render(label.masked_fill(label < 0, self.domain.padding or 0))
         return label_words(label, self.classes)
+
+
+def _of_its_vocabulary(model: nn.Module, domain: Tokens) -> Tokens:
+    """The domain with as many tokens as the model looks up, which anybody who has the model knows; else as it was."""
+    table = token_table(model, domain.shape)
+    size = 0 if table is None else len(model.get_parameter(table))
+    return replace(domain, high=size - 1.0, bounded=True) if size > domain.high else domain
 
 
 def _diverged(tensor: object) -> bool:

@@ -30,7 +30,7 @@ from unbatch.auditing.suites import passive
 from unbatch.bundle import raw_bytes, state_hash
 from unbatch.case import Case, Setting
 from unbatch.defence import Defence
-from unbatch.domain import Domain, domain_told
+from unbatch.domain import Domain
 from unbatch.errors import MissingExtra, NotApplicable, UnbatchError
 from unbatch.inversion.view import View
 from unbatch.knowledge import Earlier
@@ -161,7 +161,7 @@ class _Plan:
                     "a captured update already has its defences in it; leave `defences` and `remedies` out."
                 )
             target = target.as_rounded()
-            self.domain = domain_told(target.knowledge)
+            self.domain = View.of(target).domain
             self.exchanges = [(_moved(target, device) if device else target, truth)]
             if truth is not None:
                 self.settings = [_known(target, truth, self.domain)]

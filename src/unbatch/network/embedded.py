@@ -49,6 +49,6 @@ def token_table(model: nn.Module, input_shape: tuple[int, ...]) -> str | None:
     tokens = torch.ones(2, *input_shape, dtype=torch.long, device=next(model.parameters()).device)
     with EmbeddingCalls() as heard:
         forward(model, tokens)
-    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    names = {id(p): name for name, p in model.named_parameters()}  # a tied table by its first name
     tables = (names.get(id(table)) for numbers, table in heard.found if torch.equal(numbers, tokens))
     return next((name for name in tables if name is not None), None)

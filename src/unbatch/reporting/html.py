@@ -250,6 +250,8 @@ class Card:
         if example.picture is not None and example.bound is not None and math.isfinite(example.bound):
             holds = example.error is None or example.error <= example.bound
             words = f"certified to {number(example.bound)}" if holds else f"claim of {number(example.bound)} fails"
+            if not example.bound:  # of tokens, which are right or wrong
+                words = "certified to the last token" if holds else "the claim of every token fails"
             shown.append(("sure" if holds else "open", words))
         near = example.tier in (Tier.EXACT, Tier.COPY)
         if self.info and self.score is not None and self.chance is not None and not near:
