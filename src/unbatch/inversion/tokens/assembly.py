@@ -1,0 +1,154 @@
+"""Assembly: how often each sentence occurs in the batch, and with which labels, by the gradient's being their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.inversion.tokens.fronts import TokenReader
+from unbatch.loss import Loss
+from unbatch.network.precision import loss_value
+from unbatch.network.products import multiplied
+from unbatch.observation import Observation
+
+WHOLE_TO = 0.1  # an occurrence that near to a whole number is one
+MOST_LABELS = 64  # that one sentence can have, each tried
+MOST_SIMULATED = 2048  # updates of one sentence with one label
+MOST_SUMMED = 2**18  # numbers of them that are compared
+MOST_BATCH = 1024  # examples of a batch whose size is not known
+NULL_TO = 1e-9  # a singular value of the labels' own columns below which they are dependent
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sentences with their labels, as many times as they occur."""
+
+    inputs: Tensor  # [n, t]
+    labels: Tensor  # [n, ...]
+
+
+def sentence_labels(reader: TokenReader, outputs: Tensor) -> list[Tensor]:
+    """Every label that one sentence can have, each [1, ...] as the loss takes it. Raises NotApplicable: not a few."""
+    every = reader.view.labels.every(outputs)
+    if not 0 < len(every) <= MOST_LABELS:
+        raise NotApplicable("the labels of a sentence are not one of a few, and the update does not say which they are.")
+    return every
+
+
+def assembled(reader: TokenReader, sentences: Tensor) -> Batch:
+    """The batch that the update is of, from different sentences [m, t] among which all of its own are.
+
+    A gradient is linear in the examples: sum over sentences and labels of (occurrences) g(sentence, label) / n. The head's
+    gradient tells the share of each where the head was trained, else a few simulated updates of the smaller tensors. Shares
+    are found up to what the labels of one sentence have in common (their columns add up to zero, weighted by the predicted
+    probabilities), and that is settled by their being whole numbers.
+    Raises NotApplicable: these sentences do not explain the gradient, or labels are not few.
+    """
+    run = multiplied(reader.model, sentences, reader.mode)
+    assert run.outputs is not None
+    outputs = run.outputs.double()
+    labels = sentence_labels(reader, outputs)
+    slopes = _slopes(reader.view.loss, outputs, labels)  # [m, l, k]
+    told = _by_head(reader, run.products, outputs, slopes)
+    shares = told if told is not None else _by_updates(reader.view.obs, sentences, labels)
+    counts = _counts(shares, slopes, _reduction(reader.view.loss, outputs, labels), reader.view.knowledge.get("batch_size"))
+    which = counts.nonzero()
+    times = counts[which[:, 0], which[:, 1]]
+    rows = which.repeat_interleave(times, 0)
+    return Batch(sentences[rows[:, 0]], torch.cat(labels)[rows[:, 1]])
+
+
+def _slopes(loss: Loss, outputs: Tensor, labels: Sequence[Tensor]) -> Tensor:
+    """What the loss of one sentence alone sends back to its outputs, for every label; [m, l, k]."""
+    found = []
+    for one in outputs:
+        at = one[None].detach().requires_grad_()
+        with torch.enable_grad():
+            each = [torch.autograd.grad(loss_value(loss, at, y.to(at) if y.is_floating_point() else y), at)[0] for y in labels]
+        found.append(torch.stack([g.flatten() for g in each]))
+    return torch.stack(found)
+
+
+def _reduction(loss: Loss, outputs: Tensor, labels: Sequence[Tensor]) -> float:
+    """The power of n by which the loss divides a sum over n examples: 1 of a mean, 0 of a sum."""
+    y = torch.cat([labels[0]] * 2)
+    twice = torch.cat([outputs[:1]] * 2).detach().requires_grad_()
+    with torch.enable_grad():
+        (g,) = torch.autograd.grad(loss_value(loss, twice, y.to(twice) if y.is_floating_point() else y), twice)
+    (own,) = _slopes(loss, outputs[:1], labels[:1])[:, 0]
+    return 1.0 if float(g[0].norm()) < 0.75 * float(own.norm()) else 0.0
+
+
+def _by_head(reader: TokenReader, products: Sequence, outputs: Tensor, slopes: Tensor) -> Tensor | None:
+    """The shares [m, l] by the gradient of the dense layer whose outputs are the network's; None where there is none."""
+    update, m = reader.view.update, len(outputs)
+    head = products[-1] if products else None
+    if head is None or head.weight not in update or head.rows.shape[0] != m or outputs.ndim != 2 or m >= head.rows.shape[1]:
+        return None
+    weight = dict(reader.model.named_parameters())[head.weight].detach()
+    made = head.rows @ (weight.T if head.side == 1 else weight)
+    if made.shape != outputs.shape or not bool(((outputs - made) - (outputs - made)[:1]).norm() <= 1e-9 * outputs.norm()):
+        return None
+    gradient = head.gradient(update)  # [k, d]
+    sent = torch.linalg.lstsq(head.rows.T, gradient.T).solution  # [m, k]
+    return torch.stack([torch.linalg.pinv(s.T) @ g for s, g in zip(slopes, sent, strict=True)])
+
+
+def _by_updates(obs: Observation, sentences: Tensor, labels: Sequence[Tensor]) -> Tensor:
+    """The shares [m, l] by simulated updates of each sentence with each label, on the smaller tensors."""
+    if len(sentences) * len(labels) > MOST_SIMULATED:
+        raise NotApplicable("the head sent no gradient, and there are too many sentences and labels to try them all.")
+    names, numbers = list[str](), 0
+    for name in sorted(obs.update, key=lambda name: obs.update[name].numel()):
+        if not names or numbers + obs.update[name].numel() <= MOST_SUMMED:
+            names.append(name)
+            numbers += obs.update[name].numel()
+
+    def flat(update) -> Tensor:  # type: ignore[no-untyped-def]
+        return torch.cat([update[name].detach().double().flatten() for name in names])
+
+    try:
+        columns = torch.stack([flat(obs.simulate(s[None], y)) for s in sentences for y in labels], 1)
+    except (RuntimeError, UnbatchError) as error:
+        raise NotApplicable(f"no update of one sentence can be simulated: {error}") from error
+    found = torch.linalg.pinv(columns, rtol=1e-6) @ flat(obs.update)
+    return found.view(len(sentences), len(labels))
+
+
+def _counts(shares: Tensor, slopes: Tensor, power: float, n: int | None) -> Tensor:
+    """How often each sentence has each label [m, l], whole numbers, from its share of the gradient.
+
+    Raises NotApplicable: no whole numbers do.
+    """
+    m = len(shares)
+    for size in [n] if n is not None else range(1, MOST_BATCH + 1):
+        counts = _whole(shares * size**power, slopes)
+        if counts is not None and int(counts.sum()) == size and m:
+            return counts
+    raise NotApplicable("the sentences that were found do not add up to the gradient, so that some are missing.")
+
+
+def _whole(shares: Tensor, slopes: Tensor) -> Tensor | None:
+    """Whole numbers near to shares [m, l] up to what each sentence's labels have in common; None where there are none."""
+    rows = list[Tensor]()
+    for share, slope in zip(shares, slopes, strict=True):
+        S, Vh = torch.linalg.svd(slope.T)[1:]
+        full = torch.cat([S, S.new_zeros(len(Vh) - len(S))])
+        common = Vh[full <= NULL_TO * full[:1]]
+        if len(common) > 1:
+            return None
+        if not len(common):
+            tries = [share]
+        else:
+            p = common[0] / common[0].sum()
+            least = float((share / p.clamp_min(1e-300)).min())
+            tries = [share - (least - j) * p for j in range(9)]
+        near = next((t.round() for t in tries if bool(((t - t.round()).abs() < WHOLE_TO).all() and (t > -0.5).all())), None)
+        if near is None:
+            return None
+        rows.append(near.long())
+    return torch.stack(rows)

@@ -1,0 +1,236 @@
+"""Fronts: what a network makes of tokens on their way to each dense layer, run on any sentences one likes.
+
+What reaches a dense layer at a position depends on the token there alone, on the sentence up to it, or on all of it. Which
+of them is found by changing one token and looking where the layer's inputs change; no architecture is known by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.inversion.view import View
+from unbatch.network.precision import in_double
+from unbatch.network.products import Product, multiplied
+from unbatch.numerics.dictionary.membership import RowSpace, row_space
+
+Reach = Literal["token", "prefix", "sentence"]
+SAME_TO = 1e-10  # relative, in float64: below it nothing has reached a vector
+MOST_NUMBERS = 2**22  # of the vectors of one run of a front
+SHORT_RUNS = 3  # lengths at which a network is asked whether it takes sentences cut short
+
+
+@dataclass(frozen=True, eq=False)
+class Front:
+    """The way from a sentence to the vectors that enter some dense layers, one at each position."""
+
+    layers: tuple[tuple[Any, ...], ...]  # products that the same vectors enter, as `Product.layer`
+    reach: Reach  # what of the sentence a vector depends on
+    positioned: bool  # whether it depends on where it stands
+    position_first: bool  # whether the vectors are kept position by position, and not sentence by sentence
+    width: int
+    gradient: Tensor  # [m, d] of the layers, float64
+    eps: float  # relative error of its entries
+
+    @cached_property
+    def space(self) -> RowSpace:
+        """The row space of the layers' gradient."""
+        return row_space(self.gradient, eps=self.eps)
+
+    @property
+    def name(self) -> str:
+        """The first of its layers."""
+        return str(self.layers[0][0]).removesuffix(".weight")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenReader:
+    """A network that reads token numbers, run as far as its fronts on sentences of one's own."""
+
+    view: View
+    model: nn.Module  # in float64
+    length: int
+    vocabulary: int
+    embedding: str  # the parameter that tokens are looked up in
+    padding: int | None
+
+    @classmethod
+    def of(cls, view: View) -> TokenReader:
+        """The reader of an exchange's network. Raises NotApplicable: it looks up no token numbers."""
+        shape = view.knowledge.input_shape
+        if len(shape) != 1:
+            raise NotApplicable(f"the inputs have the shape {shape}, and sentences of tokens have one side.")
+        model = in_double(view.model)
+        probe = torch.arange(2 * shape[0], device=view.obs.device).reshape(2, -1) % 2 + 1
+        try:
+            run = multiplied(model, probe, view.protocol.mode)
+        except UnbatchError as error:
+            raise NotApplicable(f"the network is run on token numbers, and {error}") from error
+        tokens = [each for each in run.lookups if each.indices.shape == probe.shape and torch.equal(each.indices, probe)]
+        if not tokens:
+            raise NotApplicable("the network looks its inputs up in no embedding, so they are no token numbers.")
+        name = tokens[0].weight
+        return cls(
+            view, model, shape[0], len(model.get_parameter(name)), name, vars(view.knowledge).get("padding")
+        )
+
+    @property
+    def mode(self) -> Literal["train", "eval"]:
+        """As the client ran it."""
+        return self.view.protocol.mode
+
+    @cached_property
+    def words(self) -> Tensor:
+        """Every token number but the padding's."""
+        every = torch.arange(self.vocabulary, device=self.view.obs.device)
+        return every if self.padding is None else every[every != self.padding]
+
+    def draw(self, n: int, rng: torch.Generator) -> Tensor:
+        """Random sentences [n, length] without padding."""
+        which = torch.randint(len(self.words), (n, self.length), generator=rng)
+        return self.words[which.to(self.words.device)]
+
+    def padded(self, sentences: Tensor) -> Tensor:
+        """Sentences [n, t] filled up to the whole length, by padding or, where none is known, by their last token."""
+        missing = self.length - sentences.shape[1]
+        if not missing:
+            return sentences
+        last = sentences[:, -1:] if self.padding is None else torch.full_like(sentences[:, :1], self.padding)
+        return torch.cat([sentences, last.expand(-1, missing)], 1)
+
+    @cached_property
+    def quick(self) -> nn.Module:
+        """The network in float32, for looking at many sentences."""
+        return copy.deepcopy(self.view.model).float()
+
+    def rows(self, front: Front, sentences: Tensor, *, quick: bool = False) -> Tensor:
+        """The vectors [n, t, d] that sentences [n, t] send into a front's layers, in float64 or, `quick`, float32."""
+        model = self.quick if quick else self.model
+        at_once = max(1, MOST_NUMBERS // (sentences.shape[1] * front.width))
+        parts = []
+        for some in sentences.split(at_once):
+            run = multiplied(model, some, self.mode, wanted=front.layers[:1])
+            parts.append(_by_sentence(run.products[0].rows, some, front.position_first))
+        return torch.cat(parts)
+
+    def last_rows(self, front: Front, sentences: Tensor, position: int) -> Tensor:
+        """The vectors [n, d] that sentences [n, t] send into a front's layers at one position."""
+        at_once = max(1, MOST_NUMBERS // (sentences.shape[1] * front.width))
+        return torch.cat([self.rows(front, some)[:, position] for some in sentences.split(at_once)])
+
+    @cached_property
+    def takes_short(self) -> bool:
+        """Whether sentences cut short enter the layers as the beginnings of whole ones do, where nothing looks ahead."""
+        front = next((f for f in self.fronts if f.reach != "sentence"), None)
+        if front is None:
+            return False
+        whole = self.draw(2, torch.Generator().manual_seed(0))
+        full = self.rows(front, whole)
+        for t in sorted({1, self.length // 2, self.length - 1} - {0})[:SHORT_RUNS]:
+            try:
+                cut = self.rows(front, whole[:, :t])
+            except UnbatchError:
+                return False
+            if not _same(cut, full[:, :t]).all():
+                return False
+        return True
+
+    @cached_property
+    def fronts(self) -> tuple[Front, ...]:
+        """The ways into all dense layers that sent a gradient and see one vector a position, in the order of running.
+
+        Raises NotApplicable: the network draws at random as it runs, so that nobody can run it again.
+        """
+        rng = torch.Generator().manual_seed(0)
+        sentences = self.draw(1, rng).repeat(4, 1)
+        moved = sorted({0, self.length // 2, self.length - 1})
+        for k, j in enumerate(moved, 1):
+            sentences[k, j] = self._another(sentences[0, j])
+        sentences = torch.cat([sentences[: len(moved) + 1], sentences[:1, :1].expand(1, self.length)])
+        run = multiplied(self.model, sentences, self.mode)
+        alone = multiplied(self.model, sentences[:1], self.mode)
+        again = multiplied(self.model, sentences[:1], self.mode)
+        drawn = any(not _same(a.rows, b.rows).all() for a, b in zip(alone.products, again.products, strict=True))
+        if drawn or len(run.products) != len(alone.products):
+            raise NotApplicable("the network draws at random as it runs (dropout), so that its layers' inputs are open.")
+        found = list[Front]()
+        for group in _alike(run.products, alone.products):
+            front = self._front([one for one, _ in group], group[0][1], sentences, moved)
+            if front is not None:
+                found.append(front)
+        return tuple(found)
+
+    def _another(self, token: Tensor) -> Tensor:
+        here = int((self.words == token).nonzero()[0])
+        return self.words[(here + 1) % len(self.words)]
+
+    def _front(
+        self, products: Sequence[Product], alone: Product, sentences: Tensor, moved: Sequence[int]
+    ) -> Front | None:
+        """The front of products that the same vectors enter; None where these are not one a position, or sent nothing."""
+        first = products[0]
+        if len(first.rows) != sentences.numel() or len(alone.rows) != self.length:
+            return None
+        sent = [p for p in products if p.weight in self.view.update and bool(self.view.update[p.weight].any())]
+        sent = [p for p in sent if p.weight != self.embedding]
+        if not sent:
+            return None
+        orders = (rows for rows in (False, True))
+        order = next((o for o in orders if _same(_by_sentence(first.rows, sentences, o)[0], alone.rows).all()), None)
+        if order is None:
+            return None
+        rows = _by_sentence(first.rows, sentences, order)
+        reach: Reach = "token"
+        for k, j in enumerate(moved, 1):
+            changed = ~_same(rows[k], rows[0])
+            changed[j] = False
+            if bool(changed[:j].any()):
+                reach = "sentence"
+            elif bool(changed.any()) and reach == "token":
+                reach = "prefix"
+        positioned = not bool(_same(rows[-1], rows[-1, :1].expand_as(rows[-1])).all())
+        layers = tuple(p.layer for p in sent)
+        return Front(layers, reach, positioned, order, rows.shape[2], self._stacked(sent), self._eps(sent))
+
+    def _stacked(self, products: Sequence[Product]) -> Tensor:
+        """The gradients [m, d] of products that the same vectors enter, each scaled to the same size."""
+        each = [p.gradient(self.view.update) for p in products]
+        return torch.cat([g / g.norm() for g in each if bool(g.any())])
+
+    def _eps(self, products: Sequence[Product]) -> float:
+        kinds = [self.view.update[p.weight].dtype for p in products]
+        kinds += [p.dtype for p in self.view.model.parameters()]
+        return max(torch.finfo(kind).eps for kind in kinds)
+
+
+def _by_sentence(rows: Tensor, sentences: Tensor, position_first: bool) -> Tensor:
+    n, t = sentences.shape
+    return rows.reshape(t, n, -1).transpose(0, 1) if position_first else rows.reshape(n, t, -1)
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Which vectors [..., d] are the same ones, rounding aside."""
+    if a.shape != b.shape:
+        return torch.zeros(a.shape[:-1], dtype=torch.bool)
+    return (a - b).norm(dim=-1) <= SAME_TO * (a.norm(dim=-1) + b.norm(dim=-1))
+
+
+def _alike(run: Sequence[Product], alone: Sequence[Product]) -> list[list[tuple[Product, Product]]]:
+    """The products of two runs, those together that the same vectors enter."""
+    groups = list[list[tuple[Product, Product]]]()
+    for pair in zip(run, alone, strict=True):
+        rows = pair[0].rows
+        same = (g for g in groups if g[0][0].rows.shape == rows.shape and torch.equal(g[0][0].rows, rows))
+        group = next(same, None)
+        if group is None:
+            groups.append([pair])
+        else:
+            group.append(pair)
+    return groups

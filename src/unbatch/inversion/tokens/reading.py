@@ -1,0 +1,95 @@
+"""Reading: sentences of a batch out of a transformer's gradient, from the dictionary of its tokens to the whole update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from unbatch.errors import NotApplicable
+from unbatch.inversion.tokens.assembly import Batch, assembled
+from unbatch.inversion.tokens.fronts import TokenReader
+from unbatch.inversion.tokens.next_tokens import next_tokens
+from unbatch.inversion.tokens.pairs import TokenPairs, token_pairs
+from unbatch.inversion.tokens.prefixes import Grown, grown
+from unbatch.inversion.view import View
+from unbatch.reconstruction import Reconstruction
+
+SHOWN_TOKENS = 4096  # of a bag that a trace lists
+
+
+def sentences_read(view: View, *, partial: bool) -> Reconstruction:
+    """The sentences of the batch with their labels, from the spans of the gradient, claimed where they are its sum.
+
+    With `partial` sentences that passed every span, but do not add up to the gradient, are returned as guesses.
+    Raises NotApplicable: the network reads no tokens, no layer sees one at a time, spans are full, or sentences are missing;
+    the message says how far it came.
+    """
+    view = view.gradient
+    reader = TokenReader.of(view)
+    pairs = token_pairs(reader)
+    trace = _of_pairs(pairs)
+    found: Grown | None = None
+    try:
+        found = grown(reader, pairs)
+        trace |= _of_sentences(found)
+        batch = _batch(reader, found)
+    except NotApplicable as why:
+        if partial and found is not None and len(found.leaves):
+            leaves = found.leaves
+            return Reconstruction(inputs=leaves, bound=torch.full((len(leaves),), torch.inf), trace=trace | {"open": str(why)})
+        raise NotApplicable(f"{_said(pairs)}, but not the sentences: {why}") from why
+    return Reconstruction(
+        inputs=batch.inputs, labels=batch.labels, bound=torch.zeros(len(batch.inputs), dtype=torch.float64), trace=trace
+    )
+
+
+def _batch(reader: TokenReader, found: Grown) -> Batch:
+    """The batch that the sentences add up to; where those that nothing extends do not, some that others begin with are."""
+    try:
+        return next_tokens(reader, torch.cat([found.leaves, found.inner]), found.lengths)
+    except NotApplicable as why:
+        if len(reader.view.outputs) > 1:
+            raise
+    try:
+        return assembled(reader, found.leaves)
+    except NotApplicable:
+        if reader.padding is None or not len(found.inner):
+            raise
+        return assembled(reader, torch.cat([found.leaves, found.inner]))
+
+
+def _said(pairs: TokenPairs) -> str:
+    """What the first layers tell, in words."""
+    many = f"{len(pairs.tokens)} tokens"
+    sure = "are exactly those of the batch" if pairs.lawful else "are all that the batch can have"
+    return f"the first layers tell that its {many} {sure}"
+
+
+def _of_pairs(pairs: TokenPairs) -> dict[str, Any]:
+    """What the first layers tell, for the record."""
+    found: dict[str, Any] = {
+        "layer of single tokens": pairs.front.name,
+        "rank": pairs.front.space.rank,
+        "width": pairs.front.width,
+        "tokens": sorted(pairs.tokens.tolist())[:SHOWN_TOKENS],
+        "bag exact": pairs.lawful,
+        "pairs that fit": int(pairs.allowed.sum()) if pairs.front.positioned else len(pairs.tokens),
+        "pairs proven": len(pairs.proven()),
+        "nearest token that does not fit": pairs.nearest,
+    }
+    if pairs.front.positioned:
+        found["components"] = pairs.parts.count
+    return found
+
+
+def _of_sentences(found: Grown) -> dict[str, Any]:
+    """What the layers behind the first attention tell, for the record."""
+    front = found.fronts[0]
+    return {
+        "layer of beginnings": front.name,
+        "distinct prefixes": f"{found.prefixes} of at most {front.width - 1}",
+        "rank of beginnings": front.space.rank,
+        "sentences that fit": len(found.leaves),
+        "nearest beginning that does not fit": found.nearest,
+    }
