@@ -31,7 +31,9 @@ def sums(seed: int, width: int = 80) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_rank_of_pairs_is_tokens_plus_positions_minus_components_and_their_closure_is_what_passes(seed: int) -> None:
+def test_the_rank_of_pairs_is_tokens_plus_positions_minus_components_and_their_closure_is_what_passes(
+    seed: int,
+) -> None:
     pairs, x = drawn_pairs(seed), sums(seed)
     inside = x[pairs]  # [k, d]
     gradient = torch.randn(120, len(inside), generator=rng(seed + 100), dtype=torch.float64) @ inside
@@ -97,5 +99,7 @@ def test_a_gradient_that_is_full_says_so_and_a_vector_of_no_length_is_never_a_me
     full = row_space(torch.randn(9, 5, generator=rng(0), dtype=torch.float64), eps=1e-16)
     assert full.saturated
     assert full.rank == 5
+    assert row_space(torch.randn(9, 4, generator=rng(0)) @ torch.randn(4, 5, generator=rng(1)), eps=1e-7).saturated
+    assert not row_space(torch.randn(9, 3, generator=rng(0)) @ torch.randn(3, 5, generator=rng(1)), eps=1e-7).saturated
     assert not bool(full.members(torch.zeros(1, 5, dtype=torch.float64)).any())
     assert row_space(torch.zeros(4, 3), eps=1e-7).rank == 0

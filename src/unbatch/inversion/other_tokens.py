@@ -93,9 +93,13 @@ def _following(tokens: Tensor, labels: Tensor, other: Tensor) -> Tensor:
     if labels.shape != tokens.shape or labels.is_floating_point() or labels.ndim != 2:
         return labels
     asked = labels >= 0  # a negative number says that no answer is asked for
+    after = asked.flip(1).cumsum(1).flip(1) == 0  # behind a sequence's last answer
+    longer = after & (other != tokens).roll(-1, 1)  # and now a token follows
+    longer[:, -1] = False
     if bool((labels == tokens)[asked].all()):
         return torch.where(asked, other, labels)
     if bool((labels[:, :-1] == tokens[:, 1:])[asked[:, :-1]].all()):
+        asked |= longer
         return torch.cat([torch.where(asked[:, :-1], other[:, 1:], labels[:, :-1]), labels[:, -1:]], 1)
     return labels
 

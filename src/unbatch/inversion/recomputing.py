@@ -25,6 +25,7 @@ MOVE_SLACK = 3.0  # times what moves of the inputs by their bounds are seen to d
 NOISE_SLACK = 1.25  # times the known noise's own size
 LARGEST_FACTOR_ERROR = 0.05  # by which a factor that is 1 may seem another, however coarse the update
 LARGEST_ALLOWANCE = 0.5  # of a tensor, and of the update, however wide the bounds: with more they explain nothing
+SILENT_TIMES = 4.0  # the size of a tensor that is rounding alone, which another batch may well send
 AS_WELL = 2.0  # times what is left by the inputs that are claimed
 SCALE_ERROR = 0.1  # of the inputs, relative, that the update must be able to show
 SCALE_MOVE = 1e-5  # relative, by which that is measured, within one piece of a kinked network
@@ -110,7 +111,11 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
         reach = _reach(place, inputs, labels, far)
         allowed = {name: a + abs(c) * reach[name] for name, a in allowed.items()}
     size = float(flatten(seen, seen).norm())
-    allowed = {name: min(a, LARGEST_ALLOWANCE * float(seen[name].norm())) for name, a in allowed.items()}
+    most = {name: LARGEST_ALLOWANCE * float(u.norm()) for name, u in seen.items()}
+    if any(off[name] > min(allowed[name], most[name]) for name in seen):
+        silent = _silent(place, x, y, again, c)
+        most, allowed = most | silent, allowed | silent
+    allowed = {name: min(a, most[name]) for name, a in allowed.items()}
     whole = math.hypot(*allowed.values()) / size if size else math.inf
     worst = max(seen, key=lambda name: off[name] / (allowed[name] or 1e-300))
     fits = bool(c) and all(off[name] <= allowed[name] for name in seen)
@@ -126,6 +131,28 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
     pinned = not fits or _pinned(place, x, y, off, free=not near)
     settled = fits and pinned and (near or _told(place, x, y, rounding, c, residual))
     return Recomputed(c, residual, whole, fits, settled, worst, beyond, pinned or not near)
+
+
+def _silent(place: Observation, x: Tensor, y: Tensor, again: Mapping[str, Tensor], c: float) -> dict[str, float]:
+    """What is allowed of each tensor whose gradient is zero but for rounding, as seen and as simulated: it says nothing.
+
+    Such is that of the bias of an attention's keys, which adds one number to all scores of a query. Rounding is what
+    another precision changes: float64, or in units of its own float32 where the client computes in float64.
+    """
+    kind = next(place.model.parameters()).dtype
+    other = torch.float32 if kind == torch.float64 else torch.float64
+    unit = torch.finfo(kind).eps / torch.finfo(other).eps if kind == torch.float64 else 1.0
+    turned = replace(place, model=copy.deepcopy(place.model).to(other))
+    try:
+        there = turned.simulate(_typed(x, place, other), _typed(y, place, other))
+    except (RuntimeError, ValueError, TypeError):  # a loss or model that takes its own precision alone
+        return {}
+    found = {}
+    for name, s in again.items():
+        larger = max(float(place.update[name].double().norm()), abs(c) * float(s.norm()))
+        if larger <= PRECISION_SLACK * abs(c) * unit * float((there[name].detach().double() - s).norm()):
+            found[name] = SILENT_TIMES * larger
+    return found
 
 
 def _explaining(place: Observation, allowed: Mapping[str, float]) -> Callable[[Tensor, Tensor], bool]:

@@ -59,15 +59,15 @@ class Multiplied:
     outputs: Tensor | None  # None where the run was ended before
 
 
-class _Enough(BaseException):
-    """Ends a run whose rest nobody asked for; no `except Exception` of the model's stops it."""
+class _EndedError(UnbatchError):
+    """Ends a run whose rest nobody asked for."""
 
 
-class _Products(TorchDispatchMode):
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hears matrix products below autograd, where nn.Linear, x @ W and fused attention look the same."""
 
     def __init__(self, model: nn.Module, wanted: Collection[tuple[Any, ...]] | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters()}
         self.wanted = None if wanted is None else set(wanted)
         self.products: list[Product] = []
@@ -109,7 +109,7 @@ class _Products(TorchDispatchMode):
         if self.wanted is not None:
             self.wanted.discard(product.layer)
         if ends:
-            raise _Enough
+            raise _EndedError
 
 
 def multiplied(
@@ -135,8 +135,10 @@ def multiplied(
     try:
         with torch.no_grad(), in_mode(model, mode), listening:
             outputs = outputs_of(model, inputs, twice=True)  # attention written out, and not fused
-    except _Enough:
+    except _EndedError:
         pass
     except Exception as error:  # the model is the user's: anything may go wrong in it
-        raise UnbatchError(f"the model's forward fails on inputs of shape {tuple(inputs.shape[1:])}: {error}") from error
+        raise UnbatchError(
+            f"the model's forward fails on inputs of shape {tuple(inputs.shape[1:])}: {error}"
+        ) from error
     return Multiplied(tuple(listening.products), tuple(listening.lookups), outputs)

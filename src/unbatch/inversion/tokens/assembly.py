@@ -12,14 +12,16 @@ from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.tokens.fronts import TokenReader
 from unbatch.loss import Loss
 from unbatch.network.precision import loss_value
-from unbatch.network.products import multiplied
+from unbatch.network.products import Product, multiplied
 from unbatch.observation import Observation
+from unbatch.protocol import Update
 
 WHOLE_TO = 0.1  # an occurrence that near to a whole number is one
 MOST_LABELS = 64  # that one sentence can have, each tried
 MOST_SIMULATED = 2048  # updates of one sentence with one label
 MOST_SUMMED = 2**18  # numbers of them that are compared
 MOST_BATCH = 1024  # examples of a batch whose size is not known
+ALIKE_TO = 1e-10  # relative, between outputs that are the same
 NULL_TO = 1e-9  # a singular value of the labels' own columns below which they are dependent
 
 
@@ -35,7 +37,9 @@ def sentence_labels(reader: TokenReader, outputs: Tensor) -> list[Tensor]:
     """Every label that one sentence can have, each [1, ...] as the loss takes it. Raises NotApplicable: not a few."""
     every = reader.view.labels.every(outputs)
     if not 0 < len(every) <= MOST_LABELS:
-        raise NotApplicable("the labels of a sentence are not one of a few, and the update does not say which they are.")
+        raise NotApplicable(
+            "the labels of a sentence are not one of a few, and the update does not say which they are."
+        )
     return every
 
 
@@ -48,50 +52,76 @@ def assembled(reader: TokenReader, sentences: Tensor) -> Batch:
     probabilities), and that is settled by their being whole numbers.
     Raises NotApplicable: these sentences do not explain the gradient, or labels are not few.
     """
+    sentences = _once(reader, sentences)
     run = multiplied(reader.model, sentences, reader.mode)
-    assert run.outputs is not None
+    if run.outputs is None or not len(sentences):
+        raise NotApplicable("no sentence passed.")
     outputs = run.outputs.double()
     labels = sentence_labels(reader, outputs)
     slopes = _slopes(reader.view.loss, outputs, labels)  # [m, l, k]
     told = _by_head(reader, run.products, outputs, slopes)
     shares = told if told is not None else _by_updates(reader.view.obs, sentences, labels)
-    counts = _counts(shares, slopes, _reduction(reader.view.loss, outputs, labels), reader.view.knowledge.get("batch_size"))
+    counts = _counts(
+        shares, slopes, _reduction(reader.view.loss, outputs, labels), reader.view.knowledge.get("batch_size")
+    )
     which = counts.nonzero()
     times = counts[which[:, 0], which[:, 1]]
     rows = which.repeat_interleave(times, 0)
     return Batch(sentences[rows[:, 0]], torch.cat(labels)[rows[:, 1]])
 
 
+def _once(reader: TokenReader, sentences: Tensor) -> Tensor:
+    """The shortest of the sentences that no output tells apart, as none tells how often a lone word is repeated."""
+    if not len(sentences):
+        return sentences
+    order = (sentences != reader.padding).sum(1).argsort(stable=True) if reader.padding is not None else slice(None)
+    sentences = sentences[order]
+    outputs = multiplied(reader.model, sentences, reader.mode).outputs
+    if outputs is None:
+        return sentences
+    flat = outputs.double().flatten(1)
+    same = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist") <= ALIKE_TO * flat.norm(dim=1)
+    earlier = same & torch.ones_like(same).tril(-1)
+    return sentences[~earlier.any(1)]
+
+
 def _slopes(loss: Loss, outputs: Tensor, labels: Sequence[Tensor]) -> Tensor:
     """What the loss of one sentence alone sends back to its outputs, for every label; [m, l, k]."""
     found = []
     for one in outputs:
-        at = one[None].detach().requires_grad_()
-        with torch.enable_grad():
-            each = [torch.autograd.grad(loss_value(loss, at, y.to(at) if y.is_floating_point() else y), at)[0] for y in labels]
-        found.append(torch.stack([g.flatten() for g in each]))
+        found.append(torch.stack([_slope(loss, one[None], y).flatten() for y in labels]))
     return torch.stack(found)
+
+
+def _slope(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
+    """The loss's derivative at outputs [n, ...], of the same shape."""
+    at = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss_value(loss, at, labels.to(at) if labels.is_floating_point() else labels)
+        (slope,) = torch.autograd.grad(value, at)
+    return slope
 
 
 def _reduction(loss: Loss, outputs: Tensor, labels: Sequence[Tensor]) -> float:
     """The power of n by which the loss divides a sum over n examples: 1 of a mean, 0 of a sum."""
-    y = torch.cat([labels[0]] * 2)
-    twice = torch.cat([outputs[:1]] * 2).detach().requires_grad_()
-    with torch.enable_grad():
-        (g,) = torch.autograd.grad(loss_value(loss, twice, y.to(twice) if y.is_floating_point() else y), twice)
-    (own,) = _slopes(loss, outputs[:1], labels[:1])[:, 0]
-    return 1.0 if float(g[0].norm()) < 0.75 * float(own.norm()) else 0.0
+    own, twice = (_slope(loss, torch.cat([outputs[:1]] * k), torch.cat([labels[0]] * k))[0] for k in (1, 2))
+    return 1.0 if float(twice.norm()) < 0.75 * float(own.norm()) else 0.0
 
 
-def _by_head(reader: TokenReader, products: Sequence, outputs: Tensor, slopes: Tensor) -> Tensor | None:
+def _by_head(reader: TokenReader, products: Sequence[Product], outputs: Tensor, slopes: Tensor) -> Tensor | None:
     """The shares [m, l] by the gradient of the dense layer whose outputs are the network's; None where there is none."""
     update, m = reader.view.update, len(outputs)
     head = products[-1] if products else None
-    if head is None or head.weight not in update or head.rows.shape[0] != m or outputs.ndim != 2 or m >= head.rows.shape[1]:
+    if head is None or head.weight not in update or outputs.ndim != 2:
+        return None
+    if len(head.rows) != m or m >= head.rows.shape[1]:
         return None
     weight = dict(reader.model.named_parameters())[head.weight].detach()
     made = head.rows @ (weight.T if head.side == 1 else weight)
-    if made.shape != outputs.shape or not bool(((outputs - made) - (outputs - made)[:1]).norm() <= 1e-9 * outputs.norm()):
+    if made.shape != outputs.shape:
+        return None
+    bias = outputs - made
+    if float((bias - bias[:1]).norm()) > ALIKE_TO * float(outputs.norm() + bias.norm()):
         return None
     gradient = head.gradient(update)  # [k, d]
     sent = torch.linalg.lstsq(head.rows.T, gradient.T).solution  # [m, k]
@@ -108,14 +138,14 @@ def _by_updates(obs: Observation, sentences: Tensor, labels: Sequence[Tensor]) -
             names.append(name)
             numbers += obs.update[name].numel()
 
-    def flat(update) -> Tensor:  # type: ignore[no-untyped-def]
+    def flat(update: Update) -> Tensor:
         return torch.cat([update[name].detach().double().flatten() for name in names])
 
     try:
         columns = torch.stack([flat(obs.simulate(s[None], y)) for s in sentences for y in labels], 1)
     except (RuntimeError, UnbatchError) as error:
         raise NotApplicable(f"no update of one sentence can be simulated: {error}") from error
-    found = torch.linalg.pinv(columns, rtol=1e-6) @ flat(obs.update)
+    found: Tensor = torch.linalg.pinv(columns, rtol=1e-6) @ flat(obs.update)
     return found.view(len(sentences), len(labels))
 
 
@@ -147,8 +177,8 @@ def _whole(shares: Tensor, slopes: Tensor) -> Tensor | None:
             p = common[0] / common[0].sum()
             least = float((share / p.clamp_min(1e-300)).min())
             tries = [share - (least - j) * p for j in range(9)]
-        near = next((t.round() for t in tries if bool(((t - t.round()).abs() < WHOLE_TO).all() and (t > -0.5).all())), None)
-        if near is None:
+        whole = [t.round() for t in tries if bool(((t - t.round()).abs() < WHOLE_TO).all() and (t > -0.5).all())]
+        if not whole:
             return None
-        rows.append(near.long())
+        rows.append(whole[0].long())
     return torch.stack(rows)

@@ -73,13 +73,13 @@ class TokenReader:
             run = multiplied(model, probe, view.protocol.mode)
         except UnbatchError as error:
             raise NotApplicable(f"the network is run on token numbers, and {error}") from error
-        tokens = [each for each in run.lookups if each.indices.shape == probe.shape and torch.equal(each.indices, probe)]
+        tokens = [
+            each for each in run.lookups if each.indices.shape == probe.shape and torch.equal(each.indices, probe)
+        ]
         if not tokens:
             raise NotApplicable("the network looks its inputs up in no embedding, so they are no token numbers.")
         name = tokens[0].weight
-        return cls(
-            view, model, shape[0], len(model.get_parameter(name)), name, vars(view.knowledge).get("padding")
-        )
+        return cls(view, model, shape[0], len(model.get_parameter(name)), name, view.knowledge.get("padding"))
 
     @property
     def mode(self) -> Literal["train", "eval"]:
@@ -115,7 +115,7 @@ class TokenReader:
         model = self.quick if quick else self.model
         at_once = max(1, MOST_NUMBERS // (sentences.shape[1] * front.width))
         parts = []
-        for some in sentences.split(at_once):
+        for some in torch.split(sentences, at_once):
             run = multiplied(model, some, self.mode, wanted=front.layers[:1])
             parts.append(_by_sentence(run.products[0].rows, some, front.position_first))
         return torch.cat(parts)
@@ -123,7 +123,7 @@ class TokenReader:
     def last_rows(self, front: Front, sentences: Tensor, position: int) -> Tensor:
         """The vectors [n, d] that sentences [n, t] send into a front's layers at one position."""
         at_once = max(1, MOST_NUMBERS // (sentences.shape[1] * front.width))
-        return torch.cat([self.rows(front, some)[:, position] for some in sentences.split(at_once)])
+        return torch.cat([self.rows(front, some)[:, position] for some in torch.split(sentences, at_once)])
 
     @cached_property
     def takes_short(self) -> bool:
@@ -159,7 +159,9 @@ class TokenReader:
         again = multiplied(self.model, sentences[:1], self.mode)
         drawn = any(not _same(a.rows, b.rows).all() for a, b in zip(alone.products, again.products, strict=True))
         if drawn or len(run.products) != len(alone.products):
-            raise NotApplicable("the network draws at random as it runs (dropout), so that its layers' inputs are open.")
+            raise NotApplicable(
+                "the network draws at random as it runs (dropout), so that its layers' inputs are open."
+            )
         found = list[Front]()
         for group in _alike(run.products, alone.products):
             front = self._front([one for one, _ in group], group[0][1], sentences, moved)
@@ -212,14 +214,15 @@ class TokenReader:
 
 def _by_sentence(rows: Tensor, sentences: Tensor, position_first: bool) -> Tensor:
     n, t = sentences.shape
-    return rows.reshape(t, n, -1).transpose(0, 1) if position_first else rows.reshape(n, t, -1)
+    return rows.reshape(t, n, rows.shape[1]).transpose(0, 1) if position_first else rows.reshape(n, t, rows.shape[1])
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
     """Which vectors [..., d] are the same ones, rounding aside."""
     if a.shape != b.shape:
         return torch.zeros(a.shape[:-1], dtype=torch.bool)
-    return (a - b).norm(dim=-1) <= SAME_TO * (a.norm(dim=-1) + b.norm(dim=-1))
+    found: Tensor = (a - b).norm(dim=-1) <= SAME_TO * (a.norm(dim=-1) + b.norm(dim=-1))
+    return found
 
 
 def _alike(run: Sequence[Product], alone: Sequence[Product]) -> list[list[tuple[Product, Product]]]:

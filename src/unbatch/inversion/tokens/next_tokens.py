@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import NotApplicable, UnbatchError
-from unbatch.inversion.tokens.assembly import WHOLE_TO, Batch
+from unbatch.inversion.tokens.assembly import ALIKE_TO, WHOLE_TO, Batch
 from unbatch.inversion.tokens.fronts import Front, TokenReader
 from unbatch.network.precision import loss_value
 from unbatch.network.products import multiplied
@@ -29,12 +29,17 @@ def next_tokens(reader: TokenReader, beginnings: Tensor, lengths: Tensor) -> Bat
     whole.
     """
     front = _head(reader)
-    rows = reader.rows(front, beginnings)
-    at = lengths - 1
-    each = torch.arange(len(rows), device=rows.device)
-    entering = rows[each, at]  # [p, d]
+    order = lengths.argsort(stable=True)
+    beginnings, lengths = beginnings[order], lengths[order]
+    each = torch.arange(len(lengths), device=lengths.device)
+    entering = reader.rows(front, beginnings)[each, lengths - 1]  # [p, d]
+    kept = ~_repeats(entering)
+    beginnings, lengths, entering = beginnings[kept], lengths[kept], entering[kept]
+    each, at = each[: len(lengths)], lengths - 1
     if len(entering) >= front.width:
-        raise NotApplicable(f"{len(entering)} beginnings enter a head of width {front.width}, and cannot be told apart.")
+        raise NotApplicable(
+            f"{len(entering)} beginnings enter a head of width {front.width}, and cannot be told apart."
+        )
     weight_name = front.layers[0][0]
     gradient = reader.view.update[weight_name].double()  # [v, d]
     sent = torch.linalg.lstsq(entering.T, gradient.T).solution  # [p, v]
@@ -45,6 +50,13 @@ def next_tokens(reader: TokenReader, beginnings: Tensor, lengths: Tensor) -> Bat
     counts = _whole_counts(follows, first, reader.view.knowledge.get("batch_size"))
     sentences = _paths(beginnings, lengths, counts)
     return _labelled(reader, sentences)
+
+
+def _repeats(rows: Tensor) -> Tensor:
+    """Which rows [p, d] are the same as an earlier one: a lone word repeated, where positions do not enter."""
+    same = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist") <= ALIKE_TO * rows.norm(dim=1)
+    found: Tensor = (same & torch.ones_like(same).tril(-1)).any(1)
+    return found
 
 
 def _head(reader: TokenReader) -> Front:
@@ -89,7 +101,7 @@ def _whole_counts(follows: Tensor, first: float, n: int | None) -> Tensor:
         near = counts.round()
         if bool(((counts - near).abs() < WHOLE_TO).all() and (near >= 0).all()):
             return near.long()
-    raise NotApplicable("what follows the beginnings that were found is no whole number of times, so that some are missing.")
+    raise NotApplicable("what follows the beginnings that were found is no whole number of times: some are missing.")
 
 
 def _paths(beginnings: Tensor, lengths: Tensor, counts: Tensor) -> list[list[int]]:
@@ -114,7 +126,8 @@ def _labelled(reader: TokenReader, sentences: Sequence[list[int]]) -> Batch:
     inputs = torch.tensor([[*s[:t], *[fill] * (t - len(s))] for s in sentences], device=reader.view.obs.device)
     following = [[*s[1 : t + 1], *[IGNORED] * (t + 1 - len(s))] for s in sentences]
     shifted = torch.tensor(following, device=inputs.device)
-    own = torch.where(torch.tensor([[k < len(s) for k in range(t)] for s in sentences], device=inputs.device), inputs, IGNORED)
+    there = torch.tensor([[k < len(s) for k in range(t)] for s in sentences], device=inputs.device)
+    own = torch.where(there, inputs, IGNORED)
     best: tuple[float, Tensor] = (torch.inf, shifted)
     for labels in (shifted, own):  # the model shifts them itself
         try:

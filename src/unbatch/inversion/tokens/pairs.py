@@ -69,8 +69,8 @@ def token_pairs(reader: TokenReader) -> TokenPairs:
     sorted_out = len(likely) < len(reader.words)
     front = max(fronts, key=lambda f: (not f.space.saturated, f.space.rank, f.width))
     full = NotApplicable(
-        f"the first layers' gradient has {front.space.rank} independent directions at width {front.width}, and any word fits "
-        "their span: the batch has too many different tokens for this width."
+        f"the first layers' gradient has {front.space.rank} independent directions at width {front.width}, and any word "
+        "fits their span: the batch has too many different tokens for this width."
     )
     if front.space.saturated and not sorted_out:
         raise full
@@ -79,7 +79,9 @@ def token_pairs(reader: TokenReader) -> TokenPairs:
     if int(passes.any(1).sum()) > front.space.rank and not sorted_out:
         raise full
     if not bool(passes.any()):
-        raise NotApplicable("no word fits the span of the first layers' gradient: it was altered, or is of something else.")
+        raise NotApplicable(
+            "no word fits the span of the first layers' gradient: it was altered, or is of something else."
+        )
     kept = passes.any(1)
     nearest = float(off[~passes].min()) if bool((~passes).any()) else torch.inf
     return TokenPairs(words[kept], passes[kept], front, nearest, float(off[passes].max()))

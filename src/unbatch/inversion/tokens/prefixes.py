@@ -44,8 +44,9 @@ class Grown:
 def prefix_fronts(reader: TokenReader) -> list[Front]:
     """The first fronts whose vectors depend on the sentence so far, and whose spans tell sentences apart.
 
-    A span that random sentences lie in tells nothing. Deeper layers see no more vectors that matter than shallower ones (the
-    last one below a head that reads the last token sees one a sentence), so those are taken that have as many as the first.
+    A span that random sentences lie in tells nothing. Deeper layers see no more vectors that matter than shallower ones
+    (the last one below a head that reads the last token sees one a sentence), so those are taken that have as many as the
+    first.
     """
     controls = reader.draw(CONTROLS, torch.Generator().manual_seed(1))
     usable = list[Front]()
@@ -62,7 +63,7 @@ def prefix_fronts(reader: TokenReader) -> list[Front]:
     return usable
 
 
-def grown(reader: TokenReader, pairs: TokenPairs) -> Grown:
+def sentences_grown(reader: TokenReader, pairs: TokenPairs) -> Grown:
     """Every sentence whose beginnings all lie in the span of what layers behind the first attention received.
 
     Breadth-first over positions: each beginning that passed is continued by every token that may stand there.
@@ -90,7 +91,9 @@ def grown(reader: TokenReader, pairs: TokenPairs) -> Grown:
             nearest = min(nearest, float(off[~passes].min()))
         if bool(passes.any()):
             farthest = max(farthest, float(off[passes].max()))
-        extended = passes.view(len(frontier), len(following)).any(1) if len(following) else passes.new_zeros(len(frontier))
+        extended = (
+            passes.view(len(frontier), len(following)).any(1) if len(following) else passes.new_zeros(len(frontier))
+        )
         if i:
             leaves.append(frontier[~extended])
             inner.append(frontier[extended])
@@ -101,6 +104,10 @@ def grown(reader: TokenReader, pairs: TokenPairs) -> Grown:
             whole = False
             break
     leaves.append(frontier)
+    if not any(part.numel() for part in (*leaves, *inner)):
+        raise NotApplicable(
+            f"no word begins a sentence by the span of {fronts[0].name!r}, which sees fewer vectors than there are."
+        )
     lengths = [torch.full((len(part),), part.shape[1], device=device) for part in (*leaves, *inner)]
     ends, begins = (
         torch.cat([reader.padded(part) for part in parts if part.shape[1]] or [leaves[0].new_zeros(0, reader.length)])

@@ -11,7 +11,7 @@ from unbatch.inversion.tokens.assembly import Batch, assembled
 from unbatch.inversion.tokens.fronts import TokenReader
 from unbatch.inversion.tokens.next_tokens import next_tokens
 from unbatch.inversion.tokens.pairs import TokenPairs, token_pairs
-from unbatch.inversion.tokens.prefixes import Grown, grown
+from unbatch.inversion.tokens.prefixes import Grown, sentences_grown
 from unbatch.inversion.view import View
 from unbatch.reconstruction import Reconstruction
 
@@ -22,8 +22,8 @@ def sentences_read(view: View, *, partial: bool) -> Reconstruction:
     """The sentences of the batch with their labels, from the spans of the gradient, claimed where they are its sum.
 
     With `partial` sentences that passed every span, but do not add up to the gradient, are returned as guesses.
-    Raises NotApplicable: the network reads no tokens, no layer sees one at a time, spans are full, or sentences are missing;
-    the message says how far it came.
+    Raises NotApplicable: the network reads no tokens, no layer sees one at a time, spans are full, or sentences are
+    missing; the message says how far it came.
     """
     view = view.gradient
     reader = TokenReader.of(view)
@@ -31,13 +31,14 @@ def sentences_read(view: View, *, partial: bool) -> Reconstruction:
     trace = _of_pairs(pairs)
     found: Grown | None = None
     try:
-        found = grown(reader, pairs)
+        found = sentences_grown(reader, pairs)
         trace |= _of_sentences(found)
         batch = _batch(reader, found)
     except NotApplicable as why:
         if partial and found is not None and len(found.leaves):
             leaves = found.leaves
-            return Reconstruction(inputs=leaves, bound=torch.full((len(leaves),), torch.inf), trace=trace | {"open": str(why)})
+            open_bound = torch.full((len(leaves),), torch.inf)
+            return Reconstruction(inputs=leaves, bound=open_bound, trace=trace | {"open": str(why)})
         raise NotApplicable(f"{_said(pairs)}, but not the sentences: {why}") from why
     return Reconstruction(
         inputs=batch.inputs, labels=batch.labels, bound=torch.zeros(len(batch.inputs), dtype=torch.float64), trace=trace
@@ -48,7 +49,7 @@ def _batch(reader: TokenReader, found: Grown) -> Batch:
     """The batch that the sentences add up to; where those that nothing extends do not, some that others begin with are."""
     try:
         return next_tokens(reader, torch.cat([found.leaves, found.inner]), found.lengths)
-    except NotApplicable as why:
+    except NotApplicable:
         if len(reader.view.outputs) > 1:
             raise
     try:

@@ -15,7 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Components:
-    """The connected parts of a graph between two kinds of things."""
+    """The connected parts of a graph between two kinds of things.
+
+    >>> components(torch.eye(3, dtype=torch.bool)).count
+    3
+    """
 
     left: Tensor  # [a], the component of each thing of the first kind; -1: in no pair
     right: Tensor  # [b]

@@ -21,6 +21,10 @@ class RowSpace:
 
     For a gradient G = A + E of rank r, a member x = sum_k a_k v_k of the row space of A lies about
     e |a / sigma| off the one of G, e the length of a row of E outside of it, per unit of the left singular vectors.
+
+    >>> space = row_space(torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0]]), eps=1e-7)
+    >>> space.members(torch.tensor([[3.0, 3.0, 0.0], [1.0, 0.0, 0.0]]))
+    tensor([ True, False])
     """
 
     rows: Tensor  # [r, d] orthonormal
@@ -37,8 +41,11 @@ class RowSpace:
 
     @property
     def saturated(self) -> bool:
-        """Whether the rank is as large as the gradient's sides let it be, so that more vectors may have entered."""
-        return self.rank >= min(self.outputs, self.rows.shape[1])
+        """Whether the rank is as large as the gradient's sides let it be, so that more vectors may have entered.
+
+        A norm before or behind the layer takes one direction from its vectors or its derivatives.
+        """
+        return self.rank >= min(self.outputs, self.rows.shape[1]) - 1
 
     @property
     def gap(self) -> float:
