@@ -19,11 +19,13 @@ from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.view import View
 from unbatch.network.precision import in_double
 from unbatch.network.products import Product, multiplied
-from unbatch.numerics.dictionary.membership import RowSpace, row_space
+from unbatch.numerics.dictionary.membership import CUT, RowSpace, row_space
 
 Reach = Literal["token", "prefix", "sentence"]
 SAME_TO = 1e-10  # relative, in float64: below it nothing has reached a vector
 MOST_NUMBERS = 2**22  # of the vectors of one run of a front
+SCREENS = 16  # directions outside of a span by which most candidates are sorted out
+SCREEN_ROUNDING = 1e-5  # of a vector of length 1 along them, in float32
 SHORT_RUNS = 3  # lengths at which a network is asked whether it takes sentences cut short
 
 
@@ -120,10 +122,25 @@ class TokenReader:
             parts.append(_by_sentence(run.products[0].rows, some, front.position_first))
         return torch.cat(parts)
 
-    def last_rows(self, front: Front, sentences: Tensor, position: int) -> Tensor:
-        """The vectors [n, d] that sentences [n, t] send into a front's layers at one position."""
+    def offness_at(self, front: Front, sentences: Tensor, position: int) -> Tensor:
+        """How far off a front's span the vectors of sentences [n, t] are at one position [n].
+
+        Looked at in float32 first, along a few directions outside of the span: that is less than the distance, and where it
+        is too far already, it is returned in place of it.
+        """
+        space = front.space
+        screens, limit = space.outside(SCREENS).float(), space.farthest + SCREEN_ROUNDING
+        found = torch.full((len(sentences),), torch.inf, dtype=torch.float64, device=sentences.device)
         at_once = max(1, MOST_NUMBERS // (sentences.shape[1] * front.width))
-        return torch.cat([self.rows(front, some)[:, position] for some in torch.split(sentences, at_once)])
+        for k in range(0, len(sentences), at_once):
+            some = sentences[k : k + at_once]
+            rows = self.rows(front, some, quick=True)[:, position]
+            along = (rows @ screens.T).norm(dim=1) / rows.norm(dim=1).clamp_min(1e-30)
+            found[k : k + at_once] = along.double() * CUT / limit
+            near = (along <= limit).nonzero().flatten()
+            if len(near):
+                found[k + near] = space.offness(self.rows(front, some[near])[:, position])
+        return found
 
     @cached_property
     def takes_short(self) -> bool:

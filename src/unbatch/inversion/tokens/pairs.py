@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import NotApplicable
-from unbatch.inversion.tokens.fronts import Front, TokenReader
+from unbatch.inversion.tokens.fronts import SCREEN_ROUNDING, SCREENS, Front, TokenReader
 from unbatch.numerics.dictionary.bipartite import Components, components, proven
 from unbatch.numerics.dictionary.membership import CUT
 
-SCREENS = 16  # directions outside of a span by which most candidates are sorted out
-SCREEN_ROUNDING = 1e-5  # of a vector of length 1 along them, in float32
 WORDS_AT_ONCE = 2**21  # numbers of one run over words
 
 

@@ -125,6 +125,6 @@ def _offness(reader: TokenReader, fronts: list[Front], tried: Tensor) -> Tensor:
     for front in fronts:
         if not len(left):
             break
-        off[left] = torch.maximum(off[left], front.space.offness(reader.last_rows(front, sentences[left], last)))
+        off[left] = torch.maximum(off[left], reader.offness_at(front, sentences[left], last))
         left = left[off[left] <= CUT]
     return off
