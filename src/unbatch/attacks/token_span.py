@@ -36,7 +36,9 @@ class TokenSpan(Attack):
     uses: ClassVar[frozenset[str]] = (
         frozenset({"batch_size", "labels", "noise", "buffers", "clients"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
     )
-    demo: ClassVar[Demo] = Demo(case="text:batch=2,width=64,depth=1", floors={"token-accuracy": 1.0, "label-accuracy": 1.0})
+    demo: ClassVar[Demo] = Demo(
+        case="text:batch=2,width=64,depth=1", floors={"token-accuracy": 1.0, "label-accuracy": 1.0}
+    )
 
     partial: Annotated[
         bool, Field(description="also return sentences that fit but are not certified, with an infinite bound")

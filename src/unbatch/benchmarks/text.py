@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from unbatch.attack import Attack
 from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, measured, store, stored
+from unbatch.data.corpus import sentences
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.tokens.fronts import TokenReader
 from unbatch.inversion.tokens.pairs import token_pairs
@@ -176,8 +177,6 @@ def _ordered(todo: Sequence[TextProblem], done: dict[str, Row]) -> list[Row]:
 def _texts(data: Path | None) -> list[list[str]]:
     """The sentences of the text, as words in lower case."""
     if data is None:
-        from unbatch.data.corpus import sentences
-
         texts = [text for texts in sentences().values() for text in texts]
     else:
         path = data / FILE
@@ -276,4 +275,4 @@ def _rouge(true: Tensor, found: Tensor) -> float:
     bags = [[Counter(token for token in s if token) for s in each.tolist()] for each in (true, found)]
     scores = [[2 * sum((a & b).values()) / max(sum(a.values()) + sum(b.values()), 1) for b in bags[1]] for a in bags[0]]
     rows, columns = linear_sum_assignment(scores, maximize=True)
-    return 100 * sum(scores[i][j] for i, j in zip(rows, columns, strict=True)) / len(true)
+    return float(100 * sum(scores[i][j] for i, j in zip(rows, columns, strict=True)) / len(true))
