@@ -205,6 +205,79 @@ def test_a_layer_that_is_missing_is_named() -> None:
         Descend()(Observation(model=obs.model, loss=obs.loss, update=without, knowledge=obs.knowledge))
 
 
+def frozen(obs: Observation, *layers: str) -> Observation:
+    """The same exchange, without the gradients of some layers."""
+    sent = {name: u for name, u in obs.update.items() if name.rsplit(".", 1)[0] not in layers}
+    return Observation(model=obs.model, loss=obs.loss, update=sent, knowledge=obs.knowledge)
+
+
+def test_layers_that_the_way_does_not_need_may_be_missing() -> None:
+    """Of the first convolution, of a norm, and of the shortcut beside a stride-1 way."""
+    x, y = batch(1)
+    found = Descend()(frozen(seen(residual(), x, y), "0", "1", "4.nb", "4.side"))
+    assert len(found) == 1
+    assert float(errors(found, x).max()) < 1e-9
+
+
+def test_a_layer_on_the_way_down_that_is_missing_is_named() -> None:
+    x, y = batch(2)
+    found = Descend(steps=1, attempts=1)(frozen(seen(residual(), x, y), "3.b"))
+    assert not len(found)
+    assert any(why.startswith("'3.b'") and "sent no gradient" in why for why in found.trace["stops"])
+
+
+def test_a_network_without_the_layers_that_tell_apart_says_which() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.GELU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(512, 3),
+    ).double()
+    x, y = batch(2)
+    found = Descend()(frozen(seen(net, x, y % 3), "2"))
+    assert not len(found)
+    assert "No gradient was sent by '2'." in found.trace["stopped"]
+
+
+@pytest.mark.parametrize("defence", ["prune:share=0.5", "quantise:bits=8"])
+def test_an_update_that_was_pruned_or_quantised_is_refused_in_words(defence: str) -> None:
+    x, y = batch(2)
+    obs = unbatch.observe(residual(), F.cross_entropy, x, y, protocol=Protocol(mode="eval"), defences=defence)[0]
+    with pytest.raises(NotApplicable, match="altered by"):
+        Descend()(obs)
+
+
+def test_dropout_in_train_mode_is_refused_in_words() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(512, CLASSES),
+    ).double()  # fmt: skip
+    x, y = batch(1)
+    obs = unbatch.observe(net, F.cross_entropy, x, y, protocol=Protocol(mode="train"))[0]
+    with pytest.raises(NotApplicable, match="dropout in train mode"):
+        Descend()(obs)
+    found = Descend()(seen(net, x, y))
+    assert len(found) == 1  # in eval mode it is nothing
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_a_head_of_any_width_with_or_without_bias(classes: int) -> None:
+    net = residual()
+    torch.manual_seed(1)
+    net[7] = nn.Linear(48, classes, bias=classes == 10).double()
+    x, _ = batch(2)
+    y = torch.tensor([classes - 1, 3])
+    found = Descend()(seen(net, x, y))
+    assert len(found) == 2
+    assert found.labels is not None
+    assert sorted(found.labels.tolist()) == sorted(y.tolist())
+    assert float(errors(found, x).max()) < 1e-9
+
+
 def test_a_float32_gradient_of_a_deep_network_is_read_and_certified() -> None:
     """Of its entries the judge looks at a sample, in which not every tensor has one."""
     setting = unbatch.Case.parse("photos:batch=2,size=16,model=resnet18,width=16").setting()

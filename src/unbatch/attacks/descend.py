@@ -42,7 +42,7 @@ class Descend(Attack):
     paper: ClassVar[str] = "this library; linear systems a layer after Zhu, Blaschko, R-GAP, ICLR 2021"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"batch_size", "labels", "noise", "buffers", "clients"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
+        frozenset({"batch_size", "labels", "noise", "altered", "buffers", "clients"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="photos:batch=2,size=16,model=resnet18,width=16,norm=none,double=true",

@@ -57,6 +57,10 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
         raise NotApplicable(
             "a defence's noise fills the span of every layer's gradient, so that none counts its examples."
         )
+    if "altered" in view.knowledge:
+        raise NotApplicable(
+            f"the update was altered by {view.knowledge.altered}, after which no gradient has the rank of its batch."
+        )
     shape, trace_ = view.knowledge.input_shape, dict[str, Any]()
     found = _descent(view, rng, trace_)
     if found is None:
@@ -94,7 +98,11 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
             tried.append(f"{place.call.name}: {len(found)} of {len(found) + found.missed} examples")
             continue
         readers = [each for each in every if each.given is place.given]
-        maps = at_own_scale(graph, found, head, update, mixed=mixed)
+        try:
+            maps = at_own_scale(graph, found, head, update, mixed=mixed)
+        except NotApplicable as error:
+            tried.append(str(error).rstrip("."))
+            continue
         up, error = _polished(graph, readers, maps, head, update, eps, found.error)
         if not up.misfit < LARGEST_HEAD_MISFIT:
             tried.append(f"{place.call.name}: the head's gradient is {up.misfit:.1e} off")
@@ -109,6 +117,8 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
             break
     if best is None:
         trace_["stopped"] = "; ".join(tried) or "no layer's gradient has the rank of a few examples times its windows."
+        if silent := [place.call.name for place in every if place.weight not in update]:
+            trace_["stopped"] += f" No gradient was sent by {', '.join(map(repr, silent))}."
         return None
     trace_ |= {
         "layer": best.separation.place.call.name,

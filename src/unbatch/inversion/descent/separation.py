@@ -77,7 +77,7 @@ def separated(
     """
     windows, rows = place.windows(), span(G, eps)
     error = span_error(G, len(rows), eps)
-    if error > LARGEST_ERROR:
+    if error > LARGEST_ERROR or len(rows) == G.shape[1]:  # a span of everything says nothing
         return None
     n, maps = _whole(windows, rows, rng, tick, error, mixed)
     if not n and not mixed:
@@ -98,7 +98,7 @@ def _whole(
 ) -> tuple[int, list[Tensor]]:
     """The number of examples, and maps as extreme rays of the space of whole maps; 0 where that is not their space."""
     n, rest = divmod(len(rows) + mixed, len(windows))
-    if len(windows) == 1 or rest or not n or len(windows) * len(rows) > MOST_COEFFICIENTS:
+    if rest or not n or len(windows) * len(rows) > MOST_COEFFICIENTS or not windows.overlapping:
         return 0, []
     basis = maps_in(rows, windows, differences=mixed, error=error, most=n).flatten(1)
     if len(basis) != n:

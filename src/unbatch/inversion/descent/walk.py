@@ -291,6 +291,9 @@ def _solve(
         return
     error = max(error, *(told.misfit for told in found.told))  # what came back is known no better than that
     told = told_by(value, readers, found.deltas, update, eps, error)
+    if told is None or told.rows is not None:
+        silent = [place.call.where for place in readers if place.weight not in update and place.gave in found.deltas]
+        found.stops += [f"{where} sent no gradient, from which its input would follow" for where in silent]
     if told is not None:
         found.told.append(told)
         if told.rows is None:

@@ -60,6 +60,18 @@ class Windows:
         """Whether there is one window, and it is the whole input."""
         return self.entries.tolist() == [list(range(torch.Size(self.shape).numel()))]
 
+    @property
+    def overlapping(self) -> bool:
+        """Whether every entry of an input is in at least two windows.
+
+        >>> Windows.of((1, 4, 4), kernel=(3, 3), padding=(1, 1)).overlapping
+        True
+        >>> Windows.of((1, 4, 4), kernel=(3, 3), stride=(2, 2), padding=(1, 1)).overlapping
+        False
+        """
+        held = self.entries[self.entries != PADDED]
+        return bool((torch.bincount(held, minlength=torch.Size(self.shape).numel()) > 1).all())
+
     def __len__(self) -> int:
         """The number of places."""
         return len(self.entries)
