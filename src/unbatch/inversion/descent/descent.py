@@ -100,8 +100,8 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
         readers = [each for each in every if each.given is place.given]
         try:
             maps = at_own_scale(graph, found, head, update, mixed=mixed)
-        except NotApplicable as error:
-            tried.append(str(error).rstrip("."))
+        except NotApplicable as why:
+            tried.append(str(why).rstrip("."))
             continue
         up, error = _polished(graph, readers, maps, head, update, eps, found.error)
         if not up.misfit < LARGEST_HEAD_MISFIT:
