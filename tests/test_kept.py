@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import unbatch
 from unbatch.command.cli import main
+from unbatch.command.demo import Part
 from unbatch.errors import UnbatchError
 from unbatch.files import LOCK, claimed
 from unbatch.reporting.html import render
@@ -197,10 +198,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_attack(here
 
 
 def test_the_demo_overwrites_its_own_record_and_no_other(here: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("unbatch.command.demo.CASE", "digits:width=16")
-    monkeypatch.setattr("unbatch.command.demo.ATTACKS", ("bias-ratio",))
-    monkeypatch.setattr("unbatch.command.demo.REMEDIES", ())
+    small = {"words": "digits", "attacks": ("bias-ratio",), "remedies": (), "budget": 5.0}
+    parts = tuple(
+        Part(case=f"digits:width={width}", folder=folder, **small) for width, folder in ((16, ""), (12, "other"))
+    )
+    monkeypatch.setattr("unbatch.command.demo.PARTS", parts)
     assert call("demo", "--quiet") == 0
+    assert Path("demo/report.html").exists()
+    assert Path("demo/other/report.html").exists()
     assert call("demo", "--quiet") == 0
     assert call(*WORDS, "--out", "demo", "--force", "--quiet") == 0
     assert call("demo", "--quiet") == 2

@@ -127,25 +127,30 @@ def demo(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Audit one gradient of eight photographs; write a report."""
+    """Audit a gradient of eight photographs, and one of a ResNet-18; write a report of each."""
     from unbatch.case import Case
     from unbatch.command.console import run_audit
-    from unbatch.command.demo import ATTACKS, BUDGET, CASE, REMEDIES
+    from unbatch.command.demo import PARTS
 
-    record = run_audit(
-        Case.parse(CASE),
-        folder=folder,
-        command=_again(context.obj, folder),
-        quiet=quiet,
-        force=force,
-        own=str(Case.parse(CASE)),
-        device=_usable(device),
-        seeds=(seed,),
-        attacks=ATTACKS,
-        remedies=REMEDIES,
-        budget=BUDGET,
-    )
-    _summary(record, folder, quiet)
+    for part in PARTS:
+        if not quiet:
+            out.print(f"{part.words}: {part.case}", markup=False, style="bold")
+        record = run_audit(
+            Case.parse(part.case),
+            folder=folder / part.folder,
+            command=_again(context.obj, folder),
+            quiet=quiet,
+            force=force,
+            own=str(Case.parse(part.case)),
+            device=_usable(device),
+            seeds=(seed,),
+            attacks=part.attacks,
+            remedies=part.remedies,
+            budget=part.budget,
+        )
+        _summary(record, folder / part.folder, quiet)
+        if not record.complete:
+            raise typer.Exit(130)
 
 
 @app.command("audit")

@@ -1,8 +1,36 @@
-"""Demo: what `unbatch demo` audits, in under two minutes."""
+"""Demo: what `unbatch demo` audits, each of its parts in under two minutes."""
 
 from __future__ import annotations
 
-CASE = "photos:batch=8,width=512,activation=gelu"
-ATTACKS = ("unmix", "gradient-matching")
-REMEDIES = ("clip:norm=0.1", "noise:sigma=0.01", "noise:sigma=0.1")
-BUDGET = 5.0  # seconds for each run of an attack
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One audit of the demo, written to a folder of its own within the demo's, or to that itself."""
+
+    words: str
+    case: str
+    attacks: tuple[str, ...]
+    remedies: tuple[str, ...]
+    budget: float  # seconds for each run of an attack
+    folder: str = ""
+
+
+PARTS = (
+    Part(
+        words="eight photographs behind a network that begins with a dense layer",
+        case="photos:batch=8,width=512,activation=gelu",
+        attacks=("unmix", "gradient-matching"),
+        remedies=("clip:norm=0.1", "noise:sigma=0.01", "noise:sigma=0.1"),
+        budget=5.0,
+    ),
+    Part(
+        words="four photographs behind a ResNet-18",
+        case="photos:batch=4,model=resnet18,double=true",
+        attacks=("descend",),
+        remedies=(),
+        budget=120.0,
+        folder="resnet18",
+    ),
+)
