@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_attack(here
 
 
 def test_the_demo_overwrites_its_own_record_and_no_other(here: Path, capsys, monkeypatch) -> None:
-    small = {"words": "digits", "attacks": ("bias-ratio",), "remedies": (), "budget": 5.0}
+    small = {"words": "digits", "attacks": ("bias-ratio",), "analyses": (), "budget": 5.0}
     parts = tuple(
         Part(case=f"digits:width={width}", folder=folder, **small) for width, folder in ((16, ""), (12, "other"))
     )

@@ -146,6 +146,7 @@ def demo(
             seeds=(seed,),
             attacks=part.attacks,
             remedies=part.remedies,
+            analyses=part.analyses,
             budget=part.budget,
         )
         _summary(record, folder / part.folder, quiet)

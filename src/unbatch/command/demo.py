@@ -12,8 +12,9 @@ class Part:
     words: str
     case: str
     attacks: tuple[str, ...]
-    remedies: tuple[str, ...]
-    budget: float  # seconds for each run of an attack
+    remedies: tuple[str, ...] = ()
+    analyses: tuple[str, ...] | None = None  # all that apply
+    budget: float  # seconds for each run of an attack, and for each analysis
     folder: str = ""
 
 
@@ -29,7 +30,7 @@ PARTS = (
         words="four photographs behind a ResNet-18",
         case="photos:batch=4,model=resnet18,double=true",
         attacks=("descend",),
-        remedies=(),
+        analyses=("separable-layer",),
         budget=120.0,
         folder="resnet18",
     ),
