@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -82,23 +82,42 @@ def known_batch_norms(
         layer = link.module
         own = type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d)  # a subclass may compute something else
         if isinstance(layer, BatchNormLayer) and not own and all(name in after for name in names):
-            link = replace(link, module=_known(layer, link, before, after, names, examples))
+            link = replace(link, module=_known(layer, link, before, after, examples))
         found.append(link)
     return found
 
 
-def _known(
-    layer: BatchNormLayer,
-    link: Link,
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-    names: Sequence[str],
-    examples: int,
-) -> KnownBatchNorm:
-    count = link.called("num_batches_tracked")
+@dataclass(frozen=True, eq=False)
+class SentStatistics:
+    """What running statistics after one step say of the batch's own: mean and var [c], each up to its error [c].
+
+    `flaw` says in words why they say nothing, if they do not.
+    """
+
+    mean: Tensor
+    var: Tensor
+    errors: tuple[Tensor, Tensor]
+    flaw: str = ""
+
+
+def sent_statistics(
+    layer: BatchNormLayer, called: Callable[[str], str], before: Mapping[str, Tensor], after: Mapping[str, Tensor], N: int
+) -> SentStatistics:
+    """The batch's statistics at a batch norm with momentum m: mean = (after - (1 - m) before) / m, var likewise.
+
+    The variance times (N - 1) / N for the N entries of a channel, since running variances are unbiased. `called` gives the
+    name in `before` and `after` of one of the layer's buffers. Their error is the rounding of what was sent, divided by m.
+
+    >>> norm = nn.BatchNorm1d(1)
+    >>> before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    >>> _ = norm(torch.tensor([[1.0], [3.0]]))
+    >>> sent = sent_statistics(norm, str, before, dict(norm.named_buffers()), 2)
+    >>> round(float(sent.mean), 5), round(float(sent.var), 5), sent.flaw
+    (2.0, 1.0, '')
+    """
+    count, names = called("num_batches_tracked"), [called(kind) for kind in ("running_mean", "running_var")]
     start = before.get(count)
     m = layer.momentum if layer.momentum is not None else 1 / (1 + float(start if start is not None else 0))
-    N = examples * torch.Size(link.before[1:]).numel()
     flaw, statistics, errors = "", [], []
     for name, factor in zip(names, (1.0, (N - 1) / N), strict=True):
         old, new = before[name], after[name].to(before[name].device)
@@ -110,10 +129,18 @@ def _known(
     steps = int(after[count]) - int(start) if count in after and start is not None else 1
     if steps != 1 or all(torch.equal(before[name].double(), after[name].to(before[name]).double()) for name in names):
         flaw = "the running statistics that were sent are not those after one step."
-    elif examples > 1:
-        flaw = f"its statistics run over {examples} examples: what it passes back to one needs the gradients of all."
     elif not m:
         flaw = "its momentum is 0: what was sent says nothing of the batch."
     elif bool((statistics[1] <= errors[1]).any()):
         flaw = "the rounding of the running variance that was sent is no smaller than the batch's own variance."
-    return KnownBatchNorm(layer, statistics[0], statistics[1], (errors[0], errors[1]), flaw)
+    return SentStatistics(statistics[0], statistics[1], (errors[0], errors[1]), flaw)
+
+
+def _known(
+    layer: BatchNormLayer, link: Link, before: Mapping[str, Tensor], after: Mapping[str, Tensor], examples: int
+) -> KnownBatchNorm:
+    sent = sent_statistics(layer, link.called, before, after, examples * torch.Size(link.before[1:]).numel())
+    flaw = sent.flaw
+    if examples > 1 and "not those after one step" not in flaw:
+        flaw = f"its statistics run over {examples} examples: what it passes back to one needs the gradients of all."
+    return KnownBatchNorm(layer, sent.mean, sent.var, sent.errors, flaw)
