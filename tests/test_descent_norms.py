@@ -1,6 +1,7 @@
 """Descent behind norms: scales by what is sent back, inputs of layers before a norm, whole maps from a span."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import unbatch
+from unbatch import Knowledge, Protocol, Reconstruction
+from unbatch.attacks import Descend
 from unbatch.inversion.descent.above import at_own_scale, known_above
 from unbatch.inversion.descent.places import WindowLayer, places
 from unbatch.inversion.descent.separation import separated
@@ -102,3 +106,52 @@ def test_whole_maps_are_among_those_whose_windows_lie_in_the_span(stride: int) -
         2 if stride == 1 else 32
     )  # shifted maps fit as well where no window reaches beyond the far edge
     assert torch.allclose(x.flatten(1) @ basis.T @ basis, x.flatten(1))
+
+
+def chain(norm: Callable[[int], nn.Module], seed: int = 0) -> nn.Module:
+    """Three convolutions with a norm behind each, and a dense head."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for given, gave, stride in ((2, 16, 1), (16, 32, 2), (32, 48, 1)):
+        layers += [nn.Conv2d(given, gave, 3, stride, padding=1, bias=False), norm(gave), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 4)).double()
+
+
+def recovered(
+    norm: Callable[[int], nn.Module], mode: Mode, n: int, *, sent: bool = False, seed: int = 0
+) -> tuple[Reconstruction, Tensor]:
+    """What is certified of a batch behind norms, and the errors [k] of that; `sent`: running averages come along."""
+    net, rng = chain(norm, seed), torch.Generator().manual_seed(100 + seed)
+    x = torch.randn(n, 2, 8, 8, generator=rng, dtype=torch.float64)
+    y = torch.randint(4, (n,), generator=rng)
+    told = Knowledge()
+    if sent:
+        after = copy.deepcopy(net).train()
+        after(x)
+        told = Knowledge(buffers=dict(after.named_buffers()))
+    obs, _ = unbatch.observe(net, F.cross_entropy, x, y, protocol=Protocol(mode=mode), knowledge=told)
+    found = Descend(steps=60)(obs)
+    assert found.inputs is not None
+    gap = torch.cdist(found.inputs.flatten(1), x.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    return found, gap.min(1).values / found.inputs.flatten(1).norm(dim=1)
+
+
+def test_a_batch_behind_group_norm_is_recovered_and_certified() -> None:
+    found, errors = recovered(lambda c: nn.GroupNorm(4, c), "eval", 2)
+    assert len(found) == 2
+    assert found.bound is not None
+    assert bool((errors <= found.bound).all())
+    assert float(found.bound.max()) < 1e-6
+
+
+def test_running_averages_tell_the_batch_statistics_so_that_its_examples_come_apart() -> None:
+    """In train mode a batch is recovered without them, too; with them no contrast or mean is hard to see."""
+    bounds = []
+    for sent in (False, True):
+        found, errors = recovered(nn.BatchNorm2d, "train", 2, sent=sent)
+        assert len(found) == 2
+        assert found.bound is not None
+        assert bool((errors <= found.bound).all())
+        assert ("batch statistics" in found.trace) == sent
+        bounds.append(float(found.bound.max()))
+    assert bounds[1] < bounds[0] / 10

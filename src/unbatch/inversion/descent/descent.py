@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.descent.above import Above, at_own_scale, known_above, labels_sent
-from unbatch.inversion.descent.pictures import Back
+from unbatch.inversion.descent.pictures import Back, blurred, noisy, normed
 from unbatch.inversion.descent.places import WindowLayer, at_cuts, places, rectified
+from unbatch.inversion.descent.sent_norms import FixedNorms, fixed_norms
 from unbatch.inversion.descent.separation import ToldApart, separated, span
 from unbatch.inversion.descent.sought import Search
 from unbatch.inversion.descent.walk import Told, Walk, told_by, walk
@@ -33,6 +34,7 @@ CLIENT_ROUNDINGS = 4  # of the update's type, by which the client's own arithmet
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
 ALONE = 2.5  # equations an unknown of a known tensor, at which each example is searched for by itself
 AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
+LONGER = 4  # times the steps of a search through norms
 COARSEST = 1e-6  # rounding of an update, relative, from which something is claimed
 SHARES = 0.3, 0.4, 1.0  # of the work that is done after separation, walk and search
 
@@ -210,16 +212,34 @@ def _pictures(
     trace_["searched by"] = told.value.call.name if told.value.call is not None else "the input"
     low, high = view.knowledge.get("input_range", (-2.0, 2.0))
     middle, scale = (low + high) / 2, (high - low) / 4
+    below = section(found.graph, found.graph.input, told.value)
+    smooth = normed(below)
 
     def begin(count: int) -> Tensor:
-        drawn: Tensor = middle + 0.1 * scale * torch.randn(count, *shape, generator=rng)
+        drawn: Tensor = middle + scale * (blurred if smooth else noisy)((count, *shape), rng)
         return drawn
 
-    search = Search(section(found.graph, found.graph.input, told.value), told, scale, begin, SHARES[1:], rng)
-    answer = search.sought(steps, attempts, _back(found, told, search.below, view.update))
+    search = Search(below, told, scale, begin, SHARES[1:], rng)
+    steps = LONGER * steps if smooth else steps
+    fixed = _fixed_norms(view, found, told)
+    answer = None
+    if fixed is not None:
+        trace_["batch statistics"] = "by the running averages that were sent"
+        own = replace(search, below=fixed.below, shaken=fixed.shaken)
+        answer = own.sought(steps, attempts, None)
+    if answer is None or not bool(answer.done.any()):
+        answer = search.sought(steps, attempts, _back(found, told, below, view.update))
     if bool(answer.done.any()):
         trace_["misfit"], trace_["noise"] = answer.left_over, answer.noise
     return answer.inputs, answer.bounds
+
+
+def _fixed_norms(view: View, found: WayDown, told: Told) -> FixedNorms | None:
+    """The network below a known tensor with the batch's own statistics, if running averages after the step were sent."""
+    sent = view.knowledge.get("buffers")
+    if not sent or told.rows is not None or view.protocol.mode != "train":
+        return None
+    return fixed_norms(found.graph, told.value, dict(view.model.named_buffers()), sent, len(found.separation))
 
 
 def _back(found: WayDown, told: Told, below: nn.Module, update: Mapping[str, Tensor]) -> Back | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from unbatch.inversion.descent.tangent import Tangent
 from unbatch.inversion.descent.walk import Told
@@ -21,6 +22,8 @@ CORNER = 1e-4  # of the mean value, within which the absolute value is rounded o
 BACK = 0.3  # of the misfit of the gradients beside that of the features
 PRODUCTS = 40, 160  # with the Jacobian, in the first step of Gauss and Newton and at most
 NEWTON_STEPS = 12
+COARSE = 4  # pixels of a picture to a number that is drawn to begin at
+BLURRED = 0.3  # spread of such a picture
 MOST_BROAD = 64  # directions that are solved for densely
 
 
@@ -125,6 +128,35 @@ def roughness(x: Tensor) -> Tensor:
     if x.dim() != 4 or min(x.shape[2:]) < 2:
         return x.new_zeros(())
     return x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()
+
+
+def normed(below: nn.Module) -> bool:
+    """Whether a part of a network normalises by what it is given, so that its branches weigh as much as its shortcuts.
+
+    >>> normed(nn.Sequential(nn.GroupNorm(1, 2))), normed(nn.Sequential(nn.BatchNorm2d(2)).eval())
+    (True, False)
+    """
+    norms = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+    return any(
+        isinstance(m, norms) or (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training) for m in below.modules()
+    )
+
+
+def noisy(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Inputs to begin at, nearly nothing: independent numbers of spread 0.1."""
+    return 0.1 * torch.randn(shape, generator=rng)
+
+
+def blurred(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Inputs to begin at behind norms, which blow up whatever is small: pictures drawn at a quarter of their size.
+
+    >>> blurred((2, 3, 8, 8), torch.Generator().manual_seed(0)).shape, blurred((2, 5), torch.Generator()).shape
+    (torch.Size([2, 3, 8, 8]), torch.Size([2, 5]))
+    """
+    if len(shape) != 4:
+        return noisy(shape, rng)
+    coarse = torch.randn(*shape[:2], *(-(-side // COARSE) for side in shape[2:]), generator=rng)
+    return BLURRED * F.interpolate(coarse, size=shape[2:], mode="bilinear", align_corners=False)
 
 
 def newton(misfit: Misfit, x: Tensor, *, steps: int = NEWTON_STEPS) -> Iterator[tuple[float, Tensor]]:

@@ -22,6 +22,9 @@ LOST_SHARE = 0.05  # of a random direction that the equations may fail to give b
 AT_ONCE = 4  # examples that are searched for in one piece, where each has equations of its own
 
 
+Shaken = Callable[[Tensor, torch.Generator], Tensor]  # inputs -> an error of what the network below gives
+
+
 @dataclass(eq=False)
 class Sought:
     """Inputs [n, *shape] that were sought, the misfits [n] at which their search ended, and their bounds [n].
@@ -48,7 +51,8 @@ class Sought:
 class Search:
     """What a search goes by: the network `below` the tensor that is `told`, and the spread of its inputs.
 
-    `begin` draws inputs [n, *shape] to begin at, for so many; `shares` are those of the work before and after it.
+    `begin` draws inputs [n, *shape] to begin at, for so many; `shares` are those of the work before and after it. Where
+    `below` itself is known up to an error, `shaken` draws by how much what it gives may be off.
     """
 
     below: nn.Module
@@ -57,6 +61,7 @@ class Search:
     begin: Callable[[int], Tensor]
     shares: tuple[float, float]
     rng: torch.Generator
+    shaken: Shaken | None = None
 
     @property
     def apart(self) -> bool:
@@ -113,6 +118,8 @@ class Search:
         """Newton's steps to where the equations' own noise is left, and the bounds there."""
         misfit, size = Misfit(self.below, told), torch.inf
         noise = float(told.noise.norm() / told.seen.norm())
+        if self.shaken is not None:
+            noise = float(torch.tensor(noise).hypot(self.shaken(point, self.rng).norm().cpu() / told.seen.norm().cpu()))
         for size, point in newton(misfit, point):  # noqa: B007, B020
             if not tick(self.shares[1], size) or size <= noise:
                 break
@@ -120,10 +127,12 @@ class Search:
         if size <= NOISES * noise:
             found.inputs[examples] = point.to(found.inputs)
             found.done[examples], found.left_over = True, max(found.left_over, size)
-            found.bounds[examples] = _bound(misfit, told, point, size / noise, self.rng)
+            found.bounds[examples] = _bound(misfit, told, point, size / noise, self.rng, self.shaken)
 
 
-def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Generator) -> Tensor:
+def _bound(
+    misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Generator, shaken: Shaken | None
+) -> Tensor:
     """The largest relative error of each input [n], from how far the equations' noise moves it; inf where that is open."""
     answers = Answers(misfit, x)
 
@@ -141,9 +150,11 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
     def answer(r: Tensor) -> Tensor:
         return answers(r, products=RESPONSE_PRODUCTS, tolerance=tolerance).flatten(1)
 
-    unit = float(told.noise.norm())
     for _ in range(DRAWS):
-        moves.append(answer((drawn(told.noise) * told.noise / unit).flatten()) * unit / misfit.size)
+        draw = (drawn(told.noise) * told.noise).flatten()
+        draw = draw if shaken is None else draw + shaken(x, rng).flatten()
+        unit = float(draw.norm())
+        moves.append(answer(draw / unit) * unit / misfit.size)
     off = misfit(x).detach()
     left = answer(off / off.norm()) * float(off.norm())
     spread = torch.stack(moves).square().sum(2).mean(0).sqrt()
