@@ -101,7 +101,11 @@ class SentStatistics:
 
 
 def sent_statistics(
-    layer: BatchNormLayer, called: Callable[[str], str], before: Mapping[str, Tensor], after: Mapping[str, Tensor], N: int
+    layer: BatchNormLayer,
+    called: Callable[[str], str],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    N: int,
 ) -> SentStatistics:
     """The batch's statistics at a batch norm with momentum m: mean = (after - (1 - m) before) / m, var likewise.
 

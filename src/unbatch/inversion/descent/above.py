@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ SECANTS = 8
 TOLD = 1e-9  # of a share that may be left at the right scale
 POLISHES = 4
 NUDGE = 1e-6  # of a scale, relative, that shows how the head's gradient depends on it
+NUDGES = 1e-3  # the same for what came back to a layer, which norms make less of
+SWAMPED = 2.0  # times what is left over, below which a difference says nothing
+UNEVEN = 2.0  # times an even spread of what is left over the equations
 FELT = 1e-3  # singular value of that dependence, above which it is used
 SILENT = 1e-10  # singular value of the head's gradient over the largest, below which a direction was sent nothing
 SURE_COSINE = 1e-4  # by which the gradient of a label may be turned from what was sent back
@@ -111,8 +114,7 @@ def scales_by_share(
         raise NotApplicable(
             f"the head {head.call.where} has no bias, whose gradient would tell the scales of the examples."
         )
-    U, S, _ = torch.linalg.svd(update[head.weight], full_matrices=False)
-    directions = U[:, S > SILENT * S[0]].T
+    directions = _spoken(update[head.weight])
     made = section(graph, found.place.given, head.gave)
     ratios = torch.ones(len(found)).to(found.maps)
     if mixed:
@@ -139,8 +141,44 @@ def scales_by_share(
     return _by_head(graph, found, head, update, _secants(left, best, low, FINEST)[0] * ratios)
 
 
-def _by_head(graph: Graph, found: ToldApart, head: WindowLayer, update: Mapping[str, Tensor], scales: Tensor) -> Tensor:
-    """Scales [n] to the last digit by Gauss and Newton on the head's gradient, where its features depend on them."""
+def scale_blur(
+    graph: Graph, found: ToldApart, maps: Tensor, head: WindowLayer, update: Mapping[str, Tensor], *, mixed: bool = False
+) -> float:
+    """By how much the scales of the maps [n, *shape] may be off, relative: the largest over the examples, one sigma.
+
+    0 where a shift tells them (`at_own_scale`): they are as good as the maps then. Else what the equations leave, spread over
+    all of them, by how much the scales move them; norms are blind to scales but for their eps. The better of what came
+    back to the layer and of the head's gradient counts.
+    """
+    if found.place is head or (not mixed and _shift(graph, found.place, update) is not None):
+        return 0.0
+    windows = found.place.windows()
+    patches = windows.rows(maps.reshape(len(maps), *windows.shape)).flatten(0, 1)
+    G = found.place.flat(update[found.place.weight])
+    shares = torch.linalg.lstsq(patches.T, G.T).solution.view(len(maps), len(windows), -1).transpose(1, 2)
+    own = replace(found, maps=maps.reshape(found.maps.shape), shares=shares)
+    made, directions = section(graph, found.place.given, head.gave), _spoken(update[head.weight])
+    ones = torch.ones(len(maps)).to(maps)
+    rest, *moved = (_left(made, own, directions, ones * (1 + step), mixed) for step in (0.0, NUDGES, -NUDGES))
+    sizes = rest.norm(dim=1)
+    felt = ((moved[0] - moved[1]).norm(dim=1) / 2 - SWAMPED * sizes).clamp_min(0.0) / NUDGES
+    blur = float((sizes / felt / rest.shape[1] ** 0.5).max())
+    left, J = _head_slope(graph, own, head, update, ones)
+    least = float(torch.linalg.svdvals(J)[-1])
+    by_head = float(left.norm()) / least / len(left) ** 0.5 if least > FELT else torch.inf
+    return UNEVEN * min(blur, by_head)
+
+
+def _spoken(G: Tensor) -> Tensor:
+    """The directions of outputs [k, outputs] in which the head was sent something."""
+    U, S, _ = torch.linalg.svd(G, full_matrices=False)
+    return U[:, S > SILENT * S[0]].T
+
+
+def _head_slope(
+    graph: Graph, found: ToldApart, head: WindowLayer, update: Mapping[str, Tensor], scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the features leave of the head's gradient [e], relative, and how that depends on the scales' logarithms [e, n]."""
     made, G = section(graph, found.place.given, head.given), update[head.weight]
 
     def left(s: Tensor) -> Tensor:
@@ -148,14 +186,19 @@ def _by_head(graph: Graph, found: ToldApart, head: WindowLayer, update: Mapping[
         rest: Tensor = (G - (G @ Q) @ Q.T) / G.norm()
         return rest.flatten()
 
+    rest = left(scales)
+    moved = (left(scales * (1 + NUDGE * row)) for row in torch.eye(len(scales)).to(scales))
+    return rest, torch.stack([(other - rest) / NUDGE for other in moved], 1)
+
+
+def _by_head(graph: Graph, found: ToldApart, head: WindowLayer, update: Mapping[str, Tensor], scales: Tensor) -> Tensor:
+    """Scales [n] to the last digit by Gauss and Newton on the head's gradient, where its features depend on them."""
     for _ in range(POLISHES):
-        rest = left(scales)
-        moved = (left(scales * (1 + NUDGE * row)) for row in torch.eye(len(scales)).to(scales))
-        J = torch.stack([(other - rest) / NUDGE for other in moved], 1)
+        rest, J = _head_slope(graph, found, head, update, scales)
         if not float(torch.linalg.svdvals(J)[-1]) > FELT:
             break
         new = scales * (1 - torch.linalg.lstsq(J, rest[:, None]).solution[:, 0])
-        if not float(left(new).norm()) < float(rest.norm()):
+        if not float(_head_slope(graph, found, head, update, new)[0].norm()) < float(rest.norm()):
             break
         scales = new
     return scales

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable, UnbatchError
-from unbatch.inversion.descent.above import Above, at_own_scale, known_above, labels_sent
+from unbatch.inversion.descent.above import Above, at_own_scale, known_above, labels_sent, scale_blur
 from unbatch.inversion.descent.pictures import Back, blurred, noisy, normed
 from unbatch.inversion.descent.places import WindowLayer, at_cuts, places, rectified
 from unbatch.inversion.descent.sent_norms import FixedNorms, fixed_norms
@@ -111,7 +111,8 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
             continue
         tick(SHARES[0])
         unknowns = len(found) * torch.Size(view.knowledge.input_shape).numel()
-        down = walk(graph, every, place.given, up.maps, up.delta, update, eps, error, ALONE * unknowns)
+        blur = scale_blur(graph, found, up.maps, head, update, mixed=mixed)
+        down = walk(graph, every, place.given, up.maps, up.delta, update, eps, error, ALONE * unknowns, blur)
         told = target(down, unknowns)
         if best is None or told.equations > target(best.walk, unknowns).equations:
             best = WayDown(graph, head, found, up, down)

@@ -31,7 +31,7 @@ class FixedNorms:
             norm = other.get_submodule(name)
             for buffer, error in zip((norm.running_mean, norm.running_var), sent.errors, strict=True):
                 signs = 2.0 * torch.randint(2, error.shape, generator=rng).to(error) - 1
-                buffer.add_(signs * error)  # type: ignore[union-attr, operator]
+                buffer.add_(signs * error)  # type: ignore[operator]
         with torch.no_grad():
             moved: Tensor = other(x) - self.below(x)
         return moved

@@ -127,12 +127,11 @@ class Search:
         if size <= NOISES * noise:
             found.inputs[examples] = point.to(found.inputs)
             found.done[examples], found.left_over = True, max(found.left_over, size)
-            found.bounds[examples] = _bound(misfit, told, point, size / noise, self.rng, self.shaken)
+            if told.blur < LARGEST_RADIUS:
+                found.bounds[examples] = _bound(misfit, told, point, size / noise, self.rng, self.shaken)
 
 
-def _bound(
-    misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Generator, shaken: Shaken | None
-) -> Tensor:
+def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Generator, shaken: Shaken | None) -> Tensor:
     """The largest relative error of each input [n], from how far the equations' noise moves it; inf where that is open."""
     answers = Answers(misfit, x)
 
@@ -158,8 +157,11 @@ def _bound(
     off = misfit(x).detach()
     left = answer(off / off.norm()) * float(off.norm())
     spread = torch.stack(moves).square().sum(2).mean(0).sqrt()
+    scaled = torch.zeros_like(left)  # one direction among thousands: it is asked for by itself
+    if told.blur and told.rows is None:
+        scaled = answer(told.seen.flatten() / misfit.size) * told.blur
     far = (
-        ERROR_SIGMAS * max(1.0, excess) * spread
+        ERROR_SIGMAS * (max(1.0, excess) * spread + scaled.norm(dim=1))
         + 2 * left.norm(dim=1)
         + torch.finfo(torch.float64).eps * x.flatten(1).norm(dim=1)
     )

@@ -72,6 +72,7 @@ class Told:
     condition: float = 1.0
     misfit: float = 0.0  # of the equations of its layers, relative
     left: Left | None = None  # of the equations of its layers, where it is known
+    blur: float = 0.0  # by which the scale of a whole example may be off besides, relative, one sigma
     checked: bool = True  # there are equations enough to show a wrong one
 
     @property
@@ -118,8 +119,11 @@ def walk(
     eps: float,
     error: float,
     enough: float = float("inf"),
+    blur: float = 0.0,
 ) -> Walk:
     """The walk from the tensor `start`, whose values `maps` and gradient `delta` are known up to a relative `error`.
+
+    The scale of each example may be off by `blur` besides.
 
     Going through the calls backward, what came back to a call's output goes on to its inputs wherever the call's derivative
     is known: of linear layers always, of a ReLU where its output is. A layer's weight gradient then gives equations for its
@@ -128,7 +132,7 @@ def walk(
     """
     noise = error * maps.square().mean().sqrt().expand_as(maps)
     found = Walk({start: maps}, {start: noise}, {start: delta}, scaled={start: start}, enough=enough)
-    found.told.append(Told(start, None, maps, (len(maps), *start.shape[1:]), noise))
+    found.told.append(Told(start, None, maps, (len(maps), *start.shape[1:]), noise, blur=blur))
     readers: dict[Value, list[WindowLayer]] = {}
     for place in all_places:
         readers.setdefault(place.given, []).append(place)
@@ -295,6 +299,7 @@ def _solve(
         silent = [place.call.where for place in readers if place.weight not in update and place.gave in found.deltas]
         found.stops += [f"{where} sent no gradient, from which its input would follow" for where in silent]
     if told is not None:
+        told = replace(told, blur=max(other.blur for other in found.told))
         found.told.append(told)
         if told.rows is None:
             found.values[value], found.noises[value] = told.seen, told.noise
@@ -395,23 +400,28 @@ def _solve_late(
         x = torch.where(x < torch.maximum(ZERO * x.max(), ZERO_SIGMAS * noise), 0.0, x)
     noise = torch.maximum(noise, answer.blur * x.square().mean().sqrt())
     found.values[value], found.noises[value] = x, noise
+    own = None if seen is not None else value
+    blur = UNEVEN * answer.blur * max(1.0, answer.misfit / eps) / sum(r.gradient.numel() for r in readers) ** 0.5
     factors = iter(answer.factors)
     for place, reader in zip(places, readers, strict=True):
         if reader.loose:
-            _rescale(found, found.scaled[place.gave], next(factors))
-    own = None if seen is not None else value
+            _rescale(found, found.scaled[place.gave], next(factors), blur)
+    if seen is not None:  # a scale may have come over with it
+        blur = max(blur, *(other.blur for other in found.told))
     for place, reader in zip(places, readers, strict=True):
         z = reader.output(x)
         if reader.behind is not None:
             found.values[place.gave] = z
             found.values[found.late.pop(place.gave).value] = reader.behind(z)
             _add(found, value, reader.back(x, reader.delta(z)), own)
-    found.told.append(Told(value, None, x, shape, noise, answer.condition, answer.misfit))
+    found.told.append(Told(value, None, x, shape, noise, answer.condition, answer.misfit, blur=blur))
     return True
 
 
-def _rescale(found: Walk, owner: Value | None, factors: Tensor) -> None:
-    """Corrects the scales [n] of a tensor and of all that came back and goes with them."""
+def _rescale(found: Walk, owner: Value | None, factors: Tensor, blur: float) -> None:
+    """Corrects the scales [n] of a tensor and of all that came back and goes with them, if they are known no better yet."""
+    if any(told.value is owner and told.blur <= blur for told in found.told):
+        return
     for value, scaled in found.scaled.items():
         if owner is None or scaled is not owner:
             continue
@@ -422,7 +432,7 @@ def _rescale(found: Walk, owner: Value | None, factors: Tensor) -> None:
             found.late[value] = Late(late.value, late.cotangent * _sides(factors, late.cotangent))
     if owner is not None:
         right = found.values[owner] / _sides(factors, found.values[owner])
-        found.told = [replace(told, seen=right) if told.value is owner else told for told in found.told]
+        found.told = [replace(told, seen=right, blur=blur) if told.value is owner else told for told in found.told]
         found.values[owner] = right
 
 
@@ -451,5 +461,6 @@ def _is_relu(call: Call) -> bool:
     return isinstance(layer_of(call, call.given[0]), nn.ReLU)
 
 
+UNEVEN = 2.0  # times an even spread of what is left over the equations
 LARGEST_MISFIT = 1e-6  # relative, of the weights' gradients, up to which a tensor is right
 ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
