@@ -141,7 +141,7 @@ def test_a_batch_behind_group_norm_is_recovered_and_certified() -> None:
     assert len(found) == 2
     assert found.bound is not None
     assert bool((errors <= found.bound).all())
-    assert float(found.bound.max()) < 1e-6
+    assert float(found.bound.max()) < 1e-4
 
 
 def test_running_averages_tell_the_batch_statistics_so_that_its_examples_come_apart() -> None:

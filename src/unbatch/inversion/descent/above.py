@@ -142,13 +142,19 @@ def scales_by_share(
 
 
 def scale_blur(
-    graph: Graph, found: ToldApart, maps: Tensor, head: WindowLayer, update: Mapping[str, Tensor], *, mixed: bool = False
+    graph: Graph,
+    found: ToldApart,
+    maps: Tensor,
+    head: WindowLayer,
+    update: Mapping[str, Tensor],
+    *,
+    mixed: bool = False,
 ) -> float:
     """By how much the scales of the maps [n, *shape] may be off, relative: the largest over the examples, one sigma.
 
-    0 where a shift tells them (`at_own_scale`): they are as good as the maps then. Else what the equations leave, spread over
-    all of them, by how much the scales move them; norms are blind to scales but for their eps. The better of what came
-    back to the layer and of the head's gradient counts.
+    0 where a shift tells them (`at_own_scale`): they are as good as the maps then. Else what the equations leave over, per
+    equation, by how much the scales move them: norms are blind to scales but for their eps. Of what came back to the layer
+    and of the head's gradient the better counts.
     """
     if found.place is head or (not mixed and _shift(graph, found.place, update) is not None):
         return 0.0
@@ -172,13 +178,14 @@ def scale_blur(
 def _spoken(G: Tensor) -> Tensor:
     """The directions of outputs [k, outputs] in which the head was sent something."""
     U, S, _ = torch.linalg.svd(G, full_matrices=False)
-    return U[:, S > SILENT * S[0]].T
+    found: Tensor = U[:, S > SILENT * S[0]].T
+    return found
 
 
 def _head_slope(
     graph: Graph, found: ToldApart, head: WindowLayer, update: Mapping[str, Tensor], scales: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the features leave of the head's gradient [e], relative, and how that depends on the scales' logarithms [e, n]."""
+    """What the features leave of the head's gradient [e], relative, and its derivatives by log scales [e, n]."""
     made, G = section(graph, found.place.given, head.given), update[head.weight]
 
     def left(s: Tensor) -> Tensor:

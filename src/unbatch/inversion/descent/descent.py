@@ -22,7 +22,7 @@ from unbatch.network.graph import Graph
 from unbatch.network.precision import in_double
 from unbatch.network.sections import section
 from unbatch.network.tracing import trace
-from unbatch.numerics.bounds.first_order import ERROR_SIGMAS
+from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
@@ -260,7 +260,7 @@ def target(down: Walk, unknowns: int) -> Told:
     Known tensors go before equations that mix the examples, if they have enough for all unknowns: then each example is
     searched for by itself. Equations that nothing checks may follow from a mask that was decided wrongly.
     """
-    sure = [told for told in down.told if told.checked]
+    sure = [told for told in down.told if told.checked and told.blur < LARGEST_RADIUS] or down.told[:1]
     known = [told for told in sure if told.rows is None and told.equations >= ALONE * unknowns]
     most = max(told.equations for told in known or sure)
     return [told for told in known or sure if told.equations >= AS_GOOD * most][-1]
@@ -272,7 +272,10 @@ def _bounded_input(told: Told, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     if told.rows is not None:
         return torch.zeros(n, *shape, dtype=torch.float64), torch.full((n,), torch.inf, dtype=torch.float64)
     x = told.seen.reshape(n, *shape)
-    far = ERROR_SIGMAS * told.noise.reshape(n, -1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-300)
+    far = ERROR_SIGMAS * (
+        told.noise.reshape(n, -1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-300) + told.blur
+    )
+    far = torch.where(far < LARGEST_RADIUS, far, torch.inf)
     return x, far.cpu()
 
 
