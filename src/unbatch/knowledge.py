@@ -56,7 +56,7 @@ class Knowledge:
     batch_size: int
     labels: Tensor
     input_range: tuple[float, float]  # of tokens: 0 and the vocabulary's last number
-    padding: int  # of tokens: the number that fills short sequences up, at which nothing is said
+    padding: int  # of tokens: the number that fills short sequences up behind their end, and says nothing
     domain: str
     categories: tuple[tuple[int, ...], ...]  # of a table: columns that are one category, a 1 in one of them
     local_steps: int

@@ -12,7 +12,7 @@ def tokens_of(tokenizer: Any, length: int) -> Tokens:
     """The domain of texts of `length` tokens in the words of a tokenizer, of transformers or of the package tokenizers.
 
     Hand it to a `Setting` beside the model. Each token is taken as it stands behind another one, by the tokenizer's own
-    `decode`. Padding is the tokenizer's; where it has none, nothing is padding.
+    `decode`. Padding is the tokenizer's; where it has none, or fills sequences up at their beginning, nothing is padding.
     Raises UnbatchError: something else, that decodes no numbers.
 
     >>> class Three:
@@ -45,6 +45,8 @@ def tokens_of(tokenizer: Any, length: int) -> Tokens:
 
 
 def _padding(tokenizer: Any) -> int | None:
+    if getattr(tokenizer, "padding_side", "right") == "left":
+        return None
     own = getattr(tokenizer, "pad_token_id", None)
     if own is None and isinstance(getattr(tokenizer, "padding", None), dict):  # of the package tokenizers
         own = tokenizer.padding.get("pad_id")

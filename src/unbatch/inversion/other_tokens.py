@@ -22,8 +22,9 @@ def unseen_change(place: Observation, tokens: Tensor, labels: Tensor, explains: 
     """A change of one claimed token [n, t] that would not have shown in the update, in words; empty where all tried show.
 
     Tried are other tokens at the places whose embeddings move the update least, at others drawn at random and at the end
-    of padded sequences, and two tokens of a sequence, or of two sequences at one place, changed for each other. Labels that
-    are the tokens themselves, or the next ones, change with them.
+    of padded sequences; two tokens of a sequence, or of two sequences at one place, changed for each other; and sequences
+    a place further on, or with their padding, where that is known, behind them. Labels that are the tokens themselves, or
+    the next ones, change with them.
 
     >>> import unbatch
     >>> from unbatch.models.transformer import build_transformer
@@ -59,6 +60,7 @@ def _changes(place: Observation, tokens: Tensor, labels: Tensor, rng: torch.Gene
             other = flat.clone()
             other[i, j] = left[int(torch.randint(len(left), (1,), generator=rng))]
             yield f"another token at place {j} of sequence {i}", other.view_as(tokens)
+    yield from _moved(flat, there, pad)
     for spot in drawn.tolist():
         i, j = divmod(spot, t)
         for k, m in ((i, (j + 1) % t), ((i + 1) % n, j)):
@@ -67,6 +69,18 @@ def _changes(place: Observation, tokens: Tensor, labels: Tensor, rng: torch.Gene
                 other[i, j], other[k, m] = flat[k, m], flat[i, j]
                 where = f"the token at place {j} of sequence {i} changed for that at place {m} of sequence {k}"
                 yield where, _unless_turned(flat, other).view_as(tokens)
+
+
+def _moved(flat: Tensor, there: Tensor, pad: int | None) -> Iterator[tuple[str, Tensor]]:
+    """Whole sequences a place further on; where the padding is known, which fills them up behind, with it behind them."""
+    if pad is None:
+        for i in range(min(len(flat), DRAWN)):
+            other = flat.clone()
+            other[i] = flat[i].roll(1)
+            yield f"sequence {i} a place further on", _unless_turned(flat, other)
+        return
+    order = (~there).int().sort(dim=1, stable=True).indices
+    yield "the padding behind the tokens", flat.gather(1, order)
 
 
 def _unless_turned(flat: Tensor, other: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Recomputed:
         if not self.settled and self.open_token:
             return (
                 f"these tokens explain the update to {self.residual:.1e} of it, and so do others, with {self.open_token}: "
-                "that token does not show in it."
+                "that does not show in it."
             )
         if not self.settled and not self.pinned:
             return (
