@@ -112,6 +112,8 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
         allowed = {name: a + abs(c) * reach[name] for name, a in allowed.items()}
     size = float(flatten(seen, seen).norm())
     most = {name: LARGEST_ALLOWANCE * float(u.norm()) for name, u in seen.items()}
+    if not x.is_floating_point():  # a tensor of nothing but noise says nothing: other tokens are tried against the rest
+        most = {name: max(most[name], drawn) for name, drawn in _noise_norms(place).items()}
     if any(off[name] > min(allowed[name], most[name]) for name in seen):
         silent = _silent(place, x, y, again, c)
         most, allowed = most | silent, allowed | silent
@@ -206,7 +208,7 @@ def _typed(values: Tensor, place: Observation, kind: torch.dtype) -> Tensor:
 
 def _rounding(place: Observation, kind: torch.dtype) -> dict[str, float]:
     """By how much each tensor may be off, l2, through the rounding of its entries and the noise that is known."""
-    sigma = _spread(place)
+    drawn = _noise_norms(place)
     n = place.knowledge.get("batch_size", 1)
     steps = place.protocol.steps(n)
     found = {}
@@ -214,9 +216,14 @@ def _rounding(place: Observation, kind: torch.dtype) -> dict[str, float]:
         eps = max(torch.finfo(dtype).eps for dtype in (u.dtype, kind))
         least = 4 * rounding_noise(u.dtype) * u.numel() ** 0.5
         drift = STEP_ROUNDINGS * eps * steps * float(place.model.get_parameter(name).detach().double().norm())
-        noise = float(sigma[name]) * (NOISE_SLACK * u.numel() ** 0.5 + 4)
-        found[name] = math.hypot(ROUNDINGS * eps * float(u.double().norm()) + least + drift, noise)
+        found[name] = math.hypot(ROUNDINGS * eps * float(u.double().norm()) + least + drift, drawn[name])
     return found
+
+
+def _noise_norms(place: Observation) -> dict[str, float]:
+    """The most that known noise may make of each tensor, l2."""
+    sigma = _spread(place)
+    return {n: float(sigma[n]) * (NOISE_SLACK * u.numel() ** 0.5 + 4) for n, u in place.update.items()}
 
 
 def _wide(place: Observation, x: Tensor, y: Tensor, far: Tensor, again: Mapping[str, Tensor], c: float) -> bool:
