@@ -110,7 +110,7 @@ def held_to(seed: int) -> tuple[bool, int]:
 
 
 def test_no_false_claim_is_kept() -> None:
-    results = [held_to(seed) for seed in (48, 61)]
+    results = [held_to(seed) for seed in (48, 353)]
     assert sum(tried for _, tried in results) >= 3
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from unbatch.observation import Observation
 
 
+TOKEN_TABLE = "token embedding"  # the kind of layer that looks a text's tokens up
+
+
 class _Finding(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from unbatch.analysis import Analysis, LayerRisk
+from unbatch.analysis import TOKEN_TABLE, Analysis, LayerRisk
 from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
 from unbatch.network.chain import named_after
 from unbatch.network.dense import forward
+from unbatch.network.embedded import token_table
 from unbatch.network.operations import layer_of
 from unbatch.numerics.linear.span import numerical_rank
 from unbatch.observation import Observation
@@ -47,7 +48,8 @@ class GradientRank(Analysis):
         except NotApplicable:  # a model of token numbers: none of its layers reads the inputs themselves
             fed = set()
         eps = torch.finfo(obs.dtype).eps
-        return [_looked_up(layer) or _risk(layer, eps, layer.name in fed, obs) for layer in _layers(view, sizes)]
+        table = token_table(view.model, obs.knowledge.input_shape) if view.takes_tokens else None
+        return [_looked_up(layer, table) or _risk(layer, eps, layer.name in fed, obs) for layer in _layers(view, sizes)]
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,23 @@ def _risk(layer: _Layer, eps: float, first: bool, obs: Observation) -> LayerRisk
     )
 
 
-def _looked_up(layer: _Layer) -> LayerRisk | None:
-    """What a table of embeddings tells by the rows that are not zero; None of another layer."""
+def _looked_up(layer: _Layer, tokens: str | None) -> LayerRisk | None:
+    """What a table of embeddings tells by the rows that are not zero; None of another layer.
+
+    `tokens` is the name of the parameter in which the model's own inputs are looked up.
+    """
     if not isinstance(layer.module, nn.Embedding) or len(layer.tensors) != 1:
         return None
     (table,) = layer.tensors
     used, rows = int((table != 0).any(1).sum()), len(table)
     level: Level = "partial" if used < rows else "low"
+    own = tokens is not None and tokens.rpartition(".")[0] == layer.name
     words = f"{used:,} of its {rows:,} rows are not zero"
-    words += ": they name what was looked up in it, in no order." if used < rows else ", so none is named by them."
+    named = "are the tokens of the batch" if own else "name what was looked up in it"
+    words += f": they {named}, in no order." if used < rows else ", so none is named by them."
     return LayerRisk(
         layer=layer.name,
-        kind="Embedding",
+        kind=TOKEN_TABLE if own else "Embedding",
         unknowns=0,
         equations=used * table.shape[1],
         rank=used,

@@ -84,6 +84,7 @@ class LayerByLayer(Attack):
     )
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        view.refuse_tokens()
         view = view.gradient
         n, law, hidden = view.knowledge.get("batch_size", 1), Likelihood.of(view.knowledge), unseen(view.obs)
         if n > LARGEST_BATCH:

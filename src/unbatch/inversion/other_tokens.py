@@ -23,7 +23,7 @@ def unseen_change(place: Observation, tokens: Tensor, labels: Tensor, explains: 
 
     Tried are other tokens at the places whose embeddings move the update least, at others drawn at random and at the end
     of padded sequences; two tokens of a sequence, or of two sequences at one place, changed for each other; and sequences
-    a place further on, or with their padding, where that is known, behind them. Labels that are the tokens themselves, or
+    a place on or back, or with their padding, where that is known, behind them. Labels that are the tokens themselves, or
     the next ones, change with them.
 
     >>> import unbatch
@@ -72,12 +72,13 @@ def _changes(place: Observation, tokens: Tensor, labels: Tensor, rng: torch.Gene
 
 
 def _moved(flat: Tensor, there: Tensor, pad: int | None) -> Iterator[tuple[str, Tensor]]:
-    """Whole sequences a place further on; where the padding is known, which fills them up behind, with it behind them."""
+    """Whole sequences a place on or back; where the padding is known, which fills them up behind, with it behind them."""
     if pad is None:
         for i in range(min(len(flat), DRAWN)):
-            other = flat.clone()
-            other[i] = flat[i].roll(1)
-            yield f"sequence {i} a place further on", _unless_turned(flat, other)
+            for step, where in ((1, "on"), (-1, "back")):
+                other = flat.clone()
+                other[i] = flat[i].roll(step)
+                yield f"sequence {i} a place further {where}", _unless_turned(flat, other)
         return
     order = (~there).int().sort(dim=1, stable=True).indices
     yield "the padding behind the tokens", flat.gather(1, order)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from unbatch.analysis import TOKEN_TABLE
 from unbatch.reporting.thresholds import SETTLED_FREEDOM
 from unbatch.reporting.tiers import Outcome, Tier
 
@@ -172,7 +173,8 @@ def _none(audit: Audit) -> str:
             f"{min(run.residual or 0.0 for run in open_):.0e}: the update does not determine them."
         )
     if audit.truth:
-        return f"None of {_things(audit)} recovered by {by}; the nearest guesses stand beside their chance level."
+        said = f"None of {_things(audit)} recovered by {by}; the nearest guesses stand beside their chance level."
+        return " ".join([said, *_named_tokens(audit)])
     misfit = f"; the nearest guess leaves {min(left):.2g} of it unexplained" if left else ""
     return f"None of {_things(audit)} recovered by {by}{misfit}."
 
@@ -180,10 +182,20 @@ def _none(audit: Audit) -> str:
 def _nothing(audit: Audit) -> str:
     labels = [run for run in audit.runs if run.ran]
     if labels:
-        return (
+        said = (
             f"No attack on {_things(audit)} could run; that is not safety. Labels alone were read, by {_list(labels)}."
         )
-    return f"No attack could run on {_things(audit)}; that is not safety. The reasons are listed below."
+    else:
+        said = f"No attack could run on {_things(audit)}; that is not safety. The reasons are listed below."
+    return " ".join([said, *_named_tokens(audit)])
+
+
+def _named_tokens(audit: Audit) -> list[str]:
+    """Of texts of which none was recovered, that their tokens stand in the update all the same, where they do."""
+    found = next((risk for risk in audit.risks if risk.kind == TOKEN_TABLE and risk.level == "partial"), None)
+    if found is None:
+        return []
+    return [f"Which tokens occur is public all the same, by the gradient of {found.layer!r}: {found.words}"]
 
 
 def _list(runs: Iterable[Run]) -> str:
