@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unbatch.numerics.dictionary.bipartite import closure, components, proven
 from unbatch.numerics.dictionary.membership import CUT, row_space
+from unbatch.numerics.dictionary.sharing import token_shares
 
 
 def rng(seed: int) -> torch.Generator:
@@ -103,3 +104,23 @@ def test_a_gradient_that_is_full_says_so_and_a_vector_of_no_length_is_never_a_me
     assert not row_space(torch.randn(9, 3, generator=rng(0)) @ torch.randn(3, 5, generator=rng(1)), eps=1e-7).saturated
     assert not bool(full.members(torch.zeros(1, 5, dtype=torch.float64)).any())
     assert row_space(torch.zeros(4, 3), eps=1e-7).rank == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_gradient_s_shares_add_up_to_it_and_place_each_token_that_occurs_once(seed: int) -> None:
+    pairs, x, r = drawn_pairs(seed, 12), sums(seed), rng(seed)
+    allowed, delta = closure(pairs), torch.randn(60, int(pairs.sum()), generator=r, dtype=torch.float64)
+    used = allowed.any(1)
+    gradient = delta @ x[pairs]
+    found = token_shares(x[used], allowed[used], gradient)
+    once = (pairs[used].sum(1) == 1) & (allowed[used].sum(1) > 1)
+    several = pairs[used].sum(1) > 1
+    if not bool(several.any()):  # else parts of those that occur twice are spread over the others
+        assert torch.allclose(found.share[once], pairs[used][once].double(), atol=1e-8)
+    assert torch.equal(found.row >= 0, allowed[used])
+    lone = (allowed[used].sum(1) == 1) & ~several
+    for token in lone.nonzero().flatten().tolist():  # its own delta, in the vector's scale
+        place = int(allowed[used][token].nonzero()[0])
+        k = int((pairs.nonzero() == torch.tensor([int(used.nonzero()[token]), place])).all(1).nonzero()[0])
+        own = found.sums[found.row[token, place]]
+        assert abs(float(torch.nn.functional.cosine_similarity(own, delta[:, k], dim=0))) > 1 - 1e-8

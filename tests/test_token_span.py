@@ -52,7 +52,7 @@ def told() -> Knowledge:
 
 def read(obs: Observation) -> Reconstruction:
     view = View.of(obs)
-    return judged(view, sentences_read(view, partial=False))
+    return judged(view, sentences_read(view, rng(), partial=False))
 
 
 def rows(x: Tensor, y: Tensor) -> list[tuple[int, ...]]:
@@ -222,8 +222,17 @@ def test_a_model_of_pictures_and_dropout_are_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
     obs, _ = unbatch.observe(model, F.cross_entropy, torch.rand(1, 6), torch.tensor([1]))
     with pytest.raises(NotApplicable, match="run on token numbers"):
-        sentences_read(View.of(obs), partial=False)
+        sentences_read(View.of(obs), rng(), partial=False)
     net = nn.Sequential(nn.Embedding(20, 16), nn.Dropout(0.5), nn.Linear(16, 8), nn.Flatten(), nn.Linear(64, 3)).train()
     obs, _ = unbatch.observe(net, F.cross_entropy, torch.randint(20, (1, 8)), torch.tensor([1]))
     with pytest.raises(NotApplicable, match="draws at random"):
-        sentences_read(View.of(obs), partial=False)
+        sentences_read(View.of(obs), rng(), partial=False)
+
+
+@pytest.mark.parametrize(("n", "seed", "width"), [(1, 0, 64), (2, 1, 64), (4, 3, 128)])
+def test_an_encoder_gives_few_sentences_away(n: int, seed: int, width: int) -> None:
+    obs, x, y = batch_sent(n=n, seed=seed, name="bert", width=width)
+    found = read(obs)
+    assert rows(found.inputs, found.labels) == rows(x, y)  # type: ignore[arg-type]
+    assert bool(found.bound.isfinite().all())  # type: ignore[union-attr]
+    assert found.trace["sentences span the gradient"]

@@ -21,7 +21,8 @@ class TokenSpan(Attack):
     Tokens are a dictionary: what a token at a position sends into the first layers is one of finitely many vectors, and a
     layer's gradient is a sum of delta x^T over those of the batch. So the ones that lie in its row space are the batch's
     tokens, up to pairs that follow from others (`docs/theory/tokens.md`). Behind the first attention a vector depends on
-    all that stands before it, and the same test grows sentences. Occurrences and labels follow from the gradient's being
+    all that stands before it, and the same test grows sentences; an encoder's are searched
+    for, from tokens whose parts of the gradient are alike. Occurrences and labels follow from the gradient's being
     the sentences' sum. Layers, dictionary and tolerance are found by running the network and from the gap of the singular
     values; no architecture is known by name.
     """
@@ -45,4 +46,4 @@ class TokenSpan(Attack):
     ] = False
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
-        return sentences_read(view, partial=self.partial)
+        return sentences_read(view, rng, partial=self.partial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.tokens.assembly import Batch, assembled
@@ -12,13 +13,14 @@ from unbatch.inversion.tokens.fronts import TokenReader
 from unbatch.inversion.tokens.next_tokens import next_tokens
 from unbatch.inversion.tokens.pairs import TokenPairs, token_pairs
 from unbatch.inversion.tokens.prefixes import Grown, sentences_grown
+from unbatch.inversion.tokens.whole_sentences import SentencesFound, sentences_searched
 from unbatch.inversion.view import View
 from unbatch.reconstruction import Reconstruction
 
 SHOWN_TOKENS = 4096  # of a bag that a trace lists
 
 
-def sentences_read(view: View, *, partial: bool) -> Reconstruction:
+def sentences_read(view: View, rng: torch.Generator, *, partial: bool) -> Reconstruction:
     """The sentences of the batch with their labels, from the spans of the gradient, claimed where they are its sum.
 
     With `partial` sentences that passed every span, but do not add up to the gradient, are returned as guesses.
@@ -29,14 +31,18 @@ def sentences_read(view: View, *, partial: bool) -> Reconstruction:
     reader = TokenReader.of(view)
     pairs = token_pairs(reader)
     trace = _of_pairs(pairs)
-    found: Grown | None = None
+    leaves: Tensor | None = None
     try:
-        found = sentences_grown(reader, pairs)
-        trace |= _of_sentences(found)
-        batch = _batch(reader, found)
+        if any(f.reach == "prefix" for f in reader.fronts):
+            found = sentences_grown(reader, pairs)
+            leaves, trace = found.leaves, trace | _of_beginnings(found)
+            batch = _batch(reader, found)
+        else:
+            searched = sentences_searched(reader, pairs, rng)
+            leaves, trace = searched.sentences, trace | _of_search(searched)
+            batch = assembled(reader, leaves)
     except NotApplicable as why:
-        if partial and found is not None and len(found.leaves):
-            leaves = found.leaves
+        if partial and leaves is not None and len(leaves):
             open_bound = torch.full((len(leaves),), torch.inf)
             return Reconstruction(inputs=leaves, bound=open_bound, trace=trace | {"open": str(why)})
         raise NotApplicable(f"{_said(pairs)}, but not the sentences: {why}") from why
@@ -84,7 +90,18 @@ def _of_pairs(pairs: TokenPairs) -> dict[str, Any]:
     return found
 
 
-def _of_sentences(found: Grown) -> dict[str, Any]:
+def _of_search(found: SentencesFound) -> dict[str, Any]:
+    """What a layer that sees whole sentences tells, for the record."""
+    front = found.front
+    return {
+        "layer of sentences": front.name,
+        "rank of sentences": front.space.rank,
+        "sentences that fit": len(found.sentences),
+        "sentences span the gradient": found.complete,
+    }
+
+
+def _of_beginnings(found: Grown) -> dict[str, Any]:
     """What the layers behind the first attention tell, for the record."""
     front = found.fronts[0]
     return {
