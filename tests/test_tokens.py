@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import unbatch
 from unbatch import Knowledge, Observation, Protocol, Reconstruction
 from unbatch.auditing.certify import certify
+from unbatch.auditing.diagnosis import explanations
 from unbatch.domain import Tokens, domain_told
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.claims import judged
@@ -195,6 +196,14 @@ def test_a_vocabulary_is_as_large_as_the_model_s_table_whether_told_or_not() -> 
     record = unbatch.audit(seen, attacks="label-count", analyses=(), truth=truth)
     assert record.domain == "tokens"
     assert record.clients[0].pieces[0] == [f" {number}" for number in x[0].tolist()]
+
+
+def test_a_captured_update_of_tokens_is_explained_by_the_reading_that_it_has() -> None:
+    obs, x, y = sent(model("bert"))
+    flipped = replace(obs, update={name: -u for name, u in obs.update.items()})
+    for captured, factor in ((obs, 1.0), (flipped, -1.0)):
+        best = explanations(captured, x, y)[0]
+        assert (round(best.factor, 4), best.fits) == (factor, True)
 
 
 def test_an_attack_must_return_tokens_as_whole_numbers() -> None:

@@ -57,7 +57,8 @@ def explanations(obs: Observation, inputs: Tensor, labels: Tensor) -> list[Expla
     (-1.0, True)
     """
     first = next(obs.model.parameters())
-    x, y = inputs.to(first.device, first.dtype), labels.to(first.device)
+    kind = first.dtype if inputs.is_floating_point() else inputs.dtype  # tokens stay whole numbers
+    x, y = inputs.to(first.device, kind), labels.to(first.device)
     rate = obs.protocol.learning_rate
     declared = obs.protocol
     candidates = [declared, *(Protocol(mode=mode) for mode in ("train", "eval"))]

@@ -239,7 +239,8 @@ def _captured(asked: Asked, path: Path) -> Target:
     truth, batch = None, None
     if asked.data is not None:
         batch = _client(asked)
-        truth = Truth(inputs=batch.inputs.to(obs.dtype), labels=batch.labels, notes=batch.notes)
+        held = batch.inputs.to(obs.dtype) if batch.inputs.is_floating_point() else batch.inputs
+        truth = Truth(inputs=held, labels=batch.labels, notes=batch.notes)
     known = obs.knowledge | Knowledge(**told) | _known(asked.knows, batch)
     return Target(what=replace(obs, knowledge=known), truth=truth)
 
