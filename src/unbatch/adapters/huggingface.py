@@ -155,6 +155,30 @@ def with_its_loss(model: nn.Module) -> tuple[nn.Module, TrainerLoss | None]:
     return model, None if known is None else known.loss
 
 
+def vit_of_random_parameters(*, side: int, patch: int, width: int, depth: int, classes: int, seed: int) -> nn.Module:
+    """Hugging Face's ViT for pictures [n, 3, side, side], randomly initialised, as a network of one input: for benchmarks.
+
+    Raises MissingExtra.
+    """
+    try:
+        from transformers import ViTConfig, ViTForImageClassification
+    except ImportError as error:
+        raise MissingExtra.of("Hugging Face's ViT", "transformers", "transformers") from error
+    own: dict[str, Any] = {"num_labels": classes}  # of every configuration
+    config = ViTConfig(
+        image_size=side,
+        patch_size=patch,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=next(heads for heads in (3, 2, 1) if width % heads == 0),
+        intermediate_size=4 * width,
+        **own,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return one_input(ViTForImageClassification(config))[0].train()
+
+
 def labels_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """The labels [n, T] that train a causal language model on tokens [n, T]: the tokens, and -100 where there is padding.
 

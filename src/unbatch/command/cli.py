@@ -407,7 +407,9 @@ def harden_command(
 def bench(
     name: Annotated[
         str,
-        typer.Argument(help="adaptive, bounds, claims, defences, descend, layers, matching, metric, tensor or unmix"),
+        typer.Argument(
+            help="adaptive, bounds, claims, defences, descend, layers, matching, metric, tensor, unmix or vit"
+        ),
     ],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
     seconds: Annotated[

@@ -18,8 +18,9 @@ from unbatch.models.published import PublishedName
 from unbatch.models.residual import preact_resnet, resnet, resnet_small, wide_resnet
 from unbatch.models.stack import Shape, stack
 from unbatch.models.vgg import PLANS, vgg
+from unbatch.models.vision_transformer import build_vision_transformer
 
-DeepName = Literal["resnet18", "resnet34", "preact-resnet18", "wideresnet16-4", "vgg11", "vgg16", "convnet8"]
+DeepName = Literal["vit", "resnet18", "resnet34", "preact-resnet18", "wideresnet16-4", "vgg11", "vgg16", "convnet8"]
 Name = Literal["mlp", "lenet", "convnet", "resnet-small", DeepName, PublishedName]
 ActivationName = Literal["relu", "leaky-relu", "elu", "gelu", "silu", "softplus", "tanh", "sigmoid", "identity"]
 
@@ -62,12 +63,17 @@ def build(
     >>> model(torch.zeros(5, 1, 8, 8)).shape
     torch.Size([5, 10])
     """
-    if name not in (*_MODELS, *published.NETWORKS):
-        raise UnbatchError(f"unknown model {name!r}; known: {', '.join((*_MODELS, *published.NETWORKS))}.")
+    if name not in (*_MODELS, "vit", *published.NETWORKS):
+        raise UnbatchError(f"unknown model {name!r}; known: {', '.join((*_MODELS, 'vit', *published.NETWORKS))}.")
     if activation is not None and activation not in ACTIVATIONS:
         raise UnbatchError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}.")
     if name != "mlp" and len(input_shape) != 3:
         raise UnbatchError(f"{name} convolves pictures [c, h, w], not inputs of shape {input_shape}; use model=mlp.")
+    if name == "vit":
+        gelu = ACTIVATIONS[activation or "gelu"]
+        return build_vision_transformer(
+            input_shape, outputs, depth=depth, width=width, activation=gelu, bias=bias, rng=rng
+        )
     with torch.device("meta"):  # no tensor is filled here, so torch's global generator is not read
         act = None if activation is None else ACTIVATIONS[activation]
         if name in published.NETWORKS:
@@ -85,6 +91,8 @@ def unused(name: Name) -> frozenset[str]:
     >>> sorted(unused("mlp")), sorted(unused("resnet18"))
     (['norm'], ['depth'])
     """
+    if name == "vit":
+        return frozenset({"norm"})
     return frozenset({"depth", "width", "norm"}.difference(_MODELS[name].takes if name in _MODELS else ()))
 
 
