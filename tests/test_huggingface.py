@@ -248,6 +248,16 @@ def test_the_command_line_takes_a_model_beside_a_case(tmp_path: Path, monkeypatc
     assert other.loss != client.loss
 
 
+def test_a_picture_behind_their_vision_transformer_is_read() -> None:
+    """Its positions are found by running it, under their names, with an adapter on top or frozen below."""
+    model, loss = one_input(made("ImageClassification", vit(hidden_size=16)).double())
+    x, y = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64), torch.tensor([2])
+    seen, _ = unbatch.observe(model, loss, x, y, protocol=unbatch.Protocol(mode="eval"))
+    found = unbatch.attacks.PatchSpan()(seen)
+    assert float((found.inputs - x).norm() / x.norm()) <= float(found.bound[0]) < 1e-9
+    assert "vit.embeddings.position_embeddings" in found.trace["by"]
+
+
 def test_pictures_are_traced() -> None:
     model, _ = one_input(made("ImageClassification", vit()))
     names = [call.name for call in trace(model, (1, 8, 8)).calls]

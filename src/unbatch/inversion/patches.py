@@ -10,11 +10,11 @@ from torch import Tensor
 
 from unbatch.errors import NotApplicable
 from unbatch.network.patches import FirstDenseLayers, PatchEmbedding
-from unbatch.numerics.linear.span import rank_tolerance
+from unbatch.numerics.linear.span import numerical_rank, rank_tolerance
 from unbatch.observation import Observation
 
-ROUNDINGS = 4.0  # of a tensor's size, relative, that a sum over tokens may be off by
-MISFIT_ROUNDINGS = 64.0  # of what the gradient of the embedding may be off by where one example sent it
+ROUNDINGS = 4.0  # times what independent errors of that size do to the windows
+MISFIT_ROUNDINGS = 64.0  # by which the gradient of the embedding may be off where one example sent it
 TELLS = 0.1  # of a window's size, below which the error of a direction must lie to count as determined
 
 
@@ -58,27 +58,44 @@ def by_positions(obs: Observation, front: PatchEmbedding) -> Windows:
         raise NotApplicable(f"no gradient of {missing} was sent.")
     D = obs.update[name].double().flatten()[places.to(obs.device)]  # [T, width]
     G = obs.update[front.weight].double().flatten(1)  # [width, p]
-    U, S, V = torch.linalg.svd(D, full_matrices=False)
-    rank = int((S > rank_tolerance(D, torch.finfo(obs.update[name].dtype).eps)).sum())
+    rank = numerical_rank(D, eps=torch.finfo(obs.update[name].dtype).eps)
     if rank < len(D):
         raise NotApplicable(
             f"what the {len(D)} patches send back has rank {rank}: they are told apart up to {D.shape[1] - 1} patches of "
             f"tokens of width {D.shape[1]}."
         )
-    P = U @ ((V @ G) / S[:, None])
-    size = float(torch.linalg.matrix_norm(P))
-    errors = _error(obs, front.weight), _error(obs, name)
-    summed = ROUNDINGS * torch.finfo(obs.update[front.weight].dtype).eps * float(torch.linalg.matrix_norm(D)) * size
-    off = float(torch.linalg.matrix_norm(G - D.T @ P))
-    allowed = MISFIT_ROUNDINGS * (errors[0] + errors[1] * size / len(D) ** 0.5 + summed)
-    if not off <= allowed:
+    unit = _unit_errors(obs, D, G, name, front.weight)  # [width]
+    U, S, V = torch.linalg.svd(D / unit, full_matrices=False)
+    P = U @ ((V @ (G / unit[:, None])) / S[:, None])
+    off = float(torch.linalg.matrix_norm((G - D.T @ P) / unit[:, None])) / G.numel() ** 0.5
+    if not off <= MISFIT_ROUNDINGS:
         raise NotApplicable(
-            f"the gradient of {front.weight!r} is not what one example's patches send (off by {off:.1e}, allowed "
-            f"{allowed:.1e}): more than one example, or an altered update."
+            f"the gradient of {front.weight!r} is not what one example's patches send (off by {off:.1e} roundings): more "
+            "than one example, or an altered update."
         )
-    error = ROUNDINGS * (errors[0] + errors[1] * size + summed) / float(S[-1])
-    trace = {"windows": len(D), "condition": float(S[0] / S[-1]), "misfit": off / float(torch.linalg.matrix_norm(G))}
+    error = ROUNDINGS * max(off, 1.0) * float((G.shape[1] / S.square()).sum().sqrt())
+    trace = {"condition": float(S[0] / S[-1]), "misfit in roundings": off}
     return Windows(P, error, 0, {"by": f"the gradients of {front.weight!r} and {name!r}"} | trace)
+
+
+def _unit_errors(obs: Observation, D: Tensor, G: Tensor, positions: str, weight: str) -> Tensor:
+    """The error [width] of an entry of each row of G = D^T P [width, p]: rounding of both and of sums, and noise."""
+    size = float(torch.linalg.lstsq(D.T, G).solution.square().mean().sqrt())  # of an entry of P
+    rows = dict(obs.model.named_parameters(remove_duplicate=False))[weight].detach().double().flatten(1).norm(dim=1)
+    eps = max(torch.finfo(obs.update[each].dtype).eps for each in (positions, weight))
+    fixed = obs.rounding(weight) + obs.rounding(positions) * size * len(D) ** 0.5
+    fixed += float(obs.knowledge.get("noise", 0.0)) * (1 + size * len(D) ** 0.5)
+    relative = G.norm(dim=1) / G.shape[1] ** 0.5 + D.norm(dim=0) * size
+    if obs.protocol.steps(obs.knowledge.get("batch_size", 1)):  # a difference of parameters is as coarse as they are
+        relative = relative + rows / G.shape[1] ** 0.5 + _parameter_size(obs, positions) * size * len(D) ** 0.5
+    found: Tensor = eps * relative + fixed + torch.finfo(torch.float64).tiny
+    return found
+
+
+def _parameter_size(obs: Observation, name: str) -> float:
+    """The root mean square of a parameter's entries."""
+    own = dict(obs.model.named_parameters(remove_duplicate=False))[name]
+    return float(own.detach().double().square().mean().sqrt())
 
 
 def by_first_layers(obs: Observation, front: PatchEmbedding, first: FirstDenseLayers, W: Tensor) -> Windows:
@@ -208,14 +225,3 @@ def _entry_errors(obs: Observation, name: str) -> Tensor:
     fixed = obs.rounding(name) + float(obs.knowledge.get("noise", 0.0))
     relative: Tensor = torch.finfo(obs.update[name].dtype).eps * u.norm(dim=1) / u.shape[1] ** 0.5
     return relative + fixed
-
-
-def _error(obs: Observation, name: str) -> float:
-    """Size of the rounding of a tensor of the update: of its entries, and after local steps of the parameters'."""
-    u, own = obs.update[name], dict(obs.model.named_parameters(remove_duplicate=False))[name]
-    moved = 0.0
-    if obs.protocol.steps(obs.knowledge.get("batch_size", 1)):
-        moved = torch.finfo(own.dtype).eps * float(torch.linalg.vector_norm(own.detach().double()))
-    noise = obs.rounding(name) + float(obs.knowledge.get("noise", 0.0))
-    rounding = torch.finfo(u.dtype).eps * float(torch.linalg.vector_norm(u.double()))
-    return float(rounding + moved + noise * u.numel() ** 0.5)
