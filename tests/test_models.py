@@ -212,5 +212,5 @@ def test_other_refusals() -> None:
         build("vgg", (1, 8, 8), 2, rng=rng())
     with pytest.raises(ValueError, match="unknown activation 'swish'"):
         build("mlp", (1, 8, 8), 2, activation="swish", rng=rng())
-    with pytest.raises(ValueError, match="no law to draw 0 \\(LayerNorm\\)"):
-        small.initialise(nn.Sequential(nn.LayerNorm(3)), rng())
+    with pytest.raises(ValueError, match="no law to draw 0 \\(Embedding\\)"):
+        small.initialise(nn.Sequential(nn.Embedding(3, 2)), rng())

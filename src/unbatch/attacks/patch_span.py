@@ -9,7 +9,7 @@ import torch
 from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.label_fit import label_behind
-from unbatch.inversion.patches import Windows, by_first_layers, by_positions
+from unbatch.inversion.patches import PatchWindows, by_first_layers, by_positions
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
 from unbatch.network.patches import PatchEmbedding, first_dense_layers, patch_embedding
@@ -84,7 +84,7 @@ class PatchSpan(Attack):
         if view.steps > 1 and protocol.weight_decay:
             raise NotApplicable("weight decay adds the parameters themselves to the update in every local step.")
 
-    def _windows(self, view: View, front: PatchEmbedding) -> Windows:
+    def _windows(self, view: View, front: PatchEmbedding) -> PatchWindows:
         """By the positions where they were sent, else by the first dense layers. Raises NotApplicable: neither works."""
         try:
             return by_positions(view.obs, front)

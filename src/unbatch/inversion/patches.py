@@ -19,8 +19,8 @@ TELLS = 0.1  # of a window's size, below which the error of a direction must lie
 
 
 @dataclass(frozen=True, eq=False)
-class Windows:
-    """Windows of one picture, as its embedding was given them, and how far they may be off.
+class PatchWindows:
+    """PatchWindows of one picture, as its embedding was given them, and how far they may be off.
 
     `error` is the largest l2 error of all of them together; inf where some numbers are left open. `free` counts the
     dimensions of each window that nothing determines.
@@ -32,7 +32,7 @@ class Windows:
     trace: dict[str, Any] = field(default_factory=dict)
 
 
-def by_positions(obs: Observation, front: PatchEmbedding) -> Windows:
+def by_positions(obs: Observation, front: PatchEmbedding) -> PatchWindows:
     """The windows of one picture, where both the embedding and what is added to its tokens sent their gradients.
 
     dL/dW = D^T P with D = dL/d positions [T, width], which is what the tokens send back, and P [T, p] the windows. Every
@@ -75,7 +75,7 @@ def by_positions(obs: Observation, front: PatchEmbedding) -> Windows:
         )
     error = ROUNDINGS * max(off, 1.0) * float((G.shape[1] / S.square()).sum().sqrt())
     trace = {"condition": float(S[0] / S[-1]), "misfit in roundings": off}
-    return Windows(P, error, 0, {"by": f"the gradients of {front.weight!r} and {name!r}"} | trace)
+    return PatchWindows(P, error, 0, {"by": f"the gradients of {front.weight!r} and {name!r}"} | trace)
 
 
 def _unit_errors(obs: Observation, D: Tensor, G: Tensor, positions: str, weight: str) -> Tensor:
@@ -98,7 +98,7 @@ def _parameter_size(obs: Observation, name: str) -> float:
     return float(own.detach().double().square().mean().sqrt())
 
 
-def by_first_layers(obs: Observation, front: PatchEmbedding, first: FirstDenseLayers, W: Tensor) -> Windows:
+def by_first_layers(obs: Observation, front: PatchEmbedding, first: FirstDenseLayers, W: Tensor) -> PatchWindows:
     """The windows of one picture by the first dense layers alone, whose gradient's rows span what they were given.
 
     Row space of [dL/dW | dL/db] = span of the (h_t, 1), h_t = gain (z_t - mean z_t) / s_t + offset, z_t = W p_t + c_t the
@@ -131,7 +131,7 @@ def by_first_layers(obs: Observation, front: PatchEmbedding, first: FirstDenseLa
         "determined of them": known,
         "rank gap": float(S[rank - 1]) / errors,
     }
-    return Windows(p, error, free, trace)
+    return PatchWindows(p, error, free, trace)
 
 
 class _System:

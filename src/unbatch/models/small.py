@@ -18,7 +18,7 @@ from unbatch.models.published import PublishedName
 from unbatch.models.residual import preact_resnet, resnet, resnet_small, wide_resnet
 from unbatch.models.stack import Shape, stack
 from unbatch.models.vgg import PLANS, vgg
-from unbatch.models.vision_transformer import build_vision_transformer
+from unbatch.models.vision_transformer import VisionTransformer, undrawn_vision_transformer
 
 DeepName = Literal["vit", "resnet18", "resnet34", "preact-resnet18", "wideresnet16-4", "vgg11", "vgg16", "convnet8"]
 Name = Literal["mlp", "lenet", "convnet", "resnet-small", DeepName, PublishedName]
@@ -63,17 +63,12 @@ def build(
     >>> model(torch.zeros(5, 1, 8, 8)).shape
     torch.Size([5, 10])
     """
-    if name not in (*_MODELS, "vit", *published.NETWORKS):
-        raise UnbatchError(f"unknown model {name!r}; known: {', '.join((*_MODELS, 'vit', *published.NETWORKS))}.")
+    if name not in (*_MODELS, *published.NETWORKS):
+        raise UnbatchError(f"unknown model {name!r}; known: {', '.join((*_MODELS, *published.NETWORKS))}.")
     if activation is not None and activation not in ACTIVATIONS:
         raise UnbatchError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}.")
     if name != "mlp" and len(input_shape) != 3:
         raise UnbatchError(f"{name} convolves pictures [c, h, w], not inputs of shape {input_shape}; use model=mlp.")
-    if name == "vit":
-        gelu = ACTIVATIONS[activation or "gelu"]
-        return build_vision_transformer(
-            input_shape, outputs, depth=depth, width=width, activation=gelu, bias=bias, rng=rng
-        )
     with torch.device("meta"):  # no tensor is filled here, so torch's global generator is not read
         act = None if activation is None else ACTIVATIONS[activation]
         if name in published.NETWORKS:
@@ -81,7 +76,7 @@ def build(
         else:
             given, own = {"depth": depth, "width": width, "norm": norm}, _MODELS[name]
             options = {option: given[option] for option in own.takes}
-            model = own.make(input_shape, outputs, act or nn.ReLU, bias, **options)
+            model = own.make(input_shape, outputs, act or own.activation, bias, **options)
     return initialise(model.to_empty(device="cpu"), rng)
 
 
@@ -91,8 +86,6 @@ def unused(name: Name) -> frozenset[str]:
     >>> sorted(unused("mlp")), sorted(unused("resnet18"))
     (['norm'], ['depth'])
     """
-    if name == "vit":
-        return frozenset({"norm"})
     return frozenset({"depth", "width", "norm"}.difference(_MODELS[name].takes if name in _MODELS else ()))
 
 
@@ -112,7 +105,9 @@ def initialise(model: nn.Module, rng: torch.Generator) -> nn.Module:
             bound = 1 / math.sqrt(module.weight[0].numel())  # fan_in is what one output sees
             for parameter in module.parameters(recurse=False):
                 parameter.uniform_(-bound, bound, generator=rng)
-        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm | nn.PReLU):
+        elif isinstance(module, VisionTransformer):
+            module.draw_positions(rng)
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm | nn.PReLU):
             module.reset_parameters()  # constants alone: weight 1, bias 0, mean 0, variance 1, count 0; slope 1/4
         elif next(module.parameters(recurse=False), None) is not None:
             raise UnbatchError(f"no law to draw {name or 'the model'} ({type(module).__name__}) by.")
@@ -192,6 +187,7 @@ def _size(layers: Iterable[nn.Module], shape: Shape) -> int:
 class _Model(NamedTuple):
     make: Callable[..., nn.Module]
     takes: tuple[str, ...]  # which of the options depth, width and norm
+    activation: type[nn.Module] = nn.ReLU  # of its own
 
 
 _MODELS: dict[str, _Model] = {
@@ -199,6 +195,7 @@ _MODELS: dict[str, _Model] = {
     "lenet": _Model(lenet, ()),
     "convnet": _Model(convnet, ("depth", "width")),
     "resnet-small": _Model(resnet_small, ("depth", "width", "norm")),
+    "vit": _Model(undrawn_vision_transformer, ("depth", "width"), nn.GELU),
     "resnet18": _Model(partial(resnet, (2, 2, 2, 2)), ("width", "norm")),
     "resnet34": _Model(partial(resnet, (3, 4, 6, 3)), ("width", "norm")),
     "preact-resnet18": _Model(partial(preact_resnet, (2, 2, 2, 2)), ("width", "norm")),

@@ -69,6 +69,16 @@ class VisionTransformer(nn.Module):
         outputs: Tensor = self.head(x[:, 0] if self.class_token is not None else x.mean(1))
         return outputs
 
+    @torch.no_grad()
+    def draw_positions(self, rng: torch.Generator) -> None:
+        """Draws what is this module's own, in place: class token and learned positions; fixed ones are waves."""
+        if self.class_token is not None:
+            self.class_token.normal_(std=POSITION_SPREAD, generator=rng)
+        if isinstance(self.positions, nn.Parameter):
+            self.positions.normal_(std=POSITION_SPREAD, generator=rng)
+        else:
+            self.positions.copy_(waves(*self.positions.shape[1:]))
+
 
 def build_vision_transformer(
     shape: Shape,
@@ -89,26 +99,47 @@ def build_vision_transformer(
     one. Dense layers and the embedding are drawn uniform in +-1/sqrt(fan_in), learned positions and the class token normal
     with spread 0.02, norms are the identity. Raises UnbatchError: no whole number of patches makes a picture.
     """
+    with torch.device("meta"):  # no tensor is filled here, so torch's global generator is not read
+        model = undrawn_vision_transformer(
+            shape, outputs, activation, bias, depth=depth, width=width, patch=patch, pool=pool, positions=positions
+        )
+    return _drawn_vision_transformer(model.to_empty(device="cpu"), rng)
+
+
+def undrawn_vision_transformer(
+    shape: Shape,
+    outputs: int,
+    act: type[nn.Module],
+    bias: bool,
+    *,
+    depth: int,
+    width: int,
+    patch: int | None = None,
+    pool: Pooling = "class",
+    positions: PatchPositions = "learned",
+) -> VisionTransformer:
+    """The same as `build_vision_transformer` before its parameters are drawn.
+
+    >>> undrawn_vision_transformer((1, 8, 8), 3, nn.ReLU, True, depth=1, width=12).embed
+    Conv2d(1, 12, kernel_size=(2, 2), stride=(2, 2))
+    """
     patch = patch or max(2, min(shape[1:]) // PATCHES_A_SIDE)
     if shape[1] % patch or shape[2] % patch:
         raise UnbatchError(
             f"pictures of {shape[1]}x{shape[2]} are no whole number of patches of {patch} pixels a side."
         )
-    heads = next(h for h in (3, 2, 1) if width % h == 0)
-    with torch.device("meta"):  # no tensor is filled here, so torch's global generator is not read
-        model = VisionTransformer(
-            shape,
-            outputs,
-            patch=patch,
-            depth=depth,
-            width=width,
-            heads=heads,
-            act=activation,
-            bias=bias,
-            pool=pool,
-            positions=positions,
-        )
-    return _drawn_vision_transformer(model.to_empty(device="cpu"), rng)
+    return VisionTransformer(
+        shape,
+        outputs,
+        patch=patch,
+        depth=depth,
+        width=width,
+        heads=next(h for h in (3, 2, 1) if width % h == 0),
+        act=act,
+        bias=bias,
+        pool=pool,
+        positions=positions,
+    )
 
 
 @torch.no_grad()
@@ -120,12 +151,7 @@ def _drawn_vision_transformer(model: VisionTransformer, rng: torch.Generator) ->
                 parameter.uniform_(-bound, bound, generator=rng)
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()  # constants alone
-    if model.class_token is not None:
-        model.class_token.normal_(std=POSITION_SPREAD, generator=rng)
-    if isinstance(model.positions, nn.Parameter):
-        model.positions.normal_(std=POSITION_SPREAD, generator=rng)
-    else:
-        model.positions.copy_(waves(*model.positions.shape[1:]))
+    model.draw_positions(rng)
     return model
 
 

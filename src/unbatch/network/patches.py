@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from unbatch.errors import NotApplicable
+from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.network.dense import in_mode
 from unbatch.network.precision import in_double, outputs_of
 
@@ -83,11 +84,11 @@ def patch_embedding(model: nn.Module, input_shape: tuple[int, ...]) -> PatchEmbe
     check = torch.rand(2, size, generator=rng, dtype=torch.float64)
     probes = torch.stack([torch.zeros_like(code), torch.ones_like(code), code, *check]).view(5, *input_shape).to(device)
     heard = _Windowed(double)
-    with torch.enable_grad(), in_mode(double, "eval"), heard:
-        outputs = outputs_of(double, probes)
+    with torch.no_grad(), in_mode(double, "eval"), heard, suppress(_Enough):
+        outputs_of(double, probes)
     if heard.first is None:
         raise NotApplicable("no dense layer or convolution reads the input in windows, one a token.")
-    weight, bias, windows, tokens = heard.first
+    weight, bias, windows, _ = heard.first
     shift, scale = windows[0], windows[1] - windows[0]
     if bool((scale == 0).any()):
         raise NotApplicable(f"{weight!r} sees numbers beside the input's own (padding), and no patches of it.")
@@ -98,12 +99,18 @@ def patch_embedding(model: nn.Module, input_shape: tuple[int, ...]) -> PatchEmbe
             raise NotApplicable(f"what {weight!r} sees is no windows of the input's own numbers.")
     if len(torch.unique(pixel)) < size:
         raise NotApplicable(f"{weight!r} does not see every number of the input.")
-    name, places = _added(double, outputs, tokens)
+    name, places = _added(double, probes)
     return PatchEmbedding(weight, bias, found.pixel, found.scale, found.shift, name, places)
 
 
-def _added(model: nn.Module, outputs: Tensor, tokens: Tensor) -> tuple[str | None, Tensor | None]:
-    """The parameter whose gradient of one example is, at these places [T, width], what the tokens [5, ...] send back."""
+def _added(model: nn.Module, probes: Tensor) -> tuple[str | None, Tensor | None]:
+    """The parameter whose gradient of one example is, at these places [T, width], what the embedding's tokens send back."""
+    heard = _Windowed(model, stop=False)
+    with torch.enable_grad(), in_mode(model, "eval"), heard:
+        outputs = outputs_of(model, probes)
+    if heard.first is None:
+        return None, None
+    tokens = heard.first[3]
     parameters = dict(model.named_parameters())
     rng = torch.Generator().manual_seed(1)
     along = torch.randn(outputs.shape[1:], generator=rng, dtype=torch.float64).to(outputs)
@@ -134,8 +141,9 @@ def _added(model: nn.Module, outputs: Tensor, tokens: Tensor) -> tuple[str | Non
 class _Windowed(TorchFunctionMode):
     """Hears the first call of a dense layer on tokens, or of a convolution, with the windows that it was given."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, stop: bool = True) -> None:
         super().__init__()
+        self.stop = stop  # the run, once it is heard
         self.names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
         self.first: tuple[str, str | None, Tensor, Tensor] | None = None  # weight, bias, windows [5, T, p], tokens
 
@@ -150,7 +158,13 @@ class _Windowed(TorchFunctionMode):
             windows = _windows(func, call)
             if weight is not None and windows is not None:
                 self.first = weight, bias, windows.detach(), out
+                if self.stop:
+                    raise _Enough
         return out
+
+
+class _Enough(UnbatchError):  # noqa: N818 (no error)
+    """What a run was for is heard; nobody sees it."""
 
 
 _NAMED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
