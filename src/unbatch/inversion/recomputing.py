@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,6 +114,7 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
     most = {name: LARGEST_ALLOWANCE * float(u.norm()) for name, u in seen.items()}
     if not x.is_floating_point():  # a tensor of nothing but noise says nothing: other tokens are tried against the rest
         most = {name: max(most[name], drawn) for name, drawn in _noise_norms(place).items()}
+    silent = dict[str, float]()
     if any(off[name] > min(allowed[name], most[name]) for name in seen):
         silent = _silent(place, x, y, again, c)
         most, allowed = most | silent, allowed | silent
@@ -130,7 +131,7 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
         settled = fits and not open_token and targets and (near or "batch_size" in place.knowledge)
         return Recomputed(c, residual, whole, fits, settled, worst, beyond, targets or not near, open_token)
     fits = fits and _wide(place, x, y, far, again, c)
-    pinned = not fits or _pinned(place, x, y, off, free=not near)
+    pinned = not fits or _pinned(_without(place, silent), x, y, off, free=not near)
     settled = fits and pinned and (near or _told(place, x, y, rounding, c, residual))
     return Recomputed(c, residual, whole, fits, settled, worst, beyond, pinned or not near)
 
@@ -139,7 +140,8 @@ def _silent(place: Observation, x: Tensor, y: Tensor, again: Mapping[str, Tensor
     """What is allowed of each tensor whose gradient is zero but for rounding, as seen and as simulated: it says nothing.
 
     Such is that of the bias of an attention's keys, which adds one number to all scores of a query. Rounding is what
-    another precision changes: float64, or in units of its own float32 where the client computes in float64.
+    another precision changes: float64, or in units of its own float32 where the client computes in float64. Of a tensor
+    that is no larger than the rounding of the whole update it is also what another rounding of the inputs changes.
     """
     kind = next(place.model.parameters()).dtype
     other = torch.float32 if kind == torch.float64 else torch.float64
@@ -149,12 +151,32 @@ def _silent(place: Observation, x: Tensor, y: Tensor, again: Mapping[str, Tensor
         there = turned.simulate(_typed(x, place, other), _typed(y, place, other))
     except (RuntimeError, ValueError, TypeError):  # a loss or model that takes its own precision alone
         return {}
-    found = {}
+    found, size = dict[str, float](), float(flatten(place.update, place.update).norm())
+    moved = place.simulate(_rounded_otherwise(x), y) if x.is_floating_point() else {}
     for name, s in again.items():
         larger = max(float(place.update[name].double().norm()), abs(c) * float(s.norm()))
-        if larger <= PRECISION_SLACK * abs(c) * unit * float((there[name].detach().double() - s).norm()):
+        noise = abs(c) * unit * float((there[name].detach().double() - s).norm())
+        if larger <= PRECISION_SLACK * noise:
             found[name] = SILENT_TIMES * larger
+        elif name in moved and larger <= ROUNDINGS * torch.finfo(kind).eps * size:
+            turn = abs(c) * float((moved[name].detach().double() - s).norm())
+            if larger <= PRECISION_SLACK * turn:
+                found[name] = SILENT_TIMES * larger
     return found
+
+
+def _rounded_otherwise(x: Tensor) -> Tensor:
+    """Inputs with every number moved by its rounding, up or down."""
+    signs = 2 * torch.randint(2, x.shape, generator=torch.Generator().manual_seed(0)).to(x) - 1
+    return x * (1 + torch.finfo(x.dtype).eps * signs)
+
+
+def _without(place: Observation, silent: Collection[str]) -> Observation:
+    """The exchange without tensors that say nothing, of which no factor of their own can show."""
+    if not silent or len(silent) == len(place.update):
+        return place
+    kept = {name: u for name, u in place.update.items() if name not in silent}
+    return replace(place.only(*set(place.knowledge) - {"earlier"}), update=kept)
 
 
 def _explaining(place: Observation, allowed: Mapping[str, float]) -> Callable[[Tensor, Tensor], bool]:
