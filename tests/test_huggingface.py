@@ -34,7 +34,7 @@ def llama(**options: object) -> object:
 
 
 def vit(**options: object) -> object:
-    return transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, **SIZE, **({"num_labels": 3} | options))
+    return transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, **(SIZE | {"num_labels": 3} | options))
 
 
 def made(auto: str, config: object) -> nn.Module:
