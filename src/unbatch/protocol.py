@@ -19,6 +19,7 @@ from unbatch.network.dense import in_mode
 from unbatch.network.precision import loss_value, outputs_of
 from unbatch.plugin import Options
 
+ADAM_EPS = 1e-8  # beside the root of Adam's second moment
 Update = Mapping[str, Tensor]  # parameter name -> tensor of that parameter's shape
 
 
@@ -40,10 +41,12 @@ class Protocol(Options):
     local_batch_size: Annotated[int | None, Field(ge=1, description="examples a local step takes; none takes all")] = (
         None
     )
-    optimiser: Annotated[Literal["sgd", "adam"], Field(description="local optimiser")] = "sgd"
+    optimiser: Annotated[Literal["sgd", "adam", "adamw"], Field(description="local optimiser")] = "sgd"
     learning_rate: Annotated[float, Field(gt=0, description="of the local optimiser")] = 0.01
     momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD")] = 0.0
-    weight_decay: Annotated[float, Field(ge=0, description="added to the gradient, as in torch.optim")] = 0.0
+    weight_decay: Annotated[
+        float, Field(ge=0, description="added to the gradient as in torch.optim; adamw shrinks the weights by it")
+    ] = 0.0
     mode: Annotated[Literal["train", "eval"], Field(description="batch norm and dropout")] = "train"
     rounds: Annotated[int | None, Field(ge=1, description="of the same batch, all seen by the server; none is one")] = (
         None
@@ -62,6 +65,15 @@ class Protocol(Options):
         """Optimiser steps on a batch of n examples; 0 for a gradient."""
         per_epoch = -(-n // (self.local_batch_size or n))
         return self.epochs * per_epoch if self.epochs else self.local_steps
+
+    @property
+    def decays(self) -> tuple[float, float]:
+        """The weight decay that is added to the gradient, and the one that shrinks the weights by themselves (AdamW).
+
+        >>> Protocol(weight_decay=0.1).decays, Protocol(optimiser="adamw", weight_decay=0.1).decays
+        ((0.1, 0.0), (0.0, 0.1))
+        """
+        return (0.0, self.weight_decay) if self.optimiser == "adamw" else (self.weight_decay, 0.0)
 
     def first_step_alone(self, n: int) -> bool:
         """Whether the update of n examples is that of one step of SGD, -learning_rate (gradient + weight_decay w).
@@ -104,8 +116,8 @@ def local_update(
     dL/dw of the loss of the whole batch, or the difference w_K - w_0 of parameters after K local steps.
     `trained` names the parameters that the update holds (default: those that require a gradient). `buffers` replaces the
     model's own, in its precision. With `create_graph` the update can be differentiated with respect to the inputs and real
-    labels. Local batches are taken in the order of the batch, wrapping round. SGD and Adam follow torch.optim (no
-    Nesterov, Adam at betas .9 and .999, eps 1e-8).
+    labels. Local batches are taken in the order of the batch, wrapping round. SGD, Adam and AdamW follow torch.optim
+    (no Nesterov; betas .9 and .999, eps 1e-8).
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> half = lambda outputs, labels: (outputs - labels).square().sum() / 2
@@ -137,10 +149,8 @@ def local_update(
         square: list[Tensor] = []
         for step in range(steps):
             part = slice((step % per_epoch) * size, (step % per_epoch + 1) * size)
-            grads = [
-                g + protocol.weight_decay * w
-                for g, w in zip(gradient(weights, inputs[part], labels[part]), weights, strict=True)
-            ]
+            added, shrink = protocol.decays
+            grads = [g + added * w for g, w in zip(gradient(weights, inputs[part], labels[part]), weights, strict=True)]
             if protocol.optimiser == "sgd":
                 if protocol.momentum:
                     pairs = zip(momentum, grads, strict=True)
@@ -152,12 +162,50 @@ def local_update(
                 momentum = [0.9 * v + 0.1 * g for v, g in zip(momentum, grads, strict=True)]
                 square = [0.999 * v + 0.001 * g * g for v, g in zip(square, grads, strict=True)]
                 grow, spread = 1 - 0.9 ** (step + 1), 1 - 0.999 ** (step + 1)
-                moves = [(v / grow) / (_root(s / spread) + 1e-8) for v, s in zip(momentum, square, strict=True)]
-            weights = [w - protocol.learning_rate * move for w, move in zip(weights, moves, strict=True)]
+                moves = [(v / grow) / (_root(s / spread) + ADAM_EPS) for v, s in zip(momentum, square, strict=True)]
+            kept = 1 - protocol.learning_rate * shrink
+            weights = [kept * w - protocol.learning_rate * move for w, move in zip(weights, moves, strict=True)]
             if not create_graph:
                 weights = [w.detach().requires_grad_() for w in weights]
         moved = {k: after - before for k, after, before in zip(names, weights, initial, strict=True)}
         return moved if create_graph else {k: tensor.detach() for k, tensor in moved.items()}
+
+
+def gradient_of_adam(
+    update: Update, before: Mapping[str, Tensor], protocol: Protocol
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradient behind the first step of Adam or AdamW, and by how much each of its entries may be off.
+
+    From zero state the step is -lr u with u = g / (|g| + eps), less -lr weight_decay w for AdamW. So g = eps u / (1 - |u|)
+    exactly (less weight_decay w for Adam, which adds that to the gradient). A step that is kept as a difference of
+    parameters w is rounded as they are: u is off by du = 4 eps_w (|w| + |step|) / lr, and g by (|g| + eps)^2 / eps du,
+    to first order. Entries with |u| + 2 du >= 1 give their sign alone: their error is inf, and the value given is the least
+    that their size can be. So float64 gives the whole gradient; float32 at lr 1e-3 gives entries up to about 1e-5, and
+    the signs of the others. `before` are the parameters before the step.
+    Raises UnbatchError: the protocol is not that of one such step.
+
+    >>> step = {"w": -0.1 * torch.tensor([0.5, -0.25, 0.0], dtype=torch.float64)}
+    >>> told = Protocol(local_steps=1, optimiser="adam", learning_rate=0.1)
+    >>> gradient, error = gradient_of_adam(step, {"w": torch.zeros(3, dtype=torch.float64)}, told)
+    >>> [f"{float(g):.3g}" for g in gradient["w"]], bool((error["w"] < 1e-20).all())
+    (['1e-08', '-3.33e-09', '0'], True)
+    """
+    if protocol.optimiser == "sgd" or protocol.local_steps != 1:
+        raise UnbatchError(f"this is no first step of Adam or AdamW: {protocol}.")
+    added, shrink = protocol.decays
+    found, errors = dict[str, Tensor](), dict[str, Tensor]()
+    for name, step in update.items():
+        w, eps = before[name].detach().double(), torch.finfo(step.dtype).eps
+        u = step.double() / -protocol.learning_rate - shrink * w
+        off = 4 * max(eps, torch.finfo(before[name].dtype).eps) * (w.abs() + step.double().abs())
+        off = off / protocol.learning_rate
+        least = (u.abs() - off).clamp(0, 1)
+        open_ = u.abs() + 2 * off >= 1
+        size = torch.where(open_, least, u.abs())
+        g = u.sign() * ADAM_EPS * size / (1 - size).clamp_min(torch.finfo(torch.float64).eps)
+        found[name] = g - added * w
+        errors[name] = torch.where(open_, torch.inf, 2 * (g.abs() + ADAM_EPS).square() / ADAM_EPS * off)
+    return found, errors
 
 
 def _trained(parameters: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:

@@ -41,6 +41,8 @@ def private_update(round_: Round, *, clip: float, noise_multiplier: float, reduc
         optimiser: torch.optim.Optimizer = (
             torch.optim.SGD(trained, lr=lr, weight_decay=decay, momentum=protocol.momentum)
             if protocol.optimiser == "sgd"
+            else torch.optim.AdamW(trained, lr=lr, weight_decay=decay)
+            if protocol.optimiser == "adamw"
             else torch.optim.Adam(trained, lr=lr, weight_decay=decay)
         )
         loader = DataLoader(TensorDataset(torch.zeros(size)), batch_size=size)  # says the expected batch size, no more

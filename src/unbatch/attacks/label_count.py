@@ -214,7 +214,7 @@ def _head_gradient(obs: Observation, head: Dense, form: LossForm, nonnegative: b
     sent = {name: obs.update[name].cpu() for name in (head.weight, head.bias) if name and name in obs.update}
     weight, bias = sent.get(head.weight), sent.get(head.bias or "")
     slack = PROOF_SIGMAS * obs.knowledge.get("noise", 0.0)
-    shares, signs_only = torch.ones(n, dtype=torch.float64), bool(steps) and obs.protocol.optimiser == "adam"
+    shares, signs_only = torch.ones(n, dtype=torch.float64), bool(steps) and obs.protocol.optimiser != "sgd"
     if signs_only:
         weight, bias = (-g if g is not None else None for g in (weight, bias))
     else:
@@ -357,7 +357,7 @@ def _form(view: View) -> LossForm:
         )
     if clients > n:
         raise NotApplicable(f"{clients} clients cannot share a batch of {n}.")
-    if view.steps and protocol.optimiser == "adam":
+    if view.steps and protocol.optimiser != "sgd":
         if protocol.weight_decay or form.smoothing or form.name == "squared-error":
             raise NotApplicable(
                 f"Adam keeps only signs, which under {form} and weight decay {protocol.weight_decay:g} say nothing."

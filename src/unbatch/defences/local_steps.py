@@ -40,7 +40,7 @@ class LocalSteps(Defence):
     learning_rate: Annotated[float, Field(gt=0, description="of the local optimiser")] = 0.01
     epochs: Annotated[int | None, Field(ge=1, description="passes over the local data, instead of steps")] = None
     batch: Annotated[int | None, Field(ge=1, description="examples a local step takes; none takes all")] = None
-    optimiser: Annotated[Literal["sgd", "adam"], Field(description="local optimiser")] = "sgd"
+    optimiser: Annotated[Literal["sgd", "adam", "adamw"], Field(description="local optimiser")] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD")] = 0.0
 
     @model_validator(mode="before")

@@ -1,0 +1,65 @@
+"""AdamW as torch takes it, and what its first step tells of the gradient."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import unbatch
+from unbatch import Protocol
+from unbatch.protocol import gradient_of_adam, local_update
+
+
+def client(dtype: torch.dtype, spread: float = 1.0) -> tuple[nn.Module, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    model = unbatch.models.small.build("mlp", (6,), 3, width=8, activation="tanh", rng=rng).to(dtype)
+    return model, spread * torch.rand(4, 6, generator=rng, dtype=dtype), torch.tensor([0, 1, 2, 1])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_is_that_of_torch(decay: float) -> None:
+    model, x, y = client(torch.float64)
+    protocol = Protocol(local_steps=3, optimiser="adamw", learning_rate=0.01, weight_decay=decay)
+    own = copy.deepcopy(model)
+    optimiser = torch.optim.AdamW(own.parameters(), lr=0.01, weight_decay=decay)
+    for _ in range(3):
+        optimiser.zero_grad()
+        F.cross_entropy(own(x), y).backward()
+        optimiser.step()
+    update = local_update(model, F.cross_entropy, x, y, protocol)
+    for (name, after), before in zip(own.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(update[name], after - before, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("optimiser", ["adam", "adamw"])
+def test_the_first_step_tells_the_gradient_as_far_as_it_says(optimiser: str, dtype: torch.dtype) -> None:
+    shares = []
+    for scale in (1.0, 1e-4):  # of the loss: gradients near eps and far above
+        model, x, y = client(dtype)
+
+        def loss(outputs: Tensor, labels: Tensor, scale: float = scale) -> Tensor:
+            return scale * F.cross_entropy(outputs, labels)
+
+        protocol = Protocol(local_steps=1, optimiser=optimiser, learning_rate=1e-3, weight_decay=0.01)
+        true = local_update(model, loss, x, y, Protocol(mode="train"))
+        before = {name: p.detach() for name, p in model.named_parameters()}
+        step = local_update(model, loss, x, y, protocol)
+        found, errors = gradient_of_adam(step, before, protocol)
+        for name, g in true.items():
+            total = g.double() + protocol.decays[0] * before[name].double()
+            assert bool(((found[name] - g.double()).abs() <= errors[name]).all())
+            open_ = errors[name].isinf()
+            least = found[name] + protocol.decays[0] * before[name].double()
+            assert bool((least[open_].sign() == total[open_].sign()).all())
+            assert bool((least[open_].abs() <= total[open_].abs() * (1 + 1e-6)).all())
+            shares.append(float(open_.double().mean()))
+    assert max(shares) == 0 if dtype == torch.float64 else max(shares) > 0.9
+
+
+def test_other_steps_are_refused() -> None:
+    for protocol in (Protocol(), Protocol(local_steps=1), Protocol(local_steps=2, optimiser="adamw")):
+        with pytest.raises(unbatch.UnbatchError, match="no first step of Adam"):
+            gradient_of_adam({}, {}, protocol)
