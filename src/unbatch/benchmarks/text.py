@@ -157,10 +157,7 @@ def table(rows: list[Row]) -> Table:
             f"{row['tokens']:.0f}",
             f"{row['rank']:.0f}",
             f"{row['prefixes']:.0f} of {row['settings']['width'] - 1}",
-            f"{row['exact']:.2f}",
-            f"{row['rouge-1']:.1f}",
-            f"{row['certified']:.2f}",
-            str(row["false"]),
+            *([""] * 4 if row["settings"]["dictionary"] else _sentences_told(row)),
             f"{row['seconds']:.1f}",
             row["why"],
         )
@@ -168,6 +165,10 @@ def table(rows: list[Row]) -> Table:
         for n, rouge in published.items():
             shown.add_row(f"published: {name}, n={n}", *[""] * 5, f"{rouge:.1f}", *[""] * 4)
     return shown
+
+
+def _sentences_told(row: Row) -> list[str]:
+    return [f"{row['exact']:.2f}", f"{row['rouge-1']:.1f}", f"{row['certified']:.2f}", str(row["false"])]
 
 
 def _ordered(todo: Sequence[TextProblem], done: dict[str, Row]) -> list[Row]:
