@@ -127,7 +127,7 @@ def demo(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Audit a gradient of eight photographs, and one of a ResNet-18; write a report of each."""
+    """Audit gradients of photographs, also behind a ResNet-18, and of texts; write a report of each."""
     from unbatch.case import Case
     from unbatch.command.console import run_audit
     from unbatch.command.demo import PARTS

@@ -34,4 +34,11 @@ PARTS = (
         budget=120.0,
         folder="resnet18",
     ),
+    Part(
+        words="eight texts behind a small GPT",
+        case="text:batch=8,model=gpt",
+        attacks=("token-span",),
+        budget=60.0,
+        folder="text",
+    ),
 )
