@@ -144,6 +144,15 @@ def test_a_batch_behind_group_norm_is_recovered_and_certified() -> None:
     assert float(found.bound.max()) < 1e-4
 
 
+def test_a_scale_that_only_eps_tells_is_in_the_bound() -> None:
+    """Behind layer norm: an input of another size sends nearly the same, and the error is a thousandth, not rounding."""
+    found, errors = recovered(lambda c: nn.GroupNorm(1, c), "eval", 1, seed=11)
+    assert len(found) == 1
+    assert found.bound is not None
+    assert float(errors.max()) > 1e-6
+    assert bool((errors <= found.bound).all())
+
+
 def test_running_averages_tell_the_batch_statistics_so_that_its_examples_come_apart() -> None:
     """In train mode a batch is recovered without them, too; with them no contrast or mean is hard to see."""
     bounds = []

@@ -16,6 +16,7 @@ from unbatch.network.graph import Graph, Value
 from unbatch.network.operations import layer_of
 from unbatch.network.precision import loss_value
 from unbatch.network.sections import section
+from unbatch.numerics.bounds.first_order import ERROR_SIGMAS
 
 GRID = -2.0, 5.0, 36  # of scales, exponents of 10 and number
 FINEST = 1e-3  # spacing of the grid, relative, at which the search ends
@@ -25,7 +26,10 @@ POLISHES = 4
 NUDGE = 1e-6  # of a scale, relative, that shows how the head's gradient depends on it
 NUDGES = 1e-3  # the same for what came back to a layer, which norms make less of
 SWAMPED = 2.0  # times what is left over, below which a difference says nothing
-UNEVEN = 2.0  # times an even spread of what is left over the equations
+# One sigma of an example's scale, in units of the largest error that the norm of what is left over allows: roundings do not
+# average out over the equations, since a norm's statistic is rounded once for all that it divides.
+ALONG = 2.0 / ERROR_SIGMAS
+SCALE_ROUNDINGS = 4.0  # of the update's type, the least sigma of a scale
 FELT = 1e-3  # singular value of that dependence, above which it is used
 SILENT = 1e-10  # singular value of the head's gradient over the largest, below which a direction was sent nothing
 SURE_COSINE = 1e-4  # by which the gradient of a label may be turned from what was sent back
@@ -147,14 +151,16 @@ def scale_blur(
     maps: Tensor,
     head: WindowLayer,
     update: Mapping[str, Tensor],
+    eps: float,
     *,
     mixed: bool = False,
 ) -> float:
     """By how much the scales of the maps [n, *shape] may be off, relative: the largest over the examples, one sigma.
 
-    0 where a shift tells them (`at_own_scale`): they are as good as the maps then. Else what the equations leave over, per
-    equation, by how much the scales move them: norms are blind to scales but for their eps. Of what came back to the layer
-    and of the head's gradient the better counts.
+    0 where a shift tells them (`at_own_scale`): they are as good as the maps then. Else what the equations leave over, by
+    how much the scales move them: norms are blind to scales but for their eps. Of what came back to the layer and of the
+    head's gradient the better counts. All that is left over may lie along the scale (`ALONG`), and no scale is known
+    better than the update's rounding `eps`.
     """
     if found.place is head or (not mixed and _shift(graph, found.place, update) is not None):
         return 0.0
@@ -168,11 +174,11 @@ def scale_blur(
     rest, *moved = (_left(made, own, directions, ones * (1 + step), mixed) for step in (0.0, NUDGES, -NUDGES))
     sizes = rest.norm(dim=1)
     felt = ((moved[0] - moved[1]).norm(dim=1) / 2 - SWAMPED * sizes).clamp_min(0.0) / NUDGES
-    blur = float((sizes / felt / rest.shape[1] ** 0.5).max())
+    blur = float((sizes / felt).max())
     left, J = _head_slope(graph, own, head, update, ones)
     least = float(torch.linalg.svdvals(J)[-1])
-    by_head = float(left.norm()) / least / len(left) ** 0.5 if least > FELT else torch.inf
-    return UNEVEN * min(blur, by_head)
+    by_head = float(left.norm()) / least if least > FELT else torch.inf
+    return max(ALONG * min(blur, by_head), SCALE_ROUNDINGS * eps)
 
 
 def _spoken(G: Tensor) -> Tensor:

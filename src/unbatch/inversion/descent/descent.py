@@ -29,7 +29,7 @@ from unbatch.reconstruction import Reconstruction
 LARGEST_HEAD_MISFIT = 1e-3  # relative, of the head's gradient: beyond it the maps or their scales are wrong
 POLISHES = 10  # of the separated maps
 SURELY = 10.0  # times the error, above which an entry is positive that was zero in the span's cone
-SLOWEST = 0.85  # share of their error that a turn may leave
+SLOWEST = 0.95  # share of their error that a turn may leave
 CLIENT_ROUNDINGS = 4  # of the update's type, by which the client's own arithmetic is off
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
 ALONE = 2.5  # equations an unknown of a known tensor, at which each example is searched for by itself
@@ -111,7 +111,7 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
             continue
         tick(SHARES[0])
         unknowns = len(found) * torch.Size(view.knowledge.input_shape).numel()
-        blur = scale_blur(graph, found, up.maps, head, update, mixed=mixed)
+        blur = scale_blur(graph, found, up.maps, head, update, eps, mixed=mixed)
         down = walk(graph, every, place.given, up.maps, up.delta, update, eps, error, ALONE * unknowns, blur)
         told = target(down, unknowns)
         if best is None or told.equations > target(best.walk, unknowns).equations:
@@ -146,7 +146,8 @@ def _polished(
 
     With what came back to these layers known, their gradients are linear in the maps, with more equations than unknowns:
     the rounding that the span's weakest directions suffered averages out. What is zero in the span's cone stays zero. What
-    came back is only as good as the maps: each turn leaves a share of their error, and the moves tell which.
+    came back is only as good as the maps: each turn leaves a share of their error, and the moves tell which. The maps are
+    known no better than the turn that was not taken would have moved them.
     """
     up, moved, share = known_above(graph, readers, maps, head, update), error, 0.5
     for turn in range(POLISHES):
@@ -157,9 +158,10 @@ def _polished(
         positive = (maps > 0) | (held > SURELY * error * held.square().mean().sqrt())
         held = torch.where(positive, torch.where(held > 0, held, maps), 0.0)
         other = known_above(graph, readers, held, head, update)
-        if not other.misfit < up.misfit:
-            break
         before, moved = moved, float((held - up.maps).norm() / held.norm())
+        if not other.misfit < up.misfit:
+            error = max(error, moved)
+            break
         share = min(max(share, moved / before), SLOWEST) if turn else share
         up, error = other, float(told.noise.norm() / told.seen.norm()) + moved * share / (1 - share)
     return up, max(error, CLIENT_ROUNDINGS * eps)

@@ -15,7 +15,11 @@ from unbatch.progress import tick
 
 FOUND = 2e-2  # misfit, relative, of absolute values, below which a search has found its valley
 NOISES = 10.0  # times the equations' own noise that may be left over
-DRAWS = 2  # of the equations' noise, which show how far it moves the inputs
+DRAWS = (
+    2,
+    8,
+)  # of the equations' noise, which show how far it moves the inputs: the more where few directions take it all
+ALIKE = 0.1  # cosine of an input's first two moves, above which few directions take it all
 RESPONSE_TOLERANCES = 1e-3, 1e-5, 1e-6  # of the linear systems that show it, relative: the next where a probe is lost
 RESPONSE_PRODUCTS = 640  # with the Jacobian, at most
 LOST_SHARE = 0.05  # of a random direction that the equations may fail to give back
@@ -149,7 +153,7 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
     def answer(r: Tensor) -> Tensor:
         return answers(r, products=RESPONSE_PRODUCTS, tolerance=tolerance).flatten(1)
 
-    for _ in range(DRAWS):
+    while len(moves) < DRAWS[0] or (len(moves) < DRAWS[1] and _alike(moves)):
         draw = (drawn(told.noise) * told.noise).flatten()
         draw = draw if shaken is None else draw + shaken(x, rng).flatten()
         unit = float(draw.norm())
@@ -167,3 +171,8 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
     )
     relative = far / x.flatten(1).norm(dim=1).clamp_min(1e-300)
     return torch.where((lost < LOST_SHARE) & (relative < LARGEST_RADIUS), relative, torch.inf).cpu()
+
+
+def _alike(moves: list[Tensor]) -> bool:
+    """Whether the first two moves of an input go nearly the same way: then two draws do not tell how far a third goes."""
+    return bool((torch.cosine_similarity(moves[0], moves[1]).abs() > ALIKE).any())

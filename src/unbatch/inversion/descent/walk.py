@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor, nn
 
+from unbatch.inversion.descent.above import ALONG
 from unbatch.inversion.descent.implicit import Reader, Seen, solved_around
 from unbatch.inversion.descent.masks import NEAR_ZERO, flipped, pursued
 from unbatch.inversion.descent.places import WindowLayer
@@ -395,13 +396,13 @@ def _solve_late(
         found.stops.append(f"the input of {places[0].call.where} is not determined")
         return False
     x = answer.x
-    noise = eps * answer.condition * x.square().mean().sqrt().expand_as(x)
+    noise = max(eps, answer.misfit) * answer.condition * x.square().mean().sqrt().expand_as(x)
     if rectified:
         x = torch.where(x < torch.maximum(ZERO * x.max(), ZERO_SIGMAS * noise), 0.0, x)
     noise = torch.maximum(noise, answer.blur * x.square().mean().sqrt())
     found.values[value], found.noises[value] = x, noise
     own = None if seen is not None else value
-    blur = UNEVEN * answer.blur * max(1.0, answer.misfit / eps) / sum(r.gradient.numel() for r in readers) ** 0.5
+    blur = ALONG * answer.blur * max(1.0, answer.misfit / eps)
     factors = iter(answer.factors)
     for place, reader in zip(places, readers, strict=True):
         if reader.loose:
@@ -461,6 +462,5 @@ def _is_relu(call: Call) -> bool:
     return isinstance(layer_of(call, call.given[0]), nn.ReLU)
 
 
-UNEVEN = 2.0  # times an even spread of what is left over the equations
 LARGEST_MISFIT = 1e-6  # relative, of the weights' gradients, up to which a tensor is right
 ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
