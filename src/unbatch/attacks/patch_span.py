@@ -72,6 +72,7 @@ class PatchSpan(Attack):
         return Reconstruction(inputs=x, labels=label, bound=bound, trace=trace)
 
     def _check(self, view: View) -> None:
+        view.refuse_tokens()
         n, protocol = view.knowledge.get("batch_size", 1), view.protocol
         if len(view.knowledge.input_shape) != 3:
             raise NotApplicable("the inputs are no pictures [c, h, w].")

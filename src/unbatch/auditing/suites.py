@@ -29,8 +29,8 @@ def passive() -> tuple[str, ...]:
     so its attacks are only run by name.
 
     >>> passive()  # doctest: +NORMALIZE_WHITESPACE
-    ('bias-ratio', 'label-count', 'descend', 'layer-by-layer', 'unmix', 'tensor-moment', 'feature-inversion',
-    'gradient-matching')
+    ('bias-ratio', 'label-count', 'descend', 'layer-by-layer', 'patch-span', 'token-span', 'unmix', 'tensor-moment',
+    'feature-inversion', 'gradient-matching')
     """
     promises = list(Guarantee)
     found = [attack for attack in Attack.find().values() if not issubclass(attack, ActiveAttack)]

@@ -131,12 +131,13 @@ def demo(
     from unbatch.case import Case
     from unbatch.command.console import run_audit
     from unbatch.command.demo import PARTS
+    from unbatch.command.settings import Asked, target_of
 
     for part in PARTS:
         if not quiet:
             out.print(f"{part.words}: {part.case}", markup=False, style="bold")
         record = run_audit(
-            Case.parse(part.case),
+            target_of(Asked(case=part.case, protocol=part.protocol)).what,
             folder=folder / part.folder,
             command=_again(context.obj, folder),
             quiet=quiet,

@@ -11,6 +11,7 @@ class Part:
 
     words: str
     case: str
+    protocol: str | None = None  # as on the command line; by default the case's own
     attacks: tuple[str, ...]
     remedies: tuple[str, ...] = ()
     analyses: tuple[str, ...] | None = None  # all that apply
@@ -29,6 +30,7 @@ PARTS = (
     Part(
         words="four photographs behind a ResNet-18",
         case="photos:batch=4,model=resnet18,double=true",
+        protocol="mode=eval",  # batch norm by its running averages
         attacks=("descend",),
         analyses=("separable-layer",),
         budget=120.0,

@@ -20,8 +20,8 @@ from unbatch.models.stack import Shape, stack
 from unbatch.models.vgg import PLANS, vgg
 from unbatch.models.vision_transformer import VisionTransformer, undrawn_vision_transformer
 
-DeepName = Literal["vit", "resnet18", "resnet34", "preact-resnet18", "wideresnet16-4", "vgg11", "vgg16", "convnet8"]
-Name = Literal["mlp", "lenet", "convnet", "resnet-small", DeepName, PublishedName]
+DeepName = Literal["resnet18", "resnet34", "preact-resnet18", "wideresnet16-4", "vgg11", "vgg16", "convnet8"]
+Name = Literal["mlp", "lenet", "convnet", "resnet-small", "vit", DeepName, PublishedName]
 ActivationName = Literal["relu", "leaky-relu", "elu", "gelu", "silu", "softplus", "tanh", "sigmoid", "identity"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {

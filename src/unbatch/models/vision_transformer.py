@@ -95,15 +95,30 @@ def build_vision_transformer(
 ) -> VisionTransformer:
     """A vision transformer for pictures [n, *shape], in training mode on the CPU.
 
-    `patch` pixels a side, by default such that eight patches make a side; three heads where the width allows, else two or
+    `patch` pixels a side, by default such that about eight make a side; three heads where the width allows, else two or
     one. Dense layers and the embedding are drawn uniform in +-1/sqrt(fan_in), learned positions and the class token normal
     with spread 0.02, norms are the identity. Raises UnbatchError: no whole number of patches makes a picture.
+
+    >>> model = build_vision_transformer((3, 32, 32), 10, depth=1, width=24, rng=torch.Generator().manual_seed(0))
+    >>> model.embed.kernel_size, model(torch.zeros(2, 3, 32, 32)).shape
+    ((4, 4), torch.Size([2, 10]))
     """
     with torch.device("meta"):  # no tensor is filled here, so torch's global generator is not read
         model = undrawn_vision_transformer(
             shape, outputs, activation, bias, depth=depth, width=width, patch=patch, pool=pool, positions=positions
         )
     return _drawn_vision_transformer(model.to_empty(device="cpu"), rng)
+
+
+def _whole_patch(shape: Shape) -> int:
+    """Pixels a side of a patch that a whole number of covers the picture, about PATCHES_A_SIDE along its shorter side.
+
+    >>> _whole_patch((3, 32, 32)), _whole_patch((1, 25, 25)), _whole_patch((1, 7, 7))
+    (4, 5, 7)
+    """
+    wanted = min(shape[1:]) / PATCHES_A_SIDE
+    whole = [side for side in range(2, min(shape[1:]) + 1) if not shape[1] % side and not shape[2] % side]
+    return min(whole or [1], key=lambda side: abs(side - wanted))
 
 
 def undrawn_vision_transformer(
@@ -123,7 +138,7 @@ def undrawn_vision_transformer(
     >>> undrawn_vision_transformer((1, 8, 8), 3, nn.ReLU, True, depth=1, width=12).embed
     Conv2d(1, 12, kernel_size=(2, 2), stride=(2, 2))
     """
-    patch = patch or max(2, min(shape[1:]) // PATCHES_A_SIDE)
+    patch = patch or _whole_patch(shape)
     if shape[1] % patch or shape[2] % patch:
         raise UnbatchError(
             f"pictures of {shape[1]}x{shape[2]} are no whole number of patches of {patch} pixels a side."
