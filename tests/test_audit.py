@@ -439,7 +439,7 @@ def test_a_model_of_tokens_is_audited_and_refused_in_words(rng: torch.Generator)
     record = unbatch.audit(client, attacks=attacks)
     assert len(record.runs) == len(attacks)
     assert {run.status for run in record.runs if run.family != "labels"} == {"not applicable"}
-    assert all("tokens" in run.words for run in record.runs if run.status == "not applicable")
+    assert all("token" in run.words for run in record.runs if run.status == "not applicable")
     assert "failed" not in {done.status for done in record.analyses}
     assert {risk.layer for risk in record.risks} == {"0", "2", "4"}  # what the gradients' ranks say holds all the same
     assert not [note for note in record.notes if not note.startswith("label-count")]
