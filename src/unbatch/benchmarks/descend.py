@@ -92,13 +92,13 @@ def network_problems() -> list[NetworkProblem]:
     """
     base = NetworkProblem()
     found = [replace(base, n=n, peers=n == 4) for n in (1, 2, 4, 8)]
-    found += [replace(base, n=n, precision="float32") for n in (1, 4)]
-    found += [replace(base, n=4, alike=True), replace(base, n=1, norm="none"), replace(base, n=4, norm="none")]
+    found += [replace(base, n=n, precision="float32") for n in (1, 4, 8)]
+    found += [replace(base, n=n, alike=True) for n in (4, 8)] + [replace(base, n=n, norm="none") for n in (1, 4)]
     found += [replace(base, model=model, n=n) for model in ("vgg11", "convnet8", "resnet34") for n in (1, 4)]
     found += [replace(base, n=1, norm="group"), replace(base, n=1, mode="train")]
     found += [replace(base, model=model, n=1) for model in ("preact-resnet18", "wideresnet16-4")]
     found += [replace(base, n=1, width=32, trained=True)]
-    found += [replace(base, n=16, seeds=1)]
+    found += [replace(base, n=n, seeds=1) for n in (16, 30)]
     return sorted(found, key=lambda problem: problem.n)
 
 
