@@ -123,7 +123,7 @@ def _arguments(layer: nn.Module) -> tuple[int, ...]:
 def test_every_drawn_layer_keeps_to_its_own_bound_and_fills_it(name: str) -> None:
     model = build(name, (3, 32, 32), 10, depth=2, width=16, rng=rng())
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    assert len(layers) == {"mlp": 3, "lenet": 4, "convnet": 6, "resnet-small": 14 + 2}[name]
+    assert len(layers) == {"mlp": 3, "lenet": 4, "convnet": 6, "resnet-small": 14 + 2, "vit": 1 + 2 * 6 + 1}[name]
     for layer in layers:
         bound = 1 / math.sqrt(math.prod(layer.weight.shape[1:]))
         assert 0.95 * bound < layer.weight.abs().max() <= bound * (1 + 1e-6)
@@ -195,7 +195,9 @@ def test_without_bias_no_layer_has_one(name: str) -> None:
 
 
 def test_the_head_is_named() -> None:
-    assert [list(dict(build(name, (3, 16, 16), 5, rng=rng()).named_children()))[-1] for name in NAMES] == ["head"] * 4
+    assert [list(dict(build(name, (3, 16, 16), 5, rng=rng()).named_children()))[-1] for name in NAMES] == [
+        "head"
+    ] * len(NAMES)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mlp"])

@@ -55,7 +55,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             TransformerLayer(width, heads, act, bias=bias, rotary=False, norm_first=True) for _ in range(depth)
         )
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs, bias)
 
     def forward(self, pictures: Tensor) -> Tensor:
         x = self.embed(pictures).flatten(2).transpose(1, 2)  # [n, t, width]
