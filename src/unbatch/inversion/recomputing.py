@@ -132,6 +132,9 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
         return Recomputed(c, residual, whole, fits, settled, worst, beyond, targets or not near, open_token)
     fits = fits and _wide(place, x, y, far, again, c)
     pinned = not fits or _pinned(_without(place, silent), x, y, off, free=not near)
+    if not pinned and not silent:  # a tensor of rounding alone may agree by chance, and pins nothing all the same
+        silent = _silent(place, x, y, again, c)
+        pinned = bool(silent) and _pinned(_without(place, silent), x, y, off, free=not near)
     settled = fits and pinned and (near or _told(place, x, y, rounding, c, residual))
     return Recomputed(c, residual, whole, fits, settled, worst, beyond, pinned or not near)
 
