@@ -145,30 +145,43 @@ def local_update(
             return dict(zip(names, gradient(weights, inputs, labels), strict=True))
         size = min(protocol.local_batch_size or len(inputs), len(inputs))
         per_epoch = -(-len(inputs) // size)
-        momentum: list[Tensor] = []
-        square: list[Tensor] = []
+        optimiser = _Optimiser(protocol)
         for step in range(steps):
             part = slice((step % per_epoch) * size, (step % per_epoch + 1) * size)
             added, shrink = protocol.decays
             grads = [g + added * w for g, w in zip(gradient(weights, inputs[part], labels[part]), weights, strict=True)]
-            if protocol.optimiser == "sgd":
-                if protocol.momentum:
-                    pairs = zip(momentum, grads, strict=True)
-                    grads = momentum = [protocol.momentum * v + g for v, g in pairs] if momentum else grads
-                moves = grads
-            else:
-                momentum = momentum or [torch.zeros_like(g) for g in grads]
-                square = square or [torch.zeros_like(g) for g in grads]
-                momentum = [0.9 * v + 0.1 * g for v, g in zip(momentum, grads, strict=True)]
-                square = [0.999 * v + 0.001 * g * g for v, g in zip(square, grads, strict=True)]
-                grow, spread = 1 - 0.9 ** (step + 1), 1 - 0.999 ** (step + 1)
-                moves = [(v / grow) / (_root(s / spread) + ADAM_EPS) for v, s in zip(momentum, square, strict=True)]
+            moves = optimiser.moves(grads)
             kept = 1 - protocol.learning_rate * shrink
             weights = [kept * w - protocol.learning_rate * move for w, move in zip(weights, moves, strict=True)]
             if not create_graph:
                 weights = [w.detach().requires_grad_() for w in weights]
         moved = {k: after - before for k, after, before in zip(names, weights, initial, strict=True)}
         return moved if create_graph else {k: tensor.detach() for k, tensor in moved.items()}
+
+
+class _Optimiser:
+    """What torch.optim makes of the gradients of one step after another; weight decay is not its matter."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self.protocol, self.steps = protocol, 0
+        self.momentum: list[Tensor] = []
+        self.square: list[Tensor] = []
+
+    def moves(self, grads: list[Tensor]) -> list[Tensor]:
+        """How far the parameters move in this step, in units of the learning rate."""
+        self.steps += 1
+        if self.protocol.optimiser == "sgd":
+            if self.protocol.momentum:
+                pairs = zip(self.momentum, grads, strict=True)
+                grads = self.momentum = [self.protocol.momentum * v + g for v, g in pairs] if self.momentum else grads
+            return grads
+        momentum = self.momentum or [torch.zeros_like(g) for g in grads]
+        square = self.square or [torch.zeros_like(g) for g in grads]
+        self.momentum = [0.9 * v + 0.1 * g for v, g in zip(momentum, grads, strict=True)]
+        self.square = [0.999 * v + 0.001 * g * g for v, g in zip(square, grads, strict=True)]
+        grow, spread = 1 - 0.9**self.steps, 1 - 0.999**self.steps
+        pairs = zip(self.momentum, self.square, strict=True)
+        return [(v / grow) / (_root(s / spread) + ADAM_EPS) for v, s in pairs]
 
 
 def gradient_of_adam(

@@ -16,7 +16,7 @@ from unbatch.reconstruction import Reconstruction
 
 @final
 class TokenSpan(Attack):
-    """Recovers every sentence of a batch behind a transformer, token by token, each proven by the whole update.
+    """Recovers every sentence of a batch behind a transformer, token by token, checked against the whole update.
 
     Tokens are a dictionary: what a token at a position sends into the first layers is one of finitely many vectors, and a
     layer's gradient is a sum of delta x^T over those of the batch. So the ones that lie in its row space are the batch's
