@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -98,6 +99,44 @@ def measured(
         runs = {workers.submit(measure, problem): problem for problem in todo}
         for finished in as_completed(runs):
             yield runs[finished], finished.result()
+
+
+def resumed(
+    name: str,
+    todo: Sequence[Any],
+    measure: Callable[[Any], dict[str, Any]],
+    out: Path | None,
+    *,
+    whole: bool,
+    device: str,
+    **how: Any,
+) -> list[dict[str, Any]]:
+    """One row a problem, in their order: those that a run cut short has stored, and the others, stored as they come.
+
+    Problems are dataclasses with a `name`; `measure` makes rows that hold it as "network" and the fields as "settings".
+    `whole`: these are all the problems of the benchmark. `device` and `how` say how it is measured, as `stored` takes it.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Small:
+    ...     name: str
+    >>> row = lambda problem: {"network": problem.name, "settings": {"name": problem.name}, "dB": 30.0}
+    >>> [row["network"] for row in resumed("mine", [Small("b"), Small("a")], row, None, whole=True, device="cuda")]
+    ['b', 'a']
+    """
+    done: dict[str, dict[str, Any]] = {}
+    for row in stored(name, out, device=device, **how):
+        if any(json.dumps(asdict(problem)) == json.dumps(row["settings"]) for problem in todo):
+            done[row["network"]] = row
+
+    def ordered() -> list[dict[str, Any]]:
+        return [done[problem.name] for problem in todo if problem.name in done]
+
+    for problem, row in measured([each for each in todo if each.name not in done], measure, device):
+        done[problem.name] = row
+        if out is not None:
+            store(name, ordered(), out, device=device, **how, complete=whole and len(done) == len(todo))
+    return ordered()
 
 
 def psnr(found: Tensor, true: Tensor) -> float:

@@ -14,7 +14,6 @@ PUBLISHED, with its source.
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from torch.nn import functional as F
 
 from unbatch.attack import Attack
 from unbatch.auditing.client import observe
-from unbatch.benchmarks import allowance, clock, measured, store, stored
+from unbatch.benchmarks import allowance, clock, resumed
 from unbatch.benchmarks.pictures import pool
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.knowledge import Knowledge
@@ -118,18 +117,9 @@ def run(
     """
     pool("cifar10", data)  # what is missing is said before anything runs
     todo = list(network_problems() if wanted is None else wanted)
-    done: dict[str, Row] = {}
     how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
-    for row in stored("descend", out, **how):
-        if any(json.dumps(asdict(problem)) == json.dumps(row["settings"]) for problem in todo):
-            done[row["network"]] = row
-    left = [problem for problem in todo if problem.name not in done]
     measure = partial(_measure, data=data, seed=seed, device=device, seconds=seconds)
-    for problem, row in measured(left, measure, device):
-        done[problem.name] = row
-        if out is not None:
-            store("descend", _ordered(todo, done), out, **how, complete=wanted is None and len(done) == len(todo))
-    return _ordered(todo, done)
+    return resumed("descend", todo, measure, out, whole=wanted is None, **how)
 
 
 def table(rows: list[Row]) -> Table:
@@ -166,10 +156,6 @@ def table(rows: list[Row]) -> Table:
     for what, (dB, source) in PUBLISHED.items():
         shown.add_row(f"published, n=4, {what}", "", f"{dB:.1f}", "", "", "", "", "", "", source)
     return shown
-
-
-def _ordered(todo: Sequence[NetworkProblem], done: dict[str, Row]) -> list[Row]:
-    return [done[problem.name] for problem in todo if problem.name in done]
 
 
 def _measure(problem: NetworkProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:

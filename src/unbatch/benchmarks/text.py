@@ -13,7 +13,6 @@ The last rows test every word of a large vocabulary at every position. What othe
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections import Counter
@@ -30,7 +29,7 @@ from torch.nn import functional as F
 
 from unbatch.attack import Attack
 from unbatch.auditing.client import observe
-from unbatch.benchmarks import allowance, clock, measured, store, stored
+from unbatch.benchmarks import allowance, clock, resumed
 from unbatch.data.corpus import sentences
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.tokens.fronts import TokenReader
@@ -119,17 +118,9 @@ def run(
     """
     _texts(data)  # what is missing is said before anything runs
     todo = list(text_problems() if wanted is None else wanted)
-    done: dict[str, Row] = {}
     how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "data": data is not None}
-    for row in stored("text", out, **how):
-        if any(json.dumps(asdict(problem)) == json.dumps(row["settings"]) for problem in todo):
-            done[row["network"]] = row
-    left = [problem for problem in todo if problem.name not in done]
-    for problem, row in measured(left, partial(_measure, data=data, seed=seed, device=device, seconds=seconds), device):
-        done[problem.name] = row
-        if out is not None:
-            store("text", _ordered(todo, done), out, **how, complete=wanted is None and len(done) == len(todo))
-    return _ordered(todo, done)
+    measure = partial(_measure, data=data, seed=seed, device=device, seconds=seconds)
+    return resumed("text", todo, measure, out, whole=wanted is None, **how)
 
 
 def table(rows: list[Row]) -> Table:
@@ -169,10 +160,6 @@ def table(rows: list[Row]) -> Table:
 
 def _sentences_told(row: Row) -> list[str]:
     return [f"{row['exact']:.2f}", f"{row['rouge-1']:.1f}", f"{row['certified']:.2f}", str(row["false"])]
-
-
-def _ordered(todo: Sequence[TextProblem], done: dict[str, Row]) -> list[Row]:
-    return [done[problem.name] for problem in todo if problem.name in done]
 
 
 def _texts(data: Path | None) -> list[list[str]]:

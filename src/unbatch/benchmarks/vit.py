@@ -9,7 +9,6 @@ What others published stands in PUBLISHED, with its source.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 
 from unbatch.attack import Attack
 from unbatch.auditing.client import observe
-from unbatch.benchmarks import clock, measured, store, stored
+from unbatch.benchmarks import clock, resumed
 from unbatch.benchmarks.pictures import pool
 from unbatch.errors import NotApplicable
 from unbatch.models.vision_transformer import PatchPositions, Pooling, build_vision_transformer
@@ -93,17 +92,9 @@ def run(
     """
     pool("cifar10", data)  # what is missing is said before anything runs
     todo = list(vit_problems() if wanted is None else wanted)
-    done: dict[str, Row] = {}
     how: dict[str, Any] = {"seed": seed, "device": device, "data": data is not None}
-    for row in stored("vit", out, **how):
-        if any(json.dumps(asdict(problem)) == json.dumps(row["settings"]) for problem in todo):
-            done[row["network"]] = row
-    left = [problem for problem in todo if problem.name not in done]
-    for problem, row in measured(left, partial(_measured_vit, data=data, seed=seed, device=device), device):
-        done[problem.name] = row
-        if out is not None:
-            store("vit", _in_order(todo, done), out, **how, complete=wanted is None and len(done) == len(todo))
-    return _in_order(todo, done)
+    measure = partial(_measured_vit, data=data, seed=seed, device=device)
+    return resumed("vit", todo, measure, out, whole=wanted is None, **how)
 
 
 def table(rows: list[Row]) -> Table:
@@ -130,10 +121,6 @@ def table(rows: list[Row]) -> Table:
 
 def _decibels(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
-
-
-def _in_order(todo: Sequence[ViTProblem], done: dict[str, Row]) -> list[Row]:
-    return [done[problem.name] for problem in todo if problem.name in done]
 
 
 def _measured_vit(problem: ViTProblem, data: Path | None, seed: int, device: str) -> Row:
