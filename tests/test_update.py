@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch
-from unbatch import Earlier, Knowledge, Observation, Setting, UnbatchError, as_update, observe
+from unbatch import Earlier, Knowledge, Observation, Setting, UnbatchError, as_update, observe, state_difference
 
 
 class Net(nn.Module):
@@ -144,8 +144,31 @@ def test_states_before_and_after_give_the_difference_of_parameters() -> None:
         found = as_update(model, form, before=before)
         assert list(found) == [name for name, _ in model.named_parameters()]
         assert all(torch.allclose(t, torch.full_like(t, 0.5)) for t in found.values())
+        update, buffers = state_difference(model, form, before=before)
+        assert all(torch.equal(t, found[name]) for name, t in update.items())
+        missing = {"1.num_batches_tracked"} if form is counted else set()
+        assert set(buffers) == {name for name, _ in model.named_buffers()} - missing
+        assert all(torch.equal(t, after[name]) for name, t in buffers.items())
     with pytest.raises(UnbatchError, match=r"the state before lacks '0\.weight'"):
         as_update(model, after, before={k: t for k, t in before.items() if k != "0.weight"})
+
+
+def test_a_state_after_alone_is_compared_with_the_model_and_may_lack_what_was_not_sent() -> None:
+    model = norm()
+    after = {name: t + 0.5 for name, t in model.state_dict().items() if name not in ("0.bias", "1.running_var")}
+    update, buffers = state_difference(model, after)
+    assert list(update) == ["0.weight", "1.weight", "1.bias", "2.weight", "2.bias"]
+    assert list(buffers) == ["1.running_mean", "1.num_batches_tracked"]
+    assert all(torch.allclose(t, torch.full_like(t, 0.5)) for t in update.values())
+
+
+def test_the_state_of_an_earlier_round_may_be_a_list_with_its_buffers() -> None:
+    model = norm()
+    update = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    past = Earlier(state=list(model.state_dict().values()), update=update)
+    known = Knowledge(earlier=[past])
+    seen = Observation(model=model, loss=F.cross_entropy, update=update, knowledge=known)
+    assert set(seen.knowledge.earlier[0].state) == set(model.state_dict())
 
 
 def test_a_list_in_the_order_of_the_state_leaves_out_its_buffers() -> None:

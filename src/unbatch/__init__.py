@@ -47,6 +47,7 @@ _HOME = {
     "guard": "auditing.guard",
     "harden": "auditing.harden",
     "observe": "auditing.client",
+    "state_difference": "update",
 }
 _OPEN_SETS = ("analyses", "attacks", "cases", "defences", "layers", "metrics")  # `unbatch.attacks.Unmix`
 
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from unbatch.reporting.results import Audit as Audit
     from unbatch.truth import Truth as Truth
     from unbatch.update import as_update as as_update
+    from unbatch.update import state_difference as state_difference
 
 
 def __getattr__(name: str) -> Any:

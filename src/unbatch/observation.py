@@ -65,7 +65,9 @@ class Observation:
         for number, past in enumerate(self.knowledge.earlier, 1):
             try:
                 update = as_update(self.model, past.update)
-                found.append(Earlier(state=named_values(self.model, past.state, "its state"), update=update))
+                found.append(
+                    Earlier(state=named_values(self.model, past.state, "its state", whole=True), update=update)
+                )
                 check_round(self.model, self.update, found[-1])
             except ValueError as error:
                 raise UnbatchError(f"earlier round {number}: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,15 +56,49 @@ def as_update(model: nn.Module, sent: Any, *, before: Any = None) -> dict[str, T
     the update is a list of 3 values without names, and the model has 4 parameters
     """
     network = unwrapped(model)
-    if before is None:
-        held = named_values(network, sent, "the update")
-        _refuse_buffers(network, held)
-    else:
-        held = _difference(
-            network,
-            named_values(network, _state(sent), "the state after"),
-            named_values(network, _state(before), "the state before"),
-        )
+    if before is not None:
+        return state_difference(network, sent, before=before).update
+    held = named_values(network, sent, "the update")
+    _refuse_buffers(network, held)
+    return _checked(network, held)
+
+
+class StateDifference(NamedTuple):
+    """What training made of a model's state: how far its parameters moved, and its buffers as they then were.
+
+    >>> StateDifference(update={"weight": torch.ones(1)}, buffers={}).update
+    {'weight': tensor([1.])}
+    """
+
+    update: dict[str, Tensor]  # after - before, by the names of the parameters
+    buffers: dict[str, Tensor]  # those of the state after: batch norm's statistics and counts
+
+
+def state_difference(model: nn.Module, after: Any, *, before: Any = None) -> StateDifference:
+    """What a client that sends its whole model sends besides: the update, after - before, and the buffers after.
+
+    `after` and `before` are states of the model in any form that `as_update` takes (a mapping such as `state_dict()`, a
+    model, a list of arrays in the order of `state_dict()` as Flower sends them); without `before`, it is the model's own
+    state. Parameters and buffers that `after` lacks were not sent, and are left out. The buffers are what
+    `Knowledge(buffers=...)` takes.
+    Raises UnbatchError: as `as_update` does, or `before` lacks what `after` has.
+
+    >>> model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    >>> after = [tensor.numpy() + 1 for tensor in model.state_dict().values()]
+    >>> update, buffers = state_difference(model, after)
+    >>> update["1.weight"], buffers["1.running_mean"]
+    (tensor([1.]), tensor([1.]))
+    """
+    network = unwrapped(model)
+    new = named_values(network, _state(after), "the state after", whole=True)
+    old = named_values(network, _state(network if before is None else before), "the state before", whole=True)
+    own = dict(network.named_buffers(remove_duplicate=False))
+    buffers = {name: tensor for name, tensor in new.items() if name in own}
+    return StateDifference(_checked(network, _difference(network, new, old)), buffers)
+
+
+def _checked(network: nn.Module, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values by name as an update of the network, on its device. Raises UnbatchError: as `check_update` does."""
     update = _untied(network, held)
     check_update(network, update)
     parameters = dict(network.named_parameters())
@@ -101,17 +135,18 @@ def _holds(tensor: Tensor, coarse: torch.dtype) -> bool:
     return torch.equal(tensor.to(coarse).to(tensor.dtype), tensor)
 
 
-def named_values(model: nn.Module, held: Any, what: str) -> dict[str, Tensor]:
+def named_values(model: nn.Module, held: Any, what: str, *, whole: bool = False) -> dict[str, Tensor]:
     """Values as dense tensors by the model's names: of its parameters, and of its buffers where they are among them.
 
-    `what` is what the values are called in a message. Names that the model has not are kept as they are.
+    `what` is what the values are called in a message. Names that the model has not are kept as they are. Of a list in the
+    order of the whole state, buffers are kept if `whole`.
     Raises UnbatchError: as `as_update` does.
 
     >>> named_values(nn.Linear(1, 1), {"module.bias": np.ones(1)}, "the update")
     {'bias': tensor([1.], dtype=torch.float64)}
     """
     _refuse_checkpoint(held, what)
-    pairs = _pairs(model, held, what)
+    pairs = _pairs(model, held, what, whole)
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     found: dict[str, Tensor] = {}
     for name, value in pairs:
@@ -237,7 +272,7 @@ def _state(held: Any) -> Any:
     return held.state_dict() if isinstance(held, nn.Module) else held
 
 
-def _pairs(model: nn.Module, held: Any, what: str) -> list[tuple[Any, Any]]:
+def _pairs(model: nn.Module, held: Any, what: str, whole: bool) -> list[tuple[Any, Any]]:
     """Names and values, whatever form they came in."""
     if isinstance(held, nn.Module):
         raise UnbatchError(
@@ -265,10 +300,10 @@ def _pairs(model: nn.Module, held: Any, what: str) -> list[tuple[Any, Any]]:
     values = list(held)
     if values and all(isinstance(v, (tuple, list)) and len(v) == 2 and isinstance(v[0], str) for v in values):
         return [(name, value) for name, value in values]
-    return _placed(model, values, f"{what} is {_form(held)} of {len(values)} values without names")
+    return _placed(model, values, f"{what} is {_form(held)} of {len(values)} values without names", whole)
 
 
-def _placed(model: nn.Module, values: list[Any], words: str) -> list[tuple[str, Any]]:
+def _placed(model: nn.Module, values: list[Any], words: str, whole: bool) -> list[tuple[str, Any]]:
     """Values alone, by the names of the order that they fit; the first of the orders where several do."""
     parameters = dict(model.named_parameters())
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -280,7 +315,7 @@ def _placed(model: nn.Module, values: list[Any], words: str) -> list[tuple[str, 
             shape is None or shape == tuple(tensor.shape) for shape, tensor in zip(shapes, order.values(), strict=True)
         ):
             aliases = dict(model.named_parameters(remove_duplicate=False))
-            return [(name, value) for name, value in zip(order, values, strict=True) if name in aliases]
+            return [(name, value) for name, value in zip(order, values, strict=True) if whole or name in aliases]
     picked = _only_subsequence(shapes, [tuple(p.shape) for p in parameters.values()])
     if picked is not None:
         return list(zip([list(parameters)[place] for place in picked], values, strict=True))
