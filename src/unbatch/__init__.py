@@ -42,6 +42,7 @@ _HOME = {
     "Verdict": "analysis",
     "as_update": "update",
     "audit": "auditing.run",
+    "capture": "training_step",
     "certify": "auditing.certify",
     "diagnose": "auditing.diagnosis",
     "guard": "auditing.guard",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from unbatch.protocol import Protocol as Protocol
     from unbatch.reconstruction import Reconstruction as Reconstruction
     from unbatch.reporting.results import Audit as Audit
+    from unbatch.training_step import capture as capture
     from unbatch.truth import Truth as Truth
     from unbatch.update import as_update as as_update
     from unbatch.update import state_difference as state_difference

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -104,6 +105,87 @@ def epsilon(
                 f"Opacus' accountant {accountant!r} fails at noise multiplier {noise_multiplier:g}, sampling rate "
                 f"{sampling_rate:g}, {steps} steps, delta {delta:g} ({error}); take accountant=rdp, or more noise."
             ) from error
+
+
+@dataclass
+class PrivateStep:
+    """What an optimiser of Opacus does to the gradient in its step: each example's clipped, noise added, divided.
+
+    >>> step = PrivateStep(optimiser=None, clip=1.0, noise_multiplier=2.0, reduction="mean", expected=8)
+    >>> step.told(4)  # the sum was divided by 8, and the batch had 4: as a mean it is twice what was sent
+    (2.0, 'dp-sgd:clip=1.0,noise_multiplier=2.0,reduction=mean', '')
+    """
+
+    optimiser: Any
+    clip: float
+    noise_multiplier: float
+    reduction: str
+    expected: int  # batch size by which a mean is divided
+    layers: bool = False  # each parameter's gradient is clipped by itself
+    adaptive: bool = False  # the clipping norm follows the share of examples that it shortens
+    backwards: int = 1  # backward passes of one batch; ghost clipping takes two
+    passes: int = 1  # batches in the step, by which a mean is divided as well
+
+    def at_the_step(self) -> None:
+        """Look at what only the step itself tells: over how many batches the examples' gradients were accumulated."""
+        self.passes = int(self.optimiser.accumulated_iterations)
+
+    def told(self, n: int | None) -> tuple[float, str, str]:
+        """The factor that makes it a mean over n examples, the defence that it is, and what no defence of ours does."""
+        factor = self.expected * self.passes / n if self.reduction == "mean" and n else 1.0
+        spelt = f"dp-sgd:clip={self.clip},noise_multiplier={self.noise_multiplier},reduction={self.reduction}"
+        return factor, spelt, "clipping of each layer of each example's gradient" if self.layers else ""
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to know of it, in sentences."""
+        how = ", each parameter by itself" if self.layers else ""
+        said = [
+            f"Opacus clipped each example's gradient to {self.clip:.4g}{how}, and added noise of {self.noise_multiplier:g} "
+            "times that to their sum. Without dp-sgd among the defences, epsilon is that of this one step on all data."
+        ]
+        if self.adaptive:
+            said.append(
+                "The clipping is adaptive: the noise on the gradient is larger than its multiplier says, and a noisy count "
+                "of the examples that were not shortened is public as well. Epsilon is that of both together; bounds take "
+                "the smaller noise, and hold."
+            )
+        return said
+
+
+def private_step(optimiser: Any) -> PrivateStep | None:
+    """What an optimiser of Opacus does in its next step; None of any other optimiser. Opacus is not imported for it.
+
+    >>> private_step(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    """
+    kinds = {kind.__name__ for kind in type(optimiser).__mro__ if kind.__module__.partition(".")[0] == "opacus"}
+    if "DPOptimizer" not in kinds:
+        return None
+    return PrivateStep(
+        optimiser=optimiser,
+        clip=float(optimiser.max_grad_norm),  # of clipping per layer, the norm of all layers' norms
+        noise_multiplier=float(optimiser.noise_multiplier),
+        reduction=str(optimiser.loss_reduction),
+        expected=int(optimiser.expected_batch_size or 1),
+        layers=bool(kinds & {"DPPerLayerOptimizer", "SimpleDistributedPerLayerOptimizer"}),
+        adaptive="AdaClipDPOptimizer" in kinds,
+        backwards=2 if any("FastGradientClipping" in kind for kind in kinds) else 1,
+    )
+
+
+def without_opacus_hooks(model: nn.Module) -> nn.Module:
+    """The same model, off which the hooks are taken by which Opacus keeps each example's gradient (wrap_model=False).
+
+    >>> without_opacus_hooks(nn.Linear(1, 1))
+    Linear(in_features=1, out_features=1, bias=True)
+    """
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            for key, hook in list(hooks.items()):
+                made = getattr(hook, "func", hook)  # a partial's function
+                if str(getattr(made, "__module__", "")).partition(".")[0] == "opacus":
+                    del hooks[key]
+    return model
 
 
 def _opacus() -> Any:
