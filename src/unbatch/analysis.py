@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 TOKEN_TABLE = "token embedding"  # the kind of layer that looks a text's tokens up
+TOKENS_PROVEN = "tokens proven"  # a verdict that names tokens which are in the batch
 
 
 class _Finding(BaseModel):
@@ -107,6 +108,8 @@ class Verdict(_Finding):
     value: float
     words: str
     analysis: str = ""  # that found it; the audit says so
+    tokens: list[int] = []  # that it names
+    pieces: list[str] = []  # and these as they stand in a text; the audit says so
 
     def __repr__(self) -> str:
         return f"<Verdict {self.name} = {self.value:.4g}>"

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from unbatch.analysis import TOKENS_PROVEN
 from unbatch.reporting.results import Audit, Example, Flag, Run, Status
 from unbatch.reporting.thresholds import EXACT, NEAR_CHANCE
 
@@ -41,6 +42,9 @@ def _exact_claim(audit: Audit) -> Iterable[str]:
     for run, e in _pairs(audit):
         if run.guarantee == "exact" and e.error is not None and e.bound is not None and e.error > max(e.bound, EXACT):
             yield f"{run.title} claims example {e.index} of client {run.client} exactly; its error is {e.error:.1e}."
+    said = {verdict.name: verdict for verdict in audit.verdicts if verdict.analysis == "token-bag"}
+    if TOKENS_PROVEN in said and "bag precision" in said and said["bag precision"].value < 1:
+        yield f"token-bag names tokens that are not in the batch: {said['bag precision'].words}"
 
 
 def _bound_violated(audit: Audit) -> Iterable[str]:
@@ -181,7 +185,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "exact-claim-fails",
         "an attack that declares itself exact returned a certified example whose true error is above its bound and "
-        f"{EXACT:g}",
+        f"{EXACT:g}; or `token-bag` proves a token to be in a batch that has it not",
         "The attack is wrong here. Its other exact claims deserve no trust either.",
         "Do not quote this run. Report the case: an exact claim that fails is a defect of unbatch.",
         _exact_claim,

@@ -11,6 +11,7 @@ import torch
 
 from unbatch.analysis import Analysis, Bound, Finding, LayerRisk, Verdict
 from unbatch.auditing.judge import failure
+from unbatch.domain import Domain, Tokens
 from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
 from unbatch.progress import Watch, watching
@@ -35,6 +36,7 @@ class Analyst:
     watch: Watch
     announce: Callable[[str], None] | None = None
     kept: Callable[[Audit], None] | None = None
+    domain: Domain | None = None  # of the inputs, which has the words of tokens
 
     def read(self, record: Audit, view: View, truth: Truth | None, client: int) -> None:
         """Put on record everything about the first client, whose network is everybody's; of each other one its bounds."""
@@ -50,11 +52,19 @@ class Analyst:
             done, findings = self._one(analysis, view, at, client)
             record.analyses.append(done)
             self._say(record, done)
-            _add(record, findings, analysis.name, client)
+            _add(record, [each for one in findings for each in self._held(one, truth)], analysis.name, client)
             if self.kept:
                 self.kept(record)
         if not client and record.risks and "earlier" in view.knowledge:
             record.notes.append("what each layer gives away, and what it leaves open, is told of the last round alone.")
+
+    def _held(self, finding: Finding, truth: Truth | None) -> Sequence[Finding]:
+        """A finding, and of one that names tokens their words, and how many of the batch's it names."""
+        if not isinstance(finding, Verdict) or not finding.tokens or not isinstance(self.domain, Tokens):
+            return [finding]
+        pieces = self.domain.pieces(torch.tensor(finding.tokens))
+        named = finding.model_copy(update={"pieces": [piece.strip() or piece for piece in pieces]})
+        return [named, *_of_the_batch(named, truth, self.domain.padding)] if truth is not None else [named]
 
     def _seconds(self, end: float) -> float:
         """That the next analysis has."""
@@ -84,6 +94,24 @@ class Analyst:
         """A note, where someone waits for an answer that is not there."""
         if done.status is Status.FAILED or (self.named and done.words):
             record.notes.append(f"{done.title}: {done.words}")
+
+
+def _of_the_batch(named: Verdict, truth: Truth, padding: int | None) -> Sequence[Verdict]:
+    """How many of the batch's tokens a verdict names, and how many of those that it names are the batch's."""
+    true, found = set(truth.inputs.flatten().tolist()) - {padding}, set(named.tokens)
+    both = len(true & found)
+    return [
+        Verdict(
+            name="bag recall",
+            value=both / max(len(true), 1),
+            words=f"{both} of the private batch's {len(true)} different tokens are among them.",
+        ),
+        Verdict(
+            name="bag precision",
+            value=both / max(len(found), 1),
+            words=f"{both} of the {len(found)} tokens that are named are in the private batch.",
+        ),
+    ]
 
 
 def _add(record: Audit, findings: Sequence[Finding], name: str, client: int) -> None:

@@ -97,7 +97,7 @@ def audit(
     watch = watch or Watch()
     record.clients = [plan.client(index) for index in range(len(plan.exchanges))]
     patience = budget if analysis_budget is None else analysis_budget
-    analyst = Analyst(plan.analyses, plan.named, patience, watch, announce, sink)
+    analyst = Analyst(plan.analyses, plan.named, patience, watch, announce, sink, plan.domain)
     for index, (obs, private) in enumerate(plan.exchanges):
         analyst.read(record, View.of(obs), private, index)
     for attack, blank in allowance.queue:

@@ -501,6 +501,7 @@ def _summary(record: Audit, folder: Path, quiet: bool) -> None:
     out.print(f"{folder / 'report.html'}  {folder / 'audit.json'}", soft_wrap=True, markup=False)
 
 
+SHOWN_TOKENS = 60  # of those that a verdict names
 COLOURS = {"exact": "red", "partial": "yellow", "low": "green", "unknown": "dim"}
 
 
@@ -529,6 +530,9 @@ def _risks(record: Audit) -> None:
         out.print(f"{least}; {b.assumptions} ({b.source})", markup=False)
     for v in record.numbers():
         out.print(f"{v.name} = {v.value:.4g}: {v.words}", markup=False)
+        if v.tokens:
+            named = [piece.strip() for piece in v.pieces] or [str(token) for token in v.tokens]
+            out.print(f"  {' '.join(named[:SHOWN_TOKENS])}{' ...' * (len(named) > SHOWN_TOKENS)}", markup=False)
     _cut_short(record)
     if record.silent():
         out.print(f"Nothing to say here: {', '.join(each.title for each in record.silent())}.", markup=False)

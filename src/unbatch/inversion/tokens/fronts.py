@@ -89,6 +89,12 @@ class TokenReader:
         return self.view.protocol.mode
 
     @cached_property
+    def tied(self) -> bool:
+        """Whether vectors are also multiplied by the embedding, as by a head that scores the next token."""
+        run = multiplied(self.model, self.draw(1, torch.Generator().manual_seed(0)), self.mode)
+        return any(product.weight == self.embedding for product in run.products)
+
+    @cached_property
     def words(self) -> Tensor:
         """Every token number but the padding's."""
         every = torch.arange(self.vocabulary, device=self.view.obs.device)

@@ -11,6 +11,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.tokens.fronts import SCREEN_ROUNDING, SCREENS, Front, TokenReader
 from unbatch.numerics.dictionary.bipartite import Components, components, proven
 from unbatch.numerics.dictionary.membership import CUT
+from unbatch.progress import tick
 
 WORDS_AT_ONCE = 2**21  # numbers of one run over words
 
@@ -107,6 +108,8 @@ def _offness(reader: TokenReader, front: Front, words: Tensor) -> tuple[Tensor, 
     limit = space.farthest + SCREEN_ROUNDING
     at_once = max(1, WORDS_AT_ONCE // (t * front.width))
     for k in range(0, len(words), at_once):
+        if not tick(k / len(words)):
+            raise NotApplicable(f"its time ended when {k:,} of {len(words):,} words had been tried.")
         some = words[k : k + at_once]
         rows = reader.rows(front, some[:, None].expand(-1, t), quick=True)
         flat = rows.flatten(0, 1)
