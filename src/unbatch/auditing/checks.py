@@ -184,8 +184,9 @@ def _noise_without_accounting(audit: Audit) -> Iterable[str]:
 CHECKS: tuple[Check, ...] = (
     Check(
         "exact-claim-fails",
+        "`token-bag` proves a token to be in a batch that has it not, or "
         "an attack that declares itself exact returned a certified example whose true error is above its bound and "
-        f"{EXACT:g}; or `token-bag` proves a token to be in a batch that has it not",
+        f"{EXACT:g}",
         "The attack is wrong here. Its other exact claims deserve no trust either.",
         "Do not quote this run. Report the case: an exact claim that fails is a defect of unbatch.",
         _exact_claim,
