@@ -121,6 +121,21 @@ def hold(seed: int) -> None:
         left.remove(claim)
 
 
+@pytest.mark.parametrize("reads", ["mean", "last"])
+def test_how_often_a_lone_word_is_repeated_is_not_claimed_where_nothing_tells_it(reads: str) -> None:
+    _, x, y = batch_sent(n=2)
+    x[1] = torch.tensor([16, 16, 0, 0, 0, 0, 0, 0])
+    sizes = {"depth": 2, "width": 64, "heads": 4, "reads": reads}
+    for positions, told_by_position in (("rotary", False), ("learned", True)):
+        model = build_transformer("gpt", LENGTH, VOCABULARY, 3, positions=positions, rng=rng(), **sizes).double()  # type: ignore[arg-type]
+        obs, _ = unbatch.observe(model, F.cross_entropy, x, y, knowledge=told())
+        found = read(obs)
+        sure = found.bound.isfinite()  # type: ignore[union-attr]
+        claims = rows(found.inputs[sure], found.labels[sure])  # type: ignore[index]
+        assert claims == (rows(x, y) if told_by_position else rows(x[:1], y[:1]))
+        assert told_by_position or "sequence 1 a token shorter" in found.trace["withdrawn"]
+
+
 def test_sentences_that_occur_twice_and_with_two_labels_are_counted() -> None:
     r = rng()
     model = build_transformer("gpt", LENGTH, VOCABULARY, 3, depth=2, width=64, heads=4, rng=r).double()

@@ -127,7 +127,7 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
         chosen = sure if repeated else torch.ones_like(sure)  # guesses of the same answer may complete the batch
         whole = recomputed(place, _of(x, chosen), _of(own, chosen), far[chosen])
         if whole.fits and whole.settled:
-            return Ruling(sure, whole.words, whole.factor)
+            return Ruling(sure & ~_open(whole, chosen), whole.words, whole.factor)
     if "altered" in known:
         why = whole.words if whole is not None else "their labels are not known."
         return Ruling(none, f"the update was altered by {known.altered}, and the whole of it must explain it: {why}")
@@ -186,6 +186,13 @@ def _blurred(view: View, found: Reconstruction, labels: Tensor, sure: Tensor, fa
     if not bool(alike.any()) or split_shows(view.obs, _of(found.inputs, alike), _of(labels, alike), owner[alike]):
         return none
     return alike.to(sure.device)
+
+
+def _open(whole: Recomputed, chosen: Tensor) -> Tensor:
+    """Which examples [k] are sequences that could be others, by their place among the chosen ones."""
+    found = torch.zeros_like(chosen)
+    found[chosen.nonzero().flatten()[list(whole.open_tokens)]] = True
+    return found
 
 
 def _of(values: Tensor, chosen: Tensor) -> Tensor:

@@ -18,29 +18,30 @@ WEAKEST = 16  # places of a batch that show least by the first order, of which e
 DRAWN = 16  # places drawn at random, tried likewise, with their neighbours, and with another sequence's token
 
 
-def unseen_change(place: Observation, tokens: Tensor, labels: Tensor, explains: Explains) -> str:
-    """A change of one claimed token [n, t] that would not have shown in the update, in words; empty where all tried show.
+def unseen_changes(place: Observation, tokens: Tensor, labels: Tensor, explains: Explains) -> dict[int, str]:
+    """The sequences of claimed tokens [n, t] that could be others without its showing in the update, each with a change.
 
     Tried are other tokens at the places whose embeddings move the update least, at others drawn at random and at the end
     of padded sequences; two tokens of a sequence, or of two sequences at one place, changed for each other; and sequences
-    a place on or back, or with their padding, where that is known, behind them. Labels that are the tokens themselves, or
-    the next ones, change with them.
+    a place on or back or, where the padding is known, with it behind them, a token shorter or longer, or written twice.
+    Labels that are the tokens themselves, or the next ones, change with them.
 
     >>> import unbatch
     >>> from unbatch.models.transformer import build_transformer
     >>> model = build_transformer("gpt", 4, 9, 2, depth=1, width=8, heads=2, rng=torch.Generator().manual_seed(0))
     >>> x, y = torch.tensor([[3, 1, 4, 5]]), torch.tensor([1])
     >>> seen, _ = unbatch.observe(model, F.cross_entropy, x, y)
-    >>> unseen_change(seen, x, y, lambda other, y: seen.residual(other, y) < 1e-5)
-    ''
-    >>> unseen_change(seen, x, y, lambda other, y: bool((other[0, 1:] == x[0, 1:]).all()))  # were the first of no matter
-    'another token at place 0 of sequence 0'
+    >>> unseen_changes(seen, x, y, lambda other, y: seen.residual(other, y) < 1e-5)
+    {}
+    >>> unseen_changes(seen, x, y, lambda other, y: bool((other[0, 1:] == x[0, 1:]).all()))  # were the first of no matter
+    {0: 'another token at place 0 of sequence 0'}
     """
-    rng = torch.Generator().manual_seed(0)
+    rng, found = torch.Generator().manual_seed(0), dict[int, str]()
     for words, other in _changes(place, tokens, labels, rng):
-        if not torch.equal(other, tokens) and explains(other, _following(tokens, labels, other)):
-            return words
-    return ""
+        others = (other != tokens).flatten(1).any(1).nonzero().flatten().tolist()
+        if not found.keys() >= set(others) and explains(other, _following(tokens, labels, other)):
+            found = dict.fromkeys(others, words) | found
+    return found
 
 
 def _changes(place: Observation, tokens: Tensor, labels: Tensor, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -82,6 +83,25 @@ def _moved(flat: Tensor, there: Tensor, pad: int | None) -> Iterator[tuple[str, 
         return
     order = (~there).int().sort(dim=1, stable=True).indices
     yield "the padding behind the tokens", flat.gather(1, order)
+    yield from _of_other_lengths(flat, there, pad)
+
+
+def _of_other_lengths(flat: Tensor, there: Tensor, pad: int) -> Iterator[tuple[str, Tensor]]:
+    """Sequences with padding behind them that end a token sooner, say their last token once more, or all of it twice."""
+    t = flat.shape[1]
+    for i, (words, own) in enumerate(zip(flat, there, strict=True)):
+        sequence = words[own]
+        longer = {
+            f"sequence {i} a token shorter": sequence[:-1],
+            f"the last token of sequence {i} once more": torch.cat([sequence, sequence[-1:]]),
+            f"sequence {i} written twice": torch.cat([sequence, sequence]),
+        }
+        for change, tokens in longer.items():
+            if 0 < len(tokens) <= t:
+                other = flat.clone()
+                other[i] = pad
+                other[i, : len(tokens)] = tokens
+                yield change, _unless_turned(flat, other)
 
 
 def _unless_turned(flat: Tensor, other: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from unbatch.inversion.other_tokens import unseen_change
+from unbatch.inversion.other_tokens import unseen_changes
 from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
 from unbatch.network.dense import forward
@@ -51,7 +51,7 @@ class Recomputed:
     worst: str  # the tensor that is furthest beyond what is allowed
     beyond: bool  # it is
     pinned: bool = True  # at a factor of 1, sizes of inputs and factors of single tensors would have shown
-    open_token: str = ""  # a change of one token that would not have shown
+    open_tokens: Mapping[int, str] = field(default_factory=dict)  # by sequence, a change that would not have shown
 
     @property
     def words(self) -> str:
@@ -63,9 +63,10 @@ class Recomputed:
                 f"what these inputs would send is {self.residual:.1e} of the update off it, where {self.allowed:.1e} is "
                 f"allowed for, whatever the common factor; {self.worst!r} is the furthest."
             )
-        if not self.settled and self.open_token:
+        if self.open_tokens:
+            change = next(iter(self.open_tokens.values()))
             return (
-                f"these tokens explain the update to {self.residual:.1e} of it, and so do others, with {self.open_token}: "
+                f"these tokens explain the update to {self.residual:.1e} of it, and so do others, with {change}: "
                 "that does not show in it."
             )
         if not self.settled and not self.pinned:
@@ -126,10 +127,10 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
     beyond = off[worst] > allowed[worst]
     worst = worst.removeprefix("whole.")
     if not x.is_floating_point():
-        open_token = unseen_change(place, x, y, _explaining(place, allowed)) if fits else ""
+        others = unseen_changes(place, x, y, _explaining(place, allowed)) if fits else {}
         targets = _targets_told(place, y)
-        settled = fits and not open_token and targets and (near or "batch_size" in place.knowledge)
-        return Recomputed(c, residual, whole, fits, settled, worst, beyond, targets or not near, open_token)
+        settled = fits and targets and (near or "batch_size" in place.knowledge)
+        return Recomputed(c, residual, whole, fits, settled, worst, beyond, targets or not near, others)
     fits = fits and _wide(place, x, y, far, again, c)
     pinned = not fits or _pinned(_without(place, silent), x, y, off, free=not near)
     if not pinned and not silent:  # a tensor of rounding alone may agree by chance, and pins nothing all the same
