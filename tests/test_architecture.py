@@ -152,6 +152,11 @@ ON_USE = {
     "tokenizers",
     "rouge_score",
     "flwr",
+    "joblib",
+    "ray",
+    "distributed",
+    "duckdb",
+    "mlflow",
 }  # slow to import, or extras
 PAGES = {"jinja2", "markupsafe", "rich", "typer", "click"}  # for people who look
 
@@ -184,6 +189,11 @@ EXTRAS = {  # package -> rooms
     "tokenizers": {"data"},
     "rouge_score": {"metrics"},
     "flwr": {"adapters"},
+    "joblib": {"adapters"},
+    "ray": {"adapters"},
+    "distributed": {"adapters"},
+    "duckdb": {"reporting"},
+    "mlflow": {"adapters"},
 }
 NAMES = {
     "rouge_score": "rouge-score",

@@ -49,6 +49,7 @@ _HOME = {
     "harden": "auditing.harden",
     "observe": "auditing.client",
     "state_difference": "update",
+    "sweep": "command.sweeps",
 }
 _OPEN_SETS = ("analyses", "attacks", "cases", "defences", "layers", "metrics")  # `unbatch.attacks.Unmix`
 
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from unbatch.auditing.run import audit as audit
     from unbatch.case import Case as Case
     from unbatch.case import Setting as Setting
+    from unbatch.command.sweeps import sweep as sweep
     from unbatch.defence import Defence as Defence
     from unbatch.domain import Domain as Domain
     from unbatch.domain import Images as Images

@@ -21,6 +21,8 @@ from rich.text import Text
 
 from unbatch import __version__
 from unbatch.command.blame import said
+from unbatch.command.sweeping import sweep_command
+from unbatch.command.tabulating import table_command
 from unbatch.errors import MissingExtra, UnbatchError
 
 MOST_SEED = 2**63 - 1  # that a random generator takes
@@ -196,13 +198,13 @@ def audit_command(
     quiet: Quiet = False,
 ) -> None:
     """Attack a client's update, judge the result, write a report."""
-    from unbatch.auditing.suites import suite as attacks_of
     from unbatch.command.console import run_audit
-    from unbatch.command.settings import Asked, refuse_unused, target_of
+    from unbatch.command.settings import Asked, Ways, target_of
 
-    asked = Asked.of(locals())
-    refuse_unused(asked, attack=attack, suite=suite, defence=defence, remedy=remedy, metric=metric, seed=seed)
+    asked, ways = Asked.of(locals()), Ways.of(locals())
+    ways.of_use_to(asked)
     target = target_of(asked)
+    _usable(device)
     record = run_audit(
         target.what,
         truth=target.truth,
@@ -210,14 +212,7 @@ def audit_command(
         pictures=save_images,
         command=_again(context.obj, folder),
         quiet=quiet or as_json,
-        device=_usable(device),
-        seeds=tuple(seed or (0,)),
-        attacks=attack or (attacks_of(suite) if suite else None),
-        defences=defence or (),
-        remedies=remedy or (),
-        metrics=metric,
-        analyses=analysis,
-        budget=budget,
+        **ways.arguments(),
         resume=resume,
         force=force,
     )
@@ -319,9 +314,9 @@ def report(
 ) -> None:
     """Write the HTML page of a finished audit."""
     from unbatch.reporting.html import write
-    from unbatch.reporting.results import Audit
+    from unbatch.reporting.trial import audit_at
 
-    audit = Audit.load(path)
+    audit = audit_at(path)
     target = to or path.with_name("report.html")
     write(audit, target)
     out.print(f"wrote {target}", soft_wrap=True)
@@ -329,7 +324,9 @@ def report(
 
 @app.command()
 def gate(
-    path: Annotated[Path, typer.Argument(metavar="AUDIT.JSON")],
+    path: Annotated[
+        Path, typer.Argument(metavar="AUDIT.JSON|FOLDER", help="Of a sweep or of audits: each is held to it.")
+    ],
     max_recovered: Annotated[
         int | None, typer.Option(min=0, help="Most examples that may be recovered exactly or as copies.")
     ] = None,
@@ -338,12 +335,13 @@ def gate(
         float | None, typer.Option(help="PSNR in dB that a bound valid for any attacker must exclude exceeding.")
     ] = None,
 ) -> None:
-    """Exit with 1 where an audit breaches a limit, for CI."""
-    from unbatch.reporting.gate import breaches
-    from unbatch.reporting.results import Audit
+    """Exit with 1 where an audit, or any of a folder's, breaches a limit, for CI."""
+    from unbatch.reporting.gate import breaches, folder_breaches
+    from unbatch.reporting.trial import audit_at
+    from unbatch.reporting.trials import Trials
 
-    audit = Audit.load(path)
-    found = breaches(audit, max_recovered=max_recovered, max_psnr=max_psnr, require_bound_psnr=require_bound_psnr)
+    limits: dict[str, Any] = {"max_recovered": max_recovered, "max_psnr": max_psnr, "require_bound_psnr": require_bound_psnr}
+    found = folder_breaches(Trials.at(path), **limits) if path.is_dir() else breaches(audit_at(path), **limits)
     for words in found:
         err.print(f"breach: {words}", soft_wrap=True, markup=False)
     if found:
@@ -437,6 +435,10 @@ def bench(
     (out if out.is_terminal else Console(width=WIDE)).print(module.table(rows))
     if to is not None:
         _say_if_not_drawn()
+
+
+app.command("sweep")(sweep_command)
+app.command("table")(table_command)
 
 
 _NOT_AGAIN = {"--resume", "--force", "--debug", "--quiet", "--json"}  # what a command that is run again does without

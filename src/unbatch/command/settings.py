@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from unbatch.adapters.huggingface import own_labels, with_its_loss
+from unbatch.auditing.suites import suite as attacks_of
 from unbatch.bundle import holds_state, model_name
 from unbatch.case import Case, Setting
 from unbatch.command.named import load_loss, load_model, load_weights
@@ -111,6 +112,50 @@ class Asked:
 
 
 _OF_CASES = {"loss": "squared-error", "reduction": "sum", "batch": "4"}  # options of every case, and a value of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """How a target is audited: the options of `unbatch audit` that name no target, as `Asked` holds those that do."""
+
+    attack: Sequence[str] = ()
+    suite: str | None = None
+    defence: Sequence[str] = ()
+    remedy: Sequence[str] = ()
+    metric: Sequence[str] = ()
+    analysis: Sequence[str] = ()
+    seed: Sequence[int] = ()
+    budget: float | None = None
+    device: str | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Ways:
+        """What a command was given, by the names of its parameters; the others are left out."""
+        return cls(**{each.name: given[each.name] for each in fields(cls) if given.get(each.name) is not None})
+
+    def of_use_to(self, asked: Asked) -> Ways:
+        """The same, if the target has a use for each. Raises UnbatchError: see `refuse_unused`."""
+        options = ("attack", "suite", "defence", "remedy", "metric", "seed")
+        refuse_unused(asked, **{name: getattr(self, name) for name in options})
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """What `unbatch.audit` is called with.
+
+        >>> chosen = Ways(suite="first", seed=[3]).arguments()
+        >>> chosen["attacks"], chosen["seeds"]
+        (('bias-ratio', 'label-count', 'gradient-matching'), (3,))
+        """
+        return {
+            "attacks": list(self.attack) or (attacks_of(self.suite) if self.suite else None),
+            "defences": tuple(self.defence),
+            "remedies": tuple(self.remedy),
+            "metrics": list(self.metric) or None,
+            "analyses": list(self.analysis) or None,
+            "seeds": tuple(self.seed or (0,)),
+            "budget": self.budget,
+            "device": self.device,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from unbatch.errors import UnbatchError
 from unbatch.reporting.results import Audit, Status
 from unbatch.reporting.tiers import Outcome, Tier
+from unbatch.reporting.trials import Trials
 from unbatch.reporting.verdict import how_explained
 
 
@@ -68,6 +69,37 @@ def breaches(
         scores = {key: best[0] for key, best in audit.worst("psnr").items() if best and best[0] > max_psnr}
         for (client, index), score in scores.items():
             found.append(f"example {index} of client {client} at {score:.1f} dB, at most {max_psnr:g} dB allowed.")
+    return found
+
+
+def folder_breaches(
+    trials: Trials,
+    *,
+    max_recovered: int | None = None,
+    max_psnr: float | None = None,
+    require_bound_psnr: float | None = None,
+) -> list[str]:
+    """The limits that each audit of a folder breaches, as `breaches` has them, with the configuration before the words.
+
+    A configuration that failed, or that the sweep has not come to, breaches every gate: nothing is known of it.
+
+    >>> from unbatch.reporting.trial import Trial
+    >>> trials = Trials.of([Trial(key="0", configuration={"case": "digits"}, words="no memory was left.")])
+    >>> folder_breaches(trials, max_recovered=0)
+    ['digits: came to no audit: no memory was left.']
+
+    Raises UnbatchError: no limit is given, or one that an audit cannot answer.
+    """
+    found = [f"{trial.title}: has not run, so nothing is known of it." for trial in trials.missing]
+    found += [f"{trial.title}: came to no audit: {trial.words}" for trial in trials.failed]
+    for trial, audit in trials.audits():
+        try:
+            words = breaches(
+                audit, max_recovered=max_recovered, max_psnr=max_psnr, require_bound_psnr=require_bound_psnr
+            )
+        except UnbatchError as error:
+            raise UnbatchError(f"{trial.title}: {error}") from None
+        found += [f"{trial.title}: {each}" for each in words]
     return found
 
 
