@@ -198,6 +198,7 @@ EXTRAS = {  # package -> rooms
 NAMES = {
     "rouge_score": "rouge-score",
     "sklearn": "scikit-learn",
+    "click": "typer",
     "PIL": "pillow",
     "markupsafe": "jinja2",
 }  # import -> what brings it

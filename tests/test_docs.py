@@ -40,6 +40,7 @@ FENCE = re.compile(r"^(?:<!-- first:\n(.*?)-->\n)?```(\w*)\n(.*?)^```$", re.M | 
 QUICK = {  # what a command of a page is held to here; `make slow` gives those of the README more time
     "audit": ["--budget", "1"],
     "harden": ["--seconds", "3"],
+    "sweep": ["--jobs", "1"],
 }
 
 
@@ -110,6 +111,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     model = runpy.run_path(str(tmp_path / "mypackage" / "nets.py"))["factory"]()
     seen, _ = unbatch.observe(model, torch.nn.functional.cross_entropy, x[:1], y[:1])
     seen.save(tmp_path / "captured.safetensors")
+    (plan,) = (block.text for block in blocks(DOCS / "sweeps.md") if block.language == "toml")
+    (tmp_path / "plan.toml").write_text(plan)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path

@@ -34,12 +34,7 @@ def engine(name: str = "local", jobs: int = 1, *, threads: int = 1, address: str
 
     Raises UnbatchError: no such engine, fewer than one job, or an address for this machine. MissingExtra: not installed.
     """
-    if name not in ENGINES:
-        raise UnbatchError(f"unknown engine {name!r}; known: {', '.join(ENGINES)}.")
-    if jobs < 1 or threads < 1:
-        raise UnbatchError(f"{jobs} jobs of {threads} threads cannot run; give at least 1 of each.")
-    if address and name == "local":
-        raise UnbatchError(f"--address {address} would not be used: it is of a cluster; add --engine ray or dask.")
+    check_engine(name, jobs, threads=threads, address=address)
     try:
         import joblib
     except ImportError:
@@ -57,6 +52,16 @@ def engine(name: str = "local", jobs: int = 1, *, threads: int = 1, address: str
         yield spread
 
 
+def check_engine(name: str, jobs: int = 1, *, threads: int = 1, address: str = "") -> None:
+    """Refuse what no engine can do, before anything is started. Raises UnbatchError, as `engine` does."""
+    if name not in ENGINES:
+        raise UnbatchError(f"unknown engine {name!r}; known: {', '.join(ENGINES)}.")
+    if jobs < 1 or threads < 1:
+        raise UnbatchError(f"{jobs} jobs of {threads} threads cannot run; give at least 1 of each.")
+    if address and name == "local":
+        raise UnbatchError(f"--address {address} would not be used: it is of a cluster; add --engine ray or dask.")
+
+
 def _local(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str, Any]:
     return {"backend": "loky", "inner_max_num_threads": threads} if jobs > 1 else {"backend": "sequential"}
 
@@ -71,9 +76,9 @@ def _ray(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str,
         from ray.util.joblib.ray_backend import RayBackend
     except ImportError:
         raise MissingExtra.of("--engine ray", "ray", "ray") from None
-    register_ray()
+    register_ray()  # type: ignore[no-untyped-call]
 
-    class StreamingRay(RayBackend):  # type: ignore[misc]  # of a package without types
+    class StreamingRay(RayBackend):
         """Ray's backend, whose results are had one by one: its pool calls back for each, which joblib is not told."""
 
         supports_retrieve_callback = True
@@ -85,7 +90,11 @@ def _ray(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str,
         if address:
             ray.init(address=address, **quiet)
         else:
-            size: dict[str, Any] = {"num_cpus": jobs * threads, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
+            size: dict[str, Any] = {
+                "num_cpus": jobs * threads,
+                "object_store_memory": OBJECT_STORE,
+                "include_dashboard": False,
+            }
             ray.init(**size, **quiet)
         started.callback(ray.shutdown)
     return {"backend": "unbatch-ray", "ray_remote_args": {"num_cpus": threads}}

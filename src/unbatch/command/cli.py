@@ -340,7 +340,11 @@ def gate(
     from unbatch.reporting.trial import audit_at
     from unbatch.reporting.trials import Trials
 
-    limits: dict[str, Any] = {"max_recovered": max_recovered, "max_psnr": max_psnr, "require_bound_psnr": require_bound_psnr}
+    limits: dict[str, Any] = {
+        "max_recovered": max_recovered,
+        "max_psnr": max_psnr,
+        "require_bound_psnr": require_bound_psnr,
+    }
     found = folder_breaches(Trials.at(path), **limits) if path.is_dir() else breaches(audit_at(path), **limits)
     for words in found:
         err.print(f"breach: {words}", soft_wrap=True, markup=False)

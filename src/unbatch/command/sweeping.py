@@ -50,6 +50,7 @@ def run_plan(
     `audit` is the command whose options the plan's keys are; `count` hears how many configurations there are.
     Raises UnbatchError: the plan is refused, or the folder is held by another process or cannot be written to.
     """
+    from unbatch.adapters.engines import check_engine
     from unbatch.auditing.sweep import run_jobs
     from unbatch.command.plan import jobs_of
     from unbatch.files import claimed
@@ -59,6 +60,7 @@ def run_plan(
     if count:
         count(len(todo))
     at_once = max((os.cpu_count() or 1) // threads, 1) if jobs is None else jobs
+    check_engine(engine, at_once, threads=threads, address=address)
     with claimed(folder, *(f"{job.key}.json" for job in todo)):
         run_jobs(
             todo,

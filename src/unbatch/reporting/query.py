@@ -40,7 +40,10 @@ class Query:
             import duckdb
         except ImportError:
             raise MissingExtra.of("a table of runs", "duckdb", "sweep") from None
-        offline: dict[str, str | bool | int | float | list[str]] = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+        offline: dict[str, str | bool | int | float | list[str]] = {
+            "autoinstall_known_extensions": "false",
+            "autoload_known_extensions": "false",
+        }
         self.connection: DuckDBPyConnection = duckdb.connect(config=offline)
         self._broken: type[Exception] = duckdb.Error
         self._fill([{bare(name): value for name, value in row.items()} for row in trials.rows()])
