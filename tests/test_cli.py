@@ -135,6 +135,49 @@ def test_a_captured_update(here: Path, capsys) -> None:
     assert "sign is flipped" in capsys.readouterr().out
 
 
+def test_a_captured_file_is_made_a_bundle_and_audited_as_it_is(here: Path, capsys) -> None:
+    sys.path.insert(0, "")
+    from nets import small
+
+    model, x = small(), torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    obs, _ = observe(
+        model,
+        torch.nn.functional.cross_entropy,
+        x,
+        torch.tensor([1]),
+        protocol=unbatch.Protocol(local_steps=1, learning_rate=0.1),
+    )
+    np.savez("before.npz", *(tensor.numpy() for tensor in model.state_dict().values()))
+    np.savez("after.npz", *((p + obs.update[name]).detach().numpy() for name, p in model.named_parameters()))
+    np.savez("turned.npz", **{name: -tensor.numpy() for name, tensor in obs.update.items()})
+    given = ("--model", "nets:small", "--shape", "3,4,4", "--batch", "1", "--learning-rate", "0.1")
+    assert call("bundle", "b.safetensors", "--after", "after.npz", "--before", "before.npz", *given) == 0
+    said = capsys.readouterr().out
+    assert "one local step was taken for granted" in said
+    assert "wrote b.safetensors: <Observation of Sequential: 419 entries" in said
+    assert call("bundle", "b.safetensors", "--after", "after.npz", *given) == 2
+    assert "b.safetensors is there already; --force overwrites it" in capsys.readouterr().err
+    assert call("bundle", "c.safetensors", "--after", "after.npz", *given) == 2
+    assert "this is the model after training, not a difference" in capsys.readouterr().err
+    assert not Path("c.safetensors").exists()
+    assert call("bundle", "c.safetensors", "--after", "turned.npz", "--as", "delta", *given) == 1
+    assert "its sign is flipped" in capsys.readouterr().err
+    assert (
+        call("bundle", "c.safetensors", "--after", "turned.npz", "--as", "delta", "--scale", "-1", *given, "--force")
+        == 0
+    )
+    words = ("--model", "nets:small", "--attack", "bias-ratio", "--analysis", "gradient-rank")
+    told = ("--knows", "input_shape=3,4,4", "--knows", "batch_size=1", "--protocol", "learning_rate=0.1")
+    direct = ("--observation", "after.npz", "--before", "before.npz", *told)
+    for target in (("--observation", "b.safetensors"), ("--observation", "c.safetensors"), direct):
+        record = audit(*target, *words)
+        assert "1 image certified to be behind this update" in record.verdict()
+        assert record.data_notes[-1].endswith(
+            "taken for granted; --protocol local_steps=N (or epochs=N) says otherwise."
+        )
+    assert "read from before.npz, sha256" in record.data_notes[0]
+
+
 def test_risk(here: Path, capsys) -> None:
     assert call("risk", "digits:batch=5,width=32") == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -306,7 +349,7 @@ def test_labels_outside_the_classes_and_nan(here: Path, capsys) -> None:
     ("spoil", "words"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "no whole safetensors file"),
-        (lambda path: torch.save({"update": 1}, path), "is a pickle"),
+        (lambda path: torch.save({"update": 1}, path), "it holds no tensor"),
         (lambda path: _rewrite(path, "update/1.bias", torch.full((8,), torch.nan)), "holds 8 NaN"),
         (lambda path: _rewrite(path, "update/1.bias", torch.ones(9)), "has shape (9,), the model's (8,)"),
         (lambda path: _rewrite(path, "update/9.bias", torch.ones(9)), "names that the model has not: '9.bias'"),

@@ -49,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = DRAWN
     seen, _ = unbatch.observe(model, F.cross_entropy, torch.ones(1, 3, 4, 4), torch.tensor([1]))
     seen.save(place / "seen.safetensors")
+    np.savez(place / "after.npz", *(2 * v.numpy() for v in model.state_dict().values()))
     save_file({f"w{k}": v for k, v in model.state_dict().items()}, place / "other.safetensors")
     save_file(model.state_dict(), place / "drawn.safetensors")
     rows = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -73,23 +74,27 @@ TARGETS: dict[str, list[str]] = {
     "a capture and its truth": [
         *("--model", "nets:small", "--observation", "seen.safetensors", "--data", "data.npz", "--batch", "1"),
     ],
+    "a captured file": ["--model", "nets:small", "--observation", "after.npz", "--as", "weights"],
 }
 TRIED = {  # every option of a command with a target, with a value that asks for something else than the default
     "model": ["nets:rows"], "data": ["rows.csv"], "observation": ["seen.safetensors"], "weights": ["drawn.safetensors"],
     "loss": ["squared-error"], "reduction": ["sum"], "size": ["5"], "batch": ["1"], "knows": ["mode=eval"],
     "protocol": ["mode=eval"], "defence": ["clip:norm=0.5"], "remedy": ["prune"], "metric": ["label-accuracy"],
     "analysis": ["gradient-rank"], "attack": ["bias-ratio"], "suite": [LATEST], "seed": ["3"], "budget": ["7"],
+    "before": ["drawn.safetensors"], "as_": ["delta"], "scale": ["-1"],
     "device": ["cpu"], "classes": ["3"], "family": ["clip"], "rounds": ["2"], "seconds": ["5"], "target_psnr": ["30"],
 }  # fmt: skip
 TRIED_ON = {("weights", "a table"): ["rows.safetensors"], ("classes", "pictures"): ["class1,class0"]}
 OF_OUTPUT = {"case", "folder", "resume", "force", "save_images", "as_json", "quiet"}  # held by tests of their own
+OF_FILES = {"before", "as_", "scale"}
 REFUSED = {  # what a target has no use for, beside the options that name another target
-    "a case": {"loss", "reduction", "size", "batch", "weights", "classes", "model", "data", "observation"},
-    "arrays": {"size"},
-    "pictures": set(),
-    "a table": {"size"},
-    "a capture": {"size", "batch", "weights", "defence", "remedy", "metric", "classes"},
-    "a capture and its truth": {"size", "weights", "defence", "remedy"},
+    "a case": {"loss", "reduction", "size", "batch", "weights", "classes", "model", "data", "observation", *OF_FILES},
+    "arrays": {"size", *OF_FILES},
+    "pictures": OF_FILES,
+    "a table": {"size", *OF_FILES},
+    "a capture": {"size", "batch", "weights", "defence", "remedy", "metric", "classes", *OF_FILES},
+    "a capture and its truth": {"size", "weights", "defence", "remedy", *OF_FILES},
+    "a captured file": {"size", "batch", "defence", "remedy", "metric", "classes"},
 }
 COMMANDS = {name: typer.main.get_command(app).commands[name] for name in ("audit", "risk", "harden")}
 
@@ -147,7 +152,7 @@ def test_an_option_is_used_or_refused(command: str, target: str, here: Path, mon
     code, plain = asked(monkeypatch, words)
     assert (code, bool(plain)) == (130, True), capsys.readouterr().err
     for option in options(command):
-        given = f"--{option.replace('_', '-')}"
+        given = f"--{option.rstrip('_').replace('_', '-')}"
         if given in words:
             continue
         value = TRIED_ON.get((option, target), TRIED[option])
@@ -182,8 +187,8 @@ def test_an_option_is_used_or_refused(command: str, target: str, here: Path, mon
         (["--device", "meta"], "--device meta cannot be used here"),
         (["--weights", "gone.safetensors"], "cannot read --weights gone.safetensors"),
         (["--weights", "other.safetensors"], "does not fit Pooled"),
-        (["--weights", "nets.py"], "cannot be read as safetensors or as a state_dict"),
-        (["--weights", "data.npz"], "cannot be read as safetensors or as a state_dict"),
+        (["--weights", "nets.py"], "nets.py is no file that torch.save wrote"),
+        (["--weights", "data.npz"], "data.npz is no file that torch.save wrote"),
         (["--loss", "torch.nn:CrossEntropyLoss"], "is a class, and a loss is called with (outputs, labels)"),
         (["--loss", "nets:small", "--reduction", "sum"], "takes the mean or the sum by itself"),
         (["--loss", "halved"], "unknown loss 'halved'"),

@@ -48,6 +48,7 @@ _HOME = {
     "guard": "auditing.guard",
     "harden": "auditing.harden",
     "observe": "auditing.client",
+    "read_exchange": "data.exchange",
     "state_difference": "update",
     "sweep": "command.sweeps",
 }
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from unbatch.case import Case as Case
     from unbatch.case import Setting as Setting
     from unbatch.command.sweeps import sweep as sweep
+    from unbatch.data.exchange import read_exchange as read_exchange
     from unbatch.defence import Defence as Defence
     from unbatch.domain import Domain as Domain
     from unbatch.domain import Images as Images

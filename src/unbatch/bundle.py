@@ -10,7 +10,7 @@ import hashlib
 import json
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ FORMAT, SCHEMA = "unbatch-observation", "1"
 _CALLABLES = {"log_prob"}
 
 
-def write_bundle(path: Path, model: nn.Module, update: Update, knowledge: Knowledge) -> None:
+def write_bundle(path: Path, model: nn.Module, update: Update, knowledge: Knowledge, notes: Sequence[str] = ()) -> None:
     """Writes what a server holds of an exchange to a file: the update, the model's state and what is known besides.
 
-    Callables are left out, since a file that holds code is not safe.
+    Callables are left out, since a file that holds code is not safe. `notes` say in words how it was captured.
 
     >>> import tempfile
     >>> model, sent = nn.Linear(2, 3).eval(), {"bias": Tensor([1.0, 2.0, 3.0])}
@@ -60,6 +60,8 @@ def write_bundle(path: Path, model: nn.Module, update: Update, knowledge: Knowle
             facts[name] = vars(value) if isinstance(value, Privacy) else value
     metadata = {"format": FORMAT, "schema": SCHEMA, "model": type(model).__name__, "knowledge": json.dumps(facts)}
     metadata["state_sha256"] = state_hash(model.state_dict())
+    if notes:
+        metadata["notes"] = json.dumps(list(notes))
     solid = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(path, save(solid, metadata), private=True)  # an update may give its examples away
 
@@ -175,6 +177,41 @@ def model_name(path: Path) -> str:
     'Linear'
     """
     return _open(path)[1].get("model", "unnamed")
+
+
+def bundle_notes(path: Path) -> tuple[str, ...]:
+    """How the exchange in a bundle was captured, in the words of who wrote it; empty where they say nothing.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "seen.safetensors"
+    ...     write_bundle(path, nn.Linear(2, 3), {"bias": Tensor([1.0, 2.0, 3.0])}, Knowledge(), ["read from a.npz."])
+    ...     bundle_notes(path)
+    ('read from a.npz.',)
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            held = json.loads((file.metadata() or {}).get("notes", "[]"))
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise UnbatchError(f"{path}: the metadata entry 'notes' is no JSON: {error}.") from None
+    return tuple(map(str, held)) if isinstance(held, list) else ()
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a file says of itself that it is a bundle; False also of one that is none or cannot be read.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "seen.safetensors"
+    ...     write_bundle(path, nn.Linear(2, 3), {"bias": Tensor([1.0, 2.0, 3.0])}, Knowledge())
+    ...     is_bundle(path), is_bundle(Path(folder) / "gone")
+    (True, False)
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, struct.error, ValueError, OSError):
+        return False
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

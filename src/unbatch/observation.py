@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Observation:
     update: Update
     knowledge: Knowledge = field(default_factory=Knowledge)
     grain: Mapping[str, float] = field(default_factory=dict)  # error of a tensor's entries that is not relative to them
+    notes: Sequence[str] = ()  # how it was captured and read, for the report
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", unwrapped(self.model))
@@ -232,7 +233,7 @@ class Observation:
 
         Callables, such as a likelihood, are left out.
         """
-        bundle.write_bundle(Path(path), self.model, self.update, self.knowledge)
+        bundle.write_bundle(Path(path), self.model, self.update, self.knowledge, self.notes)
 
     @classmethod
     def load(cls, path: str | Path, *, model: nn.Module, loss: Loss) -> Observation:
@@ -241,7 +242,7 @@ class Observation:
         Raises UnbatchError: no bundle, or one that was captured from another model.
         """
         held, update, known = bundle.read_bundle(Path(path), model)
-        return cls(model=held, loss=loss, update=update, knowledge=known)
+        return cls(model=held, loss=loss, update=update, knowledge=known, notes=bundle.bundle_notes(Path(path)))
 
 
 def _gradient(step: Update, state: Mapping[str, Tensor], rate: float, weight_decay: float) -> dict[str, Tensor]:

@@ -202,6 +202,8 @@ def too_large(obs: Observation) -> str:
         return ""
     if protocol.optimiser != "sgd" or protocol.momentum or protocol.weight_decay or not form.classes:
         return ""
+    if protocol.steps(n) and "learning_rate" not in known:
+        return ""
     bias = obs.update[head.bias].detach().double()
     most = abs(form.scale) * (n if form.reduction == "sum" else known.get("clients", 1))
     most *= protocol.learning_rate * protocol.steps(n) if protocol.steps(n) else 1.0

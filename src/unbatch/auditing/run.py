@@ -243,7 +243,7 @@ class _Plan:
                 for name, m in self.metrics.items()
                 if truth is not None
             },
-            data_notes=list(dict.fromkeys(note for setting in self.settings for note in setting.notes)),
+            data_notes=list(dict.fromkeys([*obs.notes, *(note for s in self.settings for note in s.notes)])),
             environment={
                 "unbatch": unbatch.__version__,
                 "python": platform.python_version(),

@@ -21,11 +21,37 @@ from rich.text import Text
 
 from unbatch import __version__
 from unbatch.command.blame import said
+from unbatch.command.bundling import bundle_command
+from unbatch.command.options import (
+    MOST_SEED,
+    Analyses,
+    AsJson,
+    Attacks,
+    Batch,
+    Before,
+    Budget,
+    Capture,
+    ClassNames,
+    DataPath,
+    Defences,
+    Device,
+    Force,
+    Knows,
+    LossName,
+    Metrics,
+    Model,
+    Quiet,
+    Reduction,
+    Rules,
+    Scale,
+    SentAs,
+    Size,
+    Weights,
+    seconds_above_0,
+)
 from unbatch.command.sweeping import sweep_command
 from unbatch.command.tabulating import table_command
 from unbatch.errors import MissingExtra, UnbatchError
-
-MOST_SEED = 2**63 - 1  # that a random generator takes
 
 if TYPE_CHECKING:
     from unbatch.reporting.results import Audit
@@ -39,69 +65,6 @@ app = typer.Typer(
 )
 out, WIDE = Console(emoji=False), 200  # columns of a table in a file or a pipe
 err = Console(stderr=True, emoji=False)  # a model is called nets:a, and no letter in a box
-
-Attacks = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        help="An attack, e.g. unmix or unmix:attempts=5; repeatable; default: all that only look, cheapest first.",
-    ),
-]
-Defences = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="The client's defence, e.g. noise:sigma=0.01; repeatable, the first outermost."),
-]
-Metrics = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="A metric; repeatable; default: all that apply.")
-]
-Analyses = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="An analysis; repeatable; default: all that apply.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: where the model is.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON, nothing else.")]
-Model = Annotated[
-    str | None,
-    typer.Option(help="Your model: package.module:factory, a function that returns it; called with the random seed 0."),
-]
-Weights = Annotated[
-    Path | None, typer.Option(help="The model's parameters: .safetensors, or a state_dict that torch.save wrote.")
-]
-DataPath = Annotated[
-    Path | None,
-    typer.Option(help="Your data: an .npz file, a .csv file or a folder of images; the truth of an --observation."),
-]
-LossName = Annotated[
-    str | None,
-    typer.Option(
-        help="cross-entropy (the default), binary-cross-entropy, squared-error, or package.module:loss. A case has its own."
-    ),
-]
-Reduction = Annotated[str | None, typer.Option(help="mean (the default) or sum, for a loss given by name.")]
-Size = Annotated[int | None, typer.Option(min=1, help="Resize pictures of a folder to SIZE x SIZE.")]
-ClassNames = Annotated[
-    str | None,
-    typer.Option(metavar="N|NAMES", help="How many classes the model has, or cat,dog,...: their names in its order."),
-]
-Batch = Annotated[int | None, typer.Option(min=1, help="Use only the first BATCH examples of the data.")]
-Capture = Annotated[
-    Path | None, typer.Option("--observation", help="A captured update: bundle.safetensors, with --model.")
-]
-Knows = Annotated[list[str] | None, typer.Option(help="What the attacker knows besides: labels, or FIELD=VALUE.")]
-Rules = Annotated[str | None, typer.Option("--protocol", help="local_steps=4,learning_rate=0.1,mode=eval ...")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what an earlier run left in --out.")]
-
-
-def _seconds(value: float | None) -> float | None:
-    """A time that can be kept; nan passes every comparison."""
-    if value is not None and (math.isnan(value) or value <= 0):
-        raise typer.BadParameter(f"{value:g} is no time; give seconds above 0, or leave it out.")
-    return value
-
-
-Budget = Annotated[
-    float | None, typer.Option(callback=_seconds, help="Seconds for each run of an attack, and for each analysis.")
-]
 
 
 def _version(value: bool) -> None:
@@ -172,6 +135,9 @@ def audit_command(
     classes: ClassNames = None,
     batch: Batch = None,
     observation: Capture = None,
+    before: Before = None,
+    as_: SentAs = None,
+    scale: Scale = None,
     attack: Attacks = None,
     suite: Annotated[str | None, typer.Option(help="A fixed set of attacks, instead of --attack.")] = None,
     defence: Defences = None,
@@ -236,12 +202,15 @@ def risk(
     classes: ClassNames = None,
     batch: Batch = None,
     observation: Capture = None,
+    before: Before = None,
+    as_: SentAs = None,
+    scale: Scale = None,
     analysis: Analyses = None,
     defence: Defences = None,
     protocol: Rules = None,
     knows: Knows = None,
     budget: Annotated[
-        float | None, typer.Option(callback=_seconds, help="Seconds for each analysis; default: no limit.")
+        float | None, typer.Option(callback=seconds_above_0, help="Seconds for each analysis; default: no limit.")
     ] = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -268,6 +237,9 @@ def risk(
         typer.echo(json.dumps(record.model_dump(mode="json", include=shown), indent=1))
     else:
         _risks(record)
+
+
+app.command("bundle")(bundle_command)
 
 
 @app.command("list")
@@ -417,7 +389,7 @@ def bench(
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(callback=_seconds, help="For each attack on each problem; default: the benchmark's own."),
+        typer.Option(callback=seconds_above_0, help="For each attack on each problem; default: the benchmark's own."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the problems and the attacks.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unbatch.command.blame import lines_of
 from unbatch.errors import UnbatchError
 from unbatch.loss import Loss, loss_named
+from unbatch.torch_file import read_torch_file
 
 SEED = 0  # of every random number that a factory draws: the same command gives the same model
 _INSIDE = ("state_dict", "model_state_dict", "model")  # under which checkpoints keep the parameters
@@ -61,8 +62,9 @@ def load_model(spec: str) -> nn.Module:
 def load_weights(network: nn.Module, path: Path) -> nn.Module:
     """The model with the parameters and buffers of a file in it: safetensors, or a `state_dict` that torch.save wrote.
 
-    A torch file is read with ``weights_only``: nothing in it is run. A prefix that a wrapper left before every name, such
-    as ``module.``, is dropped. Raises UnbatchError: no such file, another kind, or names and shapes of another model.
+    A torch file is read with ``weights_only``, in a process of its own: nothing in it is run. A prefix that a wrapper left
+    before every name, such as ``module.``, is dropped.
+    Raises UnbatchError: no such file, another kind, or names and shapes of another model.
 
     >>> import tempfile
     >>> from safetensors.torch import save_file
@@ -92,18 +94,13 @@ def _state(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except OSError as error:
         raise UnbatchError(f"cannot read --weights {path}: {error.strerror or error}.") from None
     except SafetensorError as error:
         raise UnbatchError(f"--weights {path} is no whole safetensors file ({error}); copy or save it again.") from None
-    except Exception as error:  # of whatever an unpickler stumbles over
-        raise UnbatchError(
-            f"--weights {path} cannot be read as safetensors or as a state_dict that torch.save wrote "
-            f"({type(error).__name__}); save it with safetensors.torch.save_file(model.state_dict(), path)."
-        ) from None
+    except UnbatchError as error:
+        raise UnbatchError(f"--weights: {error}") from None
     for name in _INSIDE:
         if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
             held = held[name]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from unbatch.adapters.huggingface import own_labels, with_its_loss
 from unbatch.auditing.suites import suite as attacks_of
-from unbatch.bundle import holds_state, model_name
+from unbatch.bundle import holds_state, is_bundle, model_name
 from unbatch.case import Case, Setting
 from unbatch.command.named import load_loss, load_model, load_weights
 from unbatch.data import Data, read
+from unbatch.data.exchange import SENT, Sent, read_exchange
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge, check_fields
 from unbatch.label_form import LabelForm
@@ -45,6 +47,9 @@ class Asked:
     classes: str | None = None
     batch: int | None = None
     observation: Path | None = None
+    before: Path | None = None
+    as_: str | None = None
+    scale: float | None = None
     protocol: str | None = None
     knows: Sequence[str] = ()
 
@@ -62,7 +67,7 @@ class Asked:
         self._check_target()
         for name, instead in self._unused().items():
             if getattr(self, name) is not None:
-                raise UnbatchError(f"--{name} would not be used: {instead}")
+                raise UnbatchError(f"--{name.rstrip('_')} would not be used: {instead}")
         if self.batch is not None and self.batch < 1:
             raise UnbatchError(f"--batch {self.batch} is no batch; give at least 1.")
 
@@ -87,7 +92,9 @@ class Asked:
             own = {option: f"write it as {name}{joint}{option}={value}." for option, value in _OF_CASES.items()}
             if self.model is not None:
                 own = {"batch": own["batch"]}
-            return own | {
+            return {
+                **own,
+                **self._unused_of_capture(),
                 "size": f"the pictures of a case have the case's own size; `unbatch show {name.partition(':')[0]}` says "
                 "which option sets it.",
                 "classes": "a case has its own.",
@@ -106,11 +113,20 @@ class Asked:
             )
         elif not self.data.is_dir():
             unused["size"] = f"it resizes the pictures of a folder, and {self.data} is none; resize the data itself."
-        if self.observation is not None and self.weights is not None and holds_state(self.observation):
+        return unused | self._unused_of_capture()
+
+    def _unused_of_capture(self) -> dict[str, str]:
+        if self.observation is None:
+            return dict.fromkeys(_OF_FILES, "it is for the file of an --observation, and there is none.")
+        if not is_bundle(self.observation):
+            return {} if self.before is None else {"weights": f"{self.before} holds the parameters of the model."}
+        unused = dict.fromkeys(_OF_FILES, f"{self.observation} is a bundle, which says by itself what it holds.")
+        if self.weights is not None and holds_state(self.observation):
             unused["weights"] = f"{self.observation} holds the parameters of its own model; leave it out."
         return unused
 
 
+_OF_FILES = ("before", "as_", "scale")  # options of captured files that are no bundles
 _OF_CASES = {"loss": "squared-error", "reduction": "sum", "batch": "4"}  # options of every case, and a value of each
 
 
@@ -273,21 +289,40 @@ def _in_the_loss_s_form(examples: Data, network: nn.Module, loss: Loss) -> Data:
 
 
 def _captured(asked: Asked, path: Path) -> Target:
+    obs, truth, batch = observation_of(asked, path), None, None
+    if asked.data is not None:
+        batch = _client(asked)
+        held = batch.inputs.to(obs.dtype) if batch.inputs.is_floating_point() else batch.inputs
+        truth = Truth(inputs=held, labels=batch.labels, notes=batch.notes)
+    known = obs.knowledge | _known(asked.knows, batch)
+    return Target(what=replace(obs, knowledge=known), truth=truth)
+
+
+def observation_of(asked: Asked, path: Path) -> Observation:
+    """The captured update in a bundle, or in a file as people keep it. Raises UnbatchError: it is not of this model."""
     network, criterion = _network_and_loss(asked)
+    rules = _rules(asked.protocol).model_dump(exclude_unset=True, exclude_none=True) if asked.protocol else {}
+    told = Knowledge(**rules)
+    if not is_bundle(path):
+        plain = [words for words in asked.knows if words != "labels"]
+        if asked.as_ is not None and asked.as_ not in SENT:
+            raise UnbatchError(f"--as {asked.as_!r}: give one of {', '.join(SENT)}.")
+        return read_exchange(
+            path,
+            model=network,
+            loss=criterion,
+            before=asked.before,
+            sent=cast(Sent | None, asked.as_),
+            scale=1.0 if asked.scale is None else asked.scale,
+            knowledge=told | _known(plain, None),
+        )
     try:
         obs = Observation.load(path, model=network, loss=criterion)
     except UnbatchError as error:
         if str(path) not in str(error):
             raise UnbatchError(f"{path} (captured from {model_name(path)!r}): {error}") from None
         raise
-    told = _rules(asked.protocol).model_dump(exclude_unset=True, exclude_none=True) if asked.protocol else {}
-    truth, batch = None, None
-    if asked.data is not None:
-        batch = _client(asked)
-        held = batch.inputs.to(obs.dtype) if batch.inputs.is_floating_point() else batch.inputs
-        truth = Truth(inputs=held, labels=batch.labels, notes=batch.notes)
-    known = obs.knowledge | Knowledge(**told) | _known(asked.knows, batch)
-    return Target(what=replace(obs, knowledge=known), truth=truth)
+    return replace(obs, knowledge=obs.knowledge | told)
 
 
 def _network_and_loss(asked: Asked, otherwise: Loss | None = None) -> tuple[nn.Module, Loss]:
@@ -339,6 +374,9 @@ def _rules(words: str) -> Protocol:
         raise UnbatchError(f"--protocol {words!r}: {error}") from None
 
 
+_COMMAS = re.compile(r"[-+.\deE]+(,[-+.\deE]+)+")  # 3,32,32
+
+
 def _known(words: Sequence[str], setting: Setting | None) -> Knowledge:
     facts: dict[str, Any] = {}
     for word in words:
@@ -348,7 +386,7 @@ def _known(words: Sequence[str], setting: Setting | None) -> Knowledge:
             raise UnbatchError(f"--knows {word!r}: {name} is given twice.")
         if equals:
             try:
-                facts[name] = json.loads(text)
+                facts[name] = json.loads(f"[{text}]" if _COMMAS.fullmatch(text) else text)
             except (ValueError, RecursionError):
                 facts[name] = text
             if name == "privacy":

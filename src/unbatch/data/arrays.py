@@ -37,7 +37,7 @@ def read_arrays(path: Path, classes: Classes) -> Data:
 
     Raises UnbatchError: no such file, arrays that hold objects, missing names, or whole numbers without a range.
     """
-    arrays = _arrays(path)
+    arrays = named_arrays(path)
     x = next((arrays[key] for key in INPUT_NAMES if key in arrays), None)
     y = next((arrays[key] for key in LABEL_NAMES if key in arrays), None)
     if x is None or y is None:
@@ -59,8 +59,13 @@ def read_arrays(path: Path, classes: Classes) -> Data:
     return Data(inputs=inputs, labels=labels.values, domain=domain_of(inputs), classes=labels.classes, notes=notes)
 
 
-def _arrays(path: Path) -> Mapping[str, np.ndarray]:
-    how = "Save it with numpy.savez(path, inputs=..., labels=...)."
+def named_arrays(
+    path: Path, how: str = "Save it with numpy.savez(path, inputs=..., labels=...)."
+) -> Mapping[str, np.ndarray]:
+    """The arrays of an .npz file by name, within bounds; `how` says in a message what to do instead.
+
+    Raises UnbatchError: no such file, or arrays of Python objects, which are pickles and not opened.
+    """
     try:
         check_npz(path)
         with path.open("rb") as stream:

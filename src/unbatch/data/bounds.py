@@ -10,35 +10,10 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from unbatch.errors import UnbatchError
+from unbatch.files import check_unpacked
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-ALWAYS = 1 << 24  # bytes that a file of any size may unpack to
-TIMES = (
-    100  # its own size, that a larger one may: data pack to a tenth, what unpacks to a thousand is made to overwhelm
-)
-
-
-def check_unpacked(path: Path, bytes_unpacked: int, what: str) -> None:
-    """Refuses what would unpack to far more than its file holds.
-
-    >>> import tempfile
-    >>> with tempfile.NamedTemporaryFile() as file:
-    ...     try:
-    ...         check_unpacked(Path(file.name), 10**9, "the picture")
-    ...     except UnbatchError as error:
-    ...         print(str(error).partition(": ")[2])
-    the picture would take 1,000 MB, unpacked from a file of 0.0 MB. Save it less densely packed, or in parts.
-
-    Raises UnbatchError: more than ALWAYS, and more than TIMES the file's size.
-    """
-    size = path.stat().st_size
-    if bytes_unpacked > max(ALWAYS, TIMES * size):
-        raise UnbatchError(
-            f"{path}: {what} would take {bytes_unpacked / 1e6:,.0f} MB, unpacked from a file of {size / 1e6:,.1f} MB. Save "
-            "it less densely packed, or in parts."
-        )
 
 
 def check_npz(path: Path) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from unbatch.data.arrays import LABEL_NAMES
-from unbatch.data.bounds import check_unpacked
 from unbatch.data.examples import Data
 from unbatch.data.labels import Classes, alike, text_labels
 from unbatch.domain import Table
 from unbatch.errors import UnbatchError
+from unbatch.files import check_unpacked
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 CODE = re.compile(r"[+-]?0\d+")  # 02139, which would lose its zero as a number
