@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,9 +157,10 @@ def message_strategy() -> FedAvg:
     return FedAvg(fraction_evaluate=0.0)
 
 
-def numpy_strategy() -> LegacyFedAvg:
+def numpy_strategy(**options: Any) -> LegacyFedAvg:
     weights = [tensor.numpy() for tensor in model().state_dict().values()]
     return LegacyFedAvg(
+        **options,
         initial_parameters=ndarrays_to_parameters(weights),
         on_fit_config_fn=lambda number: {"lr": RATE, "local_epochs": 1, "batch_size": 1},
     )
@@ -274,3 +277,68 @@ def test_what_a_client_was_told_is_not_enough_or_wrong_and_nothing_is_sent(caplo
     caplog.clear()
     assert message_app([guarded()])(untold, context(NODES[0], **{"local-epochs": 1})).error.reason == HELD
     assert "Example 0 is recovered exactly" in caplog.text  # the app's own configuration tells
+
+
+SIMULATED = """
+import logging, os, sys
+os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+sys.path.insert(0, sys.argv[2])
+from test_flower import F, SHAPE, ArrayRecord, Audited, ConfigRecord, guarded, message_app, message_strategy, model
+from test_flower import numpy_app, numpy_strategy
+from flwr.server import ServerAppComponents, ServerConfig
+from flwr.serverapp import ServerApp
+from flwr.simulation import run_simulation
+
+kind, folder, mods = sys.argv[1], sys.argv[3], [guarded()] if sys.argv[4] == "guarded" else []
+
+
+def audited(strategy):
+    return Audited(
+        strategy, model=model(), loss=F.cross_entropy, folder=folder, knowledge=SHAPE, audits=True, attacks="bias-ratio",
+        analyses=(), told={"local-epochs": 1},
+    )
+
+
+if kind == "messages":
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        arrays = ArrayRecord(model().state_dict())
+        config = ConfigRecord({"lr": 0.5, "local-epochs": 1})
+        audited(message_strategy()).start(grid, arrays, num_rounds=2, train_config=config, timeout=120)
+
+    client = message_app(mods)
+else:
+    server = ServerApp(
+        server_fn=lambda context: ServerAppComponents(
+            strategy=audited(numpy_strategy(fraction_evaluate=0.0)), config=ServerConfig(num_rounds=2)
+        )
+    )
+    client = numpy_app(mods)
+ray = {"init_args": {"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False, "log_to_driver": True}}
+run_simulation(server, client, 2, backend_config=ray | {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})
+"""
+
+
+def simulated(kind: str, folder: Path, guarded: bool = False) -> str:
+    """Two clients and two rounds in Flower's own simulation, in a process of its own; what it said."""
+    path = os.pathsep.join([str(Path(unbatch.__file__).parents[1]), str(Path(__file__).parent)])
+    words = [sys.executable, "-c", SIMULATED, kind, str(Path(__file__).parent), str(folder), "guarded" * guarded]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=420, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_rounds_on_flower_s_own_simulation_end_in_reports(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    said = simulated(kind, tmp_path)
+    records = [json.loads(path.read_text()) for path in tmp_path.rglob(RECORD)]
+    assert sorted(record["round"] for record in records) == [1, 1, 2, 2], said
+    assert len({record["client"] for record in records}) == 2
+    for record in records:
+        assert not record["problem"]
+        assert "1 row certified to be behind this update" in record["headline"]
+        assert (tmp_path / record["bundle"]).parent.joinpath(PAGE).exists()
