@@ -1,6 +1,7 @@
 """Flower: real ClientApps and strategies, two honest rounds of two clients, their reports; what the guard holds back."""
 
 import json
+import math
 import os
 import stat
 import subprocess
@@ -17,23 +18,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch
-from unbatch import Audit, Knowledge, Observation
+from unbatch import Audit, Knowledge, Observation, UnbatchError
 from unbatch.adapters.flower import AUDIT, BUNDLE, HELD, PAGE, RECORD, Audited, guard_mod
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-pytest.importorskip("flwr", minversion="1.21")
+pytest.importorskip("flwr", minversion="1.22")
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
-from flwr.common import ndarrays_to_parameters
+from flwr.clientapp.mod import fixedclipping_mod
+from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
 from flwr.server.strategy import FedAvg as LegacyFedAvg
-from flwr.serverapp.strategy import FedAvg
+from flwr.server.strategy import Strategy as LegacyStrategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    Strategy,
+)
 
-try:  # who a process is stands in a class since 1.25; Flower sets it where it runs an app
+try:  # of later versions than the first that is supported: who a process is, which Flower sets where it runs an app
     from flwr.supercore.task_identity import TaskIdentity
 except ImportError:
     TaskIdentity = None
+try:
+    from flwr.compat.common.recorddict_compat import fitins_to_recorddict, recorddict_to_fitres
+except ImportError:
+    from flwr.common.recorddict_compat import fitins_to_recorddict, recorddict_to_fitres
 
 RATE, NODES = 0.5, (11, 22)
 SHAPE = Knowledge(input_shape=(6,), domain="table", input_range=(-4.0, 4.0))
@@ -93,7 +105,7 @@ def message_app(mods: Sequence[Any] = (), factory: Callable[[], nn.Module] = mod
     @app.train(mods=list(mods))
     def train(message: Message, context: Context) -> Message:
         net = factory()
-        net.load_state_dict(message.content["arrays"].to_torch_state_dict(keep_input=False))
+        net.load_state_dict(message.content["arrays"].to_torch_state_dict())
         trained(net, context.node_id, message.content["config"]["lr"])
         content = {"arrays": ArrayRecord(net.state_dict()), "metrics": MetricRecord({"num-examples": 1})}
         return Message(RecordDict(content), reply_to=message)
@@ -119,8 +131,8 @@ class Grid:
 
     def answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
-        records = {key: ArrayRecord(dict(r)) for key, r in message.content.array_records.items()}
-        records |= {key: ConfigRecord(dict(r)) for key, r in message.content.config_records.items()}
+        records = {key: ArrayRecord(dict(r.items())) for key, r in message.content.array_records.items()}
+        records |= {key: ConfigRecord(dict(r.items())) for key, r in message.content.config_records.items()}
         sent = Message(RecordDict(records), dst_node_id=node, message_type=message.metadata.message_type)
         return self.app(sent, context(node))
 
@@ -133,8 +145,6 @@ def run_messages(app: ClientApp, strategy: Any, rounds: int = 2, **config: Any) 
 
 def run_numpy(app: ClientApp, strategy: Any, rounds: int = 2) -> Any:
     """Flower's own legacy workflow of a round, on the grid above."""
-    from flwr.compat.common.recorddict_compat import fitins_to_recorddict, recorddict_to_fitres
-
     grid = Grid(app)
     manager = SimpleNamespace(
         num_available=lambda: 2,
@@ -268,15 +278,186 @@ def test_what_a_client_was_told_is_not_enough_or_wrong_and_nothing_is_sent(caplo
         assert reply.error.reason == HELD
         assert words in caplog.text
     caplog.clear()
-    net = ArrayRecord(model().state_dict())
-    content = RecordDict({"arrays": net.copy(), "config": ConfigRecord({"lr": RATE})})
+    content = RecordDict({"arrays": ArrayRecord(model().state_dict()), "config": ConfigRecord({"lr": RATE})})
     untold = Message(content, dst_node_id=NODES[0], message_type=MessageType.TRAIN)
     assert message_app([guarded()])(untold, context(NODES[0])).error.reason == HELD
     assert "for how long the client trained" in caplog.text
-    content["arrays"] = net
     caplog.clear()
     assert message_app([guarded()])(untold, context(NODES[0], **{"local-epochs": 1})).error.reason == HELD
     assert "Example 0 is recovered exactly" in caplog.text  # the app's own configuration tells
+
+
+def kept(strategy: Any, folder: Path, **options: Any) -> Audited:
+    how = {"attacks": "bias-ratio", "analyses": (), "knowledge": SHAPE}
+    return Audited(strategy, model=model(), loss=F.cross_entropy, folder=folder, **(how | options))
+
+
+def seen_of(folder: Path, number: int = 1, node: int = NODES[0]) -> Observation:
+    path = folder / f"round-{number:04d}" / f"client-{node}" / BUNDLE
+    return Observation.load(path, model=model(), loss=F.cross_entropy)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_audit_that_fails_stops_no_round_and_is_said(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, app, strategy = KINDS[kind]
+    expected = weights_of(run(app(), strategy()))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory for this")
+
+    monkeypatch.setattr("unbatch.adapters.flower.audit", fails)
+    audited = kept(strategy(), tmp_path, audits=True)
+    assert all(map(np.array_equal, weights_of(run(app(), audited)), expected))
+    assert {record.problem for record in audited.records} == {"RuntimeError: no memory for this"}
+    assert len(audited.records) == len(list(tmp_path.rglob(BUNDLE))) == 4
+    assert "no memory for this" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_does_not_fit_and_a_folder_that_cannot_be_written_stop_no_round(kind: str, tmp_path: Path) -> None:
+    run, app, strategy = KINDS[kind]
+    expected = weights_of(run(app(), strategy()))
+    wrong = kept(strategy(), tmp_path / "wrong", audits=True)
+    wrong.model = nn.Linear(3, 3)
+    assert all(map(np.array_equal, weights_of(run(app(), wrong)), expected))
+    assert len([record for record in wrong.records if record.problem and not record.bundle]) == 4
+    (tmp_path / "file").write_text("")
+    full = kept(strategy(), tmp_path / "file" / "folder", audits=True)
+    assert all(map(np.array_equal, weights_of(run(app(), full)), expected))
+    assert all("file" in record.problem for record in full.records)
+
+
+def test_an_exchange_of_which_nothing_tells_for_how_long_is_written_and_not_audited(tmp_path: Path) -> None:
+    audited = kept(message_strategy(), tmp_path, audits=True)
+    audited.start(Grid(message_app()), ArrayRecord(model().state_dict()), 1, train_config=ConfigRecord({"lr": RATE}))
+    assert all("for how long the client trained" in record.problem for record in audited.records)
+    assert all(record.bundle and "for how long the client trained" in record.notes[0] for record in audited.records)
+    assert seen_of(tmp_path).knowledge.batch_size == 1
+    assert not list(tmp_path.rglob(AUDIT))
+
+
+def test_secure_aggregation_is_said_and_no_average_is_taken_for_a_client(tmp_path: Path) -> None:
+    """As SecAggPlusWorkflow hands it over: every client's result holds the average."""
+    audited = kept(numpy_strategy(), tmp_path)
+    manager = SimpleNamespace(num_available=lambda: 2, wait_for=lambda *_: True, sample=lambda **_: [])
+    average = audited.initialize_parameters(manager)
+    results = [
+        (SimpleNamespace(cid=str(n)), FitRes(Status(Code.OK, ""), parameters=average, num_examples=1, metrics={}))
+        for n in NODES
+    ]
+    audited.configure_fit(1, average, manager)
+    assert audited.aggregate_fit(1, results, [])[0] is not None
+    assert all(record.problem.startswith("secure aggregation") for record in audited.records)
+    assert not list(tmp_path.rglob(BUNDLE))
+
+
+def test_strategies_of_flower_for_privacy_are_wrapped_and_what_they_ask_is_known(tmp_path: Path) -> None:
+    asked = DifferentialPrivacyClientSideFixedClipping(
+        message_strategy(), 0.0, clipping_norm=0.05, num_sampled_clients=2
+    )
+    run_messages(message_app([fixedclipping_mod]), kept(asked, tmp_path / "client"), rounds=1)
+    seen = seen_of(tmp_path / "client")
+    assert seen.knowledge.clip == 0.05
+    assert math.sqrt(sum(float(u.double().square().sum()) for u in seen.update.values())) == pytest.approx(
+        0.05, rel=1e-4
+    )
+    after = DifferentialPrivacyServerSideFixedClipping(
+        message_strategy(), 0.0, clipping_norm=0.05, num_sampled_clients=2
+    )
+    run_messages(message_app(), kept(after, tmp_path / "server"), rounds=1)
+    assert seen_of(tmp_path / "server").residual(*batch(NODES[0])) < 1e-5  # as the server got it, before it clipped
+
+
+def test_a_mod_within_is_named_in_defences_and_the_guard_sees_what_it_made() -> None:
+    mods = [guarded(defences="clip:norm=0.05", attacks="bias-ratio"), fixedclipping_mod]
+    reply = message_app(mods)(train_message(clipping_norm=0.05), context(NODES[0]))
+    assert reply.error.reason == HELD  # a clipped gradient is as readable as a whole one
+
+
+def test_several_local_steps_on_several_examples_are_guarded_under_their_own_protocol(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    x, y = torch.cat([batch(1)[0], batch(2)[0]]), torch.tensor([1, 2])
+    app = ClientApp()
+
+    @app.train(mods=[guard_mod(model(), F.cross_entropy, lambda *_: (x, y), attacks="gradient-matching", seconds=0.5)])
+    def train(message: Message, context: Context) -> Message:
+        net = model()
+        net.load_state_dict(
+            message.content["arrays"].to_torch_state_dict(keep_input=False)
+        )  # which empties the message
+        optimiser = torch.optim.SGD(net.parameters(), lr=RATE)
+        for i in context.run_config.get("order", "0101"):
+            optimiser.zero_grad()
+            F.cross_entropy(net(x[int(i) :][:1]), y[int(i) :][:1]).backward()
+            optimiser.step()
+        content = {"arrays": ArrayRecord(net.state_dict()), "metrics": MetricRecord({"num-examples": 2})}
+        return Message(RecordDict(content), reply_to=message)
+
+    told = {"local-epochs": 2, "batch-size": 1}
+    app(train_message(**told), context(NODES[0]))
+    assert "not behind this update" not in caplog.text
+    app(train_message(**told), context(NODES[0], order="1010"))
+    assert "this batch is not behind this update" in caplog.text
+
+
+def test_messages_that_are_no_training_go_through_and_those_that_hold_no_one_model_do_not() -> None:
+    def answers(message: Message, context: Context) -> Message:
+        records = {name: ArrayRecord(model().state_dict()) for name in ("one", "two")}
+        return Message(RecordDict(records), reply_to=message)
+
+    asked = Message(RecordDict(), dst_node_id=NODES[0], message_type=MessageType.QUERY)
+    assert guarded()(asked, context(NODES[0]), answers).has_content()
+    assert guarded()(train_message(), context(NODES[0]), answers).error.reason == HELD
+    two = {name: ArrayRecord(model().state_dict()) for name in ("one", "two")}
+    assert guarded()(train_message(two), context(NODES[0]), answers).error.reason == HELD
+
+
+def test_weights_that_did_not_move_are_sent_without_a_guard() -> None:
+    def unmoved(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": ArrayRecord(model().state_dict())}), reply_to=message)
+
+    assert guarded()(train_message(), context(NODES[0]), unmoved).has_content()
+
+
+@pytest.mark.parametrize("defence", ["mixup", "local-steps", "secure-aggregation", "label-smoothing"])
+def test_defences_that_change_training_are_refused_where_the_mod_is_made(defence: str) -> None:
+    with pytest.raises(UnbatchError, match="changes how a client trains"):
+        guarded(defend=[defence, "clip:norm=1"])
+
+
+def test_defences_that_change_what_is_sent_are_put_on_it() -> None:
+    app = message_app([guarded(defend=["clip:norm=0.01", "prune:share=0.9"], attacks="gradient-matching", seconds=0.5)])
+    reply = app(train_message(), context(NODES[0]))
+    sent = reply.content["arrays"].to_torch_state_dict()
+    moved = {name: sent[name] - tensor for name, tensor in model().state_dict().items()}
+    assert math.sqrt(sum(float(u.square().sum()) for u in moved.values())) == pytest.approx(0.01, rel=1e-3)
+    share = sum(int((u == 0).sum()) for u in moved.values()) / sum(u.numel() for u in moved.values())
+    assert share == pytest.approx(0.9, abs=0.02)
+
+
+def test_what_is_no_strategy_or_no_model_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnbatchError, match="object is no strategy of Flower"):
+        kept(object(), tmp_path)
+    with pytest.raises(UnbatchError, match="give the module itself"):
+        Audited(message_strategy(), model=model, loss=F.cross_entropy, folder=tmp_path)
+    with pytest.raises(UnbatchError, match="give the module itself"):
+        guard_mod(model, F.cross_entropy, batch)
+    run_messages(message_app(), kept(message_strategy(), tmp_path), rounds=1)
+    with pytest.raises(UnbatchError, match="holds the exchanges of an earlier run"):
+        kept(message_strategy(), tmp_path)
+
+
+def test_an_audited_strategy_is_a_strategy_and_has_its_own_s_attributes(tmp_path: Path) -> None:
+    audited, legacy = kept(message_strategy(), tmp_path), kept(numpy_strategy(), tmp_path)
+    assert isinstance(audited, Strategy)
+    assert isinstance(legacy, LegacyStrategy)
+    assert audited.fraction_evaluate == 0.0
+    assert legacy.min_fit_clients == 2
+    with pytest.raises(AttributeError):
+        audited.nothing_such  # noqa: B018
 
 
 SIMULATED = """
@@ -342,3 +523,12 @@ def test_two_rounds_on_flower_s_own_simulation_end_in_reports(kind: str, tmp_pat
         assert not record["problem"]
         assert "1 row certified to be behind this update" in record["headline"]
         assert (tmp_path / record["bundle"]).parent.joinpath(PAGE).exists()
+
+
+@pytest.mark.slow
+def test_on_flower_s_own_simulation_a_guard_holds_every_leak_back(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    said = simulated("messages", tmp_path, guarded=True)
+    records = [json.loads(path.read_text()) for path in tmp_path.rglob(RECORD)]
+    assert [record["problem"] for record in records] == [f"no weights came back: {HELD}"] * 4, said
+    assert not list(tmp_path.rglob(BUNDLE))

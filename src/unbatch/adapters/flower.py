@@ -77,6 +77,7 @@ def guard_mod(
     """
     stack = Stack.of(defend)
     _flower("guard_mod")
+    _network(model)
     _try(stack)
     inner = Defence.several(defences)
     attacked = None if attacks is None else Attack.several(attacks)
@@ -254,7 +255,7 @@ class Audited:
     batch sizes and buffers are taken from the exchange as far as it tells (`weights_exchange`); `told` is what both sides
     know besides (the app's run_config), `protocol` and `knowledge` say the rest. Each audit takes `seconds` at most, after
     the round's aggregation and before its end. An error in any of this is recorded and logged; no round is stopped by it.
-    Raises UnbatchError: Flower is missing, this is no strategy, or the folder holds exchanges already.
+    Raises UnbatchError: Flower is missing, this is no strategy or no module, or the folder holds exchanges already.
     """
 
     def __init__(
@@ -274,6 +275,7 @@ class Audited:
         seed: int = 0,
     ) -> None:
         _register(strategy)
+        _network(model)
         self.strategy, self.model, self.loss = strategy, model, loss
         self.folder = _empty_folder(Path(folder))
         self.protocol, self.told, self.knowledge = protocol, dict(told or {}), knowledge
@@ -305,7 +307,7 @@ class Audited:
         for message in messages:
             with _said("what a client was sent could not be noted"):
                 held = _only_arrays(message.content, "the message")
-                self._sent[str(message.metadata.dst_node_id)] = held.copy(), _told(message.content)
+                self._sent[str(message.metadata.dst_node_id)] = dict(held.items()), _told(message.content)
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Any]) -> Any:
@@ -328,7 +330,8 @@ class Audited:
         pairs = list(self._inner["configure_fit"](server_round, parameters, client_manager))
         self._sent.clear()
         for proxy, ins in pairs:
-            self._sent[str(proxy.cid)] = ins.parameters, dict(ins.config)
+            with _said("what a client was sent could not be noted"):
+                self._sent[str(proxy.cid)] = ins.parameters, dict(ins.config)
         return pairs
 
     def aggregate_fit(self, server_round: int, results: list[Any], failures: list[Any]) -> Any:
@@ -442,6 +445,13 @@ def _flower(what: str) -> Any:
     except ImportError as error:
         raise MissingExtra.of(what, "flwr", "flower") from error
     return flwr
+
+
+def _network(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnbatchError(
+            f"model is of type {type(model).__name__}; give the module itself, such as the factory's result."
+        )
 
 
 def _register(strategy: Any) -> None:
