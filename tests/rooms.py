@@ -20,5 +20,5 @@ ROOMS = [  # a module imports from its own row and from rows above it; one named
     {"attacks", "analyses", "defences", "metrics", "cases"},
     {"reporting"},
     {"auditing"},
-    {"testing", "command", "benchmarks", "__main__", "adapters.flower"},
+    {"testing", "command", "benchmarks", "__main__", "adapters.flower", "adapters.nvflare"},
 ]

@@ -194,6 +194,7 @@ EXTRAS = {  # package -> rooms
     "distributed": {"adapters"},
     "duckdb": {"reporting"},
     "mlflow": {"adapters"},
+    "nvflare": {"adapters"},
 }
 NAMES = {
     "rouge_score": "rouge-score",

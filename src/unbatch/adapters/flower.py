@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from unbatch.adapters.trained import check_defences, defended, fresh_draws
 from unbatch.adapters.weights import UNTOLD, WeightsExchange, weights_exchange
 from unbatch.analysis import Analysis
 from unbatch.attack import Attack
@@ -78,7 +78,7 @@ def guard_mod(
     stack = Stack.of(defend)
     _flower("guard_mod")
     _network(model)
-    _try(stack)
+    check_defences(stack)
     inner = Defence.several(defences)
     attacked = None if attacks is None else Attack.several(attacks)
     rules = {"max_psnr": max_psnr, "attacks": attacked, "seconds": seconds, "seed": seed}
@@ -130,9 +130,9 @@ class _Guarded:
                 inputs=inputs,
                 labels=labels,
                 protocol=seen.protocol,
-                rng=_fresh(),
+                rng=fresh_draws(),
             )
-            _replace(arrays, seen, _defended(self.defend, turn, seen.update))
+            _replace(arrays, seen, defended(self.defend, turn, seen.update))
             seen = self._exchange(received, arrays, told, len(inputs))  # as it was rounded
         guard(
             seen.update,
@@ -159,56 +159,6 @@ def _held(message: Any, why: str) -> Any:
 
     log.warning("round %s: nothing is sent: %s", message.metadata.group_id or "?", why)
     return Message(Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=HELD), reply_to=message)
-
-
-def _fresh() -> torch.Generator:
-    """Random numbers that nobody can draw again: a defence's noise is a secret."""
-    rng = torch.Generator()
-    rng.seed()
-    return rng
-
-
-def _defended(stack: Stack, turn: Round, update: Update) -> Update:
-    """What the defences make of an update that was trained already. Raises UnbatchError: one of them changes training."""
-    taken = list[Round]()
-
-    def trained(round_: Round) -> Update:
-        taken.append(round_)
-        return update
-
-    begun = Round(
-        model=turn.model,
-        loss=turn.loss,
-        inputs=turn.inputs,
-        labels=turn.labels,
-        protocol=turn.protocol,
-        rng=turn.rng,
-        train=trained,
-    )
-    sent = stack.step(begun)
-    if len(taken) != 1 or taken[0] is not begun:
-        raise UnbatchError(
-            f"{', '.join(map(str, stack.defences))}: a defence among these changes how a client trains, and a mod has only "
-            "what training made. Build it into the client, and name it in `defences`; `defend` takes those that change "
-            "what is sent (noise, clip, prune, quantise)."
-        )
-    return sent
-
-
-def _try(stack: Stack) -> None:
-    """Raises UnbatchError where the defences are no such that can be put on what was trained already."""
-    if not stack.defences:
-        return
-    model, rng = nn.Linear(2, 2), torch.Generator().manual_seed(0)
-    turn = Round(
-        model=model,
-        loss=nn.functional.cross_entropy,
-        inputs=torch.rand(4, 2, generator=rng),
-        labels=torch.tensor([0, 1, 0, 1]),
-        protocol=Protocol(local_steps=1),
-        rng=rng,
-    )
-    _defended(stack, turn, {name: torch.ones_like(p) for name, p in model.named_parameters()})
 
 
 def _replace(arrays: Any, seen: WeightsExchange, update: Update) -> None:
