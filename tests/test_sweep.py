@@ -430,3 +430,38 @@ def test_48_configurations_killed_once_and_gone_on_with_give_one_table(
     query = Query(trials)
     assert query.columns(SAME) == as_here[0]
     assert query.rows(SAME) == as_here[1]
+
+
+def test_options_and_numbers_are_logged_to_mlflow_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    tracking = pytest.importorskip("mlflow.tracking")
+    for name, value in {"MLFLOW_TRACKING_URI": f"file://{tmp_path}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'case = "digits:width=8"\nattack = "bias-ratio"\nanalysis = "gradient-rank"\nprotocol = ["", "momentum=0.5"]\n'
+    )
+    for logged in (2, 3):  # the finished one is logged once, the failed one whenever it fails
+        assert said(capsys, "sweep", plan, "--jobs", "1", "--mlflow", "audits", "--quiet")[0] == 0
+        client = tracking.MlflowClient()
+        runs = client.search_runs([client.get_experiment_by_name("audits").experiment_id])
+        assert len(runs) == logged
+    (done,) = (run for run in runs if run.info.status == "FINISHED")
+    assert done.data.params == {"case": "digits:width=8", "attack": "bias-ratio", "analysis": "gradient-rank"}
+    assert done.data.metrics["exact"] == 1
+    assert done.data.metrics["psnr"] > 100 > done.data.metrics["chance psnr"]
+    failed = next(run for run in runs if run.info.status == "FAILED")
+    assert "would not be used" in failed.data.tags["unbatch.finding"]
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert not list((tmp_path / "mlruns").rglob("*.png"))
+    text = "".join(path.read_text() for path in (tmp_path / "mlruns").rglob("*") if path.is_file())
+    assert "data:image" not in text
+
+
+def test_without_mlflow_the_option_says_what_to_install(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", None)
+    (tmp_path / "plan.toml").write_text('case = "digits"\n')
+    code, _, err = said(capsys, "sweep", tmp_path / "plan.toml", "--mlflow", "audits", "--out", tmp_path / "sweep")
+    assert code == 2
+    assert "unbatch[mlflow]" in err

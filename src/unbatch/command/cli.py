@@ -49,6 +49,7 @@ from unbatch.command.options import (
     Weights,
     seconds_above_0,
 )
+from unbatch.command.comparing import compare_command
 from unbatch.command.sweeping import sweep_command
 from unbatch.command.tabulating import table_command
 from unbatch.errors import MissingExtra, UnbatchError
@@ -415,6 +416,7 @@ def bench(
 
 app.command("sweep")(sweep_command)
 app.command("table")(table_command)
+app.command("compare")(compare_command)
 
 
 _NOT_AGAIN = {"--resume", "--force", "--debug", "--quiet", "--json"}  # what a command that is run again does without

@@ -89,6 +89,9 @@ def sweep_command(
         "sweep"
     ),
     force: Annotated[bool, typer.Option("--force", help="Run anew what is there already.")] = False,
+    mlflow: Annotated[
+        str | None, typer.Option(metavar="EXPERIMENT", help="Log each run's options and numbers to MLflow, no example.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command of each audit; run none.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")] = False,
 ) -> None:
@@ -107,7 +110,8 @@ def sweep_command(
         for job in jobs_of(told, audit):
             typer.echo(job.trial().command)
         return
-    with _bar(quiet) as (count, announce):
+    log = None if mlflow is None else logger(mlflow)
+    with _bar(quiet, log) as (count, announce):
         try:
             found = run_plan(
                 told,
@@ -128,6 +132,47 @@ def sweep_command(
         summarise(found, folder)
 
 
+def logger(experiment: str) -> Announce:
+    """What writes a trial's options and numbers to an experiment of MLflow: once, or whenever it fails.
+
+    Counts and scores are logged, and no private example. Raises MissingExtra, UnbatchError: see `Experiment`.
+    """
+    from unbatch.adapters.mlflow import Experiment
+    from unbatch.reporting.spot import spots
+    from unbatch.reporting.trials import Trials
+
+    store = Experiment(experiment)
+
+    def log(trial: Trial) -> None:
+        (spot,) = spots(Trials.of([trial]))
+        numbers = {tier.value.replace(" ", "_"): float(n) for tier, n in spot.counts.items()} | {
+            "seconds": trial.seconds
+        }
+        numbers |= {"examples": float(spot.size)} if spot.size else {}
+        if spot.best:
+            numbers |= {spot.metric: spot.best[0]}
+            numbers |= {} if spot.best[1] is None else {f"chance {spot.metric}": spot.best[1]}
+        numbers |= {} if spot.bound is None else {"bound psnr": spot.bound}
+        store.log(
+            trial.key if not trial.failed else f"{trial.key} {trial.created}",
+            title=trial.title,
+            params={
+                name: value if isinstance(value, str) else " ".join(value)
+                for name, value in trial.configuration.items()
+            },
+            metrics=numbers,
+            tags={
+                "unbatch.command": trial.command,
+                "unbatch.code": trial.code,
+                "unbatch.engine": trial.engine,
+                "unbatch.finding": trial.audit.verdict() if trial.audit else trial.words,
+            },
+            failed=trial.failed,
+        )
+
+    return log
+
+
 def summarise(found: Trials, folder: Path) -> None:
     """Print how many configurations came to what, what failed and why, and what to look at next."""
     for trial in found.failed:
@@ -145,10 +190,10 @@ def summarise(found: Trials, folder: Path) -> None:
 
 
 @contextmanager
-def _bar(quiet: bool) -> Iterator[tuple[Any, Any]]:
-    """One bar for all configurations, with the number of those that failed and the last one that ended."""
+def _bar(quiet: bool, log: Announce | None) -> Iterator[tuple[Any, Any]]:
+    """One bar for all configurations, with those that failed and the last that ended; `log` hears, too."""
     if quiet:
-        yield None, None
+        yield None, log
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -164,6 +209,8 @@ def _bar(quiet: bool) -> Iterator[tuple[Any, Any]]:
 
         def announce(trial: Trial) -> None:
             nonlocal failed
+            if log:
+                log(trial)
             failed += trial.failed
             progress.update(task, advance=1, failed=f"{failed} failed" if failed else "", last=trial.title[:60])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from unbatch.files import write_atomically
 from unbatch.reporting.chart import Chart, by_attack, known, number, score, title
@@ -54,7 +55,7 @@ def render(audit: Audit) -> str:
     """
     metric = primary(audit)
     return (
-        _templates()
+        templates()
         .get_template("report.html.j2")
         .render(
             audit=audit,
@@ -74,11 +75,12 @@ def render(audit: Audit) -> str:
 def summary(audit: Audit) -> str:
     """The finding and the first examples, as a piece of HTML for a notebook: it needs no network, style sheet or script."""
     cards = [card for _, held in groups(audit) for card in held]
-    page = _templates().get_template("summary.html.j2")
+    page = templates().get_template("summary.html.j2")
     return page.render(audit=audit, severity=severity(audit), cards=cards[:MOST], left=len(cards[MOST:]))
 
 
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The pages of this folder, with what they call on: how numbers and findings are written."""
     environment = Environment(
         loader=PackageLoader("unbatch.reporting", ""),
         autoescape=True,
@@ -93,6 +95,7 @@ def _templates() -> Environment:
         "title": title,
         "amounts": amounts,
         "finding": finding,
+        "breakable": breakable,
     }
     environment.tests["is_picture"] = is_picture
     return environment
@@ -113,6 +116,15 @@ def is_picture(text: str | None) -> bool:
     (True, False)
     """
     return text is not None and text.startswith(PNG)
+
+
+def breakable(text: str) -> Markup:
+    """Words with places to break a line where a spelling has its joints.
+
+    >>> breakable("noise:sigma=1 & clip")
+    Markup('noise:<wbr>sigma=<wbr>1 &amp; clip')
+    """
+    return Markup(re.sub(r"([:=,/])(?=\S)", r"\1<wbr>", str(escape(text))))
 
 
 def side(picture: str) -> int:

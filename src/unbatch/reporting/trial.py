@@ -78,10 +78,9 @@ class Trial(BaseModel):
 
     @property
     def defence(self) -> str:
-        """The client's defences in words, outermost first; "none" without one."""
+        """The client's defences as they were asked for, outermost first; "none" without one."""
         told = self.configuration.get("defence", [])
-        held = self.audit.defences if self.audit else [told] if isinstance(told, str) else told
-        return ", ".join(held) or "none"
+        return ", ".join([told] if isinstance(told, str) else told) or "none"
 
     @property
     def batch(self) -> int | None:
