@@ -19,7 +19,7 @@ from unbatch.analysis import Bound
 from unbatch.command.cli import main
 from unbatch.reporting.change import changes
 from unbatch.reporting.comparison import comparison_page, headline
-from unbatch.reporting.curve import curves, families
+from unbatch.reporting.curve import of_one_number, strength_curves
 from unbatch.reporting.heat_map import heat_maps
 from unbatch.reporting.results import Client
 from unbatch.reporting.spot import setting_of, spots
@@ -120,8 +120,8 @@ def test_what_is_not_usual_about_an_audit_has_a_map_of_its_own() -> None:
 
 def test_a_curve_follows_the_number_that_varies() -> None:
     held = spots(grid())
-    assert [name for name, _ in families(held)] == ["noise:sigma=·"] * 1
-    (one, two) = curves(held)
+    assert [name for name, _ in of_one_number(held)] == ["noise:sigma=·"] * 1
+    (one, two) = strength_curves(held)
     assert [(c.name, c.batch, c.metric) for c in (one, two)] == [
         ("noise:sigma=·", 1, "psnr"),
         ("noise:sigma=·", 2, "psnr"),
@@ -142,7 +142,7 @@ def test_a_curve_follows_the_number_that_varies() -> None:
 def test_of_several_numbers_the_one_with_most_values_is_the_strength() -> None:
     names = [f"clip:norm={c},noise:sigma={s}" for c in (1, 2) for s in (0.1, 1e-3, 1)]
     held = spots(Trials.of([trial(name, 2, 20.0, 20.0) for name in names]))
-    assert [(name, [number for number, _ in along]) for name, along in families(held)] == [
+    assert [(name, [number for number, _ in along]) for name, along in of_one_number(held)] == [
         ("clip:norm=1,noise:sigma=·", ["0.001", "0.1", "1"]),
         ("clip:norm=2,noise:sigma=·", ["0.001", "0.1", "1"]),
     ]

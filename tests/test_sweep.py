@@ -67,6 +67,29 @@ def test_defences_in_one_text_are_a_stack_and_an_empty_text_is_none() -> None:
     ]
 
 
+def test_every_option_of_an_audit_that_names_its_target_or_its_ways_is_a_key(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.nn.Linear(4, 2).state_dict(), "captured.pt")
+    plan = {
+        "model": "nets:small",
+        "observation": "captured.pt",
+        "as": "weights",
+        "scale": -1,
+        "knows": [["labels", "mode=eval"]],
+    }
+    (job,) = jobs_of(plan, AUDIT)
+    assert spelt(plan) == [
+        "--model nets:small --observation captured.pt --as weights --scale -1 --knows labels --knows mode=eval"
+    ]
+    assert job.given["as_"] == "weights"
+    assert job.given["observation"] == tmp_path / "captured.pt"
+    spellings = {param.opts[0].removeprefix("--") for param in AUDIT.params}
+    with pytest.raises(UnbatchError) as refused:
+        jobs_of({"nothing": 1}, AUDIT)
+    known = set(str(refused.value).partition("Known: ")[2].rstrip(".").split(", "))
+    assert spellings - known == {"out", "resume", "force", "save-images", "json", "quiet"}
+
+
 @pytest.mark.parametrize(
     ("plan", "words"),
     [

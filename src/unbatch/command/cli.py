@@ -22,6 +22,7 @@ from rich.text import Text
 from unbatch import __version__
 from unbatch.command.blame import said
 from unbatch.command.bundling import bundle_command
+from unbatch.command.comparing import compare_command
 from unbatch.command.options import (
     MOST_SEED,
     Analyses,
@@ -49,7 +50,6 @@ from unbatch.command.options import (
     Weights,
     seconds_above_0,
 )
-from unbatch.command.comparing import compare_command
 from unbatch.command.sweeping import sweep_command
 from unbatch.command.tabulating import table_command
 from unbatch.errors import MissingExtra, UnbatchError

@@ -78,7 +78,7 @@ def jobs_of(plan: Mapping[str, Any], audit: click.Command, *, engine: str = "loc
 def _options(audit: click.Command) -> dict[str, click.Parameter]:
     """The options of one audit that a plan may name; where its results go and what is printed is the sweep's own."""
     said = {each.name for kind in (Asked, Ways) for each in fields(kind)}
-    return {str(param.name): param for param in audit.params if param.name in said}
+    return {param.opts[0].removeprefix("--"): param for param in audit.params if param.name in said}
 
 
 def _option(name: str, audit: click.Command) -> click.Parameter:
@@ -128,10 +128,11 @@ def _given(chosen: Chosen, audit: click.Command) -> dict[str, Any]:
         params = audit.make_context("audit", list(words)).params
     except click.ClickException as error:
         raise UnbatchError(f"unbatch audit {' '.join(words)}: {error.format_message()}") from None
-    held = {name: params[name] for name in _options(audit) if params[name] not in (None, ())}
-    for name, option in _options(audit).items():
-        if name in held and isinstance(option.type, click.Path):
-            held[name] = Path(held[name]).absolute()
+    held = dict[str, Any]()
+    for option in _options(audit).values():
+        name = str(option.name)
+        if params[name] not in (None, ()):
+            held[name] = Path(params[name]).absolute() if isinstance(option.type, click.Path) else params[name]
     try:
         ways = Ways.of(held).of_use_to(Asked.of(held))
         for kind, spelt in ((Attack, ways.attack), (Metric, ways.metric), (Analysis, ways.analysis)):

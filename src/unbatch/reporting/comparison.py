@@ -14,7 +14,7 @@ from pathlib import Path
 from unbatch import __version__
 from unbatch.files import write_atomically
 from unbatch.reporting.change import changes
-from unbatch.reporting.curve import HEIGHT, curves
+from unbatch.reporting.curve import HEIGHT, strength_curves
 from unbatch.reporting.heat_map import heat_maps
 from unbatch.reporting.html import SEVERITY, templates
 from unbatch.reporting.spot import Spot, spots
@@ -45,7 +45,7 @@ def comparison_page(trials: Trials) -> str:
             severity=_severity(places),
             spots=places,
             maps=heat_maps(places),
-            curves=curves(places),
+            curves=strength_curves(places),
             height=HEIGHT,
             compared=compared,
             changed=[change for change in compared if change.differs],

@@ -53,20 +53,20 @@ class Curve:
         ]
 
 
-def curves(held: Sequence[Spot]) -> list[Curve]:
+def strength_curves(held: Sequence[Spot]) -> list[Curve]:
     """A curve for every setting, batch size and defence of which one number takes several values.
 
     Of several numbers that vary, the one with most values is the strength, and the others are part of the name.
 
     >>> sigmas = ["noise:sigma=0.1", "noise:sigma=0.01", "clip:norm=1"]
-    >>> [name for name, _ in families([Spot(setting="digits", defence=name, batch=4, trials=[]) for name in sigmas])]
+    >>> [name for name, _ in of_one_number([Spot(setting="digits", defence=name, batch=4, trials=[]) for name in sigmas])]
     ['noise:sigma=·']
     """
     axes, found = _axes(held), list[Curve]()
     for setting, batch in dict.fromkeys((spot.setting, spot.batch) for spot in held):
         own = [spot for spot in held if (spot.setting, spot.batch) == (setting, batch)]
         base = next((spot for spot in own if spot.defence == UNDEFENDED), None)
-        for name, along in families(own):
+        for name, along in of_one_number(own):
             drawn = _curve(setting, batch, name, [*([(UNDEFENDED, base)] if base else []), *along], axes)
             found += [drawn] if drawn else []
     settings = list(dict.fromkeys(curve.setting for curve in found))
@@ -74,7 +74,7 @@ def curves(held: Sequence[Spot]) -> list[Curve]:
     return sorted(found, key=lambda each: (settings.index(each.setting), names.index(each.name), each.batch or 0))
 
 
-def families(held: Sequence[Spot]) -> list[tuple[str, list[tuple[str, Spot]]]]:
+def of_one_number(held: Sequence[Spot]) -> list[tuple[str, list[tuple[str, Spot]]]]:
     """Defences that differ in one number: their name, and each one's strength and spot, the weakest number first."""
     alike: dict[str, list[tuple[list[str], Spot]]] = {}
     for spot in held:
