@@ -400,7 +400,7 @@ def test_a_captured_update_has_no_scores_but_bounds_residual_and_notes() -> None
     )
     assert any("learning rate 0.05" in note for note in unbatch.audit(flipped, attacks=["bias-ratio"]).notes)
     with pytest.raises(ValueError, match="already has its defences"):
-        unbatch.audit(obs, attacks=[], defences=["clip:norm=1"])
+        unbatch.audit(obs, attacks=[], remedies=["clip:norm=1"])
 
 
 def test_remedies_are_measured_beside() -> None:

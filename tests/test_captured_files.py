@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import unbatch
 from unbatch import Knowledge, Observation, UnbatchError, read_exchange
+from unbatch.auditing.compression import compression
 from unbatch.auditing.diagnosis import unreadable
 from unbatch.data.payload import read_payload
 from unbatch.torch_file import lay_out, read_torch_file
@@ -426,3 +427,46 @@ def test_notes_go_with_the_bundle_into_the_report(tmp_path: Path) -> None:
     assert again.notes == seen.notes
     record = unbatch.audit(again, attacks="label-count", analyses=())
     assert record.data_notes == list(seen.notes)
+
+
+def test_compression_is_noticed_and_named() -> None:
+    model, rng = plain(), torch.Generator().manual_seed(0)
+    seen = unbatch.observe(model, F.cross_entropy, X, Y)[0].update
+    assert compression(seen) == []  # with zeros of silent units
+    assert compression({name: torch.zeros_like(t) for name, t in seen.items()}) == []
+    pixels = (torch.rand(4, 3, 6, 6, generator=rng) > 0.5).float()  # inputs with zeros everywhere
+    assert compression(unbatch.observe(model, F.cross_entropy, pixels, Y)[0].update) == []
+    one = unbatch.observe(model, F.cross_entropy, pixels[:1], Y[:1])[0].update  # rows that are multiples of one another
+    assert compression(one) == []
+    for kind in (torch.float16, torch.bfloat16):
+        told = [f"its numbers are those of {str(kind).removeprefix('torch.')}: it was sent in half precision."]
+        assert compression({name: t.to(kind) for name, t in seen.items()}) == told
+        assert compression({name: t.to(kind).double() for name, t in seen.items()}) == told  # wherever it was kept
+    for spelt, words in (
+        ("prune:share=0.8", "declare --defence prune:share=0.8,"),
+        ("quantise:bits=8,stochastic=false", "declare --defence quantise:bits=8,"),
+        ("quantise:bits=4", "declare --defence quantise:bits=4,"),
+    ):
+        (said,) = compression(unbatch.observe(model, F.cross_entropy, X, Y, defences=spelt)[0].update)
+        assert words in said
+    mask = {name: t * (torch.rand(t.shape, generator=rng) > 0.5) for name, t in seen.items()}
+    assert "entries were masked or dropped" in compression(mask)[0]
+    captured = Observation(model=model, loss=F.cross_entropy, update={k: t.half() for k, t in seen.items()})
+    record = unbatch.audit(captured, attacks="label-count", analyses=())
+    assert "The update was compressed: its numbers are those of float16: it was sent in half precision." in record.notes
+
+
+def test_the_defences_of_a_capture_are_declared() -> None:
+    pytest.importorskip("opacus")
+    model, private = plain(), "dp-sgd:clip=1,noise_multiplier=2"
+    seen, _ = unbatch.observe(model, F.cross_entropy, X, Y, defences=private)
+    bare_one = Observation(model=model, loss=F.cross_entropy, update=seen.update, knowledge=KNOWN)
+    told = {"attacks": "label-count", "analyses": "dp-reconstruction"}
+    assert not unbatch.audit(bare_one, **told).bounds
+    record = unbatch.audit(bare_one, defences=private, **told)
+    assert record.privacy == seen.knowledge.privacy
+    assert record.bounds == unbatch.audit(seen, **told).bounds
+    assert record.bounds
+    assert record.defences == [str(unbatch.Defence.parse(private))]
+    with pytest.raises(UnbatchError, match="the capture says already what was done to its update"):
+        unbatch.audit(seen, defences=private, **told)

@@ -26,9 +26,13 @@ def test_numbers(value: float, words: str) -> None:
 
 def test_axes() -> None:
     decibels = Axis.of([8.0, 150.0], PSNR)
-    assert (decibels.low, decibels.high) == (0.0, 60.0)
-    assert decibels.at(150.0) == decibels.at(60.0) == 97.0
+    assert (decibels.low, decibels.high) == (0.0, 180.0)
     assert decibels.ticks[0] == (3.0, "0")
+    assert decibels.at(60.0) < decibels.at(150.0) < decibels.at(180.0) == 97.0  # told apart, where all would pile up
+    assert decibels.at(60.0) - decibels.at(0.0) > 2 * (decibels.at(180.0) - decibels.at(60.0))
+    exact = Axis.of([-4.0, 131.0, 420.0], PSNR)
+    assert (exact.high, exact.at(420.0), exact.at(-4.0)) == (300.0, 97.0, 3.0)
+    assert Axis.of([8.0, 43.0], PSNR).at(50.0) == 97.0  # nothing is that near: the axis ends before
     errors = Axis.of([1e-8, 1.3], L2)
     assert errors.log
     assert errors.at(1e-8) > errors.at(1e-4) > errors.at(1.3), "right is nearer to the truth"
@@ -36,7 +40,7 @@ def test_axes() -> None:
     flat = Axis.of([0.5, 0.6], L2)
     assert not flat.log
     assert flat.at(0.0) == 97.0
-    for axis in (decibels, errors, flat, Axis.of([0.0], L2), Axis.of([-1.0, 1.0], LABELS)):
+    for axis in (decibels, exact, errors, flat, Axis.of([0.0], L2), Axis.of([-1.0, 1.0], LABELS)):
         places = [place for place, _ in axis.ticks]
         assert 2 <= len(places) <= 8
         assert all(3 <= place <= 97 for place in places)

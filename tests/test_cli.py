@@ -232,6 +232,27 @@ def test_list_at_a_terminal_is_an_index(here: Path, monkeypatch: pytest.MonkeyPa
     assert "ATTACKS" not in page.getvalue()
 
 
+def test_completion_and_the_table_fit_a_terminal(here: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    assert call("--show-completion", "bash") == 0
+    assert "_UNBATCH_COMPLETE=complete_bash" in capsys.readouterr().out
+    finished = subprocess.run(
+        [sys.executable, "-c", "from unbatch.command.cli import main; main()"],
+        env=os.environ | {"_UNBATCH_COMPLETE": "complete_bash", "COMP_WORDS": "unbatch bun", "COMP_CWORD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.split("[, ]", finished.stdout.strip())[-1] == "bundle"
+    out = io.StringIO()
+    monkeypatch.setattr("unbatch.command.cli.out", Console(file=out, width=80))
+    assert call("audit", "digits:batch=2,width=64", "--attack", "unmix", "--attack", "label-count") == 0
+    assert call("risk", "digits:batch=2,width=64") == 0
+    said = out.getvalue()
+    assert max(map(len, said.splitlines())) <= 80
+    assert said.count("rows of probabilities") <= 1  # what an attack says of its answer, once
+
+
 def test_pages_say_how_to_use_what_they_show(here: Path, capsys) -> None:
     for plugins in KINDS.values():
         for name, plugin in plugins().items():
@@ -496,7 +517,8 @@ def test_a_stopped_audit_keeps_what_was_found_and_resumes(here: Path, number: si
     endless = "gradient-matching:preset=inverting-gradients,iterations=10000000"
     words = ["audit", "digits:clients=2,batch=4,width=32", "--attack", "label-count", "--attack", endless]
     command = [sys.executable, "-c", "from unbatch.command.cli import main; main()", *words, "--quiet"]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with Path("said.txt").open("w") as said:
+        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=said)
     for _ in range(600):
         time.sleep(0.1)
         if Path("audit/audit.json").exists() and Audit.load("audit/audit.json").runs:  # analyses are written before
@@ -506,6 +528,12 @@ def test_a_stopped_audit_keeps_what_was_found_and_resumes(here: Path, number: si
     assert process.wait(60) == (130 if number == signal.SIGINT else -number)
     before = Audit.load("audit/audit.json")
     assert not before.complete
+    if number == signal.SIGINT:
+        count = f"{len(before.runs)} of 4"
+        assert f"stopped after {count} runs; go on with the same command and --resume." in Path("said.txt").read_text()
+        page = Path("audit/report.html").read_text()
+        assert f"{4 - len(before.runs)} of 4 not begun" in page
+        assert "every one asked for" not in page
     assert before.runs[0].status == "done"
     assert Path("audit/report.html").exists() == (number == signal.SIGINT)
     assert call(*words, "--quiet", "--resume", "--budget", "0.1") == 0

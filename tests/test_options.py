@@ -92,9 +92,9 @@ REFUSED = {  # what a target has no use for, beside the options that name anothe
     "arrays": {"size", *OF_FILES},
     "pictures": OF_FILES,
     "a table": {"size", *OF_FILES},
-    "a capture": {"size", "batch", "weights", "defence", "remedy", "metric", "classes", *OF_FILES},
-    "a capture and its truth": {"size", "weights", "defence", "remedy", *OF_FILES},
-    "a captured file": {"size", "batch", "defence", "remedy", "metric", "classes"},
+    "a capture": {"size", "batch", "weights", "remedy", "metric", "classes", *OF_FILES},
+    "a capture and its truth": {"size", "weights", "remedy", *OF_FILES},
+    "a captured file": {"size", "batch", "remedy", "metric", "classes"},
 }
 COMMANDS = {name: typer.main.get_command(app).commands[name] for name in ("audit", "risk", "harden")}
 

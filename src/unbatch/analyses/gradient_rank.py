@@ -179,13 +179,13 @@ def _words(
         return f"this layer's gradient has rank {r} for {n} examples: it shows {r} mixtures of their {what}.", "partial"
     if unknowns == 0:
         return f"this layer's gradient gives {equations} equations; what feeds it is not known.", "unknown"
-    share = equations / unknowns
-    if share >= 1:
+    left = 100 * (unknowns - equations) // unknowns  # never rounded up to all of it
+    if equations >= unknowns:
         return (
             f"{equations:,} equations for {unknowns:,} unknowns: counting alone does not protect its {what}.",
             "partial",
         )
-    return f"{equations:,} equations for {unknowns:,} unknowns: alone it leaves at least {1 - share:.0%} open.", "low"
+    return f"{equations:,} equations for {unknowns:,} unknowns: alone it leaves at least {left}% open.", "low"
 
 
 def _input_sizes(model: nn.Module, example: Tensor) -> dict[str, int]:

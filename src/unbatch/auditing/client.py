@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,29 @@ def observe(
     public |= knowledge or Knowledge()
     observation = Observation(model=before, loss=stack.loss(loss), update=seen, knowledge=public)
     return observation, Truth(inputs=inputs.detach().clone(), labels=labels.clone())
+
+
+def declared(obs: Observation, defences: OneOrMore[Defence]) -> Observation:
+    """A captured exchange of a client that is said to have had these defences: with what they make known, law and loss.
+
+    The update is left as it was seen. Raises UnbatchError: the capture says already what was done to it.
+
+    >>> model, x, y = nn.Linear(2, 2), torch.zeros(3, 2), torch.tensor([0, 1, 1])
+    >>> seen, truth = observe(model, nn.functional.cross_entropy, x, y)
+    >>> declared(seen, "noise:sigma=0.1").knowledge.noise
+    0.1
+    """
+    stack = Stack.of(defences)
+    told = sorted(_DONE & set(obs.knowledge))
+    if told:
+        raise UnbatchError(
+            f"the capture says already what was done to its update ({', '.join(told)}); leave the defences out, or capture "
+            "it without."
+        )
+    return replace(obs, loss=stack.loss(obs.loss), knowledge=stack.told(obs.knowledge, obs.update))
+
+
+_DONE = {"noise", "noise_within", "clip", "clip_within", "altered", "privacy", "mixup", "log_prob"}
 
 
 def _stepped(step: Step, turn: Round) -> Update:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from unbatch.auditing.compression import compression
 from unbatch.auditing.relations import (
     Relations,
     equal_sizes,
@@ -109,7 +110,7 @@ def diagnose(
     >>> diagnose(captured, x, y)
     ['The sign is flipped (the descent direction instead of the gradient): multiply the update by -1.']
     """
-    notes = _sizes(obs)
+    notes = [*_sizes(obs), *(f"The update was compressed: {words}" for words in compression(obs.update))]
     missing = [k for k, p in obs.model.named_parameters() if p.requires_grad and k not in obs.update]
     if missing:
         notes.append(

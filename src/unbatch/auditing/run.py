@@ -21,7 +21,7 @@ from unbatch.attack import ActiveAttack, Attack
 from unbatch.auditing.allowance import DEFAULT_SECONDS, SEARCH_SECONDS, Allowance
 from unbatch.auditing.certify import certify
 from unbatch.auditing.checks import flags
-from unbatch.auditing.client import observe
+from unbatch.auditing.client import declared, observe
 from unbatch.auditing.diagnosis import UNREAD, diagnose, unexplained, unreadable
 from unbatch.auditing.explained import explains, freedom
 from unbatch.auditing.findings import Analyst
@@ -71,7 +71,8 @@ def audit(
 ) -> Audit:
     """Run every attack on every client with every seed, judge each run, and say what the whole means.
 
-    `setting` is a client, several, a case, or a captured Observation (without its `truth` there are no scores). `attacks`
+    `setting` is a client, several, a case, or a captured Observation (without its `truth` there are no scores), of which
+    `defences` declares what its client did. `attacks`
     default to all that are installed and only look, cheapest first, `metrics` and `analyses` to all that apply. Each of
     `remedies` is tried in a second audit with that defence outermost, and summed up beside the first.
 
@@ -94,6 +95,7 @@ def audit(
     held = [blank.key for _, blank in allowance.queue if blank.key in kept]
     record.runs = [kept[key] for key in held]  # whatever ends this, they stand in it
     besides = _besides(record, resume, allowance)
+    record.asked = len(allowance.queue) + len(besides)
     watch = watch or Watch()
     record.clients = [plan.client(index) for index in range(len(plan.exchanges))]
     patience = budget if analysis_budget is None else analysis_budget
@@ -156,11 +158,11 @@ class _Plan:
         self.explained: tuple[Tensor, Tensor] | None = None  # what an exact attack found
         self.nearest: tuple[Run, Tensor, Tensor] | None = None  # what leaves least of a captured update unexplained
         if isinstance(target, Observation):
-            if self.defences or self.remedies:
+            if self.remedies:
                 raise UnbatchError(
-                    "a captured update already has its defences in it; leave `defences` and `remedies` out."
+                    "a captured update already has its defences in it, and no other can be tried; leave `remedies` out."
                 )
-            target = target.as_rounded()
+            target = (declared(target, self.defences) if self.defences else target).as_rounded()
             self.domain = View.of(target).domain
             self.exchanges = [(_moved(target, device) if device else target, truth)]
             if truth is not None:

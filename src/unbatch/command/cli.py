@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     help="What a shared gradient gives away: recover the batch behind it and prove it, or prove how badly any attacker "
     "must do. Use it on gradients that you are entitled to inspect.",
@@ -188,6 +187,8 @@ def audit_command(
     else:
         _summary(record, folder, quiet)
     if not record.complete:
+        said = f"stopped after {len(record.runs)} of {record.asked} runs; go on with the same command and --resume."
+        err.print(said, soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(130)
 
 
@@ -468,7 +469,7 @@ def _summary(record: Audit, folder: Path, quiet: bool) -> None:
                 )
             out.print(table)
         for run in record.runs:
-            if run.words:
+            if run.words and not run.ran:  # what those that ran say is among the notes
                 out.print(f"{run.title}, client {run.client}: {run.status}: {run.words}", markup=False)
         _cut_short(record)
         for note in (*(f"data: {note}" for note in record.data_notes), *record.notes):
@@ -528,6 +529,13 @@ def _cut_short(record: Audit) -> None:
         out.print(f"{each.title}: cut short after {each.seconds:.1f} s (more with --budget): {why}", markup=False)
 
 
+_GOES_ON = {  # what is left of a command that was stopped at once
+    "audit": "finished runs are kept, and the same command goes on from them with --resume",
+    "sweep": "finished configurations are kept, and the same command goes on from them",
+    "harden": "what was tried until then is in harden.json",
+}
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; every error the user can mend is one message and exit code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -541,7 +549,8 @@ def main(arguments: list[str] | None = None) -> Any:
             obj=words,  # for the record
         )
     except KeyboardInterrupt:
-        err.print("stopped; finished runs are kept (--resume goes on from them).")
+        kept = _GOES_ON.get(next(iter(words), ""))
+        err.print(f"stopped; {kept}." if kept else "stopped.", soft_wrap=True, markup=False)
         sys.exit(130)
     except Exception as error:  # the one place where an error becomes a message
         if debug:

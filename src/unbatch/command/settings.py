@@ -212,9 +212,8 @@ def refuse_unused(asked: Asked, **given: Any) -> None:
     Raises UnbatchError: one would be ignored, a choice is given twice over, or one thing twice.
     """
     if asked.observation is not None:
-        for option in ("defence", "remedy"):
-            if given.get(option):
-                raise UnbatchError(f"--{option} would not be used: a captured update already has its defences in it.")
+        if given.get("remedy"):
+            raise UnbatchError("--remedy would not be used: a captured update already has its defences in it.")
         if given.get("metric") and asked.data is None:
             raise UnbatchError(
                 "--metric would not be used: a captured update has no truth to compare with; give it with --data."

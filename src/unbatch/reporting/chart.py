@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from unbatch.reporting.results import Audit, Example, MetricInfo, Run
 
 VISIBLE = 60.0  # dB: rounding to 8 bits costs 58.9 dB, so beyond this the eye sees no difference
+FURTHEST = 300.0  # dB, where float64 ends
+SPREAD = 0.7  # of the axis, that what the eye sees takes; the rest, up to the best score, is drawn closer
 
 
 def number(value: float | None) -> str:
@@ -74,23 +76,30 @@ class Axis:
     (3.0, 50.0, 97.0)
     >>> [words for _, words in axis.ticks]
     ['0', '10', '20', '30', '40', '50', '60']
+    >>> bent = Axis(low=0.0, high=300.0, bend=60.0)
+    >>> bent.at(60.0), bent.at(180.0), [words for _, words in bent.ticks]
+    (68.8, 82.9, ['0', '20', '40', '60', '180', '300'])
     """
 
     low: float
     high: float
     log: bool = False
     flip: bool = False  # lower is better
+    bend: float | None = None  # the value from which on the axis is drawn closer
 
     @classmethod
     def of(cls, values: Iterable[float], info: MetricInfo) -> Axis:
-        """An axis for all of `values`: logarithmic for errors that span decades, cut at 60 where the unit is dB."""
+        """An axis for all of `values`: logarithmic for errors that span decades, drawn closer from 60 on in dB."""
         seen = [value for value in values if math.isfinite(value)]
         positive = [value for value in seen if value > 0]
         flip = not info.higher_is_better
         if flip and info.best == 0 and positive and max(positive) > 100 * min(positive):
             return cls(math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive))), True, True)
         if info.unit == "dB":
-            return cls(min(0.0, *seen, 0.0), min(VISIBLE, 10 * math.ceil(max([*seen, 10.0]) / 10)), False, flip)
+            low, best = min(0.0, *seen, 0.0), max([*seen, 10.0])
+            if best > VISIBLE:
+                return cls(low, min(FURTHEST, VISIBLE * math.ceil(best / VISIBLE)), False, flip, VISIBLE)
+            return cls(low, 10 * math.ceil(best / 10), False, flip)
         ends = [*seen, 0.0 if info.best is None else info.best]
         low, high = min(ends), max(ends)
         low, high = (min(low, 0.0), high) if low >= 0 else (low, high)
@@ -99,12 +108,22 @@ class Axis:
     def at(self, value: float) -> float:
         """Where a score stands; scores beyond an end stand at the end."""
         value = (math.log10(value) if value > 0 else self.low) if self.log else value
-        share = min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
+        value = min(max(value, self.low), self.high)
+        if self.bend is None:
+            share = (value - self.low) / (self.high - self.low)
+        elif value <= self.bend:
+            share = SPREAD * (value - self.low) / (self.bend - self.low)
+        else:
+            share = SPREAD + (1 - SPREAD) * (value - self.bend) / (self.high - self.bend)
         return round(3 + 94 * (1 - share if self.flip else share), 2)
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
         """Place and words of four to seven round values."""
+        if self.bend is not None:
+            near = [value for value in (0.0, 20.0, 40.0) if value >= self.low] + [self.bend]
+            ends = [(self.bend + self.high) / 2] if self.high > 2 * self.bend else []
+            return [(self.at(value), f"{value:g}") for value in (*near, *ends, self.high)]
         span = self.high - self.low
         if self.log:
             step: float = math.ceil(span / 6)

@@ -231,6 +231,7 @@ class Audit(_Record):
     version: str
     created: str
     complete: bool = False
+    asked: int = 0  # runs of attacks that were asked for; 0 in files of before they were counted
     case: str
     domain: str
     shape: list[int] = []  # of one example
@@ -384,6 +385,16 @@ class Audit(_Record):
             if hit:
                 found.setdefault(run.layer, set()).update(hit)
         return found
+
+    def taken(self, layer: str) -> bool:
+        """Whether all that entered a layer is known: every private example was recovered, or its exact features there.
+
+        >>> import unbatch
+        >>> unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=()).taken("head")
+        True
+        """
+        every = {(client.index, i) for client in self.clients for i in range(client.size)}
+        return bool(every) and every <= self.recovered() | self.features().get(layer, set())
 
     def shortened(self) -> list[Analysed]:
         """The analyses that were cut short: what they found is what they had until then."""
