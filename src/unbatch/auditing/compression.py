@@ -22,9 +22,9 @@ THRESHOLD = 0.1  # of the median, that the least entry of a normal law that was 
 def compression(update: Update) -> list[str]:
     """What was done to an update so that less had to be sent, in sentences; empty where its numbers show nothing.
 
-    Numbers that all fit a coarser type were rounded to it. A tensor of few different numbers at equal distances was put on a grid. Zeros
-    that make no whole rows or columns, as units and inputs that are silent leave them, are entries that were dropped: the
-    smallest ones (top-k), if those that are left keep a distance from zero.
+    Numbers that all fit a coarser type were rounded to it. A tensor of few numbers at equal distances was put on a
+    grid. Zeros that make no whole rows or columns, as units and inputs that are silent leave them, are entries that were
+    dropped: the smallest ones (top-k), if those that are left keep a distance from zero.
 
     >>> sent = {"weight": torch.randn(40, 50, generator=torch.Generator().manual_seed(0))}
     >>> compression(sent)
