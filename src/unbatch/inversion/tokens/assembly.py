@@ -22,6 +22,8 @@ MOST_SIMULATED = 2048  # updates of one sentence with one label
 MOST_SUMMED = 2**18  # numbers of them that are compared
 MOST_BATCH = 1024  # examples of a batch whose size is not known
 ALIKE_TO = 1e-10  # relative, between outputs that are the same
+WEIGHT_TO = 1e-6  # of a label's weight in the loss, from which on it is another than the first one's
+EXPLAINED_TO = 0.05  # relative, what a batch may leave of an update that it is told from up to a factor
 NULL_TO = 1e-9  # a singular value of the labels' own columns below which they are dependent
 
 
@@ -49,7 +51,9 @@ def assembled(reader: TokenReader, sentences: Tensor) -> Batch:
     A gradient is linear in the examples: sum over sentences and labels of (occurrences) g(sentence, label) / n. The head's
     gradient tells the share of each where the head was trained, else a few simulated updates of the smaller tensors. Shares
     are found up to what the labels of one sentence have in common (their columns add up to zero, weighted by the predicted
-    probabilities), and that is settled by their being whole numbers.
+    probabilities), and that is settled by their being whole numbers. Under class weights a share is w_label / sum_i w_i,
+    and clipping puts a factor on all of them: then the known size of the batch tells the unit, and the batch has to explain
+    the update.
     Raises NotApplicable: these sentences do not explain the gradient, or labels are not few.
     """
     sentences = _once(reader, sentences)
@@ -61,13 +65,24 @@ def assembled(reader: TokenReader, sentences: Tensor) -> Batch:
     slopes = _slopes(reader.view.loss, outputs, labels)  # [m, l, k]
     told = _by_head(reader, run.products, outputs, slopes)
     shares = told if told is not None else _by_updates(reader.view.obs, sentences, labels)
-    counts = _counts(
-        shares, slopes, _reduction(reader.view.loss, outputs, labels), reader.view.knowledge.get("batch_size")
-    )
+    power, weights = _reduction(reader.view.loss, outputs, labels)
+    n = reader.view.knowledge.get("batch_size")
+    counts = _counts(shares, slopes, power, n) if bool((weights == 1).all()) else None
+    if counts is not None:
+        return _batch_of(counts, sentences, labels)
+    counts = _counts_in_proportion(shares, slopes, weights, n)
+    found = _batch_of(counts, sentences, labels) if counts is not None else None
+    if found is None or reader.view.obs.fit(found.inputs, found.labels)[1] > EXPLAINED_TO:
+        raise NotApplicable("the sentences that were found do not add up to the gradient, so that some are missing.")
+    return found
+
+
+def _batch_of(counts: Tensor, sentences: Tensor, labels: Sequence[Tensor]) -> Batch:
+    """The batch of sentences [m, t] that occur with each of the labels so many times [m, l]."""
     which = counts.nonzero()
     times = counts[which[:, 0], which[:, 1]]
     rows = which.repeat_interleave(times, 0)
-    return Batch(sentences[rows[:, 0]], torch.cat(labels)[rows[:, 1]])
+    return Batch(sentences[rows[:, 0]], torch.cat(list(labels))[rows[:, 1]])
 
 
 def _once(reader: TokenReader, sentences: Tensor) -> Tensor:
@@ -102,10 +117,23 @@ def _slope(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
     return slope
 
 
-def _reduction(loss: Loss, outputs: Tensor, labels: Sequence[Tensor]) -> float:
-    """The power of n by which the loss divides a sum over n examples: 1 of a mean, 0 of a sum."""
-    own, twice = (_slope(loss, torch.cat([outputs[:1]] * k), torch.cat([labels[0]] * k))[0] for k in (1, 2))
-    return 1.0 if float(twice.norm()) < 0.75 * float(own.norm()) else 0.0
+def _reduction(loss: Loss, outputs: Tensor, labels: Sequence[Tensor]) -> tuple[float, Tensor]:
+    """The power of n by which the loss divides a sum over n examples, 1 of a mean, 0 of a sum; each label's weight [l].
+
+    Beside an example of label 0 one of label l counts w_l / (w_l + w_0) of what it does alone, where the mean is one over
+    weights; weights are in units of the first label's, and 1 under all other losses.
+    """
+    shares = list[float]()
+    for y in labels:
+        alone = _slope(loss, outputs[:1], y)[0]
+        beside = _slope(loss, torch.cat([outputs[:1]] * 2), torch.cat([y, labels[0]]))[0]
+        shares.append(float(beside.norm() / alone.norm().clamp_min(1e-300)))
+    share = torch.tensor(shares, dtype=torch.float64, device=outputs.device)
+    if not bool(((share > 0) & (share < 1 - ALIKE_TO)).all()):
+        return (1.0 if float(share[0]) < 0.75 else 0.0), torch.ones_like(share)
+    weights = share / (1 - share)
+    even = bool(((weights - 1).abs() < WEIGHT_TO).all())
+    return 1.0, torch.ones_like(weights) if even else weights
 
 
 def _by_head(reader: TokenReader, products: Sequence[Product], outputs: Tensor, slopes: Tensor) -> Tensor | None:
@@ -149,17 +177,43 @@ def _by_updates(obs: Observation, sentences: Tensor, labels: Sequence[Tensor]) -
     return found.view(len(sentences), len(labels))
 
 
-def _counts(shares: Tensor, slopes: Tensor, power: float, n: int | None) -> Tensor:
-    """How often each sentence has each label [m, l], whole numbers, from its share of the gradient.
-
-    Raises NotApplicable: no whole numbers do.
-    """
-    m = len(shares)
+def _counts(shares: Tensor, slopes: Tensor, power: float, n: int | None) -> Tensor | None:
+    """How often each sentence has each label [m, l], from its share of the gradient; None: no whole number of times."""
     for size in [n] if n is not None else range(1, MOST_BATCH + 1):
         counts = _whole(shares * size**power, slopes)
-        if counts is not None and int(counts.sum()) == size and m:
+        if counts is not None and int(counts.sum()) == size and len(shares):
             return counts
-    raise NotApplicable("the sentences that were found do not add up to the gradient, so that some are missing.")
+    return None
+
+
+def _counts_in_proportion(shares: Tensor, slopes: Tensor, weights: Tensor, n: int | None) -> Tensor | None:
+    """The same in a batch of n by the proportion of the shares alone, under labels' weights [l]; None: none is whole."""
+    least = _least(shares, slopes)
+    if n is None or least is None or not float((least / weights).sum()) > 0:
+        return None
+    counts = least / weights
+    counts = counts * (n / counts.sum())
+    near = counts.round()
+    whole = bool(((counts - near).abs() < WHOLE_TO).all()) and int(near.sum()) == n
+    return near.long() if whole else None
+
+
+def _least(shares: Tensor, slopes: Tensor) -> Tensor | None:
+    """The shares [m, l] of which each sentence has at least one that is 0 and none below it, as they are up to a factor.
+
+    None: its labels have more in common than one direction.
+    """
+    rows = list[Tensor]()
+    for share, slope in zip(shares, slopes, strict=True):
+        S, Vh = torch.linalg.svd(slope.T)[1:]
+        common = Vh[torch.cat([S, S.new_zeros(len(Vh) - len(S))]) <= NULL_TO * S[:1]]
+        if len(common) > 1:
+            return None
+        if len(common):
+            p = common[0] / common[0].sum()
+            share = share - (share / p.clamp_min(1e-300)).min() * p
+        rows.append(share)
+    return torch.stack(rows)
 
 
 def _whole(shares: Tensor, slopes: Tensor) -> Tensor | None:
