@@ -103,6 +103,12 @@ def test_maps_have_a_row_a_defence_and_a_column_a_batch_size() -> None:
     }
 
 
+def test_a_map_of_which_nothing_is_known_is_a_sentence() -> None:
+    (drawn,) = heat_maps(spots(Trials.of([trial("clip", 2, words="no memory was left."), trial("noise", 2)])))
+    assert drawn.untold == "Nothing is known of these 2 places of the grid: 1 failed, 1 not tested."
+    assert all(not drawn.untold for drawn in heat_maps(spots(grid())))
+
+
 def test_what_is_not_usual_about_an_audit_has_a_map_of_its_own() -> None:
     names = ["digits:batch=4", "digits:width=16,batch=4", "digits:batch=4,width=16"]
     told = [setting_of(Trial(key="0", configuration={"case": name})) for name in names]
@@ -164,11 +170,11 @@ def test_what_changed_is_told_of_the_last_run_but_one() -> None:
         trial("prune", 2, 15.0, 15.0, created="2026-02-01"),
     ]
     told = {change.now.title.partition(", attack")[0]: change for change in changes(Trials.of([*last, *now]))}
-    assert [(title, change.differs, change.worse) for title, change in told.items()] == [
-        ("photos:batch=1,width=8", True, True),
-        ("photos:batch=2,width=8", True, False),
-        ("photos:batch=2,width=8, defence clip", False, False),
-        ("photos:batch=2,width=8, defence noise", True, True),
+    assert [(title, change.differs, change.direction[1]) for title, change in told.items()] == [
+        ("photos:batch=1,width=8", True, "more came back"),
+        ("photos:batch=2,width=8", True, "nearer"),
+        ("photos:batch=2,width=8, defence clip", False, "nearer"),
+        ("photos:batch=2,width=8, defence noise", True, "failed now"),
     ]
     assert told["photos:batch=1,width=8"].words == ("1 recognisably, best 20.0 dB", "1 exactly, best 131.0 dB")
     page = Page(comparison_page(Trials.of([*last, *now])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,7 @@ def sweep_command(
             typer.echo(job.trial().command)
         return
     log = None if mlflow is None else logger(mlflow)
+    begun = time.monotonic()
     with _bar(quiet, log) as (count, announce):
         try:
             found = run_plan(
@@ -129,7 +131,7 @@ def sweep_command(
             Console(stderr=True).print("stopped; what was finished is kept, and the same command goes on from there.")
             raise typer.Exit(130) from None
     if not quiet:
-        summarise(found, folder)
+        summarise(found, folder, time.monotonic() - begun)
 
 
 def logger(experiment: str) -> Announce:
@@ -173,14 +175,15 @@ def logger(experiment: str) -> Announce:
     return log
 
 
-def summarise(found: Trials, folder: Path) -> None:
-    """Print how many configurations came to what, what failed and why, and what to look at next."""
+def summarise(found: Trials, folder: Path, seconds: float) -> None:
+    """Print how many configurations came to what in which time, what failed and why, and what to look at next."""
     for trial in found.failed:
         screen.print(f"failed: {trial.title}: {trial.words}", markup=False, style="red", soft_wrap=True)
     outcomes = found.outcomes()
     audits = len(found.current) - len(found.failed)
     screen.print(
-        f"{audits} of {len(found.current) + len(found.missing)} configurations audited, {len(found.failed)} failed; "
+        f"{audits} of {len(found.current) + len(found.missing)} configurations audited, {len(found.failed)} failed, "
+        f"in {seconds:.1f} s; "
         f"private examples: {', '.join(f'{n} {tier}' for tier, n in outcomes.items()) or 'none'}.",
         style="bold",
         markup=False,

@@ -23,9 +23,20 @@ class Change:
     now: Trial
 
     @property
-    def worse(self) -> bool:
-        """Whether more came back than before, or nothing is known now."""
-        return self.now.failed or (not self.before.failed and _weight(self.now) > _weight(self.before))
+    def direction(self) -> tuple[str, str]:
+        """Which way it went: a style, and the words that say the same."""
+        if self.now.audit is None:
+            return "open", "failed now"
+        if self.before.audit is None:
+            return "untested", "audited now"
+        before, now = _weight(self.before.audit), _weight(self.now.audit)
+        if before != now:
+            return ("found", "more came back") if now > before else ("untested", "less came back")
+        then, since = _best(self.before.audit), _best(self.now.audit)
+        if then is None or since is None or then[1] != since[1]:
+            return "open", "scored otherwise"
+        sign = 1 if self.now.audit.metrics[since[1]].higher_is_better else -1
+        return ("found", "nearer") if sign * (since[0] - then[0]) > 0 else ("untested", "farther")
 
     @property
     def differs(self) -> bool:
@@ -59,8 +70,8 @@ def _best(audit: Audit) -> tuple[float, str] | None:
     return (found[0], metric) if found else None
 
 
-def _weight(trial: Trial) -> int:
-    return sum(tier.weight() for tier in trial.audit.tiers().values()) if trial.audit else 0
+def _weight(audit: Audit) -> int:
+    return sum(tier.weight() for tier in audit.tiers().values())
 
 
 def _said(trial: Trial) -> str:

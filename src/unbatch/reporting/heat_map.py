@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,17 @@ class HeatMap:
     setting: str
     batches: Sequence[int | None]
     rows: Sequence[tuple[str, Sequence[Spot | None]]]  # the defence, and its spots
+
+    @property
+    def untold(self) -> str:
+        """Why nothing is known of any of its places, in words; empty where something is."""
+        held = [spot for _, row in self.rows for spot in row if spot is not None]
+        if any(spot.share is not None for spot in held):
+            return ""
+        counts = Counter(spot.words for spot in held)
+        n = len(held)
+        said = ", ".join(f"{count} {words}" if len(counts) > 1 else words for words, count in counts.items())
+        return f"Nothing is known of {f'these {n} places' if n > 1 else 'this place'} of the grid: {said}."
 
 
 def heat_maps(held: Sequence[Spot]) -> list[HeatMap]:
