@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch
-from unbatch import Audit, Knowledge, Observation, UnbatchError
+from unbatch import Audit, Knowledge, Observation, Protocol, UnbatchError
 from unbatch.adapters.flower import AUDIT, BUNDLE, HELD, PAGE, RECORD, Audited, guard_mod
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -241,9 +241,14 @@ def test_a_guard_holds_a_leak_back_and_does_not_tell_the_server_why(
     run, app, strategy = KINDS[kind]
     audited = Audited(strategy(), model=model(), loss=F.cross_entropy, folder=tmp_path)
     begun = model().state_dict().values()
-    kept = run(app([guarded()]), audited, rounds=1)
+    kept = run(app([guarded(folder=tmp_path / "own")]), audited, rounds=1)
     assert kept is None or kept.arrays is None or all(map(np.array_equal, weights_of(kept), begun))
-    assert "Example 0 is recovered exactly" in caplog.text
+    assert "nothing is sent: this update must not be sent: Example 0 is recovered exactly" in caplog.text
+    for node in NODES:
+        place = tmp_path / "own" / f"round-000{kind == 'messages':d}" / f"client-{node}"
+        assert Audit.load(place / AUDIT).recovered() == {(0, 0)}
+        assert {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()} == {0o600}
+        assert {stat.S_IMODE(path.stat().st_mode) for path in (place, *list(place.parents)[:2])} == {0o700}
     assert not list(tmp_path.rglob(BUNDLE))
     if kind == "messages":
         assert [record.problem for record in audited.records] == [f"no weights came back: {HELD}"] * 2
@@ -426,6 +431,31 @@ def test_weights_that_did_not_move_are_sent_without_a_guard() -> None:
 def test_defences_that_change_training_are_refused_where_the_mod_is_made(defence: str) -> None:
     with pytest.raises(UnbatchError, match="changes how a client trains"):
         guarded(defend=[defence, "clip:norm=1"])
+
+
+def test_noise_of_the_mod_hides_neither_another_batch_nor_a_learning_rate_that_the_server_made_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = {"defend": "noise:sigma=1", "attacks": "gradient-matching", "seconds": 0.5}
+    app = message_app([guarded(**options, protocol=Protocol(learning_rate=RATE / 100))])
+    assert app(train_message(), context(NODES[0])).error.reason == HELD
+    assert "this batch is not behind this update" in caplog.text
+
+
+def test_defences_are_put_on_weights_that_did_not_move_as_well() -> None:
+    def unmoved(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": ArrayRecord(model().state_dict())}), reply_to=message)
+
+    mod = guarded(defend="noise:sigma=1", attacks="gradient-matching", seconds=0.5)
+    sent = mod(train_message(), context(NODES[0]), unmoved).content["arrays"].to_torch_state_dict()
+    assert not any(torch.equal(tensor, sent[name]) for name, tensor in model().state_dict().items())
+
+
+def test_a_second_run_of_the_same_strategy_is_kept_beside_the_first(tmp_path: Path) -> None:
+    audited = kept(message_strategy(), tmp_path)
+    for _ in range(2):
+        run_messages(message_app(), audited, rounds=1)
+    assert len(list(tmp_path.rglob(BUNDLE))) == len({record.place for record in audited.records}) == 4
 
 
 def test_defences_that_change_what_is_sent_are_put_on_it() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbatch import Knowledge, Observation, Protocol, UnbatchError
+from unbatch import Knowledge, Protocol, UnbatchError
 from unbatch.adapters.weights import WeightsExchange, weights_exchange
 
 EXAMPLES = 6
@@ -48,8 +48,7 @@ def sgd(net: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 
 def residual(found: WeightsExchange) -> float:
-    seen = Observation(model=found.model, loss=F.cross_entropy, update=found.update, knowledge=found.knowledge)
-    return seen.residual(*batch())
+    return found.observation(F.cross_entropy).residual(*batch())
 
 
 @pytest.mark.parametrize("made", [dense, normed])
@@ -168,6 +167,14 @@ def test_frozen_parameters_and_parts_that_were_not_exchanged_are_no_part_of_the_
         dense(), {n: dense().state_dict()[n] for n in head}, head, told={"lr": 0.1, "local-steps": 1}
     )
     assert list(part.update) == list(part.after) == ["2.weight", "2.bias"]
+
+
+def test_weights_in_half_precision_are_noted() -> None:
+    net = dense()
+    after = {name: tensor.half() for name, tensor in client(net, sgd(net), 1, 6).items()}
+    found = weights_exchange(dense(), dense().state_dict(), after, told={"local-steps": 1, "lr": 0.1})
+    assert found.notes[-1].startswith("the weights came back in float16")
+    assert not any("float16" in note for note in weights_exchange(dense(), after, dense().state_dict()).notes)
 
 
 def test_weights_that_come_back_as_they_went_out_have_not_moved() -> None:

@@ -24,14 +24,13 @@ from unbatch.adapters.trained import check_defences, defended, fresh_draws
 from unbatch.adapters.weights import UNTOLD, WeightsExchange, weights_exchange
 from unbatch.analysis import Analysis
 from unbatch.attack import Attack
-from unbatch.auditing.guard import Leak, guard
+from unbatch.auditing.guard import Leak, guard, refuse_other_batch
 from unbatch.auditing.run import audit
 from unbatch.defence import Defence, Round, Stack
 from unbatch.errors import MissingExtra, UnbatchError
 from unbatch.files import write_atomically
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss
-from unbatch.observation import Observation
 from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
 from unbatch.reporting.results import Audit
@@ -58,6 +57,7 @@ def guard_mod(
     attacks: OneOrMore[Attack] | None = None,
     seconds: float = 30.0,
     seed: int = 0,
+    folder: str | Path | None = None,
 ) -> Mod:
     """A mod for a Flower ClientApp that attacks what the client is about to send, and sends nothing where it leaks.
 
@@ -69,7 +69,8 @@ def guard_mod(
     `protocol` says what the message and `context.run_config` do not tell of the client's step (`weights_exchange`).
     `defend` are defences that the mod puts on the difference of weights before it is looked at and sent, in every round,
     each with fresh noise; `defences` are those that the client, or a mod within, has put on it already. All other
-    arguments and rules are those of `unbatch.guard`.
+    arguments and rules are those of `unbatch.guard`. What the attacks found in each round is written under `folder`, if it
+    is named, as `Audited` writes it: for the client's own eyes, since it shows its examples.
 
     Where an example leaks, and where the guard cannot tell (nothing was told of the step, another batch is behind the
     update, no attack could run), the server gets an error in place of the weights, without the reason; the log has it.
@@ -82,7 +83,8 @@ def guard_mod(
     inner = Defence.several(defences)
     attacked = None if attacks is None else Attack.several(attacks)
     rules = {"max_psnr": max_psnr, "attacks": attacked, "seconds": seconds, "seed": seed}
-    return _Guarded(model, loss, batch, protocol, stack, tuple(inner), knowledge, rules)
+    kept = None if folder is None else Path(folder)
+    return _Guarded(model, loss, batch, protocol, stack, tuple(inner), knowledge, rules, kept)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class _Guarded:
     inner: tuple[Defence, ...]
     knowledge: Knowledge | None
     rules: Mapping[str, Any]
+    folder: Path | None
 
     def __call__(self, message: Any, context: Any, call_next: Callable[[Any, Any], Any]) -> Any:
         if message.metadata.message_type.partition(".")[0] != "train":
@@ -113,7 +116,7 @@ class _Guarded:
         except Leak as leak:
             return _held(message, str(leak))
         except Exception as error:  # what cannot be looked at is not sent
-            return _held(message, f"{type(error).__name__}: {error}")
+            return _held(message, _words(error))
 
     def _checked(self, message: Any, context: Any, received: Any, reply: Any) -> Any:
         """The reply, defended, if nothing in it leaks. Raises Leak, or UnbatchError where the guard cannot tell."""
@@ -121,9 +124,12 @@ class _Guarded:
         arrays = _only_arrays(reply.content, "the reply")
         told = dict(context.run_config) | _told(message.content) | _told(reply.content)
         seen = self._exchange(received, arrays, told, len(inputs))
-        if not seen.moved:
+        if not seen.moved and not self.defend.defences:
             return reply
         if self.defend.defences:
+            if not self.inner:  # what the server told of the step may be wrong, and behind noise that would not show
+                left = seen.observation(self.loss).residual(inputs, labels) if seen.moved else None
+                refuse_other_batch(left, seen.model, inputs, seen.protocol)
             turn = Round(
                 model=seen.model,
                 loss=self.loss,
@@ -134,22 +140,43 @@ class _Guarded:
             )
             _replace(arrays, seen, defended(self.defend, turn, seen.update))
             seen = self._exchange(received, arrays, told, len(inputs))  # as it was rounded
-        guard(
-            seen.update,
-            model=seen.model,
-            loss=self.loss,
-            inputs=inputs,
-            labels=labels,
-            protocol=seen.protocol,
-            defences=[*self.defend.defences, *self.inner],
-            knowledge=seen.knowledge.only("buffers") | (self.knowledge or Knowledge()),
-            **self.rules,
-        )
+        try:
+            found = guard(
+                seen.update,
+                model=seen.model,
+                loss=self.loss,
+                inputs=inputs,
+                labels=labels,
+                protocol=seen.protocol,
+                defences=[*self.defend.defences, *self.inner],
+                knowledge=seen.knowledge.only("buffers") | (self.knowledge or Knowledge()),
+                **self.rules,
+            )
+        except Leak as leak:
+            self._keep(message, leak.audit)
+            raise
+        self._keep(message, found)
         return reply
+
+    def _keep(self, message: Any, found: Audit) -> None:
+        """Write what the attacks found, where a folder is named; where that fails the guard's answer stands without it."""
+        if self.folder is None:
+            return
+        with _said("what the guard found could not be written"):
+            place = _made(self.folder, _name(_round(message), str(message.metadata.dst_node_id)))
+            found.save(place / AUDIT)
+            found.to_html(place / PAGE)
 
     def _exchange(self, received: Any, arrays: Any, told: Mapping[str, Any], examples: int) -> WeightsExchange:
         back = _values(arrays, self.model)
         return weights_exchange(self.model, received, back, told=told, examples=examples, protocol=self.given)
+
+
+def _round(message: Any) -> int:
+    """The number of a round, as strategies of messages configure it, and the legacy ones group by it; 0 if neither says."""
+    told = _told(message.content) if message.has_content() else {}
+    number = told.get("server-round", message.metadata.group_id)
+    return int(number) if str(number).isdigit() else 0
 
 
 def _held(message: Any, why: str) -> Any:
@@ -157,7 +184,7 @@ def _held(message: Any, why: str) -> Any:
     from flwr.app import Error, Message
     from flwr.common.constant import ErrorCode
 
-    log.warning("round %s: nothing is sent: %s", message.metadata.group_id or "?", why)
+    log.warning("round %s: nothing is sent: %s", _round(message), why)
     return Message(Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=HELD), reply_to=message)
 
 
@@ -180,6 +207,7 @@ class ExchangeRecord:
 
     round: int
     client: str
+    place: str  # its folder
     known: str = ""  # what the server knows besides the update
     notes: list[str] = field(default_factory=list)
     bundle: str = ""
@@ -304,7 +332,9 @@ class Audited:
         self, round_: int, client: str, kept: list[tuple[ExchangeRecord, WeightsExchange]]
     ) -> Iterator[Callable[[Any, Mapping[str, Any], Any], None]]:
         """Write what one client sent, or why it could not be; nothing that fails in it is passed on."""
-        record = ExchangeRecord(round=round_, client=client)
+        name = _name(round_, client)
+        again = sum(each.place.partition("+")[0] == name for each in self.records)
+        record = ExchangeRecord(round=round_, client=client, place=f"{name}+{again}" if again else name)
         self.records.append(record)
 
         def take(back: Any, metrics: Mapping[str, Any], examples: Any) -> None:
@@ -324,9 +354,9 @@ class Audited:
             )
             record.notes = list(exchange.notes)
             record.known = str(exchange.knowledge)
-            path = self._place(record) / BUNDLE
-            self._observation(exchange).save(path)
-            record.bundle = str(path.relative_to(self.folder))
+            path = _made(self.folder, record.place) / BUNDLE
+            exchange.observation(self.loss).save(path)
+            record.bundle = f"{record.place}/{BUNDLE}"
             record.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             kept.append((record, exchange))
 
@@ -343,7 +373,7 @@ class Audited:
             start = time.monotonic()
             try:
                 found = self._audited(exchange)
-                place = self._place(record)
+                place = _made(self.folder, record.place)
                 found.save(place / AUDIT)
                 found.to_html(place / PAGE)
                 record.outcome, record.headline = found.outcome.value, found.headline
@@ -361,7 +391,7 @@ class Audited:
         if not exchange.moved:
             raise UnbatchError("the weights came back as they went out: there is nothing to audit.")
         found = audit(
-            self._observation(exchange),
+            exchange.observation(self.loss),
             attacks=self.attacks,
             analyses=self.analyses,
             seeds=(self.seed,),
@@ -371,19 +401,23 @@ class Audited:
         found.environment["flwr"] = _flower("Audited").__version__
         return found
 
-    def _observation(self, exchange: WeightsExchange) -> Observation:
-        return Observation(model=exchange.model, loss=self.loss, update=exchange.update, knowledge=exchange.knowledge)
-
-    def _place(self, record: ExchangeRecord) -> Path:
-        """The folder of one exchange."""
-        client = re.sub(r"[^A-Za-z0-9._-]", "_", record.client).lstrip(".") or "unnamed"
-        place = self.folder / f"round-{record.round:04d}" / f"client-{client}"
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return place
-
     def _write(self, record: ExchangeRecord) -> None:
         with _said("a record could not be written"):
-            write_atomically(self._place(record) / RECORD, json.dumps(asdict(record), indent=1), private=True)
+            path = _made(self.folder, record.place) / RECORD
+            write_atomically(path, json.dumps(asdict(record), indent=1), private=True)
+
+
+def _name(round_: int, client: str) -> str:
+    """Of the folder of one exchange."""
+    return f"round-{round_:04d}/client-{re.sub(r'[^A-Za-z0-9._-]', '_', client).lstrip('.') or 'unnamed'}"
+
+
+def _made(folder: Path, name: str) -> Path:
+    """The folder of one exchange, made for its owner alone."""
+    place = folder / name
+    for part in (folder, place.parent, place):
+        part.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return place
 
 
 HOOKS = ("configure_train", "aggregate_train", "configure_fit", "aggregate_fit")
@@ -469,8 +503,8 @@ def _values(held: Any, model: nn.Module) -> Any:
     arrays: dict[str, np.ndarray[Any, Any]] = {key: array.numpy() for key, array in held.items() if key != _EMPTY}
     if not arrays:
         raise UnbatchError("the record of the model is empty.")
-    numbered = all(key.isdigit() for key in arrays) and not set(arrays) & set(model.state_dict())
-    return [arrays[key] for key in sorted(arrays, key=int)] if numbered else arrays
+    numbered = all(key.isdigit() for key in arrays) and not set(arrays) & set(model.state_dict())  # in Flower's order
+    return list(arrays.values()) if numbered else arrays
 
 
 def _told(content: Any) -> dict[str, Any]:

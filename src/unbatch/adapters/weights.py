@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import PROTOCOL_FIELDS, Knowledge
+from unbatch.loss import Loss
 from unbatch.network.unwrapped import unwrapped
+from unbatch.observation import Observation
 from unbatch.protocol import Protocol
 from unbatch.update import named_values, some, state_difference
 
@@ -68,6 +70,10 @@ class WeightsExchange:
         if not self.steps_told:
             raise UnbatchError(UNTOLD)
         return Protocol(**{name: self.knowledge.get(name) for name in self.knowledge if name in PROTOCOL_FIELDS})
+
+    def observation(self, loss: Loss) -> Observation:
+        """The exchange as the server sees it, for attacks, analyses and bundles."""
+        return Observation(model=self.model, loss=loss, update=self.update, knowledge=self.knowledge)
 
 
 UNTOLD = (
@@ -128,8 +134,8 @@ def weights_exchange(
         known |= Knowledge(buffers=buffers)
     known, more = _besides(known, told or {}, update, bool(buffers))
     known |= knowledge or Knowledge()
-    notes = [*notes, *more, *_open(known, counted)]
     after = named_values(network, came_back, "what came back", whole=True)
+    notes = [*notes, *more, *_open(known, counted), *_coarse(network, after)]
     return WeightsExchange(model=network, update=update, after=after, knowledge=known, notes=notes)
 
 
@@ -240,3 +246,21 @@ def _open(known: Knowledge, counted: Mapping[str, Any]) -> list[str]:
         if steps != seen:
             notes.append(f"batch norm counted {seen} batches in train mode, and {steps} steps were told.")
     return notes
+
+
+def _coarse(network: nn.Module, after: Mapping[str, Tensor]) -> list[str]:
+    """That weights came back in a coarser type than the model's, whose rounding is in the difference."""
+    own = dict(network.named_parameters(remove_duplicate=False))
+    types = {
+        str(tensor.dtype).removeprefix("torch.")
+        for name, tensor in after.items()
+        if name in own
+        and tensor.is_floating_point()
+        and torch.finfo(tensor.dtype).eps > torch.finfo(own[name].dtype).eps
+    }
+    if not types:
+        return []
+    return [
+        f"the weights came back in {', '.join(sorted(types))}, coarser than the model's own: their difference is off by "
+        "that rounding, which exact attacks do not follow."
+    ]

@@ -98,11 +98,8 @@ def guard(
         total_budget=seconds,
     )
     residual = record.clients[0].residual
-    if not stack.defences and residual is not None and residual > UNEXPLAINED and not _random(model, inputs, protocol):
-        raise UnbatchError(
-            f"this batch is not behind this update: it would send one that is {residual:.0%} off. Give the inputs, labels "
-            "and model of this step, its protocol, and the defences that changed the update."
-        )
+    if not stack.defences:
+        refuse_other_batch(residual, model, inputs, protocol)
     words, examples = _leaks(record, max_psnr)
     failed = sorted({run.attack for run in record.runs if run.status == Status.FAILED})
     if failed:
@@ -118,6 +115,25 @@ def guard(
     if words:
         raise Leak(words, examples, record)
     return record
+
+
+def refuse_other_batch(residual: float | None, model: nn.Module, inputs: Tensor, protocol: Protocol) -> None:
+    """Raises UnbatchError where a batch leaves more of an update unexplained than a batch that is behind it can.
+
+    `residual` is |update - simulated| / |update| of an update that no defence changed; None, or a model that draws random
+    numbers in its forward, tells nothing.
+
+    >>> try:
+    ...     refuse_other_batch(0.4, nn.Linear(2, 2), torch.ones(1, 2), Protocol())
+    ... except UnbatchError as error:
+    ...     print(str(error).partition(" Give")[0])
+    this batch is not behind this update: it would send one that is 40% off.
+    """
+    if residual is not None and residual > UNEXPLAINED and not _random(model, inputs, protocol):
+        raise UnbatchError(
+            f"this batch is not behind this update: it would send one that is {residual:.0%} off. Give the inputs, labels "
+            "and model of this step, its protocol, and the defences that changed the update."
+        )
 
 
 def _random(model: nn.Module, inputs: Tensor, protocol: Protocol) -> bool:
