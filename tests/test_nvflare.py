@@ -133,13 +133,19 @@ def test_what_is_defended_goes_through_with_fresh_noise(kind: str, tensors: bool
     if kind == DataKind.WEIGHT_DIFF:
         plain = {name: tensor - model().state_dict()[name] for name, tensor in plain.items()}
     off = np.concatenate([(np.asarray(sent.data[name]) - tensor.numpy()).ravel() for name, tensor in plain.items()])
-    assert 0.4 < off.std() < 0.6
+    assert abs(off.std() - 0.5) < 5 * 0.5 / (2 * len(off)) ** 0.5  # five standard deviations of it
     assert list(sent.data) == list(plain)
     for name, value in sent.data.items():
         assert isinstance(value, Tensor if tensors else np.ndarray)
         assert torch.as_tensor(value).dtype == torch.float32
         assert not np.array_equal(np.asarray(value), np.asarray(again.data[name]))
     assert Audit.load(tmp_path / "result-0002" / "audit.json").recovered() == set()
+
+
+def test_weights_that_did_not_move_are_defended_as_well() -> None:
+    told = {"learning_rate": RATE, "local_steps": 1}
+    sent = Client(GuardFilter(behind, told, defend="noise:sigma=0.5", attacks="label-count", seconds=5)).round(steps=0)
+    assert not any(np.array_equal(sent.data[name], tensor.numpy()) for name, tensor in model().state_dict().items())
 
 
 def test_what_does_not_leak_is_sent_as_it_is() -> None:

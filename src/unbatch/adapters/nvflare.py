@@ -139,7 +139,7 @@ class GuardFilter(DXOFilter):  # type: ignore[misc] # NVFlare has no types
         if not isinstance(behind, Setting):
             raise UnbatchError(f"setting returned a {type(behind).__name__}, and no unbatch.Setting.")
         seen = self._exchange(dxo, self._received, behind)
-        if not seen.moved:
+        if not seen.moved and not self._stack.defences:
             return None
         if self._stack.defences:
             turn = Round(
