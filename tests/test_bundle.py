@@ -91,7 +91,7 @@ def broken(obs: Observation, tmp_path, kind: str):
         ("no update", "holds no update"),
         ("odd knowledge", "claims knowledge of password"),
         ("missing", "cannot read"),
-        ("npz", r"is a numpy archive \(npz\), .*update=unbatch\.as_update\(model, numpy\.load\(path\)\)"),
+        ("npz", r"is a numpy archive \(npz\), and no bundle\. unbatch\.read_exchange\(path"),
         ("npy", r"is a numpy array \(npy\)"),
         ("zip", r"is a zip archive of 1 files"),
         ("broken zip", "a damaged zip archive"),

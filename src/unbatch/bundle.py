@@ -247,16 +247,15 @@ def _other_kind(path: Path, head: bytes) -> str | None:
             return "a damaged zip archive; copy or capture it again."
     if head[:6] == b"\x93NUMPY" or any(name.endswith(".npy") for name in names):
         return (
-            f"a numpy {'archive (npz)' if names else 'array (npy)'}, which says nothing of the model or the loss. Give its "
-            "arrays as Observation(model=model, loss=loss, update=unbatch.as_update(model, numpy.load(path))); if they are "
-            "weights and no gradients, as_update(model, after, before=before) takes the difference."
+            f"a numpy {'archive (npz)' if names else 'array (npy)'}, and no bundle. unbatch.read_exchange(path, "
+            "model=model, loss=loss) reads it, with before= of weights after training; `unbatch bundle` makes it one."
         )
     if head[:4] == b"\x89HDF":
         return "an HDF5 file; read its arrays with h5py, and give them to unbatch.as_update(model, ...)."
     if head[:1] == b"\x80" or any(name.endswith(".pkl") for name in names):
         return (
-            "a pickle (torch.save), which can run code when it is opened, so it is not. Save the update with "
-            "Observation.save, or with safetensors as docs/bundle-format.md says."
+            "a pickle (torch.save), which can run code when it is opened, so it is not opened here. unbatch.read_exchange "
+            "reads tensors from it in a process of its own; `unbatch bundle` makes a bundle of it."
         )
     if names:
         return f"a zip archive of {len(names)} files ({names[0]}), and no bundle. See docs/bundle-format.md."
