@@ -19,9 +19,10 @@ from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
 from unbatch.label_form import REFUSALS, LabelForm, one_hot_classes
 from unbatch.likelihood import Likelihood
+from unbatch.loss import LossForm
 from unbatch.network.dense import forward
 from unbatch.network.precision import in_double
-from unbatch.numerics.label_counts import impulse, label_counts
+from unbatch.numerics.label_counts import apportion, impulse, label_counts, occurring, weighted_counts
 from unbatch.numerics.search.matching import norm_squared
 from unbatch.observation import Observation
 
@@ -365,7 +366,7 @@ def _counted(view: View) -> Tensor | None:
     n, steps = known.batch_size, view.steps
     if head is None or head.weight not in obs.update or (steps and protocol.optimiser != "sgd"):
         return None
-    if form is None or form.name != "cross-entropy" or form.scale <= 0 or not form.classes or form.weights is not None:
+    if form is None or form.name != "cross-entropy" or form.scale <= 0 or not form.classes:
         return None
     outputs = forward(obs.model, view.stand_in(64, torch.Generator().manual_seed(0)))
     decay, factor = 1.0, 1.0
@@ -380,7 +381,27 @@ def _counted(view: View) -> Tensor | None:
     factor *= form.scale * (1 if form.reduction == "mean" else batch) / n
     expected = n * outputs.softmax(1).mean(0)
     weight, bias = sent[head.weight], sent.get(head.bias or "")
+    if form.weights is not None:
+        return None if bias is None else _counted_by_weight(bias, n, form, factor / form.scale, expected / n)
     estimate = label_counts(weight, bias, n, factor=factor, expected=expected, smoothing=form.smoothing)[2]
+    return torch.arange(len(estimate)).repeat_interleave(estimate)
+
+
+def _counted_by_weight(bias: Tensor, n: int, form: LossForm, factor: float, mean: Tensor) -> Tensor:
+    """The labels [n] under class weights, from the head's bias gradient [k] and mean probabilities [k].
+
+    `factor` is what each example's own gradient counts in the update under a plain loss of scale 1. Classes that have a
+    negative entry occur, whatever the weights.
+    """
+    times = factor * n if form.reduction == "mean" else factor
+    total = form.reduction == "sum" or form.by_count
+    scale = form.scale * times / (n if form.by_count else 1)
+    lower, upper, estimate = weighted_counts(bias, n, torch.tensor(form.weights), mean, scale, total=total)
+    sure = occurring(bias, n, factor=scale).long()
+    if 0 < int(sure.sum()) <= n:
+        lower = torch.maximum(lower, sure)
+        upper = torch.minimum(torch.maximum(upper, lower), n - (lower.sum() - lower))
+        estimate = apportion(estimate.double(), lower, upper, n)
     return torch.arange(len(estimate)).repeat_interleave(estimate)
 
 
