@@ -232,7 +232,7 @@ class Audited:
     all written whole or not at all, for their owner alone to read. The difference of weights, local steps, learning rate,
     batch sizes and buffers are taken from the exchange as far as it tells (`weights_exchange`); `told` is what both sides
     know besides (the app's run_config), `protocol` and `knowledge` say the rest. The attacks of each audit share `seconds`,
-    after the round's aggregation and before its end. An error in any of this is recorded and logged; no round is stopped by it.
+    after the round's aggregation and before its end. An error in any of this is recorded and logged; it stops no round.
     Raises UnbatchError: Flower is missing, this is no strategy or no module, or the folder holds exchanges already.
     """
 
