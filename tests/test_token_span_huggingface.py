@@ -9,7 +9,7 @@ import torch
 
 import unbatch
 from unbatch import Knowledge
-from unbatch.adapters.huggingface import one_input
+from unbatch.adapters.huggingface import labels_of, one_input
 
 transformers = pytest.importorskip("transformers")
 LENGTH, VOCABULARY = 8, 200
@@ -33,22 +33,40 @@ def network(name: str) -> Any:
         if name == "bert":
             config = transformers.BertConfig(**SMALL, **DENSE, max_position_embeddings=32)
             return transformers.BertForSequenceClassification(config)
-        config = transformers.GPT2Config(**SMALL, n_positions=32, n_embd=64, n_layer=2, n_head=4)
-        model = transformers.GPT2ForSequenceClassification(config)
-        if name == "gpt2 with an adapter":
+        causal = "language" in name  # its head is the embedding, which is GPT-2's default
+        config = transformers.GPT2Config(**SMALL, n_positions=32, n_embd=64, n_layer=3 if causal else 2, n_head=4)
+        model = (transformers.GPT2LMHeadModel if causal else transformers.GPT2ForSequenceClassification)(config)
+        if "adapter" in name:
             peft = pytest.importorskip("peft")
-            told = peft.LoraConfig(task_type="SEQ_CLS", r=40, target_modules=["c_attn"], fan_in_fan_out=True)
+            kind = "CAUSAL_LM" if causal else "SEQ_CLS"
+            told = peft.LoraConfig(task_type=kind, r=40, target_modules=["c_attn"], fan_in_fan_out=True)
             model = peft.get_peft_model(model, told)
+        if "trained" in name:
+            for key, weight in model.named_parameters():
+                if "lora_B" in key:
+                    torch.nn.init.normal_(weight, std=0.02)
         return model
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
-@pytest.mark.parametrize(("name", "n"), [("gpt2", 3), ("gpt2 with an adapter", 3), ("llama", 3), ("bert", 2)])
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        ("gpt2", 3),
+        ("gpt2 with an adapter", 3),
+        ("gpt2 with a trained adapter", 3),
+        ("gpt2, a language model", 3),
+        ("gpt2, a language model with an adapter", 3),
+        ("gpt2, a language model with a trained adapter", 3),
+        ("llama", 3),
+        ("bert", 2),
+    ],
+)
 def test_sentences_come_back_from_models_that_were_never_heard_of(name: str, n: int) -> None:
     model, loss = one_input(network(name))
     x = torch.randint(2, VOCABULARY, (n, LENGTH), generator=torch.Generator().manual_seed(0))
     x[0, 5:] = 0
-    y = torch.tensor([0, 1, 1])[:n]
+    y = labels_of(model, x) if "language" in name else torch.tensor([0, 1, 1])[:n]
     told = Knowledge(padding=0, input_range=(0, VOCABULARY - 1))
     seen, _ = unbatch.observe(model, loss, x, y, knowledge=told, protocol=unbatch.Protocol(mode="eval"))
     found = unbatch.attacks.TokenSpan()(seen)

@@ -132,7 +132,7 @@ def _following(tokens: Tensor, labels: Tensor, other: Tensor) -> Tensor:
     longer = after & (other != tokens).roll(-1, 1)  # and now a token follows
     longer[:, -1] = False
     if bool((labels == tokens)[asked].all()):
-        return torch.where(asked, other, labels)
+        return torch.where(asked | (after & (other != tokens)), other, labels)
     if bool((labels[:, :-1] == tokens[:, 1:])[asked[:, :-1]].all()):
         asked |= longer
         return torch.cat([torch.where(asked[:, :-1], other[:, 1:], labels[:, :-1]), labels[:, -1:]], 1)

@@ -33,7 +33,7 @@ def next_tokens(reader: TokenReader, beginnings: Tensor, lengths: Tensor) -> Bat
     beginnings, lengths = beginnings[order], lengths[order]
     each = torch.arange(len(lengths), device=lengths.device)
     entering = reader.rows(front, beginnings)[each, lengths - 1]  # [p, d]
-    kept = ~_repeats(entering)
+    kept = ~repeats(entering)
     beginnings, lengths, entering = beginnings[kept], lengths[kept], entering[kept]
     each, at = each[: len(lengths)], lengths - 1
     if len(entering) >= front.width:
@@ -49,10 +49,10 @@ def next_tokens(reader: TokenReader, beginnings: Tensor, lengths: Tensor) -> Bat
     first = float(share[lengths == 1].sum())
     counts = _whole_counts(follows, first, reader.view.knowledge.get("batch_size"))
     sentences = _paths(beginnings, lengths, counts)
-    return _labelled(reader, sentences)
+    return labelled(reader, sentences)
 
 
-def _repeats(rows: Tensor) -> Tensor:
+def repeats(rows: Tensor) -> Tensor:
     """Which rows [p, d] are the same as an earlier one: a lone word repeated, where positions do not enter."""
     same = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist") <= ALIKE_TO * rows.norm(dim=1)
     found: Tensor = (same & torch.ones_like(same).tril(-1)).any(1)
@@ -119,7 +119,7 @@ def _paths(beginnings: Tensor, lengths: Tensor, counts: Tensor) -> list[list[int
     return found
 
 
-def _labelled(reader: TokenReader, sentences: Sequence[list[int]]) -> Batch:
+def labelled(reader: TokenReader, sentences: Sequence[list[int]]) -> Batch:
     """Sentences as inputs [n, t] with their next tokens, in the form of labels that explains the update best."""
     t = reader.length
     fill = reader.padding if reader.padding is not None else 0

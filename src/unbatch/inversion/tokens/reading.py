@@ -10,7 +10,8 @@ from torch import Tensor
 from unbatch.errors import NotApplicable
 from unbatch.inversion.tokens.assembly import Batch, assembled
 from unbatch.inversion.tokens.fronts import TokenReader
-from unbatch.inversion.tokens.next_tokens import next_tokens
+from unbatch.inversion.tokens.last_tokens import last_tokens
+from unbatch.inversion.tokens.next_tokens import labelled, next_tokens
 from unbatch.inversion.tokens.pairs import TokenPairs, token_pairs
 from unbatch.inversion.tokens.prefixes import Grown, sentences_grown
 from unbatch.inversion.tokens.whole_sentences import SentencesFound, sentences_searched
@@ -55,9 +56,12 @@ def _batch(reader: TokenReader, found: Grown) -> Batch:
     """The batch that the sentences add up to; where those that nothing extends do not, some that others begin with are."""
     try:
         return next_tokens(reader, torch.cat([found.leaves, found.inner]), found.lengths)
-    except NotApplicable:
+    except NotApplicable as why:
         if len(reader.view.outputs) > 1:
-            raise
+            try:
+                return labelled(reader, last_tokens(reader, found))
+            except NotApplicable as also:
+                raise NotApplicable(f"{why} And by the whole gradient: {also}") from also
     try:
         return assembled(reader, found.leaves)
     except NotApplicable:
