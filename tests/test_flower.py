@@ -91,7 +91,7 @@ class Client(NumPyClient):
         state = zip(self.net.state_dict(), map(torch.from_numpy, parameters), strict=True)
         self.net.load_state_dict(dict(state))
         trained(self.net, self.node, float(config["lr"]))
-        return [tensor.numpy() for tensor in self.net.state_dict().values()], 1, {}
+        return [tensor.numpy() for tensor in self.net.state_dict().values()], 1, {"partition-id": self.node}
 
 
 def numpy_app(mods: Sequence[Any] = (), factory: Callable[[], nn.Module] = model) -> ClientApp:
@@ -107,7 +107,10 @@ def message_app(mods: Sequence[Any] = (), factory: Callable[[], nn.Module] = mod
         net = factory()
         net.load_state_dict(message.content["arrays"].to_torch_state_dict())
         trained(net, context.node_id, message.content["config"]["lr"])
-        content = {"arrays": ArrayRecord(net.state_dict()), "metrics": MetricRecord({"num-examples": 1})}
+        content = {
+            "arrays": ArrayRecord(net.state_dict()),
+            "metrics": MetricRecord({"num-examples": 1, "partition-id": context.node_id}),
+        }
         return Message(RecordDict(content), reply_to=message)
 
     return app
@@ -217,6 +220,18 @@ def test_two_honest_rounds_end_in_reports_with_certified_recoveries(kind: str, t
         assert seen.residual(x, y) < 1e-5
         (example,) = unbatch.attacks.BiasRatio()(seen).inputs
         assert torch.allclose(example.float(), x[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_a_simulation_audits_are_held_to_the_examples_themselves(kind: str, tmp_path: Path) -> None:
+    run, app, strategy = KINDS[kind]
+    audited = kept(strategy(), tmp_path, audits=True, truth=lambda number, told: batch(told["partition-id"]))
+    run(app(), audited, rounds=1)
+    for record in audited.records:
+        assert record.headline.startswith("1 of 1 private row recovered exactly")
+        audit = Audit.load(tmp_path / record.place / AUDIT)
+        assert audit.clients[0].residual < 1e-5
+        assert audit.runs[0].examples[0].scores["psnr"] > 80
 
 
 def guarded(**options: Any) -> Any:

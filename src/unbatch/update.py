@@ -364,8 +364,8 @@ def _cut(model: nn.Module, flat: Tensor, what: str) -> list[tuple[str, Any]]:
 
 def _difference(model: nn.Module, after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What two states of the model differ by, of its parameters."""
-    known = {name for name, _ in model.named_buffers()} | set(model.state_dict())
-    names = [name for name in after if name not in known or name in dict(model.named_parameters())]
+    known, own = {name for name, _ in model.named_buffers()} | set(model.state_dict()), dict(model.named_parameters())
+    names = [name for name in after if name not in known or name in own]
     missing = [name for name in names if name not in before]
     if missing:
         raise UnbatchError(

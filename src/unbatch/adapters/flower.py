@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from unbatch.loss import Loss
 from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
 from unbatch.reporting.results import Audit
+from unbatch.truth import Truth
 
 BUNDLE, RECORD, AUDIT, PAGE = "update.safetensors", "exchange.json", "audit.json", "report.html"
 HELD = "the client's guard holds this update back."  # all that the server is told: why is the client's own matter
@@ -42,6 +43,9 @@ log = logging.getLogger("unbatch.flower")
 
 Mod = Callable[[Any, Any, Callable[[Any, Any], Any]], Any]
 Batch = Callable[[Any, Any], tuple[Tensor, Tensor]]  # (message, context) -> inputs and labels behind this round
+Private = Callable[
+    [int, Mapping[str, Any]], tuple[Tensor, Tensor]
+]  # (round, what was told) -> the same, in a simulation
 
 
 def guard_mod(
@@ -218,6 +222,14 @@ class ExchangeRecord:
     problem: str = ""
 
 
+class _Kept(NamedTuple):
+    """An exchange of this round, to be audited."""
+
+    record: ExchangeRecord
+    exchange: WeightsExchange
+    told: Mapping[str, Any]
+
+
 class Audited:
     """A Flower strategy with a witness: what every client sends is kept in a file of its own and, if asked, audited.
 
@@ -232,7 +244,9 @@ class Audited:
     all written whole or not at all, for their owner alone to read. The difference of weights, local steps, learning rate,
     batch sizes and buffers are taken from the exchange as far as it tells (`weights_exchange`); `told` is what both sides
     know besides (the app's run_config), `protocol` and `knowledge` say the rest. The attacks of each audit share `seconds`,
-    after the round's aggregation and before its end. An error in any of this is recorded and logged; it stops no round.
+    after the round's aggregation and before its end. A server has no private examples, so there are no scores; in a
+    simulation `truth(round, told)` gives them, inputs [n, ...] and labels, where a client's metrics tell which it is.
+    An error in any of this is recorded and logged; no round is stopped by it.
     Raises UnbatchError: Flower is missing, this is no strategy or no module, or the folder holds exchanges already.
     """
 
@@ -247,6 +261,7 @@ class Audited:
         told: Mapping[str, Any] | None = None,
         knowledge: Knowledge | None = None,
         audits: bool = False,
+        truth: Private | None = None,
         attacks: OneOrMore[Attack] | None = None,
         analyses: OneOrMore[Analysis] | None = None,
         seconds: float = 60.0,
@@ -257,7 +272,7 @@ class Audited:
         self.strategy, self.model, self.loss = strategy, model, loss
         self.folder = _empty_folder(Path(folder))
         self.protocol, self.told, self.knowledge = protocol, dict(told or {}), knowledge
-        self.audits, self.seconds, self.seed = audits, seconds, seed
+        self.audits, self.truth, self.seconds, self.seed = audits, truth, seconds, seed
         self.attacks = None if attacks is None else Attack.several(attacks)
         self.analyses = None if analyses is None else Analysis.several(analyses)
         self.records = list[ExchangeRecord]()
@@ -290,7 +305,7 @@ class Audited:
 
     def aggregate_train(self, server_round: int, replies: Iterable[Any]) -> Any:
         """The strategy's aggregate of this round; what each client sent is written, and audited."""
-        replies, kept = list(replies), list[tuple[ExchangeRecord, WeightsExchange]]()
+        replies, kept = list(replies), list[_Kept]()
         for reply in replies:
             client = str(reply.metadata.src_node_id)
             with self._kept(server_round, client, kept) as take:
@@ -314,7 +329,7 @@ class Audited:
 
     def aggregate_fit(self, server_round: int, results: list[Any], failures: list[Any]) -> Any:
         """The strategy's aggregate of this round; what each client sent is written, and audited."""
-        kept = list[tuple[ExchangeRecord, WeightsExchange]]()
+        kept = list[_Kept]()
         summed = len(results) > 1 and len({id(result.parameters) for _, result in results}) == 1
         for proxy, result in results:
             with self._kept(server_round, str(proxy.cid), kept) as take:
@@ -329,7 +344,7 @@ class Audited:
 
     @contextmanager
     def _kept(
-        self, round_: int, client: str, kept: list[tuple[ExchangeRecord, WeightsExchange]]
+        self, round_: int, client: str, kept: list[_Kept]
     ) -> Iterator[Callable[[Any, Mapping[str, Any], Any], None]]:
         """Write what one client sent, or why it could not be; nothing that fails in it is passed on."""
         name = _name(round_, client)
@@ -358,7 +373,7 @@ class Audited:
             exchange.observation(self.loss).save(path)
             record.bundle = f"{record.place}/{BUNDLE}"
             record.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            kept.append((record, exchange))
+            kept.append(_Kept(record, exchange, told))
 
         try:
             yield take
@@ -367,12 +382,12 @@ class Audited:
             log.warning("round %s, client %s: %s", round_, client, record.problem)
         self._write(record)
 
-    def _audit(self, kept: Sequence[tuple[ExchangeRecord, WeightsExchange]]) -> None:
+    def _audit(self, kept: Sequence[_Kept]) -> None:
         """Audit what was kept of this round. What fails is recorded, and the others are audited all the same."""
-        for record, exchange in kept if self.audits else ():
+        for record, exchange, told in kept if self.audits else ():
             start = time.monotonic()
             try:
-                found = self._audited(exchange)
+                found = self._audited(exchange, self._truth(record.round, told))
                 place = _made(self.folder, record.place)
                 found.save(place / AUDIT)
                 found.to_html(place / PAGE)
@@ -383,15 +398,22 @@ class Audited:
             record.seconds = time.monotonic() - start
             self._write(record)
         if kept and self.audits:
-            log.info("round %s: %s", kept[0][0].round, "; ".join(r.headline or r.problem for r, _ in kept))
+            log.info("round %s: %s", kept[0].record.round, "; ".join(r.headline or r.problem for r, *_ in kept))
 
-    def _audited(self, exchange: WeightsExchange) -> Audit:
+    def _truth(self, round_: int, told: Mapping[str, Any]) -> Truth | None:
+        if self.truth is None:
+            return None
+        inputs, labels = self.truth(round_, told)
+        return Truth(inputs=inputs, labels=labels)
+
+    def _audited(self, exchange: WeightsExchange, truth: Truth | None) -> Audit:
         if not exchange.steps_told:
             raise UnbatchError(UNTOLD)
         if not exchange.moved:
             raise UnbatchError("the weights came back as they went out: there is nothing to audit.")
         found = audit(
             exchange.observation(self.loss),
+            truth=truth,
             attacks=self.attacks,
             analyses=self.analyses,
             seeds=(self.seed,),
