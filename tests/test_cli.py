@@ -178,6 +178,25 @@ def test_a_captured_file_is_made_a_bundle_and_audited_as_it_is(here: Path, capsy
     assert "read from before.npz, sha256" in record.data_notes[0]
 
 
+def test_rows_of_a_captured_table_stand_in_their_own_units(here: Path) -> None:
+    Path("people.csv").write_text("age,job,label\n40,cook,yes\n20,clerk,no\n60,cook,no\n")
+    Path("tabular.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))\n"
+    )
+    from unbatch.command.named import load_model
+    from unbatch.data import read
+
+    data, model = read("people.csv"), load_model("tabular:net")
+    row, label = data.inputs[:1], data.labels[:1]  # whose age is the mean: 0 in standard deviations
+    observe(model, torch.nn.functional.cross_entropy, row, label)[0].save("captured.safetensors")
+    words = ("--observation", "captured.safetensors", "--model", "tabular:net", "--attack", "bias-ratio")
+    record = audit(*words, "--data", "people.csv", "--batch", "1")
+    assert record.clients[0].pictures == ["age = 40, job = cook"]
+    assert record.runs[0].examples[0].picture == "age = 40, job = cook"
+    assert record.clients[0].labels == ["yes"]
+    assert "<mark>" not in Path("audit/report.html").read_text()
+
+
 def test_risk(here: Path, capsys) -> None:
     assert call("risk", "digits:batch=5,width=32") == 0
     said = " ".join(capsys.readouterr().out.split())

@@ -95,6 +95,7 @@ PEOPLE = Table(
 
 def test_categories_are_rounded_in_words_and_valid_in_draws() -> None:
     assert PEOPLE.render(torch.tensor([0.3, 0.4, -0.1, 0.2])) == "job = cook, age = 39, town = Oslo"
+    assert Table(shape=(2,)).render(torch.tensor([-2.7e-8, 2.7e-5])) == "x0 = 0, x1 = 2.7e-05"
     drawn = PEOPLE.prior(200, rng())
     assert set(map(tuple, drawn[:, :2].tolist())) == {(0.0, 1.0), (1.0, 0.0)}
     assert bool((drawn[:, 3] == 1).all())

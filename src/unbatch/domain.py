@@ -16,6 +16,7 @@ from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.raster import curves, has_sides, png, tiles
 
+UNSEEN = 1e-6  # of a column's unit, below which a value is shown as 0
 MANY_COLUMNS, SHOWN_COLUMNS = 200, 100  # a longer row is not shown whole, so many columns of it are
 
 
@@ -178,7 +179,8 @@ class Table(Domain):
         for i, name in enumerate(names):
             group = group_of.get(i, ())
             if not group:
-                parts.append(f"{name} = {units[i][0] + units[i][1] * float(values[i]):.4g}")
+                value = units[i][0] + units[i][1] * float(values[i])
+                parts.append(f"{name} = {0 if abs(value) < UNSEEN * abs(units[i][1]) else value:.4g}")
             elif i == group[0]:
                 parts.append(self._category(group, names, int(values[list(group)].argmax())))
         if len(parts) <= MANY_COLUMNS:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from unbatch.domain import Domain
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Truth:
@@ -20,6 +22,8 @@ class Truth:
     inputs: Tensor  # [n, *input_shape]
     labels: Tensor  # [n]
     notes: Sequence[str] = ()  # what was done to read them, for the report
+    domain: Domain | None = None  # of the file that they come from: names, units and categories of its columns
+    classes: Sequence[str] = ()  # names of the labels
 
     def __len__(self) -> int:
         return len(self.inputs)

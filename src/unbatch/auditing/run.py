@@ -163,7 +163,7 @@ class _Plan:
                     "a captured update already has its defences in it, and no other can be tried; leave `remedies` out."
                 )
             target = (declared(target, self.defences) if self.defences else target).as_rounded()
-            self.domain = View.of(target).domain
+            self.domain = (truth.domain if truth is not None else None) or View.of(target).domain
             self.exchanges = [(_moved(target, device) if device else target, truth)]
             if truth is not None:
                 self.settings = [_known(target, truth, self.domain)]
@@ -431,7 +431,7 @@ def _moved(obs: Observation, device: str) -> Observation:
 
 def _known(obs: Observation, truth: Truth, domain: Domain) -> Setting:
     held = {"inputs": truth.inputs, "labels": truth.labels, "domain": domain, "protocol": obs.protocol}
-    return Setting(model=obs.model, loss=obs.loss, notes=truth.notes, **held)  # type: ignore[arg-type]
+    return Setting(model=obs.model, loss=obs.loss, notes=truth.notes, classes=truth.classes, **held)  # type: ignore[arg-type]
 
 
 def _settings(target: Target) -> list[Setting]:

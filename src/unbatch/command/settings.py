@@ -292,7 +292,8 @@ def _captured(asked: Asked, path: Path) -> Target:
     if asked.data is not None:
         batch = _client(asked)
         held = batch.inputs.to(obs.dtype) if batch.inputs.is_floating_point() else batch.inputs
-        truth = Truth(inputs=held, labels=batch.labels, notes=batch.notes)
+        told = {"notes": batch.notes, "domain": batch.domain, "classes": batch.classes}
+        truth = Truth(inputs=held, labels=batch.labels, **told)  # type: ignore[arg-type]
     known = obs.knowledge | _known(asked.knows, batch)
     return Target(what=replace(obs, knowledge=known), truth=truth)
 

@@ -232,6 +232,20 @@ class Card:
             return None
         return [(name, true, got) for (name, _, true), (_, _, got) in zip(*sides, strict=True)]
 
+    @staticmethod
+    def alike(one: str, other: str) -> bool:
+        """Whether two values in words are one, to a unit in the last of the four digits that are shown.
+
+        >>> Card.alike("0.1235", "0.1234"), Card.alike("39", "38"), Card.alike("cook", "clerk")
+        (True, False, False)
+        """
+        try:
+            a, b = float(one), float(other)
+        except ValueError:
+            return one == other
+        largest = max(abs(a), abs(b))
+        return a == b or (largest > 0 and abs(a - b) <= 1.01 * 10.0 ** (math.floor(math.log10(largest)) - 3))
+
     @property
     def texts(self) -> tuple[list[Piece], list[Piece]] | None:
         """The private and the recovered text, token by token; None where the examples are no texts."""
