@@ -204,6 +204,31 @@ def test_risk(here: Path, capsys) -> None:
     assert "rank 5" in said
 
 
+def test_risk_of_a_model_alone_draws_its_inputs(here: Path, capsys) -> None:
+    Path("alone.py").write_text(
+        "from torch import nn\n"
+        "def flat():\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 3))\n"
+        "def windows():\n    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), "
+        "nn.Linear(8, 3))\n"
+        "def volumes():\n    return nn.Sequential(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(16, 3))\n"
+        "def words():\n    return nn.Sequential(nn.Embedding(50, 4), nn.Flatten(), nn.Linear(64, 3))\n"
+    )
+    analysis = ("--analysis", "gradient-rank")
+    for name, shape in (("flat", "[1, 28, 28]"), ("windows", "[1, 32, 32]"), ("words", "[16]")):
+        assert call("risk", "--model", f"alone:{name}", *analysis) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"no data were given: 1 input of shape {shape} and labels were drawn" in said
+        assert "rank" in said
+    assert call("risk", "--model", "alone:windows", "--shape", "1,12,12", "--batch", "2", *analysis) == 0
+    assert "2 inputs of shape [1, 12, 12]" in " ".join(capsys.readouterr().out.split())
+    assert call("risk", "--model", "alone:volumes", *analysis) == 2
+    assert "takes none of the usual inputs" in capsys.readouterr().err
+    assert call("risk", "--model", "alone:volumes", "--shape", "1,4,4,4", *analysis) == 0
+    assert call("risk", "--model", "alone:flat", "--shape", "1,9", *analysis) == 2
+    assert call("risk", "--model", "alone:flat", "--shape", "big", *analysis) == 2
+    assert "give the sides of one input" in capsys.readouterr().err
+
+
 def test_risk_draws_the_way_back_to_the_input(here: Path, capsys) -> None:
     assert call("risk", "photos:size=16,model=cnn2-c2") == 0
     said = " ".join(capsys.readouterr().out.split())

@@ -81,12 +81,12 @@ TRIED = {  # every option of a command with a target, with a value that asks for
     "loss": ["squared-error"], "reduction": ["sum"], "size": ["5"], "batch": ["1"], "knows": ["mode=eval"],
     "protocol": ["mode=eval"], "defence": ["clip:norm=0.5"], "remedy": ["prune"], "metric": ["label-accuracy"],
     "analysis": ["gradient-rank"], "attack": ["bias-ratio"], "suite": [LATEST], "seed": ["3"], "budget": ["7"],
-    "before": ["drawn.safetensors"], "as_": ["delta"], "scale": ["-1"],
+    "shape": ["3,4,4"], "before": ["drawn.safetensors"], "as_": ["delta"], "scale": ["-1"],
     "device": ["cpu"], "classes": ["3"], "family": ["clip"], "rounds": ["2"], "seconds": ["5"], "target_psnr": ["30"],
 }  # fmt: skip
 TRIED_ON = {("weights", "a table"): ["rows.safetensors"], ("classes", "pictures"): ["class1,class0"]}
 OF_OUTPUT = {"case", "folder", "resume", "force", "save_images", "as_json", "quiet"}  # held by tests of their own
-OF_FILES = {"before", "as_", "scale"}
+OF_FILES = {"before", "as_", "scale", "shape"}  # of captured files, and of a model alone
 REFUSED = {  # what a target has no use for, beside the options that name another target
     "a case": {"loss", "reduction", "size", "batch", "weights", "classes", "model", "data", "observation", *OF_FILES},
     "arrays": {"size", *OF_FILES},
@@ -94,7 +94,7 @@ REFUSED = {  # what a target has no use for, beside the options that name anothe
     "a table": {"size", *OF_FILES},
     "a capture": {"size", "batch", "weights", "remedy", "metric", "classes", *OF_FILES},
     "a capture and its truth": {"size", "weights", "remedy", *OF_FILES},
-    "a captured file": {"size", "batch", "remedy", "metric", "classes"},
+    "a captured file": {"shape", "size", "batch", "remedy", "metric", "classes"},
 }
 COMMANDS = {name: typer.main.get_command(app).commands[name] for name in ("audit", "risk", "harden")}
 

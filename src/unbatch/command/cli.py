@@ -194,7 +194,7 @@ def audit_command(
 
 @app.command()
 def risk(
-    case: Annotated[str | None, typer.Argument(help="A built-in case, or give --model.")] = None,
+    case: Annotated[str | None, typer.Argument(help="A built-in case, or --model, with or without --data.")] = None,
     model: Model = None,
     weights: Weights = None,
     data: DataPath = None,
@@ -209,6 +209,7 @@ def risk(
     scale: Scale = None,
     analysis: Analyses = None,
     defence: Defences = None,
+    shape: Annotated[str | None, typer.Option(metavar="3,32,32", help="Of one input, where no data are given.")] = None,
     protocol: Rules = None,
     knows: Knows = None,
     budget: Annotated[
@@ -221,7 +222,7 @@ def risk(
     from unbatch.auditing.run import audit as run
     from unbatch.command.settings import Asked, refuse_unused, target_of
 
-    asked = Asked.of(locals())
+    asked = Asked.of(locals() | {"may_draw": True})
     refuse_unused(asked, defence=defence)
     target = target_of(asked)
     record = run(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from unbatch.adapters.huggingface import own_labels, with_its_loss
@@ -16,6 +17,7 @@ from unbatch.auditing.suites import suite as attacks_of
 from unbatch.bundle import holds_state, is_bundle, model_name
 from unbatch.case import Case, Setting
 from unbatch.command.named import load_loss, load_model, load_weights
+from unbatch.command.stand_in import stand_in_inputs
 from unbatch.data import Data, read
 from unbatch.data.exchange import SENT, Sent, read_exchange
 from unbatch.errors import UnbatchError
@@ -50,8 +52,10 @@ class Asked:
     before: Path | None = None
     as_: str | None = None
     scale: float | None = None
+    shape: str | None = None
     protocol: str | None = None
     knows: Sequence[str] = ()
+    may_draw: bool = False  # whether a batch is drawn where there is neither data nor an update
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Asked:
@@ -80,18 +84,24 @@ class Asked:
                 "nothing to audit: give a case (`unbatch list cases`), or --model package.module:factory with --data or "
                 f"--observation.{lone}"
             )
-        if self.case is None and self.data is None and self.observation is None:
+        if self.case is None and self.data is None and self.observation is None and not self.may_draw:
             raise UnbatchError(
                 "--model alone is not enough: give --data for its private batch, or --observation for an update."
             )
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a model alone, for which a batch is drawn."""
+        return self.may_draw and self.case is None and self.data is None and self.observation is None
 
     def _unused(self) -> dict[str, str]:
         """The options that this target has no use for, and what to write instead."""
         if self.case is not None:
             name, joint = self.case, "," if ":" in self.case else ":"
-            own = {option: f"write it as {name}{joint}{option}={value}." for option, value in _OF_CASES.items()}
+            own = {"shape": "a case has its own."}
+            own |= {option: f"write it as {name}{joint}{option}={value}." for option, value in _OF_CASES.items()}
             if self.model is not None:
-                own = {"batch": own["batch"]}
+                own = {"batch": own["batch"], "shape": own["shape"]}
             return {
                 **own,
                 **self._unused_of_capture(),
@@ -108,11 +118,17 @@ class Asked:
         if self.data is None:
             unused["size"] = "it resizes the pictures of --data, and there is none."
             unused["classes"] = "it numbers the labels of --data, and there is none."
+            if self.drawn:
+                return unused | self._unused_of_capture()
             unused["batch"] = (
                 "it takes the first examples of --data; --knows batch_size=N tells what an attacker knows."
             )
         elif not self.data.is_dir():
             unused["size"] = f"it resizes the pictures of a folder, and {self.data} is none; resize the data itself."
+        if not self.drawn:
+            unused["shape"] = (
+                "it is for a model alone, whose inputs are drawn; --knows input_shape=... tells an attacker."
+            )
         return unused | self._unused_of_capture()
 
     def _unused_of_capture(self) -> dict[str, str]:
@@ -197,7 +213,7 @@ def target_of(asked: Asked) -> Target:
     elif asked.observation is not None:
         return _captured(asked, asked.observation)
     else:
-        settings = [_client(asked)]
+        settings = [_drawn(asked) if asked.drawn else _client(asked)]
     rules = _rules(asked.protocol) if asked.protocol else None
     if rules is not None and not (rules.local_steps or rules.epochs):
         _refuse_idle(rules)
@@ -268,6 +284,28 @@ def _client(asked: Asked) -> Setting:
             return setting(_in_the_loss_s_form(examples, network, criterion))
         except Exception:  # the loss is the user's: anything may go wrong in it, and the first error is the one to say
             raise UnbatchError(f"{error} How {data} was read: {' '.join(examples.notes)}") from error
+
+
+def _drawn(asked: Asked) -> Setting:
+    """A client with a batch that is drawn, for what can be said of a network before there is any data."""
+    network, criterion = _network_and_loss(asked)
+    rng, n = torch.Generator().manual_seed(0), asked.batch or 1
+    inputs = stand_in_inputs(network, None if asked.shape is None else _sides(asked.shape), n, rng)
+    outputs = forward(network, inputs.to(next(network.parameters()).device))
+    labels = LabelForm.of(criterion, tuple(outputs.shape[1:]), device=outputs.device).draw(n, rng, outputs)
+    note = (
+        f"no data were given: {n} input{'s' * (n != 1)} of shape {list(inputs.shape[1:])} and labels were drawn (seed 0). "
+        "Counts and ranks are those of nearly every batch of this size; bounds and condition numbers are of this one."
+    )
+    return Setting(model=network, loss=criterion, inputs=inputs, labels=labels, notes=[note], name=asked.model or "")
+
+
+def _sides(words: str) -> tuple[int, ...]:
+    """The sides of an input, 3,32,32 in words. Raises UnbatchError: they are none."""
+    parts = words.replace("x", ",").split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UnbatchError(f"--shape {words!r}: give the sides of one input, such as 3,32,32.")
+    return tuple(int(part) for part in parts)
 
 
 def _in_the_loss_s_form(examples: Data, network: nn.Module, loss: Loss) -> Data:
