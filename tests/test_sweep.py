@@ -369,6 +369,17 @@ def test_a_worker_that_dies_costs_its_own_job_alone(name: str, tmp_path: Path, q
     assert "its worker died" in found.current[1].words
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ray", "dask"])
+def test_one_job_at_a_time_on_a_cluster_is_not_in_this_process(name: str, quiet_engines: None) -> None:
+    with engine(name, 1) as spread:
+        assert os.getpid() not in set(spread(process, range(3)))
+
+
+def process(number: int) -> int:
+    return os.getpid()
+
+
 @pytest.fixture
 def quiet_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Workers find the tests' modules, and clusters ask nobody for anything."""

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from unbatch.errors import MissingExtra, UnbatchError
 
 ENGINES = ("local", "ray", "dask")
+ASIDE = 2  # workers from which joblib leaves this process: of one it thinks that it may as well be this one
+WORKERS_BACK = 60  # seconds in which Dask's workers must be there, or there again
 OBJECT_STORE = 100 * 2**20  # bytes that a Ray started here keeps for results: an audit's JSON is far smaller
 
 Given = TypeVar("Given")
@@ -84,6 +86,9 @@ def _ray(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str,
         supports_retrieve_callback = True
         supports_return_generator = True
 
+        def effective_n_jobs(self, n_jobs: int) -> int:
+            return max(int(super().effective_n_jobs(n_jobs)), ASIDE)
+
     joblib.register_parallel_backend("unbatch-ray", StreamingRay)
     if not ray.is_initialized():
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -97,7 +102,7 @@ def _ray(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str,
             }
             ray.init(**size, **quiet)
         started.callback(ray.shutdown)
-    return {"backend": "unbatch-ray", "ray_remote_args": {"num_cpus": threads}}
+    return {"backend": "unbatch-ray", "ray_remote_args": {"num_cpus": threads if jobs >= ASIDE else threads / ASIDE}}
 
 
 def _dask(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str, Any]:
@@ -110,6 +115,9 @@ def _dask(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str
 
     class FailingDask(DaskDistributedBackend):  # type: ignore[misc]  # of a package without types
         """Dask's backend, where a job whose workers died is an error: joblib's own waits for it for ever."""
+
+        def effective_n_jobs(self, n_jobs: int) -> int:
+            return max(int(super().effective_n_jobs(n_jobs)), ASIDE)
 
         def submit(self, func: Any, callback: Any = None) -> Any:
             done = super().submit(func, callback)
@@ -131,4 +139,4 @@ def _dask(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str
         size = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
         address = started.enter_context(LocalCluster(**size)).scheduler_address  # type: ignore[no-untyped-call]
     client = started.enter_context(Client(address))  # type: ignore[no-untyped-call]
-    return {"backend": "unbatch-dask", "client": client}
+    return {"backend": "unbatch-dask", "client": client, "wait_for_workers_timeout": WORKERS_BACK}
