@@ -87,22 +87,29 @@ def _ray(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str,
         supports_return_generator = True
 
         def effective_n_jobs(self, n_jobs: int) -> int:
-            return max(int(super().effective_n_jobs(n_jobs)), ASIDE)
+            return max(int(super().effective_n_jobs(n_jobs)), ASIDE)  # type: ignore[no-untyped-call]
 
     joblib.register_parallel_backend("unbatch-ray", StreamingRay)
+    needed = max(jobs, ASIDE) * threads
     if not ray.is_initialized():
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address:
             ray.init(address=address, **quiet)
         else:
             size: dict[str, Any] = {
-                "num_cpus": jobs * threads,
+                "num_cpus": needed,
                 "object_store_memory": OBJECT_STORE,
                 "include_dashboard": False,
             }
             ray.init(**size, **quiet)
         started.callback(ray.shutdown)
-    return {"backend": "unbatch-ray", "ray_remote_args": {"num_cpus": threads if jobs >= ASIDE else threads / ASIDE}}
+    held = int(ray.cluster_resources().get("CPU", 0))
+    if held < needed:
+        raise UnbatchError(
+            f"Ray's cluster has {held} processors, and {max(jobs, ASIDE)} workers of {threads} threads need {needed}; give "
+            f"fewer --jobs or --threads (there are {ASIDE} workers at least)."
+        )
+    return {"backend": "unbatch-ray", "ray_remote_args": {"num_cpus": threads}}
 
 
 def _dask(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str, Any]:
