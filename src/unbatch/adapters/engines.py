@@ -103,7 +103,7 @@ def _ray(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str,
             }
             ray.init(**size, **quiet)
         started.callback(ray.shutdown)
-    held = int(ray.cluster_resources().get("CPU", 0))
+    held = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
     if held < needed:
         raise UnbatchError(
             f"Ray's cluster has {held} processors, and {max(jobs, ASIDE)} workers of {threads} threads need {needed}; give "
