@@ -138,7 +138,7 @@ def test_a_curve_follows_the_number_that_varies() -> None:
     assert one.dots[2].words == "0.1: no attack returned anything"
     assert one.dots[2].score is None, "what failed is no score of zero"
     assert one.lines("score") == [], "an undefended client is no strength of the defence"
-    assert one.cut
+    assert (one.axis.high, one.axis.bend, one.cut) == (180, 60, False)
     assert one.ticks == two.ticks, "curves of one metric have one axis"
     assert one.dots[0].score is not None
     assert one.dots[1].score is not None

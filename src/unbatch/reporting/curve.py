@@ -39,6 +39,7 @@ class Curve:
     name: str  # of the defence, with a dot in place of the number
     metric: str
     info: MetricInfo
+    axis: Axis
     dots: Sequence[Dot]
     ticks: Sequence[tuple[float, str]]  # pixels from the top, and words
     cut: bool  # something lies beyond the axis
@@ -141,6 +142,7 @@ def _curve(
         name=name,
         metric=metric,
         info=info,
+        axis=axis,
         dots=dots,
         ticks=[(round(HEIGHT * (1 - at / 100), 1), words) for at, words in axis.ticks],
         cut=not axis.log and max(beyond, default=0.0) > axis.high,
