@@ -57,7 +57,8 @@ class Setting:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", unwrapped(self.model))
         if not isinstance(self.inputs, Tensor) or not isinstance(self.labels, Tensor):
-            raise UnbatchError("inputs and labels are tensors; convert them with torch.as_tensor.")
+            several = isinstance(self.inputs, tuple | list | dict)
+            raise UnbatchError(f"inputs and labels are tensors; {_SEVERAL if several else _CONVERT}")
         if self.inputs.ndim < 2 or not len(self.inputs):
             raise UnbatchError(f"inputs of shape {tuple(self.inputs.shape)} are no batch; give [n, ...] with n >= 1.")
         if len(self.labels) != len(self.inputs):
@@ -125,6 +126,13 @@ class Setting:
         if isinstance(self.domain, Tokens) and label.shape == self.domain.shape and not label.is_floating_point():
             return self.domain.render(label.masked_fill(label < 0, self.domain.padding or 0))
         return label_words(label, self.classes)
+
+
+_CONVERT = "convert them with torch.as_tensor."
+_SEVERAL = (
+    "a model of several inputs is audited on one of them: wrap it in a module whose forward takes that one and holds the "
+    "others, or takes all in one tensor and splits it."
+)
 
 
 def _of_its_vocabulary(model: nn.Module, domain: Tokens) -> Tokens:

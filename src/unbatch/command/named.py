@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from unbatch.command.blame import lines_of
 from unbatch.errors import UnbatchError
@@ -109,6 +110,25 @@ def _state(path: Path) -> dict[str, Tensor]:
             f"--weights {path} holds no state_dict; save model.state_dict(), which maps names to tensors."
         )
     return {str(name): tensor for name, tensor in held.items()}
+
+
+def load_dataset(spec: str) -> Dataset[Any] | DataLoader[Any]:
+    """The Dataset or DataLoader that ``package.module:name`` names, or that the function of that name returns.
+
+    Raises UnbatchError: it cannot be imported, fails, or is neither.
+    """
+    with _seeded():
+        made = _named(spec, "data")
+        if not isinstance(made, Dataset | DataLoader) and callable(made):
+            try:
+                made = made()
+            except (Exception, SystemExit) as error:
+                raise UnbatchError(f"--data {spec} fails: {_told(error)} Mend it there.") from error
+    if not isinstance(made, Dataset | DataLoader):
+        raise UnbatchError(
+            f"{spec} gave {type(made).__name__}; name a torch Dataset, a DataLoader, or a function of one."
+        )
+    return made
 
 
 def load_loss(spec: str | None, reduction: str | None) -> Loss:

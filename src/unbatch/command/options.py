@@ -39,7 +39,10 @@ Weights = Annotated[
 ]
 DataPath = Annotated[
     Path | None,
-    typer.Option(help="Your data: an .npz file, a .csv file or a folder of images; the truth of an --observation."),
+    typer.Option(
+        help="Your data: an .npz file (inputs, labels), a .csv file, a folder of images, or package.module:name of a torch "
+        "Dataset or DataLoader; the truth of an --observation."
+    ),
 ]
 LossName = Annotated[
     str | None,

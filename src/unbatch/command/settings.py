@@ -16,9 +16,9 @@ from unbatch.adapters.huggingface import own_labels, with_its_loss
 from unbatch.auditing.suites import suite as attacks_of
 from unbatch.bundle import holds_state, is_bundle, model_name
 from unbatch.case import Case, Setting
-from unbatch.command.named import load_loss, load_model, load_weights
+from unbatch.command.named import load_dataset, load_loss, load_model, load_weights
 from unbatch.command.stand_in import stand_in_inputs
-from unbatch.data import Data, read
+from unbatch.data import Data, read, read_dataset
 from unbatch.data.exchange import SENT, Sent, read_exchange
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge, check_fields
@@ -376,6 +376,8 @@ def _examples(asked: Asked, path: Path) -> Data:
     """The first `--batch` examples of `--data`. Raises UnbatchError: it holds fewer."""
     words = asked.classes
     names = None if words is None else int(words) if words.strip().isdecimal() else words.split(",")
+    if ":" in str(path) and not path.exists():
+        return read_dataset(load_dataset(str(path)), batch=asked.batch, classes=names)
     examples = read(path, size=asked.size, classes=names)
     held = len(examples.inputs)
     if not held:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from unbatch.data.arrays import read_arrays
+from unbatch.data.datasets import read_dataset as read_dataset
 from unbatch.data.examples import Data as Data
 from unbatch.data.labels import Classes
 from unbatch.data.pictures import read_pictures

@@ -45,16 +45,23 @@ def read_arrays(path: Path, classes: Classes) -> Data:
             f"{path} holds {', '.join(arrays) or 'nothing'}; it needs one of {', '.join(INPUT_NAMES)} and one of "
             f"{', '.join(LABEL_NAMES)}."
         )
-    notes = list[str]()
     try:
-        with np.errstate(all="ignore"):  # what is not finite afterwards is refused
-            inputs = _inputs(x, notes)
         if classes is None and "classes" in arrays:
             classes = named_classes([str(name) for name in arrays["classes"].ravel().tolist()])
-        with np.errstate(all="ignore"):
-            labels = _labels(y, classes)
+        return data_of(x, y, classes)
     except UnbatchError as error:
         raise UnbatchError(f"{path}: {error}") from None
+
+
+def data_of(x: np.ndarray, y: np.ndarray, classes: Classes) -> Data:
+    """Inputs and labels as a model and a loss take them, each kind of number by its own rule.
+
+    Raises UnbatchError: text, complex numbers, whole numbers without a range, labels of no known form.
+    """
+    notes = list[str]()
+    with np.errstate(all="ignore"):  # what is not finite afterwards is refused
+        inputs = _inputs(x, notes)
+        labels = _labels(y, classes)
     notes += labels.notes
     return Data(inputs=inputs, labels=labels.values, domain=domain_of(inputs), classes=labels.classes, notes=notes)
 
