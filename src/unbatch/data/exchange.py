@@ -22,8 +22,8 @@ from unbatch.update import as_rounded, as_update, some, state_difference
 Sent = Literal["gradient", "weights", "delta"]
 SENT: tuple[str, ...] = get_args(Sent)
 LIKE_THE_MODEL = 0.3  # relative: what the model's parameters may leave of a file that is taken for them
-LIKE_SIZES = 2.0  # factor within which every tensor of a model is as large as the model's own
-FEWEST_TENSORS = 4  # of which that is no chance
+LIKE_SIZES = 2.0  # factor within which every matrix of a model is as large as the model's own
+FEWEST_MATRICES = 2  # of which that is no chance
 NEAR_ONE = 0.5  # root mean square, by which scales of norm layers may differ from 1
 SMALL, UNLIKE = 0.5, 0.5  # size beside the model before, and what that leaves of it, of a gradient or a difference
 FAR = 1.2  # of the parameters' size: how far two states of one model may be apart; two draws are 1.4
@@ -167,9 +167,10 @@ def _signs_of_weights(held: Payload, network: nn.Module) -> Iterator[str]:
     ones = [sent[name].double() for name in scales if name in sent]
     if ones and all(float((tensor - 1).square().mean().sqrt()) < NEAR_ONE for tensor in ones):
         yield "the scales of its norm layers are near 1"
-    sizes = {name: float(sent[name].double().norm() / own[name].double().norm()) for name in sent if own[name].any()}
-    if len(sizes) >= FEWEST_TENSORS and all(1 / LIKE_SIZES < size < LIKE_SIZES for size in sizes.values()):
-        yield f"each of its tensors is as large as the model's own, {some(list(sizes), 2)}"
+    matrices = [name for name in sent if own[name].ndim > 1 and own[name].any()]  # vectors move far in training
+    sizes = {name: float(sent[name].double().norm() / own[name].double().norm()) for name in matrices}
+    if len(sizes) >= FEWEST_MATRICES and all(1 / LIKE_SIZES < size < LIKE_SIZES for size in sizes.values()):
+        yield f"each of its matrices is as large as the model's own, {some(list(sizes), 2)}"
 
 
 def _check_difference(network: nn.Module, update: Mapping[str, Tensor], path: Path, notes: list[str]) -> None:
