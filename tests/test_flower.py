@@ -508,6 +508,7 @@ def test_an_audited_strategy_is_a_strategy_and_has_its_own_s_attributes(tmp_path
 SIMULATED = """
 import logging, os, sys
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+os.environ["RAY_ADDRESS"] = "local"  # a cluster of its own, whatever else runs on this machine
 sys.path.insert(0, sys.argv[2])
 from test_flower import F, SHAPE, ArrayRecord, Audited, ConfigRecord, guarded, message_app, message_strategy, model
 from test_flower import numpy_app, numpy_strategy
