@@ -393,12 +393,7 @@ def quiet_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-GRID = """
-case = ["digits:batch=1,width=16", "digits:batch=2,width=16", "digits:batch=4,width=16", "digits:batch=8,width=16"]
-defence = ["", "noise:sigma=0.001", "noise:sigma=0.1", "clip:norm=1,noise:sigma=0.01"]
-attack = [["bias-ratio", "label-count"], "layer-by-layer", "gradient-matching:iterations=20"]
-analysis = "gradient-rank"
-"""
+GRID = (Path(__file__).parent / "grid.toml").read_text()
 
 
 def started(folder: Path, *words: str) -> subprocess.Popen[bytes]:
