@@ -274,6 +274,25 @@ def test_the_table_answers_sql_and_writes_files(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "two.csv").read_text().startswith("key,setting,defence,batch")
 
 
+def test_without_pictures_everything_counts_as_before() -> None:
+    from audits import captured, exact
+
+    for audit in (exact(), captured()):
+        whole = Trial.of(audit)
+        light = whole.without_pictures()
+        assert light.rows() == whole.rows()
+        assert light.audit is not None
+        assert light.audit.counts == audit.counts
+        assert "data:image" not in light.model_dump_json()
+        assert "data:image" in whole.model_dump_json()
+
+
+def test_the_command_line_starts_without_engines_and_tables() -> None:
+    slow = {"ray", "distributed", "dask", "duckdb", "joblib", "mlflow", "torch"}
+    code = f"import sys, unbatch.command.cli; sys.exit(bool({slow} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_numbers_that_json_lacks_come_through_the_table() -> None:
     from audits import an_audit, example, run
 

@@ -320,7 +320,11 @@ def gate(
         "max_psnr": max_psnr,
         "require_bound_psnr": require_bound_psnr,
     }
-    found = folder_breaches(Trials.at(path), **limits) if path.is_dir() else breaches(audit_at(path), **limits)
+    found = (
+        folder_breaches(Trials.at(path, pictures=False), **limits)
+        if path.is_dir()
+        else breaches(audit_at(path), **limits)
+    )
     for words in found:
         err.print(f"breach: {words}", soft_wrap=True, markup=False)
     if found:

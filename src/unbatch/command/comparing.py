@@ -26,7 +26,7 @@ def compare_command(
     from unbatch.reporting.spot import spots
     from unbatch.reporting.trials import Trials
 
-    trials = Trials.at(*audits)
+    trials = Trials.at(*audits, pictures=False)
     write_comparison(trials, to)
     place.print(headline(spots(trials)), style="bold", markup=False, soft_wrap=True)
     place.print(f"wrote {to}", markup=False, soft_wrap=True)

@@ -55,14 +55,14 @@ def run_plan(
     from unbatch.auditing.sweep import run_jobs
     from unbatch.command.plan import jobs_of
     from unbatch.files import claimed
-    from unbatch.reporting.trials import Trials
+    from unbatch.reporting.trials import MANIFEST, Trials
 
     todo = jobs_of(plan, audit, engine=engine, threads=threads)
     if count:
         count(len(todo))
     at_once = max((os.cpu_count() or 1) // threads, 1) if jobs is None else jobs
     check_engine(engine, at_once, threads=threads, address=address)
-    with claimed(folder, *(f"{job.key}.json" for job in todo)):
+    with claimed(folder, MANIFEST, *(f"{job.key}.json" for job in todo)):
         run_jobs(
             todo,
             audit_given,

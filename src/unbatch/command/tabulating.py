@@ -31,7 +31,7 @@ def table_command(
     from unbatch.reporting.query import RUNS, Query
     from unbatch.reporting.trials import Trials
 
-    trials = Trials.at(*folder)
+    trials = Trials.at(*folder, pictures=False)
     query = Query(trials)
     for path in (csv, parquet):
         if path is not None:

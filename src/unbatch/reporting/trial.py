@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unbatch.errors import UnbatchError
 from unbatch.files import write_atomically
-from unbatch.reporting.results import SCHEMA, Audit
+from unbatch.reporting.results import SCHEMA, Audit, Example
 
 TRIAL_SCHEMA = 1
 FAILED = "failed"  # the status of a configuration that came to no audit
@@ -118,6 +118,23 @@ class Trial(BaseModel):
             for row in audit.rows()
         ]
 
+    def without_pictures(self) -> Trial:
+        """The same with nothing drawn, for what only counts: pictures are most of a file, and of many files too much."""
+        audit = self.audit
+        if audit is None:
+            return self
+        runs = [
+            run.model_copy(
+                update={"examples": [example.model_copy(update=_undrawn(example)) for example in run.examples]}
+            )
+            for run in audit.runs
+        ]
+        clients = [client.model_copy(update={"pictures": [], "pieces": []}) for client in audit.clients]
+        bounds = [bound.model_copy(update={"picture": ""}) for bound in audit.bounds]
+        return self.model_copy(
+            update={"audit": audit.model_copy(update={"runs": runs, "clients": clients, "bounds": bounds})}
+        )
+
     def save(self, folder: Path) -> None:
         """Write JSON named by its key, for its owner alone to read: the audit in it holds private examples in the clear."""
         write_atomically(folder / f"{self.key}.json", self.model_dump_json(indent=1), private=True)
@@ -128,6 +145,11 @@ class Trial(BaseModel):
 
     def __str__(self) -> str:
         return repr(self)
+
+
+def _undrawn(example: Example) -> dict[str, Any]:
+    """Without what is drawn of it; that something was returned stays known."""
+    return {"picture": None if example.picture is None else "", "difference": None, "pieces": []}
 
 
 def command_words(configuration: Chosen) -> list[str]:

@@ -78,15 +78,16 @@ class Trials:
         )
 
     @classmethod
-    def at(cls, *paths: str | Path) -> Trials:
+    def at(cls, *paths: str | Path, pictures: bool = True) -> Trials:
         """What stands in these files and folders: of a sweep, or of single audits (an audit.json, at any depth).
 
+        Without `pictures` nothing that is drawn is kept, which is enough to count.
         Raises UnbatchError: there is nothing there, or a file cannot be read.
         """
         found, before, missing = list[Trial](), list[Trial](), list[Trial]()
         for path in map(Path, paths):
             if not path.is_dir():
-                found.append(trial_at(path))
+                found.append(_read(path, pictures))
                 continue
             folders = sorted(each.parent for each in path.rglob(MANIFEST))
             audits = sorted(path.rglob("audit.json"))
@@ -94,11 +95,11 @@ class Trials:
                 raise UnbatchError(
                     f"{path} holds no sweep and no audit.json; `unbatch sweep PLAN --out {path}` runs one."
                 )
-            for held in map(_swept, folders):
+            for held in (_swept(folder, pictures) for folder in folders):
                 found += held.current
                 before += held.earlier
                 missing += held.missing
-            found += [Trial.of(Audit.load(file)) for file in audits]
+            found += [_read(file, pictures) for file in audits]
         return cls.of(found, before=before, missing=missing)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -146,13 +147,18 @@ def worst_tiers(trials: Sequence[Trial]) -> dict[tuple[str, int, int], Tier]:
     return found
 
 
-def _swept(folder: Path) -> Trials:
+def _read(path: Path, pictures: bool) -> Trial:
+    trial = trial_at(path)
+    return trial if pictures else trial.without_pictures()
+
+
+def _swept(folder: Path, pictures: bool) -> Trials:
     """The trials of one sweep's folder in the order in which they were asked for, those of before, and the missing."""
     asked = Manifest.load(folder).configurations
     files = {path.stem: path for path in sorted(folder.glob("*.json")) if RUN_FILE.fullmatch(path.name)}
     missing = [Trial(key=key, configuration=chosen) for key, chosen in asked.items() if key not in files]
-    current = [trial_at(files[key]) for key in asked if key in files]
+    current = [_read(files[key], pictures) for key in asked if key in files]
     identities = {trial.identity for trial in (*current, *missing)}
-    before = [trial_at(path) for key, path in files.items() if key not in asked]
+    before = [_read(path, pictures) for key, path in files.items() if key not in asked]
     earlier = [trial for trial in before if trial.identity in identities]  # others are of plans that were given up
     return Trials(current=current, earlier=earlier, missing=missing)
