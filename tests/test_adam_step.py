@@ -12,9 +12,9 @@ from unbatch import Protocol
 from unbatch.protocol import gradient_of_adam, local_update
 
 
-def client(dtype: torch.dtype, spread: float = 1.0) -> tuple[nn.Module, Tensor, Tensor]:
+def client(dtype: torch.dtype, spread: float = 1.0, width: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
-    model = unbatch.models.small.build("mlp", (6,), 3, width=8, activation="tanh", rng=rng).to(dtype)
+    model = unbatch.models.small.build("mlp", (6,), 3, width=width, activation="tanh", rng=rng).to(dtype)
     return model, spread * torch.rand(4, 6, generator=rng, dtype=dtype), torch.tensor([0, 1, 2, 1])
 
 
@@ -63,3 +63,39 @@ def test_other_steps_are_refused() -> None:
     for protocol in (Protocol(), Protocol(local_steps=1), Protocol(local_steps=2, optimiser="adamw")):
         with pytest.raises(unbatch.UnbatchError, match="no first step of Adam"):
             gradient_of_adam({}, {}, protocol)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.1])
+@pytest.mark.parametrize(("optimiser", "decay"), [("adamw", 0.1), ("adam", 0.01)])
+def test_a_first_step_that_was_kept_in_float64_is_read_as_its_gradient(
+    optimiser: str, decay: float, rate: float
+) -> None:
+    model, x, y = client(torch.float64, width=40)
+    protocol = Protocol(local_steps=1, optimiser=optimiser, learning_rate=rate, weight_decay=decay)
+    seen, truth = unbatch.observe(model, F.cross_entropy, x, y, protocol=protocol)
+    own, _ = unbatch.observe(model, F.cross_entropy, x, y)
+    told = seen.as_gradient()
+    assert set(told.knowledge) == {"input_shape", "batch_size", "mode"}
+    for name, tensor in own.update.items():
+        off = (told.update[name] - tensor).square().mean().sqrt()
+        assert off <= told.rounding(name) <= 0.01 * tensor.square().mean().sqrt()
+    found = unbatch.attacks.Unmix()(seen)
+    assert len(found) == len(x)
+    gaps = torch.cdist(found.inputs, x, compute_mode="donot_use_mm_for_euclid_dist").min(1).values
+    assert bool((gaps <= found.bound * found.inputs.norm(dim=1)).all())
+    assert float(found.bound.max()) < 1e-4
+    audit = unbatch.audit(seen, truth=truth, attacks=["unmix"], analyses=())
+    assert {index for _, index in audit.recovered()} == {0, 1, 2, 3}
+
+
+def test_coarser_or_altered_or_longer_steps_of_adam_are_left_as_they_are() -> None:
+    one = Protocol(local_steps=1, optimiser="adamw", learning_rate=1e-3)
+    for dtype, protocol, defences in (
+        (torch.float32, one, ()),
+        (torch.float64, Protocol(local_steps=2, optimiser="adamw", learning_rate=1e-3), ()),
+        (torch.float64, one, "noise:sigma=1e-9,relative=false"),
+        (torch.float64, one, "secure-aggregation:clients=2"),
+    ):
+        model, x, y = client(dtype, width=40)
+        seen, _ = unbatch.observe(model, F.cross_entropy, x, y, protocol=protocol, defences=defences)
+        assert seen.as_gradient() is seen

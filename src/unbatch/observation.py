@@ -18,8 +18,14 @@ from unbatch.likelihood import Likelihood
 from unbatch.loss import Loss
 from unbatch.network.unwrapped import unwrapped
 from unbatch.numerics.linear.span import rounding_noise
-from unbatch.protocol import Protocol, Update, fit, flatten, local_update
+from unbatch.protocol import Protocol, Update, fit, flatten, gradient_of_adam, local_update
 from unbatch.update import as_rounded, as_update, check_update, named_values, some
+
+CHANGES = frozenset(
+    {"noise", "noise_within", "clip", "clip_within", "altered", "privacy", "mixup", "log_prob", "earlier"}
+)
+LARGEST_ADAM_ERROR = 1e-3  # relative, of the gradient behind a step of Adam, up to which it is taken for a gradient
+ROUNDING_OF_ADAM_ERROR = 0.5  # of the error allowed, which is twice that to first order: taken for a standard deviation
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -127,12 +133,13 @@ class Observation:
         return float(self.grain.get(name, 0.0)) + rounding_noise(self.update[name].dtype)
 
     def as_gradient(self) -> Observation:
-        """The same exchange as one of a gradient, where the client took one step of SGD; else the exchange itself.
+        """The same exchange as one of a gradient, where the client took one step that tells it; else the exchange itself.
 
         A step sends -lr (g + weight_decay w): what it adds for the weights is known, and with lr the gradient g is, too.
-        Without a known learning rate the update is turned round alone, and stays a multiple of the gradient. A difference
-        of parameters was rounded as they are: `grain` says how coarse g is. Noise, clipping and likelihoods are told in
-        the gradient's unit. Each client's step takes the first `local_batch_size` examples of its share.
+        Without a known learning rate the update is turned round alone, and stays a multiple of the gradient. A first step
+        of Adam or AdamW tells it where it was kept finely enough, as in float64 (`gradient_of_adam`). A difference of
+        parameters was rounded as they are: `grain` says how coarse g is. Noise, clipping and likelihoods are told in the
+        gradient's unit. Each client's step takes the first `local_batch_size` examples of its share.
 
         >>> model, loss = nn.Linear(2, 2), nn.functional.cross_entropy
         >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([0])
@@ -145,6 +152,8 @@ class Observation:
         known, protocol = self.knowledge, self.protocol
         n, clients = known.get("batch_size"), known.get("clients", 1)
         each = shares(n, clients) if n is not None else [1]
+        if protocol.optimiser != "sgd":
+            return self._gradient_of_adam()
         steps = all(protocol.first_step_alone(share) for share in each if share)
         if not steps or (n is None and "epochs" in known and "local_batch_size" in known):
             return self
@@ -171,6 +180,22 @@ class Observation:
         }
         update = _gradient(self.update, state, rate, protocol.weight_decay)
         return replace(self, update=update, knowledge=told, grain=grain)
+
+    def _gradient_of_adam(self) -> Observation:
+        """The gradient behind one step of Adam or AdamW, if every entry of it is told; else the exchange itself."""
+        known, protocol = self.knowledge, self.protocol
+        n = known.get("batch_size")
+        one = protocol.local_steps == 1 or (protocol.epochs == 1 and n is not None and protocol.steps(n) == 1)
+        if not one or "learning_rate" not in known or known.get("clients", 1) > 1 or CHANGES & set(known):
+            return self
+        first = protocol.model_copy(update={"local_steps": 1, "epochs": None})
+        before = {name: p.detach() for name, p in self.model.named_parameters(remove_duplicate=False)}
+        update, errors = gradient_of_adam(self.update, before, first)
+        off, size = flatten(errors, errors).norm(), flatten(update, update).norm()
+        if not float(off) <= LARGEST_ADAM_ERROR * float(size):
+            return self
+        grain = {name: ROUNDING_OF_ADAM_ERROR * float(e.square().mean().sqrt()) for name, e in errors.items()}
+        return replace(self, update=update, knowledge=_of_a_step(known, 1.0, n, 1), grain=grain)
 
     def as_rounded(self) -> Observation:
         """The same exchange with its update in the coarsest type that holds its numbers, which is how they were rounded.

@@ -138,7 +138,7 @@ class View:
 
     @cached_property
     def gradient(self) -> View:
-        """The exchange as one of a gradient, where the client took one step of SGD; else itself.
+        """The exchange as one of a gradient, where the client took one step that tells it; else itself.
 
         By `Observation.as_gradient`, for an attack that reads gradients: what it finds in one it finds in such a step.
         """
