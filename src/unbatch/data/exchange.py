@@ -70,13 +70,14 @@ def read_exchange(
     if kind == "weights":
         update, buffers = state_difference(network, held.values)
         _check_difference(network, update, Path(path), notes)
-        network = _as_coarse(network, held, notes)
+        network, update = _as_coarse(network, update, held, notes)
         told = _told_by_buffers(network, buffers, known | told, notes)
         if before is None:
             notes.append("the model before it was taken to be the model as it was given.")
     else:
         own = dict(network.named_buffers(remove_duplicate=False))
         update = as_update(network, {name: tensor for name, tensor in held.values.items() if name not in own})
+        notes += [words] if (words := _as_large(held, network)) and sent is None else []
         left = [name for name in held.values if name in own]
         notes += [f"buffers beside it were left out: {some(left)}."] if left else []
     if scale != 1.0:
@@ -110,8 +111,10 @@ def _at(network: nn.Module, held: Payload, path: Path, notes: list[str]) -> nn.M
     return network
 
 
-def _as_coarse(network: nn.Module, held: Payload, notes: list[str]) -> nn.Module:
-    """The network in the type that the state after it was rounded to, where that holds its parameters, too.
+def _as_coarse(
+    network: nn.Module, update: dict[str, Tensor], held: Payload, notes: list[str]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network and the update in the type that the state after it was rounded to, where that holds its parameters, too.
 
     So the update is known to be as coarse. Where it does not, the share that was rounded off is noted.
     """
@@ -120,9 +123,9 @@ def _as_coarse(network: nn.Module, held: Payload, notes: list[str]) -> nn.Module
     kinds = {tensor.dtype for tensor in after.values()}
     kind = kinds.pop() if len(kinds) == 1 else torch.float32
     if not kind.is_floating_point or kind.itemsize >= 4:
-        return network
+        return network, update
     if all(torch.equal(p.to(kind).to(p.dtype), p) for p in own.values()):
-        return network.to(kind)
+        return network.to(kind), {name: tensor.to(kind) for name, tensor in update.items()}
     moved = sum(float((after[name].double() - own[name].double()).square().sum()) for name in own)
     rounded = sum(float((torch.finfo(kind).eps * own[name].double()).square().sum()) / 12 for name in own)
     if moved:
@@ -130,7 +133,7 @@ def _as_coarse(network: nn.Module, held: Payload, notes: list[str]) -> nn.Module
             f"the state after was rounded to {str(kind).removeprefix('torch.')} and the one before was not: of their "
             f"difference about {min(1.0, (rounded / moved) ** 0.5):.0%} is rounding, which no attack reads past."
         )
-    return network
+    return network, update
 
 
 def _kind(held: Payload, path: Path, network: nn.Module, known: Knowledge) -> Sent:
@@ -167,10 +170,15 @@ def _signs_of_weights(held: Payload, network: nn.Module) -> Iterator[str]:
     ones = [sent[name].double() for name in scales if name in sent]
     if ones and all(float((tensor - 1).square().mean().sqrt()) < NEAR_ONE for tensor in ones):
         yield "the scales of its norm layers are near 1"
-    matrices = [name for name in sent if own[name].ndim > 1 and own[name].any()]  # vectors move far in training
-    sizes = {name: float(sent[name].double().norm() / own[name].double().norm()) for name in matrices}
-    if len(sizes) >= FEWEST_MATRICES and all(1 / LIKE_SIZES < size < LIKE_SIZES for size in sizes.values()):
-        yield f"each of its matrices is as large as the model's own, {some(list(sizes), 2)}"
+
+
+def _as_large(held: Payload, network: nn.Module) -> str:
+    """A note where every matrix of a file is as large as the model's own, which weights are and a gradient may be."""
+    own = {name: p.detach() for name, p in network.named_parameters() if name in held.values and p.ndim > 1}
+    sizes = [float(held.values[name].double().norm() / p.double().norm()) for name, p in own.items() if p.any()]
+    if len(sizes) < FEWEST_MATRICES or not all(1 / LIKE_SIZES < size < LIKE_SIZES for size in sizes):
+        return ""
+    return "each of its matrices is as large as the model's own: if it is the model after training, give --before."
 
 
 def _check_difference(network: nn.Module, update: Mapping[str, Tensor], path: Path, notes: list[str]) -> None:
