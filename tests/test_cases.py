@@ -12,6 +12,7 @@ from torch import Tensor
 from unbatch.case import Case, Examples, Setting
 from unbatch.cases.photos import PHOTOS
 from unbatch.domain import Images, Table
+from unbatch.errors import UnbatchError
 from unbatch.loss import identify
 from unbatch.models import small
 from unbatch.models.published import NETWORKS
@@ -247,3 +248,10 @@ def test_photos_of_extreme_sizes(size: int) -> None:
     setting = case("photos", size=size, batch=2).setting()
     assert setting.inputs.shape == (2, 3, size, size)
     assert gradient(setting)["dense1.weight"].shape == (64, 3 * size * size)
+
+
+def test_tokens_beyond_an_embedding_are_refused_with_its_size() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    tokens, labels = torch.tensor([[3, 12, 1]]), torch.tensor([1])
+    with pytest.raises(UnbatchError, match="have 9 rows, and tokens go up to 12 in sequences of 3"):
+        Setting(model=model, loss=torch.nn.functional.cross_entropy, inputs=tokens, labels=labels)

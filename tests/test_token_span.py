@@ -244,7 +244,7 @@ def test_a_model_of_pictures_and_dropout_are_refused() -> None:
         sentences_read(View.of(obs), rng(), partial=False)
 
 
-@pytest.mark.parametrize(("n", "seed", "width"), [(1, 0, 64), (2, 1, 64), (4, 3, 128)])
+@pytest.mark.parametrize(("n", "seed", "width"), [(1, 0, 64), (2, 1, 64), (4, 3, 128), (6, 0, 128)])
 def test_an_encoder_gives_few_sentences_away(n: int, seed: int, width: int) -> None:
     obs, x, y = batch_sent(n=n, seed=seed, name="bert", width=width)
     found = read(obs)

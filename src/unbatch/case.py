@@ -101,7 +101,8 @@ class Setting:
                 f"the model's forward fails on inputs of shape {shape}, {str(self.inputs.dtype).removeprefix('torch.')}"
             )
             said = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
-            raise UnbatchError(f"{words}: {said}. Give inputs of the form that the model takes.") from error
+            mend = _rows_told(self.model, self.inputs) if isinstance(error, IndexError) else ""
+            raise UnbatchError(f"{words}: {said}. {mend or 'Give inputs of the form that the model takes.'}") from error
         finally:
             for module, flag in flags:
                 module.training = flag
@@ -146,6 +147,17 @@ def _diverged(tensor: object) -> bool:
     if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta or not tensor.is_floating_point():
         return False
     return bool((tensor.float() if tensor.itemsize == 1 else tensor).isnan().any())
+
+
+def _rows_told(model: nn.Module, inputs: Tensor) -> str:
+    """What tokens [n, t] ask of embeddings, and how many rows these have; empty where there are none."""
+    rows = dict.fromkeys(f"{m.num_embeddings:,}" for m in model.modules() if isinstance(m, nn.Embedding))
+    if inputs.is_floating_point() or not rows:
+        return ""
+    return (
+        f"Its embeddings have {' and '.join(rows)} rows, and tokens go up to {int(inputs.max()):,} in sequences of "
+        f"{inputs.shape[-1]:,}: give fewer of them (the case text has options: vocabulary, length)."
+    )
 
 
 def _checked_labels(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:

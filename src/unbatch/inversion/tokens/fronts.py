@@ -183,7 +183,8 @@ class TokenReader:
         drawn = any(not _same(a.rows, b.rows).all() for a, b in zip(alone.products, again.products, strict=True))
         if drawn or len(run.products) != len(alone.products):
             raise NotApplicable(
-                "the network draws at random as it runs (dropout), so that its layers' inputs are open."
+                "the network draws at random as it runs (dropout), so that its layers' inputs are open. A client whose "
+                "dropout is off is audited with the protocol mode=eval."
             )
         found = list[Front]()
         for group in _alike(run.products, alone.products):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.tokens.fronts import Front, TokenReader
+from unbatch.inversion.tokens.likely_places import LikelyPlaces, likely_places, sentences_alike
 from unbatch.inversion.tokens.pairs import TokenPairs
 from unbatch.inversion.tokens.prefixes import CONTROLS
 from unbatch.numerics.dictionary.membership import CUT, row_space
 from unbatch.numerics.dictionary.sharing import Shares, token_shares
 from unbatch.progress import tick
 
+FRONTS = 4  # layers that are asked
 MOST_TRIED = 4096  # sentences up to which all are tried
 STARTS = 40  # random sentences that a search begins with
 MENDED = 0.75  # share of a found sentence's tokens that a start has which is not tried
@@ -36,15 +38,16 @@ class SentencesFound:
 def sentences_searched(reader: TokenReader, pairs: TokenPairs, rng: torch.Generator) -> SentencesFound:
     """The sentences of an encoder's batch, as far as a search finds them.
 
-    Every sentence of tokens that may stand where they do is tried where they are few; else the mean distance of a
-    sentence's vectors from the span is brought down, one token or two at a time, from starts that the first layers'
-    gradient tells (`_starts`), then from random ones. It ends when the vectors of the sentences found span what the
-    gradient spans: then none is missing.
+    Tokens are tried where they are likely to stand, first. Every sentence of them is tried where they are few;
+    else the mean distance of a sentence's vectors from the span is brought down, one token or two at a time, from starts
+    that this span and the first layers' gradient tell (`_starts`), then from random ones, of all tokens. It ends when the
+    vectors of the sentences found span what the gradient spans: then none is missing.
     Raises NotApplicable: no layer tells whole sentences apart, or none was found.
     """
-    front = _front(reader)
+    seen = likely_places(reader, pairs, _fronts(reader))
+    front = seen.front
     told = _told(reader, pairs)
-    search = _Search(reader, pairs, front, None if told is None else told.share)
+    search = _Search(reader, pairs, front, seen.likely.cpu(), None if told is None else told.share)
     found = dict[tuple[int, ...], None]()
     count = math.prod(max(1, len(search.choice(i))) for i in range(reader.length))
     complete = False
@@ -53,10 +56,13 @@ def sentences_searched(reader: TokenReader, pairs: TokenPairs, rng: torch.Genera
         good = search.fits(every)
         found |= dict.fromkeys(map(tuple, every[good].tolist()))
         complete = _spanned(reader, front, found)
-    starts = [] if complete or count <= MOST_TRIED else _starts(reader, pairs, told, search)
-    starts += [search.start(rng) for _ in range(STARTS if count > MOST_TRIED and not complete else 0)]
-    for k, start in enumerate(starts):
-        if not tick(k / len(starts)):
+    starts = [] if complete or count <= MOST_TRIED else _starts(reader, pairs, told, search, seen)
+    wide = replace(search, places=pairs.allowed.cpu())  # if what seemed unlikely was in the batch
+    tries = [(start, search) for start in starts]
+    all_tried = count <= MOST_TRIED and torch.equal(search.places, wide.places)
+    tries += [(wide.start(rng), wide) for _ in range(0 if complete or all_tried else STARTS)]
+    for k, (start, search) in enumerate(tries):
+        if not tick(k / len(tries)):
             break
         if any(sum(x == y for x, y in zip(start.tolist(), one, strict=True)) > MENDED * len(one) for one in found):
             continue
@@ -83,15 +89,29 @@ def _told(reader: TokenReader, pairs: TokenPairs) -> Shares | None:
     return token_shares(x, pairs.allowed.to(x.device), front.gradient)
 
 
-def _starts(reader: TokenReader, pairs: TokenPairs, told: Shares | None, search: _Search) -> list[Tensor]:
-    """Sentences [t] of tokens whose parts of the first layers' gradient are alike, one about each token, the nearest first.
+def _starts(
+    reader: TokenReader, pairs: TokenPairs, told: Shares | None, search: _Search, seen: LikelyPlaces
+) -> list[Tensor]:
+    """Sentences [t] of tokens that are off a span alike, or whose parts of the first layers' gradient are.
+
+    One of each about each token, the nearest to the span first.
+    """
+    found = sentences_alike(reader, pairs, seen)
+    if told is not None:
+        found += _starts_told(reader, pairs, told)
+    if not found:
+        return []
+    distinct = torch.unique(torch.stack(found), dim=0)
+    return list(distinct[search.off(distinct).argsort()])
+
+
+def _starts_told(reader: TokenReader, pairs: TokenPairs, told: Shares) -> list[Tensor]:
+    """Sentences [t] of tokens whose parts of the first layers' gradient are alike.
 
     A query's delta is a mixture of its sentence's keys, and so the deltas of one sentence's queries are alike, and those of
     two sentences are not. Which of a layer's parts are queries is not known: each third of a joint layer, and each layer of
     several, is asked by itself.
     """
-    if told is None:
-        return []
     front = pairs.front
     likely = told.share.clamp(0, 1)  # [a, t]
     found = list[Tensor]()
@@ -108,8 +128,7 @@ def _starts(reader: TokenReader, pairs: TokenPairs, told: Shares | None, search:
             while reader.padding is not None and ends > i + 1 and float(best[ends - 1]) < LEAST_ALIKE:
                 ends -= 1
             found.append(reader.padded(sentence[None, :ends])[0])
-    distinct = torch.unique(torch.stack(found), dim=0)
-    return list(distinct[search.off(distinct).argsort()])
+    return found
 
 
 def _thirds(front: Front) -> int:
@@ -117,17 +136,20 @@ def _thirds(front: Front) -> int:
     return len(front.layers) if len(front.layers) > 1 or len(front.gradient) % 3 else 3
 
 
-def _front(reader: TokenReader) -> Front:
-    """The first layer that sees whole sentences, and whose span tells them apart."""
+def _fronts(reader: TokenReader) -> list[Front]:
+    """The first layers that see whole sentences, and whose spans tell them apart."""
     controls = reader.draw(CONTROLS, torch.Generator().manual_seed(1))
     fronts = [f for f in reader.fronts if f.reach == "sentence" and not f.space.saturated]
-    for front in fronts[:4]:
+    usable = []
+    for front in fronts[:FRONTS]:
         off = front.space.offness(reader.rows(front, controls).flatten(0, 1))
         if float((off <= CUT).double().mean()) < 1 / CONTROLS:
-            return front
-    raise NotApplicable(
-        "no layer's gradient tells whole sentences apart: the batch has too many tokens for this width."
-    )
+            usable.append(front)
+    if not usable:
+        raise NotApplicable(
+            "no layer's gradient tells whole sentences apart: the batch has too many tokens for this width."
+        )
+    return usable
 
 
 def _spanned(reader: TokenReader, front: Front, found: dict[tuple[int, ...], None]) -> bool:
@@ -146,11 +168,17 @@ class _Search:
     reader: TokenReader
     pairs: TokenPairs
     front: Front
+    places: Tensor  # [a, t], bool: which tokens are likely to stand where at all
     likely: Tensor | None = None  # [a, t], how likely each token stands at each position
+
+    def at(self, position: int) -> Tensor:
+        """The tokens that are tried at a position: the likely ones, or all that fit where none is."""
+        chosen = self.places[:, position] & self.pairs.allowed[:, position].cpu()
+        return self.pairs.tokens[chosen.to(self.pairs.tokens.device)] if bool(chosen.any()) else self.pairs.at(position)
 
     def choice(self, position: int) -> Tensor:
         """The tokens that may stand at a position; from the second one on the padding as well, where it is known."""
-        words = self.pairs.at(position)
+        words = self.at(position)
         padding = self.reader.padding
         ends = position and padding is not None
         return torch.cat([words, words.new_full((1,), padding)]) if ends or not len(words) else words  # type: ignore[arg-type]
@@ -163,7 +191,7 @@ class _Search:
         """A random sentence, as long as any may be."""
         chosen = []
         for i in range(self.reader.length):
-            words = self.pairs.at(i) if len(self.pairs.at(i)) else self.choice(i)
+            words = self.at(i) if len(self.at(i)) else self.choice(i)
             chosen.append(words[int(torch.randint(len(words), (1,), generator=rng))])
         return torch.stack(chosen)
 
@@ -189,7 +217,8 @@ class _Search:
         best = float(self.off(sentence[None]))
         while best > self.front.space.own**2 / 16:
             before = best
-            every = torch.cat([self._changed(sentence[None], i, self.choice(i)) for i in range(len(sentence))])
+            changed = [self._changed(sentence[None], i, self.choice(i)) for i in range(len(sentence))]
+            every = torch.cat([*changed, self._cut(sentence)])
             sentence, best = self._better(sentence, best, every)
             if best >= before * (1 - 1e-9):
                 sentence, best = self._better(sentence, best, self._changed_twice(sentence))
@@ -209,6 +238,13 @@ class _Search:
         other[:, i] = words.repeat(len(sentences))
         return self._ending_once(other)
 
+    def _cut(self, sentence: Tensor) -> Tensor:
+        """The sentence ended at each place, where padding is known."""
+        if self.reader.padding is None:
+            return sentence[None][:0]
+        places = torch.arange(len(sentence), device=sentence.device)
+        return sentence.expand(len(sentence) - 1, -1).masked_fill(places > places[:-1, None], self.reader.padding)
+
     def _changed_twice(self, sentence: Tensor) -> Tensor:
         found, t = list[Tensor](), len(sentence)
         words = [self._likeliest(i) for i in range(t)]
@@ -220,9 +256,9 @@ class _Search:
 
     def _likeliest(self, position: int) -> Tensor:
         """The few tokens that most likely stand at a position."""
+        if self.likely is None or int(self.places[:, position].sum()) <= LIKELIEST:
+            return self.at(position)[:LIKELIEST]
         allowed = self.pairs.allowed[:, position]
-        if self.likely is None:
-            return self.pairs.tokens[allowed][:LIKELIEST]
         order = self.likely[:, position].masked_fill(~allowed.to(self.likely.device), -1).argsort(descending=True)
         return self.pairs.tokens[order[: min(LIKELIEST, int(allowed.sum()))]]
 
