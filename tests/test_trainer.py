@@ -119,3 +119,16 @@ def test_a_step_that_training_did_not_come_to_says_so(tmp_path: Path) -> None:
         callback.observation()
     with pytest.raises(UnbatchError, match="counted from 1"):
         StepCallback(number=0)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
+def test_a_plain_loop_on_an_adapter_has_the_model_s_own_loss() -> None:
+    peft = pytest.importorskip("peft")
+    told = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    model, data = peft.get_peft_model(network(), told), Texts(2)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with unbatch.capture(model, optimiser) as step:
+        model(input_ids=data.tokens, attention_mask=torch.ones_like(data.tokens), labels=data.labels).loss.backward()
+        optimiser.step()
+    assert step.observation().residual(data.tokens, data.labels) < 1e-5
+    assert step.observation(sent="difference").residual(data.tokens, data.labels) < 1e-3
