@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from unbatch import Setting, UnbatchError
+from unbatch import Setting, UnbatchError, audit
 from unbatch.command.cli import main
 from unbatch.data import read_dataset
 from unbatch.reporting.results import Audit
@@ -117,6 +117,31 @@ def test_several_inputs_of_a_setting_are_refused_with_what_to_do() -> None:
             UnbatchError, match="audited on one of them: wrap it in a module whose forward takes that one"
         ):
             Setting(model=model, loss=F.cross_entropy, inputs=several, labels=Y)
+
+
+def test_a_forward_of_several_inputs_is_refused_and_its_wrapper_audited() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 8)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.last(torch.relu(self.first(x * scale)))
+
+    class Held(nn.Module):
+        def __init__(self, whole: nn.Module, scale: Tensor) -> None:
+            super().__init__()
+            self.whole, self.scale = whole, scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.whole(x, self.scale.to(x))
+
+    x, y = torch.rand(1, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([1])
+    with pytest.raises(UnbatchError, match=r"positional argument: 'scale'\. A model of several inputs"):
+        Setting(model=Both(), loss=F.cross_entropy, inputs=x, labels=y)
+    wrapped = Setting(model=Held(Both(), torch.tensor([2.0])), loss=F.cross_entropy, inputs=x, labels=y)
+    assert len(audit(wrapped, attacks="bias-ratio", analyses=()).recovered()) == 1
 
 
 def test_a_data_set_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -102,6 +102,8 @@ class Setting:
             )
             said = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
             mend = _rows_told(self.model, self.inputs) if isinstance(error, IndexError) else ""
+            if isinstance(error, TypeError) and "required positional argument" in str(error):
+                mend = _SEVERAL.capitalize()
             raise UnbatchError(f"{words}: {said}. {mend or 'Give inputs of the form that the model takes.'}") from error
         finally:
             for module, flag in flags:
