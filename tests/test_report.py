@@ -31,6 +31,7 @@ from audits import (
 from browser import CHROMIUM, probe
 from pages import Page
 
+import unbatch
 from unbatch.reporting import html as report
 from unbatch.reporting.results import Audit, Example, Remedy
 
@@ -202,6 +203,17 @@ def test_obstacles_are_told() -> None:
     assert why[3] == "there is no dense layer Missing: labels."
     assert page.row("matching", "0", "failed")[3] == "RuntimeError: too big"
     assert "Every attack that was asked for ran" not in page.text
+
+
+def test_a_layer_of_which_all_was_recovered_is_taken() -> None:
+    case = unbatch.cases.Digits(width=32, batch=2)
+    exact_one = unbatch.audit(case, attacks="unmix", analyses="gradient-rank")
+    page = Page(report.render(exact_one))
+    assert len(exact_one.recovered()) == 2
+    assert all(page.row(f"{r.layer} {r.kind}, gradient-rank")[1] == "taken" for r in exact_one.risks)
+    guessed = unbatch.audit(case, attacks="label-count", analyses="gradient-rank")
+    page = Page(report.render(guessed))
+    assert all(page.row(f"{r.layer} {r.kind}, gradient-rank")[1] == "partial" for r in guessed.risks)
 
 
 def test_table_rows_stand_side_by_side() -> None:
