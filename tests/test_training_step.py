@@ -404,3 +404,13 @@ def test_what_is_no_step_says_why() -> None:
         good.observation(F.cross_entropy, sent="weights")
     with pytest.raises(UnbatchError, match="the loss is not given"):
         good.observation()
+
+
+def test_a_model_that_cannot_be_copied_is_refused_in_words() -> None:
+    model, (x, y) = network(), batch()
+    model.kept = loss_of(model, x, y)  # what a forward pass left
+    with (
+        pytest.raises(UnbatchError, match="the model cannot be copied"),
+        capture(model, torch.optim.SGD(model.parameters(), lr=0.1)),
+    ):
+        pass

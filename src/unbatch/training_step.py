@@ -501,13 +501,20 @@ class _Watch:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy of a model without what wraps it, without gradients and without Opacus' hooks.
+    """A copy of a model without what wraps it, its gradients and Opacus' hooks. Raises UnbatchError: it cannot be copied.
 
     >>> model = nn.Linear(1, 1)
     >>> copied(nn.DataParallel(model))
     Linear(in_features=1, out_features=1, bias=True)
     """
-    return without_opacus_hooks(copy.deepcopy(unwrapped(model)))
+    try:
+        return without_opacus_hooks(copy.deepcopy(unwrapped(model)))
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise UnbatchError(
+            f"the model cannot be copied ({' '.join(str(error).split())[:160]}), and capture keeps it as it was before the "
+            "step. Tensors that a forward pass left in its modules are in the way (as by the old weight_norm; "
+            "torch.nn.utils.parametrizations has one without), or handles of other libraries: take them out first."
+        ) from error
 
 
 def _within(optimiser: Any, scaler: Any) -> tuple[torch.optim.Optimizer, Any, PrivateStep | None]:
