@@ -514,3 +514,22 @@ def test_without_mlflow_the_option_says_what_to_install(tmp_path: Path, monkeypa
     code, _, err = said(capsys, "sweep", tmp_path / "plan.toml", "--mlflow", "audits", "--out", tmp_path / "sweep")
     assert code == 2
     assert "unbatch[mlflow]" in err
+
+
+@pytest.mark.parametrize(
+    "name", ["one process", *(pytest.param(each, marks=pytest.mark.slow) for each in ("local", "ray", "dask"))]
+)
+def test_workers_find_your_model_and_data_in_your_folder(name: str, tmp_path: Path, quiet_engines: None) -> None:
+    (tmp_path / "mynets.py").write_text(
+        "from torch import nn\n\n\ndef small():\n    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))\n"
+    )
+    (tmp_path / "rows.csv").write_text("a,b,c,d,label\n1,2,3,4,0\n2,3,4,6,1\n5,1,2,2,1\n")
+    (tmp_path / "plan.toml").write_text(
+        'model = "mynets:small"\ndata = "rows.csv"\nbatch = [1, 2]\nattack = "bias-ratio"\nanalysis = "gradient-rank"\n'
+    )
+    engine_of = ["--jobs", "1"] if name == "one process" else ["--engine", name, "--jobs", "2"]
+    ended = started(tmp_path, *engine_of, "--out", "sweep")
+    assert ended.wait(300) == 0, ended.stderr.read() if ended.stderr else b""
+    found = Trials.at(tmp_path / "sweep")
+    assert [trial.words for trial in found.current] == ["", ""]
+    assert [row["recovered"] for row in found.rows()] == [True, False, False]
