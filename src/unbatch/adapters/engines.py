@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -143,7 +144,7 @@ def _dask(started: ExitStack, jobs: int, threads: int, address: str) -> dict[str
 
     joblib.register_parallel_backend("unbatch-dask", FailingDask)
     if not address:
-        size = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
+        size = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None, "silence_logs": logging.ERROR}
         address = started.enter_context(LocalCluster(**size)).scheduler_address  # type: ignore[no-untyped-call]
     client = started.enter_context(Client(address))  # type: ignore[no-untyped-call]
     return {"backend": "unbatch-dask", "client": client, "wait_for_workers_timeout": WORKERS_BACK}
