@@ -215,3 +215,6 @@ def features() -> Audit:
             run("labels", [Example(index=0, scores={"label-accuracy": 1.0}, label="cat", bound=0.0)], client=1),
         ],
     )
+
+
+AUDITS = [exact, not_recovered, nothing_ran, table, captured, hostile, features, designed]

@@ -29,6 +29,17 @@ addEventListener('load', () => {
 </script>"""
 
 
+def printed(page: str, folder: Path) -> Path:
+    """The page as the browser prints it, a PDF."""
+    (folder / "printed.html").write_text(page, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+    command = [str(CHROMIUM), *options, "--disable-dev-shm-usage", f"--user-data-dir={folder / 'profile'}"]
+    target = folder / "printed.pdf"
+    command += ["--no-pdf-header-footer", f"--print-to-pdf={target}", (folder / "printed.html").as_uri()]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    return target
+
+
 def probe(page: str, folder: Path, *, width: int | None = None) -> dict[str, Any]:
     """Open a copy of the page with a probe in it and return what the probe saw; in a frame where `width` is given.
 

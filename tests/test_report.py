@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from audits import (
+    AUDITS,
     EVIL,
     LABELS,
     an_audit,
@@ -28,14 +29,13 @@ from audits import (
     run,
     table,
 )
-from browser import CHROMIUM, probe
+from browser import CHROMIUM, printed, probe
 from pages import Page
 
 import unbatch
 from unbatch.reporting import html as report
 from unbatch.reporting.results import Audit, Example, Remedy
 
-AUDITS = [exact, not_recovered, nothing_ran, table, captured, hostile, features, designed]
 every = pytest.mark.parametrize("audit", [make() for make in AUDITS], ids=[make.__name__ for make in AUDITS])
 
 
@@ -346,3 +346,49 @@ def test_in_a_browser(make: Any, tmp_path: Path) -> None:
     assert all(natural > 0 and height > 0 and shown > 40 for natural, height, shown in seen["images"])
     assert all(name.startswith("data:") for name in seen["requests"]), seen["requests"]
     assert " ".join(seen["headline"].split()) == make().verdict()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_print_cuts_no_picture_and_loses_none(tmp_path: Path) -> None:
+    pdfium = pytest.importorskip("pypdfium2")
+    page = report.render(many_pictures())
+    document = pdfium.PdfDocument(printed(page, tmp_path))
+    boxes = list[tuple[float, float, float, float]]()
+    for sheet in document:
+        width, height = sheet.get_size()
+        own = [thing.get_bounds() for thing in sheet.get_objects(filter=[pdfium.raw.FPDF_PAGEOBJ_IMAGE])]
+        for left, bottom, right, top in own:
+            assert left >= 0, "cut at the edge"
+            assert bottom >= 0, "cut at the edge"
+            assert right <= width, "cut at the edge"
+            assert top <= height, "cut at the edge"
+        boxes += own
+    assert len(document) > 2
+    assert len(boxes) == len(Page(page).all("img")), "a picture that two sheets share is drawn on both"
+
+
+def many_pictures() -> Audit:
+    """Exact recoveries enough for several sheets."""
+    audit = exact()
+    client, run = audit.clients[0], audit.runs[0]
+    n = 20
+    client = client.model_copy(update={"size": n, "pictures": client.pictures[:1] * n, "labels": ["7"] * n})
+    examples = [run.examples[0].model_copy(update={"index": i}) for i in range(n)]
+    return audit.model_copy(update={"clients": [client], "runs": [run.model_copy(update={"examples": examples})]})
+
+
+def test_who_and_which_update_stand_in_the_report() -> None:
+    audit = exact()
+    client = audit.clients[0].model_copy(update={"update_hash": "ab12" * 16})
+    shown = audit.model_copy(update={"clients": [client], "environment": {"audited by": "A. Reviewer"}})
+    page = report.render(shown)
+    assert "ab12" * 16 in page
+    assert "A. Reviewer" in page
+
+
+def test_the_appendix_can_be_left_out() -> None:
+    assert "MEASURE 2.10" in report.render(exact())
+    without = report.render(exact(), appendix=False)
+    assert "MEASURE 2.10" not in without
+    assert "#controls" not in without
+    assert '<h2 id="h-limits">' in without

@@ -274,7 +274,7 @@ class _Plan:
     def client(self, index: int) -> Client:
         obs, truth = self.exchanges[index]
         if truth is None:
-            return Client(index=index, name="captured", size=0)
+            return Client(index=index, name="captured", size=0, update_hash=state_hash(obs.update))
         setting = self.settings[index]
         try:
             residual = obs.residual(truth.inputs, truth.labels)
@@ -292,6 +292,7 @@ class _Plan:
             labels=[setting.label_name(y) for y in truth.labels],
             reproducible=all(self.reproducible[index : index + 1]),
             residual=residual,
+            update_hash=state_hash(obs.update),
         )
 
     def ways(self, index: int, attack: Attack) -> tuple[bool, ...]:

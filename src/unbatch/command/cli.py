@@ -41,6 +41,8 @@ from unbatch.command.options import (
     LossName,
     Metrics,
     Model,
+    NoAppendix,
+    NoPrivate,
     Quiet,
     Reduction,
     Rules,
@@ -159,6 +161,9 @@ def audit_command(
     ] = False,
     force: Force = False,
     save_images: Annotated[Path | None, typer.Option(help="Write every recovered picture as a PNG there.")] = None,
+    no_private: NoPrivate = False,
+    no_appendix: NoAppendix = False,
+    auditor: Annotated[str, typer.Option(help="Who audits, for the report.")] = "",
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -176,6 +181,9 @@ def audit_command(
         truth=target.truth,
         folder=folder,
         pictures=save_images,
+        private=not no_private,
+        appendix=not no_appendix,
+        auditor=auditor,
         command=_again(context.obj, folder),
         quiet=quiet or as_json,
         **ways.arguments(),
@@ -286,14 +294,16 @@ def show(name: Annotated[str, typer.Argument(help="A name that `unbatch list` pr
 def report(
     path: Annotated[Path, typer.Argument(metavar="AUDIT.JSON")],
     to: Annotated[Path | None, typer.Option("--out", help="Default: report.html beside it.")] = None,
+    no_private: NoPrivate = False,
+    no_appendix: NoAppendix = False,
 ) -> None:
-    """Write the HTML page of a finished audit."""
+    """Write the HTML page of a finished audit: for its owner, or with --no-private for a reviewer."""
     from unbatch.reporting.html import write
     from unbatch.reporting.trial import audit_at
 
     audit = audit_at(path)
     target = to or path.with_name("report.html")
-    write(audit, target)
+    write(audit.redacted() if no_private else audit, target, appendix=not no_appendix)
     out.print(f"wrote {target}", soft_wrap=True)
 
 

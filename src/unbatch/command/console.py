@@ -33,12 +33,17 @@ def run_audit(
     resume: bool = False,
     force: bool = False,
     own: str = "",
+    auditor: str = "",
+    private: bool = True,
+    appendix: bool = True,
     **options: Any,
 ) -> Audit:
     """Audit `target`, keeping `folder`/audit.json up to date after every run, and write `folder`/report.html.
 
     Nothing is written outside of `folder` and, where it is named, `pictures`, which gets every recovered picture; both are
     tried for writing before the first attack, and held against another writer. `command` is noted as what was run.
+    Without `private` no example, label or token is written or returned, scores alone; without `appendix` the page does not
+    say which standards ask for such a test. `auditor` is noted as who ran it.
     With `resume` the finished runs of the audit.json there are kept; with `force`, or where it is of the case `own`, they
     are overwritten.
     The first Ctrl-C ends the running attack with the best it has and stops the audit; the second stops at once.
@@ -47,6 +52,7 @@ def run_audit(
     with ExitStack() as places:
         places.enter_context(claimed(folder, RECORD, PAGE))
         before = _before(folder, resume, force, own)
+        _refuse_withheld(before, pictures, private)
         if pictures is not None and pictures.resolve() != folder.resolve():
             places.enter_context(claimed(pictures))
             _refuse_pictures(pictures, resume or force)
@@ -54,12 +60,14 @@ def run_audit(
 
         def sink(record: Audit) -> None:
             record.environment["command"] = command
-            record.save(folder / RECORD)
+            record.environment |= {"audited by": auditor} if auditor else {}
+            (record if private else record.redacted()).save(folder / RECORD)
             (folder / PAGE).unlink(missing_ok=True)  # of what stood there before
 
         with _interruptible(watch), _bars(watch, quiet) as announce:
             record = audit(target, sink=sink, resume=before, watch=watch, announce=announce, **options)
-        write_report(record, folder / PAGE)
+        record = record if private else record.redacted()
+        write_report(record, folder / PAGE, appendix=appendix)
         if pictures is not None:
             save_pictures(record, pictures)
     return record
@@ -79,6 +87,16 @@ def _before(folder: Path, resume: bool, force: bool, own: str) -> Audit | None:
         f"{folder} holds an audit already ({' and '.join(standing)}); --resume goes on with it, --force overwrites it, and "
         "--out NAME writes elsewhere. Nothing was run."
     )
+
+
+def _refuse_withheld(before: Audit | None, pictures: Path | None, private: bool) -> None:
+    if before is not None and not before.private and private:
+        raise UnbatchError(
+            "the audit in --out was written with --no-private: its finished runs hold scores alone. Go on with --resume "
+            "--no-private, or overwrite it with --force."
+        )
+    if pictures is not None and not private:
+        raise UnbatchError("--save-images writes recovered pictures, and --no-private writes none; give one of them.")
 
 
 def _refuse_pictures(folder: Path, over: bool) -> None:

@@ -80,6 +80,10 @@ Scale = Annotated[
 ]
 Knows = Annotated[list[str] | None, typer.Option(help="What the attacker knows besides: labels, or FIELD=VALUE.")]
 Rules = Annotated[str | None, typer.Option("--protocol", help="local_steps=4,learning_rate=0.1,mode=eval ...")]
+NoPrivate = Annotated[
+    bool, typer.Option("--no-private", help="Leave out examples, labels and tokens; keep scores, bounds and reasons.")
+]
+NoAppendix = Annotated[bool, typer.Option("--no-appendix", help="Leave out which standards ask for such a test.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what an earlier run left in --out.")]
 
 

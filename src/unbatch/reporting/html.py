@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 
 from unbatch.files import write_atomically
 from unbatch.reporting.chart import Chart, by_attack, known, number, score, title
+from unbatch.reporting.controls import assessment, controls
 from unbatch.reporting.thresholds import NEAR_CHANCE
 from unbatch.reporting.tiers import Outcome, Tier
 from unbatch.reporting.verdict import amounts
@@ -45,8 +46,8 @@ PROTOCOL = (
 MOST = 12  # examples that a notebook shows
 
 
-def render(audit: Audit) -> str:
-    """The page of an audit.
+def render(audit: Audit, *, appendix: bool = True) -> str:
+    """The page of an audit, with or without the appendix on which standards ask for such a test.
 
     >>> import unbatch
     >>> audit = unbatch.audit(unbatch.cases.Digits(width=16), attacks="bias-ratio", analyses=())
@@ -67,6 +68,8 @@ def render(audit: Audit) -> str:
             chart=Chart.of(audit, metric) if metric else None,
             command=command(audit),
             embedded=embedded(audit),
+            controls=controls(audit) if appendix else [],
+            assessment=assessment(audit),
             download="data:application/json;base64," + base64.b64encode(audit.model_dump_json().encode()).decode(),
         )
     )
@@ -101,12 +104,12 @@ def templates() -> Environment:
     return environment
 
 
-def write(audit: Audit, path: str | Path) -> None:
+def write(audit: Audit, path: str | Path, *, appendix: bool = True) -> None:
     """Write the page whole or not at all, for its owner alone to read: it shows private examples in the clear.
 
     Raises UnbatchError: what the disk said, and what to do.
     """
-    write_atomically(Path(path), render(audit), private=True)
+    write_atomically(Path(path), render(audit, appendix=appendix), private=True)
 
 
 def is_picture(text: str | None) -> bool:

@@ -180,6 +180,7 @@ class Client(_Record):
     pictures: list[str] = []
     pieces: list[list[str]] = []  # of texts: the tokens of each as they stand in it
     labels: list[str] = []
+    update_hash: str = ""  # sha256 of what it sent; of several clients one each
     reproducible: bool = True  # the same seed gave the same update twice
     residual: float | None = None  # of the truth itself under the known protocol: what an undefended client leaves
 
@@ -236,6 +237,7 @@ class Audit(_Record):
     domain: str
     shape: list[int] = []  # of one example
     truth: bool = True  # False for a captured update
+    private: bool = True  # False where examples, labels and tokens were left out, so that scores alone stand here
     attacks: list[str]
     defences: list[str] = []  # outermost first
     effects: dict[str, list[str]] = {}  # by defence, what it says that it does: "adds_noise", "clips", "sums_clients"
@@ -515,8 +517,16 @@ class Audit(_Record):
         numbers = [name for name in ("residual", "error", "bound", *scores) if name in frame]
         return frame.astype(dict.fromkeys(numbers, "float64"))
 
-    def to_html(self, path: str | Path) -> Path:
+    def redacted(self) -> Audit:
+        """The audit without its private examples, for a reader who may see scores alone (`unbatch.reporting.redaction`)."""
+        from unbatch.reporting.redaction import redacted
+
+        return redacted(self)
+
+    def to_html(self, path: str | Path, *, appendix: bool = True) -> Path:
         """Write the report, one page that needs no network, and return its place.
+
+        The appendix says which standards ask for such a test, and what this one says to each.
 
         Written whole or not at all, and for its owner alone to read, since it shows private examples in the clear.
 
@@ -530,7 +540,7 @@ class Audit(_Record):
         """
         from unbatch.reporting.html import write
 
-        write(self, path)
+        write(self, path, appendix=appendix)
         return Path(path)
 
     def save(self, path: str | Path) -> None:
