@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unbatch.protocol import Update
-from unbatch.update import as_rounded
+from unbatch.update import SAMPLE, as_rounded
 
 ENOUGH = 64  # entries of a tensor, from which on a pattern in it is no chance
 MOST_LEVELS = 257  # different numbers in a tensor that was rounded to 8 bits
@@ -73,7 +73,9 @@ def _dropped(update: Update) -> Iterator[str]:
 
 def _on_a_grid(tensor: Tensor) -> bool:
     """Whether a tensor has so few different numbers for its size that they are levels."""
-    if tensor.numel() < FEW * ENOUGH or not bool(tensor.any()):
+    if tensor.numel() < FEW * ENOUGH or len(torch.unique(tensor.flatten()[:SAMPLE])) > MOST_LEVELS:
+        return False
+    if not bool(tensor.any()):
         return False
     lively = _lively(tensor).double()
     levels = torch.unique(lively)
