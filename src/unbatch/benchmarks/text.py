@@ -97,7 +97,7 @@ def text_problems() -> list[TextProblem]:
     found += [replace(base, n=4, precision="float64"), replace(base, n=8, frozen=False)]
     found += [replace(base, n=8, positions="rotary"), replace(base, n=4, length=32), replace(base, n=2, length=64)]
     found += [replace(base, depth=1, n=128, vocabulary=180)]
-    found += [replace(base, model="bert", n=n, width=256, depth=2) for n in (1, 2, 4)]
+    found += [replace(base, model="bert", n=n, width=256, depth=2) for n in (1, 2, 4, 8)]
     wide = replace(base, width=768, depth=12, seeds=1)
     found += [replace(wide, n=n) for n in (1, 8, 16, 32)]
     return [*found, replace(wide, depth=1, n=4, length=64, vocabulary=50_257, dictionary=True)]

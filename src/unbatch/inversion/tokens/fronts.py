@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from unbatch.inversion.view import View
 from unbatch.network.precision import in_double
 from unbatch.network.products import Product, multiplied
 from unbatch.numerics.dictionary.membership import CUT, RowSpace, row_space
+from unbatch.protocol import Update
 
 Reach = Literal["token", "prefix", "sentence"]
 SAME_TO = 1e-10  # relative, in float64: below it nothing has reached a vector
@@ -38,8 +39,15 @@ class Front:
     positioned: bool  # whether it depends on where it stands
     position_first: bool  # whether the vectors are kept position by position, and not sentence by sentence
     width: int
-    gradient: Tensor  # [m, d] of the layers, float64
-    eps: float  # relative error of its entries
+    products: tuple[Product, ...] = field(repr=False)  # of these layers, without their rows
+    update: Update = field(repr=False)
+    eps: float  # relative error of the update's entries
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradients [m, d] of the layers in float64, each scaled to the same size."""
+        each = [p.gradient(self.update) for p in self.products]
+        return torch.cat([g / g.norm() for g in each if bool(g.any())])
 
     @cached_property
     def space(self) -> RowSpace:
@@ -223,12 +231,8 @@ class TokenReader:
                 reach = "prefix"
         positioned = not bool(_same(rows[-1], rows[-1, :1].expand_as(rows[-1])).all())
         layers = tuple(p.layer for p in sent)
-        return Front(layers, reach, positioned, order, rows.shape[2], self._stacked(sent), self._eps(sent))
-
-    def _stacked(self, products: Sequence[Product]) -> Tensor:
-        """The gradients [m, d] of products that the same vectors enter, each scaled to the same size."""
-        each = [p.gradient(self.view.update) for p in products]
-        return torch.cat([g / g.norm() for g in each if bool(g.any())])
+        kept = tuple(replace(p, rows=p.rows[:0].clone()) for p in sent)
+        return Front(layers, reach, positioned, order, rows.shape[2], kept, self.view.update, self._eps(sent))
 
     def _eps(self, products: Sequence[Product]) -> float:
         kinds = [self.view.update[p.weight].dtype for p in products]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -40,7 +41,8 @@ def sentences_searched(reader: TokenReader, pairs: TokenPairs, rng: torch.Genera
 
     Tokens are tried where they are likely to stand, first. Every sentence of them is tried where they are few;
     else the mean distance of a sentence's vectors from the span is brought down, one token or two at a time, from starts
-    that this span and the first layers' gradient tell (`_starts`), then from random ones, of all tokens. It ends when the
+    that this span and the first layers' gradient tell (`_starts`), then from random ones, of all tokens. Changes of two
+    tokens take most of the time, and are tried from a start only when all have been tried without. It ends when the
     vectors of the sentences found span what the gradient spans: then none is missing.
     Raises NotApplicable: no layer tells whole sentences apart, or none was found.
     """
@@ -58,15 +60,15 @@ def sentences_searched(reader: TokenReader, pairs: TokenPairs, rng: torch.Genera
         complete = _spanned(reader, front, found)
     starts = [] if complete or count <= MOST_TRIED else _starts(reader, pairs, told, search, seen)
     wide = replace(search, places=pairs.allowed.cpu())  # if what seemed unlikely was in the batch
-    tries = [(start, search) for start in starts]
+    tries = [(start, search, twice) for twice in (False, True) for start in starts]
     all_tried = count <= MOST_TRIED and torch.equal(search.places, wide.places)
-    tries += [(wide.start(rng), wide) for _ in range(0 if complete or all_tried else STARTS)]
-    for k, (start, search) in enumerate(tries):
+    tries += [(wide.start(rng), wide, True) for _ in range(0 if complete or all_tried else STARTS)]
+    for k, (start, search, twice) in enumerate(tries):
         if not tick(k / len(tries)):
             break
         if any(sum(x == y for x, y in zip(start.tolist(), one, strict=True)) > MENDED * len(one) for one in found):
             continue
-        one = search.descended(start)
+        one = search.descended(start, twice=twice)
         if bool(search.fits(one[None])) and tuple(one.tolist()) not in found:
             found[tuple(one.tolist())] = None
             complete = _spanned(reader, front, found)
@@ -139,9 +141,9 @@ def _thirds(front: Front) -> int:
 def _fronts(reader: TokenReader) -> list[Front]:
     """The first layers that see whole sentences, and whose spans tell them apart."""
     controls = reader.draw(CONTROLS, torch.Generator().manual_seed(1))
-    fronts = [f for f in reader.fronts if f.reach == "sentence" and not f.space.saturated]
+    fronts = (f for f in reader.fronts if f.reach == "sentence" and not f.space.saturated)
     usable = []
-    for front in fronts[:FRONTS]:
+    for front in itertools.islice(fronts, FRONTS):
         off = front.space.offness(reader.rows(front, controls).flatten(0, 1))
         if float((off <= CUT).double().mean()) < 1 / CONTROLS:
             usable.append(front)
@@ -209,8 +211,8 @@ class _Search:
         members = self.front.space.members(rows.flatten(0, 1)).view(rows.shape[:2])
         return (members | ~self._there(sentences)).all(1)
 
-    def descended(self, sentence: Tensor) -> Tensor:
-        """The sentence [t] that no change of one token, or of two likely ones, brings nearer to the span.
+    def descended(self, sentence: Tensor, *, twice: bool) -> Tensor:
+        """The sentence [t] that no change of one token brings nearer to the span; with `twice`, nor of two likely ones.
 
         The best of all changes is made, so that a sentence with one wrong token is mended at once.
         """
@@ -220,7 +222,7 @@ class _Search:
             changed = [self._changed(sentence[None], i, self.choice(i)) for i in range(len(sentence))]
             every = torch.cat([*changed, self._cut(sentence)])
             sentence, best = self._better(sentence, best, every)
-            if best >= before * (1 - 1e-9):
+            if twice and best >= before * (1 - 1e-9):
                 sentence, best = self._better(sentence, best, self._changed_twice(sentence))
             if best >= before * (1 - 1e-9):
                 break
