@@ -471,6 +471,16 @@ def test_a_full_disk_keeps_what_was_written_and_writes_nowhere_else(
     assert len(Audit.load("audit/audit.json").runs) == 2
 
 
+def test_help_tells_of_arguments_and_escapes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("audit", "report", "gate", "sweep", "bundle", "bench"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert "\\[" not in text
+        if command == "audit":
+            assert "A built-in case" in text
+
+
 def test_help_is_quick_to_import() -> None:
     code = "import sys\nfrom unbatch.command.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"

@@ -14,10 +14,12 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperCommand
 
 from unbatch import __version__
 from unbatch.command.blame import said
@@ -549,6 +551,17 @@ _GOES_ON = {  # what is left of a command that was stopped at once
     "sweep": "finished configurations are kept, and the same command goes on from them",
     "harden": "what was tried until then is in harden.json",
 }
+
+
+class UnescapedCommand(TyperCommand):
+    """A command whose help has no backslashes before brackets: typer before 0.21 escapes them as if for rich."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        return super().get_help(ctx).replace("\\[", "[")
+
+
+for registered in app.registered_commands:
+    registered.cls = UnescapedCommand
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -37,7 +37,11 @@ def redacted(audit: Audit) -> Audit:
 
 
 def _client(client: Client) -> Client:
-    hidden = {"pictures": [WITHHELD] * len(client.pictures), "labels": [WITHHELD] * len(client.labels), "pieces": []}
+    hidden: dict[str, list[str]] = {
+        "pictures": [WITHHELD] * len(client.pictures),
+        "labels": [WITHHELD] * len(client.labels),
+        "pieces": [],
+    }
     return client.model_copy(update=hidden)
 
 
@@ -46,7 +50,7 @@ def _run(run: Run, client: Client | None) -> Run:
 
 
 def _example(example: Example, client: Client | None) -> Example:
-    hidden = {
+    hidden: dict[str, str | list[str] | None] = {
         "picture": None if example.picture is None else WITHHELD,
         "difference": None,
         "pieces": [],
