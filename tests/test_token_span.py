@@ -136,6 +136,31 @@ def test_how_often_a_lone_word_is_repeated_is_not_claimed_where_nothing_tells_it
         assert told_by_position or "sequence 1 a token shorter" in found.trace["withdrawn"]
 
 
+@pytest.mark.parametrize("length", [3, LENGTH])
+@pytest.mark.parametrize("shifts", [False, True])
+def test_nor_is_it_where_next_tokens_are_foretold(length: int, shifts: bool) -> None:
+    x = torch.zeros(1, LENGTH, dtype=torch.long)
+    x[0, :length] = 16
+    y = x.masked_fill(x == 0, -100) if shifts else following(x)
+    sizes = {"depth": 2, "width": 64, "heads": 4, "reads": "each"}
+    for positions, told_by_position in (("rotary", False), ("learned", True)):
+        model = build_transformer("gpt", LENGTH, VOCABULARY, VOCABULARY, positions=positions, rng=rng(), **sizes)  # type: ignore[arg-type]
+        obs, _ = unbatch.observe(model.double(), own_loss if shifts else F.cross_entropy, x, y, knowledge=told())
+        claim = Reconstruction(inputs=x, labels=y, bound=torch.zeros(1, dtype=torch.float64))
+        kept = judged(View.of(obs), claim)
+        assert bool(kept.bound.isfinite()) is told_by_position, kept.trace  # type: ignore[union-attr]
+
+
+def following(x: Tensor) -> Tensor:
+    after = torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
+    return after.masked_fill(after == 0, -100)
+
+
+def own_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """A model's own loss, which shifts the tokens by itself."""
+    return F.cross_entropy(outputs[..., :-1], labels[:, 1:])
+
+
 def test_sentences_that_occur_twice_and_with_two_labels_are_counted() -> None:
     r = rng()
     model = build_transformer("gpt", LENGTH, VOCABULARY, 3, depth=2, width=64, heads=4, rng=r).double()
