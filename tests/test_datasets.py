@@ -114,7 +114,7 @@ def test_several_inputs_of_a_setting_are_refused_with_what_to_do() -> None:
     model = nn.Linear(4, 2)
     for several in ((X, X), {"a": X}, [X]):
         with pytest.raises(
-            UnbatchError, match="audited on one of them: wrap it in a module whose forward takes that one"
+            UnbatchError, match="or on one: wrap it in a module whose forward takes that one"
         ):
             Setting(model=model, loss=F.cross_entropy, inputs=several, labels=Y)
 

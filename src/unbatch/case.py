@@ -133,8 +133,8 @@ class Setting:
 
 _CONVERT = "convert them with torch.as_tensor."
 _SEVERAL = (
-    "a model of several inputs is audited on one of them: wrap it in a module whose forward takes that one and holds the "
-    "others, or takes all in one tensor and splits it."
+    "a model of several inputs is audited on all of them, joined by unbatch.adapters.several_inputs.InputParts, or on one: "
+    "wrap it in a module whose forward takes that one and holds the others."
 )
 
 

@@ -130,7 +130,7 @@ def _pair(held: Any, name: str) -> tuple[Any, Any]:
 
 SEVERAL = (
     "Of several inputs, one is recovered: give a Dataset of that one and the label, and a model whose forward takes it and "
-    "holds the others, or takes all in one tensor and splits it."
+    "holds the others; or join them in Python by unbatch.adapters.several_inputs.InputParts."
 )
 
 
