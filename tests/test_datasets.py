@@ -113,9 +113,7 @@ def test_what_is_no_pair_is_refused_in_words(source: Any, words: str) -> None:
 def test_several_inputs_of_a_setting_are_refused_with_what_to_do() -> None:
     model = nn.Linear(4, 2)
     for several in ((X, X), {"a": X}, [X]):
-        with pytest.raises(
-            UnbatchError, match="or on one: wrap it in a module whose forward takes that one"
-        ):
+        with pytest.raises(UnbatchError, match="or on one: wrap it in a module whose forward takes that one"):
             Setting(model=model, loss=F.cross_entropy, inputs=several, labels=Y)
 
 

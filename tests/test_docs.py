@@ -118,10 +118,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     np.savez(tmp_path / "round7.npz", *((before[name] + u).numpy() for name, u in moved.update.items()))
     (plan,) = (block.text for block in blocks(DOCS / "sweeps.md") if block.language == "toml")
     (tmp_path / "plan.toml").write_text(plan)
+    (mymodels,) = (block.text for block in blocks(DOCS / "hugging-face.md") if "def adapted" in block.text)
+    (tmp_path / "mymodels.py").write_text(mymodels)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    for module in [m for m in sys.modules if m.partition(".")[0] == "mypackage"]:
+    for module in [m for m in sys.modules if m.partition(".")[0] in ("mypackage", "mymodels")]:
         del sys.modules[module]
 
 

@@ -85,7 +85,18 @@ TRIED = {  # every option of a command with a target, with a value that asks for
     "device": ["cpu"], "classes": ["3"], "family": ["clip"], "rounds": ["2"], "seconds": ["5"], "target_psnr": ["30"],
 }  # fmt: skip
 TRIED_ON = {("weights", "a table"): ["rows.safetensors"], ("classes", "pictures"): ["class1,class0"]}
-OF_OUTPUT = {"case", "folder", "resume", "force", "save_images", "as_json", "quiet"}  # held by tests of their own
+OF_OUTPUT = {
+    "case",
+    "folder",
+    "resume",
+    "force",
+    "save_images",
+    "no_private",
+    "no_appendix",
+    "auditor",
+    "as_json",
+    "quiet",
+}  # held by tests of their own
 OF_FILES = {"before", "as_", "scale", "shape"}  # of captured files, and of a model alone
 REFUSED = {  # what a target has no use for, beside the options that name another target
     "a case": {"loss", "reduction", "size", "batch", "weights", "classes", "model", "data", "observation", *OF_FILES},

@@ -88,7 +88,17 @@ def test_every_option_of_an_audit_that_names_its_target_or_its_ways_is_a_key(tmp
     with pytest.raises(UnbatchError) as refused:
         jobs_of({"nothing": 1}, AUDIT)
     known = set(str(refused.value).partition("Known: ")[2].rstrip(".").split(", "))
-    assert spellings - known == {"out", "resume", "force", "save-images", "json", "quiet"}
+    assert spellings - known == {
+        "out",
+        "resume",
+        "force",
+        "save-images",
+        "no-private",
+        "no-appendix",
+        "auditor",
+        "json",
+        "quiet",
+    }
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,10 @@ def check_analysis(analysis: type[Analysis]) -> None:
         ("digits:batch=2,width=16,activation=tanh", ("noise:sigma=0.01",), Knowledge()),
         ("digits:width=16", (), privacy),
         ("digits:width=16", ("prune:share=0.999",), Knowledge()),
+        ("text:batch=2,width=64,depth=1", (), Knowledge()),
     ):
+        if answers and case.startswith("text"):
+            continue  # texts are tried where pictures gave no answer
         setting = Case.parse(case).setting()
         obs, truth = observe(
             setting.model,
