@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from low_rank import Adapted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,21 +78,6 @@ def test_sentences_that_occur_twice_or_begin_another_are_counted() -> None:
     x[3, 3:] = 0  # the beginning of another one, and then a word of its own
     x[3, 3] = 17
     assert sure_of(read(sent(language_model(kind=torch.float64), x)), x)
-
-
-class Adapted(nn.Module):
-    """A frozen dense layer with a low-rank adapter beside it."""
-
-    def __init__(self, layer: nn.Linear, rank: int, *, started: bool) -> None:
-        super().__init__()
-        self.layer, self.down = layer.requires_grad_(False), nn.Linear(layer.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, layer.out_features, bias=False)
-        for weight, size in ((self.down.weight, 0.1), (self.up.weight, 0.1 * started)):
-            nn.init.normal_(weight, std=size, generator=rng(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.layer(x) + self.up(self.down(x))
-        return found
 
 
 @pytest.mark.parametrize("started", [False, True])

@@ -363,6 +363,13 @@ def test_print_cuts_no_picture_and_loses_none(tmp_path: Path) -> None:
             assert right <= width, "cut at the edge"
             assert top <= height, "cut at the edge"
         boxes += own
+        text = sheet.get_textpage().get_text_bounded()
+        heads, ends = (
+            len(re.findall(r"example \d+", text)),
+            len(re.findall(r"\bby\s+", text.partition("Every score")[0])),
+        )
+        if heads or own:
+            assert heads == len(own) // 3 == ends, "a card begins, shows its pictures and ends on one sheet"
     assert len(document) > 2
     assert len(boxes) == len(Page(page).all("img")), "a picture that two sheets share is drawn on both"
 

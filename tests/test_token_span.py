@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from low_rank import Adapted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -178,21 +179,6 @@ def test_frozen_embeddings_and_an_unknown_batch_size_change_nothing() -> None:
     obs = Observation(model=obs.model, loss=obs.loss, update=update, knowledge=obs.knowledge.without("batch_size"))
     found = read(obs)
     assert rows(found.inputs, found.labels) == rows(x, y)  # type: ignore[arg-type]
-
-
-class Adapted(nn.Module):
-    """A dense layer with a low-rank adapter beside it."""
-
-    def __init__(self, layer: nn.Linear, rank: int, *, started: bool) -> None:
-        super().__init__()
-        self.layer, self.down = layer, nn.Linear(layer.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, layer.out_features, bias=False)
-        for weight, size in ((self.down.weight, 0.1), (self.up.weight, 0.1 * started)):
-            nn.init.normal_(weight, std=size, generator=rng(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.layer(x) + self.up(self.down(x))
-        return found
 
 
 @pytest.mark.parametrize("started", [False, True])

@@ -24,8 +24,10 @@ class TokenBag(Analysis):
     What a token at a position sends into the first layers is one of finitely many vectors, and these layers' gradient spans
     those of the batch: so each word of the vocabulary is in the batch or it is not. With learned positions the span has
     rank tokens + positions - components; where the gradient has that rank, the tokens that fit are those of the batch, all
-    of them and no others. It is exact for many more texts than sentences are (`docs/theory/tokens.md`). What nothing
-    depends on does not show: padding, and the last word of a text that is trained on next words.
+    of them and no others. That holds of an update as the client computed it: nothing but the truth recomputes it, since the
+    sentences that would be simulated are open. It is exact for many more texts than sentences are
+    (`docs/theory/tokens.md`). What nothing depends on does not show: padding, and the last word of a text that is trained on
+    next words.
     """
 
     paper: ClassVar[str] = (
@@ -50,8 +52,8 @@ def _tokens(found: Bag) -> Verdict:
         front, lawful = found.pairs.front, found.pairs.lawful
         law = "as these tokens have by the law" if lawful else f"where these tokens have {found.pairs.expected_rank}"
         how.append(f"the gradient of {front.name!r} has rank {front.space.rank} at width {front.width}, {law}")
-    exact = "the batch is made of them, all of them and no others that anything depends on."
-    fit = "the batch is made of no others, but single ones of them may be missing in it."
+    exact = "if nothing altered it, the batch is made of them, all of them and no others that anything depends on."
+    fit = "if nothing altered it, the batch is made of no others, but single ones of them may be missing in it."
     return Verdict(
         name=TOKENS_PROVEN if found.exact else "tokens that fit",
         value=float(len(found.tokens)),

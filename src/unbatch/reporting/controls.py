@@ -33,55 +33,10 @@ def controls(audit: Audit) -> list[Control]:
     >>> controls(audit)[0].answer
     'Defences of this client: none. No differential privacy was declared.'
     """
-    found = f"{audit.verdict()}"
-    private = (
-        audit.privacy.words() if audit.privacy is not None else "No differential privacy was declared"
-    ).removesuffix(".") + "."
-    defended = f"Defences of this client: {', '.join(audit.defences) or 'none'}. {private}"
-    measured = f"{len([run for run in audit.runs if run.ran])} runs of attacks. {found}"
-    bounded = (
-        f"{len(audit.bounds)} lower bounds on the error of attackers, each with its assumptions."
-        if audit.bounds
-        else "No bound that holds for every attacker was found: what attacks failed to do is no proof."
-    )
-    remedies = (
-        f"{len(audit.remedies)} more defences were measured beside." if audit.remedies else "No other was measured."
-    )
-    written = (
-        "This page and the JSON in it: model, protocol, attackers' knowledge, seeds, versions, hashes and failures."
-    )
+    answers = _answers(audit)
     return [
-        Control(
-            AISVS, "C12.6.1", "client updates carry noise of differential privacy, locally or at the server", defended
-        ),
-        Control(AISVS, "C12.6.2", "nothing that is shared shows the gradient or loss of one client", found),
-        Control(
-            AISVS, "C12.6.3", "leakage of federated training is bounded by tests, on record for each cycle", measured
-        ),
-        Control(
-            AISVS,
-            "C12.3.2",
-            "the leakage that tests find agrees with the declared privacy budget",
-            f"{private} {bounded}",
-        ),
-        Control(AITG, "AITG-MOD-05", "inversion is tried, from gradients too, on each kind of data", measured),
-        Control(NIST, "MEASURE 2.7", "security and resilience are evaluated and documented", written),
-        Control(NIST, "MEASURE 2.10", "privacy risks are examined and documented", f"{found} {bounded}"),
-        Control(
-            GDPR, "Art. 32(1)(d)", "the effect of technical measures is tested at intervals", f"{defended} {remedies}"
-        ),
-        Control(
-            GDPR,
-            "Art. 35(7)(c), (d)",
-            "an impact assessment names the risks, and the measures against them",
-            f"{found} {defended}",
-        ),
-        Control(
-            GDPR,
-            "Recital 26",
-            "data are anonymous only where no means likely to be used single a person out",
-            _means(audit),
-        ),
+        Control(source, number, asks, " ".join(answers[name] for name in names))
+        for source, number, asks, names in REQUIREMENTS
     ]
 
 
@@ -89,6 +44,46 @@ AISVS = "OWASP AI Security Verification Standard, draft of 1.0"
 AITG = "OWASP AI Testing Guide"
 NIST = "NIST AI Risk Management Framework 1.0"
 GDPR = "GDPR"
+REQUIREMENTS = (  # source, number, what it asks in our words, and which answers an audit has to it
+    (AISVS, "C12.6.1", "client updates carry noise of differential privacy, locally or at the server", ("defended",)),
+    (AISVS, "C12.6.2", "nothing that is shared shows the gradient or loss of one client", ("found",)),
+    (
+        AISVS,
+        "C12.6.3",
+        "leakage of federated training is bounded by tests, on record for each cycle",
+        ("tried", "found"),
+    ),
+    (AISVS, "C12.3.2", "the leakage that tests find agrees with the declared privacy budget", ("private", "bounded")),
+    (AITG, "AITG-MOD-05", "inversion is tried, from gradients too, on each kind of data", ("tried", "found")),
+    (NIST, "MEASURE 2.7", "security and resilience are evaluated and documented", ("written",)),
+    (NIST, "MEASURE 2.10", "privacy risks are examined and documented", ("found", "bounded")),
+    (GDPR, "Art. 32(1)(d)", "the effect of technical measures is tested at intervals", ("defended", "remedies")),
+    (
+        GDPR,
+        "Art. 35(7)(c), (d)",
+        "an impact assessment names the risks, and the measures against them",
+        ("found", "defended"),
+    ),
+    (GDPR, "Recital 26", "data are anonymous only where no means likely to be used single a person out", ("means",)),
+)
+
+
+def _answers(audit: Audit) -> dict[str, str]:
+    """What an audit says to requirements, in sentences."""
+    spent = audit.privacy.words() if audit.privacy is not None else "No differential privacy was declared."
+    bounds, remedies = len(audit.bounds), len(audit.remedies)
+    return {
+        "found": audit.verdict(),
+        "private": spent,
+        "defended": f"Defences of this client: {', '.join(audit.defences) or 'none'}. {spent}",
+        "tried": f"{sum(run.ran for run in audit.runs)} runs of attacks.",
+        "bounded": f"{bounds} lower bounds on the error of attackers, each with its assumptions."
+        if bounds
+        else "No bound that holds for every attacker was found: what attacks failed to do is no proof.",
+        "remedies": f"{remedies} more defences were measured beside." if remedies else "No other was measured.",
+        "written": "This page and its JSON: model, protocol, attackers' knowledge, seeds, versions, hashes and failures.",
+        "means": _means(audit),
+    }
 
 
 def _means(audit: Audit) -> str:
