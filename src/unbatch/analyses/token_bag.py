@@ -26,8 +26,8 @@ class TokenBag(Analysis):
     rank tokens + positions - components; where the gradient has that rank, the tokens that fit are those of the batch, all
     of them and no others. That holds of an update as the client computed it: nothing but the truth recomputes it, since the
     sentences that would be simulated are open. It is exact for many more texts than sentences are
-    (`docs/theory/tokens.md`). What nothing depends on does not show: padding, and the last word of a text that is trained on
-    next words.
+    (`docs/theory/tokens.md`). What nothing depends on does not show: padding, and the last word of a text that is trained
+    on next words.
     """
 
     paper: ClassVar[str] = (
