@@ -180,7 +180,9 @@ class Table(Domain):
             group = group_of.get(i, ())
             if not group:
                 value = units[i][0] + units[i][1] * float(values[i])
-                parts.append(f"{name} = {0 if abs(value) < UNSEEN * abs(units[i][1]) and units[i][0] else value:.4g}")
+                parts.append(
+                    f"{name} = {0 if abs(value) < UNSEEN * abs(units[i][1]) and (units[i][0] or not self.units) else value:.4g}"
+                )
             elif i == group[0]:
                 parts.append(self._category(group, names, int(values[list(group)].argmax())))
         if len(parts) <= MANY_COLUMNS:
