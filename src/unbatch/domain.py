@@ -180,9 +180,9 @@ class Table(Domain):
             group = group_of.get(i, ())
             if not group:
                 value = units[i][0] + units[i][1] * float(values[i])
-                parts.append(
-                    f"{name} = {0 if abs(value) < UNSEEN * abs(units[i][1]) and (units[i][0] or not self.units) else value:.4g}"
-                )
+                own = bool(self.units) and not units[i][0]  # a file's values as they stand, however small
+                unseen = abs(value) < UNSEEN * abs(units[i][1]) and not own
+                parts.append(f"{name} = {0 if unseen else value:.4g}")
             elif i == group[0]:
                 parts.append(self._category(group, names, int(values[list(group)].argmax())))
         if len(parts) <= MANY_COLUMNS:
