@@ -25,6 +25,8 @@ class LossForm:
     entropy on logits summed over the outputs, or the squared error summed over the outputs. factor = scale for the sum; for
     the mean it is scale / sum_i w_i, or scale / n with `by_count`. w_i is 1 but where classes have `weights` (the largest
     is 1), and 0 for rows of the class number `ignored`, whether that is one of the classes or stands outside them.
+    Any other sum or mean of one term an example is `additive`: focal loss, `pos_weight`, weights beside smoothing, Huber.
+    Nothing is known of its l but that it is l(outputs_i, labels_i), so who needs l asks the loss itself; scale is 1.
 
     `labels` is the form in which the loss takes labels.
 
@@ -35,7 +37,7 @@ class LossForm:
     ('cross-entropy (mean, class 1 ignored)', 1, (1.0, 0.0, 1.0))
     """
 
-    name: Literal["cross-entropy", "binary-cross-entropy", "squared-error"]
+    name: Literal["cross-entropy", "binary-cross-entropy", "squared-error", "additive"]
     reduction: Literal["mean", "sum"]
     scale: float
     labels: LabelForm
@@ -73,6 +75,7 @@ class LossForm:
 
 _Name = Literal["cross-entropy", "binary-cross-entropy", "squared-error"]
 USUAL_IGNORED = (-100, -1, 255)  # numbers outside the classes by which rows are marked as unlabelled
+MOST_WEIGHED_CLASSES = 1024  # whose weights are read one by one in a loss of unknown terms
 WIDE_TARGETS = 30.0  # a squared error that turns into something else far out (Huber) shows itself there
 
 
@@ -91,7 +94,7 @@ class _Fit:
 
 
 def identify(loss: Loss, outputs_shape: tuple[int, ...], *, device: torch.device | None = None) -> LossForm | None:
-    """The form of `loss` on outputs of shape [n, k] (or [n]), or None if it is none of the known ones.
+    """The form of `loss` on outputs of shape [n, k] (or [n]), or None if it is no sum or mean of one term an example.
 
     Values and gradients are compared with each reference at random outputs and labels in float64 (to 1e-6; in float32 to
     1e-4 where the loss takes nothing else). Labels name every class, so that weights and an ignored class show
@@ -101,20 +104,24 @@ def identify(loss: Loss, outputs_shape: tuple[int, ...], *, device: torch.device
     >>> form = identify(F.cross_entropy, (2, 3))
     >>> form.name, form.reduction, form.scale, form.classes, form.ignored
     ('cross-entropy', 'mean', 1.0, True, -100)
-    >>> identify(lambda outputs, labels: outputs.exp().mean(), (2, 3)) is None
-    True
+    >>> def focal(outputs, labels):
+    ...     each = F.cross_entropy(outputs, labels, reduction="none")
+    ...     return ((1 - (-each).exp()) ** 2 * each).sum()
+    >>> str(identify(focal, (2, 3))), identify(lambda outputs, labels: outputs.std() + labels.sum(), (2, 3))
+    ('additive (sum)', None)
     """
     try:
         labels = LabelForm.of(loss, outputs_shape[1:], device=device)
     except UnbatchError:
         return None
     for dtype, close in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
-        try:
-            found = _identified(in_dtype(loss, dtype), outputs_shape[1:], labels, dtype, device, close)
-        except REFUSALS:
-            found = None
-        if found is not None:
-            return found
+        for reading in (_identified, _additive):
+            try:
+                found = reading(in_dtype(loss, dtype), outputs_shape[1:], labels, dtype, device, close)
+            except REFUSALS:
+                continue
+            if found is not None:
+                return found
     return None
 
 
@@ -162,6 +169,58 @@ def _identified(
         table = tuple(float(f"{w:.10g}") for w in weights.tolist())
         made = replace(made, weights=table, ignored=idle[0] if len(idle) == 1 else None)
     return _with_ignored(loss, shape, made, dtype, close) if made.ignored is None and k else made
+
+
+def _additive(
+    loss: Loss, shape: tuple[int, ...], form: LabelForm, dtype: torch.dtype, device: torch.device | None, close: float
+) -> LossForm | None:
+    """The form of a sum or mean of one unknown term an example, by its value and gradient on batches and on single rows.
+
+    Of a mean over class weights, sum_i w_i l_i / sum_i w_i, single rows show l_i, and a row of class j beside one of class
+    0 its weight: the pair's gradient of the second row is w_j / (w_0 + w_j) of that row's own.
+    """
+    rng = torch.Generator().manual_seed(2)
+    k = form.count if form.kind == "class" and not form.shape and form.count <= MOST_WEIGHED_CLASSES else 0
+    n = max(k, 4) + 3
+    outputs = torch.randn((n, *shape), generator=rng, dtype=torch.float64).to(device, dtype)
+    labels = form.draw(n, rng, outputs)
+    if k:
+        labels = (torch.arange(n) % k).to(labels)
+    each = torch.cat([gradient_of(loss, outputs[i : i + 1], labels[i : i + 1]) for i in range(n)])
+    values = torch.stack([loss(outputs[i : i + 1], labels[i : i + 1]).detach() for i in range(n)])
+    if not bool(each.isfinite().all()) or not bool(each.any()):
+        return None
+
+    def holds(weights: Tensor, *, mean: bool) -> bool:
+        """Whether batches of two sizes are the weighted sum, or mean, of their rows."""
+        for size in (n - 3, n):
+            w = weights[:size] / (weights[:size].sum() if mean else 1)
+            seen = gradient_of(loss, outputs[:size], labels[:size])
+            value = loss(outputs[:size], labels[:size]).detach()
+            if not _near(seen, each[:size] * w.view(-1, *(1,) * len(shape)), close):
+                return False
+            if not _near(value, (values[:size] * w).sum(), close):
+                return False
+        return True
+
+    ones = torch.ones(n, dtype=dtype, device=outputs.device)
+    if holds(ones, mean=False):
+        return LossForm("additive", "sum", 1.0, form)
+    if holds(ones, mean=True):
+        return LossForm("additive", "mean", 1.0, form)
+    if not k:
+        return None
+    table = torch.ones(k, dtype=dtype, device=outputs.device)
+    for j in range(1, k):
+        pair = torch.tensor([0, j], device=outputs.device)
+        share = float((gradient_of(loss, outputs[pair], labels[pair])[1] * each[j]).sum() / each[j].square().sum())
+        if not 0 < share < 1:
+            return None
+        table[j] = share / (1 - share)
+    if not holds(table[labels], mean=True):
+        return None
+    weights = tuple(float(f"{w:.10g}") for w in (table / table.max()).tolist())
+    return LossForm("additive", "mean", 1.0, form, weights=weights)
 
 
 def _with_ignored(loss: Loss, shape: tuple[int, ...], form: LossForm, dtype: torch.dtype, close: float) -> LossForm:

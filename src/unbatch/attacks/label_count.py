@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, final
+from typing import Annotated, ClassVar, cast, final
 
 import torch
 from pydantic import Field
@@ -180,7 +180,7 @@ class LabelCount(Attack):
             n,
             factor=float(shares.mean()),
             expected=expected,
-            loss=form.name,
+            loss=cast(label_counts.CountedLoss, form.name),  # others are refused before
             smoothing=form.smoothing,
             features=features,
             nonnegative=gradient.nonnegative,
@@ -341,7 +341,7 @@ def _form(view: View) -> LossForm:
     """The form of a loss on class labels. Raises NotApplicable: it is another, or the protocol leaves nothing to count."""
     form, protocol, outputs = view.form, view.protocol, math.prod(view.outputs)
     n, clients = view.knowledge.batch_size, view.knowledge.get("clients", 1)
-    if form is None or form.scale <= 0:
+    if form is None or form.name == "additive" or form.scale <= 0:
         raise NotApplicable(
             "the loss is neither cross entropy, nor binary cross entropy, nor squared error (weights beside smoothing?)."
         )

@@ -103,7 +103,7 @@ def peeled(
     if not found.layer:
         _reached(view, layer, inputs, x)
     kept = torch.zeros_like(sure)
-    if found.labels is None and view.form is None:
+    if found.labels is None and (view.form is None or view.form.name == "additive"):
         return _whatever_the_label(view, layer, found, sure)
     n = view.knowledge.get("batch_size", len(found))
     tail = _tail(view, layer, n)

@@ -352,7 +352,7 @@ def _labels(view: View, pair: LayerPair, x: Tensor, R: Tensor) -> tuple[Tensor |
     """
     free = torch.full((len(x),), torch.inf).to(x)
     form = view.form
-    if form is None or form.weights is not None:
+    if form is None or form.name == "additive" or form.weights is not None:
         return None, free
     r = R / (form.scale / len(x) if form.reduction == "mean" else form.scale)
     o = pair.s(pair.before(x)) @ pair.V.T + pair.c  # [n, k]

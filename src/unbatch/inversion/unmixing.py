@@ -125,7 +125,7 @@ class Unmixing:
                 "the only dense layer is the head: its deltas have as many entries as classes, too few to tell examples by."
             )
         if form is None:
-            raise NotApplicable("the loss is none of cross entropy, binary cross entropy and squared error.")
+            raise NotApplicable("the loss is no sum or mean of one term an example, so no delta is one example's.")
         tail = Tail(view.obs, layer, form, 1)
         tail.check()
         span = layer_span(view, layer, rng)
@@ -521,7 +521,7 @@ class RemainingLabels:
             alike = z if len(z) > left else beginning(self.mixture, torch.Generator().manual_seed(0), spread=1.0)
             expected = self._probabilities(z).sum(0) + (n - len(z)) * self._probabilities(alike).mean(0)
             counts = expected if len(expected) == k else torch.cat([n - expected, expected])
-            if self.weight is not None or self.bias is not None:
+            if self.form.name != "additive" and (self.weight is not None or self.bias is not None):
                 factor = unit * self.clients * self.form.scale / (n if self.form.reduction == "mean" else 1)
                 counts = label_counts(
                     self.weight,
@@ -540,4 +540,4 @@ class RemainingLabels:
     def _probabilities(self, z: Tensor) -> Tensor:
         with torch.no_grad():
             outputs = self.tail.outputs(self.mixture.before(z)).flatten(1).cpu()
-        return outputs.sigmoid() if self.form.name == "binary-cross-entropy" else outputs.softmax(1)
+        return outputs.softmax(1) if self.form.classes and outputs.shape[1] > 1 else outputs.sigmoid()
