@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import unbatch
 from unbatch import Attack, Case, Knowledge, NotApplicable, Observation, Protocol, Reconstruction, Setting, observe
 from unbatch.analysis import Analysis, Verdict
-from unbatch.attack import ActiveAttack, Demo, Guarantee
+from unbatch.attack import NOTHING, ActiveAttack, Demo, Guarantee
 from unbatch.inversion.view import View
 from unbatch.progress import Watch, afford_or_leave, tick
 from unbatch.reporting.results import Audit
@@ -351,7 +351,7 @@ def test_an_active_attack_plants_its_model(setting: Setting) -> None:
         paper: ClassVar[str] = "none"
         demo: ClassVar[Demo] = Demo(case="digits")
 
-        def plant(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
+        def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge = NOTHING) -> nn.Module:
             copy = Case.parse("digits:batch=3,width=16").setting().model
             copy.load_state_dict({k: torch.zeros_like(v) for k, v in model.state_dict().items()})
             return copy

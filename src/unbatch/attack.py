@@ -13,10 +13,11 @@ from torch import nn
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.claims import judged
 from unbatch.inversion.view import View
-from unbatch.knowledge import check_fields
+from unbatch.knowledge import Knowledge, check_fields
 from unbatch.network.precision import in_our_words
 from unbatch.observation import Observation
 from unbatch.plugin import Plugin
+from unbatch.protocol import Protocol
 from unbatch.reconstruction import Reconstruction
 
 
@@ -62,6 +63,7 @@ class Demo:
     knows: tuple[str, ...] = ()  # fields of Knowledge beyond the client's default
     defences: tuple[str, ...] = ()
     options: str = ""  # of the attack, where its defaults are too slow for a test
+    protocol: Protocol = field(default_factory=Protocol)
 
 
 class Attack(Plugin, ABC):
@@ -176,10 +178,14 @@ def _as_the_loss_takes(view: View, found: Reconstruction) -> Reconstruction:
         return found
 
 
+NOTHING = Knowledge()
+
+
 class ActiveAttack(Attack):
     """An attack by a server that does not only look: it also chooses the model's parameters, or its architecture.
 
-    The audit hands `plant`'s model to the client in place of its own, and `run` sees what comes back.
+    The audit hands `plant`'s model to the client in place of its own, and `run` sees what comes back. Where the protocol
+    has several rounds `replant` chooses the model of each further one, and the rounds before the last are `earlier`.
 
     >>> from unbatch.attacks import TensorMomentDeep, Unmix
     >>> issubclass(TensorMomentDeep, ActiveAttack), issubclass(Unmix, ActiveAttack)
@@ -189,8 +195,18 @@ class ActiveAttack(Attack):
     threat_model: ClassVar[str] = "malicious server (chooses the parameters)"
 
     @abstractmethod
-    def plant(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
+    def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge = NOTHING) -> nn.Module:
         """A copy of `model` with the parameters that the server sends out in place of its own.
 
-        Raises NotApplicable: the attack's parameters do not fit such a model; the message says why.
+        `known` is what the attack declares to know, before any client has answered. Raises NotApplicable: the attack's
+        parameters do not fit such a model; the message says why.
         """
+
+    def replant(self, seen: Observation, rng: torch.Generator) -> nn.Module | None:
+        """The model of the next round, from what the server has seen so far; None: it has seen enough.
+
+        `seen` is the last round, with those before it as `earlier`, and holds only the knowledge that the attack declares.
+        The model is to have the parameters and buffers of the one before, by name and shape. By default each round is
+        played on the same model.
+        """
+        return seen.model

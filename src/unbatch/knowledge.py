@@ -55,6 +55,7 @@ class Knowledge:
     input_shape: tuple[int, ...]  # of one example
     batch_size: int
     labels: Tensor
+    public: Tensor  # [p, *input_shape] examples like the private ones, which anybody has
     input_range: tuple[float, float]  # of tokens: 0 and the vocabulary's last number
     padding: int  # of tokens: the number that fills short sequences up behind their end, and says nothing
     domain: str
@@ -244,6 +245,8 @@ def _hold(name: str, value: Any) -> None:
     elif name == "labels":
         wanted = "numbers, one or a row for each example"
         good = isinstance(value, Tensor) or _is_tensor(value)
+    elif name == "public":
+        wanted, good = "examples [p, *input_shape], as a tensor", isinstance(value, Tensor) and value.ndim >= 2
     elif name == "privacy":
         wanted, good = "a Privacy", isinstance(value, Privacy)
     elif name == "buffers":

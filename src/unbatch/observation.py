@@ -16,6 +16,7 @@ from unbatch.errors import UnbatchError
 from unbatch.knowledge import PROTOCOL_FIELDS, Earlier, Knowledge, shares
 from unbatch.likelihood import Likelihood
 from unbatch.loss import Loss
+from unbatch.network.per_client import for_client
 from unbatch.network.unwrapped import unwrapped
 from unbatch.numerics.linear.span import rounding_noise
 from unbatch.protocol import Protocol, Update, fit, flatten, gradient_of_adam, local_update
@@ -218,7 +219,7 @@ class Observation:
         shares = self.knowledge.get("clients", 1)  # under secure aggregation, the sum over the clients' shares
         each = [
             local_update(
-                self.model,
+                for_client(self.model, number),
                 self.loss,
                 x,
                 y,
@@ -227,7 +228,7 @@ class Observation:
                 buffers=self.knowledge.get("buffers"),
                 create_graph=create_graph,
             )
-            for x, y in zip(inputs.tensor_split(shares), labels.tensor_split(shares), strict=True)
+            for number, (x, y) in enumerate(zip(inputs.tensor_split(shares), labels.tensor_split(shares), strict=True))
             if len(x)
         ]
         return each[0] if len(each) == 1 else {k: torch.stack([u[k] for u in each]).sum(0) for k in each[0]}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from unbatch.analysis import Analysis, Bound, LayerRisk, Verdict
 from unbatch.attack import ActiveAttack, Attack, Demo, Guarantee
+from unbatch.auditing.cheating import planted_exchange
 from unbatch.auditing.client import observe
 from unbatch.auditing.run import audit
 from unbatch.case import Case, Setting
@@ -255,17 +256,24 @@ def demo_setting(demo: Demo) -> Setting:
     if set(demo.knows) - {"labels"}:
         raise UnbatchError(f"a demo can grant labels, not {sorted(set(demo.knows) - {'labels'})}.")
     object.__setattr__(setting, "knowledge", Knowledge(**granted))
+    object.__setattr__(setting, "protocol", demo.protocol)
     return setting
 
 
 def _exchange(setting: Setting, demo: Demo | None, attack: Attack | None) -> tuple[Observation, Truth]:
-    model = setting.model
-    if isinstance(attack, ActiveAttack):
-        model = attack.plant(model, torch.Generator().manual_seed(3))
     told = setting.domain.public() | Knowledge(input_range=(setting.domain.low, setting.domain.high))
+    told |= setting.knowledge
     defences = demo.defences if demo is not None else ()
+    if isinstance(attack, ActiveAttack):
+        return planted_exchange(attack, setting, knowledge=told, defences=defences, server_seed=3)
     return observe(
-        model, setting.loss, setting.inputs, setting.labels, knowledge=told | setting.knowledge, defences=defences
+        setting.model,
+        setting.loss,
+        setting.inputs,
+        setting.labels,
+        knowledge=told,
+        protocol=setting.protocol,
+        defences=defences,
     )
 
 

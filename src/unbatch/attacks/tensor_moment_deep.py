@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unbatch.attack import ActiveAttack, Cost, Demo, Guarantee
+from unbatch.attack import NOTHING, ActiveAttack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.last_two_layers import MiddleActivation
 from unbatch.inversion.tensor_moments import TensorMoments
@@ -76,7 +76,7 @@ class TensorMomentDeep(ActiveAttack):
         Field(gt=0, description="l2 norm of the inputs, or a typical one where a bias tells; none: sqrt(d)/2"),
     ] = None
 
-    def plant(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
+    def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge = NOTHING) -> nn.Module:
         """A copy of `model` with the parameters that carry an input through to the last hidden layer.
 
         Raises NotApplicable: the model is no chain of dense layers, or one of them is too narrow.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -30,6 +31,7 @@ def observe(
     protocol: Protocol | None = None,
     defences: OneOrMore[Defence] = (),
     seed: int = 0,
+    replant: Callable[[Observation], nn.Module | None] | None = None,
 ) -> tuple[Observation, Truth]:
     """Run one honest client's step on the private batch; return what the server sees, and the truth for the judge.
 
@@ -37,6 +39,7 @@ def observe(
 
     `knowledge` comes on top of what the round itself makes public: input_shape, batch_size, the protocol's numbers and
     what each defence publishes, its likelihood among it. Defences are applied in order, the first one outermost.
+    `replant` is a server that chooses the model of the next round from what it has seen so far, or ends with None.
     Raises UnbatchError: inputs, labels and model do not fit together.
 
     >>> model, x, y = nn.Linear(2, 2), torch.zeros(3, 2), torch.tensor([0, 1, 1])
@@ -58,13 +61,16 @@ def observe(
         update = _stepped(step, Round(model=model, loss=loss, inputs=inputs, labels=labels, protocol=protocol, rng=rng))
         seen = {name: tensor.detach().clone() for name, tensor in update.items()}
         public = stack.told(bare, seen)
+        past = Knowledge(earlier=tuple(earlier)) if earlier else Knowledge()
+        told = public | past | (knowledge or Knowledge())
+        observation = Observation(model=before, loss=stack.loss(loss), update=seen, knowledge=told)
         if len(earlier) + 1 >= (protocol.rounds or 1):
             break
+        following = replant(observation) if replant else moved(before, seen, protocol.server_rate or 0.0, public)
+        if following is None:
+            break
         earlier.append(Earlier(state=before.state_dict(), update=seen))
-        model = moved(before, seen, protocol.server_rate or 0.0, public)
-    public |= Knowledge(earlier=tuple(earlier)) if earlier else Knowledge()
-    public |= knowledge or Knowledge()
-    observation = Observation(model=before, loss=stack.loss(loss), update=seen, knowledge=public)
+        model = following
     return observation, Truth(inputs=inputs.detach().clone(), labels=labels.clone())
 
 

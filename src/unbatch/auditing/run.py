@@ -20,6 +20,7 @@ from unbatch.analysis import Analysis
 from unbatch.attack import ActiveAttack, Attack
 from unbatch.auditing.allowance import DEFAULT_SECONDS, SEARCH_SECONDS, Allowance
 from unbatch.auditing.certify import certify
+from unbatch.auditing.cheating import planted_exchange
 from unbatch.auditing.checks import flags
 from unbatch.auditing.client import declared, observe
 from unbatch.auditing.diagnosis import UNREAD, diagnose, unexplained, unreadable
@@ -298,6 +299,8 @@ class _Plan:
     def ways(self, index: int, attack: Attack) -> tuple[bool, ...]:
         """Without the defence's likelihood and earlier rounds, and with them, where the attack takes what there is."""
         known = self.exchanges[index][0].knowledge
+        if ADAPTIVE & set(known) & attack.needs:  # it cannot do without
+            return (True,)
         return (False, True) if ADAPTIVE & set(known) & (attack.needs | attack.uses) else (False,)
 
     def blanks(self, seeds: Sequence[int]) -> Iterator[tuple[Attack, Run]]:
@@ -394,18 +397,8 @@ class _Plan:
         if not self.reproducible:
             raise NotApplicable("an active server chooses the model before the client's step; this update is captured.")
         s = self.settings[index]
-        model = attack.plant(s.model, torch.Generator().manual_seed(seed))
-        knowledge = s.domain.public() | s.knowledge
-        return observe(
-            model,
-            s.loss,
-            s.inputs,
-            s.labels,
-            knowledge=knowledge,
-            protocol=s.protocol,
-            defences=self.defences,
-            seed=index,
-        )
+        told = s.domain.public() | s.knowledge
+        return planted_exchange(attack, s, knowledge=told, defences=self.defences, seed=index, server_seed=seed)
 
 
 def _loss(obs: Observation) -> str:

@@ -13,6 +13,7 @@ from unbatch.defence import Defence, Round, Step
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.likelihood import Likelihood
+from unbatch.network.per_client import for_client
 from unbatch.protocol import Update
 
 
@@ -49,7 +50,10 @@ class SecureAggregation(Defence):
             shares = zip(
                 round_.inputs.tensor_split(self.clients), round_.labels.tensor_split(self.clients), strict=True
             )
-            updates = [step(replace(round_, inputs=x, labels=y)) for x, y in shares]
+            updates = [
+                step(replace(round_, model=for_client(round_.model, number), inputs=x, labels=y))
+                for number, (x, y) in enumerate(shares)
+            ]
             if self.clients == 1:
                 return updates[0]
             return {name: torch.stack([u[name] for u in updates]).sum(0) for name in updates[0]}
