@@ -99,3 +99,22 @@ def test_coarser_or_altered_or_longer_steps_of_adam_are_left_as_they_are() -> No
         model, x, y = client(dtype, width=40)
         seen, _ = unbatch.observe(model, F.cross_entropy, x, y, protocol=protocol, defences=defences)
         assert seen.as_gradient() is seen
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "adamw"])
+def test_attacks_read_that_gradient_too(optimiser: str) -> None:
+    """One example by its ratio and by matching, and labels by counting; a bound holds."""
+    model, x, y = client(torch.float64, width=40)
+    protocol = Protocol(local_steps=1, optimiser=optimiser, learning_rate=1e-3, weight_decay=0.01)
+    one, _ = unbatch.observe(model, F.cross_entropy, x[:1], y[:1], protocol=protocol)
+    found = unbatch.Attack.parse("bias-ratio")(one)
+    assert found.inputs is not None
+    assert found.bound is not None
+    assert float((found.inputs - x[:1]).norm() / found.inputs.norm()) <= float(found.bound[0]) < 1e-4
+    found = unbatch.Attack.parse("gradient-matching")(one)
+    assert found.inputs is not None
+    assert torch.allclose(found.inputs, x[:1], atol=1e-4)
+    whole, _ = unbatch.observe(model, F.cross_entropy, x, y, protocol=protocol)
+    found = unbatch.Attack.parse("label-count")(whole)
+    assert found.labels is not None
+    assert sorted(found.labels.tolist()) == sorted(y.tolist())

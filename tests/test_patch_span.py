@@ -150,10 +150,16 @@ def test_local_steps_of_sgd_hide_nothing(protocol: Protocol) -> None:
     assert off(found.inputs, x) <= float(found.bound[0]) < 1e-6
 
 
+def test_a_first_step_of_adam_is_read_as_its_gradient_where_it_was_kept_in_float64() -> None:
+    x, y = pictures()
+    found = PatchSpan()(seen_of(vit(), x, y, protocol=Protocol(local_steps=1, optimiser="adam")))
+    assert off(found.inputs, x) <= float(found.bound[0]) < 0.5
+
+
 def test_adam_and_weight_decay_over_several_steps_are_refused() -> None:
     x, y = pictures()
     for protocol, said in (
-        (Protocol(local_steps=1, optimiser="adam"), "adam rescales every entry"),
+        (Protocol(local_steps=2, optimiser="adam"), "adam rescales every entry"),
         (Protocol(local_steps=2, weight_decay=0.1), "weight decay adds"),
     ):
         with pytest.raises(NotApplicable, match=said):

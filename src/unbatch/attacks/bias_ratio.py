@@ -60,6 +60,7 @@ class BiasRatio(Attack):
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         view.refuse_tokens()
+        view = view if view.protocol.optimiser == "sgd" else view.gradient
         layer = self._layer(view)
         rounding = self._rounding(view.obs, layer)
         if rounding > 0.1:
@@ -98,7 +99,8 @@ class BiasRatio(Attack):
             )
         if view.steps and protocol.optimiser != "sgd":
             raise NotApplicable(
-                f"{protocol.optimiser} rescales every entry of the update by itself, so no ratio of entries is left."
+                f"{protocol.optimiser} rescales every entry of the update by itself, and its gradient is not told finely "
+                "enough (one step in float64 tells it): no ratio of entries is left."
             )
         if view.steps and protocol.weight_decay:
             raise NotApplicable(
@@ -119,11 +121,11 @@ class BiasRatio(Attack):
 
     def _rounding(self, obs: Observation, layer: Dense) -> float:
         """Relative error of the update's entries: a few roundings, or after local steps those of the parameters."""
-        eps = torch.finfo(obs.dtype).eps
+        eps, sent = torch.finfo(obs.dtype).eps, [name for name in (layer.weight, layer.bias) if name]
         if obs.protocol.steps(1) == 0:
-            return 4 * eps
+            sizes = {k: float(obs.update[k].double().square().mean().sqrt()) for k in sent}
+            return 4 * (eps + max(float(obs.grain.get(k, 0.0)) / sizes[k] for k in sent))
         parameters = dict(obs.model.named_parameters())
-        sent = [name for name in (layer.weight, layer.bias) if name]
         ratios = [float(parameters[k].detach().double().norm() / obs.update[k].double().norm()) for k in sent]
         return 4 * eps * (1 + obs.protocol.steps(1) * max(ratios))
 

@@ -61,4 +61,4 @@ class GradientMatching(Attack):
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         search = UpdateMatching(preset=self.preset, iterations=self.iterations, restarts=self.restarts, tv=self.tv)
-        return search.run(view, rng)
+        return search.run(view if view.protocol.optimiser == "sgd" else view.gradient, rng)

@@ -134,6 +134,7 @@ class LabelCount(Attack):
     stand_ins: Annotated[int, Field(gt=0, description="stand-in inputs behind the estimate")] = 256
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        view = view if view.protocol.optimiser == "sgd" else view.gradient
         head, form = _head(view), _form(view)
         obs, n = view.obs, view.knowledge.batch_size
         inputs = view.stand_in(self.stand_ins, rng)
@@ -214,6 +215,9 @@ def _head_gradient(obs: Observation, head: Dense, form: LossForm, nonnegative: b
     sent = {name: obs.update[name].cpu() for name in (head.weight, head.bias) if name and name in obs.update}
     weight, bias = sent.get(head.weight), sent.get(head.bias or "")
     slack = PROOF_SIGMAS * obs.knowledge.get("noise", 0.0)
+    slack += max(
+        2 * obs.grain.get(name, 0.0) * u.numel() ** 0.5 for name, u in sent.items()
+    )  # one entry may hold it all
     shares, signs_only = torch.ones(n, dtype=torch.float64), bool(steps) and obs.protocol.optimiser != "sgd"
     if signs_only:
         weight, bias = (-g if g is not None else None for g in (weight, bias))

@@ -8,6 +8,7 @@ import torch
 
 from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
+from unbatch.inversion.claims import LARGEST_BOUND
 from unbatch.inversion.label_fit import label_behind
 from unbatch.inversion.patches import PatchWindows, by_first_layers, by_positions
 from unbatch.inversion.view import View
@@ -58,13 +59,15 @@ class PatchSpan(Attack):
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         shape = view.knowledge.input_shape
-        self._check(view)
         view = view.gradient
+        self._check(view)
         front = patch_embedding(view.model, shape)
         windows = self._windows(view, front)
         x = front.picture(windows.values, shape)[None]
         least = float(front.scale.abs().min())
         bound = torch.tensor([windows.error / (least * float(x.norm()))], dtype=torch.float64)
+        if not windows.free and float(bound) >= LARGEST_BOUND:
+            raise NotApplicable(f"the update is too coarse: its errors leave {float(bound):.2g} of the picture open.")
         label = label_behind(view, x)
         trace = windows.trace | {"patches": front.tokens, "free dimensions of a patch": windows.free}
         if windows.free:

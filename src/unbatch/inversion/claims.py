@@ -120,7 +120,10 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
             return Ruling(none, "the update is too coarse to tell examples that occur twice from two that are alike.")
     whole: Recomputed | None = None
     if own is not None:
-        place = exchange_above(view.obs, layer) if found.layer and layer is not None else view.obs
+        seen = (
+            view.obs if view.protocol.optimiser == "sgd" else view.gradient.obs
+        )  # a first step of Adam is its gradient
+        place = exchange_above(seen, layer) if found.layer and layer is not None else seen
         if view.steps > 1 and found.layer and len(place.update) < len(view.update):
             words = f"the layers below {found.layer!r} move within the local steps, and its inputs with them."
             return Ruling(none, words)

@@ -41,7 +41,7 @@ def coefficients(
     Gauss-Hermite quadrature is exact for smooth s but errs by 1 / nodes at a kink, so the line is cut at s's likely
     kinks (multiples of 1/2) into panels, with `nodes` Gauss-Legendre points each against the normal density.
 
-    >>> coefficients(lambda t: t**2, most=3).round(decimals=6)  # E t^2, E 2 t, 2, 0
+    >>> coefficients(lambda t: t**2, most=3).round(decimals=6) + 0.0  # E t^2, E 2 t, 2, 0
     tensor([1., 0., 2., 0.], dtype=torch.float64)
     """
     reach = 9.0  # the density times He_4 beyond it is below 1e-15

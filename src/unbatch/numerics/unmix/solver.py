@@ -137,22 +137,26 @@ def named_alike(mixture: Mixture, found: Separation) -> Separation:
     """The examples of a mixture of two classes under the labels by which they count most alike.
 
     Two classes have parallel deltas of opposite signs, so that where it is not known how much each example counts, both
-    labels fit it, one with a positive weight and one with a negative. All weights have one sign: the one under which they
-    differ least. Two that differ as little under both are left as they are.
+    labels fit it, one with a positive weight and one with a negative. True weights all have one sign, so there are two ways
+    to label a batch: that under which the weights differ least is taken, if it is clear, whatever labels were met with.
 
     >>> from unbatch.numerics.unmix.made import made_mixture
     >>> mixture, z, y = made_mixture(4, classes=2)
     >>> free = mixture.unweighed(-3.0)
-    >>> bool((named_alike(free, Separation(z, 1 - y, weighed=False)).labels == y).all())
+    >>> bool((named_alike(free, Separation(z, torch.tensor([1, 0, 0, 0]), weighed=False)).labels == y).all())
     True
     """
     if found.weighed or mixture.classes != 2 or len(found.z) < 2:
         return found
-    free, spread = mixture.unweighed(), []
-    for labels in (found.labels, 1 - found.labels):
-        size = free.weights(free.F(found.z, labels), found.z).abs().log()
-        spread.append(float(size.max() - size.min()))
-    return replace(found, labels=1 - found.labels) if spread[1] < OPPOSITE_LABELS * spread[0] else found
+    free = mixture.unweighed()
+    each = [free.weights(free.F(found.z, y), found.z) for y in (torch.zeros_like(found.labels), found.labels * 0 + 1)]
+    ways = list[tuple[float, Tensor]]()
+    for labels in ((each[0] < each[1]).to(found.labels), (each[0] > each[1]).to(found.labels)):  # positive, negative
+        size = torch.where(labels == 0, each[0], each[1]).abs().log()
+        ways.append((float(size.max() - size.min()), labels))
+    (least, best), (most, _) = sorted(ways, key=lambda way: way[0])
+    met = any(torch.equal(labels, found.labels) for _, labels in ways)
+    return replace(found, labels=best) if least < OPPOSITE_LABELS * most or not met else found
 
 
 def by_polish(
