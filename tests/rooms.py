@@ -1,9 +1,32 @@
 """The rooms of the package, drawn once: tests hold the code and the page on architecture to them."""
 
 ROOMS = [  # a module imports from its own row and from rows above it; one named with its room has a row of its own
-    {"numerics", "errors", "files", "progress", "label_form", "loss", "plugin", "privacy", "raster", "torch_file"},
+    {
+        "numerics",
+        "errors",
+        "files",
+        "progress",
+        "label_form",
+        "loss",
+        "plugin",
+        "privacy",
+        "raster",
+        "threat_model",
+        "torch_file",
+    },
     {"network", "models"},
-    {"protocol", "knowledge", "likelihood", "bundle", "observation", "reconstruction", "domain", "truth", "update"},
+    {
+        "protocol",
+        "knowledge",
+        "likelihood",
+        "bundle",
+        "observation",
+        "reconstruction",
+        "domain",
+        "training",
+        "truth",
+        "update",
+    },
     {
         "layer",
         "layers",

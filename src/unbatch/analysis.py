@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, final
 
 from pydantic import BaseModel, ConfigDict
 
+from unbatch.errors import NotApplicable
 from unbatch.plugin import Plugin
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class Analysis(Plugin, ABC):
     folder: ClassVar[str] = "analyses"
 
     paper: ClassVar[str]
+    sees: ClassVar[frozenset[str]] = frozenset({"update"})  # what it reads: updates, released models ("release")
 
     @abstractmethod
     def run(self, view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator) -> Sequence[Finding]:
@@ -152,6 +154,9 @@ class Analysis(Plugin, ABC):
         from unbatch.network.precision import in_our_words
 
         view = obs if isinstance(obs, View) else View.of(obs)
+        if ("release" if view.obs.released else "update") not in self.sees:
+            what = "nothing was sent: this is a released model" if view.obs.released else "this is an update"
+            raise NotApplicable(f"{what}, and {self.name} reads {' and '.join(sorted(self.sees))}s.")
         try:
             return self.run(view, at, torch.Generator().manual_seed(0) if rng is None else rng)
         except (RuntimeError, ValueError) as error:

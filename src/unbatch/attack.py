@@ -19,6 +19,12 @@ from unbatch.observation import Observation
 from unbatch.plugin import Plugin
 from unbatch.protocol import Protocol
 from unbatch.reconstruction import Reconstruction
+from unbatch.threat_model import ThreatModel, sees
+
+NOTHING_SENT = "nothing was sent: this is a released model, and the attack reads updates."
+NOT_THE_END = (
+    "the attack reads a model whose training has ended, and this is an update: its model is from before the step."
+)
 
 
 class Guarantee(StrEnum):
@@ -100,7 +106,7 @@ class Attack(Plugin, ABC):
     uses: ClassVar[frozenset[str]] = frozenset()  # fields it takes if they are known; it is handed no others
     demo: ClassVar[Demo]
     cost: ClassVar[Cost] = Cost.SEARCHES
-    threat_model: ClassVar[str] = "honest but curious server"
+    threat_model: ClassVar[str] = ThreatModel.CURIOUS
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -133,6 +139,9 @@ class Attack(Plugin, ABC):
         >>> torch.allclose(found.inputs, x.double(), rtol=1e-6), found.labels == truth.labels
         (True, tensor([True]))
         """
+        wanted = sees(self.threat_model)
+        if obs.released != (wanted == "release"):
+            raise NotApplicable(NOTHING_SENT if obs.released else NOT_THE_END)
         missing = sorted(self.needs - set(obs.knowledge))
         if missing:
             raise NotApplicable(f"{self.name} needs {', '.join(missing)}, which the attacker does not know here.")
@@ -192,7 +201,7 @@ class ActiveAttack(Attack):
     (True, False)
     """
 
-    threat_model: ClassVar[str] = "malicious server (chooses the parameters)"
+    threat_model: ClassVar[str] = ThreatModel.MALICIOUS
 
     @abstractmethod
     def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge = NOTHING) -> nn.Module:

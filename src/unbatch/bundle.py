@@ -50,6 +50,8 @@ def write_bundle(path: Path, model: nn.Module, update: Update, knowledge: Knowle
         value = knowledge.get(name)
         if name == "buffers":
             tensors |= {f"buffers/{key}": tensor for key, tensor in value.items()}
+        elif name == "initial":
+            tensors |= {f"initial/{key}": tensor for key, tensor in value.items()}
         elif name == "earlier":
             for number, past in enumerate(value):
                 tensors |= {f"earlier/{number}/update/{key}": tensor for key, tensor in past.update.items()}
@@ -57,9 +59,11 @@ def write_bundle(path: Path, model: nn.Module, update: Update, knowledge: Knowle
         elif isinstance(value, Tensor):
             tensors[f"knowledge/{name}"] = value
         elif name not in _CALLABLES:
-            facts[name] = vars(value) if isinstance(value, Privacy) else value
+            facts[name] = vars(value) if isinstance(value, Privacy) else dict(value) if name == "recipe" else value
     metadata = {"format": FORMAT, "schema": SCHEMA, "model": type(model).__name__, "knowledge": json.dumps(facts)}
     metadata["state_sha256"] = state_hash(model.state_dict())
+    if not update:
+        metadata["released"] = "true"
     if notes:
         metadata["notes"] = json.dumps(list(notes))
     solid = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -83,7 +87,7 @@ def read_bundle(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tens
     """
     tensors, metadata = _open(path)
     update = _part(tensors, "update/")
-    if not update:
+    if not update and metadata.get("released") != "true":
         raise UnbatchError(
             f"{path} holds no update: no tensor is named 'update/<parameter>'. See docs/bundle-format.md."
         )
@@ -119,8 +123,12 @@ def read_bundle(path: Path, model: nn.Module) -> tuple[nn.Module, dict[str, Tens
     wrong = sorted((set(facts) | set(known)) - set(FIELDS))
     if wrong:
         raise UnbatchError(f"{path} claims knowledge of {', '.join(wrong)}; fields are {', '.join(FIELDS)}.")
-    buffers, earlier = _part(tensors, "buffers/"), _earlier(_part(tensors, "earlier/"), path)
-    held = ({"buffers": buffers} if buffers else {}) | ({"earlier": earlier} if earlier else {})
+    parts = {
+        "buffers": _part(tensors, "buffers/"),
+        "initial": _part(tensors, "initial/"),
+        "earlier": _earlier(_part(tensors, "earlier/"), path),
+    }
+    held = {name: part for name, part in parts.items() if part}
     moved = {name: tensor.to(first.device) for name, tensor in update.items()}
     return private, moved, Knowledge(**(facts | known | held))
 

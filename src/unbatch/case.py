@@ -25,6 +25,7 @@ from unbatch.network.embedded import token_table
 from unbatch.network.unwrapped import unwrapped
 from unbatch.plugin import Plugin
 from unbatch.protocol import Protocol
+from unbatch.training import Training
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -48,6 +49,7 @@ class Setting:
     inputs: Tensor  # [n, *input_shape]
     labels: Tensor  # [n, ...] as the loss takes them
     protocol: Protocol = field(default_factory=Protocol)
+    training: Training | None = None  # to the end, after which the model is released; instead of the protocol's round
     knowledge: Knowledge = field(default_factory=Knowledge)  # beyond what the protocol makes known
     domain: Domain = None  # type: ignore[assignment]  # guessed from the inputs where not given
     classes: Sequence[str] = ()  # names of the labels
@@ -321,6 +323,14 @@ class Case(Plugin, ABC):
             rng=rng,
         )
 
+    def outputs(self, classes: int) -> int:
+        """How many outputs the model has for so many classes."""
+        return 1 if self.loss == "binary-cross-entropy" and classes == 2 else classes
+
+    def completed(self, setting: Setting, pool: Examples, chosen: Tensor) -> Setting:
+        """The client with what this case has besides: `chosen` are the numbers of the pool's examples that clients get."""
+        return setting
+
     def training_loss(self) -> Loss:
         """The loss that clients train with."""
         return loss_named(self.loss, self.reduction)
@@ -345,10 +355,9 @@ class Case(Plugin, ABC):
         mine = chosen[client * self.batch : (client + 1) * self.batch]
         inputs, labels = self._repeat(pool.inputs[mine], pool.labels[mine], pool.domain, client)
         dtype = torch.float64 if self.double else torch.float32
-        k = len(pool.classes)
-        outputs = 1 if self.loss == "binary-cross-entropy" and k == 2 else k
+        outputs = self.outputs(len(pool.classes))
         network = self.global_model(pool, outputs, torch.Generator().manual_seed(self.seed + 1))
-        return Setting(
+        setting = Setting(
             model=network.to(dtype),
             loss=self.training_loss(),
             inputs=inputs.to(dtype) if inputs.is_floating_point() else inputs,
@@ -357,6 +366,7 @@ class Case(Plugin, ABC):
             classes=pool.classes,
             name=str(self),
         )
+        return self.completed(setting, pool, chosen)
 
     def _choose(self, labels: Tensor) -> Tensor:
         """Numbers of the examples that clients get, in the pool's order.

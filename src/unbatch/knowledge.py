@@ -81,6 +81,13 @@ class Knowledge:
     noise: float  # standard deviation of each entry of the update as sent
     privacy: Privacy
     log_prob: Callable[[Update, Update], Tensor]  # the defence's likelihood (seen, clean)
+    initial: Mapping[str, Tensor]  # of a released model: its parameters before training, by name
+    known_inputs: Tensor  # of a released model: training examples [k, *input_shape] besides the private batch
+    known_labels: Tensor  # theirs [k, ...]
+    recipe: Mapping[str, Any]  # of the training, such as {"weight_decay": 0.01}: see `Training.recipe`
+    candidates: Tensor  # examples [c, *input_shape] of which it is asked whether the model was trained on them
+    auxiliary_inputs: Tensor  # examples [a, *input_shape] of the same kind that are known not to be in the training
+    auxiliary_labels: Tensor  # theirs [a, ...]
 
     def __init__(self, **known: Any) -> None:
         check_fields(known)
@@ -111,6 +118,7 @@ class Knowledge:
             if known["labels"].ndim == 0 or len(known["labels"]) != known.get("batch_size", len(known["labels"])):
                 shape = tuple(known["labels"].shape)
                 raise UnbatchError(f"labels of shape {shape} do not fit batch_size {known.get('batch_size')}.")
+        _hold_examples(known)
         vars(self).update(known)
 
     def __getattr__(self, name: str) -> Any:
@@ -219,6 +227,9 @@ _LEAST = {
 }
 _SIZES = ("noise", "noise_within", "clip", "clip_within", "mixup", "momentum", "weight_decay", "server_rate")
 _TEXTS = ("domain", "optimiser", "mode", "altered")
+_EXAMPLES = {"known_inputs": "known_labels", "auxiliary_inputs": "auxiliary_labels", "candidates": ""}  # and labels
+_TENSORS = {name for pair in _EXAMPLES.items() for name in pair if name}
+_WEIGHT_DECAY = "weight_decay"  # of a recipe, the one number that the objective depends on
 
 
 def _hold(name: str, value: Any) -> None:
@@ -249,8 +260,15 @@ def _hold(name: str, value: Any) -> None:
         wanted, good = "examples [p, *input_shape], as a tensor", isinstance(value, Tensor) and value.ndim >= 2
     elif name == "privacy":
         wanted, good = "a Privacy", isinstance(value, Privacy)
-    elif name == "buffers":
+    elif name in ("buffers", "initial"):
         wanted, good = "a mapping from names to tensors", isinstance(value, Mapping)
+    elif name in _TENSORS:
+        wanted, good = "a tensor, a row for each example", isinstance(value, Tensor) and value.ndim > 0
+    elif name == "recipe":
+        wanted = 'a mapping from names to numbers or words, such as {"weight_decay": 0.01}'
+        good = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+        decay = value.get(_WEIGHT_DECAY, 0.0) if good else 0.0
+        good = good and _is_number(decay) and decay >= 0
     elif name == "earlier":
         wanted, good = "rounds as Earlier(state=..., update=...)", isinstance(value, Iterable)
     elif name == "log_prob":
@@ -258,6 +276,22 @@ def _hold(name: str, value: Any) -> None:
     if not good:
         shown = repr(value)
         raise UnbatchError(f"{name} is {shown if len(shown) <= 60 else type(value).__name__}; give {wanted}.")
+
+
+def _hold_examples(known: Mapping[str, Any]) -> None:
+    """Raises UnbatchError unless examples that are known have the shape of an input, and a label each."""
+    for name, labels in _EXAMPLES.items():
+        if name not in known:
+            continue
+        shape, given = tuple(known[name].shape), known.get("input_shape")
+        if given is not None and shape[1:] != given:
+            raise UnbatchError(
+                f"{name} has the shape {shape}, and inputs have {given}: give [k, {', '.join(map(str, given))}]."
+            )
+        if labels in known and len(known[labels]) != shape[0]:
+            raise UnbatchError(
+                f"{name} are {shape[0]} examples, and {labels} has {len(known[labels])} rows; give one each."
+            )
 
 
 def _is_number(value: Any, *, inf: bool = False) -> bool:
@@ -300,7 +334,7 @@ def _brief(value: object) -> str:
     if isinstance(value, Tensor):
         return f"<{value.dtype} {tuple(value.shape)}>"
     if isinstance(value, Mapping):
-        return f"<{len(value)} tensors>"
+        return f"<{len(value)} tensors>" if any(isinstance(v, Tensor) for v in value.values()) else str(dict(value))
     if isinstance(value, tuple) and value and isinstance(value[0], Earlier):
         return f"<{len(value)} earlier round{'s' * (len(value) > 1)}>"
     return "<a function>" if callable(value) else repr(value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unbatch import bundle
-from unbatch.errors import UnbatchError
+from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.knowledge import PROTOCOL_FIELDS, Earlier, Knowledge, shares
 from unbatch.likelihood import Likelihood
 from unbatch.loss import Loss
@@ -36,6 +36,7 @@ class Observation:
     `model` is the global model before the client's step; what wraps it (DataParallel, torch.compile) is taken off.
     `update` may hold any subset of its parameters (frozen layers send nothing): the gradient, or after local steps the
     difference of parameters. It is given in any form that `as_update` takes, and kept by the names of `named_parameters()`.
+    An empty mapping says that nothing was sent: a *release*, of which `model` is the trained one (`released`).
     Earlier rounds of the same batch are knowledge (`earlier`), and each an exchange of its own in `exchanges`.
     Raises UnbatchError where an update does not belong to the model.
 
@@ -58,8 +59,11 @@ class Observation:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", unwrapped(self.model))
-        object.__setattr__(self, "update", as_update(self.model, self.update))
+        nothing = isinstance(self.update, Mapping) and not len(self.update)
+        object.__setattr__(self, "update", {} if nothing else as_update(self.model, self.update))
         told = Knowledge()
+        if "initial" in self.knowledge:
+            told |= Knowledge(initial=_initial(self.model, self.knowledge.initial))
         if "buffers" in self.knowledge:
             told |= Knowledge(buffers=_buffers(self.model, self.knowledge.buffers))
         if "earlier" in self.knowledge:
@@ -84,7 +88,17 @@ class Observation:
     def __repr__(self) -> str:
         entries = sum(tensor.numel() for tensor in self.update.values())
         known = ", ".join(self.knowledge) or "nothing"
-        return f"<Observation of {type(self.model).__name__}: {entries:,} entries; known besides: {known}>"
+        what = "a released model" if self.released else f"{entries:,} entries"
+        return f"<Observation of {type(self.model).__name__}: {what}; known besides: {known}>"
+
+    @property
+    def released(self) -> bool:
+        """Whether nothing was sent: `model` is what training ended with, and all that there is to read.
+
+        >>> Observation(model=nn.Linear(2, 3), loss=nn.functional.cross_entropy, update={}).released
+        True
+        """
+        return not self.update
 
     @property
     def protocol(self) -> Protocol:
@@ -96,12 +110,17 @@ class Observation:
     def device(self) -> torch.device:
         """The device that the update lies on."""
 
-        return next(iter(self.update.values())).device
+        return next(iter(self._read.values())).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The least precise floating type in the update, which says how finely it was rounded."""
-        return max((t.dtype for t in self.update.values()), key=lambda dtype: torch.finfo(dtype).eps)
+        return max((t.dtype for t in self._read.values()), key=lambda dtype: torch.finfo(dtype).eps)
+
+    @property
+    def _read(self) -> Mapping[str, Tensor]:
+        """What an attacker reads: the update, or of a release the parameters."""
+        return self.update or {name: p.detach() for name, p in self.model.named_parameters()}
 
     @property
     def exchanges(self) -> tuple[Observation, ...]:
@@ -206,7 +225,7 @@ class Observation:
         >>> Observation(model=model, loss=nn.functional.mse_loss, update=sent).as_rounded().dtype
         torch.bfloat16
         """
-        update = as_rounded(self.update)
+        update = {} if self.released else as_rounded(self.update)
         same = all(tensor.dtype == self.update[name].dtype for name, tensor in update.items())
         return self if same else replace(self, update=update)
 
@@ -215,7 +234,12 @@ class Observation:
         return replace(self, knowledge=self.knowledge.only(*names))
 
     def simulate(self, inputs: Tensor, labels: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
-        """The update that this protocol's honest client would have sent for these inputs and labels."""
+        """The update that this protocol's honest client would have sent for these inputs and labels.
+
+        Raises NotApplicable: nothing was sent, since this is a release.
+        """
+        if self.released:
+            raise NotApplicable("nothing was sent: this is a released model, and no update can be computed again.")
         shares = self.knowledge.get("clients", 1)  # under secure aggregation, the sum over the clients' shares
         each = [
             local_update(
@@ -269,6 +293,23 @@ class Observation:
         """
         held, update, known = bundle.read_bundle(Path(path), model)
         return cls(model=held, loss=loss, update=update, knowledge=known, notes=bundle.bundle_notes(Path(path)))
+
+
+def _initial(model: nn.Module, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters before training by the model's names. Raises UnbatchError: some are missing, or of another shape."""
+    own = dict(model.named_parameters())
+    found = {name: tensor for name, tensor in named_values(model, initial, "initial").items() if name in own}
+    missing = [name for name in own if name not in found]
+    if missing:
+        raise UnbatchError(
+            f"initial lacks {some(missing)}; give the parameters before training as dict(model.named_parameters()) does."
+        )
+    for name, tensor in found.items():
+        if tensor.shape != own[name].shape:
+            raise UnbatchError(
+                f"initial's {name!r} has shape {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}."
+            )
+    return found
 
 
 def _gradient(step: Update, state: Mapping[str, Tensor], rate: float, weight_decay: float) -> dict[str, Tensor]:

@@ -187,9 +187,10 @@ def check_analysis(analysis: type[Analysis]) -> None:
         ("digits:width=16", (), privacy),
         ("digits:width=16", ("prune:share=0.999",), Knowledge()),
         ("text:batch=2,width=64,depth=1", (), Knowledge()),
+        ("trained:batch=3,width=16,steps=50,threat=start", (), Knowledge()),
     ):
-        if answers and case.startswith("text"):
-            continue  # texts are tried where pictures gave no answer
+        if answers and case.startswith(("text", "trained")):
+            continue  # texts and released models are tried where pictures gave no answer
         setting = Case.parse(case).setting()
         obs, truth = observe(
             setting.model,
@@ -197,6 +198,7 @@ def check_analysis(analysis: type[Analysis]) -> None:
             setting.inputs,
             setting.labels,
             knowledge=setting.knowledge | known,
+            training=setting.training,
             defences=defences,
         )
         for at in ((truth.inputs, truth.labels), None):
@@ -255,7 +257,7 @@ def demo_setting(demo: Demo) -> Setting:
     granted: dict[str, Any] = {"labels": setting.labels.sort().values} if "labels" in demo.knows else {}
     if set(demo.knows) - {"labels"}:
         raise UnbatchError(f"a demo can grant labels, not {sorted(set(demo.knows) - {'labels'})}.")
-    object.__setattr__(setting, "knowledge", Knowledge(**granted))
+    object.__setattr__(setting, "knowledge", setting.knowledge | Knowledge(**granted))
     object.__setattr__(setting, "protocol", demo.protocol)
     return setting
 
@@ -273,6 +275,7 @@ def _exchange(setting: Setting, demo: Demo | None, attack: Attack | None) -> tup
         setting.labels,
         knowledge=told,
         protocol=setting.protocol,
+        training=setting.training,
         defences=defences,
     )
 

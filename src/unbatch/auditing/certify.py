@@ -42,6 +42,6 @@ def certify(obs: Observation, found: Reconstruction) -> Reconstruction:
         bound = bound.double().clamp_min(torch.finfo(obs.dtype).eps / 2)
     trace = dict(found.trace)
     whole = found.inputs is not None and found.labels is not None and not found.layer
-    if whole and obs.knowledge.get("batch_size") == k and found.up_to <= {"permutation"}:
+    if whole and not obs.released and obs.knowledge.get("batch_size") == k and found.up_to <= {"permutation"}:
         trace["residual"] = obs.residual(found.inputs, found.labels)  # type: ignore[arg-type]
     return replace(found, bound=bound, trace=trace)

@@ -15,9 +15,11 @@ from unbatch.defence import Defence, Round, Stack, Step
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Earlier, Knowledge
 from unbatch.loss import Loss
+from unbatch.network.dense import forward
 from unbatch.observation import Observation
 from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
+from unbatch.training import Training, margins, trained
 from unbatch.truth import Truth
 
 
@@ -29,6 +31,7 @@ def observe(
     *,
     knowledge: Knowledge | None = None,
     protocol: Protocol | None = None,
+    training: Training | None = None,
     defences: OneOrMore[Defence] = (),
     seed: int = 0,
     replant: Callable[[Observation], nn.Module | None] | None = None,
@@ -36,6 +39,8 @@ def observe(
     """Run one honest client's step on the private batch; return what the server sees, and the truth for the judge.
 
     With several rounds in the `protocol` it is run in each, with fresh draws, and what the server saw before is `earlier`.
+    With a `training` there are no rounds: the client trains to the end on the private batch, and on the examples that the
+    attacker knows (`known_inputs`), and the model that comes out is released.
 
     `knowledge` comes on top of what the round itself makes public: input_shape, batch_size, the protocol's numbers and
     what each defence publishes, its likelihood among it. Defences are applied in order, the first one outermost.
@@ -51,9 +56,13 @@ def observe(
     model, y = own.model, own.labels  # unwrapped, and as the loss takes them
     protocol = protocol or Protocol()
     stack = Stack.of(defences)
+    if training is not None and protocol != Protocol():
+        raise UnbatchError(f"a released model has no rounds, and the protocol says {protocol}; leave one of both out.")
     first = next(model.parameters())
     inputs = x.to(first.device, first.dtype) if x.is_floating_point() else x.to(first.device)
     labels = y.to(first.device)
+    if training is not None:
+        return _released(model, loss, inputs, labels, training, knowledge or Knowledge(), stack, seed)
     bare, step = published(x, protocol), stack.step
     rng, earlier = torch.Generator().manual_seed(seed), list[Earlier]()
     while True:
@@ -72,6 +81,56 @@ def observe(
         earlier.append(Earlier(state=before.state_dict(), update=seen))
         model = following
     return observation, Truth(inputs=inputs.detach().clone(), labels=labels.clone())
+
+
+OF_A_RELEASE = ("input_shape", "batch_size", "domain", "privacy", "altered", "mixup", "clients")  # that still holds
+
+
+def _released(
+    model: nn.Module,
+    loss: Loss,
+    inputs: Tensor,
+    labels: Tensor,
+    training: Training,
+    knowledge: Knowledge,
+    stack: Stack,
+    seed: int,
+) -> tuple[Observation, Truth]:
+    """The model after a training to the end, and the private part of what it was trained on."""
+    public = stack.public(published(inputs, Protocol()))
+    privacy = public.get("privacy")
+    if privacy is not None and (privacy.steps != training.steps or privacy.sampling_rate < 1):
+        raise UnbatchError(
+            f"every step of the training takes all examples, {training.steps} times, and the privacy declared is of "
+            f"{privacy.steps} at rate {privacy.sampling_rate:g}; give dp-sgd:steps={training.steps},sampling_rate=1."
+        )
+    x, y = inputs, labels
+    if "known_inputs" in knowledge:
+        if "known_labels" not in knowledge:
+            raise UnbatchError("known_inputs are trained on as well, and there are no known_labels; give them.")
+        x = torch.cat([knowledge.known_inputs.to(inputs), inputs])
+        y = torch.cat([knowledge.known_labels.to(labels), labels])
+    rng = torch.Generator().manual_seed(seed)
+
+    def gradient(held: nn.Module) -> Update:
+        return _stepped(stack.step, Round(model=held, loss=loss, inputs=x, labels=y, protocol=Protocol(), rng=rng))
+
+    final = trained(model, loss, x, y, training, gradient=gradient if stack.defences else None)
+    told = public.only(*OF_A_RELEASE) | knowledge
+    seen = Observation(model=final, loss=stack.loss(loss), update={}, knowledge=told)
+    return seen, Truth(inputs=inputs.detach().clone(), labels=labels.clone(), notes=_fitted(seen, x, y))
+
+
+def _fitted(seen: Observation, x: Tensor, y: Tensor) -> list[str]:
+    """How well the model fits what it was trained on, for the report."""
+    outputs = forward(seen.model, x)
+    value = float(seen.loss(outputs, y))
+    if y.is_floating_point() or y.ndim != 1 or outputs.ndim != 2:
+        return [f"the training ended at a loss of {value:.2g}."]
+    ahead = margins(outputs, y).amin(1)
+    right = int((ahead > 0).sum())
+    least = f"the least margin is {float(ahead.min()):.3g}"
+    return [f"the training ended at a loss of {value:.2g}, with {right} of {len(y)} examples right; {least}."]
 
 
 def declared(obs: Observation, defences: OneOrMore[Defence]) -> Observation:

@@ -43,6 +43,7 @@ from unbatch.progress import Watch, watching
 from unbatch.reconstruction import Reconstruction
 from unbatch.reporting.results import Audit, Client, MetricInfo, Remedy, Run, Status
 from unbatch.reporting.tiers import Outcome, Tier
+from unbatch.threat_model import Sees, of_a_release
 from unbatch.truth import Truth
 
 Sink = Callable[[Audit], None]
@@ -145,13 +146,16 @@ class _Plan:
         remedies: OneOrMore[Defence],
         device: str | None,
     ) -> None:
+        self.settings = _settings(target)
+        released = target.released if isinstance(target, Observation) else self.settings[0].training is not None
+        seen: Sees = "release" if released else "update"
         self.chosen = attacks is not None
-        self.attacks = Attack.several(passive() if attacks is None else attacks)
+        self.attacks = Attack.several(passive(seen) if attacks is None else attacks)
         self.defences = Defence.several(defences)
         self.remedies = Defence.several(remedies)
         self.named = analyses is not None
-        self.analyses = Analysis.several(Analysis.find() if analyses is None else analyses)
-        self.settings = _settings(target)
+        fitting = [name for name, analysis in Analysis.find().items() if seen in analysis.sees]
+        self.analyses = Analysis.several(fitting if analyses is None else analyses)
         self.name = str(target) if isinstance(target, Case) else self.settings[0].name if self.settings else "captured"
         self.captured = isinstance(target, Observation)
         self.exchanges: list[tuple[Observation, Truth | None]]
@@ -199,11 +203,13 @@ class _Plan:
                 setting.labels,
                 knowledge=setting.domain.public() | setting.knowledge,
                 protocol=setting.protocol,
+                training=setting.training,
                 defences=self.defences,
                 seed=index,
             )
 
-        first, second = once(), once()
+        first = once()
+        second = once() if setting.training is None else first  # a whole training is not done twice
         same = all(torch.equal(first[0].update[k], second[0].update[k]) for k in first[0].update)
         self.reproducible.append(same)
         return first
@@ -211,7 +217,7 @@ class _Plan:
     def notes(self) -> list[str]:
         """For a captured update: what is off with it, as far as an exact find can tell."""
         obs, truth = self.exchanges[0]
-        if truth is not None:
+        if truth is not None or obs.released:
             return []
         try:
             return diagnose(obs, *(self.explained or (None, None)), certified=self.explained is not None)
@@ -239,14 +245,15 @@ class _Plan:
             parameters=sum(p.numel() for p in obs.model.parameters()),
             model_hash=state_hash(obs.model.state_dict()),
             loss=_loss(obs),
-            protocol=str(obs.protocol),
+            protocol=self._protocol(obs),
+            threat_model=_holder(obs) if obs.released else "",
             knowledge={name: _words(obs.knowledge.get(name)) for name in obs.knowledge},
             metrics={
                 name: MetricInfo(unit=m.unit, higher_is_better=m.higher_is_better, best=m.best)
                 for name, m in self.metrics.items()
                 if truth is not None
             },
-            data_notes=list(dict.fromkeys([*obs.notes, *(note for s in self.settings for note in s.notes)])),
+            data_notes=self._data_notes(),
             environment={
                 "unbatch": unbatch.__version__,
                 "python": platform.python_version(),
@@ -258,6 +265,19 @@ class _Plan:
             fingerprint=self.fingerprint(),
         )
 
+    def _data_notes(self) -> list[str]:
+        """How data were read, updates captured, and models trained."""
+        captured, trained = self.exchanges[0]
+        own = trained.notes if trained is not None and captured.released else ()
+        return list(dict.fromkeys([*captured.notes, *(note for s in self.settings for note in s.notes), *own]))
+
+    def _protocol(self, obs: Observation) -> str:
+        """What the client did, in words."""
+        if not obs.released:
+            return str(obs.protocol)
+        training = self.settings[0].training if self.settings else None
+        return str(training) if training is not None else "the trained model is released, and nothing else is sent"
+
     def fingerprint(self) -> str:
         """Of everything that a run depends on besides its attack and seed."""
         digest = hashlib.sha256()
@@ -266,6 +286,7 @@ class _Plan:
             for past in obs.knowledge.get("earlier", ()):
                 held += [*past.update.values(), *past.state.values()]
             held += [truth.inputs, truth.labels] if truth is not None else []
+            held += [*obs.knowledge.get("initial", {}).values()]
             for tensor in held:
                 digest.update(raw_bytes(tensor))
             digest.update(repr(sorted((k, _words(obs.knowledge.get(k))) for k in obs.knowledge)).encode())
@@ -275,7 +296,7 @@ class _Plan:
     def client(self, index: int) -> Client:
         obs, truth = self.exchanges[index]
         if truth is None:
-            return Client(index=index, name="captured", size=0, update_hash=state_hash(obs.update))
+            return Client(index=index, name="captured", size=0, update_hash=_sent_hash(obs))
         setting = self.settings[index]
         try:
             residual = obs.residual(truth.inputs, truth.labels)
@@ -293,7 +314,7 @@ class _Plan:
             labels=[setting.label_name(y) for y in truth.labels],
             reproducible=all(self.reproducible[index : index + 1]),
             residual=residual,
-            update_hash=state_hash(obs.update),
+            update_hash=_sent_hash(obs),
         )
 
     def ways(self, index: int, attack: Attack) -> tuple[bool, ...]:
@@ -319,7 +340,7 @@ class _Plan:
 
     def look_again(self, record: Audit, watch: Watch) -> None:
         """At a captured update: whether others explain it as well as what was found, or no reading of it fits the model."""
-        if not self.captured or watch.stop:
+        if not self.captured or watch.stop or self.exchanges[0][0].released:
             return
         try:
             self._look_again(record, watch)
@@ -387,7 +408,7 @@ class _Plan:
         """Note whether what was found explains the update, and what explains a captured one best."""
         if found.layer or found.inputs is None or found.labels is None or not len(found):
             return
-        run.explains = explains(obs, run.residual, len(found))
+        run.explains = not obs.released and explains(obs, run.residual, len(found))
         if truth is not None or run.residual is None:
             return
         if self.nearest is None or run.residual < (self.nearest[0].residual or 0.0):
@@ -397,8 +418,20 @@ class _Plan:
         if not self.reproducible:
             raise NotApplicable("an active server chooses the model before the client's step; this update is captured.")
         s = self.settings[index]
+        if s.training is not None:
+            raise NotApplicable("an active server chooses the model of a round, and this client releases its own.")
         told = s.domain.public() | s.knowledge
         return planted_exchange(attack, s, knowledge=told, defences=self.defences, seed=index, server_seed=seed)
+
+
+def _holder(obs: Observation) -> str:
+    """Whose threat model an audit of a released model is, in words."""
+    who = of_a_release(set(obs.knowledge))
+    return f"{who}. {who.means}"
+
+
+def _sent_hash(obs: Observation) -> str:
+    return "" if obs.released else state_hash(obs.update)
 
 
 def _loss(obs: Observation) -> str:
@@ -534,4 +567,5 @@ def _words(value: object) -> str:
         return "a function"
     if isinstance(value, tuple) and value and isinstance(value[0], Earlier):
         return f"{len(value)} earlier round{'s' * (len(value) > 1)}"
-    return str(value) if not isinstance(value, dict) else f"{len(value)} tensors"
+    tensors = isinstance(value, dict) and any(isinstance(each, Tensor) for each in value.values())
+    return f"{len(value)} tensors" if tensors else str(value)  # type: ignore[arg-type]  # a dict

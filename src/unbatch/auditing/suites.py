@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unbatch.attack import ActiveAttack, Attack, Guarantee
 from unbatch.errors import UnbatchError
+from unbatch.threat_model import Sees, sees
 
 SUITES: dict[str, tuple[str, ...]] = {
     "first": ("bias-ratio", "label-count", "gradient-matching"),
@@ -22,8 +23,8 @@ def suite(name: str = LATEST) -> tuple[str, ...]:
     return SUITES[name]
 
 
-def passive() -> tuple[str, ...]:
-    """All attacks that are installed and only look, cheapest first; of equal cost those that promise most.
+def passive(seen: Sees = "update") -> tuple[str, ...]:
+    """All attacks installed that only look, at what is `seen`, cheapest first; of equal cost those that promise most.
 
     It is what an audit runs where no attack is named. A server that also chooses the parameters is another threat model,
     so its attacks are only run by name.
@@ -33,6 +34,7 @@ def passive() -> tuple[str, ...]:
     'feature-inversion', 'gradient-matching')
     """
     promises = list(Guarantee)
-    found = [attack for attack in Attack.find().values() if not issubclass(attack, ActiveAttack)]
+    every = [attack for attack in Attack.find().values() if not issubclass(attack, ActiveAttack)]
+    found = [attack for attack in every if sees(attack.threat_model) == seen]
     found.sort(key=lambda attack: (attack.cost, promises.index(attack.guarantee), attack.name))
     return tuple(attack.name for attack in found)

@@ -255,6 +255,7 @@ class Audit(_Record):
     )
     loss: str
     protocol: str
+    threat_model: str = ""  # of who holds a released model; empty where updates are sent
     knowledge: dict[str, str] = {}
     metrics: dict[str, MetricInfo] = {}
     environment: dict[str, str] = {}
@@ -269,6 +270,11 @@ class Audit(_Record):
     notes: list[str] = []  # what a captured update looks like: sign, scale, mode
     flags: list[Flag] = []
     fingerprint: str = Field(default="", description="of model, data and protocol: a resumed audit must match it")
+
+    @property
+    def seen(self) -> str:
+        """What attackers read: an update, or a released model."""
+        return "released model" if self.threat_model else "update"
 
     def worst(self, metric: str) -> dict[tuple[int, int], tuple[float, Run] | None]:
         """Per private example (client, index): its worst score over all attacks and seeds, and the run that got it.

@@ -84,11 +84,11 @@ def _the(audit: Audit, run: Run) -> str:
 
 def _things(audit: Audit) -> str:
     private = f"{audit.size} private {audit.noun}" + "s" * (audit.size != 1)
-    return private if audit.truth else "the examples behind this update"
+    return private if audit.truth else f"the examples behind this {audit.seen}"
 
 
-def _has(n: int) -> str:
-    return f"anyone who sees this update has {'it' if n == 1 else 'them'}"
+def _has(audit: Audit, n: int) -> str:
+    return f"anyone who sees this {audit.seen} has {'it' if n == 1 else 'them'}"
 
 
 def _recovered(audit: Audit) -> str:
@@ -96,11 +96,11 @@ def _recovered(audit: Audit) -> str:
     exact, copies, alike = (counts[tier] for tier in (Tier.EXACT, Tier.COPY, Tier.RECOGNISABLE))
     if exact:
         more = amounts(audit).partition(", ")[2]
-        return f"{exact} of {of} recovered exactly{f' ({more})' * bool(more)}; {_has(exact + copies)}."
+        return f"{exact} of {of} recovered exactly{f' ({more})' * bool(more)}; {_has(audit, exact + copies)}."
     if copies:
         how = "a copy" if copies == 1 else "copies"
         more = f" ({alike} more recognisably)" * bool(alike)
-        return f"{copies} of {of} recovered as {how}{_near(audit)}{more}; {_has(copies)}."
+        return f"{copies} of {of} recovered as {how}{_near(audit)}{more}; {_has(audit, copies)}."
     return f"{alike} of {of} recovered recognisably{_near(audit)}: none exactly, but far nearer than chance."
 
 
@@ -136,7 +136,8 @@ def _certified(audit: Audit) -> str:
     exact, copies = audit.counts[Tier.EXACT], audit.counts[Tier.COPY]
     hit = exact or copies
     how = "" if exact else ", to a hundredth of their size at least,"
-    said = f"{audit.named(hit)} certified{how} to be behind this update; {_has(hit).replace('this update', 'it')}."
+    whose = _has(audit, hit).replace(f"this {audit.seen}", "it")
+    said = f"{audit.named(hit)} certified{how} to be behind this {audit.seen}; {whose}."
     run = audit.explaining()
     if run and len(run.examples) > exact:
         said += f" {_the(audit, run)} of {run.title} {how_explained(run)}."
