@@ -91,7 +91,8 @@ def trained(
     >>> model = nn.Linear(1, 1, bias=False).double()
     >>> half = lambda outputs, labels: (outputs[:, 0] - labels).square().mean() / 2
     >>> x, y = torch.tensor([[2.0]]).double(), torch.tensor([3.0]).double()
-    >>> float(trained(model, half, x, y, Training(method="stationary", weight_decay=1.0)).weight.detach())  # 4 w - 6 + w = 0
+    >>> done = trained(model, half, x, y, Training(method="stationary", weight_decay=1.0))
+    >>> round(done.weight.item(), 9)  # 4 w - 6 + w = 0
     1.2
     """
     model = copy.deepcopy(model)
