@@ -56,6 +56,7 @@ class Knowledge:
     batch_size: int
     labels: Tensor
     public: Tensor  # [p, *input_shape] examples like the private ones, which anybody has
+    public_labels: Tensor  # theirs [p, ...]
     input_range: tuple[float, float]  # of tokens: 0 and the vocabulary's last number
     padding: int  # of tokens: the number that fills short sequences up behind their end, and says nothing
     domain: str
@@ -86,8 +87,6 @@ class Knowledge:
     known_labels: Tensor  # theirs [k, ...]
     recipe: Mapping[str, Any]  # of the training, such as {"weight_decay": 0.01}: see `Training.recipe`
     candidates: Tensor  # examples [c, *input_shape] of which it is asked whether the model was trained on them
-    auxiliary_inputs: Tensor  # examples [a, *input_shape] of the same kind that are known not to be in the training
-    auxiliary_labels: Tensor  # theirs [a, ...]
 
     def __init__(self, **known: Any) -> None:
         check_fields(known)
@@ -227,7 +226,7 @@ _LEAST = {
 }
 _SIZES = ("noise", "noise_within", "clip", "clip_within", "mixup", "momentum", "weight_decay", "server_rate")
 _TEXTS = ("domain", "optimiser", "mode", "altered")
-_EXAMPLES = {"known_inputs": "known_labels", "auxiliary_inputs": "auxiliary_labels", "candidates": ""}  # and labels
+_EXAMPLES = {"known_inputs": "known_labels", "public": "public_labels", "candidates": ""}  # and labels
 _TENSORS = {name for pair in _EXAMPLES.items() for name in pair if name}
 _WEIGHT_DECAY = "weight_decay"  # of a recipe, the one number that the objective depends on
 

@@ -68,7 +68,7 @@ class Trained(Case):
     outsiders: Annotated[
         int, Field(ge=0, description="examples not trained on; with the batch, the candidates for membership")
     ] = 0
-    auxiliary: Annotated[int, Field(ge=0, description="examples not trained on, and known not to be")] = 0
+    public: Annotated[int, Field(ge=0, description="examples not trained on, which anybody has")] = 0
     centred: Annotated[bool, Field(description="the mean of the training examples is taken off them")] = False
     method: Annotated[Method | None, Field(description="of the training; none: margin, or stationary")] = None
     steps: Annotated[int, Field(gt=0, description="of the training, at most")] = 2000
@@ -144,7 +144,7 @@ class Trained(Case):
 
     def completed(self, setting: Setting, pool: Examples, chosen: Tensor) -> Setting:
         rest = chosen[self.clients * self.batch :]
-        asked = {"known": self.known, "outsiders": self.outsiders, "auxiliary": self.auxiliary}
+        asked = {"known": self.known, "outsiders": self.outsiders, "public": self.public}
         if sum(asked.values()) > len(rest):
             told = ", ".join(f"{name}={count}" for name, count in asked.items() if count)
             raise UnbatchError(
@@ -169,8 +169,8 @@ class Trained(Case):
             asked_of = torch.cat([setting.inputs, parts["outsiders"][0]]) - shift
             order = torch.randperm(len(asked_of), generator=torch.Generator().manual_seed(self.seed + 3))
             facts |= {"candidates": asked_of[order]}
-        if self.auxiliary:
-            facts |= {"auxiliary_inputs": parts["auxiliary"][0] - shift, "auxiliary_labels": parts["auxiliary"][1]}
+        if self.public:
+            facts |= {"public": parts["public"][0] - shift, "public_labels": parts["public"][1]}
         return replace(setting, inputs=setting.inputs - shift, training=training, knowledge=Knowledge(**facts))
 
 
