@@ -111,6 +111,7 @@ def test_a_table_is_read_with_words_one_hot(tmp_path: Path) -> None:
     assert labels.tolist() == [int(i % 4 > 0) for i in range(12)]
 
 
+@pytest.mark.slow
 def test_problems_run_side_by_side_where_each_takes_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)

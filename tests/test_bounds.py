@@ -414,12 +414,16 @@ def best_bound(obs: Observation) -> float:
         ("bias-ratio", 1, NOISY, 1.0, 60),
         ("bias-ratio", 1, PRIVATE, 5.0, 60),
         ("label-count", 3, NOISY, 10.0, 60),
-        ("gradient-matching:iterations=60", 3, NOISY, 1.0, 8),
+        pytest.param("gradient-matching:iterations=60", 3, NOISY, 1.0, 8, marks=pytest.mark.slow),
         ("gradient-matching:iterations=60", 2, PRIVATE, 0.5, 8),
         ("gradient-matching:iterations=60", 2, FEW, 0.999, 8),
         ("bias-ratio", 1, "clip:norm=5; noise:sigma={}", 1.0, 60),
-        ("unmix:attempts=1,partial=true", 1, "quantise:bits=16; noise:sigma={}", 1e-3, 10),
-        ("gradient-matching:iterations=60", 2, "prune:share=0.5; noise:sigma={}", 0.3, 8),
+        pytest.param(
+            "unmix:attempts=1,partial=true", 1, "quantise:bits=16; noise:sigma={}", 1e-3, 10, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "gradient-matching:iterations=60", 2, "prune:share=0.5; noise:sigma={}", 0.3, 8, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_no_attack_violates_a_bound_for_any(attack: str, n: int, defence: str, strength: float, seeds: int) -> None:

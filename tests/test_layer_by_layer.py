@@ -288,7 +288,7 @@ def noised(obs: Observation, share: float, seed: int) -> tuple[Observation, floa
     return changed(obs, lambda _, t: t + sigma * torch.randn(t.shape, generator=rng).to(t)), sigma
 
 
-@pytest.mark.parametrize("share", [3e-7, 3e-6, 5e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("share", [3e-7, *(pytest.param(s, marks=pytest.mark.slow) for s in (3e-6, 5e-6, 1e-4)), 1e-2])
 @pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
 def test_noise_gives_no_false_bound(exchange: Exchange, share: float, told: bool) -> None:
     for seed in range(6):
@@ -456,7 +456,7 @@ def test_layers_that_are_not_linear_are_read_with_those_before_them(exchange: Ex
     assert found.trace["deficient"] == []
 
 
-@pytest.mark.parametrize("name", ["silu", "residual, normed"])
+@pytest.mark.parametrize("name", ["silu", pytest.param("residual, normed", marks=pytest.mark.slow)])
 def test_they_are_from_float32_gradients_too(exchange: Exchange, name: str) -> None:
     exact(*exchange(network(CURVED[name]), dtype=torch.float32), 90.0)
 
@@ -504,7 +504,10 @@ def test_batch_norm_on_its_own_statistics_hides_the_mean_of_every_colour(exchang
         assert torch.equal(tensor.double(), before[name].double())
 
 
-@pytest.mark.parametrize("trunk", [[conv(3, 8), nn.Tanh(), nn.MaxPool2d(2)], [conv(3, 8), nn.LeakyReLU(-0.2)]])
+@pytest.mark.parametrize(
+    "trunk",
+    [pytest.param([conv(3, 8), nn.Tanh(), nn.MaxPool2d(2)], marks=pytest.mark.slow), [conv(3, 8), nn.LeakyReLU(-0.2)]],
+)
 def test_where_gauss_and_newton_find_no_root_nothing_is_claimed(exchange: Exchange, trunk: list[nn.Module]) -> None:
     obs, x, _ = exchange(network(trunk))
     found = LayerByLayer()(obs)

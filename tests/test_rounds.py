@@ -174,7 +174,10 @@ def test_the_error_falls_as_the_root_of_the_rounds(exchange: Exchange) -> None:
 LAWS = ["noise:sigma=1e-4", "quantise:bits=10", "quantise:bits=10,stochastic=false", "prune:share=0.4"]
 
 
-@pytest.mark.parametrize(("law", "rate"), [*((law, rate) for law in LAWS for rate in (0.0, 0.3)), (LAWS[2], 1e-6)])
+@pytest.mark.parametrize(
+    ("law", "rate"),
+    [*((law, 0.0) for law in LAWS), *(pytest.param(law, 0.3, marks=pytest.mark.slow) for law in LAWS), (LAWS[2], 1e-6)],
+)
 def test_every_radius_over_several_rounds_is_above_the_error(exchange: Exchange, law: str, rate: float) -> None:
     """Also where all rounds are rounded in the same way, or all but: they tell what one does."""
     ratios = list[Tensor]()
