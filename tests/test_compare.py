@@ -87,6 +87,8 @@ def test_a_bound_is_that_of_the_client_it_protects_least_and_none_where_one_has_
     assert both.bound == pytest.approx(40)
     (one,) = spots(Trials.of([trial("clip", 1, 20.0, clients=two, bounds=[bound(0.1)])]))
     assert one.bound is None
+    (vacuous,) = spots(Trials.of([trial("noise:sigma=1e-3", 1, 20.0, bounds=[bound(1e-80)])]))
+    assert vacuous.bound is None  # 1600 dB: rounding alone keeps it
 
 
 def test_maps_have_a_row_a_defence_and_a_column_a_batch_size() -> None:

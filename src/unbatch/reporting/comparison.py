@@ -50,6 +50,8 @@ def comparison_page(trials: Trials) -> str:
             compared=compared,
             changed=[change for change in compared if change.differs],
             counts=_counts(places),
+            tested=sum(spot.size for spot in places if spot.share is not None),
+            untested=sum(spot.size for spot in places if spot.share is None),
             created=max((trial.created for trial in trials.current), default=""),
             version=__version__,
             download=_csv(rows) if len(rows) <= MOST_ROWS_WITHIN else "",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from unbatch.reporting.chart import known
+from unbatch.reporting.chart import FURTHEST, known
 from unbatch.reporting.html import best_score, primary
 from unbatch.reporting.results import MetricInfo
 from unbatch.reporting.tiers import Tier
@@ -117,13 +117,17 @@ class Spot:
 
     @cached_property
     def bound(self) -> float | None:
-        """PSNR in dB that no attacker exceeds, for the client that it protects least; None where none holds for all."""
+        """PSNR in dB that no attacker exceeds, for the client that it protects least; None where none holds for all.
+
+        None as well where float64's rounding keeps it anyway: such a bound says nothing.
+        """
         limits = [bound_psnrs(trial.audit) for trial in self.trials if trial.audit]
         sizes = [{client.index for client in trial.audit.clients} for trial in self.trials if trial.audit]
         whole = [
             max(held.values()) for held, clients in zip(limits, sizes, strict=True) if held and clients <= set(held)
         ]
-        return known(min(whole, default=None))
+        least = known(min(whole, default=None))
+        return least if least is not None and least <= FURTHEST else None
 
 
 def spots(trials: Trials) -> list[Spot]:
