@@ -163,7 +163,7 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
         return answers(r, products=RESPONSE_PRODUCTS, tolerance=tolerance).flatten(1)
 
     while len(moves) < DRAWS[0] or (len(moves) < DRAWS[1] and _alike(moves)):
-        draw = (drawn(told.noise) * told.noise).flatten()
+        draw = _noise(told, drawn).flatten()
         draw = draw if shaken is None else draw + shaken(x, rng).flatten()
         draw = misfit.weighed(draw)
         unit = float(draw.norm())
@@ -181,6 +181,19 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
     )
     relative = far / x.flatten(1).norm(dim=1).clamp_min(1e-300)
     return torch.where((lost < LOST_SHARE) & (relative < LARGEST_RADIUS), relative, torch.inf).cpu()
+
+
+def _noise(told: Told, drawn: Callable[[Tensor], Tensor]) -> Tensor:
+    """A draw of what a tensor's noise may be, from a standard normal one of any tensor's shape.
+
+    Where norms blur its scale, whole channels are off as much again: a norm's statistic is rounded once for all that it
+    divides.
+    """
+    found = drawn(told.noise) * told.noise
+    if told.blur and told.rows is None:
+        channels = told.seen.new_ones(*told.seen.shape[:2], *[1] * (told.seen.dim() - 2))
+        found += told.noise.norm() / told.seen.norm() * drawn(channels) * told.seen
+    return found
 
 
 def _alike(moves: list[Tensor]) -> bool:
