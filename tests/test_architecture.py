@@ -18,8 +18,16 @@ from unbatch import UnbatchError
 
 ROOT = Path(__file__).parents[1] / "src" / "unbatch"
 ROW = {name: number for number, names in enumerate(ROOMS) for name in names}
-OPEN_SETS = {"attacks", "analyses", "defences", "metrics", "cases", "layers"}
-BLIND = {"numerics", "network", "inversion", "layers", "attacks", "analyses"}  # the server's side of the boundary
+OPEN_SETS = {"attacks", "analyses", "defences", "metrics", "cases", "layers", "signs"}
+BLIND = {
+    "numerics",
+    "network",
+    "inversion",
+    "layers",
+    "attacks",
+    "analyses",
+    "signs",
+}  # the server's side of the boundary
 HIDDEN = {"truth", "case", "metric", "auditing", "data"}  # they hold the truth, or reach it
 PUBLIC = {  # names of the package itself, and the modules that they come from
     name: getattr(unbatch, name).__module__.removeprefix("unbatch.") for name in unbatch.__all__ if name[0] != "_"

@@ -11,9 +11,18 @@ from unbatch.defence import Defence, Step
 from unbatch.layer import LayerRule
 from unbatch.metric import Metric
 from unbatch.plugin import Plugin
-from unbatch.testing import check_analysis, check_attack, check_case, check_defence, check_metric, check_plugin
+from unbatch.sign import Sign
+from unbatch.testing import (
+    check_analysis,
+    check_attack,
+    check_case,
+    check_defence,
+    check_metric,
+    check_plugin,
+    check_sign,
+)
 
-SETS: list[type[Plugin]] = [Attack, Defence, Analysis, Metric, Case, LayerRule]
+SETS: list[type[Plugin]] = [Attack, Defence, Analysis, Sign, Metric, Case, LayerRule]
 
 
 @pytest.mark.parametrize("name", Attack.find())
@@ -29,6 +38,11 @@ def test_defence(name: str) -> None:
 @pytest.mark.parametrize("name", Analysis.find())
 def test_analysis(name: str) -> None:
     check_analysis(Analysis.find(name))
+
+
+@pytest.mark.parametrize("name", Sign.find())
+def test_sign(name: str) -> None:
+    check_sign(Sign.find(name))
 
 
 @pytest.mark.parametrize("name", Metric.find())

@@ -23,6 +23,7 @@ _HOME = {
     "Earlier": "knowledge",
     "Guarantee": "attack",
     "Images": "domain",
+    "Inspection": "reporting.inspection",
     "Knowledge": "knowledge",
     "LayerRisk": "analysis",
     "LayerRule": "layer",
@@ -34,6 +35,7 @@ _HOME = {
     "Protocol": "protocol",
     "Reconstruction": "reconstruction",
     "Setting": "case",
+    "Sign": "sign",
     "Table": "domain",
     "Tokens": "domain",
     "Truth": "truth",
@@ -47,12 +49,13 @@ _HOME = {
     "diagnose": "auditing.diagnosis",
     "guard": "auditing.guard",
     "harden": "auditing.harden",
+    "inspect": "auditing.inspection",
     "observe": "auditing.client",
     "read_exchange": "data.exchange",
     "state_difference": "update",
     "sweep": "command.sweeps",
 }
-_OPEN_SETS = ("analyses", "attacks", "cases", "defences", "layers", "metrics")  # `unbatch.attacks.Unmix`
+_OPEN_SETS = ("analyses", "attacks", "cases", "defences", "layers", "metrics", "signs")  # `unbatch.attacks.Unmix`
 
 __all__ = ["__version__", *sorted(_HOME)]
 
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from unbatch.auditing.guard import Leak as Leak
     from unbatch.auditing.guard import guard as guard
     from unbatch.auditing.harden import harden as harden
+    from unbatch.auditing.inspection import inspect as inspect
     from unbatch.auditing.run import audit as audit
     from unbatch.case import Case as Case
     from unbatch.case import Setting as Setting
@@ -91,7 +95,9 @@ if TYPE_CHECKING:
     from unbatch.privacy import Privacy as Privacy
     from unbatch.protocol import Protocol as Protocol
     from unbatch.reconstruction import Reconstruction as Reconstruction
+    from unbatch.reporting.inspection import Inspection as Inspection
     from unbatch.reporting.results import Audit as Audit
+    from unbatch.sign import Sign as Sign
     from unbatch.training_step import capture as capture
     from unbatch.truth import Truth as Truth
     from unbatch.update import as_update as as_update

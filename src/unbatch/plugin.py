@@ -1,7 +1,7 @@
 """Plugins: found, never listed; configured in one spelling, ``name:option=value,option=value``.
 
-Every open set of unbatch (attacks, defences, analyses, metrics, cases, layer rules) is a folder of the package and an
-entry-point group ``unbatch.<folder>`` for third parties. A plugin is a frozen pydantic model whose fields are its
+Every open set of unbatch (attacks, defences, analyses, signs, metrics, cases, layer rules) is a folder of the package and
+an entry-point group ``unbatch.<folder>`` for third parties. A plugin is a frozen pydantic model whose fields are its
 options; from that one declaration come validation, the command line, JSON and the reference pages.
 """
 
@@ -278,7 +278,9 @@ def _plugins_of(module: ModuleType) -> list[type[Plugin]]:
 @cache
 def _discover(folder: str) -> dict[str, type[Any]]:
     if not folder:
-        raise TypeError("find and parse stand on a set of plugins: Attack, Defence, Analysis, Metric, Case, LayerRule.")
+        raise TypeError(
+            "find and parse stand on a set of plugins: Attack, Defence, Analysis, Sign, Metric, Case, LayerRule."
+        )
     package = importlib.import_module(f"unbatch.{folder}")
     found: list[type[Plugin]] = []
     for info in pkgutil.iter_modules(package.__path__):

@@ -26,6 +26,7 @@ from unbatch.case import Case, Setting
 from unbatch.defence import Defence
 from unbatch.domain import Images, Table, Tokens
 from unbatch.errors import NotApplicable, UnbatchError
+from unbatch.inversion.received import Received
 from unbatch.knowledge import Knowledge
 from unbatch.layer import LayerRule
 from unbatch.metric import Metric
@@ -34,6 +35,7 @@ from unbatch.plugin import Plugin
 from unbatch.privacy import Privacy
 from unbatch.reconstruction import Reconstruction
 from unbatch.reporting.results import Status
+from unbatch.sign import Sign
 from unbatch.truth import Truth
 
 
@@ -121,6 +123,18 @@ def check_defence(defence: type[Defence]) -> None:
     _hold(kept, defence, "changes the client's model")
     known = made.public(Knowledge(batch_size=4))
     _hold(isinstance(known, Knowledge), defence, "publishes something that is no Knowledge")
+
+
+def check_sign(sign: type[Sign]) -> None:
+    """The plugin contract; a limit beyond what honest models gave, within which a small honest model stays."""
+    check_plugin(sign)
+    _hold(bool(sign.paper), sign, "names no paper")
+    _hold(sign.honest < sign.limit, sign, f"has a limit of {sign.limit}, and honest models gave {sign.honest}")
+    setting = Case.parse("digits:batch=32,width=16").setting()
+    seen = Received.of(setting.model, inputs=setting.inputs, labels=setting.labels, loss=setting.loss)
+    found = sign()(seen)
+    _hold(found is None or found.value <= sign.limit, sign, f"is raised by an honest model: {found}")
+    _hold(sign()(seen) == found, sign, "gives two readings of one model")
 
 
 def check_metric(metric: type[Metric]) -> None:

@@ -15,13 +15,15 @@ from unbatch.errors import UnbatchError
 from unbatch.layer import LayerRule
 from unbatch.metric import Metric
 from unbatch.plugin import Plugin
+from unbatch.sign import Sign
 
-SETS: tuple[type[Plugin], ...] = (Attack, Defence, Analysis, Metric, Case, LayerRule)
+SETS: tuple[type[Plugin], ...] = (Attack, Defence, Analysis, Sign, Metric, Case, LayerRule)
 KINDS: Mapping[str, Callable[[], dict[str, type[Plugin]]]] = {kind.folder: kind.find for kind in SETS}
 PURPOSES: Mapping[str, str] = {  # of a set, by its folder: what it is for, and how one is named on the command line
     "attacks": "read examples out of an update (audit --attack NAME)",
     "defences": "change what a client sends, or how it trains (audit --defence NAME, or --remedy NAME to compare)",
     "analyses": "say what an update gives away, or how near any attacker can come (risk --analysis NAME)",
+    "signs": "say that a received model was made to read its data; all are read, and none is named (inspect)",
     "metrics": "say how near a recovered example is to the private one (audit --metric NAME)",
     "cases": "clients with data that comes along, to try all this on (audit NAME)",
     "layers": "what a layer's output and gradient say of its input; found by the layer's type, never named",
@@ -32,7 +34,20 @@ PROMISES: Mapping[Guarantee, str] = {
     Guarantee.HEURISTIC: "a guess, which proves nothing",
 }
 WIDTH = 100  # columns of a page
-_FACTS = ("family", "guarantee", "threat_model", "paper", "source", "needs", "uses", "identity", "unit", "kinds")
+_FACTS = (
+    "family",
+    "guarantee",
+    "threat_model",
+    "paper",
+    "honest",
+    "limit",
+    "source",
+    "needs",
+    "uses",
+    "identity",
+    "unit",
+    "kinds",
+)
 
 
 def first_sentence(plugin: type[Plugin]) -> str:

@@ -25,6 +25,7 @@ from unbatch import __version__
 from unbatch.command.blame import said
 from unbatch.command.bundling import bundle_command
 from unbatch.command.comparing import compare_command
+from unbatch.command.inspecting import inspect_command
 from unbatch.command.options import (
     MOST_SEED,
     Analyses,
@@ -257,7 +258,9 @@ app.command("bundle")(bundle_command)
 
 @app.command("list")
 def list_(
-    kind: Annotated[str | None, typer.Argument(help="attacks, defences, analyses, metrics, cases or layers.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="attacks, defences, analyses, signs, metrics, cases or layers.")
+    ] = None,
 ) -> None:
     """Name everything that is installed, with a sentence on each.
 
@@ -402,7 +405,7 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="adaptive, bounds, claims, defences, descend, layers, matching, metric, tensor, unmix or vit"
+            help="adaptive, bounds, claims, defences, descend, inspect, layers, matching, metric, tensor, unmix or vit"
         ),
     ],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
@@ -435,6 +438,7 @@ def bench(
 app.command("sweep")(sweep_command)
 app.command("table")(table_command)
 app.command("compare")(compare_command)
+app.command("inspect")(inspect_command)
 
 
 _NOT_AGAIN = {"--resume", "--force", "--debug", "--quiet", "--json"}  # what a command that is run again does without

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from unbatch.adapters.huggingface import own_labels, with_its_loss
+from unbatch.auditing.stand_in import stand_in_inputs
 from unbatch.auditing.suites import suite as attacks_of
 from unbatch.bundle import holds_state, is_bundle, model_name
 from unbatch.case import Case, Setting
 from unbatch.command.named import load_dataset, load_loss, load_model, load_weights
-from unbatch.command.stand_in import stand_in_inputs
 from unbatch.data import Data, read, read_dataset
 from unbatch.data.exchange import SENT, Sent, read_exchange
 from unbatch.errors import UnbatchError
