@@ -134,3 +134,15 @@ def test_an_audit_of_a_captured_update_takes_the_truth_if_it_is_known(setting: S
     assert record.runs[0].examples[0].scores["label-accuracy"] in (0.0, 1.0)
     assert "this update is captured" in record.runs[1].words
     assert record.clients[0].reproducible
+
+
+def test_a_relative_leakage_beyond_its_threshold_is_held_back_and_one_below_it_is_not() -> None:
+    s = Case.parse("digits:batch=1,width=8,activation=gelu").setting()
+    how = {"attacks": ["gradient-matching:preset=inverting-gradients,iterations=1"], "max_psnr": 90.0, **told(s)}
+    record = guard(sent(s).update, max_relative_leakage=9.0, **how)
+    score = record.runs[0].examples[0].scores["relative-leakage"]
+    with pytest.raises(Leak, match=rf"relative leakage of {score:.2f} by gradient-matching") as held:
+        guard(sent(s).update, max_relative_leakage=score - 0.01, **how)
+    assert held.value.examples == [0]
+    with pytest.raises(UnbatchError, match="of pictures"):
+        guard({}, **how | {"inputs": torch.zeros(1, 4), "max_relative_leakage": 1.0})

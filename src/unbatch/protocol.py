@@ -126,11 +126,46 @@ def local_update(
     >>> local_update(model, half, torch.tensor([[2.0]]), torch.tensor([[0.0]]), Protocol())
     {'weight': tensor([[12.]])}
     """
+    return _stepped(model, loss, inputs, labels, protocol, trained, _held(model, buffers), create_graph)
+
+
+def buffers_after(
+    model: nn.Module, loss: Loss, inputs: Tensor, labels: Tensor, protocol: Protocol
+) -> dict[str, Tensor]:
+    """The buffers after an honest client's steps: what a client that sends its whole state sends besides its parameters.
+
+    Those of batch norm in train mode are running averages of its batches' statistics. The model is left as it was.
+
+    >>> model, x = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1)), torch.tensor([[1.0], [3.0]])
+    >>> buffers = buffers_after(model, nn.functional.mse_loss, x, x, Protocol(mode="train"))
+    >>> buffers["0.running_mean"], model[0].running_mean
+    (tensor([0.2000]), tensor([0.]))
+    """
+    held = _held(model, None)
+    _stepped(model, loss, inputs, labels, protocol, None, held, False)
+    return held
+
+
+def _held(model: nn.Module, buffers: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Copies of the model's buffers, or of those that replace them."""
+    own = dict(model.named_buffers())
+    return {k: b.detach().clone().to(own.get(k, b)) for k, b in (own | dict(buffers or {})).items()}
+
+
+def _stepped(
+    model: nn.Module,
+    loss: Loss,
+    inputs: Tensor,
+    labels: Tensor,
+    protocol: Protocol,
+    trained: Sequence[str] | None,
+    state: dict[str, Tensor],
+    create_graph: bool,
+) -> dict[str, Tensor]:
+    """What `local_update` says, with the buffers `state`, which the steps write to."""
     start = dict(model.named_parameters())
     names = _trained(start, trained)
     frozen = {k: p.detach() for k, p in start.items()}
-    own = dict(model.named_buffers())
-    state = {k: b.detach().clone().to(own.get(k, b)) for k, b in (own | dict(buffers or {})).items()}
     weights = [frozen[k].requires_grad_() for k in names]
     initial = weights
 

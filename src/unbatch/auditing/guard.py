@@ -28,6 +28,7 @@ from unbatch.reporting.tiers import Outcome, Tier
 from unbatch.truth import Truth
 from unbatch.update import as_update
 
+_RELATIVE = "relative-leakage"  # the metric
 UNEXPLAINED = 0.01  # of an undefended update, beyond which another batch or protocol is behind it
 
 
@@ -53,6 +54,7 @@ def guard(
     defences: OneOrMore[Defence] = (),
     knowledge: Knowledge | None = None,
     max_psnr: float = 20.0,
+    max_relative_leakage: float | None = None,
     attacks: OneOrMore[Attack] | None = None,
     seconds: float = 30.0,
     seed: int = 0,
@@ -62,7 +64,8 @@ def guard(
     `update` is given in any form that `as_update` takes. `model` is the global model before the client's step, `inputs`
     [n, ...] and `labels` the private batch behind the update. `protocol`, `defences` and `knowledge` say what the server
     knows; the defences are in the update already. An example leaks if an attack recovers it exactly, or to more than
-    `max_psnr` dB and 3 dB above what prior draws score; of what has no PSNR, also as a copy.
+    `max_psnr` dB and 3 dB above what prior draws score; of what has no PSNR, also as a copy. Pictures also leak beyond a
+    `max_relative_leakage` (metric `relative-leakage`; the filter of Hatamizadeh et al. has 1), where one is given.
     `attacks` default to all that only look, cheapest first, and share `seconds`. Where no defence changed the update, the
     batch must explain it: attacks are judged by it, and one that is not behind the update would let every leak pass.
 
@@ -83,6 +86,10 @@ def guard(
     """
     if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
         raise UnbatchError(f"inputs and labels are tensors, not {type(inputs).__name__} and {type(labels).__name__}.")
+    if max_relative_leakage is not None and (math.isnan(max_relative_leakage) or domain_of(inputs).name != "images"):
+        raise UnbatchError(
+            f"max_relative_leakage is {max_relative_leakage}; give a number such as 1.0, and of pictures."
+        )
     if math.isnan(max_psnr) or not 0 < seconds < math.inf:
         raise UnbatchError(f"max_psnr is {max_psnr} and seconds {seconds}; give a number of dB, and a time above 0.")
     protocol = protocol or Protocol()
@@ -101,6 +108,9 @@ def guard(
     if not stack.defences:
         refuse_other_batch(residual, model, inputs, protocol)
     words, examples = _leaks(record, max_psnr)
+    if max_relative_leakage is not None:
+        more, which = _relative_leaks(record, max_relative_leakage)
+        words, examples = words + more, sorted({*examples, *which})
     failed = sorted({run.attack for run in record.runs if run.status == Status.FAILED})
     if failed:
         words.append(f"{', '.join(failed)} failed, so what it would have found is not known.")
@@ -159,3 +169,17 @@ def _leaks(record: Audit, max_psnr: float) -> tuple[list[str], list[int]]:
     copies = {i for (_, i), tier in record.tiers().items() if tier is Tier.COPY and i not in scored}
     words += [f"Example {i} is recovered as a copy." for i in sorted(copies)]
     return words, sorted(exact | copies | set(near))
+
+
+def _relative_leaks(record: Audit, most: float) -> tuple[list[str], list[int]]:
+    """Examples that are recovered exactly not among them: `_leaks` names those."""
+    exact, worst = {index for _, index in record.recovered()}, dict[int, tuple[float, str]]()
+    for run in record.runs:
+        for e in run.examples:
+            score = e.scores.get(_RELATIVE)
+            if score is not None and score > most and e.index not in exact:
+                worst[e.index] = max(worst.get(e.index, (-math.inf, "")), (score, run.attack))
+    words = [
+        f"Example {i} has a relative leakage of {score:.2f} by {name}." for i, (score, name) in sorted(worst.items())
+    ]
+    return words, sorted(worst)

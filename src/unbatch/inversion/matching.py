@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import NotApplicable, Unknown
+from unbatch.inversion.batch_statistics import listening
 from unbatch.inversion.rounds import sharpened
 from unbatch.inversion.search_point import Candidate, Unknowns, in_precision
 from unbatch.inversion.view import View
@@ -22,7 +23,13 @@ from unbatch.numerics.search.softening import Softened, has_kinks
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
-STEPS_A_RESTART = {"default": 4000, "dlg": 6000, "inverting-gradients": 4800}  # first-order ones; the papers' own
+STEPS_A_RESTART = {  # first-order ones; the papers' own
+    "default": 4000,
+    "dlg": 6000,
+    "inverting-gradients": 4800,
+    "batch-norm-inversion": 40_000,
+}
+PRIOR_DRAWS = 64  # of the prior, whose mean a batch-norm-inversion starts from
 EXPLAINED_SHARE = 1e-4  # share of |update|^2 left from which on the match alone decides between candidates
 LARGEST_DRAWN_SHARE = 0.1  # the same at most, where noise is known to make it
 SOLVED_SHARE = 1e-9  # the same, for success: above the rounding of a float32 update, far below any wrong picture
@@ -31,7 +38,24 @@ SHARPNESS_LADDER = (2.0, 30.0, 100.0, 300.0, math.inf, 1000.0, math.inf)
 GENTLE_SHARPNESS_LADDER = (10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)
 STARTS_IN_SPAN = 16  # in the span of the first layer's update, where one takes about a second
 
-Preset = Literal["default", "dlg", "inverting-gradients"]
+Preset = Literal["default", "dlg", "inverting-gradients", "batch-norm-inversion"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversionTerms:
+    """Weights of the terms that batch-norm-inversion adds up; by default as published.
+
+    match (sum over tensors of |update - simulated|) + statistics (`BatchStatistics.misfit`) + variation (`rough_length`)
+    + size (|x|), the last two of pictures in units of a quarter of their range.
+
+    >>> InversionTerms(match=0.0).statistics
+    0.1
+    """
+
+    match: float = 1e-3
+    statistics: float = 0.1
+    variation: float = 1e-4
+    size: float = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +64,8 @@ class UpdateMatching:
 
     `preset`: ours, or a published method. `iterations`: first-order steps a restart, None for the preset's own.
     `restarts`: starts, later ones only while none is exact. `tv`: weight of total variation, for pictures only.
+    `statistics`: weight of the misfit of batch statistics in what first-order steps minimise, where running averages were
+    sent; None for the preset's own, which is 0 but for batch-norm-inversion. `terms`: the other weights of that preset.
 
     >>> import unbatch
     >>> from unbatch.models.small import build
@@ -56,15 +82,20 @@ class UpdateMatching:
     iterations: int | None = None
     restarts: int = 1
     tv: float = 0.01
+    statistics: float | None = None
+    terms: InversionTerms = InversionTerms()
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         """Searches until its steps or its time are spent, and returns the best guess.
 
         The trace tells how well it matches (`residual`), whether that is a solution (`converged`), and whence labels come.
-        Raises NotApplicable: nothing can be matched here; the message says why.
+        Raises NotApplicable: nothing can be matched here, or no batch statistics where they are asked for; the message says
+        why.
         """
         problems = self.problems(view)
         problem = problems[0]
+        if self._weighs_statistics:
+            _ = problem.statistics  # raises in words before any search
         planned, count, begun = len(problems) * self.restarts * self._steps, 0, time.monotonic()
         best: Candidate | None = None
         history: list[float] = []
@@ -97,7 +128,9 @@ class UpdateMatching:
                 "labels": best.source,
             },
         )
-        if best.phase == "signed Adam" or best.source == "optimised":  # its prior counts for more than the match
+        if (
+            best.phase in ("signed Adam", "batch-norm-inversion") or best.source == "optimised"
+        ):  # its prior counts for more than the match
             return found
         box = view.knowledge.get("input_range", (-math.inf, math.inf))
         inputs = sharpened(view.obs, found, rng).inputs
@@ -143,12 +176,25 @@ class UpdateMatching:
                 return
 
     @property
+    def _weighs_statistics(self) -> bool:
+        return bool(self._terms.statistics if self.preset == "batch-norm-inversion" else self.statistics)
+
+    @property
+    def _terms(self) -> InversionTerms:
+        return self.terms if self.statistics is None else replace(self.terms, statistics=self.statistics)
+
+    @property
     def _steps(self) -> int:
         return self.iterations or STEPS_A_RESTART[self.preset]
 
     def _published(self, problem: Unknowns, rng: torch.Generator) -> Iterator[Candidate]:
         start = problem.start(rng, 1.0)
-        if self.preset == "dlg":
+        if self.preset == "batch-norm-inversion":
+            start = _of_the_prior(problem, start)
+            found = matching.noisy_adam(
+                lambda v: self._inversion(problem, v), start, rng, steps=self._steps, box=problem.box
+            )
+        elif self.preset == "dlg":
             found = matching.lbfgs(
                 lambda v: matching.squared_difference(problem.update(v), problem.seen), start, steps=self._steps
             )
@@ -267,8 +313,24 @@ class UpdateMatching:
         return point
 
     def _distance(self, problem: Unknowns, point: Tensor) -> Tensor:
-        found = matching.cosine_distance(problem.update(point), problem.seen, problem.size)
+        with listening(problem.obs.model) as heard:
+            found = matching.cosine_distance(problem.update(point), problem.seen, problem.size)
+        if self.statistics:
+            found = found + self.statistics * problem.statistics.misfit(heard)
         return found + self.tv * matching.total_variation(problem.pictures(point)) if problem.image else found
+
+    def _inversion(self, problem: Unknowns, point: Tensor) -> Tensor:
+        """The objective of batch-norm-inversion: its terms, the match among them, added up."""
+        terms, pictures = self._terms, problem.pictures(point)
+        with listening(problem.obs.model) as heard:
+            found = problem.update(point)
+        off = [torch.linalg.vector_norm(a - b) for a, b in zip(found, problem.seen, strict=True)]
+        value = terms.match * torch.stack(off).sum()
+        if terms.statistics:
+            value = value + terms.statistics * problem.statistics.misfit(heard)
+        if terms.variation and problem.image:
+            value = value + terms.variation * matching.rough_length(pictures)
+        return value + terms.size * torch.linalg.vector_norm(pictures)
 
     def _score(self, problem: Unknowns, point: Tensor) -> float:
         """Share of |update|^2 left; above what explains it, where noise can lower it, cosine distance and variation."""
@@ -279,6 +341,16 @@ class UpdateMatching:
             return rest
         penalty = matching.cosine_distance(found, problem.seen)
         return enough + float(penalty + self.tv * matching.total_variation(problem.pictures(point)))
+
+
+def _of_the_prior(problem: Unknowns, point: Tensor) -> Tensor:
+    """The point with every input the mean of what the prior draws."""
+    view = problem.view
+    mean = view.stand_in(PRIOR_DRAWS, torch.Generator().manual_seed(0)).mean(0).to(point)
+    d = mean.numel()
+    start = point.clone()
+    start[:, :d] = ((mean - problem.middle) / problem.scale).flatten()
+    return start
 
 
 def _explained(problem: Unknowns) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import UnbatchError
+from unbatch.inversion.batch_statistics import BatchStatistics
 from unbatch.inversion.input_span import SpanReduction, in_input_span
 from unbatch.inversion.rounds import averaged, each_restored
 from unbatch.inversion.view import View
@@ -218,6 +219,11 @@ class Unknowns:
         """Every round that is to be explained."""
 
         return self.obs.exchanges
+
+    @cached_property
+    def statistics(self) -> BatchStatistics:
+        """What running averages say of the batch. Raises NotApplicable: nothing; the message says why."""
+        return BatchStatistics.of(self.obs)
 
     @cached_property
     def size(self) -> Tensor:

@@ -58,14 +58,34 @@ class RelativeLeakage(Metric):
     def score(self, found: Tensor, true: Tensor) -> Tensor:
         if not len(found):
             return found.new_zeros(0, dtype=torch.float64)
+        return self._each(found, true).amin(0)
+
+    def interval(self, found: Tensor, true: Tensor, share: float = 0.9) -> Tensor:
+        """The paper's value with one of the draws as its prior picture: the middle `share` of what the draws give [p, 2].
+
+        The value is a ratio to SIM(x, p), so that a bad prior inflates it: a threshold that lies within is one that the
+        choice of the prior decides.
+
+        >>> import torch, unbatch
+        >>> true = torch.eye(8).view(1, 1, 8, 8)
+        >>> metric = unbatch.metrics.RelativeLeakage(similarity="cosine")
+        >>> low, high = metric.interval(true, true)[0].tolist()
+        >>> f"{low:.2f} to {high:.2f}"
+        '1.43 to 2.07'
+        """
+        if not len(found):
+            return found.new_zeros(0, 2, dtype=torch.float64)
+        ends = torch.tensor([(1 - share) / 2, (1 + share) / 2], dtype=torch.float64, device=true.device)
+        return self._each(found, true).quantile(ends, dim=0).T
+
+    def _each(self, found: Tensor, true: Tensor) -> Tensor:
+        """The value with each draw as the prior's picture [draws, p]."""
         domain = Images(shape=tuple(true.shape[1:]), low=self.low, high=self.high)
         drawn = domain.prior(self.draws, torch.Generator().manual_seed(0)).to(true.device)
-        alone = (
-            torch.stack([self._similarity(p.expand_as(true), true) for p in drawn])
-            .amax(0)
-            .clamp_min(LEAST_PRIOR_SIMILARITY)
-        )
-        return (self._similarity(found, true) - alone) / alone
+        alone = torch.stack([self._similarity(p.expand_as(true), true) for p in drawn])
+        alone = alone.clamp_min(LEAST_PRIOR_SIMILARITY)
+        similar = self._similarity(found, true)
+        return (similar - alone) / alone
 
     def _similarity(self, a: Tensor, b: Tensor) -> Tensor:
         """Of pairs of pictures [p, c, h, w], [p, c, h, w] -> [p]."""

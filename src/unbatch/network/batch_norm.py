@@ -106,11 +106,13 @@ def sent_statistics(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     N: int,
+    steps: int = 1,
 ) -> SentStatistics:
     """The batch's statistics at a batch norm with momentum m: mean = (after - (1 - m) before) / m, var likewise.
 
     The variance times (N - 1) / N for the N entries of a channel, since running variances are unbiased. `called` gives the
     name in `before` and `after` of one of the layer's buffers. Their error is the rounding of what was sent, divided by m.
+    After several `steps`, of N entries each, it is the mixture of theirs that `step_shares` says.
 
     >>> norm = nn.BatchNorm1d(1)
     >>> before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
@@ -121,7 +123,7 @@ def sent_statistics(
     """
     count, names = called("num_batches_tracked"), [called(kind) for kind in ("running_mean", "running_var")]
     start = before.get(count)
-    m = layer.momentum if layer.momentum is not None else 1 / (1 + float(start if start is not None else 0))
+    m = step_shares(layer.momentum, start, steps)[0]
     flaw, statistics, errors = "", [], []
     for name, factor in zip(names, (1.0, (N - 1) / N), strict=True):
         old, new = before[name], after[name].to(before[name].device)
@@ -130,14 +132,37 @@ def sent_statistics(
         value = (parts[1] - parts[0]) / m if m else torch.full_like(parts[1], torch.nan)
         statistics.append(value * factor)
         errors.append(eps * (parts[0].abs() + parts[1].abs() + (m * value).abs()) / (m or 1.0))
-    steps = int(after[count]) - int(start) if count in after and start is not None else 1
-    if steps != 1 or all(torch.equal(before[name].double(), after[name].to(before[name]).double()) for name in names):
-        flaw = "the running statistics that were sent are not those after one step."
+    taken = int(after[count]) - int(start) if count in after and start is not None else steps
+    if taken != steps or all(
+        torch.equal(before[name].double(), after[name].to(before[name]).double()) for name in names
+    ):
+        expected = "one step" if steps == 1 else f"{steps} steps"
+        flaw = f"the running statistics that were sent are not those after {expected}."
     elif not m:
         flaw = "its momentum is 0: what was sent says nothing of the batch."
     elif bool((statistics[1] <= errors[1]).any()):
         flaw = "the rounding of the running variance that was sent is no smaller than the batch's own variance."
     return SentStatistics(statistics[0], statistics[1], (errors[0], errors[1]), flaw)
+
+
+def step_shares(momentum: float | None, tracked: Tensor | None, steps: int) -> tuple[float, list[float]]:
+    """How much of a running average after `steps` steps is theirs, and how that is shared among them, first to last.
+
+    With momentum m a running average keeps 1 - m of itself in a step, so of K steps the j-th counts m (1 - m)^(K - j), and
+    all of them 1 - (1 - m)^K. Without one (None), m is 1 over the number of steps so far, `tracked` before the first.
+
+    >>> step_shares(0.5, None, 2)
+    (0.75, [0.3333333333333333, 0.6666666666666666])
+    >>> step_shares(None, torch.tensor(2), 2)
+    (0.5, [0.5, 0.5])
+    """
+    first = 1.0 + float(tracked if tracked is not None else 0)
+    rates = [momentum if momentum is not None else 1 / (first + j) for j in range(steps)]
+    parts, kept = [0.0] * steps, 1.0
+    for j in range(steps - 1, -1, -1):
+        parts[j], kept = kept * rates[j], kept * (1 - rates[j])
+    whole = rates[0] if steps == 1 else 1 - kept
+    return whole, [part / whole if whole else 1 / steps for part in parts]
 
 
 def _known(

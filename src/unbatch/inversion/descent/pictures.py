@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -28,14 +29,32 @@ MOST_BROAD = 64  # directions that are solved for densely
 
 
 class Misfit:
-    """How far inputs [n, *shape] are from what is told of an inner tensor, as one vector, in units of all that is told."""
+    """How far inputs [n, *shape] are from what is told of an inner tensor, as one vector, in units of all that is told.
 
-    def __init__(self, below: nn.Module, told: Told) -> None:
+    Where the tensor's scale is known worse than its entries (`Told.blur`), no inputs meet all of what is told: unless
+    `scale_counts`, the misfit along the tensor itself counts by as much less, so that the other equations tell the scale.
+    """
+
+    def __init__(self, below: nn.Module, told: Told, *, scale_counts: bool = False) -> None:
         self.below, self.told = below, told
         self.size = float(told.seen.norm())
+        self.surely = 1.0  # the share of the misfit along the tensor that counts
+        if told.blur and told.rows is None and not scale_counts:
+            noise = float(told.noise.norm()) / self.size / told.noise.numel() ** 0.5
+            self.surely = noise / math.hypot(noise, told.blur)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[e], differentiable."""
+        return self.weighed(self._off(x))
+
+    def weighed(self, off: Tensor) -> Tensor:
+        """A vector of misfits [e], as much of it as counts; linear."""
+        if self.surely == 1.0:
+            return off
+        along = self.told.seen.to(off).flatten() / self.size
+        return off - (1 - self.surely) * (along @ off) * along
+
+    def _off(self, x: Tensor) -> Tensor:
         made = self._asked(self.below(x))
         return made - self.told.seen.to(made).flatten() / self.size
 
@@ -54,7 +73,7 @@ class Misfit:
         alone = len(x) if self.told.rows is None else 1
         told = (self.told.seen.abs() / self.size).reshape(alone, -1)
         corner = CORNER * told.mean(1, keepdim=True)
-        off = self(x).view(alone, -1)
+        off = self._off(x).view(alone, -1)
         return (off.square() + corner.to(off).square()).sqrt().sum(1) / told.sum(1).to(off)
 
     def linear(self, x: Tensor) -> tuple[Push, Push]:
@@ -62,7 +81,7 @@ class Misfit:
         pull: Push = torch.func.vjp(self, x)[1]
         if isinstance(self.below, fx.GraphModule) and Tangent.reads(self.below):
             tangent = Tangent(self.below, x)
-            return lambda v: self._asked(tangent.run(v)), lambda u: pull(u)[0]
+            return lambda v: self.weighed(self._asked(tangent.run(v))), lambda u: pull(u)[0]
         return lambda v: torch.func.jvp(self, (x,), (v,))[1], lambda u: pull(u)[0]
 
     def single(self) -> Misfit:

@@ -119,8 +119,17 @@ class Search:
                 self._finished(found, [examples[j] for j in group], part, point[group].double())
 
     def _finished(self, found: Sought, examples: list[int], told: Told, point: Tensor) -> None:
-        """Newton's steps to where the equations' own noise is left, and the bounds there."""
-        misfit, size = Misfit(self.below, told), torch.inf
+        """Newton's steps to where the equations' own noise is left, and the bounds there.
+
+        The tensor's scale is left to the other equations first, if it is known worse than they are; where these leave the
+        inputs open, it counts like them, as it does where norms are blind to the size of what they are given.
+        """
+        self._solved(found, examples, Misfit(self.below, told), point)
+        if told.blur and not bool(found.bounds[examples].isfinite().all()):
+            self._solved(found, examples, Misfit(self.below, told, scale_counts=True), point)
+
+    def _solved(self, found: Sought, examples: list[int], misfit: Misfit, point: Tensor) -> None:
+        told, size = misfit.told, torch.inf
         noise = float(told.noise.norm() / told.seen.norm())
         if self.shaken is not None:
             noise = float(torch.tensor(noise).hypot(self.shaken(point, self.rng).norm().cpu() / told.seen.norm().cpu()))
@@ -154,8 +163,9 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
         return answers(r, products=RESPONSE_PRODUCTS, tolerance=tolerance).flatten(1)
 
     while len(moves) < DRAWS[0] or (len(moves) < DRAWS[1] and _alike(moves)):
-        draw = (drawn(told.noise) * told.noise).flatten()
+        draw = _noise(told, drawn).flatten()
         draw = draw if shaken is None else draw + shaken(x, rng).flatten()
+        draw = misfit.weighed(draw)
         unit = float(draw.norm())
         moves.append(answer(draw / unit) * unit / misfit.size)
     off = misfit(x).detach()
@@ -163,7 +173,7 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
     spread = torch.stack(moves).square().sum(2).mean(0).sqrt()
     scaled = torch.zeros_like(left)  # one direction among thousands: it is asked for by itself
     if told.blur and told.rows is None:
-        scaled = answer(told.seen.flatten() / misfit.size) * told.blur
+        scaled = answer(told.seen.flatten() / misfit.size) * misfit.surely * told.blur
     far = (
         ERROR_SIGMAS * (max(1.0, excess) * spread + scaled.norm(dim=1))
         + 2 * left.norm(dim=1)
@@ -171,6 +181,19 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
     )
     relative = far / x.flatten(1).norm(dim=1).clamp_min(1e-300)
     return torch.where((lost < LOST_SHARE) & (relative < LARGEST_RADIUS), relative, torch.inf).cpu()
+
+
+def _noise(told: Told, drawn: Callable[[Tensor], Tensor]) -> Tensor:
+    """A draw of what a tensor's noise may be, from a standard normal one of any tensor's shape.
+
+    Where norms blur its scale, whole channels are off as much again: a norm's statistic is rounded once for all that it
+    divides.
+    """
+    found = drawn(told.noise) * told.noise
+    if told.blur and told.rows is None:
+        channels = told.seen.new_ones(*told.seen.shape[:2], *[1] * (told.seen.dim() - 2))
+        found += told.noise.norm() / told.seen.norm() * drawn(channels) * told.seen
+    return found
 
 
 def _alike(moves: list[Tensor]) -> bool:

@@ -1,13 +1,15 @@
-"""Gradient matching: how far two updates are apart, and the two published searches that make it small.
+"""Gradient matching: how far two updates are apart, and the published searches that make it small.
 
 An update is a sequence of tensors. A search is a generator of (objective, point), so that its caller can time it, judge
 the points and stop it; the point is the one at which the objective was taken.
 
-Sources: Zhu, Liu, Han, Deep Leakage from Gradients, NeurIPS 2019; Geiping et al., Inverting Gradients, NeurIPS 2020.
+Sources: Zhu, Liu, Han, Deep Leakage from Gradients, NeurIPS 2019; Geiping et al., Inverting Gradients, NeurIPS 2020;
+Hatamizadeh et al., Do Gradient Inversion Attacks Make Federated Learning Unsafe?, IEEE TMI 2023.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -69,6 +71,23 @@ def total_variation(pictures: Tensor) -> Tensor:
     return sum((part.mean() for part in (down, across) if part.numel()), pictures.new_zeros(()))
 
 
+def rough_length(pictures: Tensor) -> Tensor:
+    """How rough pictures are, by lengths: the l2 norms of the differences of neighbours in four directions, added.
+
+    Down, across and along both diagonals of the last two axes [..., h, w].
+
+    >>> rough_length(torch.tensor([[0.0, 1.0], [0.0, 1.0]])).round(decimals=3)
+    tensor(3.4140)
+    """
+    parts = [
+        pictures.diff(dim=-2),
+        pictures.diff(dim=-1),
+        pictures[..., 1:, 1:] - pictures[..., :-1, :-1],
+        pictures[..., 1:, :-1] - pictures[..., :-1, 1:],
+    ]
+    return torch.stack([torch.linalg.vector_norm(part) for part in parts]).sum()
+
+
 def signed_adam(
     objective: Objective, start: Tensor, *, steps: int, rate: float = 0.1, box: float | None = None, decay: bool = True
 ) -> Evaluations:
@@ -93,6 +112,43 @@ def signed_adam(
         adam.param_groups[0]["lr"] *= 0.1 ** falls.count(step)
         if box is not None:
             with torch.no_grad():
+                point.clamp_(-box, box)
+    yield _evaluate(objective, point)[0], point.detach()
+
+
+def noisy_adam(
+    objective: Objective,
+    start: Tensor,
+    rng: torch.Generator,
+    *,
+    steps: int,
+    rate: float = 0.1,
+    box: float | None = None,
+) -> Evaluations:
+    """The search of Hatamizadeh et al.: Adam with noise of a tenth of its rate, which rises, and then falls to nothing.
+
+    Betas of .9; the rate rises over the first tenth of the steps, at most 100 of them, and falls as a cosine.
+
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> *_, (value, x) = noisy_adam(lambda x: (x - 0.5).square().sum(), torch.zeros(1, 2), rng, steps=200)
+    >>> bool((x - 0.5).abs().max() < 0.01)
+    True
+    """
+    point = start.detach().clone().requires_grad_()
+    adam = torch.optim.Adam([point], lr=rate, betas=(0.9, 0.9))
+    rising = max(1, min(100, steps // 10))
+    for step in range(steps):
+        value, gradient = _evaluate(objective, point)
+        yield value, point.detach().clone()
+        share = max(0, step - rising) / max(1, steps - rising)
+        here = rate * min(1.0, (step + 1) / rising) * (1 + math.cos(math.pi * share)) / 2
+        adam.param_groups[0]["lr"] = here
+        point.grad = gradient
+        adam.step()
+        noise = torch.randn(point.shape, generator=rng, dtype=torch.float64).to(point)
+        with torch.no_grad():
+            point.add_(0.1 * here * noise)
+            if box is not None:
                 point.clamp_(-box, box)
     yield _evaluate(objective, point)[0], point.detach()
 
