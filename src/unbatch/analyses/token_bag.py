@@ -49,11 +49,14 @@ def _tokens(found: Bag) -> Verdict:
     if found.rows:
         how.append(f"rows of {found.rows!r} that are not zero")
     if found.pairs is not None:
-        front, lawful = found.pairs.front, found.pairs.lawful
-        law = "as these tokens have by the law" if lawful else f"where these tokens have {found.pairs.expected_rank}"
+        front, expected = found.pairs.front, found.pairs.expected_rank
+        by_law = front.space.rank == expected
+        law = "as these tokens have by the law" if by_law else f"where these tokens have {expected}"
         how.append(f"the gradient of {front.name!r} has rank {front.space.rank} at width {front.width}, {law}")
     exact = "if nothing altered it, the batch is made of them, all of them and no others that anything depends on."
     fit = "if nothing altered it, the batch is made of no others, but single ones of them may be missing in it."
+    if found.pairs is not None and found.pairs.front.coarse and not found.rows:
+        fit = "noise or half precision may hide what little depends on, so that the batch may have others as well."
     return Verdict(
         name=TOKENS_PROVEN if found.exact else "tokens that fit",
         value=float(len(found.tokens)),

@@ -128,7 +128,11 @@ def recomputed(place: Observation, inputs: Tensor, labels: Tensor, far: Tensor) 
     worst = worst.removeprefix("whole.")
     if not x.is_floating_point():
         if fits and not silent:  # a tensor of rounding alone may agree by chance: other tokens round it otherwise
-            allowed |= _silent(place, x, y, again, c)
+            silent = _silent(place, x, y, again, c)
+            allowed |= silent
+        sent = {name: most for name, most in _rounding_as_sent(place, kind).items() if name not in silent}
+        if fits and all(off[name] <= most for name, most in sent.items()):
+            allowed |= {name: min(allowed[name], most) for name, most in sent.items()}
         others = unseen_changes(place, x, y, _explaining(place, allowed)) if fits else {}
         targets = _targets_told(place, y)
         settled = fits and targets and (near or "batch_size" in place.knowledge)
@@ -236,18 +240,33 @@ def _typed(values: Tensor, place: Observation, kind: torch.dtype) -> Tensor:
     return values.to(place.device, kind) if values.is_floating_point() else values.to(place.device)
 
 
-def _rounding(place: Observation, kind: torch.dtype) -> dict[str, float]:
-    """By how much each tensor may be off, l2, through the rounding of its entries and the noise that is known."""
+def _rounding(place: Observation, kind: torch.dtype, *, sent: float = ROUNDINGS) -> dict[str, float]:
+    """By how much each tensor may be off, l2, through the rounding of its entries and the noise that is known.
+
+    `sent` are the roundings of entries that are coarser than the client's own arithmetic, `kind`.
+    """
     drawn = _noise_norms(place)
     n = place.knowledge.get("batch_size", 1)
     steps = place.protocol.steps(n)
     found = {}
     for name, u in place.update.items():
-        eps = max(torch.finfo(dtype).eps for dtype in (u.dtype, kind))
+        own, coarse = (torch.finfo(dtype).eps for dtype in (kind, u.dtype))
+        eps = max(ROUNDINGS * own, (sent if coarse > own else ROUNDINGS) * coarse)
         least = 4 * rounding_noise(u.dtype) * u.numel() ** 0.5
-        drift = STEP_ROUNDINGS * eps * steps * float(place.model.get_parameter(name).detach().double().norm())
-        found[name] = math.hypot(ROUNDINGS * eps * float(u.double().norm()) + least + drift, drawn[name])
+        drift = (
+            STEP_ROUNDINGS * max(own, coarse) * steps * float(place.model.get_parameter(name).detach().double().norm())
+        )
+        found[name] = math.hypot(eps * float(u.double().norm()) + least + drift, drawn[name])
     return found
+
+
+def _rounding_as_sent(place: Observation, kind: torch.dtype) -> dict[str, float]:
+    """The same where what the client computed was rounded once, or cut off, to the coarser type in which it was sent.
+
+    Entries are off by a last place then, and not by the sums of many: an update that agrees with claimed tokens so well
+    shows other tokens that it would not show beside the rounding of every sum.
+    """
+    return _rounding(place, kind, sent=1.0)
 
 
 def _noise_norms(place: Observation) -> dict[str, float]:

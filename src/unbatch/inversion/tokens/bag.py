@@ -40,7 +40,8 @@ def bag_read(view: View) -> Bag:
         why = str(error)
     used = _looked_up(reader)
     if used is not None:
-        return Bag(used, sure, pairs, reader.embedding)
+        tiny = reader.view.update[reader.embedding].dtype == torch.float16  # rows below its range are zero
+        return Bag(used, sure and not tiny, pairs, reader.embedding)
     if pairs is None:
         raise NotApplicable(why)
     return Bag(torch.sort(pairs.tokens.cpu()).values, pairs.lawful and sure, pairs, "")

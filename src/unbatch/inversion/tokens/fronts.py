@@ -19,10 +19,11 @@ from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.view import View
 from unbatch.network.precision import in_double
 from unbatch.network.products import Product, multiplied
-from unbatch.numerics.dictionary.membership import CUT, RowSpace, row_space
+from unbatch.numerics.dictionary.membership import CUT, ROW_ROUNDINGS, RowSpace, half_rounding, row_space
 from unbatch.protocol import Update
 
 Reach = Literal["token", "prefix", "sentence"]
+COMPUTED_IN = (torch.float32, torch.float64)  # coarser types round once what was computed in these
 SAME_TO = 1e-10  # relative, in float64: below it nothing has reached a vector
 MOST_NUMBERS = 2**22  # of the vectors of one run of a front
 SCREENS = 16  # directions outside of a span by which most candidates are sorted out
@@ -41,18 +42,40 @@ class Front:
     width: int
     products: tuple[Product, ...] = field(repr=False)  # of these layers, without their rows
     update: Update = field(repr=False)
-    eps: float  # relative error of the update's entries
+    eps: float  # relative error of the update's entries as they were computed
+    own: float  # relative error of the vectors themselves
+    noise: float  # standard deviation of each entry of the update, where noise was added
 
     @property
     def gradient(self) -> Tensor:
         """The gradients [m, d] of the layers in float64, each scaled to the same size."""
-        each = [p.gradient(self.update) for p in self.products]
-        return torch.cat([g / g.norm() for g in each if bool(g.any())])
+        return torch.cat([g / g.norm() for g in self._each if bool(g.any())])
+
+    @property
+    def _each(self) -> list[Tensor]:
+        return [p.gradient(self.update) for p in self.products]
 
     @cached_property
     def space(self) -> RowSpace:
         """The row space of the layers' gradient."""
-        return row_space(self.gradient, eps=self.eps)
+        return row_space(self.gradient, eps=self.eps, own=self.own, drawn=self._drawn)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether noise, or being sent in half precision, is more than the rounding of what was computed."""
+        return self.noise > 0 or any(torch.finfo(self.update[p.weight].dtype).eps > self.eps for p in self.products)
+
+    @property
+    def _drawn(self) -> Tensor | None:
+        """The standard deviation of the errors of the gradient's entries by noise, and by being sent in half precision."""
+        if not self.coarse:
+            return None
+        kinds, found = [self.update[p.weight].dtype for p in self.products], list[Tensor]()
+        for g, kind in zip(self._each, kinds, strict=True):
+            if bool(g.any()):
+                rounding = half_rounding(g, kind) if torch.finfo(kind).eps > self.eps else torch.zeros_like(g)
+                found.append((rounding.square() + self.noise**2).sqrt() / g.norm())
+        return torch.cat(found)
 
     @property
     def name(self) -> str:
@@ -232,12 +255,17 @@ class TokenReader:
         positioned = not bool(_same(rows[-1], rows[-1, :1].expand_as(rows[-1])).all())
         layers = tuple(p.layer for p in sent)
         kept = tuple(replace(p, rows=p.rows[:0].clone()) for p in sent)
-        return Front(layers, reach, positioned, order, rows.shape[2], kept, self.view.update, self._eps(sent))
+        noise = float(self.view.knowledge.get("noise", 0.0))
+        width, eps = rows.shape[2], self._eps
+        if all(self.view.update[p.weight].dtype in COMPUTED_IN for p in sent):
+            eps = max(eps, *(torch.finfo(self.view.update[p.weight].dtype).eps for p in sent))
+        own = ROW_ROUNDINGS * eps
+        return Front(layers, reach, positioned, order, width, kept, self.view.update, eps, own, noise)
 
-    def _eps(self, products: Sequence[Product]) -> float:
-        kinds = [self.view.update[p.weight].dtype for p in products]
-        kinds += [p.dtype for p in self.view.model.parameters()]
-        return max(torch.finfo(kind).eps for kind in kinds)
+    @cached_property
+    def _eps(self) -> float:
+        """Relative rounding of the network's own arithmetic."""
+        return max(torch.finfo(p.dtype).eps for p in self.view.model.parameters())
 
 
 def _by_sentence(rows: Tensor, sentences: Tensor, position_first: bool) -> Tensor:

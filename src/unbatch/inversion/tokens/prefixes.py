@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,15 @@ from torch import Tensor
 from unbatch.errors import NotApplicable
 from unbatch.inversion.tokens.fronts import Front, TokenReader
 from unbatch.inversion.tokens.pairs import TokenPairs
-from unbatch.numerics.dictionary.membership import CUT
+from unbatch.numerics.dictionary.membership import CUT, DRAWN_CUT
 from unbatch.progress import tick
 
 FRONTS = 3  # layers whose spans are asked
+COARSE_FRONTS = 8  # that are asked together under noise or half precision
+LEAST_APART = 1.05  # times as far off as the batch's own beginnings, at least, is the nearest that is none
+MEMBER = 1.25 * DRAWN_CUT  # up to which nothing tells a vector from a member
+HIDDEN_CUT = 3 * CUT  # beyond which a vector is no member, whatever directions are hidden
+LEAST_RANK = 0.5  # of the largest one of all fronts, which those have that see all positions
 CONTROLS = 32  # random sentences that no test may let pass
 MOST_PREFIXES = 8  # times the rank of a span that is no longer a test
 
@@ -50,6 +56,8 @@ def prefix_fronts(reader: TokenReader) -> list[Front]:
     """
     controls = reader.draw(CONTROLS, torch.Generator().manual_seed(1))
     usable = list[Front]()
+    if any(front.coarse for front in reader.fronts):
+        return _coarse_fronts(reader, controls)
     for front in reader.fronts:
         if front.reach != "prefix" or front.space.saturated:
             continue
@@ -61,6 +69,20 @@ def prefix_fronts(reader: TokenReader) -> list[Front]:
         if len(usable) == FRONTS:
             break
     return usable
+
+
+def _coarse_fronts(reader: TokenReader, controls: Tensor) -> list[Front]:
+    """The fronts that are asked together where noise or half precision hide some directions of each one's span."""
+    fronts = [f for f in reader.fronts if f.reach == "prefix" and f.space.rank and not f.space.saturated]
+    told = [(float(_at_last(reader, f, controls).log().median()), f) for f in fronts]
+    most = max((f.space.rank for f in fronts), default=0)
+    clear = [(far, f) for far, f in told if far > math.log(CUT) and f.space.rank >= LEAST_RANK * most]
+    return [f for _, f in sorted(clear, key=lambda pair: pair[0], reverse=True)[:COARSE_FRONTS]]
+
+
+def _at_last(reader: TokenReader, front: Front, sentences: Tensor) -> Tensor:
+    """How far the last vectors of sentences [c, i] are off a span [c], in the arithmetic of float32."""
+    return front.space.offness(reader.rows(front, sentences, quick=True)[:, -1].double())
 
 
 def sentences_grown(reader: TokenReader, pairs: TokenPairs) -> Grown:
@@ -86,7 +108,7 @@ def sentences_grown(reader: TokenReader, pairs: TokenPairs) -> Grown:
             [frontier.repeat_interleave(len(following), 0), following.repeat(len(frontier))[:, None]], 1
         )  # [p a, i + 1]
         off = _offness(reader, fronts, tried)
-        passes = off <= CUT
+        passes = off <= (_edge(off, reader.view.knowledge.get("batch_size")) if fronts[0].coarse else CUT)
         if bool((~passes).any()):
             nearest = min(nearest, float(off[~passes].min()))
         if bool(passes.any()):
@@ -116,10 +138,32 @@ def sentences_grown(reader: TokenReader, pairs: TokenPairs) -> Grown:
     return Grown(ends, begins, torch.cat(lengths), tuple(fronts), nearest, farthest, whole)
 
 
+def _edge(off: Tensor, n: int | None) -> float:
+    """How far off the spans [c] beginnings of one length may be, where some directions of the spans are hidden.
+
+    A batch of n has at most n of them, so that all but the n nearest are of no batch: what belongs to it is nearer than the
+    nearest of those, by more than they differ among themselves. What cannot be told from a member passes in any number,
+    as lone words that are repeated do.
+    """
+    if n is None or len(off) <= n:
+        return CUT
+    nearest = off.sort().values
+    others = nearest[n : 2 * n + 2]
+    edge = float(others[0]) / max(LEAST_APART, float(others[-1] / others[0]))
+    return min(max(edge, MEMBER), HIDDEN_CUT)
+
+
 def _offness(reader: TokenReader, fronts: list[Front], tried: Tensor) -> Tensor:
-    """How far the last vectors of beginnings [c, i] are off the spans, the farthest of all fronts; [c]."""
+    """How far the last vectors of beginnings [c, i] are off the spans, the farthest of all fronts; [c].
+
+    Noise and half precision hide directions of a span, each front's others: there it is the geometric mean of all.
+    """
     last, c = tried.shape[1] - 1, len(tried)
     sentences = tried if reader.takes_short else reader.padded(tried)
+    if fronts[0].coarse:
+        rows = (reader.rows(f, sentences, quick=True)[:, last].double() for f in fronts)
+        each = torch.stack([f.space.offness(x).clamp_min(DRAWN_CUT) for f, x in zip(fronts, rows, strict=True)])
+        return each.log().mean(0).exp()
     off = torch.zeros(c, dtype=torch.float64, device=tried.device)
     left = torch.arange(c, device=tried.device)
     for front in fronts:

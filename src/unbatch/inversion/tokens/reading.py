@@ -73,6 +73,8 @@ def _batch(reader: TokenReader, found: Grown) -> Batch:
 def _said(pairs: TokenPairs) -> str:
     """What the first layers tell, in words."""
     many = f"{len(pairs.tokens)} tokens"
+    if pairs.front.coarse:
+        return f"the first layers tell {many} that fit, beside which noise or half precision may hide others"
     sure = "are exactly those of the batch" if pairs.lawful else "are all that the batch can have"
     return f"the first layers tell that its {many} {sure}"
 

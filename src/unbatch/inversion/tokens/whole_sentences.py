@@ -156,6 +156,8 @@ def _fronts(reader: TokenReader) -> list[Front]:
 
 def _spanned(reader: TokenReader, front: Front, found: dict[tuple[int, ...], None]) -> bool:
     """Whether the vectors of the sentences found are as many independent ones as the gradient has."""
+    if not found:
+        return False
     sentences = torch.tensor(list(found), device=reader.view.obs.device)
     rows = reader.rows(front, sentences)
     there = sentences != reader.padding if reader.padding is not None else torch.ones_like(sentences, dtype=torch.bool)

@@ -10,6 +10,8 @@ from torch import Tensor
 from unbatch.numerics.linear.span import rank_tolerance
 
 CUT = 8.0  # times the distance that rounding explains, up to which a vector counts as a member
+DRAWN_CUT = 3.0  # the same for errors that are drawn, whose lengths hardly vary
+DRAWN_SLACK = 1.1  # times the largest singular value of errors that are drawn, which varies with the draw
 ROW_ROUNDINGS = 16.0  # of a vector on its way through a network's first layers, relative, in the client's precision
 BETTER = 64.0  # times which most sums round better than the tolerance allows for
 LEAST_GAP = 4.0  # between the singular values of the signal and of rounding, where a tolerance lies between them
@@ -87,36 +89,64 @@ class RowSpace:
         return self.offness(x) <= CUT
 
 
-def row_space(gradient: Tensor, *, eps: float, noise: float = 0.0) -> RowSpace:
-    """The row space of a gradient [m, d] whose entries carry relative error `eps`, and independent noise of size `noise`.
+def row_space(gradient: Tensor, *, eps: float, own: float | None = None, drawn: Tensor | None = None) -> RowSpace:
+    """The row space of a gradient [m, d] whose entries carry relative error `eps`, and independent errors if `drawn`.
 
     The rank is that of the singular values above `rank_tolerance`, and goes on below it down to the widest gap where
     that is clear: tolerances allow for the worst sum, and most sums round better. The size of the error is read off the
-    singular values that are left, and is never taken below what rounding alone gives.
+    singular values that are left, and is never taken below what rounding alone gives. `own` is the relative error of the
+    vectors that are asked for: ROW_ROUNDINGS of `eps` where nothing else is said.
+
+    `drawn` [m, d] are the standard deviations of errors of the entries that are independent, as those of noise and of
+    one rounding to a coarser type are. Rows are then taken in units of their own error, the tolerance is the largest
+    singular value of such errors, which are drawn once, and as their lengths hardly vary, vectors are members up to
+    DRAWN_CUT times what they explain: distances are returned in that unit.
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> X = torch.randn(3, 8, generator=rng, dtype=torch.float64)
     >>> space = row_space(torch.randn(20, 3, generator=rng, dtype=torch.float64) @ X, eps=1e-16)
     >>> space.rank, space.members(torch.cat([X, torch.eye(8, dtype=torch.float64)])).int().tolist()
     (3, [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0])
+    >>> coarse = (torch.randn(50, 3, generator=rng, dtype=torch.float64) @ X).bfloat16().double()
+    >>> space = row_space(coarse, eps=1e-16, drawn=half_rounding(coarse, torch.bfloat16))
+    >>> space.rank, space.members(torch.cat([X, torch.eye(8, dtype=torch.float64)])).int().tolist()
+    (3, [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0])
     """
-    G = gradient.double()
+    G, tolerance, unit = gradient.double(), 0.0, 1.0
+    if drawn is not None:
+        size = drawn.to(G).square().mean(1).sqrt()
+        kept = (size > 0) & G.any(1)
+        G, drawn = G[kept] / size[kept, None], drawn.to(G)[kept] / size[kept, None]
+        sample = torch.randn(G.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(G)
+        tolerance, unit = DRAWN_SLACK * float(torch.linalg.matrix_norm(sample * drawn, 2)), DRAWN_CUT / CUT
     m, d = G.shape
     S, Vh = torch.linalg.svd(G, full_matrices=False)[1:]
-    tolerance = rank_tolerance(G, eps) + noise * (m**0.5 + d**0.5)
-    rank = _rank(S, tolerance)
+    rounding = rank_tolerance(G, eps)
+    rank = _rank(S, rounding + tolerance, rounding / BETTER + tolerance)
     left = S[rank:]
     spread = float(left.square().sum() / max(m - rank, 1)) ** 0.5
-    size = float(S.square().sum()) ** 0.5
-    least = (eps * size / (m * d) ** 0.5 + noise) * max(d - rank, 1) ** 0.5 / 8
+    size_of_all = float(S.square().sum()) ** 0.5
+    least = (eps * size_of_all / (m * d) ** 0.5) * max(d - rank, 1) ** 0.5 / 8
     least = max(least, torch.finfo(torch.float64).eps * float(S[0]) if len(S) else 0.0)
-    below = float(left[0]) if len(left) else tolerance
-    return RowSpace(Vh[:rank], S[:rank], max(spread, least), below, m, ROW_ROUNDINGS * eps)
+    below = float(left[0]) if len(left) else rounding + tolerance
+    own = ROW_ROUNDINGS * eps if own is None else own
+    return RowSpace(Vh[:rank], S[:rank], unit * max(spread, least), below, m, unit * own)
 
 
-def _rank(S: Tensor, tolerance: float) -> int:
-    """How many of the values S, descending, are signal: all above the tolerance, and below it down to the widest gap."""
-    high, low = int((S > tolerance).sum()), int((S > tolerance / BETTER).sum())
+def half_rounding(values: Tensor, kind: torch.dtype) -> Tensor:
+    """The standard deviation of the error of each number that was rounded once to `kind`: its last place over sqrt 12.
+
+    >>> half_rounding(torch.tensor([1.0, 1.5, 2.0, 0.0]), torch.bfloat16).mul(12**0.5 * 2**7).round(decimals=4)
+    tensor([1., 1., 2., 0.], dtype=torch.float64)
+    """
+    info, size = torch.finfo(kind), values.detach().double().abs()
+    place = info.eps * torch.exp2(torch.floor(torch.log2(size.clamp_min(info.smallest_normal))))
+    return place / 12**0.5
+
+
+def _rank(S: Tensor, tolerance: float, least: float) -> int:
+    """How many of the values S, descending, are signal: all above the tolerance, and down to `least` to the widest gap."""
+    high, low = int((S > tolerance).sum()), int((S > least).sum())
     if high == low or low == len(S):
         return high
     ratios = S[high:low] / S[high + 1 : low + 1].clamp_min(1e-300)
