@@ -100,14 +100,8 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
         return Ruling(none, words)
     far = torch.where(sure, found.bound, 0.0).double() * x.double().flatten(1).norm(dim=1).cpu()
     layer = _layer(view, found.layer)
-    real = x.is_floating_point()  # tokens are recomputed under a defence as well
-    if (
-        real
-        and not found.layer
-        and y is not None
-        and Likelihood.of(known) is not None
-        and found.up_to <= {"permutation"}
-    ):
+    real = x.is_floating_point() and not found.layer  # tokens are recomputed under a defence as well
+    if real and y is not None and Likelihood.of(known) is not None and found.up_to <= {"permutation"}:
         law = _by_law(view, x, y, sure, far)
         if law is not None:
             return law
