@@ -243,7 +243,7 @@ def test_refusals_say_what_to_do() -> None:
         Case.parse("tables:dataset=titanic")
 
 
-@pytest.mark.parametrize("size", [8, 128])
+@pytest.mark.parametrize("size", [8, pytest.param(128, marks=pytest.mark.slow)])
 def test_photos_of_extreme_sizes(size: int) -> None:
     setting = case("photos", size=size, batch=2).setting()
     assert setting.inputs.shape == (2, 3, size, size)

@@ -19,7 +19,9 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", ["mean over weights", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sum", "mean over rows"))]
+)
 @pytest.mark.parametrize("protocol", [Protocol(), Protocol(local_steps=3, learning_rate=0.1)], ids=str)
 def test_matching_counts_the_labels_and_recovers_the_batch(name: str, protocol: Protocol) -> None:
     s = Case.parse("digits:batch=4,activation=gelu,width=100").setting()

@@ -129,7 +129,7 @@ def test_what_is_not_simulated_is_refused(stack: list[str]) -> None:
         Analysis.parse("van-trees")(update_of(stack, LOSSES["mean"], "mean", 0.01))
 
 
-@pytest.mark.parametrize("how", LOSSES)
+@pytest.mark.parametrize("how", ["mean", pytest.param("sum", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("around", "within"), CHANGED, ids=lambda stack: ", ".join(stack))
 def test_what_is_made_of_a_noisy_update_is_bounded_as_that_update(
     around: list[str], within: list[str], how: str
