@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable
+from unbatch.inversion.descent.masks_above import ROUNDS, contradicted, listening, relus
 from unbatch.inversion.descent.places import WindowLayer
 from unbatch.inversion.descent.separation import ToldApart
 from unbatch.inversion.view import View
 from unbatch.network.graph import Graph, Value
 from unbatch.network.operations import layer_of
 from unbatch.network.precision import loss_value
-from unbatch.network.sections import section
+from unbatch.network.sections import between, section
 from unbatch.numerics.bounds.first_order import ERROR_SIGMAS
 
 GRID = -2.0, 5.0, 36  # of scales, exponents of 10 and number
@@ -32,6 +33,7 @@ ALONG = 2.0 / ERROR_SIGMAS
 SCALE_ROUNDINGS = 4.0  # of the update's type, the least sigma of a scale
 FELT = 1e-3  # singular value of that dependence, above which it is used
 SILENT = 1e-10  # singular value of the head's gradient over the largest, below which a direction was sent nothing
+SHIFTED = 100.0  # times the maps' error, by which a scale may be mended
 SURE_COSINE = 1e-4  # by which the gradient of a label may be turned from what was sent back
 
 
@@ -53,12 +55,17 @@ class Above:
 
 
 def known_above(
-    graph: Graph, readers: Sequence[WindowLayer], maps: Tensor, head: WindowLayer, update: Mapping[str, Tensor]
+    graph: Graph,
+    readers: Sequence[WindowLayer],
+    maps: Tensor,
+    head: WindowLayer,
+    update: Mapping[str, Tensor],
+    flips: Mapping[Value, Tensor] | None = None,
 ) -> Above:
     """Runs the network from what some layers read to its head, and back with what the head's gradient says was sent.
 
     dL/dW = sum_i sent_i f_i^T and dL/db = sum_i sent_i are linear in what was sent, once the features f are known. No label
-    enters. `readers` are the layers that read `maps`.
+    enters. `readers` are the layers that read `maps`; `flips` says of what ReLUs gave where their masks are the other way.
     """
     given = readers[0].given
     features = maps if head in readers else section(graph, given, head.given)(maps).detach()
@@ -69,14 +76,44 @@ def known_above(
     sent = torch.linalg.lstsq(torch.cat(sides, 1).T, torch.cat(seen)).solution  # [n, k]
     off = update[head.weight] - sent.T @ features
     misfit = float(off.norm() / update[head.weight].norm().clamp_min(1e-300))
-    at, whole, heard = maps.detach().requires_grad_(), section(graph, given, head.gave), dict[Value, Tensor]()
-    for reader in readers:
-        layer = whole.get_submodule(reader.call.name)
-        layer.register_forward_hook(lambda _, __, output, value=reader.gave: heard.update({value: output}))
-    with torch.enable_grad():
+    at, whole = maps.detach().requires_grad_(), section(graph, given, head.gave)
+    every = [reader.call for reader in readers]
+    turned = relus(graph, given, head.gave) if flips else []
+    with torch.enable_grad(), listening(whole, every) as heard, listening(whole, turned, flips):
         last = whole(at)
-        delta, *deltas = torch.autograd.grad(last, [at, *heard.values()], sent)
-    return Above(maps, delta, dict(zip(heard, deltas, strict=True)), sent, last.detach(), misfit)
+        delta, *deltas = torch.autograd.grad(last, [at, *heard.gave.values()], sent)
+    return Above(maps, delta, dict(zip(heard.gave, deltas, strict=True)), sent, last.detach(), misfit)
+
+
+def flips_above(
+    graph: Graph,
+    every: Sequence[WindowLayer],
+    up: Above,
+    given: Value,
+    head: WindowLayer,
+    update: Mapping[str, Tensor],
+    error: float,
+) -> dict[Value, Tensor]:
+    """Of what ReLUs above a tensor gave, the entries [n, ...] whose masks its relative `error` decides wrongly.
+
+    An entry next to zero is on either side of it, and a wrong one turns what comes back to all layers below by the root of
+    one over their entries. The gradients of the layers above contradict it, in one channel each: from the head downwards.
+    """
+    calls, flips = between(graph, given, head.gave), dict[Value, Tensor]()
+    above = [p for p in every if p.call in calls and p is not head and p.plain and p.weight in update]
+    own = relus(graph, given, head.gave)
+    for _ in range(ROUNDS if above and own else 0):
+        whole = section(graph, given, head.gave)
+        listened = [*(place.call for place in above), *own]
+        with torch.enable_grad(), listening(whole, listened, flips) as heard:
+            last = whole(up.maps.detach().requires_grad_())
+            found = torch.autograd.grad(last, list(heard.gave.values()), up.sent, retain_graph=True)
+        wrong = contradicted(graph, above, heard, dict(zip(heard.gave, found, strict=True)), update, error)
+        if wrong is None:
+            break
+        relu, mask = wrong
+        flips[relu] = flips[relu] ^ mask if relu in flips else mask
+    return flips
 
 
 def at_own_scale(
@@ -99,6 +136,23 @@ def at_own_scale(
 def _at(found: ToldApart, scales: Tensor) -> Tensor:
     maps = found.maps * scales.view(-1, *[1] * (found.maps.ndim - 1))
     return maps.reshape(-1, *found.place.given.shape[1:])
+
+
+def rescaled(
+    graph: Graph, readers: Sequence[WindowLayer], up: Above, update: Mapping[str, Tensor], error: float
+) -> Tensor:
+    """The maps [n, *shape] with the scales that the shifts behind the layers that read them tell, as `at_own_scale` has it.
+
+    Weight gradients do not tell scales: with maps s times as large and deltas as much smaller they are the same. A scale is
+    left as it is where it would move by more than a hundred times the maps' `error`.
+    """
+    told = [(reader, want) for reader in readers if (want := _shift(graph, reader, update)) is not None]
+    if not told:
+        return up.maps
+    sums = [up.deltas[reader.gave].reshape(len(up.maps), len(want), -1).sum(2).T for reader, want in told]
+    found = torch.linalg.lstsq(torch.cat(sums), torch.cat([want for _, want in told])[:, None]).solution[:, 0]
+    sure = (found - 1).abs() < SHIFTED * error
+    return up.maps / torch.where(sure, found, 1.0).view(-1, *[1] * (up.maps.ndim - 1))
 
 
 def scales_by_share(

@@ -10,13 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable, UnbatchError
-from unbatch.inversion.descent.above import Above, at_own_scale, known_above, labels_sent, scale_blur
+from unbatch.inversion.descent.above import (
+    Above,
+    at_own_scale,
+    flips_above,
+    known_above,
+    labels_sent,
+    rescaled,
+    scale_blur,
+)
 from unbatch.inversion.descent.pictures import Back, blurred, noisy, normed
 from unbatch.inversion.descent.places import WindowLayer, at_cuts, places, rectified
 from unbatch.inversion.descent.sent_norms import FixedNorms, fixed_norms
 from unbatch.inversion.descent.separation import ToldApart, separated, span
 from unbatch.inversion.descent.sought import Search
-from unbatch.inversion.descent.walk import Told, Walk, told_by, walk
+from unbatch.inversion.descent.walk import SURE, Told, Walk, told_by, walk
 from unbatch.inversion.view import View
 from unbatch.network.graph import Graph
 from unbatch.network.precision import in_double
@@ -34,6 +42,7 @@ CLIENT_ROUNDINGS = 4  # of the update's type, by which the client's own arithmet
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
 ALONE = 2.5  # equations an unknown of a known tensor, at which each example is searched for by itself
 AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
+CLEAR = 1e-4  # noise of a known tensor, relative, up to which a search goes by it before others
 LONGER = 4  # times the steps of a search through norms
 COARSEST = 1e-6  # rounding of an update, relative, from which something is claimed
 SHARES = 0.3, 0.4, 1.0  # of the work that is done after separation, walk and search
@@ -105,7 +114,7 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
         except NotApplicable as why:
             tried.append(str(why).rstrip("."))
             continue
-        up, error = _polished(graph, readers, maps, head, update, eps, found.error)
+        up, error = _polished(graph, every, readers, maps, update, eps, found.error, mixed=mixed)
         if not up.misfit < LARGEST_HEAD_MISFIT:
             tried.append(f"{place.call.name}: the head's gradient is {up.misfit:.1e} off")
             continue
@@ -135,29 +144,41 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
 
 def _polished(
     graph: Graph,
+    every: list[WindowLayer],
     readers: list[WindowLayer],
     maps: Tensor,
-    head: WindowLayer,
     update: Mapping[str, Tensor],
     eps: float,
     error: float,
+    *,
+    mixed: bool,
 ) -> tuple[Above, float]:
     """What is known above the maps, and their relative error, once they are solved for again by the layers that read them.
 
     With what came back to these layers known, their gradients are linear in the maps, with more equations than unknowns:
     the rounding that the span's weakest directions suffered averages out. What is zero in the span's cone stays zero. What
-    came back is only as good as the maps: each turn leaves a share of their error, and the moves tell which. The maps are
-    known no better than the turn that was not taken would have moved them.
+    came back is only as good as the maps, but for masks and scales, which are mended: each turn leaves a share of their
+    error, and the moves tell which. The maps are known no better than the turn that was not taken would have moved them.
     """
-    up, moved, share = known_above(graph, readers, maps, head, update), error, 0.5
+    head, given, first = every[-1], readers[0].given, error
+
+    def above(maps: Tensor) -> Above:
+        found = known_above(graph, readers, maps, head, update)
+        if first < SURE or mixed:
+            return found
+        flips = flips_above(graph, every, found, given, head, update, first)
+        found = known_above(graph, readers, maps, head, update, flips)
+        return known_above(graph, readers, rescaled(graph, readers, found, update, first), head, update, flips)
+
+    up, moved, share = above(maps), error, 0.5
     for turn in range(POLISHES):
-        told = told_by(readers[0].given, readers, up.deltas, update, eps, 0.0)
+        told = told_by(given, readers, up.deltas, update, eps, 0.0)
         if told is None or told.rows is not None:
             break
         held = told.seen.view_as(up.maps)
-        positive = (maps > 0) | (held > SURELY * error * held.square().mean().sqrt())
+        positive = (maps > 0) | (held > SURELY * first * held.square().mean().sqrt())
         held = torch.where(positive, torch.where(held > 0, held, maps), 0.0)
-        other = known_above(graph, readers, held, head, update)
+        other = above(held)
         before, moved = moved, float((held - up.maps).norm() / held.norm())
         if not other.misfit < up.misfit:
             error = max(error, moved)
@@ -260,10 +281,12 @@ def target(down: Walk, unknowns: int) -> Told:
     """Which tensor's equations the inputs are searched by: that with most of them, of the shallower if they are as good.
 
     Known tensors go before equations that mix the examples, if they have enough for all unknowns: then each example is
-    searched for by itself. Equations that nothing checks may follow from a mask that was decided wrongly.
+    searched for by itself; of these, tensors that are known to four digits before others. Equations that nothing checks
+    may follow from a mask that was decided wrongly.
     """
     sure = [told for told in down.told if told.checked and told.blur < LARGEST_RADIUS] or down.told[:1]
     known = [told for told in sure if told.rows is None and told.equations >= ALONE * unknowns]
+    known = [told for told in known if float(told.noise.norm()) < CLEAR * float(told.seen.norm())] or known
     most = max(told.equations for told in known or sure)
     return [told for told in known or sure if told.equations >= AS_GOOD * most][-1]
 
