@@ -442,6 +442,29 @@ def test_weights_that_did_not_move_are_sent_without_a_guard() -> None:
     assert guarded()(train_message(), context(NODES[0]), unmoved).has_content()
 
 
+def imprinted() -> nn.Module:
+    """The model with equal rows and thresholds that part what they measure."""
+    made = model()
+    with torch.no_grad():
+        made[0].weight.fill_(1 / 6)
+        made[0].bias.copy_(torch.linspace(-1, 1, 12))
+    return made
+
+
+def test_a_planted_model_is_not_trained_on_or_its_planted_layer_is_sent_back_as_it_came(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    received = {"arrays": ArrayRecord(imprinted().state_dict())}
+    untrained = guarded()(train_message(received), context(NODES[0]), lambda *_: pytest.fail("it was trained on"))
+    assert untrained.has_error()
+    assert "nothing is trained: The model looks planted: duplicated-" in caplog.text
+    options = {"attacks": "gradient-matching", "seconds": 0.5, "max_psnr": 1e9}
+    answer = message_app([guarded(planted="freeze", **options)])(train_message(received), context(NODES[0]))
+    assert answer.has_content(), caplog.text
+    back, came = answer.content["arrays"].to_torch_state_dict(), imprinted().state_dict()
+    assert [name for name in came if torch.equal(back[name], came[name])] == ["0.weight", "0.bias"]
+
+
 @pytest.mark.parametrize("defence", ["mixup", "local-steps", "secure-aggregation", "label-smoothing"])
 def test_defences_that_change_training_are_refused_where_the_mod_is_made(defence: str) -> None:
     with pytest.raises(UnbatchError, match="changes how a client trains"):

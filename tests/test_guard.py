@@ -1,5 +1,6 @@
 """guard: holds back what leaks, lets through what these attacks cannot read, and fails closed."""
 
+import copy
 import pickle
 
 import pytest
@@ -146,3 +147,24 @@ def test_a_relative_leakage_beyond_its_threshold_is_held_back_and_one_below_it_i
     assert held.value.examples == [0]
     with pytest.raises(UnbatchError, match="of pictures"):
         guard({}, **how | {"inputs": torch.zeros(1, 4), "max_relative_leakage": 1.0})
+
+
+def imprinted(s: Setting) -> torch.nn.Module:
+    """The client's model with the rows and thresholds of an imprint."""
+    model = copy.deepcopy(s.model)
+    with torch.no_grad():
+        model.dense1.weight.fill_(1 / 64)
+        model.dense1.bias.copy_(-torch.linspace(0.2, 0.4, len(model.dense1.bias)))
+    return model
+
+
+def test_an_update_of_a_planted_model_is_held_back_unless_what_is_planted_was_frozen() -> None:
+    s = Case.parse("digits:batch=8,width=16").setting()
+    given = told(s) | {"model": imprinted(s), "attacks": ["label-count"], "seconds": 2.0}
+    update = observe(given["model"], s.loss, s.inputs, s.labels)[0].update
+    with pytest.raises(Leak, match=r"looks planted: duplicated-rows at 'dense1'"):
+        guard(update, **given)
+    guard(update, planted="ignore", **given)
+    given["model"].dense1.requires_grad_(False)
+    frozen = {name: tensor for name, tensor in update.items() if not name.startswith("dense1")}
+    guard(frozen, **given)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from plantings import PLANTINGS, planted
 from safetensors.torch import save_file
 from torch import nn
 
 import unbatch
 from unbatch import Case, Inspection, Sign, UnbatchError
+from unbatch.benchmarks.plantings import PLANTINGS, planted
 from unbatch.case import Setting
 from unbatch.command.cli import main
 

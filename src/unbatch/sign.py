@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SignReading:
     """How far one layer of a received model has what a sign looks for: the more, the larger."""
 
     layer: str
@@ -42,11 +42,11 @@ class Sign(Plugin, ABC):
     limit: ClassVar[float]  # beyond which it is raised
 
     @abstractmethod
-    def read(self, received: Received) -> Iterable[Reading]:
+    def read(self, received: Received) -> Iterable[SignReading]:
         """A reading for each layer that it can be read off; none where there is nothing to read."""
 
     @final
-    def __call__(self, received: Received) -> Reading | None:
+    def __call__(self, received: Received) -> SignReading | None:
         """The largest reading of all layers; None where there is none.
 
         >>> import torch

@@ -13,9 +13,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ from unbatch.adapters.trained import check_defences, defended, fresh_draws
 from unbatch.adapters.weights import UNTOLD, WeightsExchange, weights_exchange
 from unbatch.analysis import Analysis
 from unbatch.attack import Attack
-from unbatch.auditing.guard import Leak, guard, refuse_other_batch
+from unbatch.auditing.guard import Leak, guard, planted_words, refuse_other_batch
+from unbatch.auditing.inspection import signs_of
 from unbatch.auditing.run import audit
 from unbatch.defence import Defence, Round, Stack
 from unbatch.errors import MissingExtra, UnbatchError
 from unbatch.files import write_atomically
+from unbatch.inversion.received import Received
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss
 from unbatch.plugin import OneOrMore
@@ -62,6 +64,7 @@ def guard_mod(
     seconds: float = 30.0,
     seed: int = 0,
     folder: str | Path | None = None,
+    planted: Literal["refuse", "freeze", "ignore"] = "refuse",
 ) -> Mod:
     """A mod for a Flower ClientApp that attacks what the client is about to send, and sends nothing where it leaks.
 
@@ -76,6 +79,11 @@ def guard_mod(
     arguments and rules are those of `unbatch.guard`. What the attacks found in each round is written under `folder`, if it
     is named, as `Audited` writes it: for the client's own eyes, since it shows its examples.
 
+    A model that looks planted (`unbatch.inspect`) is not trained on where its weights show it; where only the batch does,
+    nothing is sent. With `planted="freeze"` it is trained on, and the layers with a sign are sent back as they came (where
+    the client takes several local steps it must freeze them itself, by `Inspection.weights`, or the rest of the update is
+    held back as one that its batch does not explain); with "ignore" no signs are looked at.
+
     Where an example leaks, and where the guard cannot tell (nothing was told of the step, another batch is behind the
     update, no attack could run), the server gets an error in place of the weights, without the reason; the log has it.
     Raises UnbatchError: Flower is missing, or a defence of `defend` changes training itself.
@@ -88,7 +96,7 @@ def guard_mod(
     attacked = None if attacks is None else Attack.several(attacks)
     rules = {"max_psnr": max_psnr, "attacks": attacked, "seconds": seconds, "seed": seed}
     kept = None if folder is None else Path(folder)
-    return _Guarded(model, loss, batch, protocol, stack, tuple(inner), knowledge, rules, kept)
+    return _Guarded(model, loss, batch, protocol, stack, tuple(inner), knowledge, rules, kept, planted)
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,7 @@ class _Guarded:
     knowledge: Knowledge | None
     rules: Mapping[str, Any]
     folder: Path | None
+    planted: Literal["refuse", "freeze", "ignore"]
 
     def __call__(self, message: Any, context: Any, call_next: Callable[[Any, Any], Any]) -> Any:
         if message.metadata.message_type.partition(".")[0] != "train":
@@ -112,6 +121,8 @@ class _Guarded:
             received = _values(_only_arrays(message.content, "the message"), self.model)  # before training may empty it
         except Exception as error:
             return _held(message, f"the model that was received cannot be read: {error}")
+        if self.planted == "refuse" and (words := self._signs(message, received)):
+            return _held(message, f"nothing is trained: {' '.join(words)}")
         reply = call_next(message, context)
         if reply.has_error():
             return reply
@@ -130,6 +141,8 @@ class _Guarded:
         seen = self._exchange(received, arrays, told, len(inputs))
         if not seen.moved and not self.defend.defences:
             return reply
+        if self.planted == "freeze":
+            seen = self._frozen(arrays, received, told, seen, inputs, labels)
         if self.defend.defences:
             if not self.inner:  # what the server told of the step may be wrong, and behind noise that would not show
                 left = seen.observation(self.loss).residual(inputs, labels) if seen.moved else None
@@ -154,6 +167,7 @@ class _Guarded:
                 protocol=seen.protocol,
                 defences=[*self.defend.defences, *self.inner],
                 knowledge=seen.knowledge.only("buffers") | (self.knowledge or Knowledge()),
+                planted="refuse" if self.planted == "refuse" else "ignore",
                 **self.rules,
             )
         except Leak as leak:
@@ -161,6 +175,30 @@ class _Guarded:
             raise
         self._keep(message, found)
         return reply
+
+    def _signs(self, message: Any, received: Any) -> list[str]:
+        """The signs of planting that the weights alone show, before anything is trained."""
+        try:
+            seen = self._exchange(received, _only_arrays(message.content, "the message"), {}, 1)
+        except UnbatchError:  # what cannot be read now is refused once there is something to send
+            return []
+        return planted_words(seen.model, self.loss, None, None)
+
+    def _frozen(
+        self, arrays: Any, received: Any, told: Mapping[str, Any], seen: WeightsExchange, inputs: Tensor, labels: Tensor
+    ) -> WeightsExchange:
+        """The exchange with the layers that have a sign sent back as they came."""
+        signs, _ = signs_of(Received.of(seen.model, inputs=inputs, labels=labels, loss=self.loss))
+        weights = {weight for sign in signs if sign.raised for weight in sign.weights}
+        if not weights:
+            return seen
+        log.warning("these layers look planted and are sent back as they came: %s", ", ".join(sorted(weights)))
+        kept = {name: tensor * (name not in weights) for name, tensor in seen.update.items()}
+        _replace(arrays, seen, kept)
+        seen = self._exchange(received, arrays, told, len(inputs))
+        for name, parameter in seen.model.named_parameters():
+            parameter.requires_grad_(name not in weights)
+        return replace(seen, update={name: tensor for name, tensor in seen.update.items() if name not in weights})
 
     def _keep(self, message: Any, found: Audit) -> None:
         """Write what the attacks found, where a folder is named; where that fails the guard's answer stands without it."""

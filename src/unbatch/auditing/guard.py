@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from unbatch.attack import Attack
 from unbatch.auditing.client import published
+from unbatch.auditing.inspection import signs_of
 from unbatch.auditing.run import audit
 from unbatch.defence import Defence, Stack
 from unbatch.domain import domain_of
 from unbatch.errors import UnbatchError
+from unbatch.inversion.received import Received
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss
 from unbatch.network.dense import forward
@@ -58,6 +60,7 @@ def guard(
     attacks: OneOrMore[Attack] | None = None,
     seconds: float = 30.0,
     seed: int = 0,
+    planted: Literal["refuse", "ignore"] = "refuse",
 ) -> Audit:
     """Attack a client's own update before it is sent; raise Leak where it gives away more than the threshold.
 
@@ -68,6 +71,9 @@ def guard(
     `max_relative_leakage` (metric `relative-leakage`; the filter of Hatamizadeh et al. has 1), where one is given.
     `attacks` default to all that only look, cheapest first, and share `seconds`. Where no defence changed the update, the
     batch must explain it: attacks are judged by it, and one that is not behind the update would let every leak pass.
+
+    Where the model has signs of being planted (`unbatch.inspect`), the update must not be sent either, unless the layers
+    that have them were frozen and did not move. `planted="ignore"` looks at no signs.
 
     Returns the audit where nothing leaks. That these attacks failed within these seconds is no proof that others do:
     only a bound for any attacker or a privacy accountant is (analyses, dp-sgd). To import it takes torch, numpy, pydantic
@@ -122,9 +128,31 @@ def guard(
         why = " ".join(dict.fromkeys(run.words for run in record.runs if run.words and not run.ran))
         what = "for its examples could run" if ran else "could run on it"
         words.append(f"No attack {what}, so nothing is known" + (f": {why}" if why else "."))
+    if planted == "refuse":
+        words += planted_words(model, loss, inputs, labels, sent)
     if words:
         raise Leak(words, examples, record)
     return record
+
+
+def planted_words(
+    model: nn.Module, loss: Loss, inputs: Tensor | None, labels: Tensor | None, sent: Update | None = None
+) -> list[str]:
+    """The signs of planting that a received model raises, in words; of those layers alone of which something is sent.
+
+    Without a batch by its weights alone; without an update of all layers.
+
+    >>> model = nn.Linear(16, 8)
+    >>> with torch.no_grad():
+    ...     _ = model.weight.fill_(1 / 16)
+    >>> loss, frozen = nn.functional.cross_entropy, {"weight": torch.zeros(8, 16)}
+    >>> len(planted_words(model, loss, None, None)) > 0, planted_words(model, loss, None, None, frozen)
+    (True, [])
+    """
+    moved = None if sent is None else {name for name, tensor in sent.items() if bool(tensor.any())}
+    signs, _ = signs_of(Received.of(model, inputs=inputs, labels=labels, loss=loss))
+    raised = [sign for sign in signs if sign.raised and (moved is None or moved & set(sign.weights))]
+    return [f"The model looks planted: {sign}." for sign in raised]
 
 
 def refuse_other_batch(residual: float | None, model: nn.Module, inputs: Tensor, protocol: Protocol) -> None:

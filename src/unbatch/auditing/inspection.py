@@ -65,7 +65,7 @@ def inspect(
     inputs, labels, criterion, domain = _examples(model, setting, loss, batch, shape, notes)
     state = None if before is None else _state(model, before)
     seen = Received.of(model, before=state, inputs=inputs, labels=labels, loss=criterion)
-    signs, unread = _read(seen, notes)
+    signs, unread = signs_of(seen, notes)
     n = min(batch or BATCH, EXAMPLES if inputs is None else len(inputs))
     found = Inspection(
         model=type(model).__name__,
@@ -144,8 +144,15 @@ def _state(model: nn.Module, before: nn.Module | Mapping[str, Any]) -> Mapping[s
     return found
 
 
-def _read(seen: Received, notes: list[str]) -> tuple[list[SignRead], list[str]]:
-    """Every sign off the model: those that could be read, and the names of the others."""
+def signs_of(seen: Received, notes: list[str] | None = None) -> tuple[list[SignRead], list[str]]:
+    """Every sign read off a received model: those that could be read, the raised ones first, and the names of the others.
+
+    `notes` is told why signs that need a batch were not read, where there is one.
+
+    >>> signs, unread = signs_of(Received.of(nn.Linear(9, 9)))
+    >>> [sign.sign for sign in signs if sign.raised], "lone-units" in unread
+    ([], True)
+    """
     signs, unread = list[SignRead](), list[str]()
     for name, sign in Sign.find().items():
         readings = list(sign().read(seen))
@@ -169,7 +176,7 @@ def _read(seen: Received, notes: list[str]) -> tuple[list[SignRead], list[str]]:
     try:
         len(seen.running)
     except NotApplicable as error:
-        if seen.inputs is not None:
+        if seen.inputs is not None and notes is not None:
             notes.append(f"signs that need a batch were not read: {error}")
     return sorted(signs, key=lambda sign: -(sign.value > sign.limit)), unread
 

@@ -3,7 +3,8 @@
 Honest models are drawn, drawn by other laws, trained, pruned, rounded, fine-tuned and given adapters, of every built-in
 architecture at several widths. Those of the first half of the seeds set the limits that stand with the signs; false alarms
 are counted on those of the other half, which set nothing. Planted models are those of every attack that plants
-parameters, on the cases that each fits, before and after a round of honest training. A client holds 64 examples, and, of
+parameters, on the cases that each fits, and of published recipes (`unbatch.benchmarks.plantings`), before and after honest
+training. A client holds 64 examples, and, of
 a model that was trained or planted in the course of training, the model of the round before.
 """
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from unbatch.attack import ActiveAttack
 from unbatch.auditing.client import published
 from unbatch.benchmarks import clock, resumed
+from unbatch.benchmarks.plantings import PLANTINGS, planted
 from unbatch.case import Case, Examples, Setting
 from unbatch.errors import NotApplicable
 from unbatch.inversion.received import Received
@@ -36,7 +38,8 @@ Treatment = Literal[
     "fine-tuned", "adapter", "trained adapter", "next round",
 ]  # fmt: skip
 ROUND_BEFORE: frozenset[str] = frozenset({"trained", "fine-tuned", "trained adapter", "next round"})
-BATCH, EXAMPLES, MOST_EXAMPLES, STEPS, LOCAL_STEPS, ADAPTER_RANK = 8, 64, 500, 120, 10, 4
+BATCH, EXAMPLES, MOST_EXAMPLES, STEPS, LOCAL_STEPS, ADAPTER_RANK = 8, 64, 500, 40, 10, 4
+RECIPE, RECIPES_ON = "recipe ", 5  # before a recipe's name; cases that recipes are tried on
 SEEDS = 4  # of each honest model; the even ones set the limits
 
 
@@ -50,7 +53,7 @@ class ReceivedProblem:
 
     case: str
     treatment: Treatment = "drawn"
-    attack: str = ""  # that planted it
+    attack: str = ""  # that planted it: a plugin, or "recipe NAME"
     seed: int = 0
 
     @property
@@ -67,8 +70,8 @@ def honest_problems() -> list[ReceivedProblem]:
     """
     found = [ReceivedProblem(case=case, seed=seed) for case in _drawn_cases() for seed in range(SEEDS)]
     treatments: list[Treatment] = [
-        "kaiming", "orthogonal", "zero head", "trained", "pruned", "rounded to 8 bits", "rounded to 4 bits", "half",
-        "fine-tuned", "next round",
+        "kaiming", "orthogonal", "zero head", "trained", "pruned", "rounded to 8 bits", "rounded to 4 bits", "fine-tuned",
+        "next round",
     ]  # fmt: skip
     found += [
         ReceivedProblem(case=case, treatment=treatment, seed=seed)
@@ -87,15 +90,17 @@ def honest_problems() -> list[ReceivedProblem]:
 
 
 def planted_problems() -> list[ReceivedProblem]:
-    """Every planted model: those of the attacks that choose parameters, on their own demo and on others that they fit."""
-    found = []
+    """Every planted model: of the attacks that choose parameters, on their own demo and on others, and of the recipes."""
+    pairs = [(case, f"{RECIPE}{name}") for case in _PLANTED[:RECIPES_ON] for name in PLANTINGS]
     for name, attack in ActiveAttack.find().items():
         options = f":{attack.demo.options}" if attack.demo.options else ""
-        for case in dict.fromkeys([attack.demo.case.partition("batch=")[0] and attack.demo.case, *_PLANTED]):
-            for treatment in ("drawn", "trained"):
-                for seed in range(2):
-                    found.append(ReceivedProblem(case=case, treatment=treatment, attack=f"{name}{options}", seed=seed))
-    return found
+        pairs += [(case, f"{name}{options}") for case in dict.fromkeys([attack.demo.case, *_PLANTED])]
+    treatments: tuple[Treatment, ...] = ("drawn", "trained")
+    return [
+        ReceivedProblem(case=case, treatment=treatment, attack=attack, seed=1)
+        for case, attack in pairs
+        for treatment in treatments
+    ]
 
 
 def _drawn_cases() -> Iterator[str]:
@@ -120,13 +125,14 @@ _WIDTHS = (
 )  # fmt: skip
 _TREATED = (
     "digits:width=64", "digits:width=64,depth=3,activation=tanh", "tables:width=64,depth=2", "digits:model=lenet",
-    "digits:model=convnet,width=8", "photos:model=resnet-small,width=8", "photos:model=resnet18,width=8",
-    "digits:model=vit,width=48,depth=2", "text:width=32", "text:width=32,model=bert",
+    "digits:model=convnet,width=8", "digits:model=resnet-small,width=8", "digits:model=vit,width=48,depth=2",
+    "text:width=32",
 )  # fmt: skip
-_ADAPTED = ("digits:width=64,depth=2", "digits:model=vit,width=48,depth=2", "text:width=32", "text:width=64,model=bert")
+_ADAPTED = ("digits:width=64,depth=2", "digits:model=vit,width=48,depth=2", "text:width=32")
 _PLANTED = (
-    "digits:width=100,depth=2", "digits:width=200", "photos:width=64", "digits:model=lenet",
-    "digits:model=convnet,width=8", "photos:model=resnet18,width=8", "digits:model=vit,width=48,depth=2", "text:width=64",
+    "digits:width=100,depth=2", "photos:width=64,depth=2", "digits:model=convnet,width=8",
+    "digits:model=vit,width=48,depth=2", "text:width=64", "digits:width=200", "digits:model=lenet",
+    "photos:model=resnet18,width=8",
 )  # fmt: skip
 
 
@@ -175,9 +181,8 @@ def table(rows: list[Row]) -> Table:
     groups: dict[str, list[Row]] = {"honest, other seeds": counted}
     for row in counted:
         groups.setdefault(f"honest, {row['settings']['treatment']}", []).append(row)
-    planted = [row for row in rows if row["settings"]["attack"]]
-    groups["planted"] = planted
-    for row in planted:
+    groups["planted"] = [row for row in rows if row["settings"]["attack"]]
+    for row in groups["planted"]:
         groups.setdefault(f"planted by {row['settings']['attack'].partition(':')[0]}", []).append(row)
     for words, members in groups.items():
         hits = [row for row in members if raised(row)]
@@ -219,10 +224,16 @@ def _measured_model(problem: ReceivedProblem, seed: int) -> Row:
 
 def _fitting(problems: Sequence[ReceivedProblem]) -> Iterator[ReceivedProblem]:
     """Those whose attack fits their case's model."""
+    unfit = set[tuple[str, str]]()
     for problem in problems:
-        try:
-            received_model(problem, 0)
-        except NotApplicable:
+        if problem.attack == f"{RECIPE}conv imprint" and "model=convnet" not in problem.case:
+            continue
+        if problem.treatment == "drawn":
+            try:
+                received_model(problem, 0)
+            except NotApplicable:
+                unfit.add((problem.case, problem.attack))
+        if (problem.case, problem.attack) in unfit:
             continue
         yield problem
 
@@ -241,7 +252,7 @@ def received_model(problem: ReceivedProblem, seed: int) -> tuple[Setting, nn.Mod
     setting = Setting(
         model=model,
         loss=case.training_loss(),
-        inputs=held.inputs[order],
+        inputs=held.inputs[order].float() if held.inputs.is_floating_point() else held.inputs[order],
         labels=held.labels[order],
         domain=held.domain,
         name=problem.case,
@@ -249,10 +260,17 @@ def received_model(problem: ReceivedProblem, seed: int) -> tuple[Setting, nn.Mod
     model, before = _treated(copy.deepcopy(setting.model), problem.treatment, setting, rng)
     if problem.attack:
         before = before and {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        attack = ActiveAttack.parse(problem.attack)
-        known = published(setting.inputs[:BATCH], setting.protocol) | setting.domain.public()
-        model = attack.plant(model, rng, known.only(*(attack.needs | attack.uses)))
+        model = _planted(problem, model, setting, rng)
     return setting, model, before if problem.treatment in ROUND_BEFORE else None
+
+
+def _planted(problem: ReceivedProblem, model: nn.Module, setting: Setting, rng: torch.Generator) -> nn.Module:
+    """By a recipe, which knows the statistics of other examples, or by an attack, which is handed what it declares."""
+    if problem.attack.startswith(RECIPE):
+        return planted(problem.attack.removeprefix(RECIPE), model, setting.inputs[EXAMPLES:], problem.seed)
+    attack = ActiveAttack.parse(problem.attack)
+    known = published(setting.inputs[:BATCH], setting.protocol) | setting.domain.public()
+    return attack.plant(model, rng, known.only(*(attack.needs | attack.uses)))
 
 
 def _examples_of(case: str) -> Examples:

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict
 
 from unbatch.analysis import LayerRisk, Verdict
 from unbatch.files import write_atomically
-from unbatch.reporting.html import templates
 
 UNSEEN = (
     "What this cannot see: a server that knows these signs can avoid each of them, at some cost to its attack, and a "
@@ -130,6 +129,8 @@ def inspection_page(inspection: Inspection) -> str:
     >>> "No sign of planting." in page, "<script src" in page
     (True, False)
     """
+    from unbatch.reporting.html import templates
+
     whole = base64.b64encode(inspection.model_dump_json().encode()).decode()
     page = templates().get_template("inspection.html.j2")
     return page.render(found=inspection, unseen=UNSEEN, download=f"data:application/json;base64,{whole}")

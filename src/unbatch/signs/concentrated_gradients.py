@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, final
 
 from unbatch.inversion.received import Received
-from unbatch.sign import Reading, Sign
+from unbatch.sign import Sign, SignReading
 
 FEWEST = 8  # examples
 
@@ -33,7 +33,7 @@ class ConcentratedGradients(Sign):
     honest: ClassVar[float] = 0.3
     limit: ClassVar[float] = 0.6
 
-    def read(self, received: Received) -> Iterator[Reading]:
+    def read(self, received: Received) -> Iterator[SignReading]:
         for layer in received.each_running():
             sizes = layer.given * layer.energy.sum(1).sqrt()
             if len(sizes) < FEWEST or layer.head or not bool(sizes.max() > 0):
@@ -41,4 +41,4 @@ class ConcentratedGradients(Sign):
             others = sizes.sum() - sizes.max()
             value = float(sizes.max() / others.clamp_min(1e-12 * sizes.max()))
             words = f"one of {len(sizes)} examples sends it {value:.2f} times what all others do"
-            yield Reading(layer.matrix.layer, value, words)
+            yield SignReading(layer.matrix.layer, value, words)

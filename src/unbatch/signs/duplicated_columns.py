@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from unbatch.inversion.received import Received
 from unbatch.numerics.linear.parallel import parallel, spread_evenly
-from unbatch.sign import Reading, Sign
+from unbatch.sign import Sign, SignReading
 
 FEWEST_ROWS, FEWEST_ALIKE = 4, 3  # units that read a column, columns of one direction: below, chance makes them alike
 
@@ -34,11 +34,11 @@ class DuplicatedColumns(Sign):
     honest: ClassVar[float] = 0.0
     limit: ClassVar[float] = 0.1
 
-    def read(self, received: Received) -> Iterator[Reading]:
+    def read(self, received: Received) -> Iterator[SignReading]:
         for matrix in received.matrices:
             columns = matrix.columns[spread_evenly(len(matrix.columns))]
             columns = columns[(columns != 0).sum(1) >= FEWEST_ROWS]
             if len(columns) < FEWEST_ALIKE:
                 continue
             share = float((parallel(columns).sum(1) >= FEWEST_ALIKE).double().mean())
-            yield Reading(matrix.layer, share, f"it treats {share:.0%} of its inputs alike, up to scale")
+            yield SignReading(matrix.layer, share, f"it treats {share:.0%} of its inputs alike, up to scale")

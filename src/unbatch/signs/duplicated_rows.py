@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unbatch.inversion.received import Received
 from unbatch.numerics.linear.parallel import parallel, spread_evenly
-from unbatch.sign import Reading, Sign
+from unbatch.sign import Sign, SignReading
 
 FEWEST_WEIGHED, FEWEST_ALIKE = 3, 3  # inputs that a row weighs, rows of one direction: below, chance makes them alike
 SAME = 1e-6  # difference of two thresholds, over the largest, that counts as none
@@ -37,7 +37,7 @@ class DuplicatedRows(Sign):
     honest: ClassVar[float] = 0.0
     limit: ClassVar[float] = 0.1
 
-    def read(self, received: Received) -> Iterator[Reading]:
+    def read(self, received: Received) -> Iterator[SignReading]:
         for matrix in received.matrices:
             rows, kept = _weighing(matrix.rows)
             if len(rows) < FEWEST_ALIKE:
@@ -48,7 +48,7 @@ class DuplicatedRows(Sign):
                 alike &= 2 * _copies(rows, matrix.bias[kept], pairs) <= pairs.sum(1)
             share = float(alike.double().mean())
             words = f"{share:.0%} of its rows point one way in groups of {FEWEST_ALIKE} or more, with other thresholds"
-            yield Reading(matrix.layer, share, words)
+            yield SignReading(matrix.layer, share, words)
 
 
 def _weighing(rows: Tensor) -> tuple[Tensor, Tensor]:

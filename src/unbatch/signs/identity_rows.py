@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 
 from unbatch.inversion.received import Received
-from unbatch.sign import Reading, Sign
+from unbatch.sign import Sign, SignReading
 
 FEWEST = 4  # inputs of a row: of fewer, one may well weigh most
 TRANSMISSION = 10.0  # of a row that counts: its largest weight over the sum of the others
@@ -37,7 +37,7 @@ class IdentityRows(Sign):
     honest: ClassVar[float] = 0.0
     limit: ClassVar[float] = 0.15
 
-    def read(self, received: Received) -> Iterator[Reading]:
+    def read(self, received: Received) -> Iterator[SignReading]:
         for matrix in received.matrices:
             sizes = matrix.rows.abs()
             sizes = sizes[sizes.amax(1) > 0]
@@ -49,4 +49,4 @@ class IdentityRows(Sign):
                 transmit, transmit * (1 - EQUAL)
             )
             share = float((near > 1).sum()) / len(sizes)
-            yield Reading(matrix.layer, share, f"{share:.0%} of its rows pass one input on, by the same factor")
+            yield SignReading(matrix.layer, share, f"{share:.0%} of its rows pass one input on, by the same factor")

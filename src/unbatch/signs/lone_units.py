@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, final
 
 from unbatch.inversion.received import ALONE, Received
-from unbatch.sign import Reading, Sign
+from unbatch.sign import Sign, SignReading
 
 FEWEST_EXAMPLES, FEWEST_UNITS = 32, 8
 
@@ -35,7 +35,7 @@ class LoneUnits(Sign):
     honest: ClassVar[float] = 0.1
     limit: ClassVar[float] = 0.2
 
-    def read(self, received: Received) -> Iterator[Reading]:
+    def read(self, received: Received) -> Iterator[SignReading]:
         for layer in received.each_running():
             energy = layer.energy
             whole = energy.sum(0)
@@ -44,4 +44,4 @@ class LoneUnits(Sign):
                 continue
             share = float((energy.amax(0)[reached] > ALONE * whole[reached]).double().sum() / len(whole))
             words = f"{share:.0%} of its units hear one of {len(energy)} examples alone"
-            yield Reading(layer.matrix.layer, share, words)
+            yield SignReading(layer.matrix.layer, share, words)

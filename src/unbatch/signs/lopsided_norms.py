@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, final
 
 from unbatch.inversion.received import Received
-from unbatch.sign import Reading, Sign
+from unbatch.sign import Sign, SignReading
 
 FEWEST = 4  # rows or columns that are not zero
 
@@ -33,7 +33,7 @@ class LopsidedNorms(Sign):
     honest: ClassVar[float] = 20.0
     limit: ClassVar[float] = 40.0
 
-    def read(self, received: Received) -> Iterator[Reading]:
+    def read(self, received: Received) -> Iterator[SignReading]:
         for matrix in received.matrices:
             for what, sides in (("a row", matrix.rows), ("a column", matrix.columns)):
                 norms = sides.norm(dim=1)
@@ -41,4 +41,4 @@ class LopsidedNorms(Sign):
                 if len(norms) < FEWEST:
                     continue
                 value = float(norms.max() / norms.median())
-                yield Reading(matrix.layer, value, f"{what} is {value:,.1f} times as long as the median one")
+                yield SignReading(matrix.layer, value, f"{what} is {value:,.1f} times as long as the median one")

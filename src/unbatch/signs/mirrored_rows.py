@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unbatch.inversion.received import Received
 from unbatch.numerics.linear.parallel import spread_evenly
-from unbatch.sign import Reading, Sign
+from unbatch.sign import Sign, SignReading
 
 FEWEST = 8  # positive weights of a row, and negative ones
 EQUAL = 0.01  # spread of the factors between the two, over their mean, that counts as one factor
@@ -40,7 +40,7 @@ class MirroredRows(Sign):
     honest: ClassVar[float] = 0.0
     limit: ClassVar[float] = 0.1
 
-    def read(self, received: Received) -> Iterator[Reading]:
+    def read(self, received: Received) -> Iterator[SignReading]:
         for matrix in received.matrices:
             if matrix.rows.shape[1] < 2 * FEWEST:
                 continue
@@ -48,7 +48,7 @@ class MirroredRows(Sign):
             told = [found for row in rows if (found := _mirrored(row)) is not None]
             if told:
                 share = sum(told) / len(told)
-                yield Reading(
+                yield SignReading(
                     matrix.layer, share, f"in {share:.0%} of its rows the negative weights mirror the positive ones"
                 )
 

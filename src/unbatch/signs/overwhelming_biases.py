@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, final
 
 from unbatch.inversion.received import Received
-from unbatch.sign import Reading, Sign
+from unbatch.sign import Sign, SignReading
 
 FEWEST = 2  # units
 
@@ -30,16 +30,16 @@ class OverwhelmingBiases(Sign):
     """
 
     paper: ClassVar[str] = "this library"
-    honest: ClassVar[float] = 10.0
-    limit: ClassVar[float] = 30.0
+    honest: ClassVar[float] = 22.4
+    limit: ClassVar[float] = 100.0
 
-    def read(self, received: Received) -> Iterator[Reading]:
+    def read(self, received: Received) -> Iterator[SignReading]:
         for layer in received.each_running():
             bias = layer.matrix.bias
             if bias is None or len(bias) < FEWEST or not bool(bias.any()):
                 continue
             floor = 1e-12 * float(bias.abs().max())
             value = float((bias.abs() / layer.weighed.sqrt().clamp_min(floor)).median())
-            yield Reading(
+            yield SignReading(
                 layer.matrix.layer, value, f"its biases are {value:,.1f} times what its weights make of the batch"
             )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import ClassVar, final
 
 from unbatch.inversion.received import Received
-from unbatch.sign import Reading, Sign
+from unbatch.sign import Sign, SignReading
 
 FEWEST = 8  # biases, below which nothing is regular
 DISTINCT = 0.9  # share of the biases that differ: below, they were rounded, pruned or never trained
@@ -33,10 +33,10 @@ class RegularBiases(Sign):
     """
 
     paper: ClassVar[str] = "this library; the biases are those of Fowl et al., Robbing the Fed, ICLR 2022"
-    honest: ClassVar[float] = 5.0
+    honest: ClassVar[float] = 3.92
     limit: ClassVar[float] = 6.0
 
-    def read(self, received: Received) -> Iterator[Reading]:
+    def read(self, received: Received) -> Iterator[SignReading]:
         for matrix in received.matrices:
             if matrix.bias is None or len(matrix.bias) < FEWEST:
                 continue
@@ -48,4 +48,4 @@ class RegularBiases(Sign):
             size = float(gaps.log().diff().abs().median())
             value = (math.log(3) - size) * math.sqrt(m)
             words = f"neighbouring gaps of its {m} biases differ by a factor of {math.exp(size):.2f}, drawn ones by 3"
-            yield Reading(matrix.layer, value, words)
+            yield SignReading(matrix.layer, value, words)

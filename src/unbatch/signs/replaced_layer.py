@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, final
 
 from unbatch.inversion.received import Received
-from unbatch.sign import Reading, Sign
+from unbatch.sign import Sign, SignReading
 
 
 @final
@@ -26,14 +26,16 @@ class ReplacedLayer(Sign):
     """
 
     paper: ClassVar[str] = "this library"
-    honest: ClassVar[float] = 0.5
-    limit: ClassVar[float] = 0.8
+    honest: ClassVar[float] = 0.836
+    limit: ClassVar[float] = 1.0
 
-    def read(self, received: Received) -> Iterator[Reading]:
+    def read(self, received: Received) -> Iterator[SignReading]:
         for matrix in received.matrices:
             old = (received.before or {}).get(matrix.weight)
             if old is None or not bool(old.any()):
                 continue
             new = received.model.get_parameter(matrix.weight).detach().double().cpu()
             value = float((new - old.double().cpu()).norm() / old.double().norm().cpu())
-            yield Reading(matrix.layer, value, f"it has moved by {value:.0%} of its own length since the last round")
+            yield SignReading(
+                matrix.layer, value, f"it has moved by {value:.0%} of its own length since the last round"
+            )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, final
 
 from unbatch.inversion.received import Received
-from unbatch.sign import Reading, Sign
+from unbatch.sign import Sign, SignReading
 
 FEWEST, SILENT = 3, 0.01  # outputs; length of a row that is silent, over the longest
 
@@ -33,10 +33,12 @@ class SilencedOutputs(Sign):
     honest: ClassVar[float] = 0.0
     limit: ClassVar[float] = 0.5
 
-    def read(self, received: Received) -> Iterator[Reading]:
+    def read(self, received: Received) -> Iterator[SignReading]:
         for layer in received.each_running():
             norms = layer.matrix.rows.norm(dim=1)
             if not layer.head or len(norms) < FEWEST or not bool(norms.max() > 0):
                 continue
             silent = int((norms < SILENT * norms.max()).sum())
-            yield Reading(layer.matrix.layer, silent / len(norms), f"{silent} of its {len(norms)} outputs are silenced")
+            yield SignReading(
+                layer.matrix.layer, silent / len(norms), f"{silent} of its {len(norms)} outputs are silenced"
+            )

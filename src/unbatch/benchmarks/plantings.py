@@ -1,4 +1,4 @@
-"""Plantings by published recipes, a few lines each: what a malicious server writes into the parameters."""
+"""Plantings by published recipes, a few lines each: what a malicious server writes into parameters; no benchmark itself."""
 
 from __future__ import annotations
 
@@ -11,52 +11,57 @@ from torch import Tensor, nn
 Planting = Callable[[nn.Module, Tensor, torch.Generator], nn.Module]
 
 
-def quantiles(values: Tensor, m: int) -> Tensor:
+def _quantiles(values: Tensor, m: int) -> Tensor:
     """m of them, evenly apart."""
     return values.flatten().quantile(torch.arange(1, m + 1, dtype=values.dtype) / (m + 1))
 
 
-def dense(model: nn.Module) -> list[nn.Linear]:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+def _dense(model: nn.Module) -> list[nn.Linear]:
+    """The dense layers, from that on which has a hidden layer's name; a transformer's attention comes before it."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = list(found)
+    begin = next((names.index(name) for name in names if name.endswith("dense1")), 0)
+    return [found[name] for name in names[begin:]]
 
 
 @torch.no_grad()
-def imprint(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
+def _imprint(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
     """Fowl et al., ICLR 2022: equal rows, biases the quantiles of what they measure, one column after them."""
-    first, second, *_ = dense(model)
+    first, second, *_ = _dense(model)
     features = _into(model, first, seen)
     first.weight.fill_(1 / first.in_features)
-    first.bias.copy_(-quantiles(features @ first.weight[0], len(first.bias)))
+    first.bias.copy_(-_quantiles(features @ first.weight[0], len(first.bias)))
     second.weight.copy_(second.weight[:, :1].expand_as(second.weight))
     return model
 
 
 @torch.no_grad()
-def imprint_random(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
+def _imprint_random(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
     """The same along a direction that is drawn, each row at a scale of its own, and the layer after it left as it was."""
-    first = dense(model)[0]
+    first = _dense(model)[0]
     features = _into(model, first, seen)
     row = torch.randn(first.in_features, generator=rng) / first.in_features**0.5
     scale = 0.5 + torch.rand(len(first.bias), generator=rng)
     first.weight.copy_(scale[:, None] * row)
-    first.bias.copy_(-scale * quantiles(features @ row, len(first.bias)))
+    first.bias.copy_(-scale * _quantiles(features @ row, len(first.bias)))
     return model
 
 
 @torch.no_grad()
-def quantile_biases(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
+def _quantile_biases(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
     """QBI, arXiv 2406.18745: rows drawn, each bias such that its unit fires for one example of a batch of 64."""
-    first = dense(model)[0]
+    first = _dense(model)[0]
     features = _into(model, first, seen)
     first.weight.normal_(generator=rng)
-    first.bias.copy_(-(features @ first.weight.T).quantile(1 - 1 / 64, dim=0))
+    share = len(seen) / (64 * len(features))  # of all places of a batch
+    first.bias.copy_(-(features @ first.weight.T).quantile(1 - share, dim=0))
     return model
 
 
 @torch.no_grad()
-def trap_weights(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
+def _trap_weights(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
     """Boenisch et al., EuroS&P 2023: half of each row negative, the other half the same, a little smaller."""
-    first = dense(model)[0]
+    first = _dense(model)[0]
     for row in first.weight:
         half = torch.randn(len(row) // 2, generator=rng).abs() / len(row) ** 0.5
         order = torch.randperm(len(row), generator=rng)
@@ -67,9 +72,9 @@ def trap_weights(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Mod
 
 
 @torch.no_grad()
-def class_fishing(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
+def _class_fishing(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
     """Wen et al., ICML 2022: the last layer hears one class alone, and the biases silence the others."""
-    head = dense(model)[-1]
+    head = _dense(model)[-1]
     head.weight[1:] = 0
     head.weight[0] *= 5
     head.bias.fill_(20.0)
@@ -78,9 +83,9 @@ def class_fishing(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Mo
 
 
 @torch.no_grad()
-def feature_fishing(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
+def _feature_fishing(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
     """The same for one feature of one class."""
-    head = dense(model)[-1]
+    head = _dense(model)[-1]
     cut = float(_into(model, head, seen)[:, 0].quantile(0.9))
     head.weight.zero_()
     head.bias.zero_()
@@ -89,22 +94,22 @@ def feature_fishing(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.
 
 
 @torch.no_grad()
-def hyperplane(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
+def _hyperplane(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
     """Cutting through Privacy, UAI 2025: parallel hyperplanes, and a softmax that hardly moves."""
-    first, *_, head = dense(model)
+    first, *_, head = _dense(model)
     row = torch.randn(first.in_features, generator=rng)
     features = _into(model, first, seen)
     first.weight.copy_(row.expand_as(first.weight))
-    first.bias.copy_(-quantiles(features @ row, len(first.bias)))
+    first.bias.copy_(-_quantiles(features @ row, len(first.bias)))
     head.weight.mul_(1e-6)
     head.bias.normal_(std=5.0, generator=rng)
     return model
 
 
 @torch.no_grad()
-def latch(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
+def _latch(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
     """Feng and Tramer, ICML 2024: a few units that one example sets off, and weights that shut them by its gradient."""
-    first, second, *_ = dense(model)
+    first, second, *_ = _dense(model)
     features = _into(model, first, seen)
     for unit in range(4):
         bait = torch.randn(first.in_features, generator=rng)
@@ -115,41 +120,36 @@ def latch(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
 
 
 @torch.no_grad()
-def conv_imprint(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
+def _conv_imprint(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
     """Identity kernels in front, then the imprint in the first dense layer."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.dirac_(module.weight)
             if module.bias is not None:
                 module.bias.zero_()
-    return imprint(model, seen, rng)
-
-
-@torch.no_grad()
-def hidden_imprint(model: nn.Module, seen: Tensor, rng: torch.Generator) -> nn.Module:
-    """Rows of one direction with 5% of noise on each weight: what duplicated-rows does not see."""
-    first = dense(model)[0]
-    features = _into(model, first, seen)
-    row = torch.randn(first.in_features, generator=rng)
-    first.weight.copy_(row * (1 + 0.05 * torch.randn(first.weight.shape, generator=rng)))
-    first.bias.copy_(-quantiles(features @ row, len(first.bias)))
-    return model
+    return _imprint(model, seen, rng)
 
 
 PLANTINGS: dict[str, Planting] = {
-    "imprint": imprint,
-    "imprint along a drawn row": imprint_random,
-    "quantile biases": quantile_biases,
-    "trap weights": trap_weights,
-    "class fishing": class_fishing,
-    "feature fishing": feature_fishing,
-    "hyperplane": hyperplane,
-    "latch": latch,
-    "conv imprint": conv_imprint,
+    "imprint": _imprint,
+    "imprint along a drawn row": _imprint_random,
+    "quantile biases": _quantile_biases,
+    "trap weights": _trap_weights,
+    "class fishing": _class_fishing,
+    "feature fishing": _feature_fishing,
+    "hyperplane": _hyperplane,
+    "latch": _latch,
+    "conv imprint": _conv_imprint,
 }
 
 
 def planted(name: str, model: nn.Module, seen: Tensor, seed: int = 0) -> nn.Module:
+    """A copy of the model, planted by the recipe of that name; `seen` are examples whose statistics the server knows.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> planted("imprint", model, torch.rand(20, 4))[0].weight.unique()
+    tensor([0.2500], grad_fn=<Unique2Backward0>)
+    """
     return PLANTINGS[name](copy.deepcopy(model), seen, torch.Generator().manual_seed(seed))
 
 
