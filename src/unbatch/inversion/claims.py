@@ -15,6 +15,7 @@ from torch import Tensor
 from unbatch.errors import NotApplicable
 from unbatch.inversion.above_exchange import exchange_above
 from unbatch.inversion.peeling import directions_hold, peeled, sent_back
+from unbatch.inversion.planted.proof import proven
 from unbatch.inversion.recomputing import Recomputed, recomputed, split_shows
 from unbatch.inversion.refine import BatchLikelihood
 from unbatch.inversion.rounds import averaged
@@ -99,6 +100,8 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
         words = f"more different examples are claimed than the {known.batch_size} of the batch."
         return Ruling(none, words)
     far = torch.where(sure, found.bound, 0.0).double() * x.double().flatten(1).norm(dim=1).cpu()
+    if "planted layer" in found.trace:
+        return _planted(view, found, sure, far)
     layer = _layer(view, found.layer)
     real = x.is_floating_point() and not found.layer  # tokens are recomputed under a defence as well
     if real and y is not None and Likelihood.of(known) is not None and found.up_to <= {"permutation"}:
@@ -138,6 +141,19 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
     kept = sure & part.kept
     words = part.words if whole is None or bool(kept.any()) else f"{whole.words} {part.words}"
     return Ruling(kept, words, part.factor if bool(kept.any()) else None)
+
+
+def _planted(view: View, found: Reconstruction, sure: Tensor, far: Tensor) -> Ruling:
+    """The ruling on examples that are said to be alone in sums over a planted layer's slabs or half spaces."""
+    name = str(found.trace["planted layer"])
+    layer = next((layer for layer in view.layers if layer.name == name), None)
+    if layer is None or layer.bias is None:
+        raise NotApplicable(f"no dense layer called {name!r} with a bias runs on one vector an example.")
+    kept = sure & proven(view, layer, found, sure, far)
+    words = (
+        f"{int(kept.sum())} of {int(sure.sum())} are each alone in a sum that {name!r} sent, beside others that are."
+    )
+    return Ruling(kept, words)
 
 
 def _by_law(view: View, x: Tensor, y: Tensor, sure: Tensor, far: Tensor) -> Ruling | None:

@@ -1,0 +1,40 @@
+"""Reading: the examples that a planted dense layer's sums give away, with what is claimed of them."""
+
+from __future__ import annotations
+
+from unbatch.errors import NotApplicable
+from unbatch.inversion.planted.sums import refuse_changed, sums, weights
+from unbatch.inversion.view import View
+from unbatch.network.dense import Dense
+from unbatch.numerics.half_spaces import peel
+from unbatch.progress import tick
+from unbatch.reconstruction import Reconstruction
+
+
+def read_sums(view: View, layer: Dense) -> Reconstruction:
+    """The examples that come out of the planted layer's sums one after the other, each proven to be alone in one.
+
+    Raises NotApplicable: the network above is not quiet, the update was changed on its way, or no sum is of one example.
+    """
+    view = view.gradient
+    refuse_changed(view)
+    told = weights(view, layer)
+    n = int(view.knowledge.batch_size)
+    found = peel(sums(view, layer, told), told.values, n, lambda k: tick(k / n))
+    if not len(found.x):
+        raise NotApplicable(f"no sum that {layer.name!r} sent is of one example alone.")
+    bound = found.off / found.x.norm(dim=1).clamp_min(1e-300) * 2
+    inputs, bound, name = view.undo(layer, found.x.to(view.obs.device), bound)
+    labels = None if told.labels is None else told.labels[found.weight].to(view.obs.device)
+    trace = {"planted layer": layer.name, "sums left": found.left, "read": len(found.x), "of": n}
+    return Reconstruction(inputs=inputs, labels=labels, layer=name, bound=bound, trace=trace)
+
+
+def planted_layer(view: View) -> Dense:
+    """The first dense layer, with a bias, of a view whose gradient was sent whole. Raises NotApplicable: there is none."""
+    layer = view.layers[0] if view.layers else None
+    if layer is None or layer.bias is None or not {layer.weight, layer.bias} <= set(view.update):
+        raise NotApplicable("the first dense layer sent no gradient of its weight and bias.")
+    if "batch_size" not in view.knowledge:
+        raise NotApplicable("batch_size must be known, to tell how many examples a sum holds.")
+    return layer

@@ -1,0 +1,163 @@
+"""Bins that a server plants: what is alone in one is read and proven, and nothing else is."""
+
+import contextlib
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import unbatch
+from unbatch import Attack, Knowledge, NotApplicable, Observation, Truth
+from unbatch.attack import ActiveAttack
+from unbatch.auditing.cheating import planted_exchange
+from unbatch.case import Case, Setting
+from unbatch.models.small import Name, build
+from unbatch.numerics.half_spaces import alone
+from unbatch.reconstruction import certified
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def attack(options: str = "") -> ActiveAttack:
+    made = Attack.parse(f"imprint:{options}" if options else "imprint")
+    assert isinstance(made, ActiveAttack)
+    return made
+
+
+def client(n: int, shape: tuple[int, ...], model: Name = "mlp", seed: int = 0, **options: int) -> Setting:
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, *shape, generator=rng)
+    y = torch.randint(5, (n,), generator=rng)
+    return Setting(model=build(model, shape, 5, rng=rng, **options), loss=F.cross_entropy, inputs=x, labels=y)
+
+
+def seen(made: ActiveAttack, setting: Setting, defences: str = "", **known: object) -> tuple[Observation, Truth]:
+    told = setting.domain.public() | Knowledge(**known)
+    return planted_exchange(made, setting, knowledge=told, defences=defences or ())
+
+
+def errors(found: unbatch.Reconstruction, truth: Truth) -> torch.Tensor:
+    sure = certified(found).inputs.double().flatten(1)
+    return torch.cdist(sure, truth.inputs.double().flatten(1)).amin(1) / sure.norm(dim=1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_no_sum_of_two_or_more_is_taken_for_one(n: int) -> None:
+    """Against all sums there are, of up to n weights."""
+    weights = torch.tensor([GOLDEN, GOLDEN - 1], dtype=torch.float64)
+    for m in range(n + 1):
+        for chosen in itertools.combinations_with_replacement(weights.tolist(), m):
+            kind = alone(sum(chosen), 1e-4, weights, n)
+            assert (kind is not None) == (m == 1), chosen
+            assert kind is None or weights[kind] == pytest.approx(chosen[0])
+
+
+def test_equal_weights_prove_nothing() -> None:
+    """Two of the one label and one of the other weigh as much as one does."""
+    assert alone(0.5, 1e-6, torch.tensor([0.5, -0.5]), 3) is None
+    assert alone(0.5, 1e-6, torch.tensor([0.5, -0.5]), 2) == 0
+
+
+@pytest.mark.parametrize("shape", [(4,), (12,), (1, 8, 8), (3, 8, 8)])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_what_is_claimed_lies_within_its_bound(shape: tuple[int, ...], depth: int) -> None:
+    for seed in range(3):
+        setting = client(12, shape, depth=depth, width=120, seed=seed)
+        obs, truth = seen(attack(), setting, input_range=(0.0, 1.0))
+        found = attack()(obs)
+        sure = certified(found)
+        assert len(sure) >= 9
+        assert bool((errors(found, truth) <= sure.bound).all())
+        assert float(sure.bound.max()) < 1e-2
+
+
+def test_public_examples_and_statistics_set_the_bins() -> None:
+    setting = client(16, (2, 6, 6), width=160)
+    public = torch.rand(200, 2, 6, 6, generator=torch.Generator().manual_seed(9))
+    told = {"public": public, "input_range": (0.0, 1.0)}
+    obs, truth = seen(attack(), setting, **told)
+    assert len(certified(attack()(obs))) >= 15
+    made = attack(f"centre=0.5,spread={float(public.flatten(1).mean(1).std()):.3f}")
+    obs, truth = seen(made, setting)
+    found = made(obs)
+    assert len(torch.unique(obs.model.get_parameter("dense1.weight"), dim=0)) == 1  # equal rows
+    assert 10 <= len(certified(found)) <= 16
+    assert float(errors(found, truth).max()) < 1e-4
+
+
+def test_a_block_in_front_of_a_convolutional_network() -> None:
+    setting = client(6, (1, 12, 12), "lenet")
+    with pytest.raises(NotApplicable, match="`bins` puts a block in front"):
+        seen(attack(), setting)
+    made = attack("bins=100")
+    obs, truth = seen(made, setting)
+    found = made(obs)
+    assert len(certified(found)) == 6
+    assert float(errors(found, truth).max()) < 1e-4
+
+
+def test_examples_that_are_the_same_are_never_alone() -> None:
+    setting = client(6, (8,), width=200)
+    x = setting.inputs.clone()
+    x[1] = x[0]
+    obs, _ = seen(attack(), replace(setting, inputs=x))
+    found = certified(attack()(obs))
+    assert len(found) == 4
+    assert float((found.inputs[:, None] - x[0]).abs().amax(-1).min()) > 1e-2
+
+
+def test_the_second_judge_withdraws_what_no_sum_is_of() -> None:
+    obs, _ = seen(attack(), client(6, (8,), width=200))
+    found = attack()(obs)
+    assert bool(found.bound.isfinite().all())
+    x = found.inputs.clone()
+    x[0] = (x[0] + x[1]) / 2  # between two examples
+    x[2] *= 1 + 1e-3
+    x[3], labels = x[4], found.labels
+    again = unbatch.certify(obs, replace(found, inputs=x, labels=labels))
+    assert again.bound.isfinite().tolist() == [False, True, False, False, False, True]  # and copies are never alone
+    assert "each alone in a sum" in again.trace["withdrawn"]
+
+
+def test_a_mixture_that_is_all_a_bin_holds_is_not_certified() -> None:
+    """Two examples of one label in one bin: their mean explains the bin's ratio, and its weight gives it away."""
+    setting = client(2, (8,), width=40)
+    x = setting.inputs[:1] + torch.tensor([[0.0], [1e-6]])
+    obs, _ = seen(attack(), replace(setting, inputs=x, labels=torch.tensor([3, 3])))
+    with pytest.raises(NotApplicable, match="no sum that 'dense1' sent is of one example"):
+        attack()(obs)
+    said = {"bound": torch.tensor([1e-4]), "trace": {"planted layer": "dense1"}}
+    mean = unbatch.certify(obs, unbatch.Reconstruction(inputs=x.mean(0, keepdim=True), **said))
+    assert not bool(mean.bound.isfinite().any())
+
+
+def test_it_refuses_what_is_not_exact() -> None:
+    setting = client(6, (8,), width=60)
+    for defence, words in (("noise:sigma=1e-20", "leaves no sum exact"), ("prune:share=0.5", "leaves no sum exact")):
+        with pytest.raises(NotApplicable, match=words):
+            attack()(seen(attack(), setting, defence)[0])
+    with pytest.raises(NotApplicable, match="a factor that nobody knows"):
+        attack()(seen(attack(), setting, "clip:norm=1e-12")[0])
+    honest, _ = unbatch.observe(setting.model, setting.loss, setting.inputs, setting.labels)
+    with pytest.raises(NotApplicable, match="depends on more than the label"):
+        attack()(honest)
+    squared = replace(setting, loss=unbatch.loss.loss_named("squared-error"), labels=torch.rand(6, 5))
+    with pytest.raises(NotApplicable):
+        attack()(seen(attack(), squared)[0])
+
+
+def test_a_factor_on_the_update_costs_the_claims() -> None:
+    obs, _ = seen(attack(), client(4, (8,), width=100))
+    for factor in (2.0, -1.0, 0.3):
+        turned = replace(obs, update={name: factor * u for name, u in obs.update.items()})
+        with contextlib.suppress(NotApplicable):
+            assert not len(certified(attack()(turned)))
+
+
+def test_an_audit_plants_and_holds_the_claims_to_the_truth() -> None:
+    record = unbatch.audit(Case.parse("digits:batch=6,width=200"), attacks=["imprint"], analyses=())
+    assert record.runs[0].status == "done", record.runs[0].words
+    assert len(record.recovered()) == 6
+    assert not {flag.name for flag in record.flags} & {"exact-claim-fails", "bound-violated"}
