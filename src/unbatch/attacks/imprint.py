@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from unbatch.attack import NOTHING, ActiveAttack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.planted.front import put_in_front
-from unbatch.inversion.planted.quiet import quieten
+from unbatch.inversion.planted.quiet import plant_rows, shape_known
 from unbatch.inversion.planted.reading import planted_layer, read_sums
-from unbatch.inversion.planted.slabs import SHARE_OF_RANGE, from_public, from_range, from_statistics
+from unbatch.inversion.planted.slabs import bins_for, from_statistics
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS, Knowledge
-from unbatch.network.dense import anatomy
 from unbatch.reconstruction import Reconstruction
 
 
@@ -76,18 +75,11 @@ class Imprint(ActiveAttack):
 
         Raises NotApplicable: the network does not begin with a dense layer, or has more than relu above it.
         """
-        if "input_shape" not in known:
-            raise NotApplicable("input_shape must be known, to plant bins for such inputs.")
-        shape = known.input_shape
+        shape = shape_known(known)
         d = math.prod(shape)
         if self.bins is not None:
             return put_in_front(model, shape, *self._rows(self.bins, d, rng, known))
-        first = anatomy(model, shape).layers[0] if anatomy(model, shape).layers else None
-        if first is None or first.feeds is None:
-            raise NotApplicable("the network does not begin with a dense layer; `bins` puts a block in front of it.")
-        W, b = self._rows(len(model.get_parameter(first.weight)), d, rng, known)
-        scale, shift = first.feeds.scale.to(W), first.feeds.shift.to(W)  # the layer receives scale x + shift
-        return quieten(model, shape, W / scale, b - (W / scale) @ shift)
+        return plant_rows(model, shape, lambda m: self._rows(m, d, rng, known))
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         view.refuse_tokens()
@@ -95,14 +87,10 @@ class Imprint(ActiveAttack):
 
     def _rows(self, m: int, d: int, rng: torch.Generator, known: Knowledge) -> tuple[Tensor, Tensor]:
         """The rows [m, d] and biases [m] of the bins, on the network's inputs."""
-        if "public" in known:
-            W, at = from_public(known.public.flatten(1), m, min(self.directions or 2, m), rng)
-        elif self.centre is not None:
-            if self.spread is None:
-                raise NotApplicable("thresholds by statistics take the spread of the mean entry as well as its centre.")
+        if "public" in known or self.centre is None:
+            W, at = bins_for(known, m, d, rng, self.directions, self.spread)
+        elif self.spread is not None:
             W, at = from_statistics(self.centre, self.spread, m, d)
         else:
-            low, high = known.get("input_range", (-0.5 / SHARE_OF_RANGE, 0.5 / SHARE_OF_RANGE))
-            spread = self.spread if self.spread is not None else SHARE_OF_RANGE * (high - low)
-            W, at = from_range(spread, m, d, min(self.directions or 4, m), rng)
+            raise NotApplicable("thresholds by statistics take the spread of the mean entry as well as its centre.")
         return W, -at

@@ -29,6 +29,7 @@ class Sums:
     directions: Tensor  # [q, d]
     thresholds: Tensor  # [q, 2], from .. to; inf: a half space
     group: Tensor  # [q], whole numbers: sets of one group have no example in common
+    owner: Tensor  # [q], whose examples they are: sets of two owners have no example in common
 
     def inside(self, x: Tensor, off: float) -> tuple[Tensor, Tensor]:
         """Of one example [d] that is known to `off` (l2): the sets [q] that hold it, and those for which that is open."""
@@ -39,7 +40,7 @@ class Sums:
 
     def known_inside(self, q: int, inside: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
         """What `inside` says of an example that set q holds for certain, and therefore no other set of its group."""
-        apart = self.group == self.group[q]
+        apart = (self.group == self.group[q]) | (self.owner != self.owner[q])
         own = torch.arange(len(self.group)) == q
         return (inside & ~apart) | own, open_ & ~apart
 
@@ -51,7 +52,8 @@ class Peeled:
     x: Tensor  # [k, d]
     weight: Tensor  # [k] which of the possible values
     off: Tensor  # [k] largest error, l2
-    left: int  # sets that hold examples and did not come apart
+    owner: Tensor  # [k]
+    left: Tensor  # [q], the sets that hold more examples than were read
 
 
 def alone(sum_: float, error: float, weights: Tensor, most: int) -> int | None:
@@ -95,6 +97,7 @@ def peel(sums: Sums, weights: Tensor, most: int, keep_on: Callable[[int], bool] 
     ...     directions=torch.stack([eye[0], eye[0], eye[1]]),
     ...     thresholds=torch.tensor([[-9, 0.5], [0.5, torch.inf], [-9, 0.2]]).double(),
     ...     group=torch.tensor([0, 0, 1]),
+    ...     owner=torch.zeros(3),
     ... )
     >>> found = peel(sums, torch.tensor([0.618034, -0.381966]).double(), 3)
     >>> found.x
@@ -104,9 +107,12 @@ def peel(sums: Sums, weights: Tensor, most: int, keep_on: Callable[[int], bool] 
     """
     values, error = sums.values.clone(), sums.error.clone()
     closed = torch.zeros(len(values), dtype=torch.bool)  # sets of which it is open whom they hold, or that are read
-    found, kinds, offs = list[Tensor](), list[int](), list[float]()
+    found, kinds, offs, owners = list[Tensor](), list[int](), list[float](), list[int]()
     waiting = values[:, -1].abs() > COUNT_SLACK * error[:, 1]
     queue = waiting.nonzero().flatten().tolist()
+    queue.sort(
+        key=lambda at: alone(float(values[at, -1]), float(error[at, 1]), weights, most) is None
+    )  # as sent, first
     while queue and len(found) < most and keep_on(len(found)):
         q = queue.pop(0)
         kind = None if closed[q] else alone(float(values[q, -1]), float(error[q, 1]), weights, most - len(found))
@@ -122,17 +128,19 @@ def peel(sums: Sums, weights: Tensor, most: int, keep_on: Callable[[int], bool] 
         found.append(x)
         kinds.append(kind)
         offs.append(off)
+        owners.append(int(sums.owner[q]))
         values[inside] -= weight * torch.cat([x, x.new_ones(1)])
         error[inside, 0] += abs(weight) * off
         error[inside, 1] += float(error[q, 1])
         closed |= open_
         closed[q] = True
         queue += [at for at in inside.nonzero().flatten().tolist() if at != q and not closed[at]]
-    left = int(((values[:, -1].abs() > COUNT_SLACK * error[:, 1]) & ~closed).sum())
+    left = (values[:, -1].abs() > COUNT_SLACK * error[:, 1]) & ~closed
     d = values.shape[1] - 1
     return Peeled(
         torch.stack(found) if found else values.new_zeros(0, d),
         torch.tensor(kinds, dtype=torch.int64),
         torch.tensor(offs, dtype=torch.float64),
+        torch.tensor(owners, dtype=torch.int64),
         left,
     )

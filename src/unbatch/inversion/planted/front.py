@@ -12,6 +12,8 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.planted.quiet import golden_logit, quiet_gain
 from unbatch.network.dense import anatomy
 
+OFF = -1e30  # a bias with which no input makes a unit fire
+
 
 class Fronted(nn.Module):
     """The network beside a block of dense units on the same input, whose sum is added to the first output.
@@ -40,8 +42,38 @@ class Fronted(nn.Module):
         return outputs + F.pad(rise, (0, outputs.shape[1] - 1))
 
 
-def put_in_front(model: nn.Module, shape: tuple[int, ...], W: Tensor, b: Tensor) -> nn.Module:
+class FrontedForEach(Fronted):
+    """A `Fronted` network with as many units for each client of a sum; what each receives has only its own switched on.
+
+    >>> block = FrontedForEach(nn.Linear(2, 3), torch.eye(2), torch.zeros(2), clients=2)
+    >>> block.for_client(1).bins.bias.tolist()
+    [-1.0000000150474662e+30, 0.0]
+    """
+
+    def __init__(self, model: nn.Module, W: Tensor, b: Tensor, clients: int) -> None:
+        super().__init__(model, W, b)
+        self.clients = clients
+
+    def for_client(self, number: int) -> nn.Module:
+        """The network that the client of that number receives."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        own = torch.arange(len(self.bins.bias)).tensor_split(self.clients)[number]
+        off = torch.full_like(self.bins.bias, OFF)
+        off[own] = self.bins.bias.detach()[own]
+        with torch.device("meta"):
+            other.bins = nn.Linear(self.bins.in_features, len(off))
+        other.bins.weight, other.bins.bias = self.bins.weight, nn.Parameter(off)
+        other.bins.train(self.bins.training)
+        return other
+
+
+def put_in_front(
+    model: nn.Module, shape: tuple[int, ...], W: Tensor, b: Tensor, clients: int | None = None
+) -> nn.Module:
     """The network with the block W [m, d], b [m] in front of it, and its own head made constant.
+
+    With `clients` the units are dealt to them in equal shares, and each receives a model in which only its own are on.
 
     Raises NotApplicable: the network does not end with a dense layer with a bias.
     """
@@ -53,4 +85,4 @@ def put_in_front(model: nn.Module, shape: tuple[int, ...], W: Tensor, b: Tensor)
         made.get_parameter(head.weight).zero_()
         made.get_parameter(head.bias).zero_()
         made.get_parameter(head.bias)[0] = golden_logit(len(made.get_parameter(head.bias)))
-    return Fronted(made, W, b)
+    return Fronted(made, W, b) if clients is None else FrontedForEach(made, W, b, clients)

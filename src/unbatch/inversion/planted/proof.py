@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import NotApplicable
-from unbatch.inversion.planted.sums import refuse_changed, sums, weights
+from unbatch.inversion.planted.sums import sums
 from unbatch.inversion.view import View
 from unbatch.network.dense import Dense, layer_inputs
 from unbatch.numerics.half_spaces import COUNT_SLACK, alone
@@ -25,36 +25,44 @@ def proven(view: View, layer: Dense, found: Reconstruction, sure: Tensor, far: T
     """
     if found.inputs is None:
         raise NotApplicable("there are no inputs.")
-    view = view.gradient
-    refuse_changed(view)
-    told = weights(view, layer)
-    held = sums(view, layer, told)
+    told, held = sums(view, layer)
     kind = next(view.model.parameters()).dtype
-    received = layer_inputs(view.model, layer.name, found.inputs.to(view.obs.device, kind), view.protocol.mode)
+    received = found.inputs.flatten(1)
+    if not found.layer:
+        if layer.feeds is None:
+            raise NotApplicable(f"more than a normalisation lies between the inputs and {layer.name!r}.")
+        received = layer_inputs(view.model, layer.name, found.inputs.to(view.obs.device, kind), view.protocol.mode)
     z = received.double().cpu()  # [k, d]
     h = z @ held.directions.T  # [k, q]
     near = BOUNDARY * z.abs() @ held.directions.abs().T + far.cpu()[:, None]
     open_ = ((h[:, :, None] - held.thresholds).abs() <= near[:, :, None]).any(2)
     inside = (h > held.thresholds[:, 0]) & (h <= held.thresholds[:, 1])
+    owners = torch.as_tensor(found.trace.get("owners", [0] * len(z)))  # a wrong one costs the claim, and proves nothing
+    theirs = owners[:, None] == held.owner
+    inside, open_ = inside & theirs, open_ & theirs
     values, error, stands = held.values.clone(), held.error.clone(), torch.zeros(len(z), dtype=torch.bool)
     sure = sure.cpu()
     n = int(view.knowledge.batch_size)
     open_, inside = open_ & sure[:, None], inside & sure[:, None]
     waiting, moved = set(sure.nonzero().flatten().tolist()), True
+    may_hold, doubtful = (
+        (inside | open_).sum(0),
+        torch.zeros(inside.shape[1], dtype=torch.int64),
+    )  # [q] waiting; standing
     while moved:
         moved = False
         for i in sorted(waiting):
-            others = torch.tensor([j for j in range(len(z)) if j != i and j in waiting], dtype=torch.int64)
-            kept = torch.tensor([j for j in range(len(z)) if j not in waiting], dtype=torch.int64)
-            spoilt = (inside[others] | open_[others]).any(0) | open_[kept].any(0)
-            mine = (inside[i] | open_[i]) & ~spoilt
+            own = inside[i] | open_[i]
+            mine = own & (may_hold == 1) & (doubtful == 0)
             at = _alone_in(mine.nonzero().flatten().tolist(), values, error, z[i], float(far[i]), told.values, n)
             if at is None:
                 continue
             q, weight = at
             waiting.remove(i)
             stands[i] = moved = True
+            may_hold -= own.long()
             inside[i], open_[i] = held.known_inside(q, inside[i], open_[i])
+            doubtful += open_[i].long()
             values[inside[i]] -= weight * torch.cat([z[i], z.new_ones(1)])
             error[inside[i], 0] += abs(weight) * float(far[i])
     return stands.to(far.device)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbatch.errors import NotApplicable
-from unbatch.network.dense import Dense, anatomy, forward
+from unbatch.knowledge import Knowledge
+from unbatch.network.dense import Dense, anatomy, forward, layer_inputs
 
 GOLDEN = (5**0.5 - 1) / 2  # of the first output: sums of p and p - 1 then tell how many of each there are
 STEADY = 1e-9  # the most by which examples move the output
@@ -26,17 +28,18 @@ def golden_logit(outputs: int) -> float:
     return math.log(GOLDEN / (1 - GOLDEN) * max(outputs - 1, 1))
 
 
-def quieten(model: nn.Module, shape: tuple[int, ...], W: Tensor, b: Tensor) -> nn.Module:
+def quieten(model: nn.Module, shape: tuple[int, ...], W: Tensor, b: Tensor, below: Collection[str] = ()) -> nn.Module:
     """A copy of `model` whose first dense layer has the weight W [m, d] and the bias b [m], and that is quiet above it.
 
     The first output is a constant and a tiny multiple of the sum of the layer's units; the others are zero. The gradient of
-    cross entropy at the outputs is then p - 1 or p at the first one, with p golden, by the label alone.
+    cross entropy at the outputs is then p - 1 or p at the first one, with p golden, by the label alone. `below` names the
+    parameters under the layer, which stay.
     Raises NotApplicable: the model does not begin with a dense layer with a bias, or not only relu and dense layers follow.
     """
     made = copy.deepcopy(model)
     first, *above = anatomy(made, shape).layers
     parameters = dict(made.named_parameters(remove_duplicate=False))
-    _dense_alone(first, above, parameters)
+    _dense_alone(first, above, parameters, below)
     with torch.no_grad():
         parameters[first.weight].copy_(W)
         parameters[first.bias or ""].copy_(b)
@@ -53,19 +56,44 @@ def quieten(model: nn.Module, shape: tuple[int, ...], W: Tensor, b: Tensor) -> n
     return made
 
 
+def shape_known(known: Knowledge) -> tuple[int, ...]:
+    """The shape of an input. Raises NotApplicable: it is not known."""
+    if "input_shape" not in known:
+        raise NotApplicable("input_shape must be known, to plant rows for such inputs.")
+    shape: tuple[int, ...] = known.input_shape
+    return shape
+
+
+def plant_rows(model: nn.Module, shape: tuple[int, ...], rows: Callable[[int], tuple[Tensor, Tensor]]) -> nn.Module:
+    """A copy of `model` with rows for inputs of the network in its first dense layer, and a quiet network above.
+
+    `rows` gives W [m, d] and b [m] for a layer of m units: a unit is to fire where W x + b > 0.
+    Raises NotApplicable: the network does not begin with a dense layer, or cannot be made quiet.
+    """
+    layers = anatomy(model, shape).layers
+    feeds = layers[0].feeds if layers else None
+    if feeds is None:
+        raise NotApplicable(
+            "the network does not begin with a dense layer; imprint:bins=N puts a block in front of any network."
+        )
+    W, b = rows(len(model.get_parameter(layers[0].weight)))
+    scale, shift = feeds.scale.to(W), feeds.shift.to(W)  # the layer receives scale x + shift
+    return quieten(model, shape, W / scale, b - (W / scale) @ shift)
+
+
 def quiet_gain(W: Tensor, b: Tensor) -> float:
     """By how much a unit of a layer W [m, d], b [m] may move the output, so that all of them together move it by STEADY."""
     m, d = W.shape
-    reach = REACH * float(W.double().norm(dim=1).max()) * d**0.5 + float(b.double().abs().max())
+    reach = REACH * float(W.double().norm(dim=1).max()) * math.sqrt(d) + float(b.double().abs().max())
     return STEADY / (m * reach)
 
 
-def _dense_alone(first: Dense, above: list[Dense], parameters: dict[str, nn.Parameter]) -> None:
+def _dense_alone(first: Dense, above: list[Dense], parameters: dict[str, nn.Parameter], below: Collection[str]) -> None:
     used = {name for layer in (first, *above) for name in (layer.weight, layer.bias) if name}
-    odd = sorted(set(parameters) - used)
+    odd = sorted(set(parameters) - used - set(below))
     if odd:
         raise NotApplicable(f"the network has more than dense layers: {odd[0]!r} is no part of one.")
-    if first.feeds is None or first.bias is None or not above or not above[-1].head:
+    if (first.feeds is None and not below) or first.bias is None or not above or not above[-1].head:
         raise NotApplicable(
             "the network does not begin with a dense layer with a bias, and end with another dense layer."
         )
@@ -75,10 +103,8 @@ def _check(made: nn.Module, shape: tuple[int, ...], W: Tensor, b: Tensor, gain: 
     """Raises NotApplicable unless the first output rises with the sum of the units, and nothing else moves."""
     rng = torch.Generator().manual_seed(0)
     double = copy.deepcopy(made).double()
-    x = torch.randn(8, *shape, generator=rng, dtype=torch.float64)
-    feeds = anatomy(double, shape).layers[0].feeds
-    assert feeds is not None
-    z = x.flatten(1) * feeds.scale.to(x) + feeds.shift.to(x)
+    x = torch.rand(8, *shape, generator=rng, dtype=torch.float64)
+    z = layer_inputs(double, anatomy(double, shape).layers[0].name, x).detach()
     units = F.relu(z @ W.to(z).T + b.to(z)).sum(1)
     seen = forward(double, x, "eval").flatten(1)
     rise, said = seen[:, 0] - seen[:1, 0], gain * (units - units[:1])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from unbatch.errors import NotApplicable
-from unbatch.inversion.planted.sums import refuse_changed, sums, weights
+from unbatch.inversion.planted.sums import sums
 from unbatch.inversion.view import View
 from unbatch.network.dense import Dense
 from unbatch.numerics.half_spaces import peel
@@ -16,18 +19,31 @@ def read_sums(view: View, layer: Dense) -> Reconstruction:
 
     Raises NotApplicable: the network above is not quiet, the update was changed on its way, or no sum is of one example.
     """
-    view = view.gradient
-    refuse_changed(view)
-    told = weights(view, layer)
+    told, held = sums(view, layer)
     n = int(view.knowledge.batch_size)
-    found = peel(sums(view, layer, told), told.values, n, lambda k: tick(k / n))
+    found = peel(held, told.values, n, lambda k: tick(k / n))
     if not len(found.x):
         raise NotApplicable(f"no sum that {layer.name!r} sent is of one example alone.")
     bound = found.off / found.x.norm(dim=1).clamp_min(1e-300) * 2
     inputs, bound, name = view.undo(layer, found.x.to(view.obs.device), bound)
     labels = None if told.labels is None else told.labels[found.weight].to(view.obs.device)
-    trace = {"planted layer": layer.name, "sums left": found.left, "read": len(found.x), "of": n}
+    trace = {"planted layer": layer.name, "sums left": int(found.left.sum()), "read": len(found.x), "of": n}
+    trace["owners"] = found.owner.tolist()  # of each example, the client
     return Reconstruction(inputs=inputs, labels=labels, layer=name, bound=bound, trace=trace)
+
+
+def open_slabs(view: View, layer: Dense) -> Tensor:
+    """From where to where [s, 2] along the one direction of the planted rows examples lie that no sum gives away yet.
+
+    Disjoint, the narrowest first. Raises NotApplicable: as `read_sums`.
+    """
+    told, held = sums(view, layer)
+    left = held.thresholds[peel(held, told.values, int(view.knowledge.batch_size)).left]
+    chosen = list[Tensor]()
+    for slab in left[(left[:, 1] - left[:, 0]).argsort()]:
+        if all(bool((slab[1] <= other[0]) | (slab[0] >= other[1])) for other in chosen):
+            chosen.append(slab)
+    return torch.stack(chosen) if chosen else left
 
 
 def planted_layer(view: View) -> Dense:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import NotApplicable
+from unbatch.knowledge import Knowledge
 
 TAIL = 6.0  # standard deviations below which no example is looked for
 SMOOTHED = 10  # public examples between two knots of a quantile function
@@ -78,8 +79,41 @@ def _normal_levels(m: int) -> Tensor:
     return at
 
 
+def random_directions(m: int, d: int, rng: torch.Generator) -> Tensor:
+    """Random directions [m, d] of length 1 that add up to zero each."""
+    return torch.stack([_random(d, rng) for _ in range(m)])
+
+
 def _random(d: int, rng: torch.Generator) -> Tensor:
     u = torch.randn(d, generator=rng, dtype=torch.float64)
     if d > 1:
         u -= u.mean()
-    return u / u.norm()
+    unit: Tensor = u / u.norm()
+    return unit
+
+
+def thresholds_for(known: Knowledge, W: Tensor, above: Tensor) -> Tensor:
+    """Thresholds [m] above which a share `above` [m] of all examples lies along each row of W [m, d].
+
+    Of a normal law: of public examples where there are some, else by the Gaussian rule for rows that add up to zero.
+    """
+    z: Tensor = math.sqrt(2) * torch.erfinv(1 - 2 * above)
+    if "public" in known:
+        h: Tensor = known.public.flatten(1).double() @ W.T  # [p, m]
+        return h.mean(0) + h.std(0) * z
+    return _entry_spread(known) * W.norm(dim=1) * z
+
+
+def bins_for(
+    known: Knowledge, m: int, d: int, rng: torch.Generator, directions: int | None = None, spread: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Directions [m, d] and thresholds [m] of bins by what is known: public examples, else the range of the inputs."""
+    if "public" in known:
+        return from_public(known.public.flatten(1), m, min(directions or 2, m), rng)
+    return from_range(spread if spread is not None else _entry_spread(known), m, d, min(directions or 4, m), rng)
+
+
+def _entry_spread(known: Knowledge) -> float:
+    """The standard deviation that an entry is taken to have; 1, as of standardised ones, where no range is known."""
+    low, high = known.get("input_range", (0.0, 1 / SHARE_OF_RANGE))
+    return float(SHARE_OF_RANGE * (high - low))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.above_layer import Tail
 from unbatch.inversion.view import View
 from unbatch.network.dense import Dense
+from unbatch.network.per_client import for_client
 from unbatch.numerics.half_spaces import Sums
 
 EVEN = 1e-6  # relative, to which what is sent back is to be told by the label alone
@@ -84,33 +86,80 @@ def refuse_changed(view: View) -> None:
         raise NotApplicable("the client took several local steps, in which the planted layer moved.")
 
 
-def sums(view: View, layer: Dense, told: Weights) -> Sums:
-    """The sums that the layer's gradient holds: over the half space of each unit, or the slab to the next parallel one.
+def sums(view: View, layer: Dense) -> tuple[Weights, Sums]:
+    """The sums that a layer's gradients hold, of all rounds; and what an example weighs in them.
 
-    Units whose weights are the same, bit by bit, are parallel. An entry's rounding is taken as that of n products added up.
+    Over the half space of each unit, or the slab to the next parallel one: units whose weights are the same, bit by bit,
+    are parallel. Where each client of a sum received a model of its own, a unit is of the client for whom it was left as
+    it is.
+    An entry's rounding is taken as that of n products added up.
+    Raises NotApplicable: the network above is not quiet, or something changed the update.
     """
-    parameters = dict(view.model.named_parameters(remove_duplicate=False))
-    W, b = (parameters[name].detach().double().cpu() for name in (layer.weight, layer.bias or ""))
-    G, g = (view.update[name].double().cpu() for name in (layer.weight, layer.bias or ""))
-    wide = torch.cat([G, g[:, None]], 1) / told.gains[:, None]  # [m, d + 1]
+    found, told = list[Sums](), list[Weights]()
+    for each in view.obs.exchanges:
+        here = view.on(each).gradient
+        refuse_changed(here)
+        told.append(weights(here, layer))
+        for owner, units in enumerate(_units(here, layer)):
+            found.append(_of_units(here, layer, told[-1], units, owner))
+    if any(len(one.values) != len(told[0].values) or not torch.allclose(one.values, told[0].values) for one in told):
+        raise NotApplicable("an example weighs otherwise from round to round.")
+    offsets = torch.tensor([0, *(int(one.group.max()) + 1 for one in found[:-1])]).cumsum(0).tolist()
+    return told[0], Sums(
+        torch.cat([one.values for one in found]),
+        torch.cat([one.error for one in found]),
+        torch.cat([one.directions for one in found]),
+        torch.cat([one.thresholds for one in found]),
+        torch.cat([one.group + offset for one, offset in zip(found, offsets, strict=True)]),
+        torch.cat([one.owner for one in found]),
+    )
+
+
+def _units(view: View, layer: Dense) -> list[Tensor]:
+    """Of each client, the numbers of the units that are on in the model that it received."""
+    names, clients = (layer.weight, layer.bias or ""), int(view.knowledge.get("clients", 1))
+    own = [view.model.get_parameter(name) for name in names]
+    found = list[Tensor]()
+    for number in range(clients):
+        model = for_client(view.model, number)
+        if model is view.model:
+            return [torch.arange(len(own[0]))]
+        W, b = (model.get_parameter(name) for name in names)
+        same = (b == own[1]) if W is own[0] else (b == own[1]) & (W == own[0]).all(1)
+        found.append(same.nonzero().flatten().cpu())
+    taken = torch.cat(found)
+    if len(taken.unique()) < len(taken):
+        raise NotApplicable("units are on for more than one client, so that their sums are of several.")
+    return found
+
+
+def _of_units(view: View, layer: Dense, told: Weights, units: Tensor, owner: int) -> Sums:
+    """The sums of some units of one round."""
+    W, b = (view.model.get_parameter(name).detach().cpu()[units] for name in (layer.weight, layer.bias or ""))
+    G, g = (view.update[name].cpu()[units].double() for name in (layer.weight, layer.bias or ""))
+    kinds = (view.update[layer.weight].dtype, W.dtype)
+    rows = dict[bytes, int]()
+    group = torch.tensor([rows.setdefault(row.numpy().tobytes(), len(rows)) for row in W.double()])
+    wide = torch.cat([G, g[:, None]], 1) / told.gains[units][:, None]  # [m, d + 1]
+    W, b = W.double(), b.double()
     size = W.norm(dim=1)
     if not bool((size > 0).all()):
         raise NotApplicable(f"a unit of {layer.name!r} looks at nothing.")
     cuts = -b / size
-    _, group = torch.unique(W, dim=0, return_inverse=True)
     order = sorted(range(len(W)), key=lambda k: (int(group[k]), float(cuts[k])))
-    following = [j if group[j] == group[i] else -1 for i, j in zip(order, [*order[1:], order[0]], strict=True)]
+    following = [j if group[j] == group[i] else -1 for i, j in pairwise([*order, order[0]])]
     following[-1] = -1
     first, second = torch.tensor(order), torch.tensor(following)
     halves = second < 0
     values = wide[first] - torch.where(halves[:, None], 0.0, wide[second])
     upper = torch.where(halves, torch.inf, cuts[second])
-    kinds = (view.update[layer.weight].dtype, parameters[layer.weight].dtype)
-    eps, n = max(torch.finfo(kind).eps for kind in kinds), int(view.knowledge.batch_size)
-    largest = float(told.values.abs().max())
+    n = int(view.knowledge.batch_size)
+    if len(units) < len(told.gains):  # a client's own
+        n //= int(view.knowledge.clients)
+    eps, largest = max(torch.finfo(kind).eps for kind in kinds), float(told.values.abs().max())
     rounding = ACCUMULATED * eps * n * max(1.0, n**0.5 / 8) * largest
     heavy = values[:, -1].abs() >= float(told.values.abs().min()) / 2
     typical = (values[heavy, :-1].norm(dim=1) / values[heavy, -1].abs()).amax() if bool(heavy.any()) else torch.ones(())
     error = torch.stack([rounding * typical.expand(len(values)), torch.full((len(values),), rounding)], 1).double()
-    cut = torch.stack([cuts[first], upper], 1)
-    return Sums(values, error, (W / size[:, None])[first], cut, group[first])
+    cut, whose = torch.stack([cuts[first], upper], 1), torch.full((len(values),), owner)
+    return Sums(values, error, (W / size[:, None])[first], cut, group[first], whose)
