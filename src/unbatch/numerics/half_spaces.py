@@ -106,7 +106,8 @@ def peel(sums: Sums, weights: Tensor, most: int, keep_on: Callable[[int], bool] 
             [0.7000, 0.3000]], dtype=torch.float64)
     """
     values, error = sums.values.clone(), sums.error.clone()
-    closed = torch.zeros(len(values), dtype=torch.bool)  # sets of which it is open whom they hold, or that are read
+    closed = torch.zeros(len(values), dtype=torch.bool)  # sets that are read
+    doubts = [list[int]() for _ in range(len(values))]  # of each set, found examples that it may hold
     found, kinds, offs, owners = list[Tensor](), list[int](), list[float](), list[int]()
     waiting = values[:, -1].abs() > COUNT_SLACK * error[:, 1]
     queue = waiting.nonzero().flatten().tolist()
@@ -115,7 +116,7 @@ def peel(sums: Sums, weights: Tensor, most: int, keep_on: Callable[[int], bool] 
     )  # as sent, first
     while queue and len(found) < most and keep_on(len(found)):
         q = queue.pop(0)
-        kind = None if closed[q] else alone(float(values[q, -1]), float(error[q, 1]), weights, most - len(found))
+        kind = None if closed[q] else alone(float(values[q, -1]), float(error[q, 1]), weights, most)
         if kind is None:
             continue
         weight = float(weights[kind])
@@ -124,7 +125,12 @@ def peel(sums: Sums, weights: Tensor, most: int, keep_on: Callable[[int], bool] 
         if not bool(inside[q] | open_[q]):  # it would not be in its own set
             closed[q] = True
             continue
+        if any(float((x - found[j]).norm()) <= off + offs[j] for j in doubts[q]):
+            continue  # it may be one that was found already
         inside, open_ = sums.known_inside(q, inside, open_)
+        inside &= ~open_
+        for at in open_.nonzero().flatten().tolist():
+            doubts[at].append(len(found))
         found.append(x)
         kinds.append(kind)
         offs.append(off)
@@ -132,7 +138,6 @@ def peel(sums: Sums, weights: Tensor, most: int, keep_on: Callable[[int], bool] 
         values[inside] -= weight * torch.cat([x, x.new_ones(1)])
         error[inside, 0] += abs(weight) * off
         error[inside, 1] += float(error[q, 1])
-        closed |= open_
         closed[q] = True
         queue += [at for at in inside.nonzero().flatten().tolist() if at != q and not closed[at]]
     left = (values[:, -1].abs() > COUNT_SLACK * error[:, 1]) & ~closed

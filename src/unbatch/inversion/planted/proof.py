@@ -45,24 +45,19 @@ def proven(view: View, layer: Dense, found: Reconstruction, sure: Tensor, far: T
     n = int(view.knowledge.batch_size)
     open_, inside = open_ & sure[:, None], inside & sure[:, None]
     waiting, moved = set(sure.nonzero().flatten().tolist()), True
-    may_hold, doubtful = (
-        (inside | open_).sum(0),
-        torch.zeros(inside.shape[1], dtype=torch.int64),
-    )  # [q] waiting; standing
+    apart = torch.cdist(z, z) > far.cpu()[:, None] + far.cpu()  # [k, k], which claims are of different examples
     while moved:
         moved = False
         for i in sorted(waiting):
-            own = inside[i] | open_[i]
-            mine = own & (may_hold == 1) & (doubtful == 0)
+            mine = (inside[i] | open_[i]) & ~open_[stands & ~apart[i]].any(0)  # nothing that may be in it is the same
             at = _alone_in(mine.nonzero().flatten().tolist(), values, error, z[i], float(far[i]), told.values, n)
             if at is None:
                 continue
             q, weight = at
             waiting.remove(i)
             stands[i] = moved = True
-            may_hold -= own.long()
             inside[i], open_[i] = held.known_inside(q, inside[i], open_[i])
-            doubtful += open_[i].long()
+            inside[i] &= ~open_[i]
             values[inside[i]] -= weight * torch.cat([z[i], z.new_ones(1)])
             error[inside[i], 0] += abs(weight) * float(far[i])
     return stands.to(far.device)

@@ -101,7 +101,8 @@ def thresholds_for(known: Knowledge, W: Tensor, above: Tensor) -> Tensor:
     if "public" in known:
         h: Tensor = known.public.flatten(1).double() @ W.T  # [p, m]
         return h.mean(0) + h.std(0) * z
-    return _entry_spread(known) * W.norm(dim=1) * z
+    size: Tensor = W.norm(dim=1)
+    return _entry_spread(known) * size * z
 
 
 def bins_for(
