@@ -23,7 +23,7 @@ Method = Literal["margin", "sgd", "adam", "stationary"]
 Gradient = Callable[[nn.Module], Update]  # of the loss over all examples, as the client computes it
 
 MOST_PARAMETERS = 4000  # of which the Hessian of the objective is formed
-NEWTON_STEPS = 12
+NEWTON_STEPS = 20
 NEAR = 1e-7  # of the largest entry of a gradient, from which Newton's method takes over
 TICKS = 50  # steps between two looks at the progress bar
 

@@ -18,6 +18,7 @@ from unbatch.inversion.peeling import directions_hold, peeled, sent_back
 from unbatch.inversion.planted.proof import proven
 from unbatch.inversion.recomputing import Recomputed, recomputed, split_shows
 from unbatch.inversion.refine import BatchLikelihood
+from unbatch.inversion.released import claims_on_a_release
 from unbatch.inversion.rounds import averaged
 from unbatch.inversion.view import View
 from unbatch.likelihood import Likelihood
@@ -89,7 +90,8 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
         raise NotApplicable("there are no inputs.")
     none = torch.zeros_like(sure)
     if view.obs.released:
-        return Ruling(none, "nothing that was claimed of a released model is computed again.")
+        kept, words = claims_on_a_release(view, found, sure)
+        return Ruling(sure & kept, words)
     if known.get("mixup") and known.get("batch_size") != 1:
         return Ruling(none, "the client blends its examples, so what explains its update is a blend of them.")
     sure = sure & (found.bound < LARGEST_BOUND)

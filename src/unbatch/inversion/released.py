@@ -1,0 +1,98 @@
+"""Claims on a released model, computed again by what no attack on it uses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unbatch.errors import NotApplicable
+from unbatch.inversion.stationarity import ROUNDINGS, own_gradient, remainder
+from unbatch.inversion.trained_span import trained_span
+from unbatch.inversion.view import View
+from unbatch.reconstruction import Reconstruction
+
+LARGEST_LEFT = 1e-6  # of the unknown example's gradient, that may be left beside the one that is claimed
+LEAST_OUTSIDE = (
+    1e-2  # of its length, by which a direction drawn at random must be outside of a span that tells anything
+)
+
+
+def claims_on_a_release(view: View, found: Reconstruction, sure: Tensor) -> tuple[Tensor, str]:
+    """Which claims [k] on a released model stand, and why in words.
+
+    Candidates for membership are solved for anew as combinations of the rows of the change, by least squares. An example
+    that an informed adversary claims must make the objective stationary again: what is left of its gradient must be
+    rounding, and a move by the bound must show beside that.
+
+    >>> import unbatch
+    >>> spec = "trained:known=9,threat=informed,task=classes,depth=0,start=1,weight_decay=0.1"
+    >>> client = unbatch.Case.parse(spec).setting()
+    >>> told = {"knowledge": client.knowledge, "training": client.training}
+    >>> seen, truth = unbatch.observe(client.model, client.loss, client.inputs, client.labels, **told)
+    >>> claim = Reconstruction(inputs=truth.inputs, labels=truth.labels, bound=torch.tensor([1e-9]))
+    >>> other = Reconstruction(inputs=0.99 * truth.inputs, labels=truth.labels, bound=torch.tensor([1e-9]))
+    >>> [bool(claims_on_a_release(View.of(seen), each, torch.tensor([True]))[0]) for each in (claim, other)]
+    [True, False]
+    """
+    none = torch.zeros_like(sure)
+    if found.layer or found.inputs is None or found.bound is None:
+        return none, "features of a released model are not computed again."
+    candidates = view.knowledge.get("candidates")
+    if candidates is not None and _among(found.inputs, candidates):
+        return _members(view, found, sure)
+    if "known_inputs" in view.knowledge and found.labels is not None:
+        return _stationary(view, found, sure)
+    return none, "nothing that was claimed of a released model can be computed again with what is known."
+
+
+def _among(inputs: Tensor, candidates: Tensor) -> bool:
+    flat, asked = inputs.double().flatten(1), candidates.to(inputs.device).double().flatten(1)
+    return flat.shape[1] == asked.shape[1] and bool((flat[:, None] == asked[None]).all(2).any(1).all())
+
+
+def _members(view: View, found: Reconstruction, sure: Tensor) -> tuple[Tensor, str]:
+    """Whether candidates are combinations of the change's rows, where a direction at random is none."""
+    span = trained_span(view)
+    if found.inputs is None or found.bound is None or not span.exact:
+        return torch.zeros_like(sure), "without the starting weights a span is a guess."
+    z = torch.nn.functional.normalize(span.entering(found.inputs.to(span.rows.device)), dim=1)
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.randn(8, z.shape[1], generator=rng, dtype=torch.float64).to(z)
+    both = torch.cat([z, torch.nn.functional.normalize(drawn, dim=1)])
+    spanned = torch.linalg.qr(span.change.T @ span.change @ span.rows.T).Q  # the leading rows, by one power step
+    left = (both - (both @ spanned) @ spanned.T).norm(dim=1)
+    inside, outside = left[: len(z)], float(left[len(z) :].min())
+    if outside < LEAST_OUTSIDE:
+        return torch.zeros_like(
+            sure
+        ), f"a direction at random is {outside:.1e} outside of the span, which tells nothing."
+    kept = inside.to(sure.device) <= found.bound.to(sure.device) + span.tolerance
+    words = f"claimed inputs are at most {float(inside.max()):.1e} outside of the span of what was trained on"
+    return kept, f"{words}, others {outside:.2f}."
+
+
+def _stationary(view: View, found: Reconstruction, sure: Tensor) -> tuple[Tensor, str]:
+    """Whether the objective is stationary with the claimed example in it, to the rounding of its sums."""
+    none = torch.zeros_like(sure)
+    if len(found) != 1 or found.inputs is None or found.labels is None or found.bound is None:
+        return none, "an informed adversary's claim is one example with its label."
+    try:
+        left = remainder(view)
+    except NotApplicable as why:
+        return none, str(why)
+    own = own_gradient(view, found.inputs, found.labels)
+    rng = torch.Generator().manual_seed(0)
+    way = torch.randn(found.inputs.shape, generator=rng, dtype=torch.float64).to(found.inputs)
+    far = float(found.bound[0]) * found.inputs.double().norm()
+    moved = own_gradient(view, found.inputs + (far * way / way.norm()).to(found.inputs), found.labels)
+    gap = torch.stack([(own[name] - g).square().sum() for name, g in left.gradient.items()]).sum().sqrt()
+    shown = torch.stack([(own[name] - moved[name]).square().sum() for name in own]).sum().sqrt()
+    rounding = ROUNDINGS * sum(left.off[name] ** 2 * g.numel() for name, g in left.gradient.items()) ** 0.5
+    relative = float(gap) / max(left.norm(), 1e-300)
+    if relative > LARGEST_LEFT or float(gap) > max(rounding, float(shown)):
+        return (
+            none,
+            f"with the claimed example the objective is not stationary: {relative:.1e} of its gradient is left.",
+        )
+    words = f"with the claimed example the objective is stationary again, to {relative:.1e} of that example's gradient."
+    return sure, words
