@@ -1,6 +1,7 @@
 """Attacks on released models: weight-span and informed-adversary, what they prove and what they refuse."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import unbatch
 from unbatch import Attack, Case, NotApplicable, Observation, Truth, observe
 from unbatch.inversion.claims import judged
+from unbatch.inversion.reconstructor import shadow_models
 from unbatch.inversion.view import View
 
 SPAN = "trained:batch=4,outsiders=12,threat=start,width=24,steps=60,method=sgd,start=1"
@@ -126,3 +128,27 @@ def test_an_audit_of_a_release_counts_members_and_says_who_could() -> None:
     said = {verdict.name: verdict.value for verdict in record.verdicts}
     assert said["membership AUC"] == 1.0
     assert said["members' distance"] < 1e-8 < said["strangers' distance"]
+
+
+SHADOWS = "trained:threat=informed,known=9,public=90,width=3,activation=elu,biases=all,start=1,method=sgd,steps=5"
+
+
+def test_shadow_models_train_as_the_client_does_and_are_kept(tmp_path: Path) -> None:
+    seen, truth = release(f"{SHADOWS},momentum=0.9,weight_decay=0.01")
+    own = torch.cat([p.detach().flatten() for p in seen.model.parameters()])
+    weights = shadow_models(View.of(seen), truth.inputs, truth.labels, tmp_path)
+    assert torch.allclose(weights[0], own, atol=1e-12)
+    (kept,) = tmp_path.iterdir()
+    before = kept.stat().st_mtime_ns
+    assert torch.equal(shadow_models(View.of(seen), truth.inputs, truth.labels, tmp_path), weights)
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_the_reconstructor_is_a_guess_with_its_chance_beside() -> None:
+    seen, _ = release(SHADOWS)
+    found = unbatch.attacks.InformedAdversary(shadows=90, hidden=8, epochs=2)(seen)
+    assert found.inputs.shape == (1, 1, 8, 8)
+    assert not bool(found.bound.isfinite())
+    assert {"held-out loss", "chance loss", "closed form"} <= set(found.trace)
+    with pytest.raises(NotApplicable, match="must be known, to train shadow models"):
+        unbatch.attacks.InformedAdversary(shadows=90)(seen.only(*(set(seen.knowledge) - {"public"})))

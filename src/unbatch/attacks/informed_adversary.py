@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, ClassVar, final
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
+from unbatch.inversion.reconstructor import learned
 from unbatch.inversion.stationarity import ROUNDINGS, Remainder, own_gradient, remainder
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS
@@ -25,10 +29,15 @@ class InformedAdversary(Attack):
     """Computes the one training example that is not known from a model that was trained to a stationary point.
 
     At a stationary point of the mean loss + weight_decay / 2 |theta|^2 over n examples, the gradients of n - 1 known ones
-    leave the unknown one's: g = -sum_known g_i - n weight_decay theta. In a dense layer with a bias g is r (x, 1)^T, so that
-    x = sum_j r_j g_j / |r|^2, exactly; for a generalised linear model that is all, and a deep one needs no more where its
-    inputs enter such a layer. The label is the one with which the example's whole gradient is g. What is left of g
+    leave the unknown one's: g = -sum_known g_i - n weight_decay theta. In a dense layer with a bias g is r (x, 1)^T, so
+    that x = sum_j r_j g_j / |r|^2, exactly. For a generalised linear model that is all, and a deep one needs no more where
+    its inputs enter such a layer. The label is the one with which the example's whole gradient is g. What is left of g
     bounds the error: |E| (1 + |x|) / |r|, E the layer's remainder beside r (x, 1)^T and its rounding.
+
+    With `shadows` a network is asked where the closed form does not hold, which is a guess and claims nothing: it learns
+    the example from the weights of that many models, each trained by the same recipe from the same start on the known
+    examples and one of the public ones (the paper's reconstructor). They are kept in the folder `keep`, and a run goes on
+    from there.
 
     A training that stopped early leaves a gradient that is no example's, which the second singular value shows.
 
@@ -46,14 +55,29 @@ class InformedAdversary(Attack):
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     paper: ClassVar[str] = "Balle, Cherubin and Hayes, Reconstructing Training Data with Informed Adversaries, S&P 2022"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "known_inputs", "known_labels", "recipe"})
-    uses: ClassVar[frozenset[str]] = frozenset({"batch_size"}) | DOMAIN_FIELDS
+    uses: ClassVar[frozenset[str]] = frozenset({"batch_size", "initial", "public", "public_labels"}) | DOMAIN_FIELDS
     demo: ClassVar[Demo] = Demo(
         case="trained:known=9,threat=informed,task=classes,depth=0,start=1,weight_decay=0.1", floors={"psnr": 200.0}
     )
     cost: ClassVar[Cost] = Cost.READS
     threat_model: ClassVar[str] = ThreatModel.INFORMED
 
+    shadows: Annotated[int, Field(ge=0, description="models that a network learns from; 0: the closed form alone")] = 0
+    hidden: Annotated[int, Field(gt=0, description="units of each of the network's two layers")] = 1000
+    epochs: Annotated[int, Field(gt=0, description="of the network's training")] = 200
+    keep: Annotated[str | None, Field(description="folder for shadow models, from which a run goes on")] = None
+
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        try:
+            return self._closed(view)
+        except NotApplicable as why:
+            if not self.shadows:
+                raise
+            found = learned(view, rng, self.shadows, self.hidden, self.epochs, Path(self.keep) if self.keep else None)
+            return replace(found, trace={**found.trace, "closed form": str(why)})
+
+    def _closed(self, view: View) -> Reconstruction:
+        """The example by the closed form. Raises NotApplicable: it does not hold."""
         if view.knowledge.get("batch_size", 1) != 1:
             raise NotApplicable(f"{view.knowledge.batch_size} examples are unknown, and this is for one.")
         left = remainder(view)

@@ -405,7 +405,7 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="adaptive, bounds, claims, defences, descend, inspect, layers, matching, metric, tensor, unmix or vit"
+            help="adaptive, bounds, claims, defences, descend, inspect, layers, matching, metric, tensor, unmix, vit, weights"
         ),
     ],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,

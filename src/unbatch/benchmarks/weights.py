@@ -1,0 +1,261 @@
+"""weights: what a released model gives away of its training, beside what others published.
+
+Each system has problems of its own (`WEIGHT_PROBLEMS`) and one function that measures them (`MEASURES`): a further
+system is one more of each. *linear model*: every problem trains a generalised linear model to a stationary point for each
+of several held-out examples, and counts those that an informed adversary recovers to 1e-10. *noise*: one step of
+differentially private descent at each noise multiplier, the same adversary's error beside the bound of
+`dp-reconstruction`. *span*: members against ten times as many strangers by the distance from the span of the first layer's
+change. *reconstructor*: the published network trained on shadow models, in miniature.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from unbatch.attack import Attack
+from unbatch.auditing.client import observe
+from unbatch.benchmarks import clock, resumed
+from unbatch.case import Case
+from unbatch.errors import NotApplicable
+from unbatch.inversion.trained_span import trained_span
+from unbatch.inversion.view import View
+from unbatch.numerics.bounds.prior import GaussianPrior
+from unbatch.numerics.bounds.rate_distortion import distortion
+from unbatch.numerics.bounds.subsampled_gaussian import information
+from unbatch.observation import Observation
+from unbatch.truth import Truth
+
+Row = dict[str, Any]
+EXACT_ERROR = 1e-10
+MULTIPLIERS = (0.01, 0.1, 1.0, 10.0)  # of the noise, in units of the clipping norm
+DRAWS = 20
+CLIP = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsProblem:
+    """One row: a client of the case `trained`, and what is asked of it.
+
+    >>> WeightsProblem(system="span", case="trained:batch=10", name="digits").name
+    'digits'
+    """
+
+    system: str
+    name: str
+    case: str = ""
+    published: str = ""
+    options: dict[str, float] = field(default_factory=dict)
+
+
+GLM = "threat=informed,depth=0,start=1,weight_decay=0.01"
+BALLE = "exact for every generalised linear model (Balle et al., S&P 2022)"
+SPANS = "threat=start,outsiders=100,width=200,steps=500"
+WEIGHT_PROBLEMS: tuple[WeightsProblem, ...] = (
+    WeightsProblem(
+        system="linear model",
+        name="digits, odd or even, 49 known",
+        case=f"trained:{GLM},known=49",
+        published=BALLE,
+        options={"tries": 10},
+    ),
+    WeightsProblem(
+        system="linear model",
+        name="digits, ten classes, 49 known",
+        case=f"trained:{GLM},known=49,task=classes",
+        published=BALLE,
+        options={"tries": 2},
+    ),
+    WeightsProblem(
+        system="linear model",
+        name="MNIST, odd or even, 49 known",
+        case=f"trained:{GLM},known=49,data=mnist",
+        published=BALLE,
+        options={"tries": 3},
+    ),
+    WeightsProblem(
+        system="noise",
+        name="digits, odd or even, 49 known, one private step",
+        case=f"trained:{GLM},known=49",
+        published="no attacker below the bound",
+    ),
+    WeightsProblem(
+        system="reconstructor",
+        name="digits, 64-10-10 ELU, 100 known, 100 steps of SGD, 1,000 shadow models",
+        case=(
+            "trained:threat=informed,known=100,public=1500,task=classes,width=10,activation=elu,biases=all,start=1,"
+            "method=sgd,steps=100,momentum=0.9,double=false"
+        ),
+        published="loss .0583 on MNIST with 10,000 shadow models of 784-10-10 (released code of Balle et al.)",
+        options={"shadows": 1000, "hidden": 300, "epochs": 60},
+    ),
+    WeightsProblem(system="span", name="digits, 10 trained on, margin", case=f"trained:batch=10,{SPANS}"),
+    WeightsProblem(
+        system="span",
+        name="digits, 20 trained on, SGD with momentum and weight decay",
+        case=f"trained:batch=20,{SPANS},method=sgd,momentum=0.9,weight_decay=0.01,start=1,task=classes",
+    ),
+    WeightsProblem(
+        system="span",
+        name="MNIST, 10 trained on, margin, mean taken off",
+        case=f"trained:batch=10,{SPANS},data=mnist,centred=true",
+    ),
+    WeightsProblem(
+        system="span", name="CIFAR-10, 10 trained on, SGD", case=f"trained:batch=10,{SPANS},data=cifar10,method=sgd"
+    ),
+)
+
+
+def run(
+    data: Path | None = None,
+    seconds: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+    out: Path | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> list[Row]:
+    """One row a problem, saved in `out` as they come; a run that was cut short goes on where it stopped.
+
+    `data` is a folder with mnist_test500.npz and cifar10_test600.npz; without it the rows of MNIST and CIFAR-10 are left
+    out. `seconds` is not used: everything ends by itself. `wanted` says by name which problems.
+    """
+    todo = [p for p in WEIGHT_PROBLEMS if wanted(p.name) and (data is not None or "data=" not in p.case)]
+    how: dict[str, Any] = {"seed": seed, "device": device, "data": data is not None}
+    measure = partial(_measured_weights, data=data, seed=seed)
+    return resumed("weights", todo, measure, out, whole=len(todo) == len(WEIGHT_PROBLEMS), **how)
+
+
+def table(rows: list[Row]) -> Table:
+    """What was measured beside what was published."""
+    shown = Table(title="what trained weights give away")
+    for column in ("system", "problem", "measured", "published", "seconds"):
+        shown.add_column(column, justify="right" if column == "seconds" else "left")
+    for row in rows:
+        shown.add_row(row["system"], row["network"], row["words"], row["published"], f"{row['seconds']:.0f}")
+    return shown
+
+
+def _measured_weights(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
+    begun = clock()
+    found = MEASURES[problem.system](problem, data, seed)
+    row = {
+        "system": problem.system,
+        "network": problem.name,
+        "settings": asdict(problem),
+        "published": problem.published,
+    }
+    return row | found | {"seconds": clock() - begun}
+
+
+def _released(problem: WeightsProblem, data: Path | None, seed: int) -> tuple[Observation, Truth]:
+    """The release of a problem's client, with what its attacker knows."""
+    files = f",files={data}" if "data=" in problem.case else ""
+    client = Case.parse(f"{problem.case}{files},seed={seed}").setting()
+    known = client.domain.public() | client.knowledge
+    return observe(client.model, client.loss, client.inputs, client.labels, knowledge=known, training=client.training)
+
+
+def _linear_models(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
+    """How many held-out examples come back exactly, and the worst error and bound."""
+    errors, bounds = list[float](), list[float]()
+    tries = int(problem.options["tries"])
+    for k in range(tries):
+        seen, truth = _released(problem, data, seed + k)
+        try:
+            found = Attack.parse("informed-adversary")(seen, seed=seed)
+        except NotApplicable:
+            errors.append(math.inf)
+            continue
+        if found.inputs is not None and found.bound is not None:
+            errors.append(float((found.inputs - truth.inputs).norm() / truth.inputs.norm()))
+            bounds.append(float(found.bound[0]))
+    exact = sum(error <= EXACT_ERROR for error in errors)
+    false = sum(error > bound for error, bound in zip(errors, bounds, strict=False)) if len(bounds) == tries else None
+    words = f"{exact} of {tries} exact; worst error {max(errors):.1e}, certified to {max(bounds, default=math.inf):.1e}"
+    return {"words": words, "errors": errors, "bounds": bounds, "false": false}
+
+
+def _noise(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
+    """Root mean square error of the adversary's ratio after one private step, beside the bound for every attacker."""
+    client = Case.parse(f"{problem.case},seed={seed}").setting()
+    model, loss, true = client.model, client.loss, client.inputs
+    loss_of = loss(model(true), client.labels)
+    names = ("head.weight", "head.bias")
+    weight, bias = torch.autograd.grad(loss_of, [model.get_parameter(name) for name in names])
+    own = torch.cat([weight, bias[:, None]], 1)
+    own = own * min(1.0, CLIP / float(own.norm()))
+    rng, prior = torch.Generator().manual_seed(seed), GaussianPrior(tuple(true.shape[1:]))
+    curve = []
+    for z in MULTIPLIERS:
+        squares = list[float]()
+        for _ in range(DRAWS):
+            noisy = own + z * CLIP * torch.randn(own.shape, generator=rng, dtype=own.dtype)
+            guess = _guess(noisy).view_as(true)
+            squares.append(float((guess - true).square().mean()))
+        bound = math.sqrt(distortion(prior.variances, information(z, 1.0, 1)) / prior.d)
+        curve.append({"noise multiplier": z, "error": math.sqrt(statistics.mean(squares)), "bound": bound})
+    below = sum(point["error"] < point["bound"] for point in curve)
+    words = "; ".join(f"z={p['noise multiplier']:g}: {p['error']:.3f} (bound {p['bound']:.3f})" for p in curve)
+    return {"words": words, "curve": curve, "below the bound": below}
+
+
+def _guess(noisy: Tensor) -> Tensor:
+    """The adversary's picture of a noisy gradient r (x, 1)^T [k, d + 1]: the ratio, within the range of pictures."""
+    r = noisy[:, -1]
+    ratio: Tensor = (r @ noisy[:, :-1] / r.square().sum()).clamp(0, 1)
+    return ratio
+
+
+def _spans(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
+    """Members against strangers by their distance from the span, and what the attack claims."""
+    seen, truth = _released(problem, data, seed)
+    span = trained_span(View.of(seen))
+    asked = seen.knowledge.candidates
+    inside = (asked.flatten(1)[:, None] == truth.inputs.flatten(1)[None]).all(2).any(1)
+    away = span.distances(asked)
+    auc = float((away[inside][:, None] < away[~inside][None]).double().mean())
+    found = Attack.parse("weight-span")(seen, seed=seed)
+    right = 0
+    if found.inputs is not None and found.bound is not None:
+        sure = found.inputs[found.bound.isfinite()]
+        right = int((sure.flatten(1)[:, None] == truth.inputs.flatten(1)[None]).all(2).any(1).sum())
+    claimed = 0 if found.bound is None else int(found.bound.isfinite().sum())
+    least = float(away[~inside].min())
+    words = (
+        f"AUC {auc:.3f}; members within {float(away[inside].max()):.0e}, others beyond {least:.2f}; {claimed} claimed, "
+        f"{right} right of {len(truth)}"
+    )
+    facts = {"auc": auc, "members": float(away[inside].max()), "others": least, "claimed": claimed, "right": right}
+    return {"words": words, **facts, "tolerance": span.tolerance}
+
+
+def _reconstructor(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
+    """The error of the reconstructor's picture of the private example, and of held-out ones, beside the mean picture's."""
+    seen, truth = _released(problem, data, seed)
+    options = {name: int(value) for name, value in problem.options.items()}
+    found = Attack.find("informed-adversary").model_validate(options)(seen, seed=seed)
+    if found.inputs is None:
+        return {"words": "nothing was found"}
+    told, off = found.trace, found.inputs - truth.inputs
+    words = (
+        f"held-out loss {told['held-out loss']:.4f} (the mean picture's {told['chance loss']:.4f}); the private example's "
+        f"{float(off.abs().mean() + off.square().mean()):.4f}"
+    )
+    return {"words": words, "held-out loss": told["held-out loss"], "chance loss": told["chance loss"]}
+
+
+MEASURES: dict[str, Callable[[WeightsProblem, Path | None, int], Row]] = {
+    "linear model": _linear_models,
+    "noise": _noise,
+    "span": _spans,
+    "reconstructor": _reconstructor,
+}
