@@ -405,7 +405,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="adaptive, bounds, claims, defences, descend, inspect, layers, matching, metric, tensor, unmix, vit, weights"
+            help="adaptive, bounds, claims, defences, descend, inspect, layers, matching, metric, tensor, unmix, vit or "
+            "weights"
         ),
     ],
     data: Annotated[Path | None, typer.Option(help="A folder with real data sets; default: bundled pictures.")] = None,
