@@ -14,6 +14,7 @@ import unbatch
 from unbatch import Knowledge, Observation, Reconstruction
 from unbatch.errors import NotApplicable
 from unbatch.inversion.claims import judged
+from unbatch.inversion.tokens.bag import bag_read
 from unbatch.inversion.tokens.fronts import TokenReader
 from unbatch.inversion.tokens.pairs import token_pairs
 from unbatch.inversion.tokens.prefixes import sentences_grown
@@ -193,6 +194,43 @@ def test_adapters_give_sentences_away_at_their_start_and_later(started: bool, wh
         p.requires_grad_("down" in name or "up" in name or "head" in name)
     seen, _ = unbatch.observe(obs.model, F.cross_entropy, x, y, knowledge=told())
     assert not any("tokens" in name for name in seen.update)
+    found = read(seen)
+    assert rows(found.inputs, found.labels) == rows(x, y)  # type: ignore[arg-type]
+    assert bool(found.bound.isfinite().all()), found.trace  # type: ignore[union-attr]
+
+
+def adapted(*which: str, kind: torch.dtype, started: bool) -> Any:
+    """An exchange whose model is frozen but for its head and adapters of rank 40 at these projections."""
+    obs, x, y = batch_sent(kind=kind)
+    for block in obs.model.blocks:  # type: ignore[union-attr]
+        for name in which:
+            setattr(block.attention, name, Adapted(getattr(block.attention, name), 40, started=started))
+    obs.model.to(kind).requires_grad_(False)
+    for name, p in obs.model.named_parameters():
+        p.requires_grad_("down" in name or "up" in name or "head" in name)
+    return obs.model, x, y
+
+
+@pytest.mark.parametrize(("which", "hears"), [("query", False), ("value", True)])
+def test_a_bag_is_not_called_whole_where_an_adapter_does_not_hear_from_first_positions(which: str, hears: bool) -> None:
+    model, x, y = adapted(which, kind=torch.float64, started=True)
+    seen, _ = unbatch.observe(model, F.cross_entropy, x, y, knowledge=told())
+    found, true = bag_read(View.of(seen)), set(x.flatten().tolist()) - {0}
+    assert (found.exact, set(found.tokens.tolist()) == true) == (hears, hears)
+    assert set(found.tokens.tolist()) <= true
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [("value",), ("query", "value")])
+def test_adapters_give_sentences_away_after_training(which: tuple[str, ...]) -> None:
+    model, x, y = adapted(*which, kind=torch.float32, started=False)
+    adam, r = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3), rng(7)
+    for _ in range(100):
+        inputs = torch.randint(1, VOCABULARY, (16, LENGTH), generator=r)
+        adam.zero_grad()
+        F.cross_entropy(model(inputs), inputs[:, 0] % 3).backward()
+        adam.step()
+    seen, _ = unbatch.observe(model, F.cross_entropy, x, y, knowledge=told())
     found = read(seen)
     assert rows(found.inputs, found.labels) == rows(x, y)  # type: ignore[arg-type]
     assert bool(found.bound.isfinite().all()), found.trace  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ from unbatch.inversion.tokens.pairs import token_pairs
 from unbatch.inversion.tokens.reading import sentences_read
 from unbatch.inversion.view import View
 from unbatch.models.transformer import build_transformer
+from unbatch.protocol import Protocol
 
 LENGTH, VOCABULARY = 8, 60
 
@@ -71,6 +72,20 @@ def test_sentences_come_back_proven_from_coarse_gradients(how: str | float, more
     found = read(obs)
     assert rows(found.inputs, found.labels) == rows(x, y)
     assert bool(found.bound.isfinite().all()), found.trace  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("local_batch_size", [None, 1])
+def test_sentences_come_back_from_a_difference_of_parameters_after_local_steps(local_batch_size: int | None) -> None:
+    r = rng()
+    model = build_transformer("gpt", LENGTH, VOCABULARY, 3, depth=1, width=64, heads=4, rng=r)
+    x, y = torch.randint(1, VOCABULARY, (2, LENGTH), generator=r), torch.randint(3, (2,), generator=r)
+    steps = Protocol(local_steps=4, learning_rate=1e-3, local_batch_size=local_batch_size)
+    told = Knowledge(padding=0, input_range=(0, VOCABULARY - 1))
+    obs, _ = unbatch.observe(model, F.cross_entropy, x, y, knowledge=told, protocol=steps)
+    found = read(obs)
+    assert rows(found.inputs, found.labels) == rows(x, y)
+    assert bool(found.bound.isfinite().all()), found.trace  # type: ignore[union-attr]
+    assert not found.trace["bag exact"]
 
 
 @pytest.mark.parametrize("how", ["bfloat16", 1e-5])

@@ -57,6 +57,8 @@ def _tokens(found: Bag) -> Verdict:
     fit = "if nothing altered it, the batch is made of no others, but single ones of them may be missing in it."
     if found.pairs is not None and found.pairs.front.coarse and not found.rows:
         fit = "noise or half precision may hide what little depends on, so that the batch may have others as well."
+    elif found.pairs is not None and not found.pairs.sees_all and not found.rows:
+        fit = "the layer does not hear from every position, so that the batch may have others there."
     return Verdict(
         name=TOKENS_PROVEN if found.exact else "tokens that fit",
         value=float(len(found.tokens)),

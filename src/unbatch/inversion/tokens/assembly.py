@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +18,11 @@ from unbatch.observation import Observation
 from unbatch.protocol import Update
 
 WHOLE_TO = 0.1  # an occurrence that near to a whole number is one
+WHOLE_TO_AFTER_STEPS = 0.4  # the same where the network moves under the client, whose steps are then run again
 MOST_LABELS = 64  # that one sentence can have, each tried
 MOST_SIMULATED = 2048  # updates of one sentence with one label
 MOST_SUMMED = 2**18  # numbers of them that are compared
+MOST_ORDERED = 4  # examples of a batch whose orders are tried
 MOST_BATCH = 1024  # examples of a batch whose size is not known
 ALIKE_TO = 1e-10  # relative, between outputs that are the same
 WEIGHT_TO = 1e-6  # of a label's weight in the loss, from which on it is another than the first one's
@@ -65,16 +68,29 @@ def assembled(reader: TokenReader, sentences: Tensor) -> Batch:
     slopes = _slopes(reader.view.loss, outputs, labels)  # [m, l, k]
     told = _by_head(reader, run.products, outputs, slopes)
     shares = told if told is not None else _by_updates(reader.view.obs, sentences, labels)
+    if reader.view.steps > 1:
+        shares = -shares  # a difference of parameters goes down the gradient
     power, weights = _reduction(reader.view.loss, outputs, labels)
     n = reader.view.knowledge.get("batch_size")
     counts = _counts(shares, slopes, power, n) if bool((weights == 1).all()) else None
     if counts is not None:
         return _batch_of(counts, sentences, labels)
-    counts = _counts_in_proportion(shares, slopes, weights, n)
+    whole_to = WHOLE_TO_AFTER_STEPS if reader.view.steps > 1 else WHOLE_TO
+    counts = _counts_in_proportion(shares, slopes, weights, n, whole_to)
     found = _batch_of(counts, sentences, labels) if counts is not None else None
     if found is None or reader.view.obs.fit(found.inputs, found.labels)[1] > EXPLAINED_TO:
         raise NotApplicable("the sentences that were found do not add up to the gradient, so that some are missing.")
     return found
+
+
+def in_order(obs: Observation, batch: Batch) -> Batch:
+    """The batch in the order in which local steps on parts of it explain the update best, where orders are few."""
+    n, protocol = len(batch.inputs), obs.protocol
+    if protocol.steps(n) < 2 or (protocol.local_batch_size or n) >= n or n > MOST_ORDERED:
+        return batch
+    orders = [list(order) for order in itertools.permutations(range(n))]
+    best = min(orders, key=lambda order: obs.fit(batch.inputs[order], batch.labels[order])[1])
+    return Batch(batch.inputs[best], batch.labels[best])
 
 
 def _batch_of(counts: Tensor, sentences: Tensor, labels: Sequence[Tensor]) -> Batch:
@@ -186,7 +202,9 @@ def _counts(shares: Tensor, slopes: Tensor, power: float, n: int | None) -> Tens
     return None
 
 
-def _counts_in_proportion(shares: Tensor, slopes: Tensor, weights: Tensor, n: int | None) -> Tensor | None:
+def _counts_in_proportion(
+    shares: Tensor, slopes: Tensor, weights: Tensor, n: int | None, whole_to: float
+) -> Tensor | None:
     """The same in a batch of n by the proportion of the shares alone, under labels' weights [l]; None: none is whole."""
     least = _least(shares, slopes)
     if n is None or least is None or not float((least / weights).sum()) > 0:
@@ -194,7 +212,7 @@ def _counts_in_proportion(shares: Tensor, slopes: Tensor, weights: Tensor, n: in
     counts = least / weights
     counts = counts * (n / counts.sum())
     near = counts.round()
-    whole = bool(((counts - near).abs() < WHOLE_TO).all()) and int(near.sum()) == n
+    whole = bool(((counts - near).abs() < whole_to).all()) and int(near.sum()) == n
     return near.long() if whole else None
 
 

@@ -44,7 +44,7 @@ def bag_read(view: View) -> Bag:
         return Bag(used, sure and not tiny, pairs, reader.embedding)
     if pairs is None:
         raise NotApplicable(why)
-    return Bag(torch.sort(pairs.tokens.cpu()).values, pairs.lawful and sure, pairs, "")
+    return Bag(torch.sort(pairs.tokens.cpu()).values, pairs.complete and sure, pairs, "")
 
 
 def _looked_up(reader: TokenReader) -> Tensor | None:

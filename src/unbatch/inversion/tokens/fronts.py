@@ -7,6 +7,7 @@ of them is found by changing one token and looking where the layer's inputs chan
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.view import View
-from unbatch.network.precision import in_double
+from unbatch.network.dense import in_mode
+from unbatch.network.precision import in_double, outputs_of
 from unbatch.network.products import Product, multiplied
 from unbatch.numerics.dictionary.membership import CUT, ROW_ROUNDINGS, RowSpace, half_rounding, row_space
 from unbatch.protocol import Update
 
 Reach = Literal["token", "prefix", "sentence"]
 COMPUTED_IN = (torch.float32, torch.float64)  # coarser types round once what was computed in these
+OF_SUMS = 4.0  # roundings of a tensor's entries that its own tolerance allows for
 SAME_TO = 1e-10  # relative, in float64: below it nothing has reached a vector
 MOST_NUMBERS = 2**22  # of the vectors of one run of a front
 SCREENS = 16  # directions outside of a span by which most candidates are sorted out
@@ -44,7 +47,9 @@ class Front:
     update: Update = field(repr=False)
     eps: float  # relative error of the update's entries as they were computed
     own: float  # relative error of the vectors themselves
-    noise: float  # standard deviation of each entry of the update, where noise was added
+    noise: tuple[
+        float, ...
+    ]  # standard deviation of each entry, by product: what was added, and what a difference rounds
 
     @property
     def gradient(self) -> Tensor:
@@ -63,7 +68,8 @@ class Front:
     @property
     def coarse(self) -> bool:
         """Whether noise, or being sent in half precision, is more than the rounding of what was computed."""
-        return self.noise > 0 or any(torch.finfo(self.update[p.weight].dtype).eps > self.eps for p in self.products)
+        kinds = (self.update[p.weight].dtype for p in self.products)
+        return any(self.noise) or any(torch.finfo(kind).eps > self.eps for kind in kinds)
 
     @property
     def _drawn(self) -> Tensor | None:
@@ -71,10 +77,10 @@ class Front:
         if not self.coarse:
             return None
         kinds, found = [self.update[p.weight].dtype for p in self.products], list[Tensor]()
-        for g, kind in zip(self._each, kinds, strict=True):
+        for g, kind, noise in zip(self._each, kinds, self.noise, strict=True):
             if bool(g.any()):
                 rounding = half_rounding(g, kind) if torch.finfo(kind).eps > self.eps else torch.zeros_like(g)
-                found.append((rounding.square() + self.noise**2).sqrt() / g.norm())
+                found.append((rounding.square() + noise**2).sqrt() / g.norm())
         return torch.cat(found)
 
     @property
@@ -179,6 +185,24 @@ class TokenReader:
                 found[k + near] = space.offness(self.rows(front, some[near])[:, position])
         return found
 
+    def sees_all(self, front: Front) -> bool:
+        """Whether outputs that depend on every position send something back to a front's layers from each of them.
+
+        Queries, for one, hear nothing from a first position that attends to itself alone. One random sentence tells: the
+        vectors of all its positions have to lie in the span of the layers' gradient under a random slope at the outputs.
+        """
+        rng = torch.Generator().manual_seed(0)
+        sentence = self.draw(1, rng)
+        held = {p.weight: self.model.get_parameter(p.weight).detach().requires_grad_() for p in front.products}
+        with torch.enable_grad(), in_mode(self.model, self.mode):
+            outputs = outputs_of(self.model, sentence, held, twice=True)
+            slope = torch.randn(outputs.shape, generator=rng, dtype=torch.float64).to(outputs)
+            sent = torch.autograd.grad((outputs * slope).sum(), list(held.values()), materialize_grads=True)
+        each = [p.gradient(dict(zip(held, sent, strict=True))) for p in front.products]
+        stacked = torch.cat([g / g.norm() for g in each if bool(g.any())] or each)
+        space = row_space(stacked, eps=torch.finfo(torch.float64).eps)
+        return bool(space.members(self.rows(front, sentence)[0]).all())
+
     @cached_property
     def takes_short(self) -> bool:
         """Whether sentences cut short enter the layers as the beginnings of whole ones do, where nothing looks ahead."""
@@ -255,12 +279,45 @@ class TokenReader:
         positioned = not bool(_same(rows[-1], rows[-1, :1].expand_as(rows[-1])).all())
         layers = tuple(p.layer for p in sent)
         kept = tuple(replace(p, rows=p.rows[:0].clone()) for p in sent)
-        noise = float(self.view.knowledge.get("noise", 0.0))
+        noise = tuple(self._noise(p.weight) for p in sent)
         width, eps = rows.shape[2], self._eps
         if all(self.view.update[p.weight].dtype in COMPUTED_IN for p in sent):
             eps = max(eps, *(torch.finfo(self.view.update[p.weight].dtype).eps for p in sent))
-        own = ROW_ROUNDINGS * eps
+        own = ROW_ROUNDINGS * eps + self._drift(first, sentences)
         return Front(layers, reach, positioned, order, width, kept, self.view.update, eps, own, noise)
+
+    def _noise(self, name: str) -> float:
+        """The standard deviation of the errors of a tensor's entries by known noise and by parameters being rounded."""
+        u, w = self.view.update[name].double(), self.view.model.get_parameter(name).detach()
+        rounded = float(self.view.obs.grain.get(name, 0.0))
+        if self.view.steps > 1:
+            rounded = float(half_rounding(w, w.dtype).square().mean()) ** 0.5 * self.view.steps**0.5
+        if rounded <= OF_SUMS * torch.finfo(w.dtype).eps * float(u.square().mean()) ** 0.5:
+            rounded = 0.0
+        return math.hypot(float(self.view.knowledge.get("noise", 0.0)), rounded)
+
+    def _drift(self, product: Product, sentences: Tensor) -> float:
+        """How far, relative, the vectors that enter a layer move within the client's local steps; 0 of a gradient.
+
+        The server knows the parameters before and after them: vectors between are nearer than their ends, to first order.
+        """
+        if self.moved is None:
+            return 0.0
+        after = multiplied(self.moved, sentences, self.mode, wanted=[product.layer]).products[0].rows
+        off = (after - product.rows).norm(dim=1) / product.rows.norm(dim=1).clamp_min(1e-300)
+        return float(off.max()) if float(off.max()) > SAME_TO else 0.0
+
+    @cached_property
+    def moved(self) -> nn.Module | None:
+        """The network after the client's local steps; None where it took none, or one that is told as a gradient."""
+        if self.view.steps < 2:
+            return None
+        after = copy.deepcopy(self.model)
+        with torch.no_grad():
+            for name, p in after.named_parameters():
+                if name in self.view.update:
+                    p += self.view.update[name].to(p)
+        return after
 
     @cached_property
     def _eps(self) -> float:

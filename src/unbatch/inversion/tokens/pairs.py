@@ -25,6 +25,7 @@ class TokenPairs:
     front: Front
     nearest: float  # how far off the nearest one is that does not pass, in units of what rounding explains
     farthest: float  # and the farthest one that does
+    sees_all: bool  # whether the front hears from every position, and not from some alone
 
     @property
     def parts(self) -> Components:
@@ -44,6 +45,11 @@ class TokenPairs:
         proves nothing.
         """
         return not self.front.coarse and self.front.space.rank == self.expected_rank
+
+    @property
+    def complete(self) -> bool:
+        """Whether these tokens are all that the batch has: used, every one, and the layer hears from every position."""
+        return self.lawful and self.sees_all
 
     def proven(self) -> Tensor:
         """The (token, position) pairs [k, 2] that every batch with this span has."""
@@ -87,7 +93,7 @@ def token_pairs(reader: TokenReader) -> TokenPairs:
         )
     kept = passes.any(1)
     nearest = float(off[~passes].min()) if bool((~passes).any()) else torch.inf
-    return TokenPairs(words[kept], passes[kept], front, nearest, float(off[passes].max()))
+    return TokenPairs(words[kept], passes[kept], front, nearest, float(off[passes].max()), reader.sees_all(front))
 
 
 def _likely(reader: TokenReader) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import NotApplicable
-from unbatch.inversion.tokens.assembly import Batch, assembled
+from unbatch.inversion.tokens.assembly import Batch, assembled, in_order
 from unbatch.inversion.tokens.fronts import TokenReader
 from unbatch.inversion.tokens.last_tokens import last_tokens
 from unbatch.inversion.tokens.next_tokens import labelled, next_tokens
@@ -32,6 +32,10 @@ def sentences_read(view: View, rng: torch.Generator, *, partial: bool) -> Recons
     reader = TokenReader.of(view)
     pairs = token_pairs(reader)
     trace = _of_pairs(pairs)
+    if view.steps > 1:
+        trace["local steps"] = (
+            f"{view.steps}: the update is read as a mean of gradients, and proven by running the steps"
+        )
     leaves: Tensor | None = None
     try:
         if any(f.reach == "prefix" for f in reader.fronts):
@@ -47,6 +51,7 @@ def sentences_read(view: View, rng: torch.Generator, *, partial: bool) -> Recons
             open_bound = torch.full((len(leaves),), torch.inf)
             return Reconstruction(inputs=leaves, bound=open_bound, trace=trace | {"open": str(why)})
         raise NotApplicable(f"{_said(pairs)}, but not the sentences: {why}") from why
+    batch = in_order(view.obs, batch)
     return Reconstruction(
         inputs=batch.inputs, labels=batch.labels, bound=torch.zeros(len(batch.inputs), dtype=torch.float64), trace=trace
     )
@@ -75,7 +80,9 @@ def _said(pairs: TokenPairs) -> str:
     many = f"{len(pairs.tokens)} tokens"
     if pairs.front.coarse:
         return f"the first layers tell {many} that fit, beside which noise or half precision may hide others"
-    sure = "are exactly those of the batch" if pairs.lawful else "are all that the batch can have"
+    if not pairs.sees_all:
+        return f"the layer {pairs.front.name!r}, which does not hear from every position, tells {many}"
+    sure = "are exactly those of the batch" if pairs.complete else "are all that the batch can have"
     return f"the first layers tell that its {many} {sure}"
 
 
@@ -86,7 +93,7 @@ def _of_pairs(pairs: TokenPairs) -> dict[str, Any]:
         "rank": pairs.front.space.rank,
         "width": pairs.front.width,
         "tokens": sorted(pairs.tokens.tolist())[:SHOWN_TOKENS],
-        "bag exact": pairs.lawful,
+        "bag exact": pairs.complete,
         "pairs that fit": int(pairs.allowed.sum()) if pairs.front.positioned else len(pairs.tokens),
         "pairs proven": len(pairs.proven()),
         "nearest token that does not fit": pairs.nearest,
