@@ -316,7 +316,7 @@ class TokenReader:
         with torch.no_grad():
             for name, p in after.named_parameters():
                 if name in self.view.update:
-                    p += self.view.update[name].to(p)
+                    p.add_(self.view.update[name].to(p))
         return after
 
     @cached_property
