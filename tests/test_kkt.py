@@ -1,0 +1,103 @@
+"""kkt: training pictures out of a released model, chosen without the truth; and what the units do not tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unbatch.attacks.kkt import Kkt, hidden_units
+from unbatch.auditing.client import observe
+from unbatch.case import Case
+from unbatch.errors import NotApplicable
+from unbatch.inversion.view import View
+from unbatch.knowledge import Knowledge
+from unbatch.numerics.search.margin import determined, distinct, units
+from unbatch.observation import Observation
+
+
+def released(model: nn.Module, shape: tuple[int, ...] = (3,), n: int = 2) -> Observation:
+    known = Knowledge(input_shape=shape, batch_size=n)
+    return Observation(model=model, loss=nn.BCEWithLogitsLoss(), update={}, knowledge=known)
+
+
+def network(m: int = 8, d: int = 3, act: nn.Module | None = None, *, bias: bool = False, out: int = 1) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(d, m), act or nn.ReLU(), nn.Linear(m, out, bias=bias)).double()
+
+
+def stationary() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights, biases and outgoing weights of a network at a stationary margin, by hand, and its three examples.
+
+    Inputs at the corners of a triangle round the origin, of classes 1, 1 and 0; units fire on one, or on the first two.
+    """
+    x = torch.tensor([[2.0, 0.0], [-1.0, 1.75], [-1.0, -1.75]]).double()
+    c = torch.tensor([1.0, 1.0, -1.0]).double()
+    fires = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]]).double()
+    v = torch.tensor([1.0, 2.0, 1.5, 0.7, -1.0, -2.0]).double()
+    rows = v[:, None] * ((fires * c) @ torch.cat([x, torch.ones(3, 1).double()], 1))
+    assert torch.equal((x @ rows[:, :2].T + rows[:, 2] > 0).double().T, fires)
+    return rows[:, :2], rows[:, 2], v, x
+
+
+def test_units_of_one_direction_are_one_and_the_outputs_are_the_network_s() -> None:
+    weight, bias, v, x = stationary()
+    held = units(weight, bias, v)
+    assert len(held.rows) == 4
+    z = torch.cat([x, torch.ones(3, 1).double()], 1) @ held.basis.T
+    assert torch.allclose(held.outputs(z), (x @ weight.T + bias).clamp_min(0) @ v)
+    assert torch.allclose(held.inputs(z), x)
+
+
+def test_examples_on_which_the_same_units_fire_are_not_told_apart() -> None:
+    weight, bias, v, x = stationary()
+    held = units(weight, bias, v)
+    z = torch.cat([x, torch.ones(3, 1).double()], 1) @ held.basis.T
+    assert torch.allclose(determined(held, z), torch.ones(3).double())
+    twice = torch.cat([z, z[:1] + 0.01 * z[1:2]])
+    assert determined(held, twice)[[0, 3]].max() < 0.9
+    assert determined(held, twice)[2] > 0.99
+
+
+def test_the_strongest_points_come_first_and_copies_are_dropped() -> None:
+    z = torch.eye(3).double()[[0, 0, 1, 2]]
+    points, strengths = distinct(z, torch.tensor([1.0, 3.0, 2.0, 0.5]).double(), 2)
+    assert points.tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert strengths.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (network(out=3), "one logit"),
+        (network(bias=True), "without"),
+        (network(act=nn.Tanh()), "other than one layer"),
+    ],
+    ids=["classes", "bias", "tanh"],
+)
+def test_other_networks_are_refused_in_words(model: nn.Module, words: str) -> None:
+    with pytest.raises(NotApplicable, match=words):
+        hidden_units(View.of(released(model)))
+
+
+def test_an_update_is_no_release() -> None:
+    seen = released(network())
+    update = {name: torch.ones_like(p) for name, p in seen.model.named_parameters()}
+    with pytest.raises(NotApplicable, match="this is an update"):
+        Kkt()(replace(seen, update=update))
+
+
+def test_four_pictures_are_chosen_without_the_truth() -> None:
+    setting = Case.parse("trained:batch=4,width=100,steps=600,start=0.1,centred=true").setting()
+    seen, _ = observe(setting.model, setting.loss, setting.inputs, setting.labels, training=setting.training)
+    found = Kkt(starts=128, steps=200)(replace(seen, knowledge=seen.knowledge | Knowledge(input_range=(-1.0, 1.0))))
+    assert found.inputs is not None
+    true, guess = (
+        x.double().flatten(1) - x.double().flatten(1).mean(1, keepdim=True) for x in (setting.inputs, found.inputs)
+    )
+    alike = torch.nn.functional.normalize(guess) @ torch.nn.functional.normalize(true).T
+    assert int((alike.max(0).values > 0.9).sum()) >= 3
+    assert len(found.trace["determined"]) == len(found.inputs) <= 5
