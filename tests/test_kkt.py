@@ -14,7 +14,7 @@ from unbatch.case import Case
 from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
-from unbatch.numerics.search.margin import determined, distinct, units
+from unbatch.numerics.search.margin import strongest, told_apart, units
 from unbatch.observation import Observation
 
 
@@ -56,15 +56,15 @@ def test_examples_on_which_the_same_units_fire_are_not_told_apart() -> None:
     weight, bias, v, x = stationary()
     held = units(weight, bias, v)
     z = torch.cat([x, torch.ones(3, 1).double()], 1) @ held.basis.T
-    assert torch.allclose(determined(held, z), torch.ones(3).double())
+    assert torch.allclose(told_apart(held, z), torch.ones(3).double())
     twice = torch.cat([z, z[:1] + 0.01 * z[1:2]])
-    assert determined(held, twice)[[0, 3]].max() < 0.9
-    assert determined(held, twice)[2] > 0.99
+    assert told_apart(held, twice)[[0, 3]].max() < 0.9
+    assert told_apart(held, twice)[2] > 0.99
 
 
 def test_the_strongest_points_come_first_and_copies_are_dropped() -> None:
     z = torch.eye(3).double()[[0, 0, 1, 2]]
-    points, strengths = distinct(z, torch.tensor([1.0, 3.0, 2.0, 0.5]).double(), 2)
+    points, strengths = strongest(z, torch.tensor([1.0, 3.0, 2.0, 0.5]).double(), 2)
     assert points.tolist() == [[1, 0, 0], [0, 1, 0]]
     assert strengths.tolist() == [3, 2]
 

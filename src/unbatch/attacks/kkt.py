@@ -13,7 +13,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS
 from unbatch.network.dense import forward
-from unbatch.numerics.search.margin import Attempt, Units, Weights, determined, distinct, search, units
+from unbatch.numerics.search.margin import Attempt, Units, Weights, search, strongest, told_apart, units
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 from unbatch.threat_model import ThreatModel
@@ -33,8 +33,9 @@ class Kkt(Attack):
     far it is told apart (`determined`, 1 fully). Some more points than examples are returned, the strongest first.
     One logit; rectified units; a bias in the first layer and none behind it.
 
-    >>> Kkt.threat_model
-    <ThreatModel.RELEASE: 'holder of a released model'>
+    >>> import unbatch
+    >>> unbatch.attacks.Kkt.threat_model.sees
+    'release'
     """
 
     family: ClassVar[str] = "stationarity"
@@ -46,7 +47,7 @@ class Kkt(Attack):
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "batch_size"})
     uses: ClassVar[frozenset[str]] = DOMAIN_FIELDS
     demo: ClassVar[Demo] = Demo(
-        case="trained:batch=4,width=100,steps=600,start=0.1,centred=true", options="starts=64,steps=100"
+        case="trained:batch=4,width=50,steps=200,start=0.1,centred=true", options="starts=16,steps=40"
     )
     threat_model: ClassVar[str] = ThreatModel.RELEASE
 
@@ -75,7 +76,7 @@ class Kkt(Attack):
         if last is None:
             raise RuntimeError("a search ended without its start; this is a defect of unbatch.")
         best = int(last.losses.argmin())
-        points, strengths = distinct(last.points[best], last.strengths[best], round(self.spare * n))
+        points, strengths = strongest(last.points[best], last.strengths[best], round(self.spare * n))
         low, high = view.knowledge.get("input_range", (-torch.inf, torch.inf))
         return Reconstruction(
             inputs=held.inputs(points).clamp(low, high).reshape(len(points), *shape).cpu(),
@@ -84,7 +85,7 @@ class Kkt(Attack):
                 "span": len(held.basis),
                 "losses": last.losses.tolist(),
                 "margin off": float(last.margin_off[best]),
-                "determined": determined(held, points).tolist(),
+                "determined": told_apart(held, points).tolist(),
                 "strengths": strengths.tolist(),
             },
         )

@@ -235,13 +235,13 @@ def _starts(held: Units, count: int, rng: torch.Generator, starts: int) -> Tenso
     return drawn + 0.1 * z.norm(dim=1).median() / drawn.shape[-1] ** 0.5 * noise
 
 
-def distinct(points: Tensor, strengths: Tensor, count: int, *, same: float = 0.98) -> tuple[Tensor, Tensor]:
+def strongest(points: Tensor, strengths: Tensor, count: int, *, same: float = 0.98) -> tuple[Tensor, Tensor]:
     """At most `count` points [c, k] that are not the same as a stronger one, strongest first, and their strengths.
 
     Strength is c_i |z_i|, the length of what a point puts into the sums. Those with a cosine above `same` are one.
 
     >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0]])
-    >>> distinct(z, torch.tensor([2.0, 1.0, 3.0]), 2)
+    >>> strongest(z, torch.tensor([2.0, 1.0, 3.0]), 2)
     (tensor([[0., 1.],
             [1., 0.]]), tensor([3., 2.]))
     """
@@ -254,7 +254,7 @@ def distinct(points: Tensor, strengths: Tensor, count: int, *, same: float = 0.9
     return points[kept], size[kept]
 
 
-def determined(held: Units, points: Tensor) -> Tensor:
+def told_apart(held: Units, points: Tensor) -> Tensor:
     """How far each point is told apart by which units fire on it [c]: 1 fully, 0 where others always fire beside it.
 
     The diagonal of S^+ S, S [p, c] saying on which points a direction's units fire: below 1 some combination of points can
