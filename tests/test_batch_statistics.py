@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unbatch.attacks.gradient_matching import GradientMatching
 from unbatch.auditing.client import observe
 from unbatch.errors import NotApplicable
-from unbatch.inversion.batch_statistics import BatchStatistics, listening
+from unbatch.inversion.batch_statistics import BatchStatistics, heard_statistics
 from unbatch.inversion.matching import InversionTerms, UpdateMatching
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
@@ -47,7 +47,7 @@ def client(
 
 
 def misfit(seen: Observation, x: Tensor, y: Tensor) -> float:
-    with listening(seen.model) as heard:
+    with heard_statistics(seen.model) as heard:
         seen.simulate(x, y)
     return float(BatchStatistics.of(seen).misfit(heard).detach())
 

@@ -13,7 +13,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS
 from unbatch.network.dense import forward
-from unbatch.numerics.search.margin import Attempt, Units, Weights, search, strongest, told_apart, units
+from unbatch.numerics.search.margin import Attempt, MarginWeights, Units, search, strongest, told_apart, units
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 from unbatch.threat_model import ThreatModel
@@ -68,7 +68,7 @@ class Kkt(Attack):
             starts=self.starts,
             steps=self.steps,
             box=view.knowledge.get("input_range"),
-            weights=Weights(margin=self.margin, inside=self.inside),
+            weights=MarginWeights(margin=self.margin, inside=self.inside),
         )
         for step, last in enumerate(moves):
             if not tick(step / self.steps, float(last.losses.min())):

@@ -16,7 +16,7 @@ from unbatch.network.batch_norm import BatchNormLayer, SentStatistics, sent_stat
 from unbatch.network.dense import forward
 from unbatch.observation import Observation
 
-Heard = Mapping[str, list[tuple[Tensor, Tensor]]]  # layer name -> mean and variance [c] of one step after another
+HeardSteps = Mapping[str, list[tuple[Tensor, Tensor]]]  # layer name -> mean and variance [c] of one step after another
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +24,8 @@ class BatchStatistics:
     """What the running averages of batch norm that a client sent after its steps say of the batches of these steps.
 
     Of one step they give each layer's batch mean and variance, exactly but for rounding; of several the mixture of theirs
-    that `step_shares` says. The statistics of a guess come from its simulation: `listening` hears them, differentiably,
-    and `misfit` says how far off they are.
+    that `step_shares` says. The statistics of a guess come from its simulation: `heard_statistics` hears them with their
+    graph, and `misfit` says how far off they are.
 
     >>> import unbatch
     >>> from unbatch.knowledge import Knowledge
@@ -35,7 +35,7 @@ class BatchStatistics:
     >>> x, y = torch.rand(2, 1, 8, 8, generator=rng), torch.tensor([0, 2])
     >>> seen, _ = unbatch.observe(model, nn.functional.cross_entropy, x, y, knowledge=Knowledge(mode="train"))
     >>> statistics = BatchStatistics.of(seen)
-    >>> with listening(seen.model) as heard:
+    >>> with heard_statistics(seen.model) as heard:
     ...     _ = seen.simulate(x, y)
     >>> bool(statistics.misfit(heard) < 1e-5), len(statistics.sent)
     (True, 2)
@@ -80,14 +80,14 @@ class BatchStatistics:
             raise NotApplicable(next(iter(flaws), "no batch norm in train mode sent its running averages."))
         return cls(sent, shares)
 
-    def misfit(self, heard: Heard) -> Tensor:
+    def misfit(self, heard: HeardSteps) -> Tensor:
         """The sum over layers of |mean - mean*| + |var - var*|, l2 over channels, * as sent.
 
         Raises NotApplicable: a layer ran another number of times than there are steps.
         """
         return torch.stack([torch.linalg.vector_norm(off) for off in self.off(heard)]).sum()
 
-    def off(self, heard: Heard) -> list[Tensor]:
+    def off(self, heard: HeardSteps) -> list[Tensor]:
         """By how much means and variances are off [c], layer by layer. Raises NotApplicable as `misfit` does."""
         found = list[Tensor]()
         for name, sent in self.sent.items():
@@ -103,11 +103,11 @@ class BatchStatistics:
 
 
 @contextmanager
-def listening(model: nn.Module) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+def heard_statistics(model: nn.Module) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
     """Hears the mean and variance [c], over examples and pixels, of what each batch norm is given while it lasts.
 
     >>> norm = nn.BatchNorm1d(1)
-    >>> with listening(nn.Sequential(norm)) as heard:
+    >>> with heard_statistics(nn.Sequential(norm)) as heard:
     ...     _ = norm(torch.tensor([[1.0], [3.0]]))
     >>> heard["0"]
     [(tensor([2.]), tensor([1.]))]

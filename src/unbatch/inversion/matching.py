@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import NotApplicable, Unknown
-from unbatch.inversion.batch_statistics import listening
+from unbatch.inversion.batch_statistics import heard_statistics
 from unbatch.inversion.rounds import sharpened
 from unbatch.inversion.search_point import Candidate, Unknowns, in_precision
 from unbatch.inversion.view import View
@@ -313,7 +313,7 @@ class UpdateMatching:
         return point
 
     def _distance(self, problem: Unknowns, point: Tensor) -> Tensor:
-        with listening(problem.obs.model) as heard:
+        with heard_statistics(problem.obs.model) as heard:
             found = matching.cosine_distance(problem.update(point), problem.seen, problem.size)
         if self.statistics:
             found = found + self.statistics * problem.statistics.misfit(heard)
@@ -322,7 +322,7 @@ class UpdateMatching:
     def _inversion(self, problem: Unknowns, point: Tensor) -> Tensor:
         """The objective of batch-norm-inversion: its terms, the match among them, added up."""
         terms, pictures = self._terms, problem.pictures(point)
-        with listening(problem.obs.model) as heard:
+        with heard_statistics(problem.obs.model) as heard:
             found = problem.update(point)
         off = [torch.linalg.vector_norm(a - b) for a, b in zip(found, problem.seen, strict=True)]
         value = terms.match * torch.stack(off).sum()

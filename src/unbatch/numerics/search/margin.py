@@ -118,13 +118,13 @@ def _above_noise(sizes: Tensor, m: int) -> int:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Weights of what the search adds to sum_p h_p (1 - cos(rows_p, sum_i c_i y_i fire_pi (x_i, 1))).
+class MarginWeights:
+    """MarginWeights of what the search adds to sum_p h_p (1 - cos(rows_p, sum_i c_i y_i fire_pi (x_i, 1))).
 
     margin: of the mean of (|f(x_i)| / t - 1)^2 weighed by c_i, t found with the points; inside: of the mean square by which
     inputs leave their range. h_p are the units' weights to the power of 1/4, fire is a sigmoid that becomes ever steeper.
 
-    >>> Weights().margin
+    >>> MarginWeights().margin
     1.0
     """
 
@@ -150,7 +150,7 @@ def search(
     starts: int,
     steps: int,
     box: tuple[float, float] | None = None,
-    weights: Weights | None = None,
+    weights: MarginWeights | None = None,
 ) -> Iterator[Attempt]:
     """`count` points from each of many starts, whose sums point where the units point, all on one margin; by Adam.
 
@@ -158,7 +158,7 @@ def search(
     and what they have lost does not come back. It begins at differences of two rows, which are one example where the two
     units fire on the same but for it.
     """
-    weights = weights or Weights()
+    weights = weights or MarginWeights()
     z = _starts(held, count, rng, starts)
     size = float(z.norm(dim=-1).median())
     signs = held.outputs(z).sign()
@@ -200,7 +200,7 @@ def _losses(
     share: float,
     size: float,
     box: tuple[float, float] | None,
-    weights: Weights,
+    weights: MarginWeights,
 ) -> tuple[Tensor, Attempt]:
     """The loss of each start [s], with its graph, and the step as it stands; the sigmoid is as steep as at that share."""
     slope = SLOPES[0] * (SLOPES[1] / SLOPES[0]) ** share / size
