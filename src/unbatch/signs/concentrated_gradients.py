@@ -30,7 +30,7 @@ class ConcentratedGradients(Sign):
     """
 
     paper: ClassVar[str] = "Garov et al., Hiding in Plain Sight (SEER), ICLR 2024; the normalisation is ours"
-    honest: ClassVar[float] = 0.3
+    honest: ClassVar[float] = 0.0553
     limit: ClassVar[float] = 0.6
 
     def read(self, received: Received) -> Iterator[SignReading]:

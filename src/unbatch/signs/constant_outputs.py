@@ -31,7 +31,7 @@ class ConstantOutputs(Sign):
     """
 
     paper: ClassVar[str] = "the softmax of Cutting through Privacy, UAI 2025; the test is this library's"
-    honest: ClassVar[float] = 4.31
+    honest: ClassVar[float] = 4.37
     limit: ClassVar[float] = 6.0
 
     def read(self, received: Received) -> Iterator[SignReading]:

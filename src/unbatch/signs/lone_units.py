@@ -15,9 +15,10 @@ FEWEST_EXAMPLES, FEWEST_UNITS = 32, 8
 class LoneUnits(Sign):
     """Units to which one example of the batch comes back alone.
 
-    The value is the share of a layer's units, of those to which anything comes back, where one of at least 32 examples
-    makes up 99% of it. Such a unit's gradient is that example, times a number. In honest models a few units are like that;
-    where rows or thresholds were made so that a unit fires with probability 1 / n, about a third is.
+    The value is the share of a layer's units where one of at least 32 examples makes up 99% of what comes back; a layer is
+    read if something comes back to 8 units or more. Such a unit's gradient is that example, times a number. In honest
+    models a few units are like that; where rows or thresholds were made so that a unit fires with probability 1 / n, about
+    a third is.
 
     >>> import torch
     >>> from unbatch.inversion.received import Received
@@ -32,7 +33,7 @@ class LoneUnits(Sign):
     """
 
     paper: ClassVar[str] = "what Boenisch et al., EuroS&P 2023, and QBI, arXiv 2406.18745, aim for; the count is ours"
-    honest: ClassVar[float] = 0.1
+    honest: ClassVar[float] = 0.0936
     limit: ClassVar[float] = 0.2
 
     def read(self, received: Received) -> Iterator[SignReading]:

@@ -30,7 +30,7 @@ class LopsidedNorms(Sign):
     """
 
     paper: ClassVar[str] = "this library; the weights are those of Feng and Tramer, Privacy Backdoors, ICML 2024"
-    honest: ClassVar[float] = 20.0
+    honest: ClassVar[float] = 2.54
     limit: ClassVar[float] = 40.0
 
     def read(self, received: Received) -> Iterator[SignReading]:

@@ -33,7 +33,7 @@ class RegularBiases(Sign):
     """
 
     paper: ClassVar[str] = "this library; the biases are those of Fowl et al., Robbing the Fed, ICLR 2022"
-    honest: ClassVar[float] = 3.92
+    honest: ClassVar[float] = 3.18
     limit: ClassVar[float] = 6.0
 
     def read(self, received: Received) -> Iterator[SignReading]:

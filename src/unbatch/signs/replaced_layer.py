@@ -26,7 +26,7 @@ class ReplacedLayer(Sign):
     """
 
     paper: ClassVar[str] = "this library"
-    honest: ClassVar[float] = 0.836
+    honest: ClassVar[float] = 0.844
     limit: ClassVar[float] = 1.0
 
     def read(self, received: Received) -> Iterator[SignReading]:
