@@ -83,9 +83,12 @@ class Tail:
             return before
         live = before if before.requires_grad else before.detach().requires_grad_()
         with torch.enable_grad():
-            value = loss_value(self.obs.loss, self.outputs(live), self._target(y)) * self._share(y)
-            (delta,) = torch.autograd.grad(value, live, create_graph=before.requires_grad)
+            (delta,) = torch.autograd.grad(self.value(live, y), live, create_graph=before.requires_grad)
         return delta.nan_to_num(0.0) if self.form.weights is not None else delta  # a mean over ignored rows alone
+
+    def value(self, before: Tensor, y: Tensor) -> Tensor:
+        """The part of the batch's loss that is of examples with the layer's outputs `before` [g, m], with its graph."""
+        return loss_value(self.obs.loss, self.outputs(before), self._target(y)) * self._share(y)
 
     def _share(self, y: Tensor) -> Tensor | float:
         """What the loss of examples alone is multiplied by to be their part of the whole batch's."""

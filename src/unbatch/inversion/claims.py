@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.above_exchange import exchange_above
+from unbatch.inversion.closed_units import closed_by
 from unbatch.inversion.peeling import directions_hold, peeled, sent_back
 from unbatch.inversion.planted.proof import proven
 from unbatch.inversion.recomputing import Recomputed, recomputed, split_shows
@@ -50,7 +51,7 @@ def judged(view: View, found: Reconstruction) -> Reconstruction:
     the whole batch with labels: the simulated update, tensor by tensor, up to one factor; under a defence whose law is
     known, as that law allows;
     a part of a batch, or examples whose labels are open: the gradient of their dense layer, from which each example's own
-    contribution is to be separable;
+    contribution is to be separable; after local steps the units that one of them moved alone;
     labels alone: that nothing altered the update, and that the head's gradient adds up as cross entropy's does.
 
     What cannot be recomputed is not certified.
@@ -137,6 +138,10 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
         return Ruling(none, f"the update was altered by {known.altered}, and the whole of it must explain it: {why}")
     if whole is not None and whole.fits:
         return Ruling(none, whole.words, whole.factor)
+    if layer is not None and view.gradient.steps:
+        shut = closed_by(view, layer, found, sure, far)
+        if bool(shut.kept.any()):
+            return Ruling(sure & shut.kept, shut.words)
     if layer is None or view.gradient.steps:
         return Ruling(none, whole.words if whole is not None else "their labels are not known.")
     part = peeled(view.gradient, layer, found, sure, far, doubted=_all_there(view, found, sure))
