@@ -31,10 +31,12 @@ def nearest(found: Reconstruction, truth: Truth) -> tuple[torch.Tensor, torch.Te
 def test_examples_are_read_off_the_final_weights_of_a_training(depth: int) -> None:
     seen, truth = trained(f"digits:batch=32,width=128,depth={depth}", share=0.01)
     found = certified(Latch()(seen))
-    assert found.bound is not None and found.labels is not None
+    assert found.bound is not None
+    assert found.labels is not None
     error, which = nearest(found, truth)
     assert len(set(which.tolist())) == len(found) >= 5
-    assert bool((error <= found.bound).all()) and float(found.bound.max()) < 1e-4
+    assert bool((error <= found.bound).all())
+    assert float(found.bound.max()) < 1e-4
     assert torch.equal(found.labels, truth.labels[which])
 
 
@@ -51,7 +53,8 @@ def test_several_examples_in_one_step_are_not_claimed() -> None:
             attack(seen)
     seen, _ = observe(model, F.cross_entropy, x[:1], torch.tensor([1]), protocol=Protocol(local_steps=1))
     found = attack(seen)
-    assert found.inputs is not None and torch.allclose(found.inputs, x[:1].double(), atol=1e-5)
+    assert found.inputs is not None
+    assert torch.allclose(found.inputs, x[:1].double(), atol=1e-5)
 
 
 def test_a_smaller_last_batch_is_not_taken_for_two_of_a_larger_one() -> None:

@@ -29,17 +29,20 @@ def nearest(found: Reconstruction, truth: Truth) -> tuple[torch.Tensor, torch.Te
 def test_most_of_a_batch_is_read_and_every_claim_holds() -> None:
     seen, truth = planted("digits:batch=24,width=256")
     found = certified(TrapWeights()(seen))
-    assert found.bound is not None and found.labels is not None
+    assert found.bound is not None
+    assert found.labels is not None
     error, which = nearest(found, truth)
     assert len(set(which.tolist())) == len(found) > 16
-    assert bool((error <= found.bound).all()) and float(found.bound.max()) < 1e-3
+    assert bool((error <= found.bound).all())
+    assert float(found.bound.max()) < 1e-3
     assert torch.equal(found.labels, truth.labels[which])
 
 
 def test_taking_out_what_was_found_makes_others_lone() -> None:
     seen, _ = planted("digits:batch=24,width=256")
     trace = TrapWeights()(seen).trace
-    assert 0 < trace["alone from the start"] and 0 < trace["alone once others were taken out"]
+    assert 0 < trace["alone from the start"]
+    assert 0 < trace["alone once others were taken out"]
 
 
 def test_plants_parameters_alone() -> None:
@@ -57,17 +60,18 @@ def test_examples_that_always_fire_together_are_not_claimed() -> None:
     rng = torch.Generator().manual_seed(2)
     model = TrapWeights(scale=0.5).plant(build("mlp", (40,), 4, width=60, rng=rng), rng)
     x = torch.rand(1, 40, generator=rng)
-    seen, truth = observe(model, F.cross_entropy, torch.cat([x, 2 * x]), torch.tensor([1, 3]))
+    seen, _truth = observe(model, F.cross_entropy, torch.cat([x, 2 * x]), torch.tensor([1, 3]))
     with pytest.raises(NotApplicable, match="for none or for several"):
         TrapWeights()(seen)
     alone, _ = observe(model, F.cross_entropy, x, torch.tensor([1]))
     found = TrapWeights()(alone)
-    assert found.inputs is not None and torch.allclose(found.inputs, x.double(), rtol=1e-6)
+    assert found.inputs is not None
+    assert torch.allclose(found.inputs, x.double(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("first", [nn.Linear(6, 8, bias=False), nn.Conv1d(1, 2, 3)])
 def test_needs_a_dense_layer_with_a_bias(first: nn.Module) -> None:
-    with pytest.raises(NotApplicable, match="no bias|no dense one"):
+    with pytest.raises(NotApplicable, match=r"no bias|no dense one"):
         TrapWeights().plant(nn.Sequential(first, nn.ReLU(), nn.Linear(8, 2)), torch.Generator())
 
 

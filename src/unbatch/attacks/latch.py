@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Annotated, Any, ClassVar, final
@@ -29,14 +30,14 @@ class Latch(ActiveAttack):
     """Plants units that the first example to set one off shuts for good, and reads these examples off the final weights.
 
     A trap is a unit w . x + b with a random w whose entries add up to zero, and b below zero by so much that a share of the
-    inputs sets it off. It is passed on to the class `onto` alone, with weight `strength` = c. An example of another class that
-    sets it off makes the softmax certain of the wrong class, so that the unit's gradient is c whatever else the network says:
-    one step of SGD takes (rate / batch) c (x, 1) off (w, b), for inputs above zero the unit never fires again, and
-    x = (change of w) / (change of b) whatever training follows.
+    inputs sets it off. It is passed on to the class `onto` alone, with weight `strength` = c. An example of another class
+    that sets it off makes the softmax certain of the wrong class, so that the unit's gradient is c whatever else the
+    network says: one step of SGD takes (rate / batch) c (x, 1) off (w, b), for inputs above zero the unit never fires again,
+    and x = (change of w) / (change of b) whatever training follows.
 
     That one example alone did it shows by the change of b, which is (rate / batch) c for one; by the label's entry of what
-    the unit sends on, (rate / batch) (w . x + b) for it; and by all other entries, which are 0. Examples of the class `onto`
-    leave no trace: with a trap of another class, those would open traps instead of shutting them.
+    the unit sends on, (rate / batch) (w . x + b) for it; and by all other entries, which are 0. Examples of the class
+    `onto` leave no trace: with a trap of another class, those would open traps instead of shutting them.
 
     Bound: the rounding of the parameters, before and after.
 
@@ -67,9 +68,12 @@ class Latch(ActiveAttack):
         int | None, Field(gt=0, description="traps; none takes half of the narrowest layer below the head")
     ] = None
     strength: Annotated[float, Field(gt=0, description="weight c by which a trap is passed on to its class")] = 1e4
-    onto: Annotated[int, Field(ge=0, description="class that traps are passed on to, of which no example is caught")] = 0
+    onto: Annotated[
+        int, Field(ge=0, description="class that traps are passed on to, of which no example is caught")
+    ] = 0
     spread: Annotated[
-        float, Field(gt=0, description="standard deviation of an entry of the inputs, which the attacker knows or guesses")
+        float,
+        Field(gt=0, description="standard deviation of an entry of the inputs, which the attacker knows or guesses"),
     ] = 0.25
 
     def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge | None = None) -> nn.Module:
@@ -127,7 +131,9 @@ class Latch(ActiveAttack):
         bound = torch.tensor([one.bound for one in kept], dtype=torch.float64)
         inputs, bound, name = view.undo(first, x, bound)
         labels = torch.tensor([one.label for one in kept], device=view.obs.device)
-        return Reconstruction(inputs=inputs, labels=labels, layer=name, bound=bound, trace=trace | {"layer": first.name})
+        return Reconstruction(
+            inputs=inputs, labels=labels, layer=name, bound=bound, trace=trace | {"layer": first.name}
+        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,9 @@ class _Traps:
         heard[:m] = (head != 0).sum(0)[:m] == 1
         units = (alone & heard).nonzero().flatten()
         if not len(units):
-            raise NotApplicable("no unit is passed on to one class alone: these parameters were not planted by this attack.")
+            raise NotApplicable(
+                "no unit is passed on to one class alone: these parameters were not planted by this attack."
+            )
         columns = head[:, units]
         classes = columns.abs().argmax(0)
         return cls(view, first, units, classes, columns[classes, torch.arange(len(units))], last.weight)
@@ -182,7 +190,9 @@ class _Traps:
     def read(self, size: float) -> list[_Read]:
         """What the traps hold that one example shut, in a step in which its gradient was multiplied by `size`."""
         update, model = self.view.update, self.view.model
-        W0, b0 = (model.get_parameter(n).detach().double()[self.units] for n in (self.first.weight, self.first.bias or ""))
+        W0, b0 = (
+            model.get_parameter(n).detach().double()[self.units] for n in (self.first.weight, self.first.bias or "")
+        )
         dW, db = (update[n].double()[self.units] for n in (self.first.weight, self.first.bias or ""))
         out = update[self.head].double()[:, self.units].clone()
         sign = -1.0 if self.view.steps else 1.0
@@ -221,7 +231,9 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
     first_linear(model)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if len(layers) < 2 or sum(len(list(layer.parameters())) for layer in layers) < len(list(model.parameters())):
-        raise NotApplicable("traps are planted in a chain of dense layers, two or more; this model has other parameters.")
-    if any(a.out_features != b.in_features for a, b in zip(layers, layers[1:], strict=False)):
+        raise NotApplicable(
+            "traps are planted in a chain of dense layers, two or more; this model has other parameters."
+        )
+    if any(a.out_features != b.in_features for a, b in itertools.pairwise(layers)):
         raise NotApplicable("the dense layers do not feed one another in the order in which the model names them.")
     return layers

@@ -58,7 +58,8 @@ class TrapWeights(ActiveAttack):
     )
 
     scale: Annotated[
-        float, Field(gt=0, lt=1, description="least s, by which the positive half of a row is smaller than the negative one")
+        float,
+        Field(gt=0, lt=1, description="least s, by which the positive half of a row is smaller than the negative one"),
     ] = 0.9
 
     def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge | None = None) -> nn.Module:

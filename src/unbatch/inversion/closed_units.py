@@ -28,7 +28,7 @@ class Closed:
 
 
 def step_sizes(view: View) -> list[float]:
-    """What one example's gradient is multiplied by in a local step, for each size that its batches have; largest batch first.
+    """What one example's gradient is multiplied by in a local step, for each size of its batches, largest first.
 
     A size that goes into the largest one is left out: one example in it moves as much as several in that one.
     Raises NotApplicable: the steps are not those of plain SGD, or the size of the batch is not known.
@@ -53,9 +53,9 @@ def closed_by(view: View, layer: Dense, found: Reconstruction, sure: Tensor, far
     """Which of the claimed examples shut some unit of a dense layer by themselves, in one of the client's local steps.
 
     A step of the model as it was sent out is computed on the example alone. Some unit's weights, its bias and the head's
-    weights of that number must have moved by as much in the whole training, to their rounding and what the claimed bound `far`
-    [k] (l2) does to it; and the unit must be shut for the example afterwards. Several examples that moved a unit together
-    give another bias or another output than their mean does.
+    weights of that number must have moved by as much in the whole training, to their rounding and what the claimed bound
+    `far` [k] (l2) does to it; and the unit must be shut for the example afterwards. Several examples that moved a unit
+    together give another bias or another output than their mean does.
     """
     nothing = torch.zeros_like(sure)
     if found.inputs is None or found.labels is None or found.layer or layer.bias is None:

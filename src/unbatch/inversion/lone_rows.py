@@ -109,7 +109,9 @@ class _Reader:
             raise NotApplicable("the loss is of no known form, so what an example sends back is not known.")
         n, clients = view.knowledge.get("batch_size"), view.knowledge.get("clients", 1)
         if n is None or n % clients:
-            raise NotApplicable("batch_size must be known, and even over clients, for one example's part of the gradient.")
+            raise NotApplicable(
+                "batch_size must be known, and even over clients, for one example's part of the gradient."
+            )
         self.view, self.layer, self.n = view, layer, int(n)
         self.tail = Tail(view.obs, layer, view.form, self.n // clients)
         self.tail.check_apart()
@@ -208,6 +210,8 @@ class _Reader:
         fires = delta != 0
         size = float(delta[fires].square().mean().sqrt()) if bool(fires.any()) else 0.0
         wide = float(torch.cat([one.x, one.x.new_ones(1)]).norm())
-        left.off = torch.hypot(left.off, fires * turn * size * wide)  # of examples that have nothing to do with each other
+        left.off = torch.hypot(
+            left.off, fires * turn * size * wide
+        )  # of examples that have nothing to do with each other
         if left.out is not None:
             left.out -= column

@@ -1,0 +1,307 @@
+"""Imprints: tokens read out of bins that a server planted in a transformer's feed-forward layers, and put in their order.
+
+The planted model keeps three things apart in the numbers of a token: the token, its position on a half circle, and a tag,
+a mean of what the tokens that it sees send through a random matrix. The rows of a feed-forward layer are all alike and
+differ in their bias, so neighbouring rows' gradients differ by the tokens between two thresholds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unbatch.models.transformer import Transformer
+from unbatch.protocol import Update
+
+PLACES = 2  # numbers of a token that tell its position
+TAGS = 8  # numbers of a token that tell what it sees
+SPARE = PLACES + TAGS + 1  # and one that the feed-forward layers write into
+LONE = 0.999  # cosine from which on a bin holds the token that is nearest, and no other
+EMPTY = 64.0  # roundings of a row's gradient, below which nothing lies in its bin
+SAME_TAG = 2e-2  # of a tag's length, by which two of the same tokens may differ
+MOST_BESIDE = 4  # tokens that are taken out of a bin to find one more
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A token at its place, with the tag of what it sees."""
+
+    token: int
+    place: int
+    tag: Tensor  # [TAGS]
+
+
+@dataclass(frozen=True, eq=False)
+class Imprint:
+    """A planted transformer, and how the numbers that enter its feed-forward layers are told apart."""
+
+    model: Transformer  # in float64
+    length: int
+
+    @property
+    def width(self) -> int:
+        return int(self.model.tokens.weight.shape[1])
+
+    @property
+    def body(self) -> slice:
+        """The numbers that tell the token."""
+        return slice(0, self.width - SPARE)
+
+    @property
+    def places(self) -> slice:
+        """Those that tell its position."""
+        return slice(self.width - SPARE, self.width - SPARE + PLACES)
+
+    @property
+    def tags(self) -> slice:
+        """Those that tell what it sees."""
+        return slice(self.width - SPARE + PLACES, self.width - 1)
+
+    def matrix(self) -> Tensor:
+        """The random matrix [TAGS, width] by which tokens enter tags."""
+        return self.model.blocks[0].attention.value.weight.detach()[:TAGS]
+
+    def entering(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """What tokens [p] at places [p] are before the first attention, as it reads them [p, width]."""
+        assert self.model.positions is not None
+        raw = self.model.tokens.weight.detach()[tokens] + self.model.positions.weight.detach()[places]
+        return torch.nn.functional.layer_norm(raw, (self.width,))
+
+    def marks(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """What tokens [p] at places [p] put into the tags of those that see them [p, TAGS]."""
+        return self.entering(tokens, places) @ self.matrix().T
+
+    def spread(self, token: int, place: int) -> float:
+        """What a token's numbers are divided by before the first attention; 1 where norms come first."""
+        if self.model.causal:
+            return 1.0
+        assert self.model.positions is not None
+        raw = self.model.tokens.weight.detach()[token] + self.model.positions.weight.detach()[place]
+        return float((raw.var(unbiased=False) + 1e-5).sqrt())
+
+    def sends(self, node: Node) -> Tensor:
+        """The numbers that enter the first feed-forward layer for a node [width]."""
+        at = torch.tensor([node.token]), torch.tensor([node.place])
+        assert self.model.positions is not None
+        x = self.model.tokens.weight.detach()[at[0]] + self.model.positions.weight.detach()[at[1]]
+        x = x[0] if self.model.causal else self.entering(*at)[0]
+        x = x.clone()
+        x[self.tags] += node.tag.to(x)
+        return torch.nn.functional.layer_norm(x, (self.width,))
+
+
+@dataclass(frozen=True, eq=False)
+class Bin:
+    """The part of a feed-forward layer's gradient that is of the tokens between two thresholds."""
+
+    weight: Tensor  # [width]
+    bias: float
+    block: int
+    low: float
+    high: float
+
+
+def bins_of(imprint: Imprint, update: Update, blocks: Sequence[int], eps: float) -> list[Bin]:
+    """The bins of the planted blocks that hold something, above the rounding of the rows that they are differences of."""
+    found = list[Bin]()
+    for block in blocks:
+        layer = imprint.model.blocks[block].dense1
+        W, b = (update[f"blocks.{block}.dense1.{part}"].double() for part in ("weight", "bias"))
+        scale = layer.weight.detach().norm(dim=1).mean()
+        edges = -layer.bias.detach() / scale  # [m], rising
+        zero = torch.zeros(1, W.shape[1], dtype=W.dtype)
+        dW, db = W - torch.cat([W[1:], zero]), b - torch.cat([b[1:], zero[:, 0]])
+        size = torch.cat([W, b[:, None]], 1).norm(dim=1)
+        noise = EMPTY * eps * torch.maximum(size, torch.cat([size[1:], size[:1] * 0]))
+        held = (torch.cat([dW, db[:, None]], 1).norm(dim=1) > noise) & (db.abs() > noise / W.shape[1] ** 0.5)
+        high = torch.cat([edges[1:], torch.full((1,), math.inf).to(edges)])
+        for i in held.nonzero().flatten().tolist():
+            found.append(Bin(dW[i], float(db[i]), block, float(edges[i]), float(high[i])))
+    return found
+
+
+def nodes_of(imprint: Imprint, bins: Sequence[Bin], words: Tensor) -> list[Node]:
+    """The tokens that are alone in a bin, and those that are once others which are known were taken out of it."""
+    reader = _BinReader(imprint, words)
+    found, open_ = list[Node](), list[Bin]()
+    for one in bins:
+        node = reader.alone(one, [])
+        if node is None:
+            open_.append(one)
+        else:
+            _add(found, node)
+    for _ in range(MOST_BESIDE):
+        rest = list[Bin]()
+        known = list(found)
+        values = reader.values(known)
+        for one in open_:
+            beside = reader.inside(one, known, values)
+            node = reader.alone(one, beside) if 0 < len(beside) <= MOST_BESIDE else None
+            if node is None:
+                rest.append(one)
+            else:
+                _add(found, node)
+        open_ = rest
+        if len(found) == len(known):
+            break
+    return found
+
+
+class _BinReader:
+    """Tokens out of bins, by the table of all tokens."""
+
+    def __init__(self, imprint: Imprint, words: Tensor) -> None:
+        self.imprint, self.words = imprint, words
+        self.table = imprint.model.tokens.weight.detach()[words][:, imprint.body]  # [v, body]
+        assert imprint.model.positions is not None
+        self.circle = imprint.model.positions.weight.detach()[:, imprint.places]  # [length, 2]
+        first = imprint.model.blocks[0].dense1.weight.detach()[0]
+        self.direction = first / first.norm()
+
+    def alone(self, one: Bin, beside: Sequence[Node]) -> Node | None:
+        """The token of a bin once those of `beside` are taken out, whatever they weigh; None: more than one are left."""
+        body = self.imprint.body
+        ones = torch.ones(len(one.weight[body]), 1, dtype=torch.float64)
+        known = torch.stack([self.imprint.sends(node) for node in beside], 1) if beside else ones[:, :0]
+        columns = torch.cat([ones, known[body] if beside else ones[:, :0]], 1)
+        Q = torch.linalg.qr(columns)[0]
+        left = one.weight[body] - Q @ (Q.T @ one.weight[body])
+        table = self.table - (self.table @ Q) @ Q.T
+        cosines = (table @ left) / (table.norm(dim=1) * left.norm()).clamp_min(1e-300)
+        best = int(cosines.abs().argmax())
+        if float(cosines[best].abs()) < LONE:
+            return None
+        solved = torch.linalg.lstsq(
+            torch.cat([self.table[best][:, None], columns], 1), one.weight[body][:, None]
+        ).solution[:, 0]
+        slope, level, weights = solved[0], solved[1], solved[2:]
+        mass = one.bias - float(weights.sum())
+        rest = one.weight - (known @ weights if beside else 0.0)
+        if not mass or float(slope) / mass <= 0:  # a token's numbers are divided by a spread, which is positive
+            return None
+        return self._node(int(self.words[best]), rest, float(slope), float(level))
+
+    def _node(self, token: int, rest: Tensor, slope: float, level: float) -> Node | None:
+        """The place and the tag of a token from its numbers, which are slope x + level but for the tag."""
+        here = (rest[self.imprint.places] - level) / slope
+        gaps = (self.circle - here).norm(dim=1)
+        place = int(gaps.argmin())
+        if len(gaps) > 1 and float(gaps[place]) > 0.25 * float((self.circle[0] - self.circle[1]).norm()):
+            return None
+        tag = (rest[self.imprint.tags] - level) / slope / self.imprint.spread(token, place)
+        return Node(token, place, tag)
+
+    def values(self, nodes: Sequence[Node]) -> list[float]:
+        """Where nodes lie between the thresholds of the first block."""
+        return [float(self.imprint.sends(node) @ self.direction) for node in nodes]
+
+    def inside(self, one: Bin, nodes: Sequence[Node], values: Sequence[float]) -> list[Node]:
+        """The nodes that lie in a bin of the first block, or at its edge."""
+        if one.block:
+            return []
+        slack = 0.25 * min(one.high - one.low, 1.0)
+        return [node for node, v in zip(nodes, values, strict=True) if one.low - slack < v < one.high + slack]
+
+
+def _add(nodes: list[Node], node: Node) -> None:
+    if not any(_same(node, other) for other in nodes):
+        nodes.append(node)
+
+
+def _same(a: Node, b: Node) -> bool:
+    return (a.token, a.place) == (b.token, b.place) and near(a.tag, b.tag)
+
+
+def near(a: Tensor, b: Tensor) -> bool:
+    """Whether two tags are those of the same tokens."""
+    return float((a - b).norm()) <= SAME_TAG * max(float(a.norm()), float(b.norm()), 0.1)
+
+
+def sentences_of(imprint: Imprint, nodes: Sequence[Node], words: Tensor) -> list[list[int]]:
+    """The sentences that nodes are of, whole ones only, a token that no bin gave filled in from the tags beside it."""
+    grown = _chains(imprint, nodes, words) if imprint.model.causal else _groups(imprint, nodes, words)
+    return [list(s) for s in dict.fromkeys(map(tuple, grown))]
+
+
+def _chains(imprint: Imprint, nodes: Sequence[Node], words: Tensor) -> list[list[int]]:
+    """The sentences of a decoder: a tag is the mean of the marks up to its token, so that it tells the tag before it."""
+    before = dict[int, list[int]]()  # by node, the sentence up to it
+    by_place = [[k for k, node in enumerate(nodes) if node.place == i] for i in range(imprint.length)]
+    used = set[int]()
+    for i, here in enumerate(by_place):
+        for k in here:
+            node = nodes[k]
+            found = _prefix(imprint, node, i, by_place, nodes, before, words)
+            if found is not None:
+                before[k], parent = [*found[0], node.token], found[1]
+                used.add(parent)
+    return [sentence for k, sentence in before.items() if k not in used]
+
+
+def _prefix(
+    imprint: Imprint,
+    node: Node,
+    i: int,
+    by_place: Sequence[Sequence[int]],
+    nodes: Sequence[Node],
+    before: dict[int, list[int]],
+    words: Tensor,
+) -> tuple[list[int], int] | None:
+    """What stands before a node at place i, and the node that it goes on from; one token between them may be missing."""
+    own = imprint.marks(torch.tensor([node.token]), torch.tensor([i]))[0]
+    if i == 0:
+        return ([], -1) if near(node.tag, own) else None
+    last = ((i + 1) * node.tag - own) / i  # the tag at place i - 1
+    for k in by_place[i - 1]:
+        if k in before and near(nodes[k].tag, last):
+            return before[k], k
+    marks = imprint.marks(words, torch.full_like(words, i - 1))  # [v, TAGS]
+    if i == 1:
+        gaps = (marks - last).norm(dim=1)
+        best = int(gaps.argmin())
+        return ([int(words[best])], -1) if near(marks[best], last) else None
+    earlier = (i * last - marks) / (i - 1)  # [v, TAGS], the tag at place i - 2 if that token is the missing one
+    for k in by_place[i - 2]:
+        if k not in before:
+            continue
+        gaps = (earlier - nodes[k].tag).norm(dim=1)
+        best = int(gaps.argmin())
+        if near(earlier[best], nodes[k].tag):
+            return [*before[k], int(words[best])], k
+    return None
+
+
+def _groups(imprint: Imprint, nodes: Sequence[Node], words: Tensor) -> list[list[int]]:
+    """The sentences of an encoder: all tokens of one have the same tag, the mean of their marks."""
+    groups = list[list[Node]]()
+    for node in nodes:
+        group = next((g for g in groups if near(g[0].tag, node.tag)), None)
+        if group is None:
+            groups.append([node])
+        else:
+            group.append(node)
+    found = list[list[int]]()
+    for group in groups:
+        places = {node.place: node.token for node in group}
+        if len(places) < len(group):
+            continue
+        tag = torch.stack([node.tag for node in group]).mean(0)
+        marks = {i: imprint.marks(torch.tensor([v]), torch.tensor([i]))[0] for i, v in places.items()}
+        for t in range(max(places) + 1, min(max(places) + 2, imprint.length) + 1):
+            missing = [i for i in range(t) if i not in places]
+            left = t * tag - torch.stack(list(marks.values())).sum(0)
+            if not missing and float(left.norm()) <= SAME_TAG * t * float(tag.norm()):
+                found.append([places[i] for i in range(t)])
+                break
+            if len(missing) == 1:
+                every = imprint.marks(words, torch.full_like(words, missing[0]))
+                best = int((every - left).norm(dim=1).argmin())
+                if near(every[best], left):
+                    whole = places | {missing[0]: int(words[best])}
+                    found.append([whole[i] for i in range(t)])
+                    break
+    return found
