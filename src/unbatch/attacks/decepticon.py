@@ -10,12 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unbatch.attack import ActiveAttack, Cost, Demo, Guarantee
+from unbatch.attack import NOTHING, ActiveAttack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.tokens.assembly import Batch, assembled
 from unbatch.inversion.tokens.fronts import TokenReader
-from unbatch.inversion.tokens.imprints import PLACES, SPARE, TAGS, Imprint, bins_of, nodes_of, sentences_of
-from unbatch.inversion.tokens.next_tokens import labelled
+from unbatch.inversion.tokens.imprints import PLACES, SPARE, TAGS, Imprint, bins_of, read_imprint, words_present
+from unbatch.inversion.tokens.next_tokens import next_tokens
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS, Knowledge
 from unbatch.models.transformer import Transformer
@@ -36,9 +36,9 @@ class Decepticon(ActiveAttack):
     sum delta (z, 1) over the tokens between their thresholds; where that is one, z is read off by division, and token,
     position and tag off z. Tokens that are known are taken out of bins with others.
 
-    Tags put tokens into sentences: in a decoder each tells the one before it, in an encoder all of a sentence have
-    the same, and one token that no bin gave is filled in from them. How often sentences occur and their labels follow from
-    the gradient's being their sum.
+    Tags put tokens into sentences: in a decoder each tells the one before it, in an encoder all of a sentence have the
+    same, and up to two tokens in a row that no bin gave are told by them. How often sentences occur and their labels
+    follow from the gradient's being their sum.
 
     Only sentences that are claimed are certain, and those are claimed where together they explain the whole update.
     """
@@ -59,7 +59,7 @@ class Decepticon(ActiveAttack):
         float, Field(gt=0, description="of the thresholds: at 1 over it from one a unit is neither open nor shut")
     ] = 1e4
 
-    def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge | None = None) -> nn.Module:
+    def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge = NOTHING) -> nn.Module:
         """A copy of `model` with such tables, attention and feed-forward layers; its head is left as it was.
 
         Raises NotApplicable: it is no transformer of unbatch's own with learned positions and biases, or too narrow.
@@ -122,9 +122,9 @@ class Decepticon(ActiveAttack):
         view = view.gradient
         imprint, blocks = self._imprint(view)
         reader = TokenReader.of(view)
-        bins = bins_of(imprint, view.update, blocks, torch.finfo(view.obs.dtype).eps)
-        nodes = nodes_of(imprint, bins, reader.words)
-        sentences = sentences_of(imprint, nodes, reader.words)
+        eps = torch.finfo(view.obs.dtype).eps
+        bins = bins_of(imprint, view.update, blocks, eps)
+        nodes, sentences = read_imprint(imprint, bins, words_present(imprint, view.update, reader.words, eps))
         trace = {"bins that hold something": len(bins), "tokens read": len(nodes), "sentences": len(sentences)}
         if not sentences:
             raise NotApplicable(f"{len(nodes)} tokens were read out of {len(bins)} bins, and no sentence is whole.")
@@ -162,6 +162,8 @@ class Decepticon(ActiveAttack):
 
     def _batch(self, reader: TokenReader, inputs: Tensor, sentences: list[list[int]]) -> Batch:
         """The batch that the update is of. Raises NotApplicable: these sentences do not add up to it."""
-        if len(reader.view.outputs) > 1:
-            return labelled(reader, sentences)
-        return assembled(reader, inputs)
+        if len(reader.view.outputs) == 1:
+            return assembled(reader, inputs)
+        begun = sorted({tuple(s[:k]) for s in sentences for k in range(1, len(s) + 1)}, key=len)
+        padded = self._padded([list(b) for b in begun], reader)
+        return next_tokens(reader, padded, torch.tensor([len(b) for b in begun], device=padded.device))

@@ -12,13 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unbatch.attack import ActiveAttack, Cost, Demo, Guarantee
+from unbatch.attack import NOTHING, ActiveAttack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.closed_units import step_sizes, unsure
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS, Knowledge
 from unbatch.network.dense import Dense
 from unbatch.network.first_linear import first_linear
+from unbatch.protocol import Protocol
 from unbatch.reconstruction import Reconstruction
 
 SATURATED = 1e-4  # of what the label's entry moved by, that all others may: else the softmax had not settled
@@ -29,11 +30,12 @@ AGREES = 16.0  # times what rounding does, by which a unit's output may differ f
 class Latch(ActiveAttack):
     """Plants units that the first example to set one off shuts for good, and reads these examples off the final weights.
 
-    A trap is a unit w . x + b with a random w whose entries add up to zero, and b below zero by so much that a share of the
-    inputs sets it off. It is passed on to the class `onto` alone, with weight `strength` = c. An example of another class
-    that sets it off makes the softmax certain of the wrong class, so that the unit's gradient is c whatever else the
-    network says: one step of SGD takes (rate / batch) c (x, 1) off (w, b), for inputs above zero the unit never fires again,
-    and x = (change of w) / (change of b) whatever training follows.
+    A trap is a unit w . x + b with a random w whose entries add up to zero, and b below zero by so much that a share of
+    the inputs sets it off: a quantile of public examples where they are known, else the normal law's. It is passed on
+    to the class `onto` alone, with weight `strength` = c. An example of another class that sets it off makes the
+    softmax certain of the wrong class, so that the unit's gradient is c whatever else the network says: one step of SGD
+    takes (rate / batch) c (x, 1) off (w, b), for inputs above zero the unit never fires again, and x = (change of w) /
+    (change of b) whatever training follows.
 
     That one example alone did it shows by the change of b, which is (rate / batch) c for one; by the label's entry of what
     the unit sends on, (rate / batch) (w . x + b) for it; and by all other entries, which are 0. Examples of the class
@@ -58,9 +60,12 @@ class Latch(ActiveAttack):
     cost: ClassVar[Cost] = Cost.READS
     paper: ClassVar[str] = "Feng, Tramèr, Privacy Backdoors: Stealing Data with Corrupted Pretrained Models, ICML 2024"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "batch_size"})
-    uses: ClassVar[frozenset[str]] = frozenset({"clients"}) | PROTOCOL_FIELDS
+    uses: ClassVar[frozenset[str]] = frozenset({"clients", "public"}) | PROTOCOL_FIELDS
     demo: ClassVar[Demo] = Demo(
-        case="digits:batch=1,width=64", floors={"l2-error": 1e-3, "label-accuracy": 1.0}, options="share=0.5"
+        case="digits:batch=1,width=64",
+        floors={"l2-error": 1e-3, "label-accuracy": 1.0},
+        options="share=0.5",
+        protocol=Protocol(epochs=2, learning_rate=0.05),
     )
 
     share: Annotated[float, Field(gt=0, lt=1, description="of all inputs, that sets off one trap")] = 0.02
@@ -76,7 +81,7 @@ class Latch(ActiveAttack):
         Field(gt=0, description="standard deviation of an entry of the inputs, which the attacker knows or guesses"),
     ] = 0.25
 
-    def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge | None = None) -> nn.Module:
+    def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge = NOTHING) -> nn.Module:
         """A copy of `model` with traps in its first dense layer; the units beside them are left as they were.
 
         Raises NotApplicable: it is no chain of dense layers with one hidden one or more, or it has no room.
@@ -93,6 +98,9 @@ class Latch(ActiveAttack):
             w = torch.nn.functional.normalize(w - w.mean(1, keepdim=True), dim=1)
             first.weight[:count] = w.to(first.weight)
             first.bias[:count] = -threshold
+            if "public" in known:
+                scores = known.public.flatten(1).to(w) @ w.T  # [p, count]
+                first.bias[:count] = -scores.quantile(1 - self.share, dim=0).to(first.bias)
             for layer in middle:
                 layer.weight[:count] = 0.0
                 layer.weight[:, :count] = 0.0

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from unbatch.attack import ActiveAttack, Cost, Demo, Guarantee
+from unbatch.attack import NOTHING, ActiveAttack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.lone_rows import lone_examples
 from unbatch.inversion.view import View
@@ -62,7 +62,7 @@ class TrapWeights(ActiveAttack):
         Field(gt=0, lt=1, description="least s, by which the positive half of a row is smaller than the negative one"),
     ] = 0.9
 
-    def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge | None = None) -> nn.Module:
+    def plant(self, model: nn.Module, rng: torch.Generator, known: Knowledge = NOTHING) -> nn.Module:
         """A copy of `model` whose first dense layer has such rows, and no bias to start with.
 
         Raises NotApplicable: its first parameters are no dense layer's with a bias.

@@ -24,6 +24,10 @@ LONE = 0.999  # cosine from which on a bin holds the token that is nearest, and 
 EMPTY = 64.0  # roundings of a row's gradient, below which nothing lies in its bin
 SAME_TAG = 2e-2  # of a tag's length, by which two of the same tokens may differ
 MOST_BESIDE = 4  # tokens that are taken out of a bin to find one more
+LEAST_TAG = 0.1  # of a tag's length, in which its error is measured
+MOST_MISSING = 2  # tokens in a row that tags tell where no bin gave them
+MOST_TRIED = 1024  # tokens of which pairs are tried
+TURNS = 4  # of reading bins and filling in
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,10 +128,31 @@ def bins_of(imprint: Imprint, update: Update, blocks: Sequence[int], eps: float)
     return found
 
 
-def nodes_of(imprint: Imprint, bins: Sequence[Bin], words: Tensor) -> list[Node]:
+def read_imprint(imprint: Imprint, bins: Sequence[Bin], words: Tensor) -> tuple[list[Node], list[list[int]]]:
+    """The tokens that bins hold, and the sentences that they make, by turns: what tags fill in is taken out of bins."""
+    nodes, sentences = list[Node](), list[list[int]]()
+    for _ in range(TURNS):
+        before = len(nodes)
+        nodes = nodes_of(imprint, bins, words, nodes)
+        sentences = sentences_of(imprint, nodes, words)
+        if len(nodes) == before:
+            break
+    return nodes, sentences
+
+
+def words_present(imprint: Imprint, update: Update, words: Tensor, eps: float) -> Tensor:
+    """The tokens of the batch by the rows of the embedding's gradient that are not zero; all where it was not sent."""
+    name = "tokens.weight"
+    if name not in update or imprint.model.head.weight is imprint.model.tokens.weight:
+        return words
+    sizes = update[name].double()[words].norm(dim=1)
+    return words[sizes > EMPTY * eps * sizes.max()]
+
+
+def nodes_of(imprint: Imprint, bins: Sequence[Bin], words: Tensor, known: Sequence[Node] = ()) -> list[Node]:
     """The tokens that are alone in a bin, and those that are once others which are known were taken out of it."""
     reader = _BinReader(imprint, words)
-    found, open_ = list[Node](), list[Bin]()
+    found, open_ = list(known), list[Bin]()
     for one in bins:
         node = reader.alone(one, [])
         if node is None:
@@ -136,17 +161,17 @@ def nodes_of(imprint: Imprint, bins: Sequence[Bin], words: Tensor) -> list[Node]
             _add(found, node)
     for _ in range(MOST_BESIDE):
         rest = list[Bin]()
-        known = list(found)
-        values = reader.values(known)
+        there = list(found)
+        values = reader.values(there)
         for one in open_:
-            beside = reader.inside(one, known, values)
+            beside = reader.inside(one, there, values)
             node = reader.alone(one, beside) if 0 < len(beside) <= MOST_BESIDE else None
             if node is None:
                 rest.append(one)
             else:
                 _add(found, node)
         open_ = rest
-        if len(found) == len(known):
+        if len(found) == len(there):
             break
     return found
 
@@ -218,64 +243,76 @@ def _same(a: Node, b: Node) -> bool:
 
 def near(a: Tensor, b: Tensor) -> bool:
     """Whether two tags are those of the same tokens."""
-    return float((a - b).norm()) <= SAME_TAG * max(float(a.norm()), float(b.norm()), 0.1)
+    return float((a - b).norm()) <= SAME_TAG * max(float(a.norm()), float(b.norm()), LEAST_TAG)
 
 
-def sentences_of(imprint: Imprint, nodes: Sequence[Node], words: Tensor) -> list[list[int]]:
-    """The sentences that nodes are of, whole ones only, a token that no bin gave filled in from the tags beside it."""
+def sentences_of(imprint: Imprint, nodes: list[Node], words: Tensor) -> list[list[int]]:
+    """The sentences that nodes are of, whole ones only; up to two tokens in a row that no bin gave are told by tags.
+
+    What is filled in comes to the `nodes`.
+    """
     grown = _chains(imprint, nodes, words) if imprint.model.causal else _groups(imprint, nodes, words)
     return [list(s) for s in dict.fromkeys(map(tuple, grown))]
 
 
-def _chains(imprint: Imprint, nodes: Sequence[Node], words: Tensor) -> list[list[int]]:
-    """The sentences of a decoder: a tag is the mean of the marks up to its token, so that it tells the tag before it."""
-    before = dict[int, list[int]]()  # by node, the sentence up to it
-    by_place = [[k for k, node in enumerate(nodes) if node.place == i] for i in range(imprint.length)]
-    used = set[int]()
-    for i, here in enumerate(by_place):
-        for k in here:
-            node = nodes[k]
-            found = _prefix(imprint, node, i, by_place, nodes, before, words)
+@dataclass(frozen=True, eq=False)
+class _Beginning:
+    """A sentence up to one of its places, and the sum of its tokens' marks."""
+
+    tokens: tuple[int, ...]
+    total: Tensor  # [TAGS]
+
+
+def _chains(imprint: Imprint, nodes: list[Node], words: Tensor) -> list[list[int]]:
+    """The sentences of a decoder: a tag is the mean of the marks up to its token, so that it tells what stands before."""
+    root = _Beginning((), torch.zeros(TAGS, dtype=torch.float64))
+    known, used = [root], set[tuple[int, ...]]()
+    for node in sorted(nodes, key=lambda node: node.place):
+        i = node.place
+        total = (i + 1) * node.tag
+        left = total - imprint.marks(torch.tensor([node.token]), torch.tensor([i]))[0]
+        slack = SAME_TAG * (i + 1) * max(float(node.tag.norm()), LEAST_TAG)
+        for gap in range(MOST_MISSING + 1):
+            parents = [b for b in known if len(b.tokens) == i - gap]
+            fits = [(b, _filling(imprint, left - b.total, range(i - gap, i), words, slack)) for b in parents]
+            found = next(((b, filling) for b, filling in fits if filling is not None), None)
             if found is not None:
-                before[k], parent = [*found[0], node.token], found[1]
-                used.add(parent)
-    return [sentence for k, sentence in before.items() if k not in used]
+                begun = _filled_in(imprint, *found, nodes)
+                known.append(_Beginning((*begun.tokens, node.token), total))
+                used |= {known[-1].tokens[:k] for k in range(i + 1)}
+                break
+    return [list(b.tokens) for b in known if b.tokens and b.tokens not in used]
 
 
-def _prefix(
-    imprint: Imprint,
-    node: Node,
-    i: int,
-    by_place: Sequence[Sequence[int]],
-    nodes: Sequence[Node],
-    before: dict[int, list[int]],
-    words: Tensor,
-) -> tuple[list[int], int] | None:
-    """What stands before a node at place i, and the node that it goes on from; one token between them may be missing."""
-    own = imprint.marks(torch.tensor([node.token]), torch.tensor([i]))[0]
-    if i == 0:
-        return ([], -1) if near(node.tag, own) else None
-    last = ((i + 1) * node.tag - own) / i  # the tag at place i - 1
-    for k in by_place[i - 1]:
-        if k in before and near(nodes[k].tag, last):
-            return before[k], k
-    marks = imprint.marks(words, torch.full_like(words, i - 1))  # [v, TAGS]
-    if i == 1:
-        gaps = (marks - last).norm(dim=1)
+def _filled_in(imprint: Imprint, begun: _Beginning, filling: Sequence[int], nodes: list[Node]) -> _Beginning:
+    """A beginning with tokens added, which come to the nodes."""
+    for token in filling:
+        place = len(begun.tokens)
+        total = begun.total + imprint.marks(torch.tensor([token]), torch.tensor([place]))[0]
+        _add(nodes, Node(token, place, total / (place + 1)))
+        begun = _Beginning((*begun.tokens, token), total)
+    return begun
+
+
+def _filling(
+    imprint: Imprint, left: Tensor, places: Sequence[int], words: Tensor, slack: float
+) -> tuple[int, ...] | None:
+    """The tokens at these places whose marks add up to what is left [TAGS]; None where there are none."""
+    if not len(places):
+        return () if float(left.norm()) <= slack else None
+    if len(places) > 1 and len(words) > MOST_TRIED:
+        return None
+    marks = [imprint.marks(words, torch.full_like(words, i)) for i in places]  # [v, TAGS] each
+    if len(marks) == 1:
+        gaps = (marks[0] - left).norm(dim=1)
         best = int(gaps.argmin())
-        return ([int(words[best])], -1) if near(marks[best], last) else None
-    earlier = (i * last - marks) / (i - 1)  # [v, TAGS], the tag at place i - 2 if that token is the missing one
-    for k in by_place[i - 2]:
-        if k not in before:
-            continue
-        gaps = (earlier - nodes[k].tag).norm(dim=1)
-        best = int(gaps.argmin())
-        if near(earlier[best], nodes[k].tag):
-            return [*before[k], int(words[best])], k
-    return None
+        return (int(words[best]),) if float(gaps[best]) <= slack else None
+    gaps = torch.cdist(left - marks[0], marks[1], compute_mode="donot_use_mm_for_euclid_dist")
+    first, second = divmod(int(gaps.argmin()), len(words))
+    return (int(words[first]), int(words[second])) if float(gaps.min()) <= slack else None
 
 
-def _groups(imprint: Imprint, nodes: Sequence[Node], words: Tensor) -> list[list[int]]:
+def _groups(imprint: Imprint, nodes: list[Node], words: Tensor) -> list[list[int]]:
     """The sentences of an encoder: all tokens of one have the same tag, the mean of their marks."""
     groups = list[list[Node]]()
     for node in nodes:
@@ -290,18 +327,18 @@ def _groups(imprint: Imprint, nodes: Sequence[Node], words: Tensor) -> list[list
         if len(places) < len(group):
             continue
         tag = torch.stack([node.tag for node in group]).mean(0)
-        marks = {i: imprint.marks(torch.tensor([v]), torch.tensor([i]))[0] for i, v in places.items()}
-        for t in range(max(places) + 1, min(max(places) + 2, imprint.length) + 1):
+        held = torch.tensor(list(places.values())), torch.tensor(list(places))
+        marks = imprint.marks(*held).sum(0)
+        for t in range(max(places) + 1, min(max(places) + 1 + MOST_MISSING, imprint.length) + 1):
             missing = [i for i in range(t) if i not in places]
-            left = t * tag - torch.stack(list(marks.values())).sum(0)
-            if not missing and float(left.norm()) <= SAME_TAG * t * float(tag.norm()):
-                found.append([places[i] for i in range(t)])
+            slack = SAME_TAG * t * max(float(tag.norm()), LEAST_TAG)
+            filling = (
+                _filling(imprint, t * tag - marks, missing, words, slack) if len(missing) <= MOST_MISSING else None
+            )
+            if filling is not None:
+                whole = places | dict(zip(missing, filling, strict=True))
+                for i, token in zip(missing, filling, strict=True):
+                    _add(nodes, Node(token, i, tag))
+                found.append([whole[i] for i in range(t)])
                 break
-            if len(missing) == 1:
-                every = imprint.marks(words, torch.full_like(words, missing[0]))
-                best = int((every - left).norm(dim=1).argmin())
-                if near(every[best], left):
-                    whole = places | {missing[0]: int(words[best])}
-                    found.append([whole[i] for i in range(t)])
-                    break
     return found
