@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Annotated, Any, ClassVar, final
+from typing import Annotated, ClassVar, cast, final
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from unbatch.inversion.tokens.imprints import PLACES, SPARE, TAGS, Imprint, bins
 from unbatch.inversion.tokens.next_tokens import next_tokens
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS, Knowledge
-from unbatch.models.transformer import Transformer
+from unbatch.models.transformer import Transformer, TransformerLayer
 from unbatch.network.precision import in_double
 from unbatch.reconstruction import Reconstruction
 
@@ -65,7 +65,7 @@ class Decepticon(ActiveAttack):
         Raises NotApplicable: it is no transformer of unbatch's own with learned positions and biases, or too narrow.
         """
         made = copy.deepcopy(model)
-        if not isinstance(made, Transformer) or made.positions is None or made.blocks[0].dense1.bias is None:
+        if not isinstance(made, Transformer) or made.positions is None or made.head.bias is None:
             raise NotApplicable(
                 "tokens are imprinted in unbatch's own transformers (unbatch.models.transformer) with learned positions "
                 "and biases; this model is another."
@@ -75,28 +75,28 @@ class Decepticon(ActiveAttack):
             raise NotApplicable(
                 f"a token has {width} numbers, and {SPARE} of them are to be spared; {2 * SPARE} at least."
             )
-        every = made.blocks if made.reads in ("mean", "each") else made.blocks[:1]
+        blocks = [cast("TransformerLayer", block) for block in made.blocks]
+        every = blocks if made.reads in ("mean", "each") else blocks[:1]
         with torch.no_grad():
-            self._tables(made, width)
-            self._attention(made, width, rng)
+            self._tables(made, made.positions, width)
+            self._attention(blocks[0], width, rng)
             for block in every:
                 self._bins(block, width, rng)
-            for block in list(every)[1:]:  # tokens come through unmixed
+            for block in every[1:]:  # tokens come through unmixed
                 block.attention.out.weight.zero_()
                 block.attention.out.bias.zero_()
         return made
 
-    def _tables(self, made: Transformer, width: int) -> None:
-        assert made.positions is not None
+    def _tables(self, made: Transformer, positions: nn.Embedding, width: int) -> None:
         made.tokens.weight[:, width - SPARE :] = 0.0
-        made.positions.weight.zero_()
-        t = len(made.positions.weight)
+        positions.weight.zero_()
+        t = len(positions.weight)
         angles = math.pi * torch.arange(t) / t
         places = slice(width - SPARE, width - SPARE + PLACES)
-        made.positions.weight[:, places] = torch.stack([angles.cos(), angles.sin()], 1).to(made.positions.weight)
+        positions.weight[:, places] = torch.stack([angles.cos(), angles.sin()], 1).to(positions.weight)
 
-    def _attention(self, made: Transformer, width: int, rng: torch.Generator) -> None:
-        first = made.blocks[0].attention
+    def _attention(self, block: TransformerLayer, width: int, rng: torch.Generator) -> None:
+        first = block.attention
         for part in (first.query, first.key, first.value, first.out):
             part.weight.zero_()
             part.bias.zero_()
@@ -105,7 +105,7 @@ class Decepticon(ActiveAttack):
         tags = torch.arange(width - 1 - TAGS, width - 1)
         first.out.weight[tags, torch.arange(TAGS)] = 1.0
 
-    def _bins(self, block: Any, width: int, rng: torch.Generator) -> None:
+    def _bins(self, block: TransformerLayer, width: int, rng: torch.Generator) -> None:
         m = len(block.dense1.weight)
         way = torch.nn.functional.normalize(torch.randn(width - 1, generator=rng), dim=0)
         block.dense1.weight.zero_()
@@ -144,15 +144,13 @@ class Decepticon(ActiveAttack):
             raise NotApplicable("this model is no transformer that this attack plants in.")
         blocks = list[int]()
         for i, block in enumerate(model.blocks):
-            W = block.dense1.weight.detach()
+            W = cast("TransformerLayer", block).dense1.weight.detach()
             names = [f"blocks.{i}.dense1.{part}" for part in ("weight", "bias")]
             if torch.equal(W, W[:1].expand_as(W)) and bool(W.any()) and set(names) <= set(view.update):
                 blocks.append(i)
         if 0 not in blocks:
             raise NotApplicable("the rows of the first feed-forward layer are not alike, or it sent no gradient.")
-        copied = in_double(model)
-        assert isinstance(copied, Transformer)
-        return Imprint(copied, view.knowledge.input_shape[0]), blocks
+        return Imprint(cast("Transformer", in_double(model)), view.knowledge.input_shape[0]), blocks
 
     def _padded(self, sentences: list[list[int]], reader: TokenReader) -> Tensor:
         fill = reader.padding if reader.padding is not None else 0

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from unbatch.models.transformer import Transformer
+from unbatch.models.transformer import Transformer, TransformerLayer
 from unbatch.protocol import Update
 
 PLACES = 2  # numbers of a token that tell its position
@@ -65,14 +66,25 @@ class Imprint:
         """Those that tell what it sees."""
         return slice(self.width - SPARE + PLACES, self.width - 1)
 
+    def block(self, i: int) -> TransformerLayer:
+        """One of the transformer's layers."""
+        return cast("TransformerLayer", self.model.blocks[i])
+
     def matrix(self) -> Tensor:
         """The random matrix [TAGS, width] by which tokens enter tags."""
-        return self.model.blocks[0].attention.value.weight.detach()[:TAGS]
+        return self.block(0).attention.value.weight.detach()[:TAGS]
+
+    @property
+    def circle(self) -> Tensor:
+        """What tells the positions [length, PLACES]."""
+        return self._positions()[:, self.places]
+
+    def _positions(self) -> Tensor:
+        return cast("nn.Embedding", self.model.positions).weight.detach()
 
     def entering(self, tokens: Tensor, places: Tensor) -> Tensor:
         """What tokens [p] at places [p] are before the first attention, as it reads them [p, width]."""
-        assert self.model.positions is not None
-        raw = self.model.tokens.weight.detach()[tokens] + self.model.positions.weight.detach()[places]
+        raw = self.model.tokens.weight.detach()[tokens] + self._positions()[places]
         return torch.nn.functional.layer_norm(raw, (self.width,))
 
     def marks(self, tokens: Tensor, places: Tensor) -> Tensor:
@@ -83,15 +95,13 @@ class Imprint:
         """What a token's numbers are divided by before the first attention; 1 where norms come first."""
         if self.model.causal:
             return 1.0
-        assert self.model.positions is not None
-        raw = self.model.tokens.weight.detach()[token] + self.model.positions.weight.detach()[place]
+        raw = self.model.tokens.weight.detach()[token] + self._positions()[place]
         return float((raw.var(unbiased=False) + 1e-5).sqrt())
 
     def sends(self, node: Node) -> Tensor:
         """The numbers that enter the first feed-forward layer for a node [width]."""
         at = torch.tensor([node.token]), torch.tensor([node.place])
-        assert self.model.positions is not None
-        x = self.model.tokens.weight.detach()[at[0]] + self.model.positions.weight.detach()[at[1]]
+        x = self.model.tokens.weight.detach()[at[0]] + self._positions()[at[1]]
         x = x[0] if self.model.causal else self.entering(*at)[0]
         x = x.clone()
         x[self.tags] += node.tag.to(x)
@@ -113,7 +123,7 @@ def bins_of(imprint: Imprint, update: Update, blocks: Sequence[int], eps: float)
     """The bins of the planted blocks that hold something, above the rounding of the rows that they are differences of."""
     found = list[Bin]()
     for block in blocks:
-        layer = imprint.model.blocks[block].dense1
+        layer = imprint.block(block).dense1
         W, b = (update[f"blocks.{block}.dense1.{part}"].double() for part in ("weight", "bias"))
         scale = layer.weight.detach().norm(dim=1).mean()
         edges = -layer.bias.detach() / scale  # [m], rising
@@ -182,9 +192,7 @@ class _BinReader:
     def __init__(self, imprint: Imprint, words: Tensor) -> None:
         self.imprint, self.words = imprint, words
         self.table = imprint.model.tokens.weight.detach()[words][:, imprint.body]  # [v, body]
-        assert imprint.model.positions is not None
-        self.circle = imprint.model.positions.weight.detach()[:, imprint.places]  # [length, 2]
-        first = imprint.model.blocks[0].dense1.weight.detach()[0]
+        first = imprint.block(0).dense1.weight.detach()[0]
         self.direction = first / first.norm()
 
     def alone(self, one: Bin, beside: Sequence[Node]) -> Node | None:
@@ -213,9 +221,11 @@ class _BinReader:
     def _node(self, token: int, rest: Tensor, slope: float, level: float) -> Node | None:
         """The place and the tag of a token from its numbers, which are slope x + level but for the tag."""
         here = (rest[self.imprint.places] - level) / slope
-        gaps = (self.circle - here).norm(dim=1)
+        gaps = (self.imprint.circle - here).norm(dim=1)
         place = int(gaps.argmin())
-        if len(gaps) > 1 and float(gaps[place]) > 0.25 * float((self.circle[0] - self.circle[1]).norm()):
+        if len(gaps) > 1 and float(gaps[place]) > 0.25 * float(
+            (self.imprint.circle[0] - self.imprint.circle[1]).norm()
+        ):
             return None
         tag = (rest[self.imprint.tags] - level) / slope / self.imprint.spread(token, place)
         return Node(token, place, tag)
