@@ -138,12 +138,8 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
         return Ruling(none, f"the update was altered by {known.altered}, and the whole of it must explain it: {why}")
     if whole is not None and whole.fits:
         return Ruling(none, whole.words, whole.factor)
-    if layer is not None and view.gradient.steps:
-        shut = closed_by(view, layer, found, sure, far)
-        if bool(shut.kept.any()):
-            return Ruling(sure & shut.kept, shut.words)
     if layer is None or view.gradient.steps:
-        return Ruling(none, whole.words if whole is not None else "their labels are not known.")
+        return _moved_alone(view, layer, found, sure, far, whole)
     part = peeled(view.gradient, layer, found, sure, far, doubted=_all_there(view, found, sure))
     kept = sure & part.kept
     words = part.words if whole is None or bool(kept.any()) else f"{whole.words} {part.words}"
@@ -161,6 +157,18 @@ def _planted(view: View, found: Reconstruction, sure: Tensor, far: Tensor) -> Ru
         f"{int(kept.sum())} of {int(sure.sum())} are each alone in a sum that {name!r} sent, beside others that are."
     )
     return Ruling(kept, words)
+
+
+def _moved_alone(
+    view: View, layer: Dense | None, found: Reconstruction, sure: Tensor, far: Tensor, whole: Recomputed | None
+) -> Ruling:
+    """The ruling on a part of a batch after local steps: units that one example moved alone."""
+    if layer is not None:
+        shut = closed_by(view, layer, found, sure, far)
+        if bool(shut.kept.any()):
+            return Ruling(sure & shut.kept, shut.words)
+    words = whole.words if whole is not None else "their labels are not known."
+    return Ruling(torch.zeros_like(sure), words)
 
 
 def _by_law(view: View, x: Tensor, y: Tensor, sure: Tensor, far: Tensor) -> Ruling | None:
