@@ -14,7 +14,15 @@ from unbatch.attack import NOTHING, ActiveAttack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.tokens.assembly import Batch, assembled
 from unbatch.inversion.tokens.fronts import TokenReader
-from unbatch.inversion.tokens.imprints import PLACES, SPARE, TAGS, Imprint, bins_of, read_imprint, words_present
+from unbatch.inversion.tokens.imprints import (
+    PLACES,
+    SPARE,
+    TAGS,
+    PlantedTransformer,
+    bins_of,
+    read_imprint,
+    words_present,
+)
 from unbatch.inversion.tokens.next_tokens import next_tokens
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS, Knowledge
@@ -137,7 +145,7 @@ class Decepticon(ActiveAttack):
         bound = torch.zeros(len(batch.inputs), dtype=torch.float64)
         return Reconstruction(inputs=batch.inputs, labels=batch.labels, bound=bound, trace=trace)
 
-    def _imprint(self, view: View) -> tuple[Imprint, list[int]]:
+    def _imprint(self, view: View) -> tuple[PlantedTransformer, list[int]]:
         """The planted model and its planted blocks. Raises NotApplicable: it is none, or sent nothing of them."""
         model = view.model
         if not isinstance(model, Transformer):
@@ -150,7 +158,7 @@ class Decepticon(ActiveAttack):
                 blocks.append(i)
         if 0 not in blocks:
             raise NotApplicable("the rows of the first feed-forward layer are not alike, or it sent no gradient.")
-        return Imprint(cast("Transformer", in_double(model)), view.knowledge.input_shape[0]), blocks
+        return PlantedTransformer(cast("Transformer", in_double(model)), view.knowledge.input_shape[0]), blocks
 
     def _padded(self, sentences: list[list[int]], reader: TokenReader) -> Tensor:
         fill = reader.padding if reader.padding is not None else 0

@@ -41,7 +41,7 @@ class Node:
 
 
 @dataclass(frozen=True, eq=False)
-class Imprint:
+class PlantedTransformer:
     """A planted transformer, and how the numbers that enter its feed-forward layers are told apart."""
 
     model: Transformer  # in float64
@@ -119,7 +119,7 @@ class Bin:
     high: float
 
 
-def bins_of(imprint: Imprint, update: Update, blocks: Sequence[int], eps: float) -> list[Bin]:
+def bins_of(imprint: PlantedTransformer, update: Update, blocks: Sequence[int], eps: float) -> list[Bin]:
     """The bins of the planted blocks that hold something, above the rounding of the rows that they are differences of."""
     found = list[Bin]()
     for block in blocks:
@@ -138,7 +138,7 @@ def bins_of(imprint: Imprint, update: Update, blocks: Sequence[int], eps: float)
     return found
 
 
-def read_imprint(imprint: Imprint, bins: Sequence[Bin], words: Tensor) -> tuple[list[Node], list[list[int]]]:
+def read_imprint(imprint: PlantedTransformer, bins: Sequence[Bin], words: Tensor) -> tuple[list[Node], list[list[int]]]:
     """The tokens that bins hold, and the sentences that they make, by turns: what tags fill in is taken out of bins."""
     nodes, sentences = list[Node](), list[list[int]]()
     for _ in range(TURNS):
@@ -150,7 +150,7 @@ def read_imprint(imprint: Imprint, bins: Sequence[Bin], words: Tensor) -> tuple[
     return nodes, sentences
 
 
-def words_present(imprint: Imprint, update: Update, words: Tensor, eps: float) -> Tensor:
+def words_present(imprint: PlantedTransformer, update: Update, words: Tensor, eps: float) -> Tensor:
     """The tokens of the batch by the rows of the embedding's gradient that are not zero; all where it was not sent."""
     name = "tokens.weight"
     if name not in update or imprint.model.head.weight is imprint.model.tokens.weight:
@@ -159,7 +159,7 @@ def words_present(imprint: Imprint, update: Update, words: Tensor, eps: float) -
     return words[sizes > EMPTY * eps * sizes.max()]
 
 
-def nodes_of(imprint: Imprint, bins: Sequence[Bin], words: Tensor, known: Sequence[Node] = ()) -> list[Node]:
+def nodes_of(imprint: PlantedTransformer, bins: Sequence[Bin], words: Tensor, known: Sequence[Node] = ()) -> list[Node]:
     """The tokens that are alone in a bin, and those that are once others which are known were taken out of it."""
     reader = _BinReader(imprint, words)
     found, open_ = list(known), list[Bin]()
@@ -189,7 +189,7 @@ def nodes_of(imprint: Imprint, bins: Sequence[Bin], words: Tensor, known: Sequen
 class _BinReader:
     """Tokens out of bins, by the table of all tokens."""
 
-    def __init__(self, imprint: Imprint, words: Tensor) -> None:
+    def __init__(self, imprint: PlantedTransformer, words: Tensor) -> None:
         self.imprint, self.words = imprint, words
         self.table = imprint.model.tokens.weight.detach()[words][:, imprint.body]  # [v, body]
         first = imprint.block(0).dense1.weight.detach()[0]
@@ -256,7 +256,7 @@ def near(a: Tensor, b: Tensor) -> bool:
     return float((a - b).norm()) <= SAME_TAG * max(float(a.norm()), float(b.norm()), LEAST_TAG)
 
 
-def sentences_of(imprint: Imprint, nodes: list[Node], words: Tensor) -> list[list[int]]:
+def sentences_of(imprint: PlantedTransformer, nodes: list[Node], words: Tensor) -> list[list[int]]:
     """The sentences that nodes are of, whole ones only; up to two tokens in a row that no bin gave are told by tags.
 
     What is filled in comes to the `nodes`.
@@ -273,7 +273,7 @@ class _Beginning:
     total: Tensor  # [TAGS]
 
 
-def _chains(imprint: Imprint, nodes: list[Node], words: Tensor) -> list[list[int]]:
+def _chains(imprint: PlantedTransformer, nodes: list[Node], words: Tensor) -> list[list[int]]:
     """The sentences of a decoder: a tag is the mean of the marks up to its token, so that it tells what stands before."""
     root = _Beginning((), torch.zeros(TAGS, dtype=torch.float64))
     known, used = [root], set[tuple[int, ...]]()
@@ -294,7 +294,7 @@ def _chains(imprint: Imprint, nodes: list[Node], words: Tensor) -> list[list[int
     return [list(b.tokens) for b in known if b.tokens and b.tokens not in used]
 
 
-def _filled_in(imprint: Imprint, begun: _Beginning, filling: Sequence[int], nodes: list[Node]) -> _Beginning:
+def _filled_in(imprint: PlantedTransformer, begun: _Beginning, filling: Sequence[int], nodes: list[Node]) -> _Beginning:
     """A beginning with tokens added, which come to the nodes."""
     for token in filling:
         place = len(begun.tokens)
@@ -305,7 +305,7 @@ def _filled_in(imprint: Imprint, begun: _Beginning, filling: Sequence[int], node
 
 
 def _filling(
-    imprint: Imprint, left: Tensor, places: Sequence[int], words: Tensor, slack: float
+    imprint: PlantedTransformer, left: Tensor, places: Sequence[int], words: Tensor, slack: float
 ) -> tuple[int, ...] | None:
     """The tokens at these places whose marks add up to what is left [TAGS]; None where there are none."""
     if not len(places):
@@ -322,7 +322,7 @@ def _filling(
     return (int(words[first]), int(words[second])) if float(gaps.min()) <= slack else None
 
 
-def _groups(imprint: Imprint, nodes: list[Node], words: Tensor) -> list[list[int]]:
+def _groups(imprint: PlantedTransformer, nodes: list[Node], words: Tensor) -> list[list[int]]:
     """The sentences of an encoder: all tokens of one have the same tag, the mean of their marks."""
     groups = list[list[Node]]()
     for node in nodes:
