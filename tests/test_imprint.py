@@ -217,6 +217,8 @@ def test_kernels_pass_pictures_on_through_strides() -> None:
     assert len(found) >= 5
     whole = found.inputs[:, :64].unflatten(1, (2, 2, 4, 4)).permute(0, 3, 1, 4, 2).flatten(1)  # [k, 64], the pictures
     assert float(torch.cdist(whole, truth.inputs.flatten(1).double()).amin(1).max()) < 1e-4
+    public = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(9))
+    assert len(certified(made(seen(made, own, public=public)[0]))) >= 5
     with pytest.raises(NotApplicable, match="no convolution"):
         seen(made, client(2, (8,)))
     with pytest.raises(NotApplicable, match="no dense layer below the last one"):

@@ -74,7 +74,7 @@ class ConvImprint(ActiveAttack):
         if "public" in known:
             kind = next(made.parameters()).dtype
             passed = layer_inputs(made, layers[0].name, known.public.to(kind), "eval").detach()
-            told = known | Knowledge(public=passed)
+            told = Knowledge(public=passed)
         W, at = bins_for(told, m, d, rng, self.directions)
         return quieten(made, shape, W, -at, below)
 
