@@ -29,16 +29,18 @@ class BatchStatistics:
 
     >>> import unbatch
     >>> from unbatch.knowledge import Knowledge
-    >>> from unbatch.models.small import build
+    >>> from unbatch.protocol import Protocol, buffers_after
     >>> rng = torch.Generator().manual_seed(0)
-    >>> model = build("convnet", (1, 8, 8), 3, width=4, rng=rng)
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3))
     >>> x, y = torch.rand(2, 1, 8, 8, generator=rng), torch.tensor([0, 2])
-    >>> seen, _ = unbatch.observe(model, nn.functional.cross_entropy, x, y, knowledge=Knowledge(mode="train"))
+    >>> loss, rules = nn.functional.cross_entropy, Protocol(mode="train")
+    >>> told = Knowledge(buffers=buffers_after(model, loss, x, y, rules))
+    >>> seen, _ = unbatch.observe(model, loss, x, y, protocol=rules, knowledge=told)
     >>> statistics = BatchStatistics.of(seen)
     >>> with heard_statistics(seen.model) as heard:
     ...     _ = seen.simulate(x, y)
-    >>> bool(statistics.misfit(heard) < 1e-5), len(statistics.sent)
-    (True, 2)
+    >>> bool(statistics.misfit(heard) < 1e-4), len(statistics.sent)
+    (True, 1)
     """
 
     sent: dict[str, SentStatistics]  # by the layer's name

@@ -71,7 +71,7 @@ class RelativeLeakage(Metric):
         >>> metric = unbatch.metrics.RelativeLeakage(similarity="cosine")
         >>> low, high = metric.interval(true, true)[0].tolist()
         >>> f"{low:.2f} to {high:.2f}"
-        '1.43 to 2.07'
+        '1.61 to 3.60'
         """
         if not len(found):
             return found.new_zeros(0, 2, dtype=torch.float64)
