@@ -330,7 +330,8 @@ class UpdateMatching:
             value = value + terms.statistics * problem.statistics.misfit(heard)
         if terms.variation and problem.image:
             value = value + terms.variation * matching.rough_length(pictures)
-        return value + terms.size * torch.linalg.vector_norm(pictures)
+        whole: Tensor = value + terms.size * torch.linalg.vector_norm(pictures)
+        return whole
 
     def _score(self, problem: Unknowns, point: Tensor) -> float:
         """Share of |update|^2 left; above what explains it, where noise can lower it, cosine distance and variation."""

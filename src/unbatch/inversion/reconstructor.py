@@ -144,7 +144,7 @@ def _fitted(
 
     for epoch in range(epochs):
         with torch.enable_grad():
-            for part in torch.randperm(len(features), generator=rng).split(BATCH):
+            for part in torch.split(torch.randperm(len(features), generator=rng), BATCH):
                 search.zero_grad()
                 _loss(picture(features[part]), target[part]).backward()  # type: ignore[no-untyped-call]
                 search.step()

@@ -54,7 +54,8 @@ class TrainedSpan:
     def distances(self, inputs: Tensor) -> Tensor:
         """The relative distances [n] of inputs [n, ...] from the span: rounding for what was trained on."""
         z = torch.nn.functional.normalize(self.entering(inputs.to(self.rows.device)), dim=1)
-        return (z - z @ self.rows.T @ self.rows).norm(dim=1)
+        away: Tensor = (z - z @ self.rows.T @ self.rows).norm(dim=1)
+        return away
 
 
 def trained_span(view: View) -> TrainedSpan:

@@ -128,7 +128,7 @@ def _units(view: View, layer: Dense) -> list[Tensor]:
         same = (b == own[1]) if W is own[0] else (b == own[1]) & (W == own[0]).all(1)
         found.append(same.nonzero().flatten().cpu())
     taken = torch.cat(found)
-    if len(taken.unique()) < len(taken):
+    if len(set(taken.tolist())) < len(taken):
         raise NotApplicable("units are on for more than one client, so that their sums are of several.")
     return found
 

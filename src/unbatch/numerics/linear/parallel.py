@@ -18,7 +18,8 @@ def parallel(rows: Tensor) -> Tensor:
     norms = rows.norm(dim=1)
     unit = rows / norms.clamp_min(1e-300)[:, None]
     sine = 1 - (unit @ unit.T).square()  # of the angle, squared
-    return (sine < ANGLE**2) & (norms > 0) & (norms > 0)[:, None]
+    same: Tensor = (sine < ANGLE**2) & (norms > 0) & (norms > 0)[:, None]
+    return same
 
 
 def spread_evenly(m: int) -> Tensor:

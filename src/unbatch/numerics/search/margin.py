@@ -232,7 +232,8 @@ def _starts(held: Units, count: int, rng: torch.Generator, starts: int) -> Tenso
     z = z[length < FAR * length.median()]
     drawn = z[torch.randint(len(z), (starts, count), generator=rng).to(z.device)]
     noise = torch.randn(drawn.shape, generator=rng, dtype=torch.float64).to(drawn)
-    return drawn + 0.1 * z.norm(dim=1).median() / drawn.shape[-1] ** 0.5 * noise
+    moved: Tensor = drawn + 0.1 * z.norm(dim=1).median() / drawn.shape[-1] ** 0.5 * noise
+    return moved
 
 
 def strongest(points: Tensor, strengths: Tensor, count: int, *, same: float = 0.98) -> tuple[Tensor, Tensor]:
@@ -261,4 +262,5 @@ def told_apart(held: Units, points: Tensor) -> Tensor:
     be exchanged for another without a change in any unit.
     """
     fires = (held.signs * (held.scaled(points) @ held.rows.T) > 0).to(points).T  # [p, c]
-    return (torch.linalg.pinv(fires) @ fires).diagonal()
+    told: Tensor = (torch.linalg.pinv(fires) @ fires).diagonal()
+    return told
