@@ -19,6 +19,7 @@ from unbatch.inversion.view import View
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 from unbatch.reporting.results import Audit, Run
+from unbatch.threat_model import sees
 
 
 @final
@@ -45,7 +46,9 @@ def shown(audit: Audit) -> list[tuple[str, str]]:
 def test_the_default_is_all_that_only_looks_cheapest_first() -> None:
     names = passive()
     found = Attack.find()
-    assert set(names) == {name for name, attack in found.items() if not issubclass(attack, ActiveAttack)}
+    looks = {name for name, attack in found.items() if not issubclass(attack, ActiveAttack)}
+    assert set(names) == {name for name in looks if sees(found[name].threat_model) == "update"}
+    assert set(passive("release")) == looks - set(names)
     costs = [found[name].cost for name in names]
     assert costs == sorted(costs)
     assert names[0] == "bias-ratio"
@@ -78,7 +81,7 @@ def test_a_captured_update_ends_as_early_where_the_batch_s_size_is_known() -> No
 def test_default_attacks_share_their_time_and_what_it_does_not_reach_is_on_record(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("unbatch.auditing.run.passive", lambda: (Sleepy(), Sleepy(number=1), "bias-ratio"))
+    monkeypatch.setattr("unbatch.auditing.run.passive", lambda seen: (Sleepy(), Sleepy(number=1), "bias-ratio"))
     monkeypatch.setattr("unbatch.auditing.run.SEARCH_SECONDS", 0.5)
     case = Case.parse("digits:batch=2,width=16")
     audit = unbatch.audit(case, analyses=())

@@ -121,7 +121,7 @@ def test_a_network_at_a_stationary_point_gives_it_away_as_well(task: str) -> Non
 
 
 def test_an_audit_of_a_release_counts_members_and_says_who_could() -> None:
-    record = unbatch.audit(Case.parse(SPAN), attacks=["weight-span"], analyses=["weight-span"])
+    record = unbatch.audit(Case.parse(SPAN), attacks=["weight-span"], analyses=["training-span"])
     assert len(record.recovered()) == 4
     assert not record.flags
     assert "anyone who sees this released model has them" in record.verdict()

@@ -226,7 +226,7 @@ def test_benchmark_gives_every_preset_the_same_problem_and_saves(tmp_path: Path)
 
 
 def test_unknown_benchmarks_and_missing_data_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"known: .*layers, matching, metric"):
+    with pytest.raises(ValueError, match=r"known: .*layers, malicious, matching, metric"):
         find("speed")
     with pytest.raises(ValueError, match="cifar10_test600"):
         find("matching").run(tmp_path)

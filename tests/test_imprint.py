@@ -15,7 +15,7 @@ from unbatch.attack import ActiveAttack
 from unbatch.auditing.cheating import planted_exchange
 from unbatch.case import Setting
 from unbatch.models.small import Name, build
-from unbatch.numerics.half_spaces import alone
+from unbatch.numerics.half_spaces import kind_of_one
 from unbatch.protocol import Protocol
 from unbatch.reconstruction import certified
 
@@ -51,15 +51,15 @@ def test_no_sum_of_two_or_more_is_taken_for_one(n: int) -> None:
     weights = torch.tensor([GOLDEN, GOLDEN - 1], dtype=torch.float64)
     for m in range(n + 1):
         for chosen in itertools.combinations_with_replacement(weights.tolist(), m):
-            kind = alone(sum(chosen), 1e-4, weights, n)
+            kind = kind_of_one(sum(chosen), 1e-4, weights, n)
             assert (kind is not None) == (m == 1), chosen
             assert kind is None or weights[kind] == pytest.approx(chosen[0])
 
 
 def test_equal_weights_prove_nothing() -> None:
     """Two of the one label and one of the other weigh as much as one does."""
-    assert alone(0.5, 1e-6, torch.tensor([0.5, -0.5]), 3) is None
-    assert alone(0.5, 1e-6, torch.tensor([0.5, -0.5]), 2) == 0
+    assert kind_of_one(0.5, 1e-6, torch.tensor([0.5, -0.5]), 3) is None
+    assert kind_of_one(0.5, 1e-6, torch.tensor([0.5, -0.5]), 2) == 0
 
 
 @pytest.mark.parametrize("shape", [(4,), (12,), (1, 8, 8), (3, 8, 8)])

@@ -30,6 +30,7 @@ def shown() -> Iterator[object]:
     yield unbatch.Table(shape=(30,), columns=["age"] * 30)
     yield Knowledge(buffers={"mean": torch.zeros(99)}, labels=torch.arange(99), log_prob=lambda seen, clean: seen)
     yield obs.knowledge
+    yield unbatch.inspect(s.model, data=(s.inputs, s.labels))
     yield unbatch.Reconstruction(inputs=None, labels=torch.arange(99))
     yield unbatch.Reconstruction(inputs=torch.zeros(3, 5), layer="fc", labels=torch.arange(3), bound=torch.ones(3))
     yield unbatch.Tokens(shape=(7,), high=9.0, vocabulary=["word"] * 1000)
@@ -82,6 +83,7 @@ def test_every_public_class_is_shown() -> None:
         unbatch.Metric,
         unbatch.LayerRule,
         unbatch.ActiveAttack,
+        unbatch.Sign,
     ]  # as Attack: one repr
     missing = [kind for kind in instances if kind not in kinds and not any(isinstance(held, kind) for held in SHOWN)]
     assert not missing

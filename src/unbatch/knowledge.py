@@ -333,7 +333,8 @@ def _brief(value: object) -> str:
     if isinstance(value, Tensor):
         return f"<{value.dtype} {tuple(value.shape)}>"
     if isinstance(value, Mapping):
-        return f"<{len(value)} tensors>" if any(isinstance(v, Tensor) for v in value.values()) else str(dict(value))
+        plain = value and not any(isinstance(v, Tensor) for v in value.values())
+        return str(dict(value)) if plain else f"<{len(value)} tensors>"
     if isinstance(value, tuple) and value and isinstance(value[0], Earlier):
         return f"<{len(value)} earlier round{'s' * (len(value) > 1)}>"
     return "<a function>" if callable(value) else repr(value)

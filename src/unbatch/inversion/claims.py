@@ -16,7 +16,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.above_exchange import exchange_above
 from unbatch.inversion.closed_units import closed_by
 from unbatch.inversion.peeling import directions_hold, peeled, sent_back
-from unbatch.inversion.planted.proof import proven
+from unbatch.inversion.planted.proof import alone_in_sums
 from unbatch.inversion.recomputing import Recomputed, recomputed, split_shows
 from unbatch.inversion.refine import BatchLikelihood
 from unbatch.inversion.released import claims_on_a_release
@@ -122,9 +122,7 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
             return Ruling(none, "the update is too coarse to tell examples that occur twice from two that are alike.")
     whole: Recomputed | None = None
     if own is not None:
-        seen = (
-            view.obs if view.protocol.optimiser == "sgd" else view.gradient.obs
-        )  # a first step of Adam is its gradient
+        seen = (view if view.protocol.optimiser == "sgd" else view.gradient).obs  # a first step of Adam is its gradient
         place = exchange_above(seen, layer) if found.layer and layer is not None else seen
         if view.steps > 1 and found.layer and len(place.update) < len(view.update):
             words = f"the layers below {found.layer!r} move within the local steps, and its inputs with them."
@@ -152,7 +150,7 @@ def _planted(view: View, found: Reconstruction, sure: Tensor, far: Tensor) -> Ru
     layer = next((layer for layer in view.layers if layer.name == name), None)
     if layer is None or layer.bias is None:
         raise NotApplicable(f"no dense layer called {name!r} with a bias runs on one vector an example.")
-    kept = sure & proven(view, layer, found, sure, far)
+    kept = sure & alone_in_sums(view, layer, found, sure, far)
     words = (
         f"{int(kept.sum())} of {int(sure.sum())} are each alone in a sum that {name!r} sent, beside others that are."
     )

@@ -14,14 +14,26 @@ from torch import Tensor
 
 MOST_COUNTED = 4096  # examples in one sum, of which their number is told
 COUNT_SLACK = 4.0  # times the error of a sum of weights, within which it is taken for one of a certain number
-SLACK = 4.0  # times the roundings of as many addends as a sum has
 
 
 @dataclass(frozen=True)
 class Sums:
     """Weighted sums over sets of examples, S_q = sum_{i in q} w_i (x_i, 1), where w_i is one of a few known values.
 
-    Set q holds the examples with `above` . x > its threshold, and not those above a second one: a slab, or a half space.
+    Set q holds the examples with directions_q . x above its first threshold and not above its second: a slab, or a half
+    space.
+
+    >>> one, weight = torch.tensor([2.0, 0.0]).double(), 0.618034
+    >>> sums = Sums(
+    ...     values=weight * torch.tensor([[2.0, 0.0, 1.0]]).double(),
+    ...     error=torch.full((1, 2), 1e-6).double(),
+    ...     directions=torch.tensor([[1.0, 0.0]]).double(),
+    ...     thresholds=torch.tensor([[1.0, torch.inf]]).double(),
+    ...     group=torch.zeros(1),
+    ...     owner=torch.zeros(1),
+    ... )
+    >>> sums.inside(one, 1e-6)
+    (tensor([True]), tensor([False]))
     """
 
     values: Tensor  # [q, d + 1], float64
@@ -47,7 +59,12 @@ class Sums:
 
 @dataclass(frozen=True)
 class Peeled:
-    """Examples that came out of sums, in that order."""
+    """Examples that came out of sums, in that order.
+
+    >>> none = torch.zeros(0)
+    >>> Peeled(torch.zeros(0, 3), weight=none, off=none, owner=none, left=torch.arange(2)).left.tolist()
+    [0, 1]
+    """
 
     x: Tensor  # [k, d]
     weight: Tensor  # [k] which of the possible values
@@ -56,16 +73,16 @@ class Peeled:
     left: Tensor  # [q], the sets that hold more examples than were read
 
 
-def alone(sum_: float, error: float, weights: Tensor, most: int) -> int | None:
+def kind_of_one(sum_: float, error: float, weights: Tensor, most: int) -> int | None:
     """Which of the possible weights [v] a sum of up to `most` of them is, if it can be no sum of two or more; else None.
 
     All sums of m weights, m <= most, are looked at: exact for two different weights (m a + b (c - a)), which the golden
     ratio keeps apart, refused for more.
 
     >>> golden = torch.tensor([0.618034, -0.381966])
-    >>> alone(0.618034, 1e-5, golden, 50), alone(-0.381966, 1e-5, golden, 50), alone(1.236068, 1e-5, golden, 50)
-    (0, 1, None)
-    >>> alone(0.5, 1e-5, torch.tensor([0.5, -0.5]), 50)  # may as well be two of the one and one of the other
+    >>> [kind_of_one(total, 1e-5, golden, 50) for total in (0.618034, -0.381966, 1.236068)]
+    [0, 1, None]
+    >>> kind_of_one(0.5, 1e-5, torch.tensor([0.5, -0.5]), 50)  # may as well be two of the one and one of the other
     """
     near = [k for k, w in enumerate(weights.tolist()) if abs(sum_ - w) <= COUNT_SLACK * error]
     if len(near) != 1 or most > MOST_COUNTED:
@@ -85,7 +102,7 @@ def peel(sums: Sums, weights: Tensor, most: int, keep_on: Callable[[int], bool] 
     """The examples that the sums give away one after the other: a set of one is read, and taken out of all others.
 
     `weights` [v] are the values that an example's weight may have, two at most, and `most` is the number of examples. An
-    example is returned only where its set is proven to hold nothing else (`alone`), so that it is exact to `off`.
+    example is returned only where its set is proven to hold nothing else (`kind_of_one`), so that it is exact to `off`.
 
     >>> x = torch.tensor([[0.2, 0.9], [0.6, 0.1], [0.7, 0.3]], dtype=torch.float64)
     >>> w, eye = torch.tensor([0.618034, -0.381966, 0.618034]).double(), torch.eye(2).double()
@@ -112,11 +129,11 @@ def peel(sums: Sums, weights: Tensor, most: int, keep_on: Callable[[int], bool] 
     waiting = values[:, -1].abs() > COUNT_SLACK * error[:, 1]
     queue = waiting.nonzero().flatten().tolist()
     queue.sort(
-        key=lambda at: alone(float(values[at, -1]), float(error[at, 1]), weights, most) is None
+        key=lambda at: kind_of_one(float(values[at, -1]), float(error[at, 1]), weights, most) is None
     )  # as sent, first
     while queue and len(found) < most and keep_on(len(found)):
         q = queue.pop(0)
-        kind = None if closed[q] else alone(float(values[q, -1]), float(error[q, 1]), weights, most)
+        kind = None if closed[q] else kind_of_one(float(values[q, -1]), float(error[q, 1]), weights, most)
         if kind is None:
             continue
         weight = float(weights[kind])

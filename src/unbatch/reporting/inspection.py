@@ -6,7 +6,7 @@ import base64
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from unbatch.analysis import LayerRisk, Verdict
 from unbatch.files import write_atomically
@@ -19,6 +19,9 @@ UNSEEN = (
 
 class _Kept(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    def __str__(self) -> str:
+        return repr(self)
 
 
 class SignRead(_Kept):
@@ -47,7 +50,7 @@ class PrivateExample(_Kept):
     index: int  # in the batch
     layer: str
     unit: int
-    picture: str = ""  # the example, rendered: a PNG as a data URI, or words
+    picture: str = Field(default="", repr=False)  # the example, rendered: a PNG as a data URI, or words
 
 
 class Inspection(_Kept):

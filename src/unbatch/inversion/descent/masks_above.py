@@ -27,7 +27,7 @@ ADDS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__)
 
 
 @dataclass(eq=False)
-class Heard:
+class CallsHeard:
     """What some calls of a section were given and gave, by the values that they gave in the graph."""
 
     given: dict[Value, Tensor] = field(default_factory=dict)
@@ -37,13 +37,13 @@ class Heard:
 @contextmanager
 def listening(
     whole: fx.GraphModule, calls: Iterable[Call], flips: Mapping[Value, Tensor] | None = None
-) -> Iterator[Heard]:
+) -> Iterator[CallsHeard]:
     """Listens to some calls of a section, while it runs once.
 
     Of what ReLUs gave, `flips` has the entries [n, ...] whose derivative is to be one less itself. A module that ran
     several times must have all its calls among `calls`.
     """
-    heard, by_name, flips = Heard(), dict[str, list[Value]](), flips or {}
+    heard, by_name, flips = CallsHeard(), dict[str, list[Value]](), flips or {}
     for call in calls:
         by_name.setdefault(call.name, []).append(call.gave[0])
 
@@ -101,7 +101,7 @@ def relu_behind(graph: Graph, value: Value) -> Value | None:
 def contradicted(
     graph: Graph,
     above: Sequence[WindowLayer],
-    heard: Heard,
+    heard: CallsHeard,
     backs: Mapping[Value, Tensor],
     update: Mapping[str, Tensor],
     error: float,
@@ -133,7 +133,7 @@ def contradicted(
     return None
 
 
-def _passed(heard: Heard, relu: Value) -> Tensor:
+def _passed(heard: CallsHeard, relu: Value) -> Tensor:
     """The derivative of a ReLU as it ran, flips included."""
     z, gave = heard.given[relu], heard.gave[relu]
     (passed,) = torch.autograd.grad(gave, z, torch.ones_like(gave), retain_graph=True)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbatch.errors import NotApplicable
-from unbatch.inversion.planted.quiet import golden_logit, quiet_gain
-from unbatch.network.dense import anatomy
+from unbatch.inversion.planted.quiet import dense_layers, golden_logit, quiet_gain
 
 OFF = -1e30  # a bias with which no input makes a unit fire
 
@@ -78,7 +77,7 @@ def put_in_front(
     Raises NotApplicable: the network does not end with a dense layer with a bias.
     """
     made = copy.deepcopy(model)
-    head = next((layer for layer in anatomy(made, shape).layers if layer.head), None)
+    head = next((layer for layer in dense_layers(made, shape) if layer.head), None)
     if head is None or head.bias is None:
         raise NotApplicable("the network does not end with a dense layer with a bias, which could be made constant.")
     with torch.no_grad():

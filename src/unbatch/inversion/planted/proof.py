@@ -9,13 +9,13 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.planted.sums import sums
 from unbatch.inversion.view import View
 from unbatch.network.dense import Dense, layer_inputs
-from unbatch.numerics.half_spaces import COUNT_SLACK, alone
+from unbatch.numerics.half_spaces import COUNT_SLACK, kind_of_one
 from unbatch.reconstruction import Reconstruction
 
 BOUNDARY = 1e-5  # of a unit's addends, within which it is open whether it fires
 
 
-def proven(view: View, layer: Dense, found: Reconstruction, sure: Tensor, far: Tensor) -> Tensor:
+def alone_in_sums(view: View, layer: Dense, found: Reconstruction, sure: Tensor, far: Tensor) -> Tensor:
     """Which claims [k] the sums of a planted layer prove, by what the model makes of the claimed examples.
 
     The model is run on the claims, which says for which units each fires, and so in which sums it is. A claim stands if one
@@ -68,7 +68,7 @@ def _alone_in(
 ) -> tuple[int, float] | None:
     """Which of the sums is that of one example z [d] alone, and with which weight; None where none is."""
     for q in sets:
-        kind = alone(float(values[q, -1]), float(error[q, 1]), weights, most)
+        kind = kind_of_one(float(values[q, -1]), float(error[q, 1]), weights, most)
         if kind is None:
             continue
         weight = float(weights[kind])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbatch.errors import NotApplicable
+from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.network.dense import Dense, anatomy, forward, layer_inputs
 
@@ -37,7 +37,7 @@ def quieten(model: nn.Module, shape: tuple[int, ...], W: Tensor, b: Tensor, belo
     Raises NotApplicable: the model does not begin with a dense layer with a bias, or not only relu and dense layers follow.
     """
     made = copy.deepcopy(model)
-    first, *above = anatomy(made, shape).layers
+    first, *above = dense_layers(made, shape)
     parameters = dict(made.named_parameters(remove_duplicate=False))
     _dense_alone(first, above, parameters, below)
     with torch.no_grad():
@@ -64,13 +64,25 @@ def shape_known(known: Knowledge) -> tuple[int, ...]:
     return shape
 
 
+def dense_layers(model: nn.Module, shape: tuple[int, ...]) -> list[Dense]:
+    """The dense layers of a model of real inputs. Raises NotApplicable: it takes none of that shape, such as one of tokens.
+
+    >>> [layer.name for layer in dense_layers(nn.Sequential(nn.Linear(2, 3)), (2,))]
+    ['0']
+    """
+    try:
+        return list(anatomy(model, shape).layers)
+    except UnbatchError as error:
+        raise NotApplicable(f"rows are planted for inputs of real numbers, and {error}") from None
+
+
 def plant_rows(model: nn.Module, shape: tuple[int, ...], rows: Callable[[int], tuple[Tensor, Tensor]]) -> nn.Module:
     """A copy of `model` with rows for inputs of the network in its first dense layer, and a quiet network above.
 
     `rows` gives W [m, d] and b [m] for a layer of m units: a unit is to fire where W x + b > 0.
     Raises NotApplicable: the network does not begin with a dense layer, or cannot be made quiet.
     """
-    layers = anatomy(model, shape).layers
+    layers = dense_layers(model, shape)
     feeds = layers[0].feeds if layers else None
     if feeds is None:
         raise NotApplicable(

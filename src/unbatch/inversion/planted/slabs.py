@@ -15,7 +15,7 @@ SMOOTHED = 10  # public examples between two knots of a quantile function
 SHARE_OF_RANGE = 0.25  # the standard deviation that an entry is taken to have where only its range is known
 
 
-def shares(m: int, groups: int) -> list[int]:
+def units_each(m: int, groups: int) -> list[int]:
     """How many of m units each of some directions gets, the first ones one more."""
     return [m // groups + (i < m % groups) for i in range(groups)]
 
@@ -34,7 +34,7 @@ def from_public(x: Tensor, m: int, groups: int, rng: torch.Generator) -> tuple[T
     if p < 2:
         raise NotApplicable("quantiles need two public examples or more.")
     rows, cuts = list[Tensor](), list[Tensor]()
-    for g, share in enumerate(shares(m, groups)):
+    for g, share in enumerate(units_each(m, groups)):
         u = torch.full((d,), d**-0.5, dtype=torch.float64) if g == 0 else _random(d, rng)
         h = x.double() @ u
         at = _quantiles(h, share)
@@ -57,7 +57,7 @@ def from_range(spread: float, m: int, d: int, groups: int, rng: torch.Generator)
     That is the law of independent entries; of others it holds on average over directions, which is why there are several.
     """
     rows, cuts = list[Tensor](), list[Tensor]()
-    for share in shares(m, groups):
+    for share in units_each(m, groups):
         u = _random(d, rng)
         rows += [u] * share
         cuts.append(spread * _normal_levels(share))

@@ -37,6 +37,10 @@ class Units:
     `rows` [p, k] are unit vectors along (w, b) / v, `signs` [p] those of v and `weights` [p] the sums of |v| |(w, b)| over
     the units of a direction, so that f(z) = sum_p signs_p weights_p relu(signs_p rows_p . z). `basis` [k, d + 1] takes
     coordinates to inputs with a one behind them.
+
+    >>> held = Units(torch.eye(2), signs=torch.tensor([1.0, -1.0]), weights=torch.ones(2), basis=torch.eye(2))
+    >>> held.outputs(torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, -2.0]]))
+    tensor([ 3.,  0., -2.])
     """
 
     rows: Tensor
@@ -134,7 +138,13 @@ class MarginWeights:
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """One step of a search from s starts: points [s, c, k], strengths c_i >= 0 [s, c], and the loss of each start [s]."""
+    """One step of a search from s starts: points [s, c, k], strengths c_i >= 0 [s, c], and the loss of each start [s].
+
+    >>> two = torch.tensor([0.5, 0.1])
+    >>> attempt = Attempt(torch.zeros(2, 3, 4), strengths=torch.ones(2, 3), losses=two, margin_off=torch.zeros(2))
+    >>> int(attempt.losses.argmin())
+    1
+    """
 
     points: Tensor
     strengths: Tensor
@@ -157,6 +167,12 @@ def search(
     After each fifth of the steps the better third of the starts goes on, down to LAST_STARTS: most end early in mixtures,
     and what they have lost does not come back. It begins at differences of two rows, which are one example where the two
     units fire on the same but for it.
+
+    >>> eye = torch.eye(2, dtype=torch.float64)
+    >>> held = Units(eye, signs=torch.tensor([1.0, -1.0]).double(), weights=torch.ones(2).double(), basis=eye)
+    >>> [*_, last] = search(held, 2, torch.Generator().manual_seed(0), starts=3, steps=10)
+    >>> last.points.shape, len(last.losses)
+    (torch.Size([3, 2, 2]), 3)
     """
     weights = weights or MarginWeights()
     z = _starts(held, count, rng, starts)

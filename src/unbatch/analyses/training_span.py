@@ -1,4 +1,4 @@
-"""weight-span: how much of its training inputs a released model's first layer spans, and how far off others are."""
+"""training-span: how much of its training inputs a released model's first layer spans, and how far off others are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @final
-class SpanOfWeights(Analysis):
+class TrainingSpan(Analysis):
     """How far training inputs and strangers are from the span of the first layer's change: membership, if it is told.
 
     The change of the first dense layer under SGD has its rows in the span of the training inputs, of which it tells the
@@ -24,7 +24,6 @@ class SpanOfWeights(Analysis):
     start at zero.
     """
 
-    name: ClassVar[str] = "weight-span"
     paper: ClassVar[str] = "the span of first-layer changes; used in part by Tansley et al., 2026"
     sees: ClassVar[frozenset[str]] = frozenset({"release"})
 
