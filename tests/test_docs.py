@@ -95,6 +95,7 @@ def test_examples_run(path: Path) -> None:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the files that the pages call the reader's own: a model, pictures, a table, a captured update."""
     from PIL import Image
+    from safetensors.torch import save_file
 
     (tmp_path / "mypackage").mkdir()
     (tmp_path / "mypackage" / "nets.py").write_text(
@@ -114,6 +115,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     step = unbatch.Protocol(local_steps=1, learning_rate=0.1)
     moved, _ = unbatch.observe(model, torch.nn.functional.cross_entropy, x[:1], y[:1], protocol=step)
     before = model.state_dict()
+    save_file(before, tmp_path / "received.safetensors")
     np.savez(tmp_path / "before.npz", *(tensor.numpy() for tensor in before.values()))
     np.savez(tmp_path / "round7.npz", *((before[name] + u).numpy() for name, u in moved.update.items()))
     (plan,) = (block.text for block in blocks(DOCS / "sweeps.md") if block.language == "toml")

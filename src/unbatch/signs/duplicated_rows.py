@@ -21,7 +21,8 @@ class DuplicatedRows(Sign):
 
     The value is the share of a layer's rows, of those that weigh three inputs or more, that point the way of two others or
     more while their biases over their lengths differ. The differences of neighbouring bins are what imprint attacks read.
-    Rows that are copies, bias and all, as a network that was widened has them, do not count.
+    Rows that are copies, bias and all, as a network that was widened has them, do not count, nor do layers without a bias,
+    which have no thresholds: the second factor of an adapter (LoRA) has rows of one direction after its first steps.
 
     >>> import torch
     >>> from unbatch.inversion.received import Received
@@ -40,12 +41,11 @@ class DuplicatedRows(Sign):
     def read(self, received: Received) -> Iterator[SignReading]:
         for matrix in received.matrices:
             rows, kept = _weighing(matrix.rows)
-            if len(rows) < FEWEST_ALIKE:
+            if len(rows) < FEWEST_ALIKE or matrix.bias is None:
                 continue
             pairs = parallel(rows)
             alike = pairs.sum(1) >= FEWEST_ALIKE
-            if matrix.bias is not None:
-                alike &= 2 * _copies(rows, matrix.bias[kept], pairs) <= pairs.sum(1)
+            alike &= 2 * _copies(rows, matrix.bias[kept], pairs) <= pairs.sum(1)
             share = float(alike.double().mean())
             words = f"{share:.0%} of its rows point one way in groups of {FEWEST_ALIKE} or more, with other thresholds"
             yield SignReading(matrix.layer, share, words)

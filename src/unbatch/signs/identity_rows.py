@@ -34,8 +34,8 @@ class IdentityRows(Sign):
     """
 
     paper: ClassVar[str] = "transmission ratio: Garov et al., SEER, ICLR 2024; equal factors: this library"
-    honest: ClassVar[float] = 0.0
-    limit: ClassVar[float] = 0.15
+    honest: ClassVar[float] = 0.2
+    limit: ClassVar[float] = 0.4
 
     def read(self, received: Received) -> Iterator[SignReading]:
         for matrix in received.matrices:

@@ -15,8 +15,9 @@ FEWEST = 2  # units
 class OverwhelmingBiases(Sign):
     """Biases that are many times what a layer's weights make of its input: its units are always on, or never.
 
-    The value is the median over a layer's units of |b| over the root mean square of w . x, over examples and places. A
-    block that is saturated or dead by its biases passes on what the server wants to pass on, and nothing else.
+    The value is the median over a layer's units of |b| over the root mean square of w . x, over examples and places; units
+    that nothing reaches, as pruning leaves them, do not count. A block that is saturated or dead by its biases passes on
+    what the server wants to pass on, and nothing else.
 
     >>> import torch
     >>> from unbatch.inversion.received import Received
@@ -38,8 +39,10 @@ class OverwhelmingBiases(Sign):
             bias = layer.matrix.bias
             if bias is None or len(bias) < FEWEST or not bool(bias.any()):
                 continue
-            floor = 1e-12 * float(bias.abs().max())
-            value = float((bias.abs() / layer.weighed.sqrt().clamp_min(floor)).median())
+            heard = layer.weighed > 0
+            if int(heard.sum()) < FEWEST:
+                continue
+            value = float((bias[heard].abs() / layer.weighed[heard].sqrt()).median())
             yield SignReading(
                 layer.matrix.layer, value, f"its biases are {value:,.1f} times what its weights make of the batch"
             )

@@ -276,6 +276,11 @@ def told_apart(held: Units, points: Tensor) -> Tensor:
 
     The diagonal of S^+ S, S [p, c] saying on which points a direction's units fire: below 1 some combination of points can
     be exchanged for another without a change in any unit.
+
+    >>> eye = torch.eye(2, dtype=torch.float64)
+    >>> held = Units(eye, signs=torch.ones(2).double(), weights=torch.ones(2).double(), basis=eye)
+    >>> told_apart(held, torch.tensor([[2.0, 1.0], [-1.0, 1.0]]).double()).round(decimals=6)
+    tensor([1., 1.], dtype=torch.float64)
     """
     fires = (held.signs * (held.scaled(points) @ held.rows.T) > 0).to(points).T  # [p, c]
     told: Tensor = (torch.linalg.pinv(fires) @ fires).diagonal()
