@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test suite slow slow-part coverage lint types pages hooks fmt bench docs house
+.PHONY: setup demo test suite elsewhere slow slow-part coverage lint types pages hooks fmt bench docs house
 
 setup: $(READY)
 
@@ -19,6 +19,12 @@ demo: $(READY)
 test: lint types suite
 
 suite: $(READY)
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+# The suite with the roundings of another processor, on which no test may rest.
+elsewhere: export ATEN_CPU_CAPABILITY = avx2
+elsewhere: export MKL_ENABLE_INSTRUCTIONS = SSE4_2
+elsewhere: $(READY)
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 slow: $(READY)
