@@ -124,7 +124,7 @@ def test_an_audit_of_a_release_counts_members_and_says_who_could() -> None:
     record = unbatch.audit(Case.parse(SPAN), attacks=["weight-span"], analyses=["training-span"])
     assert len(record.recovered()) == 4
     assert not record.flags
-    assert "anyone who sees this released model has them" in record.verdict()
+    assert "told from other candidates; anyone who holds them sees by this released model" in record.verdict()
     said = {verdict.name: verdict.value for verdict in record.verdicts}
     assert said["membership AUC"] == 1.0
     assert said["members' distance"] < 1e-8 < said["strangers' distance"]

@@ -88,7 +88,12 @@ def _things(audit: Audit) -> str:
 
 
 def _has(audit: Audit, n: int) -> str:
-    return f"anyone who sees this {audit.seen} has {'it' if n == 1 else 'them'}"
+    them = "it" if n == 1 else "them"
+    if "candidates" in audit.knowledge:  # of which it was told which are members: nobody got what he did not have
+        return (
+            f"anyone who holds {them} sees by this {audit.seen} that {'it was' if n == 1 else 'they were'} trained on"
+        )
+    return f"anyone who sees this {audit.seen} has {them}"
 
 
 def _recovered(audit: Audit) -> str:
@@ -96,7 +101,8 @@ def _recovered(audit: Audit) -> str:
     exact, copies, alike = (counts[tier] for tier in (Tier.EXACT, Tier.COPY, Tier.RECOGNISABLE))
     if exact:
         more = amounts(audit).partition(", ")[2]
-        return f"{exact} of {of} recovered exactly{f' ({more})' * bool(more)}; {_has(audit, exact + copies)}."
+        how = "told from other candidates" if "candidates" in audit.knowledge else "recovered exactly"
+        return f"{exact} of {of} {how}{f' ({more})' * bool(more)}; {_has(audit, exact + copies)}."
     if copies:
         how = "a copy" if copies == 1 else "copies"
         more = f" ({alike} more recognisably)" * bool(alike)
