@@ -2,11 +2,12 @@
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch
@@ -18,6 +19,7 @@ from unbatch.models.small import Name, build
 from unbatch.numerics.half_spaces import kind_of_one
 from unbatch.protocol import Protocol
 from unbatch.reconstruction import certified
+from unbatch.testing import demo_setting
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -223,3 +225,35 @@ def test_kernels_pass_pictures_on_through_strides() -> None:
         seen(made, client(2, (8,)))
     with pytest.raises(NotApplicable, match="no dense layer below the last one"):
         seen(made, client(2, (1, 8, 8), "lenet"))
+
+
+def _pruned(u: Tensor) -> Tensor:
+    return torch.where(u.abs() > u.abs().median(), u, torch.zeros_like(u))
+
+
+SLOPPY: dict[str, Callable[[str, Tensor], Tensor]] = {
+    "weights at half the rate": lambda name, u: u / 2 if name.endswith("weight") else u,
+    "the planted weights alone": lambda name, u: u / 2 if name in ("dense1.weight", "bins.weight") else u,
+    "half the entries": lambda name, u: _pruned(u),
+    "each tensor clipped": lambda name, u: u * min(1.0, 0.05 / max(float(u.norm()), 1e-30)),
+}
+
+
+@pytest.mark.parametrize("way", SLOPPY)
+@pytest.mark.parametrize("name", ["imprint", "conv-imprint", "lt-codes", "loki"])
+def test_no_example_is_claimed_where_weights_and_biases_were_sent_at_two_rates(name: str, way: str) -> None:
+    """A division gives another picture then, and each is alone in its bin as before."""
+    server, demo = attack(name=name), Attack.find()[name].demo
+    setting = demo_setting(demo)
+    told = setting.domain.public() | setting.knowledge
+    seen, _ = planted_exchange(server, setting, knowledge=told, defences=demo.defences, server_seed=3)
+    honest = server(seen)
+    assert honest.bound is not None
+    assert bool(honest.bound.isfinite().any())
+    sent = replace(seen, update={k: SLOPPY[way](k, u) for k, u in seen.update.items()})
+    try:
+        found = server(sent)
+    except NotApplicable:
+        return
+    assert found.bound is not None
+    assert not bool(found.bound.isfinite().any()), found.trace["second judge"]

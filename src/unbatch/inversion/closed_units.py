@@ -122,6 +122,8 @@ class _Claim:
         turn = terms * (self.reach + self.eps) / float(self.height[unit])
         column, sent, off = made[out][:, unit], self.seen[out][:, unit], self.off[out][:, unit]
         clear = off <= LARGEST_TURN * column.abs().max()  # entries that the rounding of parameters does not drown
+        if not bool(column[clear].any()):  # rounding drowns all that the head would show
+            return False
         gap = float((column - sent)[clear].norm())
         wide = AGREES * (turn * float(column[clear].norm()) + float(off[clear].norm()))
         return gap <= wide <= LARGEST_TURN * float(column[clear].norm())

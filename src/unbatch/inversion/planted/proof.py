@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import NotApplicable
+from unbatch.inversion.planted.balance import refuse_unbalanced
 from unbatch.inversion.planted.sums import sums
 from unbatch.inversion.view import View
 from unbatch.network.dense import Dense, layer_inputs
@@ -33,6 +34,8 @@ def alone_in_sums(view: View, layer: Dense, found: Reconstruction, sure: Tensor,
             raise NotApplicable(f"more than a normalisation lies between the inputs and {layer.name!r}.")
         received = layer_inputs(view.model, layer.name, found.inputs.to(view.obs.device, kind), view.protocol.mode)
     z = received.double().cpu()  # [k, d]
+    for each in view.obs.exchanges:
+        refuse_unbalanced(view.on(each).gradient, layer, float(z.norm(dim=1).max()))
     h = z @ held.directions.T  # [k, q]
     near = BOUNDARY * z.abs() @ held.directions.abs().T + far.cpu()[:, None]
     open_ = ((h[:, :, None] - held.thresholds).abs() <= near[:, :, None]).any(2)
