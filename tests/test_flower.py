@@ -465,6 +465,57 @@ def test_a_planted_model_is_not_trained_on_or_its_planted_layer_is_sent_back_as_
     assert [name for name in came if torch.equal(back[name], came[name])] == ["0.weight", "0.bias"]
 
 
+def other_layer() -> nn.Module:
+    """The model with its first layer drawn anew, as no round of training leaves it; no weight looks odd by itself."""
+    made = model()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        made[0].reset_parameters()
+    return made
+
+
+def test_a_layer_put_in_its_place_shows_beside_the_round_before(caplog: pytest.LogCaptureFixture) -> None:
+    client, trained_in = context(NODES[0]), list[int]()
+
+    def received(net: nn.Module, number: int) -> Message:
+        return train_message({"arrays": ArrayRecord(net.state_dict())}, **{"server-round": number})
+
+    def training(number: int) -> Callable[[Message, Context], Message]:
+        def call(message: Message, context: Context) -> Message:
+            trained_in.append(number)
+            return Message(RecordDict({"arrays": ArrayRecord(model().state_dict())}), reply_to=message)
+
+        return call
+
+    mod = guarded()
+    for number, net in ((1, model()), (2, model()), (3, other_layer()), (4, other_layer()), (5, model())):
+        mod(received(net, number), client, training(number))
+    assert trained_in == [1, 2, 5], "a layer that was put in its place is compared with what stood there before it"
+    assert caplog.text.count("nothing is trained: The model looks planted: replaced-layer at '0'") == 2
+    mod(received(other_layer(), 8), client, training(8))  # rounds lie between, in which training goes on
+    mod(received(model(), 8), client, training(88))  # the server says the number: one that stands still is compared
+    assert trained_in == [1, 2, 5, 8]
+    untold = Context(run_id=1, node_id=NODES[0], node_config={}, state=RecordDict(), run_config={})
+    guarded(planted="ignore")(received(model(), 1), untold, training(1))
+    assert not untold.state
+
+
+def test_a_layer_put_in_its_place_is_sent_back_as_it_came(caplog: pytest.LogCaptureFixture) -> None:
+    client, app = context(NODES[0]), message_app([guarded(planted="freeze", attacks="label-count")])
+    for number, net in ((1, model()), (2, other_layer())):
+        told = {"arrays": ArrayRecord(net.state_dict())}
+        answer = app(train_message(told, **{"server-round": number}), client)
+        assert answer.has_content(), caplog.text
+        back, came = answer.content["arrays"].to_torch_state_dict(), net.state_dict()
+        frozen = [name for name in came if torch.equal(back[name], came[name])]
+        assert frozen == ([] if number == 1 else ["0.weight", "0.bias"])
+
+
+def test_what_is_to_be_done_with_a_planted_model_is_one_of_three() -> None:
+    with pytest.raises(UnbatchError, match="it is one of refuse, freeze, ignore"):
+        guarded(planted="freez")
+
+
 @pytest.mark.parametrize("defence", ["mixup", "local-steps", "secure-aggregation", "label-smoothing"])
 def test_defences_that_change_training_are_refused_where_the_mod_is_made(defence: str) -> None:
     with pytest.raises(UnbatchError, match="changes how a client trains"):

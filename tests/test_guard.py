@@ -168,3 +168,18 @@ def test_an_update_of_a_planted_model_is_held_back_unless_what_is_planted_was_fr
     given["model"].dense1.requires_grad_(False)
     frozen = {name: tensor for name, tensor in update.items() if not name.startswith("dense1")}
     guard(frozen, **given)
+
+
+def test_a_layer_put_in_its_place_shows_beside_the_model_before() -> None:
+    s = Case.parse("digits:batch=8,width=16").setting()
+    given = told(s) | {"attacks": ["label-count"], "seconds": 2.0}
+    before = copy.deepcopy(s.model)
+    torch.nn.init.normal_(before.dense1.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    update = sent(s).update
+    guard(update, **given, before=s.model)
+    with pytest.raises(Leak, match=r"looks planted: replaced-layer at 'dense1'"):
+        guard(update, **given, before=before)
+    with pytest.raises(UnbatchError, match="before is the state of another model"):
+        guard(update, **given, before=torch.nn.Linear(2, 2))
+    with pytest.raises(UnbatchError, match="it is one of refuse, ignore"):
+        guard(update, **given, planted="freeze")

@@ -1,5 +1,6 @@
 """The guard for NVFlare: real results in real filter chains; what leaks is blocked, what is defended goes through."""
 
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from nvflare.apis.fl_constant import FilterKey, FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.utils.task_utils import apply_filters
+from nvflare.app_common.app_constant import AppConstants
 
 from unbatch.adapters.nvflare import HELD, GuardFilter
 
@@ -81,8 +83,10 @@ class Client:
         self.filters, self.tensors = filters, tensors
         self.context = FLContext()
 
-    def task(self, net: nn.Module, kind: str = DataKind.WEIGHTS) -> None:
+    def task(self, net: nn.Module, kind: str = DataKind.WEIGHTS, number: int | None = None) -> None:
         data = DXO(kind, data=arrays(net.state_dict(), self.tensors)).to_shareable()
+        if number is not None:
+            data.set_header(AppConstants.CURRENT_ROUND, number)
         self.context.set_prop(FLContextKey.TASK_DATA, data, private=True, sticky=False)
         for each in self.filters:
             each.handle_event(EventType.BEFORE_TASK_EXECUTION, self.context)
@@ -93,10 +97,16 @@ class Client:
         return apply_filters("task_result_filters", result, self.context, chain, "train", FilterKey.OUT)
 
     def round(
-        self, kind: str = DataKind.WEIGHTS, steps: int = 1, n: int = 1, make: Callable = model, **meta: Any
+        self,
+        kind: str = DataKind.WEIGHTS,
+        steps: int = 1,
+        n: int = 1,
+        make: Callable = model,
+        number: int | None = None,
+        **meta: Any,
     ) -> DXO:
         net = make()
-        self.task(net)
+        self.task(net, number=number)
         before, after = make().state_dict(), trained(net, n, steps)
         if kind == DataKind.WEIGHT_DIFF:
             after = {name: tensor - before[name] for name, tensor in after.items()}
@@ -248,7 +258,60 @@ def test_every_argument_is_one_of_a_job_s_json(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.rglob("unbatch"))
 
 
+def imprinted() -> nn.Module:
+    """The model with equal rows and thresholds that part what they measure."""
+    made = model()
+    with torch.no_grad():
+        made[0].weight.fill_(1 / 6)
+        made[0].bias.copy_(torch.linspace(-1, 1, 12))
+    return made
+
+
+def other_layer() -> nn.Module:
+    """The model with its first layer drawn anew, as no round of training leaves it; no weight looks odd by itself."""
+    made = model()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        made[0].reset_parameters()
+    return made
+
+
+def of_two(**options: Any) -> GuardFilter:
+    """A guard whose attack finds nothing in a batch of two, so that the signs alone decide."""
+    told = {"learning_rate": RATE, "local_steps": 1}
+    return GuardFilter(two, told, **({"attacks": "label-count", "seconds": 5} | options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_planted_model_nothing_is_sent_or_its_planted_layer_as_it_came(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(ContentBlockedException):
+        Client(of_two()).round(kind, n=2, make=imprinted)
+    assert "The model looks planted: duplicated-" in caplog.text
+    sent = Client(of_two(planted="ignore")).round(kind, n=2, make=imprinted).data
+    back = Client(of_two(planted="freeze")).round(kind, n=2, make=imprinted).data
+    came = imprinted().state_dict()
+    for name, tensor in came.items():
+        unmoved = torch.zeros_like(tensor) if kind == DataKind.WEIGHT_DIFF else tensor
+        frozen = name in ("0.weight", "0.bias")
+        assert np.array_equal(back[name], unmoved.numpy() if frozen else sent[name])
+        assert not np.array_equal(sent[name], unmoved.numpy())
+
+
+def test_a_layer_put_in_its_place_shows_beside_the_round_before(caplog: pytest.LogCaptureFixture) -> None:
+    client, sent = Client(of_two()), list[int]()
+    for number, make in ((0, model), (1, model), (2, other_layer), (3, other_layer), (4, model), (7, other_layer)):
+        with contextlib.suppress(ContentBlockedException), caplog.at_level(logging.WARNING):
+            client.round(n=2, make=make, number=number)
+            sent.append(number)
+    assert sent == [0, 1, 4, 7]  # before round 7 lie some of which this client knows nothing
+    assert caplog.text.count("The model looks planted: replaced-layer at '0'") == 2
+
+
 def test_what_names_nothing_or_changes_training_is_refused() -> None:
+    with pytest.raises(UnbatchError, match="it is one of refuse, freeze, ignore"):
+        GuardFilter(behind, planted="freez")
     for wrong in ("test_nvflare:nothing", "no_such_module:f", "behind"):
         with pytest.raises(UnbatchError, match="names nothing"):
             GuardFilter(wrong)

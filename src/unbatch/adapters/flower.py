@@ -13,33 +13,35 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from unbatch.adapters.trained import check_defences, defended, fresh_draws
 from unbatch.adapters.weights import UNTOLD, WeightsExchange, weights_exchange
 from unbatch.analysis import Analysis
 from unbatch.attack import Attack
-from unbatch.auditing.guard import Leak, guard, planted_words, refuse_other_batch
-from unbatch.auditing.inspection import signs_of
+from unbatch.auditing.guard import PLANTED, Leak, check_planted, guard, planted_signs, planted_words, refuse_other_batch
+from unbatch.auditing.last_round import LastRound
 from unbatch.auditing.run import audit
 from unbatch.defence import Defence, Round, Stack
 from unbatch.errors import MissingExtra, UnbatchError
 from unbatch.files import write_atomically
-from unbatch.inversion.received import Received
 from unbatch.knowledge import Knowledge
 from unbatch.loss import Loss
 from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
+from unbatch.reporting.inspection import SignRead
 from unbatch.reporting.results import Audit
 from unbatch.truth import Truth
 
 BUNDLE, RECORD, AUDIT, PAGE = "update.safetensors", "exchange.json", "audit.json", "report.html"
 HELD = "the client's guard holds this update back."  # all that the server is told: why is the client's own matter
+LAST_ROUND = "unbatch-last-round"  # in a client's own state: the parameters that it received
 _EMPTY = "_empty"  # the key of Flower's record of no arrays
 log = logging.getLogger("unbatch.flower")
 
@@ -80,14 +82,16 @@ def guard_mod(
     is named, as `Audited` writes it: for the client's own eyes, since it shows its examples.
 
     A model that looks planted (`unbatch.inspect`) is not trained on where its weights show it; where only the batch does,
-    nothing is sent. With `planted="freeze"` it is trained on, and the layers with a sign are sent back as they came (where
-    the client takes several local steps it must freeze them itself, by `Inspection.weights`, or the rest of the update is
-    held back as one that its batch does not explain); with "ignore" no signs are looked at.
+    nothing is sent. The model of the round before, by which a layer that was put in its place shows, is kept in the
+    client's own `context.state`. With `planted="freeze"` a model is trained on, and the layers with a sign are sent back as
+    they came (where the client takes several local steps it must freeze them itself, by `Inspection.weights`, or the rest
+    of the update is held back as one that its batch does not explain); with "ignore" no signs are looked at.
 
     Where an example leaks, and where the guard cannot tell (nothing was told of the step, another batch is behind the
     update, no attack could run), the server gets an error in place of the weights, without the reason; the log has it.
     Raises UnbatchError: Flower is missing, or a defence of `defend` changes training itself.
     """
+    check_planted(planted, PLANTED)
     stack = Stack.of(defend)
     _flower("guard_mod")
     _network(model)
@@ -119,9 +123,10 @@ class _Guarded:
             return call_next(message, context)
         try:
             received = _values(_only_arrays(message.content, "the message"), self.model)  # before training may empty it
+            words = self._signs(message, context, received) if self.planted == "refuse" else []
         except Exception as error:
             return _held(message, f"the model that was received cannot be read: {error}")
-        if self.planted == "refuse" and (words := self._signs(message, received)):
+        if words:
             return _held(message, f"nothing is trained: {' '.join(words)}")
         reply = call_next(message, context)
         if reply.has_error():
@@ -141,64 +146,75 @@ class _Guarded:
         seen = self._exchange(received, arrays, told, len(inputs))
         if not seen.moved and not self.defend.defences:
             return reply
-        if self.planted == "freeze":
-            seen = self._frozen(arrays, received, told, seen, inputs, labels)
+        frozen = self._planted(message, context, seen, inputs, labels)
+        if frozen:
+            log.warning("these layers look planted and are sent back as they came: %s", ", ".join(sorted(frozen)))
+            _replace(arrays, seen, {name: torch.zeros_like(t) for name, t in seen.update.items() if name in frozen})
+            seen = self._exchange(received, arrays, told, len(inputs)).frozen(frozen)
         if self.defend.defences:
-            if not self.inner:  # what the server told of the step may be wrong, and behind noise that would not show
-                left = seen.observation(self.loss).residual(inputs, labels) if seen.moved else None
-                refuse_other_batch(left, seen.model, inputs, seen.protocol)
-            turn = Round(
-                model=seen.model,
-                loss=self.loss,
-                inputs=inputs,
-                labels=labels,
-                protocol=seen.protocol,
-                rng=fresh_draws(),
-            )
-            _replace(arrays, seen, defended(self.defend, turn, seen.update))
-            seen = self._exchange(received, arrays, told, len(inputs))  # as it was rounded
+            _replace(arrays, seen, self._defended(seen, inputs, labels))
+            seen = self._exchange(received, arrays, told, len(inputs)).frozen(frozen)  # as it was rounded
         try:
-            found = guard(
-                seen.update,
-                model=seen.model,
-                loss=self.loss,
-                inputs=inputs,
-                labels=labels,
-                protocol=seen.protocol,
-                defences=[*self.defend.defences, *self.inner],
-                knowledge=seen.knowledge.only("buffers") | (self.knowledge or Knowledge()),
-                planted="refuse" if self.planted == "refuse" else "ignore",
-                **self.rules,
-            )
+            found = self._guarded(seen, inputs, labels)
         except Leak as leak:
             self._keep(message, leak.audit)
             raise
         self._keep(message, found)
         return reply
 
-    def _signs(self, message: Any, received: Any) -> list[str]:
-        """The signs of planting that the weights alone show, before anything is trained."""
+    def _defended(self, seen: WeightsExchange, inputs: Tensor, labels: Tensor) -> Update:
+        """What the defences of `defend` make of the difference. Raises UnbatchError: another batch is behind it."""
+        if not self.inner:  # what the server told of the step may be wrong, and behind noise that would not show
+            left = seen.observation(self.loss).residual(inputs, labels) if seen.moved else None
+            refuse_other_batch(left, seen.model, inputs, seen.protocol)
+        turn = Round(
+            model=seen.model, loss=self.loss, inputs=inputs, labels=labels, protocol=seen.protocol, rng=fresh_draws()
+        )
+        return defended(self.defend, turn, seen.update)
+
+    def _guarded(self, seen: WeightsExchange, inputs: Tensor, labels: Tensor) -> Audit:
+        """The audit of what is about to be sent. Raises Leak."""
+        return guard(
+            seen.update,
+            model=seen.model,
+            loss=self.loss,
+            inputs=inputs,
+            labels=labels,
+            protocol=seen.protocol,
+            defences=[*self.defend.defences, *self.inner],
+            knowledge=seen.knowledge.only("buffers") | (self.knowledge or Knowledge()),
+            planted="refuse" if self.planted == "refuse" else "ignore",
+            **self.rules,
+        )
+
+    def _signs(self, message: Any, context: Any, received: Any) -> list[str]:
+        """The signs of planting that the weights alone show, before anything is trained, in words."""
         try:
             seen = self._exchange(received, _only_arrays(message.content, "the message"), {}, 1)
         except UnbatchError:  # what cannot be read now is refused once there is something to send
             return []
-        return planted_words(seen.model, self.loss, None, None)
+        return planted_words(self._raised(message, context, seen))
 
-    def _frozen(
-        self, arrays: Any, received: Any, told: Mapping[str, Any], seen: WeightsExchange, inputs: Tensor, labels: Tensor
-    ) -> WeightsExchange:
-        """The exchange with the layers that have a sign sent back as they came."""
-        signs, _ = signs_of(Received.of(seen.model, inputs=inputs, labels=labels, loss=self.loss))
-        weights = {weight for sign in signs if sign.raised for weight in sign.weights}
-        if not weights:
-            return seen
-        log.warning("these layers look planted and are sent back as they came: %s", ", ".join(sorted(weights)))
-        kept = {name: tensor * (name not in weights) for name, tensor in seen.update.items()}
-        _replace(arrays, seen, kept)
-        seen = self._exchange(received, arrays, told, len(inputs))
-        for name, parameter in seen.model.named_parameters():
-            parameter.requires_grad_(name not in weights)
-        return replace(seen, update={name: tensor for name, tensor in seen.update.items() if name not in weights})
+    def _planted(self, message: Any, context: Any, seen: WeightsExchange, inputs: Tensor, labels: Tensor) -> set[str]:
+        """The weights of layers that have a sign, by themselves and by the batch, where those are to be frozen."""
+        if self.planted != "freeze":
+            return set()
+        raised = self._raised(message, context, seen, inputs, labels)
+        return {weight for sign in raised for weight in sign.weights}
+
+    def _raised(
+        self,
+        message: Any,
+        context: Any,
+        seen: WeightsExchange,
+        inputs: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> list[SignRead]:
+        """The signs that are raised; what the next round is compared with is kept in the client's own state."""
+        number, last = _round(message) or None, _last_round(context)
+        raised = planted_signs(seen.model, self.loss, inputs, labels, last.before(number))
+        _keep_round(context, last.followed(number, seen.model, raised))
+        return raised
 
     def _keep(self, message: Any, found: Audit) -> None:
         """Write what the attacks found, where a folder is named; where that fails the guard's answer stands without it."""
@@ -212,6 +228,23 @@ class _Guarded:
     def _exchange(self, received: Any, arrays: Any, told: Mapping[str, Any], examples: int) -> WeightsExchange:
         back = _values(arrays, self.model)
         return weights_exchange(self.model, received, back, told=told, examples=examples, protocol=self.given)
+
+
+def _last_round(context: Any) -> LastRound:
+    """What the mod kept of the model that this client received before."""
+    state = context.state
+    if LAST_ROUND not in state:
+        return LastRound()
+    number = int(state[f"{LAST_ROUND}-number"]["number"]) or None
+    return LastRound(number, {name: torch.from_numpy(array.numpy()) for name, array in state[LAST_ROUND].items()})
+
+
+def _keep_round(context: Any, last: LastRound) -> None:
+    """Keep it where Flower keeps what a client's app knows from one round to the next."""
+    from flwr.app import Array, ArrayRecord, ConfigRecord
+
+    context.state[LAST_ROUND] = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in last.state.items()})
+    context.state[f"{LAST_ROUND}-number"] = ConfigRecord({"number": last.number or 0})
 
 
 def _round(message: Any) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from unbatch.adapters.trained import check_defences, defended, fresh_draws
 from unbatch.adapters.weights import WeightsExchange, weights_exchange
 from unbatch.attack import Attack
-from unbatch.auditing.guard import Leak, guard
+from unbatch.auditing.guard import PLANTED, Leak, check_planted, guard, planted_signs
+from unbatch.auditing.last_round import LastRound
 from unbatch.case import Setting
 from unbatch.defence import Defence, Round, Stack
 from unbatch.errors import MissingExtra, UnbatchError
@@ -33,6 +34,7 @@ try:
     from nvflare.apis.fl_constant import FilterKey, FLContextKey
     from nvflare.apis.fl_context import FLContext
     from nvflare.apis.shareable import Shareable
+    from nvflare.app_common.app_constant import AppConstants
 except ImportError as error:
     raise MissingExtra.of("the guard for NVFlare", "nvflare", "nvflare") from error
 
@@ -58,6 +60,11 @@ class GuardFilter(DXOFilter):  # type: ignore[misc] # NVFlare has no types
     and rules are those of `unbatch.guard`. Under `folder`, on the client's own disk, `result-0001/` and so on hold the
     audit of every look and its page, which show the private batch. Every argument can be written in a job's JSON.
 
+    Of a model that looks planted (`unbatch.inspect`), by itself, on the batch or beside that of the round before, nothing
+    is sent. With `planted="freeze"` the layers with a sign are sent back as they came (where the client takes several local
+    steps it must freeze them itself, or the rest is blocked as what its batch does not explain); with "ignore" no signs are
+    looked at.
+
     Where an example leaks, and where the guard cannot tell (no global model was seen, the result was encrypted, another
     batch is behind it, no attack could run), the result is blocked: NVFlare sends TASK_RESULT_FILTER_ERROR in its place,
     without the reason, which is in the client's log.
@@ -76,12 +83,15 @@ class GuardFilter(DXOFilter):  # type: ignore[misc] # NVFlare has no types
         seed: int = 0,
         data_kinds: list[str] | None = None,
         folder: str | Path | None = None,
+        planted: Literal["refuse", "freeze", "ignore"] = "refuse",
     ) -> None:
         super().__init__([kind.value for kind in KINDS], data_kinds)
         # What was given stands by its own name: the Job API reads a job's JSON off these attributes.
         self.setting, self.protocol, self.defend, self.defences = setting, protocol, defend, defences
         self.max_psnr, self.attacks, self.seconds, self.seed = max_psnr, attacks, seconds, seed
         self.folder = None if folder is None else str(folder)
+        self.planted = planted
+        check_planted(planted, PLANTED)
         self.looks = 0
         self._function = _function(setting)
         self._given = Protocol(**protocol) if isinstance(protocol, Mapping) else protocol
@@ -89,6 +99,8 @@ class GuardFilter(DXOFilter):  # type: ignore[misc] # NVFlare has no types
         check_defences(self._stack)
         self._attacked = None if attacks is None else Attack.several(attacks)
         self._received: dict[str, Any] | str = "no task was seen to begin"
+        self._number: int | None = None  # of the round, as the task says
+        self._last = self._looked_at = LastRound()  # the model of the round before, and that of this one
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Keep the global model of the task that begins; when results are filtered, NVFlare has let go of it."""
@@ -115,6 +127,7 @@ class GuardFilter(DXOFilter):  # type: ignore[misc] # NVFlare has no types
 
     def _receive(self, task: Any) -> None:
         """Keep a copy of the global model; in its place the reason why there is none."""
+        self._last = self._looked_at
         try:
             dxo = from_shareable(task)
         except (ValueError, AttributeError):
@@ -126,6 +139,8 @@ class GuardFilter(DXOFilter):  # type: ignore[misc] # NVFlare has no types
             self._received = f"the global model is processed by {dxo.get_meta_prop(MetaKey.PROCESSED_ALGORITHM)}"
         else:
             self._received = {name: _copied(value) for name, value in dxo.data.items()}
+            number = task.get_header(AppConstants.CURRENT_ROUND)
+            self._number = number if isinstance(number, int) else None
 
     def _checked(self, dxo: DXO, fl_ctx: FLContext) -> DXO | None:
         if isinstance(self._received, str):
@@ -139,20 +154,34 @@ class GuardFilter(DXOFilter):  # type: ignore[misc] # NVFlare has no types
         if not isinstance(behind, Setting):
             raise UnbatchError(f"setting returned a {type(behind).__name__}, and no unbatch.Setting.")
         seen = self._exchange(dxo, self._received, behind)
+        frozen = self._planted(seen, behind)
         if not seen.moved and not self._stack.defences:
             return None
+        if frozen:
+            log.warning("these layers look planted and are sent back as they came: %s", ", ".join(sorted(frozen)))
+            self._replace(dxo, seen, {name: torch.zeros_like(t) for name, t in seen.update.items() if name in frozen})
+            seen = self._exchange(dxo, self._received, behind).frozen(frozen)
         if self._stack.defences:
-            turn = Round(
-                model=seen.model,
-                loss=behind.loss,
-                inputs=behind.inputs,
-                labels=behind.labels,
-                protocol=seen.protocol,
-                rng=fresh_draws(),
-            )
-            self._replace(dxo, seen, defended(self._stack, turn, seen.update))
-            seen = self._exchange(dxo, self._received, behind)  # as it was rounded
-        record = guard(
+            self._replace(dxo, seen, self._defended(seen, behind))
+            seen = self._exchange(dxo, self._received, behind).frozen(frozen)  # as it was rounded
+        self._keep(self._guarded(seen, behind))
+        return dxo if self._stack.defences or frozen else None
+
+    def _defended(self, seen: WeightsExchange, behind: Setting) -> Update:
+        """What the defences of `defend` make of the difference."""
+        turn = Round(
+            model=seen.model,
+            loss=behind.loss,
+            inputs=behind.inputs,
+            labels=behind.labels,
+            protocol=seen.protocol,
+            rng=fresh_draws(),
+        )
+        return defended(self._stack, turn, seen.update)
+
+    def _guarded(self, seen: WeightsExchange, behind: Setting) -> Audit:
+        """The audit of what is about to be sent. Raises Leak."""
+        return guard(
             seen.update,
             model=seen.model,
             loss=behind.loss,
@@ -165,9 +194,19 @@ class GuardFilter(DXOFilter):  # type: ignore[misc] # NVFlare has no types
             attacks=self._attacked,
             seconds=self.seconds,
             seed=self.seed,
+            planted="refuse" if self.planted == "refuse" else "ignore",
+            before=self._last.before(self._number) or None,
         )
-        self._keep(record)
-        return dxo if self._stack.defences else None
+
+    def _planted(self, seen: WeightsExchange, behind: Setting) -> set[str]:
+        """The weights with a sign, where they are to be frozen; what the next round is compared with is kept."""
+        if self.planted == "ignore":
+            return set()
+        inputs, labels = (behind.inputs, behind.labels) if self.planted == "freeze" else (None, None)
+        before = self._last.before(self._number)
+        raised = planted_signs(seen.model, behind.loss, inputs, labels, before)
+        self._looked_at = self._last.followed(self._number, seen.model, raised)
+        return {weight for sign in raised for weight in sign.weights} if self.planted == "freeze" else set()
 
     def _keep(self, record: Audit) -> None:
         """Write the audit of this look and its page, where a folder was named."""

@@ -6,8 +6,8 @@ Frameworks of federated learning send weights and no gradients. No framework is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,14 @@ class WeightsExchange:
         if not self.steps_told:
             raise UnbatchError(UNTOLD)
         return Protocol(**{name: self.knowledge.get(name) for name in self.knowledge if name in PROTOCOL_FIELDS})
+
+    def frozen(self, weights: Collection[str]) -> WeightsExchange:
+        """The same exchange where these parameters were frozen, so that nothing was sent of them."""
+        model = copy.deepcopy(self.model)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(parameter.requires_grad and name not in weights)
+        update = {name: tensor for name, tensor in self.update.items() if name not in weights}
+        return replace(self, model=model, update=update)
 
     def observation(self, loss: Loss) -> Observation:
         """The exchange as the server sees it, for attacks, analyses and bundles."""

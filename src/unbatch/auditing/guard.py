@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unbatch.attack import Attack
 from unbatch.auditing.client import published
-from unbatch.auditing.inspection import signs_of
+from unbatch.auditing.inspection import before_of, signs_of
 from unbatch.auditing.run import audit
 from unbatch.defence import Defence, Stack
 from unbatch.domain import domain_of
@@ -24,6 +24,7 @@ from unbatch.network.dense import forward
 from unbatch.observation import Observation
 from unbatch.plugin import OneOrMore
 from unbatch.protocol import Protocol, Update
+from unbatch.reporting.inspection import SignRead
 from unbatch.reporting.results import Audit, Status
 from unbatch.reporting.thresholds import NEAR_CHANCE
 from unbatch.reporting.tiers import Outcome, Tier
@@ -31,6 +32,7 @@ from unbatch.truth import Truth
 from unbatch.update import as_update
 
 _RELATIVE = "relative-leakage"  # the metric
+PLANTED = ("refuse", "freeze", "ignore")  # what to do with a model that looks planted
 UNEXPLAINED = 0.01  # of an undefended update, beyond which another batch or protocol is behind it
 
 
@@ -61,6 +63,7 @@ def guard(
     seconds: float = 30.0,
     seed: int = 0,
     planted: Literal["refuse", "ignore"] = "refuse",
+    before: nn.Module | Mapping[str, Any] | None = None,
 ) -> Audit:
     """Attack a client's own update before it is sent; raise Leak where it gives away more than the threshold.
 
@@ -73,7 +76,8 @@ def guard(
     batch must explain it: attacks are judged by it, and one that is not behind the update would let every leak pass.
 
     Where the model has signs of being planted (`unbatch.inspect`), the update must not be sent either, unless the layers
-    that have them were frozen and did not move. `planted="ignore"` looks at no signs.
+    that have them were frozen and did not move. `before` is the model of the round before or its state, by which a layer
+    that was put in its place shows. `planted="ignore"` looks at no signs.
 
     Returns the audit where nothing leaks. That these attacks failed within these seconds is no proof that others do:
     only a bound for any attacker or a privacy accountant is (analyses, dp-sgd). To import it takes torch, numpy, pydantic
@@ -90,6 +94,32 @@ def guard(
     ...     print(leak)
     this update must not be sent: Example 0 is recovered exactly.
     """
+    _check(inputs, labels, max_psnr, max_relative_leakage, seconds, planted)
+    protocol = protocol or Protocol()
+    stack = Stack.of(defences)
+    sent = as_update(model, update)
+    known = stack.told(published(inputs, protocol) | domain_of(inputs).public(), sent) | (knowledge or Knowledge())
+    obs, truth = (
+        Observation(model=model, loss=stack.loss(loss), update=sent, knowledge=known),
+        Truth(inputs=inputs, labels=labels),
+    )
+    record = audit(obs, truth=truth, attacks=attacks, analyses=(), seeds=(seed,), total_budget=seconds)
+    if not stack.defences:
+        refuse_other_batch(record.clients[0].residual, model, inputs, protocol)
+    words, examples = _leaks(record, max_psnr, max_relative_leakage)
+    words += _not_known(record, by_default=attacks is None)
+    if planted == "refuse":
+        moved = {name for name, tensor in sent.items() if bool(tensor.any())}  # what is frozen gives nothing away
+        words += planted_words(s for s in planted_signs(model, loss, inputs, labels, before) if moved & set(s.weights))
+    if words:
+        raise Leak(words, examples, record)
+    return record
+
+
+def _check(
+    inputs: Tensor, labels: Tensor, max_psnr: float, max_relative_leakage: float | None, seconds: float, planted: str
+) -> None:
+    """Raises UnbatchError: what is asked of the guard would let everything pass, or is no question."""
     if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
         raise UnbatchError(f"inputs and labels are tensors, not {type(inputs).__name__} and {type(labels).__name__}.")
     if max_relative_leakage is not None and (math.isnan(max_relative_leakage) or domain_of(inputs).name != "images"):
@@ -98,25 +128,12 @@ def guard(
         )
     if math.isnan(max_psnr) or not 0 < seconds < math.inf:
         raise UnbatchError(f"max_psnr is {max_psnr} and seconds {seconds}; give a number of dB, and a time above 0.")
-    protocol = protocol or Protocol()
-    stack = Stack.of(defences)
-    sent = as_update(model, update)
-    known = stack.told(published(inputs, protocol) | domain_of(inputs).public(), sent) | (knowledge or Knowledge())
-    record = audit(
-        Observation(model=model, loss=stack.loss(loss), update=sent, knowledge=known),
-        truth=Truth(inputs=inputs, labels=labels),
-        attacks=attacks,
-        analyses=(),
-        seeds=(seed,),
-        total_budget=seconds,
-    )
-    residual = record.clients[0].residual
-    if not stack.defences:
-        refuse_other_batch(residual, model, inputs, protocol)
-    words, examples = _leaks(record, max_psnr)
-    if max_relative_leakage is not None:
-        more, which = _relative_leaks(record, max_relative_leakage)
-        words, examples = words + more, sorted({*examples, *which})
+    check_planted(planted, ("refuse", "ignore"))
+
+
+def _not_known(record: Audit, *, by_default: bool) -> list[str]:
+    """What failed or could not run, so that the guard does not know; `by_default` no attack was named."""
+    words = list[str]()
     failed = sorted({run.attack for run in record.runs if run.status == Status.FAILED})
     if failed:
         words.append(f"{', '.join(failed)} failed, so what it would have found is not known.")
@@ -124,35 +141,49 @@ def guard(
     if unscored:
         words.append(f"{', '.join(unscored)} failed, so how near the attacks came is not known.")
     ran = [run for run in record.runs if run.ran]
-    if not ran or (attacks is None and record.outcome is Outcome.NOTHING_RAN):
+    if not ran or (by_default and record.outcome is Outcome.NOTHING_RAN):
         why = " ".join(dict.fromkeys(run.words for run in record.runs if run.words and not run.ran))
         what = "for its examples could run" if ran else "could run on it"
         words.append(f"No attack {what}, so nothing is known" + (f": {why}" if why else "."))
-    if planted == "refuse":
-        words += planted_words(model, loss, inputs, labels, sent)
-    if words:
-        raise Leak(words, examples, record)
-    return record
+    return words
 
 
-def planted_words(
-    model: nn.Module, loss: Loss, inputs: Tensor | None, labels: Tensor | None, sent: Update | None = None
-) -> list[str]:
-    """The signs of planting that a received model raises, in words; of those layers alone of which something is sent.
-
-    Without a batch by its weights alone; without an update of all layers.
+def planted_signs(
+    model: nn.Module,
+    loss: Loss,
+    inputs: Tensor | None = None,
+    labels: Tensor | None = None,
+    before: nn.Module | Mapping[str, Any] | None = None,
+) -> list[SignRead]:
+    """The signs of planting that a received model raises; without a batch by its weights alone.
 
     >>> model = nn.Linear(16, 8)
     >>> with torch.no_grad():
     ...     _ = model.weight.fill_(1 / 16)
-    >>> loss, frozen = nn.functional.cross_entropy, {"weight": torch.zeros(8, 16)}
-    >>> len(planted_words(model, loss, None, None)) > 0, planted_words(model, loss, None, None, frozen)
-    (True, [])
+    >>> sorted({name for sign in planted_signs(model, nn.functional.cross_entropy) for name in sign.weights})
+    ['bias', 'weight']
     """
-    moved = None if sent is None else {name for name, tensor in sent.items() if bool(tensor.any())}
-    signs, _ = signs_of(Received.of(model, inputs=inputs, labels=labels, loss=loss))
-    raised = [sign for sign in signs if sign.raised and (moved is None or moved & set(sign.weights))]
-    return [f"The model looks planted: {sign}." for sign in raised]
+    earlier = None if before is None else before_of(model, before)
+    signs, _ = signs_of(Received.of(model, before=earlier, inputs=inputs, labels=labels, loss=loss))
+    return [sign for sign in signs if sign.raised]
+
+
+def planted_words(signs: Iterable[SignRead]) -> list[str]:
+    """A sentence for each sign.
+
+    >>> planted_words(planted_signs(nn.Linear(4, 2), nn.functional.cross_entropy))
+    []
+    """
+    return [f"The model looks planted: {sign}." for sign in signs]
+
+
+def check_planted(planted: str, known: Sequence[str]) -> None:
+    """Raises UnbatchError where nobody could tell what is to be done with a model that looks planted.
+
+    >>> check_planted("freeze", PLANTED)
+    """
+    if planted not in known:
+        raise UnbatchError(f"planted={planted!r} is not known; it is one of {', '.join(known)}.")
 
 
 def refuse_other_batch(residual: float | None, model: nn.Module, inputs: Tensor, protocol: Protocol) -> None:
@@ -181,7 +212,16 @@ def _random(model: nn.Module, inputs: Tensor, protocol: Protocol) -> bool:
         return not torch.equal(*(forward(model, inputs, protocol.mode) for _ in range(2)))
 
 
-def _leaks(record: Audit, max_psnr: float) -> tuple[list[str], list[int]]:
+def _leaks(record: Audit, max_psnr: float, most: float | None) -> tuple[list[str], list[int]]:
+    """What leaks of each example, and the examples; pictures also beyond a relative leakage of `most`, if it is given."""
+    words, examples = _recovered(record, max_psnr)
+    if most is None:
+        return words, examples
+    more, which = _relative_leaks(record, most)
+    return words + more, sorted({*examples, *which})
+
+
+def _recovered(record: Audit, max_psnr: float) -> tuple[list[str], list[int]]:
     exact = {index for _, index in record.recovered()}
     words = [f"Example {i} is recovered exactly." for i in sorted(exact)]
     near: dict[int, tuple[float, str]] = {}

@@ -63,7 +63,7 @@ def inspect(
         raise UnbatchError("the model has no parameters, so there is nothing planted in it.")
     setting = _setting(model, data, loss)
     inputs, labels, criterion, domain = _examples(model, setting, loss, batch, shape, notes)
-    state = None if before is None else _state(model, before)
+    state = None if before is None else before_of(model, before)
     seen = Received.of(model, before=state, inputs=inputs, labels=labels, loss=criterion)
     signs, unread = signs_of(seen, notes)
     n = min(batch or BATCH, EXAMPLES if inputs is None else len(inputs))
@@ -131,7 +131,7 @@ def _examples(
     return inputs, labels, criterion, domain_of(inputs)
 
 
-def _state(model: nn.Module, before: nn.Module | Mapping[str, Any]) -> Mapping[str, Tensor]:
+def before_of(model: nn.Module, before: nn.Module | Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The parameters of the round before, by the model's own names. Raises UnbatchError: they are of another model."""
     if isinstance(before, nn.Module):
         before = unwrapped(before).state_dict()
