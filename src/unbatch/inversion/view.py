@@ -239,9 +239,12 @@ class View:
         told = domain_told(self.knowledge)
         if not self.takes_tokens:
             return told
-        size = self.network.vocabulary if "input_range" not in self.knowledge else None
+        size = self.network.vocabulary
         told = told if isinstance(told, Tokens) else Tokens(shape=told.shape, padding=self.knowledge.get("padding"))
-        return told if size is None else replace(told, high=size - 1.0)
+        if size is None:
+            return told
+        told_high = told.high if "input_range" in self.knowledge else size - 1.0
+        return replace(told, high=min(told_high, size - 1.0))  # a token beyond the table would have stopped the client
 
     def stand_in(self, n: int, rng: torch.Generator) -> Tensor:
         """Inputs [n, *input_shape] that look like examples but know nothing of the private ones: the domain's prior."""

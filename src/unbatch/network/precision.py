@@ -173,15 +173,21 @@ def loss_value(loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, labels
 
 @contextmanager
 def _twice_differentiable(habits: _Habits) -> Iterator[None]:
-    """A block in which attention runs by the mathematical kernel, and recurrent layers without cuDNN."""
+    """A block in which attention runs by the mathematical kernel, and recurrent layers without cuDNN or oneDNN.
+
+    Both compute a recurrent layer as one operation, in which no product is heard and some have no second derivative.
+    """
     with ExitStack() as stack:
         if habits.attention:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             fast = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
             stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        if habits.recurrent and torch.cuda.is_available():
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if habits.recurrent:
+            (enabled, *_) = torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]
+            stack.callback(torch.backends.mkldnn.set_flags, enabled)
+            if torch.cuda.is_available():
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
 
 

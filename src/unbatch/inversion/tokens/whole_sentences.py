@@ -141,9 +141,11 @@ def _thirds(front: Front) -> int:
 def _fronts(reader: TokenReader) -> list[Front]:
     """The first layers that see whole sentences, and whose spans tell them apart."""
     controls = reader.draw(CONTROLS, torch.Generator().manual_seed(1))
-    fronts = (f for f in reader.fronts if f.reach == "sentence" and not f.space.saturated)
+    fronts = [f for f in reader.fronts if f.reach == "sentence"]
+    if not fronts:
+        raise NotApplicable("no layer that sees more than one token sent a gradient of one vector at each position.")
     usable = []
-    for front in itertools.islice(fronts, FRONTS):
+    for front in itertools.islice((f for f in fronts if not f.space.saturated), FRONTS):
         off = front.space.offness(reader.rows(front, controls).flatten(0, 1))
         if float((off <= CUT).double().mean()) < 1 / CONTROLS:
             usable.append(front)
