@@ -26,7 +26,8 @@ IGNORED = -100  # the label that says that no answer is asked for
 MOST_COMPARED = 2**17  # entries of the update that are compared, drawn from all of its tensors
 LEAST_SHARE = 256  # of them that each tensor has
 ROUNDS = 24  # of trying more words
-WORDS_A_ROUND = 4  # that are tried behind each beginning
+WORDS_A_ROUND = 4  # that are tried behind each beginning that ends a sentence, and a sentence
+NUMBERS_AT_ONCE = 2**20  # of the outputs of one run over beginnings
 RIGHT_TO = 1e3  # roundings of the whole update, below which a tensor may be nothing else
 FORGOTTEN = 0.02  # times that a word follows, below which it is tried no more
 EXPLAINED = 1e-2  # of what the last tokens send, relative, that may be left: the judge asks for all
@@ -131,43 +132,54 @@ class _Fit:
             raise NotApplicable("the outputs are no scores of next tokens [n, vocabulary, length].")
         return found
 
-    def sent(self, rows: Tensor, slope: Tensor) -> Tensor:
-        """The compared entries of J^T slope, `slope` [r, v, t] at the outputs of the beginnings `rows` [r]."""
-        outputs = self.outputs(self.ends[rows])
-        wanted = list(self.parameters.values())
-        found = torch.autograd.grad(outputs, wanted, slope, allow_unused=True)
-        return self._sampled([torch.zeros_like(p) if g is None else g for g, p in zip(found, wanted, strict=True)])
+    def sent(self, k: int, slopes: Tensor) -> Tensor:
+        """The compared entries [s, D] of J^T slope for slopes [s, v, t] at the outputs of the beginning `k`, run once."""
+        outputs, wanted = self.outputs(self.ends[k : k + 1]), list(self.parameters.values())
+        found = []
+        for slope in slopes:
+            sent = torch.autograd.grad(outputs, wanted, slope[None], retain_graph=True, materialize_grads=True)
+            found.append(self._sampled(list(sent)))
+        return torch.stack(found)
+
+    @cached_property
+    def _at_once(self) -> list[Tensor]:
+        """The numbers of the beginnings, as many at once as one run holds."""
+        most = max(1, NUMBERS_AT_ONCE // (self.reader.vocabulary * self.ends.shape[1]))
+        return list(torch.split(torch.arange(len(self.ends), device=self.ends.device), most))
 
     def scores(self, left: Tensor) -> Tensor:
-        """The products [k, v] of what is left with the gradient of every word's score behind every beginning."""
-        found, start, ways = [], 0, list[Tensor]()
+        """The products [k, v] of what is left with the gradient of every word's score behind every beginning.
+
+        Each beginning's outputs depend on its own words alone, so that one derivative of all of them gives every row.
+        """
+        start, ways = 0, list[Tensor]()
         for (which, size), p in zip(self.sample.values(), self.parameters.values(), strict=True):
             way = torch.zeros(p.numel(), dtype=torch.float64, device=p.device)
             way[which] = left[start : start + len(which)] / size
             ways.append(way.view(p.shape))
             start += len(which)
-        for k, row in enumerate(self.ends):
-            outputs = self.outputs(row[None])
+        wanted, found = list(self.parameters.values()), list[Tensor]()
+        for rows in self._at_once:
+            outputs = self.outputs(self.ends[rows])
             slope = torch.zeros_like(outputs, requires_grad=True)
-            sent = torch.autograd.grad(
-                outputs, list(self.parameters.values()), slope, create_graph=True, allow_unused=True
-            )
+            sent = torch.autograd.grad(outputs, wanted, slope, create_graph=True, allow_unused=True)
             along = torch.stack([(g * way).sum() for g, way in zip(sent, ways, strict=True) if g is not None]).sum()
             (turned,) = torch.autograd.grad(along, slope)
-            found.append(turned[0, :, int(self.lengths[k]) - 1])
-        return torch.stack(found)
+            found.append(turned[torch.arange(len(rows), device=rows.device), :, self.lengths[rows] - 1])
+        return torch.cat(found)
 
     @cached_property
     def begun(self) -> Tensor:
         """What each beginning sends [k, D] without the word that follows it: over its places p, less its own words."""
         found = []
-        for k, row in enumerate(self.ends):
-            slope = self.outputs(row[None]).detach().softmax(1)
-            length = int(self.lengths[k])
-            slope[0, :, length:] = 0
-            slope[0, row[1:length], torch.arange(length - 1, device=row.device)] -= 1
-            found.append(self.sent(torch.tensor([k], device=row.device), slope))
-        return torch.stack(found)
+        for rows in self._at_once:
+            slopes = self.outputs(self.ends[rows]).detach().softmax(1)
+            for k, slope in zip(rows.tolist(), slopes, strict=True):
+                row, length = self.ends[k], int(self.lengths[k])
+                slope[:, length:] = 0
+                slope[row[1:length], torch.arange(length - 1, device=row.device)] -= 1
+                found.append(self.sent(k, slope[None]))
+        return torch.cat(found)
 
     @cached_property
     def unit(self) -> float | None:
@@ -199,10 +211,9 @@ class _Fit:
         times[: self.sure] = 1
         follows, left = torch.zeros(0), self._begun_beside(times)
         for _ in range(ROUNDS):
-            for k, words in enumerate(self.scores(left).topk(WORDS_A_ROUND).indices.tolist()):
-                for word in words:
-                    if (k, word) not in columns:
-                        columns[k, word] = self._word(k, word)
+            for k, words in self._likely(left).items():
+                new = [word for word in words if (k, word) not in columns]
+                columns |= {(k, word): column for word, column in zip(new, self._words(k, new), strict=True)}
             times, follows = self._fitted(columns)
             kept = follows.abs() > FORGOTTEN
             columns = {key: c for (key, c), keep in zip(columns.items(), kept.tolist(), strict=True) if keep}
@@ -222,11 +233,25 @@ class _Fit:
                 found.setdefault(k, {})[word] = int(often)
         return whole, found
 
-    def _word(self, k: int, word: int) -> Tensor:
-        slope = torch.zeros(1, self.reader.vocabulary, self.ends.shape[1], dtype=torch.float64)
-        slope[0, word, int(self.lengths[k]) - 1] = 1
-        at = self.ends.device
-        return self.sent(torch.tensor([k], device=at), slope.to(at))
+    def _likely(self, left: Tensor) -> dict[int, list[int]]:
+        """The words tried behind beginnings: the likeliest behind each that is sure to end a sentence, and of all."""
+        scores = self.scores(left)
+        found: dict[int, list[int]] = dict(enumerate(scores[: self.sure].topk(WORDS_A_ROUND).indices.tolist()))
+        if self.n > self.sure:
+            most = min(WORDS_A_ROUND * self.n, scores.numel())
+            for place in scores.flatten().topk(most).indices.tolist():
+                k, word = divmod(place, scores.shape[1])
+                if word not in found.setdefault(k, []):
+                    found[k].append(word)
+        return found
+
+    def _words(self, k: int, words: list[int]) -> Tensor:
+        """The gradient of each word's score behind a beginning [w, D], in the entries that are compared."""
+        if not words:
+            return self.seen.new_zeros(0, len(self.seen))
+        slopes = torch.zeros(len(words), self.reader.vocabulary, self.ends.shape[1], dtype=torch.float64)
+        slopes[torch.arange(len(words)), words, int(self.lengths[k]) - 1] = 1
+        return self.sent(k, slopes.to(self.ends.device))
 
     @cached_property
     def _each(self) -> Tensor:
