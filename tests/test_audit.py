@@ -60,6 +60,7 @@ def setting() -> Setting:
         nan=Reconstruction(inputs=x * torch.nan, bound=zero),
         shape=Reconstruction(inputs=x.flatten(1), bound=zero),
         naked=Reconstruction(inputs=x),
+        empty=Reconstruction(inputs=x[:0], labels=y[:0], bound=zero[:0], trace={"stopped": "no layer told them."}),
     )
     return made
 
@@ -119,6 +120,13 @@ def test_obstacles_are_words_in_the_record(setting: Setting) -> None:
     record = one(setting, "obstacle")
     assert (record.runs[0].status, record.runs[0].words) == ("not applicable", "it cannot.")
     assert "not safety" in record.verdict()
+
+
+def test_a_run_that_returns_nothing_says_why_and_no_guess_is_spoken_of(setting: Setting) -> None:
+    record = one(setting, "empty")
+    assert (record.runs[0].status, record.runs[0].words) == ("done", "no layer told them.")
+    assert record.verdict().endswith("recovered by 1 run; no guess was returned.")
+    assert "nearest guesses" in one(setting, "guess").verdict()
 
 
 def test_chance_uses_as_many_guesses_and_the_same_matching(setting: Setting) -> None:

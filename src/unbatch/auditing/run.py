@@ -394,7 +394,7 @@ class _Plan:
             if found.inputs is not None and found.labels is not None and not found.layer and _certain(found):
                 self.explained = found.inputs, found.labels
             run.status = Status.CUT_SHORT if watch.cut_short else Status.DONE
-            run.words = str(found.trace.get("withdrawn", ""))
+            run.words = str(found.trace.get("withdrawn", "" if len(found) else found.trace.get("stopped", "")))
             self.judge.fill(run, found, obs, truth, self.settings[index] if self.settings else None)
             self._keep(run, found, obs, truth)
         except NotApplicable as why:

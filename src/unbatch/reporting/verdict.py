@@ -180,7 +180,9 @@ def _none(audit: Audit) -> str:
             f"{min(run.residual or 0.0 for run in open_):.0e}: the update does not determine them."
         )
     if audit.truth:
-        said = f"None of {_things(audit)} recovered by {by}; the nearest guesses stand beside their chance level."
+        guessed = any(s is not None for run in audit.tried() for e in run.examples for s in e.scores.values())
+        beside = "the nearest guesses stand beside their chance level" if guessed else "no guess was returned"
+        said = f"None of {_things(audit)} recovered by {by}; {beside}."
         return " ".join([said, *_named_tokens(audit)])
     misfit = f"; the nearest guess leaves {min(left):.2g} of it unexplained" if left else ""
     return f"None of {_things(audit)} recovered by {by}{misfit}."

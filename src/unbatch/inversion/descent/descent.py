@@ -128,7 +128,10 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
         if told.equations >= ENOUGH * unknowns:
             break
     if best is None:
-        trace_["stopped"] = "; ".join(tried) or "no layer's gradient has the rank of a few examples times its windows."
+        trace_["stopped"] = "; ".join(tried) or (
+            "no layer's gradient has the rank of a few examples times its windows; the analysis separable-layer says why "
+            "of each layer."
+        )
         if silent := [place.call.name for place in every if place.weight not in update]:
             trace_["stopped"] += f" No gradient was sent by {', '.join(map(repr, silent))}."
         return None
