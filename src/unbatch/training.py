@@ -15,11 +15,12 @@ from torch.func import functional_call
 from unbatch.errors import UnbatchError
 from unbatch.loss import Loss
 from unbatch.network.dense import in_mode
+from unbatch.network.tangent import TangentMap
 from unbatch.plugin import Options
 from unbatch.progress import tick
 from unbatch.protocol import Protocol, Update, local_update
 
-Method = Literal["margin", "sgd", "adam", "stationary"]
+Method = Literal["margin", "sgd", "adam", "stationary", "linearised"]
 Gradient = Callable[[nn.Module], Update]  # of the loss over all examples, as the client computes it
 
 MOST_PARAMETERS = 4000  # of which the Hessian of the objective is formed
@@ -36,6 +37,8 @@ class Training(Options):
     after millions. Labels are classes.
     sgd, adam: steps on the loss itself, in batches of `batch_size` in the order of the examples, as was published.
     stationary: L-BFGS and then Newton's method on the objective, until its gradient is rounding; in float64.
+    linearised: sgd on all examples at once, of the model that is linear in its parameters and has the same outputs and
+    derivatives where training starts; exactly, in as many numbers as there are outputs. Without weight decay.
 
     >>> print(Training(steps=500))
     trained by 500 steps of margin descent, learning rate 0.1; the model is released, and nothing else is sent
@@ -64,7 +67,11 @@ class Training(Options):
         return {name: value for name, value in self if value is not None and name not in idle}
 
     def __str__(self) -> str:
-        how = {"margin": "steps of margin descent", "stationary": "steps of L-BFGS at most, then of Newton's method"}
+        how = {
+            "margin": "steps of margin descent",
+            "stationary": "steps of L-BFGS at most, then of Newton's method",
+            "linearised": "steps of descent on the linearised model",
+        }
         extra = f", learning rate {self.learning_rate:g}" * (self.method != "stationary")
         extra += "".join(
             f", {k.replace('_', ' ')} {v:g}" for k in ("momentum", "weight_decay") if (v := getattr(self, k))
@@ -104,6 +111,8 @@ def trained(
         _descended(model, gradient, training)
     elif training.method == "margin":
         _to_a_margin(model, inputs, labels, training)
+    elif training.method == "linearised":
+        _linearised(model, loss, inputs, labels, training)
     elif training.method == "stationary":
         _to_a_stationary_point(model, loss, inputs, labels, training)
     else:
@@ -185,6 +194,27 @@ def _to_a_margin(model: nn.Module, inputs: Tensor, labels: Tensor, training: Tra
             _move(model, {name: -rate * velocity[name] for name in names})
             if step % TICKS == 0 and not tick(step / training.steps):
                 return
+
+
+def _linearised(model: nn.Module, loss: Loss, inputs: Tensor, labels: Tensor, training: Training) -> None:
+    """Steps of theta0 + J^T a, in the numbers a alone: outputs are f0 + J J^T a."""
+    if training.weight_decay or training.batch_size:
+        raise UnbatchError(
+            "a linearised training takes all examples at once and has no weight decay; leave batch_size and weight_decay "
+            "out."
+        )
+    tangent = TangentMap.of(model, inputs)
+    kernel, start = tangent.kernel(), tangent.outputs
+    duals, velocity = torch.zeros_like(start), torch.zeros_like(start)
+    for step in range(training.steps):
+        outputs = (start + (kernel @ duals.flatten()).view_as(start)).requires_grad_()
+        with torch.enable_grad():
+            (pull,) = torch.autograd.grad(loss(outputs, labels), outputs)
+        velocity = training.momentum * velocity + pull
+        duals = duals - training.learning_rate * velocity
+        if step % TICKS == 0 and not tick(step / training.steps):
+            break
+    _move(model, tangent.pulled(duals))
 
 
 def objective(

@@ -5,7 +5,8 @@ system is one more of each. *linear model*: every problem trains a generalised l
 of several held-out examples, and counts those that an informed adversary recovers to 1e-10. *noise*: one step of
 differentially private descent at each noise multiplier, the same adversary's error beside the bound of
 `dp-reconstruction`. *span*: members against ten times as many strangers by the distance from the span of the first layer's
-change. *reconstructor*: the published network trained on shadow models, in miniature.
+change. *change of weights*: the examples of a linearised training out of theta_T - theta_0, by their normalised
+correlation with the nearest answer. *reconstructor*: the published network trained on shadow models, in miniature.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class WeightsProblem:
 
 GLM = "threat=informed,depth=0,start=1,weight_decay=0.01"
 BALLE = "exact for every generalised linear model (Balle et al., S&P 2022)"
+LAZY = "threat=start,task=regression,method=linearised,depth=2,start=1,steps=2000,centred=true"
+LOO = "a curve of errors by search over pixels; linearised training makes the equations exact (Loo et al., ICLR 2024)"
 SPANS = "threat=start,outsiders=100,width=200,steps=500"
 WEIGHT_PROBLEMS: tuple[WeightsProblem, ...] = (
     WeightsProblem(
@@ -108,6 +111,18 @@ WEIGHT_PROBLEMS: tuple[WeightsProblem, ...] = (
         system="span",
         name="MNIST, 10 trained on, margin, mean taken off",
         case=f"trained:batch=10,{SPANS},data=mnist,centred=true",
+    ),
+    WeightsProblem(
+        system="change of weights",
+        name="digits, 64-512-512-1, 20 trained on, linearised",
+        case=f"trained:batch=20,width=512,{LAZY}",
+        published=LOO,
+    ),
+    WeightsProblem(
+        system="change of weights",
+        name="MNIST, 784-2048-2048-1, 20 trained on, linearised",
+        case=f"trained:batch=20,width=2048,{LAZY},data=mnist",
+        published=LOO,
     ),
     WeightsProblem(
         system="span", name="CIFAR-10, 10 trained on, SGD", case=f"trained:batch=10,{SPANS},data=cifar10,method=sgd"
@@ -238,6 +253,29 @@ def _spans(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
     return {"words": words, **facts, "tolerance": span.tolerance}
 
 
+def _change_of_weights(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
+    """How many training examples the change of weights gives back, and how many of them are proven."""
+    seen, truth = _released(problem, data, seed)
+    found = Attack.parse("ntk")(seen, seed=seed)
+    if found.inputs is None or found.bound is None:
+        return {"words": "nothing was found"}
+    true, got = truth.inputs.double().flatten(1), found.inputs.double().flatten(1)
+    alike = _centred(true) @ _centred(got).T
+    errors = torch.cdist(true, got).amin(1) / true.norm(dim=1)
+    near, exact = int((alike.amax(1) > 0.9).sum()), int((errors <= EXACT_ERROR).sum())
+    proven = found.bound[found.bound.isfinite()]
+    words = (
+        f"{near} of {len(true)} above .9, {exact} exact; worst error {float(errors.max()):.1e}, {len(proven)} certified to "
+        f"{float(proven.max()) if len(proven) else math.inf:.1e}"
+    )
+    return {"words": words, "errors": errors.tolist(), "bounds": found.bound.tolist(), "above .9": near, "exact": exact}
+
+
+def _centred(flat: Tensor) -> Tensor:
+    found: Tensor = torch.nn.functional.normalize(flat - flat.mean(1, keepdim=True), dim=1)
+    return found
+
+
 def _reconstructor(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
     """The error of the reconstructor's picture of the private example, and of held-out ones, beside the mean picture's."""
     seen, truth = _released(problem, data, seed)
@@ -257,5 +295,6 @@ MEASURES: dict[str, Callable[[WeightsProblem, Path | None, int], Row]] = {
     "linear model": _linear_models,
     "noise": _noise,
     "span": _spans,
+    "change of weights": _change_of_weights,
     "reconstructor": _reconstructor,
 }

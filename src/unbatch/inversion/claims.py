@@ -15,11 +15,12 @@ from torch import Tensor
 from unbatch.errors import NotApplicable
 from unbatch.inversion.above_exchange import exchange_above
 from unbatch.inversion.closed_units import closed_by
+from unbatch.inversion.linearised import as_one_step, targets_of
 from unbatch.inversion.peeling import directions_hold, peeled, sent_back
 from unbatch.inversion.planted.proof import alone_in_sums
 from unbatch.inversion.recomputing import Recomputed, recomputed, split_shows
 from unbatch.inversion.refine import BatchLikelihood
-from unbatch.inversion.released import claims_on_a_release
+from unbatch.inversion.released import LARGEST_LEFT, claims_on_a_release, told_from_others
 from unbatch.inversion.rounds import averaged
 from unbatch.inversion.view import View
 from unbatch.likelihood import Likelihood
@@ -70,7 +71,10 @@ def judged(view: View, found: Reconstruction) -> Reconstruction:
         return found
     sure = found.bound.isfinite()
     try:
-        ruling = _labels_alone(view, sure) if found.inputs is None else _ruling(view, found, sure)
+        if found.inputs is None:
+            ruling = _labels_alone(view, sure)
+        else:
+            ruling = (_released if view.obs.released else _ruling)(view, found, sure)
     except Exception as why:  # the model and its loss are the user's: anything may go wrong in them
         ruling = Ruling(torch.zeros_like(sure), f"it could not be recomputed, and is not certified: {why}")
     lost = int((sure & ~ruling.kept).sum())
@@ -90,9 +94,6 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
     if x is None or found.bound is None:
         raise NotApplicable("there are no inputs.")
     none = torch.zeros_like(sure)
-    if view.obs.released:
-        kept, words = claims_on_a_release(view, found, sure)
-        return Ruling(sure & kept, words)
     if known.get("mixup") and known.get("batch_size") != 1:
         return Ruling(none, "the client blends its examples, so what explains its update is a blend of them.")
     sure = sure & (found.bound < LARGEST_BOUND)
@@ -142,6 +143,19 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
     kept = sure & part.kept
     words = part.words if whole is None or bool(kept.any()) else f"{whole.words} {part.words}"
     return Ruling(kept, words, part.factor if bool(kept.any()) else None)
+
+
+def _released(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
+    """The ruling on claims of a released model: of members and of a last example, else of what moved all of its weights."""
+    if told_from_others(view, found) or "initial" not in view.knowledge or found.inputs is None:
+        kept, words = claims_on_a_release(view, found, sure)
+        return Ruling(sure & kept, words)
+    step = as_one_step(view)
+    targets, left = targets_of(step, found.inputs)
+    if left > LARGEST_LEFT:
+        words = f"gradients of these inputs at the starting weights leave {left:.1e} of the change of the weights."
+        return Ruling(torch.zeros_like(sure), words)
+    return _ruling(step, replace(found, labels=targets), sure)
 
 
 def _planted(view: View, found: Reconstruction, sure: Tensor, far: Tensor) -> Ruling:

@@ -37,15 +37,30 @@ def claims_on_a_release(view: View, found: Reconstruction, sure: Tensor) -> tupl
     none = torch.zeros_like(sure)
     if found.layer or found.inputs is None or found.bound is None:
         return none, "features of a released model are not computed again."
-    candidates = view.knowledge.get("candidates")
-    if candidates is not None and _among(found.inputs, candidates):
+    if _among(view, found):
         return _members(view, found, sure)
-    if "known_inputs" in view.knowledge and found.labels is not None:
+    if told_from_others(view, found):
         return _stationary(view, found, sure)
     return none, "nothing that was claimed of a released model can be computed again with what is known."
 
 
-def _among(inputs: Tensor, candidates: Tensor) -> bool:
+def told_from_others(view: View, found: Reconstruction) -> bool:
+    """Whether a claim is of members among candidates, or of the one example beside those that are known.
+
+    >>> import unbatch
+    >>> client = unbatch.Case.parse("trained:batch=2,outsiders=2,width=8,steps=5,threat=start").setting()
+    >>> told = {"knowledge": client.knowledge, "training": client.training}
+    >>> seen, truth = unbatch.observe(client.model, client.loss, client.inputs, client.labels, **told)
+    >>> [told_from_others(View.of(seen), Reconstruction(inputs=c * truth.inputs)) for c in (1.0, 0.5)]
+    [True, False]
+    """
+    return _among(view, found) or ("known_inputs" in view.knowledge and found.labels is not None)
+
+
+def _among(view: View, found: Reconstruction) -> bool:
+    inputs, candidates = found.inputs, view.knowledge.get("candidates")
+    if candidates is None or inputs is None or found.layer:
+        return False
     flat, asked = inputs.double().flatten(1), candidates.to(inputs.device).double().flatten(1)
     return flat.shape[1] == asked.shape[1] and bool((flat[:, None] == asked[None]).all(2).any(1).all())
 
