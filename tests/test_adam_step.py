@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import unbatch
 from unbatch import Protocol
+from unbatch.inversion.view import View
 from unbatch.protocol import gradient_of_adam, local_update
 
 
@@ -118,3 +119,30 @@ def test_attacks_read_that_gradient_too(optimiser: str) -> None:
     found = unbatch.Attack.parse("label-count")(whole)
     assert found.labels is not None
     assert sorted(found.labels.tolist()) == sorted(y.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_audit_says_of_how_many_entries_rounding_leaves_the_sign_alone(dtype: torch.dtype) -> None:
+    model, x, y = client(dtype)
+    protocol = Protocol(local_steps=1, optimiser="adamw", learning_rate=1e-3, weight_decay=0.01)
+    setting = unbatch.Setting(model=model, loss=F.cross_entropy, inputs=x, labels=y, protocol=protocol)
+    found = unbatch.audit(setting, attacks=["unmix", "bias-ratio", "label-count"], analyses=())
+    step = local_update(model, F.cross_entropy, x, y, protocol)
+    _, errors = gradient_of_adam(step, {name: p.detach() for name, p in model.named_parameters()}, protocol)
+    share = float(torch.cat([e.flatten() for e in errors.values()]).isinf().double().mean())
+    said = [note for note in found.notes if note.startswith("AdamW's first step")]
+    if dtype == torch.float64:
+        assert (share, said) == (0.0, [])
+    else:
+        assert share > 0.6
+        assert f"tells of {share:.0%} of the entries the sign of the gradient and not its size" in said[0]
+        assert "no defence" in said[0]
+        assert f"of {share:.0%} of the entries it tells a sign alone" in found.runs[0].words
+
+
+def test_after_several_steps_of_adam_no_gradient_is_told() -> None:
+    model, x, y = client(torch.float64)
+    protocol = Protocol(local_steps=2, optimiser="adam", learning_rate=1e-3)
+    seen, _ = unbatch.observe(model, F.cross_entropy, x, y, protocol=protocol)
+    assert seen.signs_alone is None
+    assert "no gradient is told" in View.of(seen).no_gradient

@@ -167,15 +167,22 @@ def test_a_captured_file_is_made_a_bundle_and_audited_as_it_is(here: Path, capsy
         == 0
     )
     words = ("--model", "nets:small", "--attack", "bias-ratio", "--analysis", "gradient-rank")
-    told = ("--knows", "input_shape=3,4,4", "--knows", "batch_size=1", "--protocol", "learning_rate=0.1")
-    direct = ("--observation", "after.npz", "--before", "before.npz", *told)
-    for target in (("--observation", "b.safetensors"), ("--observation", "c.safetensors"), direct):
+    assert call("bundle", "c.npz", "--after", "after.npz", "--before", "before.npz", *given) == 2
+    assert "a bundle is a safetensors file; name it c.safetensors" in capsys.readouterr().err
+    told = ("--protocol", "learning_rate=0.1", "--observation", "after.npz", "--before", "before.npz")
+    direct = (*told, "--knows", "input_shape=3,4,4", "--knows", "batch_size=1")
+    short = (*told, "--shape", "3,4,4", "--batch", "1")
+    for target in (("--observation", "b.safetensors"), ("--observation", "c.safetensors"), direct, short):
         record = audit(*target, *words)
         assert "1 image certified to be behind this update" in record.verdict()
         assert record.data_notes[-1].endswith(
             "taken for granted; --protocol local_steps=N (or epochs=N) says otherwise."
         )
     assert "read from before.npz, sha256" in record.data_notes[0]
+    record = audit(*told, *words)
+    assert "the shape of one example was not told, and bias-ratio cannot do without: give it by --shape" in " ".join(
+        record.notes
+    )
 
 
 def test_rows_of_a_captured_table_stand_in_their_own_units(here: Path) -> None:
@@ -334,6 +341,9 @@ def test_gate_and_report(here: Path, capsys) -> None:
     assert "no lower bound holds for any attacker" in capsys.readouterr().err
     assert call("report", "audit/audit.json", "--out", "again.html") == 0
     assert "<html" in Path("again.html").read_text()
+    Path("audit/report.html").unlink()
+    assert call("report", "audit") == 0
+    assert Path("audit/report.html").read_text() == Path("again.html").read_text()
 
 
 def test_an_earlier_audit_is_refused_overwritten_or_gone_on_with(here: Path, capsys) -> None:

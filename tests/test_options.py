@@ -81,10 +81,14 @@ TRIED = {  # every option of a command with a target, with a value that asks for
     "loss": ["squared-error"], "reduction": ["sum"], "size": ["5"], "batch": ["1"], "knows": ["mode=eval"],
     "protocol": ["mode=eval"], "defence": ["clip:norm=0.5"], "remedy": ["prune"], "metric": ["label-accuracy"],
     "analysis": ["gradient-rank"], "attack": ["bias-ratio"], "suite": [LATEST], "seed": ["3"], "budget": ["7"],
-    "shape": ["3,4,4"], "before": ["drawn.safetensors"], "as_": ["delta"], "scale": ["-1"],
+    "shape": ["3,8,2"], "before": ["drawn.safetensors"], "as_": ["delta"], "scale": ["-1"],
     "device": ["cpu"], "classes": ["3"], "family": ["clip"], "rounds": ["2"], "seconds": ["5"], "target_psnr": ["30"],
 }  # fmt: skip
-TRIED_ON = {("weights", "a table"): ["rows.safetensors"], ("classes", "pictures"): ["class1,class0"]}
+TRIED_ON = {
+    ("batch", "a capture"): ["2"],
+    ("weights", "a table"): ["rows.safetensors"],
+    ("classes", "pictures"): ["class1,class0"],
+}
 OF_OUTPUT = {
     "case",
     "folder",
@@ -97,15 +101,27 @@ OF_OUTPUT = {
     "as_json",
     "quiet",
 }  # held by tests of their own
-OF_FILES = {"before", "as_", "scale", "shape"}  # of captured files, and of a model alone
+OF_FILES = {"before", "as_", "scale"}  # of captured files
 REFUSED = {  # what a target has no use for, beside the options that name another target
-    "a case": {"loss", "reduction", "size", "batch", "weights", "classes", "model", "data", "observation", *OF_FILES},
-    "arrays": {"size", *OF_FILES},
-    "pictures": OF_FILES,
-    "a table": {"size", *OF_FILES},
-    "a capture": {"size", "batch", "weights", "remedy", "metric", "classes", *OF_FILES},
-    "a capture and its truth": {"size", "weights", "remedy", *OF_FILES},
-    "a captured file": {"shape", "size", "batch", "remedy", "metric", "classes"},
+    "a case": {
+        "loss",
+        "reduction",
+        "size",
+        "batch",
+        "weights",
+        "classes",
+        "model",
+        "data",
+        "observation",
+        "shape",
+        *OF_FILES,
+    },
+    "arrays": {"size", "shape", *OF_FILES},
+    "pictures": {"shape", *OF_FILES},
+    "a table": {"size", "shape", *OF_FILES},
+    "a capture": {"size", "weights", "remedy", "metric", "classes", *OF_FILES},
+    "a capture and its truth": {"size", "weights", "remedy", "shape", *OF_FILES},
+    "a captured file": {"size", "remedy", "metric", "classes"},
 }
 COMMANDS = {name: typer.main.get_command(app).commands[name] for name in ("audit", "risk", "harden")}
 

@@ -374,6 +374,36 @@ def test_print_cuts_no_picture_and_loses_none(tmp_path: Path) -> None:
     assert len(boxes) == len(Page(page).all("img")), "a picture that two sheets share is drawn on both"
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_print_cuts_no_words_of_a_wide_table(tmp_path: Path) -> None:
+    pdfium = pytest.importorskip("pypdfium2")
+    document = pdfium.PdfDocument(printed(report.render(many_metrics()), tmp_path))
+    edges = [
+        (thing.get_bounds()[2], sheet.get_size()[0])
+        for sheet in document
+        for thing in sheet.get_objects(filter=[pdfium.raw.FPDF_PAGEOBJ_TEXT])
+    ]
+    assert len(edges) > 100
+    assert max(right / width for right, width in edges) < 0.95, "the margin is 0.4 of 8.5 inches"
+
+
+def many_metrics() -> Audit:
+    """What all metrics of pictures say of exact recoveries, and of labels alone, which they do not score."""
+    audit = exact()
+    names = ["psnr", "l2-error", "label-accuracy", "relative-leakage", "ssim"]
+    held = [run.model_copy(update={"examples": [_scored(e, names) for e in run.examples]}) for run in audit.runs]
+    labels = held[0].model_copy(
+        update={"attack": "label-count", "examples": [e.model_copy(update={"scores": {}}) for e in held[0].examples]}
+    )
+    metrics = dict.fromkeys(names, audit.metrics["psnr"])
+    return audit.model_copy(update={"metrics": metrics, "runs": [*held, labels]})
+
+
+def _scored(example: Any, names: list[str]) -> Any:
+    told = {"scores": dict.fromkeys(names, 152.52), "chance": dict.fromkeys(names, 0.003751), "bound": 1.8e-4}
+    return example.model_copy(update=told)
+
+
 def many_pictures() -> Audit:
     """Exact recoveries enough for several sheets."""
     audit = exact()

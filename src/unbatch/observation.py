@@ -203,19 +203,43 @@ class Observation:
 
     def _gradient_of_adam(self) -> Observation:
         """The gradient behind one step of Adam or AdamW, if every entry of it is told; else the exchange itself."""
-        known, protocol = self.knowledge, self.protocol
-        n = known.get("batch_size")
-        one = protocol.local_steps == 1 or (protocol.epochs == 1 and n is not None and protocol.steps(n) == 1)
-        if not one or "learning_rate" not in known or known.get("clients", 1) > 1 or CHANGES & set(known):
+        known, n = self.knowledge, self.knowledge.get("batch_size")
+        read = self._read_of_adam()
+        if read is None or known.get("clients", 1) > 1 or CHANGES & set(known):
             return self
-        first = protocol.model_copy(update={"local_steps": 1, "epochs": None})
-        before = {name: p.detach() for name, p in self.model.named_parameters(remove_duplicate=False)}
-        update, errors = gradient_of_adam(self.update, before, first)
+        update, errors = read
         off, size = flatten(errors, errors).norm(), flatten(update, update).norm()
         if not float(off) <= LARGEST_ADAM_ERROR * float(size):
             return self
         grain = {name: ROUNDING_OF_ADAM_ERROR * float(e.square().mean().sqrt()) for name, e in errors.items()}
         return replace(self, update=update, knowledge=_of_a_step(known, 1.0, n, 1), grain=grain)
+
+    def _read_of_adam(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """The gradient that a first step of Adam or AdamW tells, and its errors; None where this is no such step."""
+        known, protocol = self.knowledge, self.protocol
+        n = known.get("batch_size")
+        one = protocol.local_steps == 1 or (protocol.epochs == 1 and n is not None and protocol.steps(n) == 1)
+        if protocol.optimiser == "sgd" or not one or "learning_rate" not in known or self.released:
+            return None
+        first = protocol.model_copy(update={"local_steps": 1, "epochs": None})
+        before = {name: p.detach() for name, p in self.model.named_parameters(remove_duplicate=False)}
+        return gradient_of_adam(self.update, before, first)
+
+    @property
+    def signs_alone(self) -> float | None:
+        """The share of entries of a first step of Adam or AdamW that tell a sign and no size; None where it is none.
+
+        The step is lr g / (|g| + eps): near lr for all but the smallest g, by less than parameters in float32 can hold.
+
+        >>> model = nn.Linear(2, 1)
+        >>> known = Knowledge(local_steps=1, optimiser="adamw", learning_rate=0.001)
+        >>> step = {"weight": torch.tensor([[0.001, 0.0]]), "bias": torch.tensor([-0.001])}
+        >>> seen = Observation(model=model, loss=nn.functional.mse_loss, update=step, knowledge=known)
+        >>> f"{seen.signs_alone:.0%}"
+        '67%'
+        """
+        read = self._read_of_adam()
+        return None if read is None else float(flatten(read[1], read[1]).isinf().double().mean())
 
     def as_rounded(self) -> Observation:
         """The same exchange with its update in the coarsest type that holds its numbers, which is how they were rounded.

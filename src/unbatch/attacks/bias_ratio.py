@@ -98,10 +98,7 @@ class BiasRatio(Attack):
                 f"the batch has {n} examples, and the ratio of weight and bias gradient is a mixture of them."
             )
         if view.steps and protocol.optimiser != "sgd":
-            raise NotApplicable(
-                f"{protocol.optimiser} rescales every entry of the update by itself, and its gradient is not told finely "
-                "enough (one step in float64 tells it): no ratio of entries is left."
-            )
+            raise NotApplicable(view.no_gradient)
         if view.steps and protocol.weight_decay:
             raise NotApplicable(
                 "weight decay adds the parameters themselves to the update, so it is no multiple of the input."

@@ -92,7 +92,7 @@ class LayerByLayer(Attack):
                 f"the batch has {n} examples, and their gradients mix in every convolution; it reads up to {LARGEST_BATCH}."
             )
         if view.steps:
-            raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
+            raise NotApplicable(view.no_gradient)
         if law is None:
             return self._backward(view, rng, hidden)
         found = self._backward(restored(view, lowest=n == 1), rng, hidden)

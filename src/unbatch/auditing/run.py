@@ -90,37 +90,16 @@ def audit(
     Raises UnbatchError: unknown plugin or option, or `resume` is of something else.
     """
     plan = _Plan(setting, truth, attacks, defences, metrics, analyses, remedies, device)
-    record = plan.record(list(seeds), budget)
-    kept = _kept(record, resume)
-    allowance = plan.allowance(seeds, budget, total_budget)
-    record.allowance = allowance.total if allowance.stops and budget is None else None
-    held = [blank.key for _, blank in allowance.queue if blank.key in kept]
-    record.runs = [kept[key] for key in held]  # whatever ends this, they stand in it
-    besides = _besides(record, resume, allowance)
-    record.asked = len(allowance.queue) + len(besides)
-    watch = watch or Watch()
+    record, watch = plan.record(list(seeds), budget), watch or Watch()
+    runs = _Runs(plan, record, resume, plan.allowance(seeds, budget, total_budget), budgeted=budget is not None)
     record.clients = [plan.client(index) for index in range(len(plan.exchanges))]
     patience = budget if analysis_budget is None else analysis_budget
     analyst = Analyst(plan.analyses, plan.named, patience, watch, announce, sink, plan.domain)
     for index, (obs, private) in enumerate(plan.exchanges):
         analyst.read(record, View.of(obs), private, index)
-    for attack, blank in allowance.queue:
-        if blank.key in kept or watch.stop:
-            continue
-        done = allowance.refused(record, attack, blank)
-        if done is None:
-            if announce:
-                announce(f"{blank.title}, client {blank.client}, seed {blank.seed}")
-            watch.begin(allowance.seconds(attack, blank))
-            done = plan.run(blank, attack, watch)
-            allowance.spend(attack, done)
-        kept[blank.key] = done
-        record.runs = besides + [kept[each.key] for _, each in allowance.queue if each.key in kept]
-        record.flags = flags(record)
-        if sink:
-            sink(record)
+    runs.go(watch, announce, sink)
     plan.look_again(record, watch)
-    record.notes += [*plan.flaws, *_unscored(record), *plan.notes()]
+    record.notes += [*plan.flaws, *_unscored(record), *plan.notes(), *_untold(record), *_of_adam(plan.exchanges[0][0])]
     record.notes += [f"{run.title}, client {run.client}: {run.words}" for run in record.runs if run.ran and run.words]
     for remedy in _untried(plan, record, resume):
         with _noted(record, remedy):
@@ -424,6 +403,46 @@ class _Plan:
         return planted_exchange(attack, s, knowledge=told, defences=self.defences, seed=index, server_seed=seed)
 
 
+class _Runs:
+    """The runs of an audit: those that an earlier one has finished, and those that are still to do."""
+
+    def __init__(
+        self, plan: _Plan, record: Audit, resume: Audit | None, allowance: Allowance, *, budgeted: bool
+    ) -> None:
+        self.plan, self.record, self.allowance = plan, record, allowance
+        self.kept = _kept(record, resume)
+        record.allowance = allowance.total if allowance.stops and not budgeted else None
+        record.runs = self._in_order()  # whatever ends this, they stand in it
+        self.besides = _besides(record, resume, allowance)
+        record.asked = len(allowance.queue) + len(self.besides)
+
+    def _in_order(self) -> list[Run]:
+        return [self.kept[blank.key] for _, blank in self.allowance.queue if blank.key in self.kept]
+
+    def go(self, watch: Watch, announce: Callable[[str], None] | None, sink: Sink | None) -> None:
+        """Do what is still to do, one after the other, and keep each in the record."""
+        for attack, blank in self.allowance.queue:
+            if blank.key in self.kept or watch.stop:
+                continue
+            self.kept[blank.key] = self._done(attack, blank, watch, announce)
+            self.record.runs = self.besides + self._in_order()
+            self.record.flags = flags(self.record)
+            if sink:
+                sink(self.record)
+
+    def _done(self, attack: Attack, blank: Run, watch: Watch, announce: Callable[[str], None] | None) -> Run:
+        """One run, or its refusal where the allowance has no time for it or no need of it."""
+        refused = self.allowance.refused(self.record, attack, blank)
+        if refused is not None:
+            return refused
+        if announce:
+            announce(f"{blank.title}, client {blank.client}, seed {blank.seed}")
+        watch.begin(self.allowance.seconds(attack, blank))
+        done = self.plan.run(blank, attack, watch)
+        self.allowance.spend(attack, done)
+        return done
+
+
 def _holder(obs: Observation) -> str:
     """Whose threat model an audit of a released model is, in words."""
     who = of_a_release(set(obs.knowledge))
@@ -448,6 +467,35 @@ def _unscored(record: Audit) -> list[str]:
         f"{run.title}, client {run.client}: {name} failed: {why}"
         for run in record.runs
         for name, why in run.unscored.items()
+    ]
+
+
+def _untold(record: Audit) -> list[str]:
+    """What was not told of the examples behind a captured update, and which attacks cannot do without it."""
+    if record.truth:
+        return []
+    words = list[str]()
+    for name, what, how in (
+        ("input_shape", "the shape of one example", "--shape 3,32,32 (Knowledge(input_shape=(3, 32, 32)))"),
+        ("batch_size", "how many examples are behind it", "--batch 8 (Knowledge(batch_size=8))"),
+    ):
+        waiting = list(dict.fromkeys(run.attack for run in record.runs if name in run.missing))
+        if waiting:
+            words.append(f"{what} was not told, and {', '.join(waiting)} cannot do without: give it by {how}.")
+    return words
+
+
+def _of_adam(obs: Observation) -> list[str]:
+    """What a first step of Adam or AdamW hides, and that it does so by rounding alone."""
+    signs = obs.signs_alone
+    if not signs:
+        return []
+    name = {"adam": "Adam", "adamw": "AdamW"}[obs.protocol.optimiser]
+    kind = str(next(iter(obs.update.values())).dtype).removeprefix("torch.")
+    return [
+        f"{name}'s first step, kept in {kind} at learning rate {obs.protocol.learning_rate:g}, tells of {signs:.0%} of the "
+        "entries the sign of the gradient and not its size, so attacks that read gradients cannot run; a search can. This "
+        "is rounding and no defence: the same step kept in float64, or the optimiser's state, holds the whole gradient."
     ]
 
 

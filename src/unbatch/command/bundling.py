@@ -21,6 +21,8 @@ from unbatch.command.options import (
 )
 from unbatch.errors import UnbatchError
 
+OTHER_FORMATS = (".npz", ".npy", ".pt", ".pth", ".json")  # which the name of a bundle must not promise
+
 
 def bundle_command(
     to: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The bundle to write.")],
@@ -54,6 +56,9 @@ def bundle_command(
 
     if to.exists() and not force:
         raise UnbatchError(f"{to} is there already; --force overwrites it. Nothing was written.")
+    if to.suffix in OTHER_FORMATS:
+        named = to.with_suffix(".safetensors")
+        raise UnbatchError(f"a bundle is a safetensors file; name it {named}. Nothing was written.")
     told = [*(knows or ()), *_told("input_shape", shape), *_told("batch_size", batch)]
     rules = ",".join(words for words in (protocol, *_told("learning_rate", learning_rate)) if words)
     asked = Asked(

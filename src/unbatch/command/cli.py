@@ -51,6 +51,7 @@ from unbatch.command.options import (
     Rules,
     Scale,
     SentAs,
+    Shape,
     Size,
     Weights,
     seconds_above_0,
@@ -143,6 +144,7 @@ def audit_command(
     before: Before = None,
     as_: SentAs = None,
     scale: Scale = None,
+    shape: Shape = None,
     attack: Attacks = None,
     suite: Annotated[str | None, typer.Option(help="A fixed set of attacks, instead of --attack.")] = None,
     defence: Defences = None,
@@ -173,34 +175,28 @@ def audit_command(
 ) -> None:
     """Attack a client's update, judge the result, write a report."""
     from unbatch.command.console import run_audit
-    from unbatch.command.settings import Asked, Ways, target_of
+    from unbatch.command.settings import Asked, Output, Ways, target_of
 
-    asked, ways = Asked.of(locals()), Ways.of(locals())
+    asked, ways, output = Asked.of(locals()), Ways.of(locals()), Output.of(locals())
     ways.of_use_to(asked)
     target = target_of(asked)
     _usable(device)
-    record = run_audit(
-        target.what,
-        truth=target.truth,
-        folder=folder,
-        pictures=save_images,
-        private=not no_private,
-        appendix=not no_appendix,
-        auditor=auditor,
-        command=_again(context.obj, folder),
-        quiet=quiet or as_json,
-        **ways.arguments(),
-        resume=resume,
-        force=force,
-    )
+    again = _again(context.obj, folder)
+    record = run_audit(target.what, truth=target.truth, command=again, **ways.arguments(), **output.arguments())
     if as_json:
         typer.echo(record.model_dump_json(indent=1))
     else:
         _summary(record, folder, quiet)
-    if not record.complete:
-        said = f"stopped after {len(record.runs)} of {record.asked} runs; go on with the same command and --resume."
-        err.print(said, soft_wrap=True, markup=False, highlight=False)
-        raise typer.Exit(130)
+    _exit_if_stopped(record)
+
+
+def _exit_if_stopped(record: Audit) -> None:
+    """Where an audit was stopped, say how far it came and how to go on with it, and exit as a stopped program does."""
+    if record.complete:
+        return
+    said = f"stopped after {len(record.runs)} of {record.asked} runs; go on with the same command and --resume."
+    err.print(said, soft_wrap=True, markup=False, highlight=False)
+    raise typer.Exit(130)
 
 
 @app.command()
@@ -220,7 +216,7 @@ def risk(
     scale: Scale = None,
     analysis: Analyses = None,
     defence: Defences = None,
-    shape: Annotated[str | None, typer.Option(metavar="3,32,32", help="Of one input, where no data are given.")] = None,
+    shape: Shape = None,
     protocol: Rules = None,
     knows: Knows = None,
     budget: Annotated[
@@ -297,7 +293,7 @@ def show(name: Annotated[str, typer.Argument(help="A name that `unbatch list` pr
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(metavar="AUDIT.JSON")],
+    path: Annotated[Path, typer.Argument(metavar="AUDIT.JSON|FOLDER", help="An audit, or the folder that it is in.")],
     to: Annotated[Path | None, typer.Option("--out", help="Default: report.html beside it.")] = None,
     no_private: NoPrivate = False,
     no_appendix: NoAppendix = False,
@@ -306,6 +302,7 @@ def report(
     from unbatch.reporting.html import write
     from unbatch.reporting.trial import audit_at
 
+    path = path / "audit.json" if path.is_dir() else path
     audit = audit_at(path)
     target = to or path.with_name("report.html")
     write(audit.redacted() if no_private else audit, target, appendix=not no_appendix)

@@ -56,7 +56,13 @@ ClassNames = Annotated[
     str | None,
     typer.Option(metavar="N|NAMES", help="How many classes the model has, or cat,dog,...: their names in its order."),
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help="Use only the first BATCH examples of the data.")]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Use only the first BATCH examples of --data; of a captured update, how many are behind it."
+    ),
+]
+Shape = Annotated[str | None, typer.Option(metavar="3,32,32", help="Of one example, where no --data are given.")]
 Capture = Annotated[
     Path | None,
     typer.Option(

@@ -69,6 +69,10 @@ class Asked:
             object.__setattr__(self, "case", f"{self.case}{joint}model={self.model}")
             object.__setattr__(self, "model", None)
         self._check_target()
+        if self.observation is not None and self.data is None:  # what is known of the examples behind a captured update
+            told = {"input_shape": self.shape, "batch_size": self.batch}
+            known = [f"{name}={value}" for name, value in told.items() if value is not None]
+            object.__setattr__(self, "knows", (*self.knows, *known))
         for name, instead in self._unused().items():
             if getattr(self, name) is not None:
                 raise UnbatchError(f"--{name.rstrip('_')} would not be used: {instead}")
@@ -118,17 +122,10 @@ class Asked:
         if self.data is None:
             unused["size"] = "it resizes the pictures of --data, and there is none."
             unused["classes"] = "it numbers the labels of --data, and there is none."
-            if self.drawn:
-                return unused | self._unused_of_capture()
-            unused["batch"] = (
-                "it takes the first examples of --data; --knows batch_size=N tells what an attacker knows."
-            )
         elif not self.data.is_dir():
             unused["size"] = f"it resizes the pictures of a folder, and {self.data} is none; resize the data itself."
-        if not self.drawn:
-            unused["shape"] = (
-                "it is for a model alone, whose inputs are drawn; --knows input_shape=... tells an attacker."
-            )
+        if self.data is not None:
+            unused["shape"] = "the examples of --data have their own."
         return unused | self._unused_of_capture()
 
     def _unused_of_capture(self) -> dict[str, str]:
@@ -187,6 +184,43 @@ class Ways:
             "seeds": tuple(self.seed or (0,)),
             "budget": self.budget,
             "device": self.device,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where an audit goes and what of it is kept: the options of `unbatch audit` that change no result."""
+
+    folder: Path
+    save_images: Path | None = None
+    resume: bool = False
+    force: bool = False
+    no_private: bool = False
+    no_appendix: bool = False
+    auditor: str = ""
+    quiet: bool = False
+    as_json: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Output:
+        """What a command was given, by the names of its parameters; the others are left out."""
+        return cls(**{each.name: given[each.name] for each in fields(cls)})
+
+    def arguments(self) -> dict[str, Any]:
+        """What `run_audit` is called with.
+
+        >>> Output(folder=Path("audit"), as_json=True).arguments()["quiet"]
+        True
+        """
+        return {
+            "folder": self.folder,
+            "pictures": self.save_images,
+            "resume": self.resume,
+            "force": self.force,
+            "private": not self.no_private,
+            "appendix": not self.no_appendix,
+            "auditor": self.auditor,
+            "quiet": self.quiet or self.as_json,
         }
 
 

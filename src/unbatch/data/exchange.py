@@ -131,7 +131,7 @@ def _as_coarse(
     if moved:
         notes.append(
             f"the state after was rounded to {str(kind).removeprefix('torch.')} and the one before was not: of their "
-            f"difference about {min(1.0, (rounded / moved) ** 0.5):.0%} is rounding, which no attack reads past."
+            f"difference about {min(1.0, (rounded / moved) ** 0.5):.2g} is rounding, which no attack reads past."
         )
     return network, update
 
@@ -221,10 +221,12 @@ def _told_by_buffers(network: nn.Module, after: Mapping[str, Tensor], known: Kno
     taken = counts.pop() if len(counts) == 1 else 0
     stated = known.get("local_steps")
     if taken > 0 and not known.get("epochs") and not stated:
-        notes.append(f"batch norm counted {taken} batches in train mode: as many local steps.")
+        batches = "1 batch" if taken == 1 else f"{taken} batches"
+        notes.append(f"batch norm counted {batches} in train mode: as many local steps.")
         return told | Knowledge(local_steps=taken)
     if taken > 0 and stated and stated != taken:
-        notes.append(f"batch norm counted {taken} batches, and {stated} local steps are declared.")
+        batches = "1 batch" if taken == 1 else f"{taken} batches"
+        notes.append(f"batch norm counted {batches}, and {stated} local steps are declared.")
     return told
 
 

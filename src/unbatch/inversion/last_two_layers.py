@@ -132,7 +132,7 @@ def last_two_layers(view: View, norm: float) -> LayerPair:
     """
     obs, layers = view.obs, view.layers
     if view.steps:
-        raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
+        raise NotApplicable(view.no_gradient)
     if len(layers) < 2 or not layers[-1].head:
         raise NotApplicable("the network does not end in two dense layers.")
     first, head = layers[-2], layers[-1]

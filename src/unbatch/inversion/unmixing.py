@@ -116,7 +116,7 @@ class Unmixing:
         Raises NotApplicable: they cannot; the message says why.
         """
         if view.steps:
-            raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
+            raise NotApplicable(view.no_gradient)
         layer, form = view.first, view.form
         if layer is None:
             raise NotApplicable("no dense layer sent its gradient.")

@@ -146,6 +146,19 @@ class View:
         return self if obs is self.obs else self.on(obs)
 
     @property
+    def no_gradient(self) -> str:
+        """Why an update that is no gradient cannot be read as one, in words."""
+        if self.protocol.optimiser == "sgd":
+            return "the update is of local steps, which mix the gradients of several weights."
+        words, signs = f"{self.protocol.optimiser} rescales every entry of the update by itself", self.obs.signs_alone
+        if not signs:  # after several steps, or behind noise
+            return f"{words}, and no gradient is told by what is known of it."
+        return (
+            f"{words}, and of {signs:.0%} of the entries it tells a sign alone, so coarsely were its numbers kept; a first "
+            "step that is kept in float64 tells the gradient."
+        )
+
+    @property
     def knowledge(self) -> Knowledge:
         """What the reader may know besides the update."""
         return self.obs.knowledge

@@ -195,7 +195,7 @@ def _nothing(audit: Audit) -> str:
             f"No attack on {_things(audit)} could run; that is not safety. Labels alone were read, by {_list(labels)}."
         )
     else:
-        said = f"No attack could run on {_things(audit)}; that is not safety. The reasons are listed below."
+        said = f"No attack could run on {_things(audit)}; that is not safety. The reasons are listed."
     return " ".join([said, *_named_tokens(audit)])
 
 

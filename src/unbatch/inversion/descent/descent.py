@@ -63,7 +63,7 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
     """The inputs of the batch behind a gradient, each with its bound; none where no layer tells the examples apart."""
     view = view.gradient
     if view.steps:
-        raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
+        raise NotApplicable(view.no_gradient)
     if float(view.knowledge.get("noise", 0.0)) > 0:
         raise NotApplicable(
             "a defence's noise fills the span of every layer's gradient, so that none counts its examples."

@@ -191,7 +191,7 @@ def prospects(view: View, at: tuple[Tensor, Tensor] | None, rng: torch.Generator
 
 def _prospects(view: View, at: tuple[Tensor, ...], rng: torch.Generator) -> Prospects:
     if view.steps:
-        raise NotApplicable("the update is of local steps, which mix the gradients of several weights.")
+        raise NotApplicable(view.no_gradient)
     if float(view.knowledge.get("noise", 0.0)) > 0 or "log_prob" in view.knowledge:
         raise NotApplicable(
             "a defence's noise fills the span of every layer's gradient, so that none counts its examples."
