@@ -17,6 +17,7 @@ from unbatch.inversion.above_exchange import exchange_above
 from unbatch.inversion.closed_units import closed_by
 from unbatch.inversion.linearised import as_one_step, targets_of
 from unbatch.inversion.peeling import directions_hold, peeled, sent_back
+from unbatch.inversion.planted.caught import caught, cuts_of
 from unbatch.inversion.planted.proof import alone_in_sums
 from unbatch.inversion.recomputing import Recomputed, recomputed, split_shows
 from unbatch.inversion.refine import BatchLikelihood
@@ -106,6 +107,8 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
     far = torch.where(sure, found.bound, 0.0).double() * x.double().flatten(1).norm(dim=1).cpu()
     if "planted layer" in found.trace:
         return _planted(view, found, sure, far)
+    if "caught" in found.trace:
+        return _caught(view, found, sure)
     layer = _layer(view, found.layer)
     real = x.is_floating_point() and not found.layer  # tokens are recomputed under a defence as well
     if real and y is not None and Likelihood.of(known) is not None and found.up_to <= {"permutation"}:
@@ -168,6 +171,24 @@ def _planted(view: View, found: Reconstruction, sure: Tensor, far: Tensor) -> Ru
     words = (
         f"{int(kept.sum())} of {int(sure.sum())} are each alone in a sum that {name!r} sent, beside others that are."
     )
+    return Ruling(kept, words)
+
+
+def _caught(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
+    """The ruling on examples each of which is said to have sent alone what planted last layers let through."""
+    held, which = caught(cuts_of(view)), list(found.trace["caught"])
+    if found.inputs is None or found.bound is None or len(which) != len(found):
+        raise NotApplicable("it is not said which example is which that sent alone.")
+    kept = torch.zeros_like(sure)
+    for i in sure.nonzero().flatten().tolist():
+        one = held[which[i]]
+        told = one.label is None or found.labels is None or int(found.labels[i]) == one.label
+        if told and (one.label is not None or found.labels is None):
+            part = slice(i, i + 1)
+            claim = Reconstruction(inputs=found.inputs[part], labels=one.obs.knowledge.labels, bound=found.bound[part])
+            again = judged(View.of(one.obs), claim).bound
+            kept[i] = again is not None and bool(again.isfinite().all())
+    words = f"{int(kept.sum())} of {int(sure.sum())} explain what a planted last layer let one example send alone."
     return Ruling(kept, words)
 
 
