@@ -124,14 +124,97 @@ def test_one_layer_under_a_class_token_sends_back_too_little() -> None:
         PatchSpan()(seen_of(vit(width=96, depth=1, frozen=EMBEDDING), x, y))
 
 
-def test_several_pictures_are_refused() -> None:
+def small_pictures(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Four patches of 48 numbers each."""
+    x, y = pictures(n, seed)
+    return x[:, :, :8, :8], y
+
+
+def small_vit(seed: int = 0, *, frozen: Iterable[str] = (), **options: object) -> nn.Module:
+    rng = torch.Generator().manual_seed(seed)
+    options = {"patch": 4, "depth": 2, "width": 72} | options
+    model = build_vision_transformer((3, 8, 8), 5, rng=rng, **options).double()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in frozen)
+    return model
+
+
+def held_to(found: unbatch.Reconstruction, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The error of each picture, relative, and the private one that it is; with its label."""
+    gaps = (found.inputs[:, None] - x[None]).flatten(2).norm(dim=2) / found.inputs.flatten(1).norm(dim=1)[:, None]
+    error, which = gaps.min(1)
+    assert sorted(which.tolist()) == list(range(len(x)))
+    assert torch.equal(found.labels, y[which])
+    return error, which
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "told"),
+    [(2, {}, True), (3, {"pool": "mean"}, False), (2, {"frozen": EMBEDDING}, False)],
+    ids=str,
+)
+def test_batches_come_back_token_by_token(n: int, options: dict[str, object], told: bool) -> None:
+    """First layers are full of two pictures already: the two dense layers after attention tell their tokens apart."""
+    x, y = small_pictures(n)
+    seen = seen_of(small_vit(**options), x, y)
+    found = PatchSpan()(seen if told else seen.only("input_shape"))
+    error, _ = held_to(found, x, y)
+    assert float(error.max()) < 1e-7
+    assert bool((error <= found.bound).all())
+    assert float(found.bound.max()) < 1e-3
+
+
+@pytest.mark.slow
+def test_no_bound_of_a_batch_is_too_small() -> None:
+    """At random sizes, poolings and numbers of pictures; more are certified than refused."""
+    made = 0
+    for seed in range(20):
+        rng = torch.Generator().manual_seed(seed)
+        width, n = (int(torch.randint(low, high, (), generator=rng)) for low, high in ((80, 120), (2, 5)))
+        depth = int(torch.randint(2, 4, (), generator=rng))
+        options = {"pool": ("class", "mean")[seed % 2], "width": width, "depth": depth}
+        x, y = small_pictures(n, seed)
+        try:
+            found = PatchSpan()(seen_of(small_vit(seed, frozen=EMBEDDING * (seed % 3 == 0), **options), x, y))
+        except NotApplicable:
+            continue
+        sure = found.bound.isfinite()
+        made += bool(sure.all())
+        assert bool((held_to(found, x, y)[0] <= found.bound)[sure].all()), (seed, found)
+    assert made > 15
+
+
+def test_a_batch_that_is_no_whole_number_of_pictures_is_refused_with_its_ranks() -> None:
     x, y = pictures(2)
-    seen = seen_of(vit(), x, y)
-    with pytest.raises(NotApplicable, match="the batch has 2 examples"):
-        PatchSpan()(seen)
-    told = seen_of(vit(width=48, depth=2), x, y).only("input_shape")
-    with pytest.raises(NotApplicable, match=r"more than one example.*2 pictures"):
-        PatchSpan()(told)
+    with pytest.raises(NotApplicable, match="rank 2, and 2 pictures of 17 tokens have 34"):
+        PatchSpan()(seen_of(vit(), x, y))  # a class token alone reads the last layer
+    with pytest.raises(NotApplicable, match=r"more than one example.*2 pictures.*leave 0 to spare of 3"):
+        PatchSpan()(seen_of(vit(width=48, depth=2), x, y).only("input_shape"))
+    with pytest.raises(
+        NotApplicable, match=r"gives 63 equations, and patches of 48 numbers beside .* of 24 directions"
+    ):
+        PatchSpan()(seen_of(small_vit(width=64, positions="fixed"), *small_pictures(5)))
+    twice = seen_of(small_vit(), small_pictures(1)[0].repeat(2, 1, 1, 1), torch.tensor([1, 1]))
+    with pytest.raises(NotApplicable, match="some are the same"):
+        PatchSpan()(twice)
+
+
+def test_a_batch_rounded_to_float32_is_held_to_that() -> None:
+    x, y = small_pictures(2)
+    seen = seen_of(small_vit(pool="mean").float(), x.float(), y)
+    found = PatchSpan()(seen)
+    error, _ = held_to(found, x, y)
+    assert 1e-9 < float(error.max()) < 1e-2
+    assert bool((error <= found.bound).all())
+
+
+def test_a_changed_update_of_a_batch_is_not_certified() -> None:
+    x, y = small_pictures(2)
+    seen = seen_of(small_vit(), x, y)
+    for name in ("positions", "head.weight"):
+        changed = {k: u + 0.01 * (k == name) * torch.ones_like(u) for k, u in seen.update.items()}
+        odd = Observation(model=seen.model, loss=seen.loss, update=changed, knowledge=seen.knowledge)
+        assert not bool(PatchSpan()(odd).bound.isfinite().any()), name
 
 
 @pytest.mark.parametrize(
@@ -216,6 +299,42 @@ def test_nothing_is_told_by_a_name() -> None:
     for name in ("reads.weight", "reads.bias", "where"):
         model.get_parameter(name).requires_grad_(False)
     assert decibels(PatchSpan()(seen_of(model, x, y)).inputs, x) > 100
+
+
+class Bare(nn.Module):
+    """APRIL's network: attention reads the embedded patches themselves, without a norm or a residual."""
+
+    def __init__(self, *, norm: bool) -> None:
+        super().__init__()
+        self.inner = small_vit(pool="mean")
+        self.norm = nn.LayerNorm(72) if norm else nn.Identity()
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.inner.embed(x).flatten(2).transpose(1, 2) + self.inner.positions
+        seen = torch.ones(1, 4, 4, dtype=torch.bool)
+        return self.inner.head(self.inner.blocks[0].attention(self.norm(z), seen).square().mean(1))
+
+
+def april(model: Bare, update: dict[str, Tensor]) -> Tensor:
+    """A^T Z = W_q^T dL/dW_q + W_k^T dL/dW_k + W_v^T dL/dW_v, A = dL/d positions, solved for the tokens Z [T, width]."""
+    parts = [f"inner.blocks.0.attention.{part}.weight" for part in ("query", "key", "value")]
+    right = sum(model.get_parameter(part).detach().T @ update[part] for part in parts)
+    return torch.linalg.lstsq(update["inner.positions"][0].T, right, driver="gelsd").solution
+
+
+def test_april_is_the_system_of_positions_where_there_is_no_norm() -> None:
+    """Both have dL/d positions on the left; theirs holds without a norm and a residual alone, and needs W_q, W_k, W_v."""
+    x, y = small_pictures(1)
+    for norm in (False, True):
+        model = Bare(norm=norm)
+        seen = seen_of(model, x, y)
+        found = PatchSpan()(seen)
+        assert "inner.positions" in found.trace["by"]
+        assert off(found.inputs, x) <= float(found.bound[0]) < 1e-6
+        z = model.inner.embed(found.inputs).flatten(2).transpose(1, 2) + model.inner.positions
+        agrees = torch.allclose(april(model, dict(seen.update)), z[0].detach(), atol=1e-7)
+        assert agrees == (not norm)
 
 
 def test_networks_without_patches_are_refused_in_words() -> None:

@@ -1,4 +1,4 @@
-"""patch-span: a picture behind a vision transformer, exactly, from the gradients of its first layers."""
+"""patch-span: pictures behind a vision transformer, exactly, from the gradients of its first block."""
 
 from __future__ import annotations
 
@@ -9,30 +9,36 @@ import torch
 from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.claims import LARGEST_BOUND
-from unbatch.inversion.label_fit import label_behind
+from unbatch.inversion.label_fit import label_behind, labels_sent_by_head
+from unbatch.inversion.patch_batches import BatchWindows, by_dense_pair
 from unbatch.inversion.patches import PatchWindows, by_first_layers, by_positions
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
+from unbatch.network.dense_pair import dense_pair
 from unbatch.network.patches import PatchEmbedding, first_dense_layers, patch_embedding
 from unbatch.reconstruction import Reconstruction
 
 
 @final
 class PatchSpan(Attack):
-    """Reads one picture exactly out of a vision transformer: each patch by a linear system in the first layers' gradients.
+    """Reads a small batch of pictures exactly out of a vision transformer, by systems in its first block's gradients.
 
     The layer that reads the picture in patches, E_t = W p_t + b, and what is trained and added to its tokens, are found by
-    running the model, not by names. With both gradients sent,
+    running the model, not by names. Of one picture with both gradients sent,
 
         dL/dW = D^T P,  D = dL/d positions [T, width],  P the patches [T, p],
 
     is solved for P: exact for up to width - 1 patches, whatever lies above, and after local steps of SGD too. With the
     embedding frozen, the first dense layers' gradients span what they were given, the normed tokens: their complement N
-    gives N^T (h_t, 1) = 0, one linear system a patch. It is exact where the complement has p + 1 dimensions to spare; else
-    the dimensions that are left open are counted and stated, and a guess is returned without a claim.
+    gives N^T (h_t, 1) = 0, one linear system a patch, exact where the complement has p + 1 dimensions to spare.
 
-    Bound: the rounding of the gradients over the least singular value of the system. Batches of more than one picture
-    mix their patches, and are refused with their number.
+    Of n pictures these gradients tell nothing apart, but the two dense layers after attention do: their gradients' spans
+    and what one sends back to the other give every token by itself, and what attention's last layer read gives its place,
+    its patch by one linear system, and which picture it is of. For n T < width, p + n T + 2 < width (a class token counts
+    among the T), and gradients whose rounding is below what the weakest token sends: float64 for usual sizes.
+
+    Where dimensions of a patch are left open they are counted and stated, and a guess is returned without a claim. Bound:
+    the rounding of the gradients through these systems.
 
     >>> import unbatch
     >>> from unbatch.models.vision_transformer import build_vision_transformer
@@ -48,7 +54,7 @@ class PatchSpan(Attack):
     family: ClassVar[str] = "span"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     cost: ClassVar[Cost] = Cost.SOLVES
-    paper: ClassVar[str] = "this library; without norms and at block 1, APRIL, Lu et al., CVPR 2022"
+    paper: ClassVar[str] = "this library; of one picture without norms and at block 1, APRIL, Lu et al., CVPR 2022"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape"})
     uses: ClassVar[frozenset[str]] = (
         frozenset({"batch_size", "clients", "buffers", "labels", "noise"}) | PROTOCOL_FIELDS
@@ -62,25 +68,26 @@ class PatchSpan(Attack):
         view = view.gradient
         self._check(view)
         front = patch_embedding(view.model, shape)
-        windows = self._windows(view, front)
-        x = front.picture(windows.values, shape)[None]
+        found = self._windows(view, front, rng)
+        x = torch.stack([front.picture(each, shape) for each in found.values])
         least = float(front.scale.abs().min())
-        bound = torch.tensor([windows.error / (least * float(x.norm()))], dtype=torch.float64)
-        if not windows.free and float(bound) >= LARGEST_BOUND:
-            raise NotApplicable(f"the update is too coarse: its errors leave {float(bound):.2g} of the picture open.")
-        label = label_behind(view, x)
-        trace = windows.trace | {"patches": front.tokens, "free dimensions of a patch": windows.free}
-        if windows.free:
-            trace["undetermined"] = windows.free / front.pixel.shape[1]
-        return Reconstruction(inputs=x, labels=label, bound=bound, trace=trace)
+        bound = (found.errors.cpu() / (least * x.flatten(1).norm(dim=1).cpu())).double()
+        if bool(found.errors.isfinite().all()) and float(bound.min()) >= LARGEST_BOUND:
+            raise NotApplicable(
+                f"the update is too coarse: its errors leave {float(bound.min()):.2g} of a picture open."
+            )
+        labels = label_behind(view, x) if len(x) == 1 else labels_sent_by_head(view, x)
+        free = int(found.trace["free dimensions of a patch"])
+        trace = found.trace | {"patches": front.tokens}
+        if free:
+            trace["undetermined"] = free / front.pixel.shape[1]
+        return Reconstruction(inputs=x, labels=labels, bound=bound, trace=trace)
 
     def _check(self, view: View) -> None:
         view.refuse_tokens()
-        n, protocol = view.knowledge.get("batch_size", 1), view.protocol
+        protocol = view.protocol
         if len(view.knowledge.input_shape) != 3:
             raise NotApplicable("the inputs are no pictures [c, h, w].")
-        if n > 1:
-            raise NotApplicable(f"the batch has {n} examples, whose patches the gradients mix.")
         if view.steps and protocol.optimiser != "sgd":
             raise NotApplicable(
                 f"{protocol.optimiser} rescales every entry of the update by itself, so no linear relation is left."
@@ -88,19 +95,42 @@ class PatchSpan(Attack):
         if view.steps > 1 and protocol.weight_decay:
             raise NotApplicable("weight decay adds the parameters themselves to the update in every local step.")
 
-    def _windows(self, view: View, front: PatchEmbedding) -> PatchWindows:
-        """By the positions where they were sent, else by the first dense layers. Raises NotApplicable: neither works."""
-        try:
-            return by_positions(view.obs, front)
-        except NotApplicable as why:
-            first_reason = str(why)
+    def _windows(self, view: View, front: PatchEmbedding, rng: torch.Generator) -> BatchWindows:
+        """By the positions where they were sent, else by the first dense layers, else token by token.
+
+        Raises NotApplicable: none of them works.
+        """
+        n, reasons = view.knowledge.get("batch_size"), list[str]()
+        if n in (None, 1):
+            try:
+                return _alone(by_positions(view.obs, front))
+            except NotApplicable as why:
+                reasons.append(str(why))
         if view.steps:
-            raise NotApplicable(
-                f"{first_reason} The first dense layers' inputs are one gradient's, and not of local steps."
-            )
+            words = "The first dense layers' inputs are one gradient's, and not of local steps."
+            raise NotApplicable(" ".join([*reasons, words]))
+        rough: BatchWindows | None = None
         try:
             first = first_dense_layers(view.model, front, view.knowledge.input_shape)
-            W = dict(view.model.named_parameters(remove_duplicate=False))[front.weight].detach().double().flatten(1)
-            return by_first_layers(view.obs, front, first, W)
+            if n in (None, 1):
+                W = dict(view.model.named_parameters(remove_duplicate=False))[front.weight].detach().double().flatten(1)
+                rough = _alone(by_first_layers(view.obs, front, first, W))
+                if not int(rough.trace["free dimensions of a patch"]):
+                    return rough
         except NotApplicable as why:
-            raise NotApplicable(f"{first_reason} And by the first dense layers: {why}") from None
+            reasons.append(f"By the first dense layers: {why}")
+        try:
+            first = first_dense_layers(view.model, front, view.knowledge.input_shape)
+            pair = dense_pair(view.model, front.weight, view.knowledge.input_shape)
+            found = by_dense_pair(view.obs, front, first, pair, rng, n)
+        except NotApplicable as why:
+            if rough is not None:
+                return rough
+            raise NotApplicable(" ".join([*reasons, f"Token by token: {why}"])) from None
+        return found
+
+
+def _alone(found: PatchWindows) -> BatchWindows:
+    """One picture's windows as those of a batch of one."""
+    trace = found.trace | {"free dimensions of a patch": found.free}
+    return BatchWindows(found.values[None], torch.tensor([found.error], dtype=torch.float64), trace)

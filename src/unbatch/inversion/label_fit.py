@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from unbatch.inversion.view import View
+from unbatch.network.dense import forward, layer_inputs
+from unbatch.network.precision import in_double, loss_value
 from unbatch.observation import Observation
 
 # Two classes may share a gradient up to sign, and then their fits differ by rounding: so many digits count.
@@ -84,6 +86,43 @@ def label_behind(view: View, inputs: Tensor, candidates: Sequence[Tensor] | None
         return hard
     soft = _solved_label(view, inputs)
     return hard if soft is None else soft
+
+
+def labels_sent_by_head(view: View, inputs: Tensor) -> Tensor | None:
+    """The labels [n, ...] of all of a batch behind a gradient, by what the head was given; None where none can be told.
+
+    dL/dW = S^T F with F [n, d] what the inputs [n, *shape] give the head, so that S, what the loss sends back to each
+    example's outputs, is solved for, and each takes the class whose loss sends that. Needs F of full rank.
+
+    >>> import unbatch
+    >>> from unbatch.models.small import build
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> model, x, y = build("mlp", (4,), 3, width=8, rng=rng), torch.rand(3, 4, generator=rng), torch.tensor([2, 0, 2])
+    >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
+    >>> labels_sent_by_head(View.of(seen), x.double())
+    tensor([2, 0, 2])
+    """
+    head, known = view.head, view.known_labels
+    if head is None or head.weight not in view.update or view.steps:
+        return None
+    every = possible_labels(view) if known is None else list(torch.unique(known, dim=0).split(1))
+    if not every:
+        return None
+    model = in_double(view.model)
+    F = layer_inputs(model, head.name, inputs, view.protocol.mode).double()
+    G = view.update[head.weight].double()
+    if head.bias is not None and head.bias in view.update:
+        F, G = torch.cat([F, torch.ones_like(F[:, :1])], 1), torch.cat([G, view.update[head.bias].double()[:, None]], 1)
+    sent = torch.linalg.lstsq(F.T, G.T).solution  # [n, k]
+    outputs = forward(model, inputs, view.protocol.mode)
+    turned = list[Tensor]()
+    for y in every:
+        at = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            labels = y.to(at.dtype if y.is_floating_point() else y.dtype).expand(len(inputs), *y.shape[1:])
+            (slope,) = torch.autograd.grad(loss_value(view.loss, at, labels), at)
+        turned.append(torch.cosine_similarity(slope.flatten(1), sent, dim=1))
+    return torch.cat([every[int(k)] for k in torch.stack(turned).nan_to_num(-1.0).argmax(0)])
 
 
 def _solved_label(view: View, inputs: Tensor) -> Tensor | None:

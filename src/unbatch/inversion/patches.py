@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,20 +109,20 @@ def by_first_layers(obs: Observation, front: PatchEmbedding, first: FirstDenseLa
     W [width, p]: of the embedding, in float64.
     Raises NotApplicable: the gradients were not sent, or their rank is not that of one picture.
     """
-    H, errors = _stacked(obs, first)
+    H, errors = unit_rows(obs, first.weights)
     tokens = len(first.rows) + first.others
     _, S, V = torch.linalg.svd(H, full_matrices=True)
     tolerance = max(rank_tolerance(H, 0.0), 2 * errors)
     rank = int((S > tolerance).sum())
     if rank != tokens:
-        raise NotApplicable(_rank_words(rank, first, H.shape[1]))
+        raise NotApplicable(_rank_words(rank, first, H.shape[1], W.shape[1]))
     system = _System(first, V[rank:], W)
     middle = front.scale.to(W) * 0.5 + front.shift.to(W)
-    weak = errors * _weight(system.tokens(middle), S[:rank], V[:rank])  # [T] by how much each equation may be off
+    weak = errors * amplified(system.tokens(middle), S[:rank], V[:rank])  # [T] by how much each equation may be off
     known = int((system.values > weak.max() / (TELLS * float(middle.norm(dim=1).mean()))).sum())
     p = system.nearest(middle, known)
     free = min(system.unknowns - known, W.shape[1])
-    weak = errors * _weight(system.tokens(p), S[:rank], V[:rank])
+    weak = errors * amplified(system.tokens(p), S[:rank], V[:rank])
     error = float("inf") if free else ROUNDINGS * float(weak.norm()) / float(system.values[known - 1])
     trace = {
         "by": f"the row space of {len(first.weights)} dense layers",
@@ -177,17 +178,33 @@ class _System:
         return found
 
 
-def _weight(tokens: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """How strongly an error of the rows' matrix U S V shows in N^T h [T]: |S^-1 V h|, h [T, width (+ 1)]."""
+def amplified(tokens: Tensor, S: Tensor, V: Tensor) -> Tensor:
+    """How strongly an error of the rows' matrix U S V shows in N^T h [T]: |S^-1 V h|, h [T, width (+ 1)].
+
+    >>> amplified(torch.tensor([[0.0, 3.0, 0.0]]), torch.tensor([2.0, 0.125]), torch.eye(3)[:2])
+    tensor([24.])
+    """
     strength: Tensor = ((tokens[:, : V.shape[1]] @ V.T) / S).norm(dim=1)
     return strength
 
 
-def _stacked(obs: Observation, first: FirstDenseLayers) -> tuple[Tensor, float]:
-    """The gradients of the first dense layers, one row a neuron, each of unit size; and their error's spectral norm."""
-    sent = [(w, b) for w, b in first.weights if w in obs.update and (b is None or b in obs.update)]
+def unit_rows(obs: Observation, layers: Sequence[tuple[str, str | None]]) -> tuple[Tensor, float]:
+    """The gradients of dense layers, one row a neuron, each of unit size; and their error's spectral norm.
+
+    A last column is the bias's, where all have one. `layers` are the names of weights and biases that read the same tokens.
+    Raises NotApplicable: none was sent, or all are zero.
+
+    >>> from unbatch.knowledge import Knowledge
+    >>> model, update = torch.nn.Linear(2, 1), {"weight": torch.tensor([[3.0, 0.0]]), "bias": torch.tensor([4.0])}
+    >>> seen = Observation(model=model, loss=torch.nn.functional.mse_loss, update=update, knowledge=Knowledge())
+    >>> unit_rows(seen, [("weight", "bias")])[0].round(decimals=6)
+    tensor([[0.6000, 0.0000, 0.8000]], dtype=torch.float64)
+    """
+    sent = [(w, b) for w, b in layers if w in obs.update and (b is None or b in obs.update)]
     if not sent:
-        raise NotApplicable("no dense layer that reads the patches one by one sent its gradient.")
+        raise NotApplicable(
+            f"no gradient was sent of {' or '.join(repr(w) for w, _ in layers)}, which read the tokens."
+        )
     biased = all(b is not None for _, b in sent)
     parts, offs = list[Tensor](), list[Tensor]()
     for weight, bias in sent:
@@ -201,16 +218,19 @@ def _stacked(obs: Observation, first: FirstDenseLayers) -> tuple[Tensor, float]:
     size = G.norm(dim=1)
     live = size > off * G.shape[1] ** 0.5
     if not bool(live.any()):
-        raise NotApplicable("the first dense layers' gradients are zero.")
+        raise NotApplicable(f"the gradient of {sent[0][0]!r} is zero.")
     H, off = G[live] / size[live, None], off[live] / size[live]
     spread = len(H) ** 0.5 + H.shape[1] ** 0.5  # of a matrix of independent errors (Bai-Yin)
     return H, ROUNDINGS * float(off.square().mean().sqrt()) * spread
 
 
-def _rank_words(rank: int, first: FirstDenseLayers, columns: int) -> str:
+def _rank_words(rank: int, first: FirstDenseLayers, columns: int, numbers: int) -> str:
     T, others = len(first.rows), first.others
     if rank >= columns - 1:
         return f"the first dense layers' gradients have full rank {rank}: the patches leave no direction out."
+    if rank >= T + others + numbers:  # the embedding's image, and the norm's offset, fill what more pictures could add
+        one = f"tokens of {T} places and patches of {numbers} numbers reach no more"
+        return f"the first dense layers' gradients have rank {rank}, and {one}: 2 pictures or more."
     if rank > T + others:
         n = -(-(rank - others) // T)
         one = f"one picture of {T} patches gives {T + others}"
