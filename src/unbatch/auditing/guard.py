@@ -79,9 +79,10 @@ def guard(
     that have them were frozen and did not move. `before` is the model of the round before or its state, by which a layer
     that was put in its place shows. `planted="ignore"` looks at no signs.
 
-    Returns the audit where nothing leaks. That these attacks failed within these seconds is no proof that others do:
-    only a bound for any attacker or a privacy accountant is (analyses, dp-sgd). To import it takes torch, numpy, pydantic
-    and safetensors alone; to run it, what its attacks and metrics take as well (scipy, torchmetrics; unmix scikit-learn).
+    Returns the audit where nothing leaks. Its runs say which attacks were cut short or left out: seconds are on the clock,
+    and on a busy machine less is tried in them. That these attacks failed is no proof that others do: only a bound for any
+    attacker or a privacy accountant is (analyses, dp-sgd). To import it takes torch, numpy, pydantic and safetensors
+    alone; to run it, what its attacks and metrics take as well (scipy, torchmetrics; unmix scikit-learn).
     Raises UnbatchError: what is given does not fit together. Leak: also where no attack could run, or one failed.
 
     >>> model, x, y = nn.Linear(4, 2), Tensor([[0.1, 0.2, 0.3, 0.4]]), Tensor([0]).long()
