@@ -11,6 +11,7 @@ def test_every_row_is_of_an_attack_that_chooses_the_model() -> None:
     names = [problem.name for problem in malicious.PROBLEMS]
     assert len(set(names)) == len(names)
     assert all(isinstance(Attack.parse(problem.attack), ActiveAttack) for problem in malicious.PROBLEMS)
+    assert set(malicious.MEASURES) <= {problem.attack.partition(":")[0] for problem in malicious.PROBLEMS}
 
 
 @pytest.mark.slow
@@ -20,3 +21,13 @@ def test_a_row_counts_what_came_back(capsys: pytest.CaptureFixture[str]) -> None
     assert rows[0]["rounds"] <= 20
     Console(width=200).print(malicious.table(rows))
     assert "64 in 20 rounds" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_rows_that_count_otherwise() -> None:
+    """Tokens of sentences, and examples out of a whole training."""
+    rows = malicious.run(wanted=lambda name: name.startswith(("decepticon, one", "latch")))
+    latch, text = rows
+    assert latch["false"] == 0
+    assert latch["certified"] >= 10
+    assert (text["tokens"], text["certified"], text["why"].partition(" of ")[0]) == (1.0, 1, "100.0%")

@@ -217,7 +217,6 @@ def _measured_model(problem: ReceivedProblem, seed: int) -> Row:
         "network": problem.name,
         "settings": asdict(problem),
         "signs": {name: found.value for name, found in readings.items()},
-        "layers": {name: found.layer for name, found in readings.items()},
         "seconds": clock() - begun,
     }
 

@@ -6,8 +6,9 @@ is counted is examples returned within 1e-3 of a private one, relative, l2 (`exa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor
 from unbatch.attack import ActiveAttack, Attack
 from unbatch.auditing.certify import certify
 from unbatch.auditing.cheating import planted_exchange
+from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, resumed
 from unbatch.benchmarks.pictures import pool, source
-from unbatch.case import Setting
+from unbatch.case import Case, Setting
 from unbatch.domain import domain_of
 from unbatch.errors import NotApplicable
 from unbatch.knowledge import Knowledge
@@ -78,8 +80,23 @@ PROBLEMS: tuple[MaliciousProblem, ...] = (
         rounds=20,
     ),
     MaliciousProblem("loki, 100 clients of 8", "loki", 800, "76-86 % (LOKI)", "86 %", model="lenet", clients=100),
+    MaliciousProblem("trap-weights, 1,000 rows", "trap-weights", 100, "about 50 of 100", "50 of 100"),
+    MaliciousProblem("latch, 256 traps, two epochs", "latch:share=0.01", 256, "", "", width=256),
+    MaliciousProblem("decepticon, one sentence", "decepticon", 1, "91.0 % of tokens", "91 % of tokens", data="text"),
+    MaliciousProblem("decepticon, 8 sentences", "decepticon", 8, "87.3 % of tokens", "87.3 % of tokens", data="text"),
+    MaliciousProblem(
+        "fishing, ResNet-18, 64 pictures",
+        "fishing",
+        64,
+        "one example, by matching (Fishing)",
+        "1, as alone",
+        model="resnet18",
+        width=64,
+        rounds=20,
+    ),
 )
-MEASURES: dict[str, Callable[[MaliciousProblem, Path | None, int, str, float], Row]] = {}  # rows that count otherwise
+LOCAL_BATCH, RATE, EPOCHS = 16, 0.05, 2  # of the training that latch waits through
+TEXT_WIDTH, TEXT_DEPTH = 256, 2
 
 
 def run(
@@ -114,13 +131,20 @@ def table(rows: list[Row]) -> Table:
 
 
 def _measure(problem: MaliciousProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
-    own = MEASURES.get(problem.name)
+    own = MEASURES.get(problem.name.partition(",")[0])
     if own is not None:
         return own(problem, data, seed, device, seconds)
+    setting, public = _setting(problem, data, seed, device)
+    return _played(problem, setting, public, seed, seconds)[0]
+
+
+def _played(
+    problem: MaliciousProblem, setting: Setting, public: Tensor, seed: int, seconds: float
+) -> tuple[Row, Reconstruction, Truth]:
+    """The row of one exchange, with what came back and the truth."""
     attack = Attack.parse(problem.attack)
     if not isinstance(attack, ActiveAttack):
         raise TypeError(f"{problem.attack} chooses no model.")
-    setting, public = _setting(problem, data, seed, device)
     known = setting.domain.public() | (Knowledge(public=public) if problem.public else Knowledge())
     defences = [f"secure-aggregation:clients={problem.clients}"] if problem.clients > 1 else []
     begun, why = clock(), ""
@@ -133,7 +157,56 @@ def _measure(problem: MaliciousProblem, data: Path | None, seed: int, device: st
             why = str(error)
     counts = _counted(found, obs.model, truth)
     shown = {"n": problem.n, "rounds": len(obs.exchanges), **counts, "seconds": clock() - begun, "why": why}
-    return {"network": problem.name, "settings": asdict(problem), **shown}
+    return {"network": problem.name, "settings": asdict(problem), **shown}, found, truth
+
+
+def _trained_through(problem: MaliciousProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
+    """A whole local training, of which the client sends the end."""
+    setting, public = _setting(problem, data, seed, device)
+    training = Protocol(epochs=EPOCHS, local_batch_size=LOCAL_BATCH, learning_rate=RATE)
+    return _played(problem, replace(setting, protocol=training), public, seed, seconds)[0]
+
+
+def _sentences(problem: MaliciousProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
+    """Bundled sentences: whole ones count as exact, and the share of tokens in their places is said."""
+    setting = Case.parse(f"text:batch={problem.n},width={TEXT_WIDTH},depth={TEXT_DEPTH},seed={seed}").setting()
+    row, found, truth = _played(problem, setting, setting.inputs[:0], seed, seconds)
+    words = torch.ones_like(truth.inputs, dtype=torch.bool)
+    if setting.domain.public().get("padding") is not None:
+        words = truth.inputs != setting.domain.public().padding
+    right = torch.zeros_like(words)
+    if found.inputs is not None and len(found):
+        pairs = match(found, truth, setting.domain)
+        right[pairs.true] = found.inputs[pairs.found] == truth.inputs[pairs.true]
+    tokens = float((right & words).sum() / words.sum())
+    return row | {"tokens": tokens, "why": row["why"] or f"{tokens:.1%} of {int(words.sum())} tokens"}
+
+
+def _beside_one_alone(problem: MaliciousProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
+    """A picture of many, and what `descend` makes of it where a client holds it alone: their relative errors."""
+    setting, public = _setting(problem, data, seed, device)
+    quiet = Protocol(rounds=problem.rounds, mode="eval")
+    row, found, truth = _played(problem, replace(setting, protocol=quiet), public, seed, seconds)
+    if found.inputs is None or not len(found):
+        return row
+    true, got = truth.inputs.double().flatten(1).cpu(), found.inputs.double().flatten(1).cpu()
+    gaps = (got[:1] - true).norm(dim=1)
+    which = int(gaps.argmin())
+    one, label = truth.inputs[which : which + 1], truth.labels[which : which + 1]
+    seen, _ = observe(setting.model, setting.loss, one, label, protocol=Protocol(mode="eval"))
+    alone = Attack.parse("descend")(seen, seed=seed)
+    told = {"error": float(gaps.min() / got[0].norm()), "error alone": math.inf}
+    if alone.inputs is not None and len(alone):
+        off = (alone.inputs.double().flatten(1).cpu() - true[which]).norm()
+        told["error alone"] = float(off / true[which].norm())
+    return row | told | {"why": f"relative error {told['error']:.1e}; of the picture alone {told['error alone']:.1e}"}
+
+
+MEASURES: dict[str, Callable[[MaliciousProblem, Path | None, int, str, float], Row]] = {  # attacks counted otherwise
+    "latch": _trained_through,
+    "decepticon": _sentences,
+    "fishing": _beside_one_alone,
+}
 
 
 def _setting(problem: MaliciousProblem, data: Path | None, seed: int, device: str) -> tuple[Setting, Tensor]:
