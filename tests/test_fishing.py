@@ -1,7 +1,7 @@
 """A last layer that lets one example of a batch through: what it sends, how that is counted, and what is claimed of it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -150,6 +150,25 @@ def test_nothing_is_claimed_of_an_update_that_was_altered(labels: list[int], way
     except NotApplicable:
         return
     assert not len(certified(found)), nearest(found, truth)
+
+
+def test_between_two_thresholds_the_size_of_an_example_is_told_without_any_bias() -> None:
+    """Elsewhere all weights at half the rate are the honest update of half the example, in a network without biases."""
+    setting = client(PAIRS)
+    rng = torch.Generator().manual_seed(1)
+    first = nn.Linear(12, 24, bias=False)
+    first.weight.data.copy_(torch.randn(24, 12, generator=rng) / 3)
+    net = nn.Sequential(first, nn.ReLU(), nn.Linear(24, 5))
+    obs, _ = seen(attack(), replace(setting, model=net))
+    held = caught(cuts_of(View.of(obs)))
+    assert held
+    halves = [unbatch.knowledge.Earlier(state=past.state, update=_half(past.update)) for past in obs.knowledge.earlier]
+    sent = replace(obs, update=_half(obs.update), knowledge=obs.knowledge | unbatch.Knowledge(earlier=halves))
+    assert not caught(cuts_of(View.of(sent)))
+
+
+def _half(update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: u / 2 if name.endswith("weight") else u for name, u in update.items()}
 
 
 def test_the_second_judge_holds_an_example_to_what_it_would_send_alone() -> None:

@@ -23,6 +23,7 @@ SATURATED = 60.0  # logits from a threshold, beyond which a probability is 0 or 
 COUNTED = 8.0  # times the rounding of a sum of n probabilities, within which it is taken for a whole number
 TOGETHER = 1e-4  # relative change of an example's outputs, beside others, that rounding may make
 ONE_EXAMPLE_AGAIN = 1e-3  # relative distance of features, below which two catches are taken for one example
+BETWEEN = 1e-4  # of |row| |f|, by which rounding may move an example beyond a threshold
 LEAST_CLASSES = 3  # below it sums of probabilities do not tell how many examples they are of
 ONE_EXAMPLE = ("input_shape", "domain", "input_range", "mode")  # of what is known, what holds for one example alone
 
@@ -95,7 +96,9 @@ def caught(cuts: Sequence[PlantedCut]) -> list[Caught]:
         ends: list[PlantedCut | None] = [*group, None] if nobody and group[-1].above else [*group]
         for low, high in pairwise(ends):
             if low is not None and (low.above or 0) - ((high.above or 0) if high is not None else 0) == 1:
-                found.append(_of(high or low, high, low, None))
+                one = _of(high or low, high, low, None)
+                if _lies_between(one, low, high):
+                    found.append(one)
     kept = list[Caught]()
     for one in found:
         if _clear(one, sure[0].head) and not any(_same_example(one, other, sure[0].head) for other in kept):
@@ -238,6 +241,14 @@ def _coarse(parts: Sequence[Tensor], kind: torch.dtype, share: float) -> float:
 def _others(b: Tensor, output: int) -> Tensor:
     """The height of all other outputs together, over which an output must rise to be heard."""
     return torch.cat([b[:output], b[output + 1 :]]).detach().double().logsumexp(0)
+
+
+def _lies_between(one: Caught, low: PlantedCut, high: PlantedCut | None) -> bool:
+    """Whether the features that an example sent lie between the thresholds that it lies between; else rates differ."""
+    scale = low.view.form.scale if low.view.form is not None else 1.0
+    f = -one.obs.update[low.head.weight][low.output].double().cpu() / scale
+    at, off = float(low.row @ f), BETWEEN * float(low.row.norm() * f.norm()) + SATURATED
+    return low.threshold - off <= at <= (high.threshold + off if high is not None else math.inf)
 
 
 def _clear(one: Caught, head: Dense) -> bool:
