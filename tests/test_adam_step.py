@@ -140,6 +140,14 @@ def test_an_audit_says_of_how_many_entries_rounding_leaves_the_sign_alone(dtype:
         assert f"of {share:.0%} of the entries it tells a sign alone" in found.runs[0].words
 
 
+def test_the_rank_of_an_adam_step_counts_no_examples() -> None:
+    model, x, y = client(torch.float32)
+    protocol = Protocol(local_steps=1, optimiser="adamw", learning_rate=1e-3)
+    seen, _ = unbatch.observe(model, F.cross_entropy, x[:1], y[:1], protocol=protocol)
+    with pytest.raises(unbatch.NotApplicable, match="its rank is not that of a gradient"):
+        unbatch.Analysis.parse("gradient-rank")(seen)
+
+
 def test_after_several_steps_of_adam_no_gradient_is_told() -> None:
     model, x, y = client(torch.float64)
     protocol = Protocol(local_steps=2, optimiser="adam", learning_rate=1e-3)

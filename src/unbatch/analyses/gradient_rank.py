@@ -49,7 +49,18 @@ class GradientRank(Analysis):
             fed = set()
         eps = torch.finfo(obs.dtype).eps
         table = token_table(view.model, obs.knowledge.input_shape) if view.takes_tokens else None
-        return [_looked_up(layer, table) or _risk(layer, eps, layer.name in fed, obs) for layer in _layers(view, sizes)]
+        layers = list(_layers(view, sizes))
+        if view.protocol.optimiser == "sgd":
+            return [_looked_up(layer, table) or _risk(layer, eps, layer.name in fed, obs) for layer in layers]
+        rows = [
+            found for layer in layers if (found := _looked_up(layer, table))
+        ]  # what was not looked up does not move
+        if not rows:
+            raise NotApplicable(
+                f"{view.protocol.optimiser} rescales every entry of the update by itself, so that its rank is not that of "
+                "a gradient and counts no examples."
+            )
+        return rows
 
 
 @dataclass(frozen=True)
