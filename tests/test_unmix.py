@@ -100,11 +100,25 @@ def test_a_hardtanh_that_hardly_saturates_is_said_to_be_linear(exchange: Exchang
 
 @pytest.mark.parametrize(
     "spelling",
-    ["depth=2,width=120,activation=gelu", "depth=3,width=120,activation=tanh", "depth=3,width=300,activation=relu"],
+    [
+        "depth=2,width=120,activation=gelu",
+        "depth=3,width=120,activation=tanh",
+        "depth=3,width=300,activation=relu",
+        "depth=2,width=200,activation=leaky-relu",
+    ],
 )
 def test_any_depth(exchange: Exchange, spelling: str) -> None:
     model, loss, x, y = client(f"photos:batch=6,size=16,{spelling}")
     holds(Unmix()(exchange(model, loss, x, y)[0]), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_deep_network_of_learnt_slopes(exchange: Exchange, dtype: torch.dtype) -> None:
+    model, loss, x, y = client("photos:batch=5,size=16,depth=2,width=150,activation=relu", dtype)
+    model = nn.Sequential(*[nn.PReLU(dtype=dtype) if isinstance(layer, nn.ReLU) else layer for layer in model])
+    found = Unmix(attempts=1)(exchange(model, loss, x, y)[0])
+    holds(found, x)
+    assert torch.equal(found.labels, y[errors(found, x).argmin(1)])
 
 
 @pytest.mark.parametrize("name", ["cross-entropy", "binary-cross-entropy", "squared-error"])
@@ -129,10 +143,11 @@ def test_without_a_bias(exchange: Exchange, activation: str) -> None:
     holds(Unmix()(exchange(model, loss, x, y)[0]), x)
 
 
-def test_relu_above_the_classes_that_patterns_take(exchange: Exchange) -> None:
-    """Every label of every guess would be too many programs: such networks go by the signs alone."""
+@pytest.mark.parametrize("activation", ["relu", "leaky-relu"])
+def test_kinks_above_the_classes_that_patterns_take(exchange: Exchange, activation: str) -> None:
+    """Every label of every guess would be too many programs: such networks go by the signs alone, or by rounded kinks."""
     k = MOST_CLASSES + 22
-    model, loss, x, _ = client("photos:batch=6,size=16,width=300,activation=relu")
+    model, loss, x, _ = client(f"photos:batch=6,size=16,width=300,activation={activation}")
     rng = torch.Generator().manual_seed(1)
     head = nn.Linear(300, k).double()
     for p in head.parameters():

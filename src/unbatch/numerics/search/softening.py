@@ -20,12 +20,13 @@ BEND_ROUNDINGS = 100  # of the update, above which a second difference is one
 
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _LEAKY = {F.leaky_relu, F.leaky_relu_}
+_LEARNT = {F.prelu, torch.prelu, Tensor.prelu}
 
 
 class Softened(TorchFunctionMode):
     """A network's kinks rounded while a block runs, so that a search can follow its gradients.
 
-    Inside the block relu, leaky relu and max pooling are rounded at `sharpness` b; b = inf leaves them as they are.
+    Inside the block relu, leaky relu, prelu and max pooling are rounded at `sharpness` b; b = inf leaves them as they are.
 
     Of a window's k numbers max pooling then takes log(mean exp(b z / s)) s / b: their mean at b = 0, their maximum at inf.
     Only in two dimensions, without padding or dilation.
@@ -69,10 +70,12 @@ class Softened(TorchFunctionMode):
         if func is F.max_pool2d and (windows := _windows(*args, **kwargs)) is not None:
             b = self.sharpness / self._spread(windows)
             return (torch.logsumexp(b * windows, -1) - math.log(windows.shape[-1])) / b
-        if not (func in _RELU or func in _LEAKY):
+        if func not in _RELU | _LEAKY | _LEARNT:
             return func(*args, **kwargs)
-        given = dict(zip(("input", "negative_slope"), args, strict=False)) | kwargs
+        given = dict(zip(("input", "weight" if func in _LEARNT else "negative_slope"), args, strict=False)) | kwargs
         z, slope = given["input"], given.get("negative_slope", 0.01) if func in _LEAKY else 0.0
+        if func in _LEARNT:
+            slope = given["weight"].view(-1, *[1] * (z.dim() - 2)) if z.dim() > 1 else given["weight"]
         b = self.sharpness / self._spread(z)
         return slope * z + (1 - slope) * F.softplus(b * z, threshold=40) / b
 

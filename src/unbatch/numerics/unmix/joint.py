@@ -106,6 +106,9 @@ class _Tail(Linearisation):
             self.tail = (U[:, others:] * S[others:]) @ Vh[others:]
             self.U, self.V = U[:, :others], Vh[:others]
 
+    def sides(self) -> tuple[Tensor, Tensor]:
+        return self.U, self.V
+
     def push(self, v: Tensor) -> Tensor:
         E = super().push(v)
         E = E - self.U @ (self.U.T @ E)

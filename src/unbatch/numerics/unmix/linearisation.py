@@ -5,6 +5,8 @@ J is the Jacobian of (z, y) -> sum_i F(z_i, y_i) z_i^T, known by its products al
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from unbatch.numerics.search.least_squares import conjugate_gradients
 from unbatch.numerics.unmix.mixture import Mixture
 
 GRAM_DIRECTIONS = 4  # directions that a preconditioner is averaged over
+GRAM_UNKNOWNS = 1024  # up to which J^T J itself is the preconditioner: products stall where deltas are nearly dependent
 
 
 class Linearisation:
@@ -77,8 +80,24 @@ class Linearisation:
     def solve(self, E: Tensor, *, damping: float, inner: int, tolerance: float) -> Tensor:
         """The step v of least |J v - E|^2 + damping |F_i|^2 |v_i|^2, by conjugate gradients.
 
-        Preconditioned by G (x) I, G_ij = <J (e_i u^T), J (e_j u^T)> averaged over random unit u [n]: deltas of one class
-        are almost parallel, and that is most of the ill-conditioning.
+        Preconditioned by J^T J where the unknowns are few, else by an average of it over directions.
+        """
+        few = self.z.numel() + self.columns.shape[2] * len(self.z) <= GRAM_UNKNOWNS
+        condition = self._inverse(damping) if few else self._mean_inverse(damping)
+
+        def normal(v: Tensor) -> Tensor:
+            return self.tangent(self.pull(self.push(self.tangent(v)))) + damping * self.weight * v
+
+        downhill = self.tangent(self.pull(E))
+        move = torch.zeros_like(downhill)
+        for latest in conjugate_gradients(normal, downhill, condition, inner, tolerance):
+            move = latest
+        return move
+
+    def _mean_inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """The inverse of G (x) I, G_ij = <J (e_i u^T), J (e_j u^T)> averaged over random unit u [n].
+
+        Deltas of one class are almost parallel, and that is most of the ill-conditioning.
         """
         n, rng = self.mixture.n, torch.Generator().manual_seed(0)
         G = self.F @ self.F.T + torch.diag(damping * self.weight[:, 0])
@@ -93,11 +112,59 @@ class Linearisation:
         def condition(v: Tensor) -> Tensor:
             return torch.cat([torch.cholesky_solve(v[:, :n], root), v[:, n:] / self.weight], 1)
 
-        def normal(v: Tensor) -> Tensor:
-            return self.tangent(self.pull(self.push(self.tangent(v)))) + damping * self.weight * v
+        return condition
 
-        downhill = self.tangent(self.pull(E))
-        move = torch.zeros_like(downhill)
-        for latest in conjugate_gradients(normal, downhill, condition, inner, tolerance):
-            move = latest
-        return move
+    def _inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """The inverse of J^T J + damping itself, as far as rounding lets it be one."""
+        G = self.gram()
+        g, k = G.shape[:2]
+        G = G.view(g * k, g * k)
+        G.diagonal().add_((damping * self.weight).expand(g, k).flatten())
+        G.diagonal().mul_(1 + 1e-13)
+        size = G.diagonal().sqrt()
+        root, failed = torch.linalg.cholesky_ex(G / size[:, None] / size)
+        if bool(failed):
+            return self._mean_inverse(damping)
+
+        def condition(v: Tensor) -> Tensor:
+            found: Tensor = torch.cholesky_solve((v.flatten() / size)[:, None], root)[:, 0] / size
+            return self.tangent(found.view(v.shape))  # which rounding leaves
+
+        return condition
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Projections of the gradient's rows [m, m] and columns [n, n] of which J v is what is left, as their factors."""
+        return self.F.new_zeros(self.F.shape[1], 0), self.z.new_zeros(0, self.mixture.n)
+
+    def gram(self) -> Tensor:
+        """J^T J [g, n + k, g, n + k] in the time of one of its columns' n-th part, since J (e_i e_a^T) has rank two.
+
+        On z . ones = 1, and the identity across it.
+
+        >>> from unbatch.numerics.unmix.made import made_mixture
+        >>> mixture, z, y = made_mixture(4)
+        >>> at = Linearisation(mixture, z, y)
+        >>> v = at.tangent(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double())
+        >>> torch.allclose(torch.tensordot(at.gram(), v, 2), at.tangent(at.pull(at.push(v))))
+        True
+        """
+        (g, n), (U, V) = self.z.shape, self.sides()
+        bent = torch.stack([self.bent(w.expand_as(self.F)) for w in self.mixture.W], 1)  # [g, n, m]
+        D, F = torch.cat([bent, self.columns.mT], 1), self.F
+        D, F = D - (D @ U) @ U.T, F - (F @ U) @ U.T
+        across = torch.eye(n).to(self.z) - V.T @ V
+        z, k = self.z @ across, D.shape[1]
+        flat = D.reshape(g * k, -1)
+        G = (flat @ flat.T).view(g, k, g, k) * (z @ z.T)[:, None, :, None]
+        cross = (flat @ F.T).view(g, k, g)[..., None] * z[:, None, None]  # <D_ia z_i^T, F_j e_b^T>
+        G[..., :n] += cross
+        G[:, :n] += cross.permute(2, 3, 0, 1)
+        G[:, :n, :, :n] += (F @ F.T)[:, None, :, None] * across[None, :, None]
+        if self.ones is not None:
+            for _ in range(2):
+                G[:, :n] -= self.ones[:, None, None] * torch.tensordot(G[:, :n], self.ones, ([1], [0]))[:, None]
+                G = G.permute(2, 3, 0, 1)
+            scale = self.weight[:, 0, None, None] * torch.outer(self.ones, self.ones)
+            for i in range(g):
+                G[i, :n, i, :n] += scale[i]
+        return G.contiguous()

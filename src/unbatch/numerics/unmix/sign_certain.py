@@ -69,8 +69,20 @@ def zeroed(mixture: Mixture, rng: torch.Generator) -> bool:
     (True, False)
     """
     z = torch.randn(4, mixture.n, generator=rng, dtype=torch.float64).to(mixture.U)
-    F = mixture.F(mixture.scaled(z), torch.zeros(4, dtype=torch.long, device=z.device))
+    F = mixture.F(mixture.scaled(z), some_labels(mixture, 4))
     return float((F == 0).double().mean()) > 0.1
+
+
+def some_labels(mixture: Mixture, count: int) -> Tensor:
+    """Labels of the mixture's kind for so many examples: the first class, or targets of zero.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> some_labels(made_mixture(4)[0], 2)
+    tensor([0, 0])
+    """
+    if mixture.classes:
+        return torch.zeros(count, dtype=torch.long, device=mixture.U.device)
+    return mixture.U.new_zeros(count, mixture.targets)
 
 
 def fan(mixture: Mixture, z: Tensor, y: Tensor | None) -> Tensor:

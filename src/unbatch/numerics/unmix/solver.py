@@ -20,7 +20,7 @@ from unbatch.numerics.unmix.certificate import mixture_radius
 from unbatch.numerics.unmix.descent import Descent
 from unbatch.numerics.unmix.equation import accept, choose_labels, choose_targets, explained, placed, polish
 from unbatch.numerics.unmix.joint import refine_jointly
-from unbatch.numerics.unmix.mixture import Mixture, label_misfits
+from unbatch.numerics.unmix.mixture import Mixture, label_misfits, misfits
 from unbatch.numerics.unmix.pattern import (
     LONG_PROGRAMS,
     NEAR_PATTERN,
@@ -34,11 +34,23 @@ from unbatch.numerics.unmix.pattern import (
     switches,
     turned,
 )
-from unbatch.numerics.unmix.sign_certain import RESIDUAL_COLUMNS, isolate, layered, piecewise_linear, zeroed
+from unbatch.numerics.unmix.sign_certain import (
+    RESIDUAL_COLUMNS,
+    isolate,
+    layered,
+    piecewise_linear,
+    some_labels,
+    zeroed,
+)
 
 GuessMaker = Callable[[Mixture, torch.Generator], Tensor]  # what is left, of r examples -> guesses [g, r]
 
 KINK_SHARPNESS = (8.0, 16.0)  # of a rounded kink, in its layer's spreads
+# The same where no delta is zero, so that signs isolate nothing: until what is left of the rounding moves no sign.
+RISING_SHARPNESS = (16.0, 64.0, 256.0, 1024.0, 4096.0)
+RISING_STEPS = 6  # of each, of one example and of all together
+RISEN_MISFIT = 0.05  # of the equation, relative, above which a polished guess is in no example's basin
+ALIKE_RISEN = 3e-4  # 1 - cosine below which deltas are one example's, whose last digits are not there yet
 DESCENT_SHARPNESS = 1.0  # the same in a descent, in the spreads near the origin, a tenth of the later ones
 # Relative radius above which an example that fits is not subtracted: its error would stay in the rest.
 LOOSE_RADIUS = 0.02
@@ -120,6 +132,9 @@ def _separation(
     if _needed(mixture) > 0.9:  # too few rows to tell the exact ones by, and so few kinks that polishing gets past them
         return replace(by_polish(mixture, starts, rng, classes, attempts, tick), joint=True)
     found = list[Separation]()
+    signs = zeroed(mixture, rng) or not (mixture.classes > RESIDUAL_COLUMNS or layered(mixture, rng))
+    if mixture.n > 1 and not signs and _rounds(mixture, rng):
+        return by_rising(mixture, starts, rng, classes, attempts, tick)
     two = switches(mixture, rng) if mixture.n > 1 else None
     if two is not None:
         found.append(by_patterns(mixture, two, starts, rng, classes, attempts, tick))
@@ -440,6 +455,89 @@ def by_patterns(
     return _whole(whole, whole.scaled(torch.linalg.pinv(Q, rtol=1e-13).T), classes, log)
 
 
+def by_rising(
+    whole: Mixture,
+    starts: Sequence[tuple[str, GuessMaker | Descent]],
+    rng: torch.Generator,
+    classes: Tensor,
+    attempts: int,
+    tick: Tick,
+) -> Separation:
+    """Every example of the mixture of a deep leaky relu network, by kinks that are rounded less and less.
+
+    Where no delta is zero and kinks above change every row, signs isolate nothing. But between its kinks the network is
+    smooth: polished on networks that come near it, examples end on the right side of nearly every kink, so that deltas
+    are right, while z itself is open (the deltas see it through the outputs alone). All deltas together give it, Z =
+    Q^-1, and all examples are polished together in the same way.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> def random(mixture, rng):
+    ...     return torch.randn(20, mixture.n, generator=rng, dtype=torch.float64)
+    >>> mixture, z, y = made_mixture(3, torch.nn.functional.leaky_relu)
+    >>> found = by_rising(mixture, [("random", random)], rng, torch.arange(4), 3, lambda share: True)
+    >>> bool(torch.cdist(z, found.z).amin(1).max() < 1e-6)
+    True
+    """
+    n, misses = whole.n, 0
+    Q, Z = whole.U.new_zeros(0, n), whole.U.new_zeros(0, n)
+    log: list[dict[str, object]] = []
+    ways = [(name, start) for name, start in starts if not isinstance(start, Descent)]
+    best = Separation(Z, _no_labels(whole, classes), log, Z, joint=True)
+    while misses < attempts * len(ways) and tick(len(Q) / n):
+        name, start = ways[misses % len(ways)]
+        rest = whole.isolated(Q)
+        tried = best_apart(whole, whole.scaled(start(rest, rng) @ rest.basis), classes)[: max(POLISHED_GUESSES, n)]
+        tried = placed(whole, tried, classes, within=rest.basis) if whole.ones is None else tried
+        tried, labels = risen(whole, tried, classes, rest.basis)
+        F = whole.F(tried, labels)
+        outside, excess, _ = misfits(whole, tried, labels)
+        good = (outside < RISEN_MISFIT) & (excess.abs() < RISEN_MISFIT)
+        order = outside.argsort()
+        q = whole.dual(F) / (whole.dual(F) * tried).sum(1, keepdim=True)
+        chosen = distinct(Q * whole.S, q * whole.S, order[good[order]], alike=ALIKE_RISEN)[: n - len(Q)]
+        log.append({"start": name, "left": n - len(Q), "guesses": len(tried), "found": len(chosen)})
+        misses = 0 if len(chosen) else misses + 1
+        Q, Z = torch.cat([Q, q[chosen]]), torch.cat([Z, tried[chosen]])
+        if len(Q) == n:
+            best = _risen_together(whole, whole.scaled(torch.linalg.pinv(Q, rtol=1e-13).T), classes, log)
+            if len(best.z) == n:
+                break
+            Q, Z, misses = Q[:0], Z[:0], misses + 1
+    return best if len(best.z) else replace(best, guesses=Z)
+
+
+def risen(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Guesses z [g, n] polished one by one on networks whose kinks are rounded less and less, and their labels.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(3, torch.nn.functional.leaky_relu)
+    >>> bool((risen(mixture, z, torch.arange(4), mixture.basis)[1] == y).all())
+    True
+    """
+    labels = _no_labels(whole, classes)
+    for sharpness in RISING_SHARPNESS:
+        soft = softened(whole, sharpness)
+        labels = choose_labels(soft, z, classes) if whole.classes else choose_targets(soft, z)
+        z, labels, _ = polish(soft, z, labels, steps=RISING_STEPS, within=basis, geodesic=False)
+    return z, labels
+
+
+def _rounds(mixture: Mixture, rng: torch.Generator) -> bool:
+    """Whether the network's kinks are of a kind that can be rounded."""
+    z = mixture.scaled(torch.randn(2, mixture.n, generator=rng, dtype=torch.float64).to(mixture.U))
+    y = some_labels(mixture, 2)
+    return not torch.equal(softened(mixture, DESCENT_SHARPNESS).F(z, y), mixture.F(z, y))
+
+
+def _risen_together(whole: Mixture, z: Tensor, classes: Tensor, log: list[dict[str, object]]) -> Separation:
+    for sharpness in RISING_SHARPNESS[2:]:
+        soft = softened(whole, sharpness)
+        labels = choose_labels(soft, z, classes) if whole.classes else choose_targets(soft, z)
+        z, labels, _ = refine_jointly(soft, z, labels, steps=RISING_STEPS)
+    return _whole(whole, z, classes, log)
+
+
 def soften(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> Tensor:
     """Guesses improved on a network whose kinks are rounded off.
 
@@ -520,10 +618,11 @@ def softened(mixture: Mixture, sharpness: float) -> Mixture:
     return replace(mixture, deltas=rounded)
 
 
-def distinct(known: Tensor, tried: Tensor, order: Tensor) -> Tensor:
+def distinct(known: Tensor, tried: Tensor, order: Tensor, *, alike: float = 1e-6) -> Tensor:
     """Which vectors are new.
 
-    Those of tried [g, n] numbered in `order` that are parallel neither to a known row [f, n] nor to one before them.
+    Those of tried [g, n] numbered in `order` that are parallel neither to a known row [f, n] nor to one before them;
+    `alike` is 1 - the cosine of those that are.
 
     >>> distinct(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
     tensor([1])
@@ -531,7 +630,7 @@ def distinct(known: Tensor, tried: Tensor, order: Tensor) -> Tensor:
     rows = [torch.nn.functional.normalize(known, dim=1)] if len(known) else []
     unit, kept = torch.nn.functional.normalize(tried, dim=1), []
     for i in order.tolist():
-        if not rows or float((torch.cat(rows) @ unit[i]).abs().max()) < 1 - 1e-6:
+        if not rows or float((torch.cat(rows) @ unit[i]).abs().max()) < 1 - alike:
             kept.append(i)
             rows.append(unit[i : i + 1])
     return torch.tensor(kept, dtype=torch.long, device=tried.device)
