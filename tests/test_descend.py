@@ -69,6 +69,23 @@ def plain(seed: int = 0) -> nn.Module:
     ).double()
 
 
+def bent(activation: type[nn.Module], norm: bool = False, seed: int = 0) -> nn.Module:
+    """Convolutions with an activation that makes nothing zero; the last two look at windows of whole maps."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 12, 3, padding=1),
+        activation(),
+        nn.Conv2d(12, 24, 3, stride=2, padding=1),
+        nn.GroupNorm(2, 24) if norm else nn.Identity(),
+        activation(),
+        nn.Conv2d(24, 48, 3, padding=1),
+        activation(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(48, CLASSES),
+    ).double()
+
+
 def batch(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(100 + seed)
     return torch.randn(n, 2, 8, 8, generator=rng, dtype=torch.float64), torch.randint(CLASSES, (n,), generator=rng)
@@ -94,6 +111,55 @@ def test_a_batch_behind_a_residual_network_is_recovered(norm: Callable[[int], nn
     assert float(errors(found, x).max()) < 1e-9
     assert found.labels is not None
     assert sorted(found.labels.tolist()) == sorted(y.tolist())
+
+
+@pytest.mark.parametrize(
+    ("activation", "n"),
+    [
+        pytest.param(nn.GELU, 1, marks=pytest.mark.slow),
+        (nn.GELU, 2),
+        pytest.param(nn.Tanh, 2, marks=pytest.mark.slow),
+        pytest.param(nn.SiLU, 2, marks=pytest.mark.slow),
+        pytest.param(nn.LeakyReLU, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_batch_behind_smooth_activations_is_recovered(activation: type[nn.Module], n: int) -> None:
+    x, y = batch(n)
+    found = Descend()(seen(bent(activation), x, y))
+    assert len(found) == n
+    far = errors(found, x)
+    assert float(far.max()) < 1e-6
+    assert found.bound is not None
+    assert bool((far <= found.bound).all())
+    assert found.labels is not None
+    assert sorted(found.labels.tolist()) == sorted(y.tolist())
+
+
+def test_a_smooth_batch_of_more_windows_than_channels_is_not_told_apart() -> None:
+    x, y = batch(4)  # 64 windows, 48 outputs
+    found = Descend()(seen(bent(nn.GELU), x, y))
+    assert not len(found)
+    assert found.bound is not None
+    assert "stopped" in found.trace
+
+
+@pytest.mark.slow
+def test_bounds_hold_behind_smooth_activations() -> None:
+    ratios = list[float]()
+    for seed in range(40):
+        activation = (nn.GELU, nn.Tanh, nn.SiLU, nn.ELU, nn.LeakyReLU)[seed % 5]
+        x, y = batch(1 + seed % 3, seed)
+        net = bent(activation, norm=seed % 4 == 3, seed=seed)
+        dtype = torch.float64 if seed % 8 < 6 else torch.float32
+        found = Descend()(seen(net.to(dtype), x.to(dtype), y))
+        if len(found):
+            assert found.bound is not None
+            ratios += (found.bound.cpu() / errors(found, x)).tolist()
+    print(
+        f"{len(ratios)} examples certified, bound / error {min(ratios):.2g} at least, {median(ratios):.3g} in the median"
+    )
+    assert len(ratios) > 20
+    assert min(ratios) >= 1
 
 
 def test_equal_labels_change_nothing() -> None:

@@ -303,7 +303,6 @@ def test_networks_that_it_does_not_speak_of(exchange: Exchange) -> None:
 @pytest.mark.parametrize(
     ("words", "options"),
     [
-        ("a smooth activation in place of every ReLU", {"act": nn.GELU}),
         ("padding by reflection in place of zeros", {"mode": "reflect"}),
         ("half the channels in every layer", {"half": 2}),
         ("stride 1 in place of 2 in 'conv3'", {"stride": 1}),
@@ -330,7 +329,7 @@ def test_safer_design_and_the_security_metric_know_of_it(exchange: Exchange) -> 
         for v in Analysis.parse("safer-design:work=0,exact=1")(obs)
         if v.name.startswith("examples told apart")
     }
-    assert changes["examples told apart: a smooth activation in place of every ReLU"].value == 0
+    assert "examples told apart: a smooth activation in place of every ReLU" not in changes  # whole maps need no zeros
     smooth, *_ = exchange(drawn(Residual(act=nn.Tanh)), shape=SHAPE, n=2)
     with pytest.raises(NotApplicable):
         Analysis.parse("safer-design:work=0,exact=1")(smooth)

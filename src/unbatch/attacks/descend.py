@@ -16,11 +16,12 @@ from unbatch.reconstruction import Reconstruction
 
 @final
 class Descend(Attack):
-    """Recovers every picture of a batch behind a convolutional or residual network with ReLU, each with a bound.
+    """Recovers every picture of a batch behind a convolutional or residual network, each with a bound.
 
     A convolution's gradient dL/dK = sum_ip delta_ip patch_ip^T is a dense layer's with its n P windows as examples. Where
     these are no more than its channels, its row space is the windows' span; a window of an inner layer is an extreme ray of
     the nonnegative vectors in it (a linear program), padding separates the corners, and overlaps grow whole maps from them.
+    Without a ReLU the space of whole maps takes the cone's place, where each example obeys the equation of `unmix`.
     Above, the head's gradient tells labels and deltas. Below, each layer's gradient is linear in its input maps. From the
     shallowest tensor with enough equations the pictures follow by a search and Gauss-Newton. Batch size and labels are
     found.

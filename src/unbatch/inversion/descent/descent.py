@@ -19,6 +19,7 @@ from unbatch.inversion.descent.above import (
     rescaled,
     scale_blur,
 )
+from unbatch.inversion.descent.mixed_maps import mixed_maps
 from unbatch.inversion.descent.pictures import Back, blurred, noisy, normed
 from unbatch.inversion.descent.places import WindowLayer, at_cuts, places, rectified
 from unbatch.inversion.descent.sent_norms import FixedNorms, fixed_norms
@@ -102,7 +103,7 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
     mixed = any(isinstance(m := call.ran, nn.modules.batchnorm._BatchNorm) and m.training for call in graph.calls)
     tried, best = list[str](), None
     for place in candidates(graph, every, update, eps):
-        found = separated(place, place.flat(update[place.weight]), eps, rng, lambda: tick(SHARES[0] / 2), mixed=mixed)
+        found, cone = _apart(view, graph, place, update, eps, rng, mixed=mixed), rectified(place.given)
         if found is None:
             continue
         if found.missed:
@@ -110,7 +111,7 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
             continue
         readers = [each for each in every if each.given is place.given]
         try:
-            maps = at_own_scale(graph, found, head, update, mixed=mixed)
+            maps = at_own_scale(graph, found, head, update, mixed=mixed) if cone else place.shaped(found.maps)
         except NotApplicable as why:
             tried.append(str(why).rstrip("."))
             continue
@@ -120,7 +121,7 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
             continue
         tick(SHARES[0])
         unknowns = len(found) * torch.Size(view.knowledge.input_shape).numel()
-        blur = scale_blur(graph, found, up.maps, head, update, eps, mixed=mixed)
+        blur = scale_blur(graph, found, up.maps, head, update, eps, mixed=mixed) if cone else 0.0
         down = walk(graph, every, place.given, up.maps, up.delta, update, eps, error, ALONE * unknowns, blur)
         told = target(down, unknowns)
         if best is None or told.equations > target(best.walk, unknowns).equations:
@@ -145,6 +146,23 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
     return best
 
 
+def _apart(
+    view: View,
+    graph: Graph,
+    place: WindowLayer,
+    update: Mapping[str, Tensor],
+    eps: float,
+    rng: torch.Generator,
+    *,
+    mixed: bool,
+) -> ToldApart | None:
+    """The maps behind a layer: by the cone of what is nonnegative, or without one by what the network sends back."""
+    G = place.flat(update[place.weight])
+    if rectified(place.given):
+        return separated(place, G, eps, rng, lambda: tick(SHARES[0] / 2), mixed=mixed)
+    return None if mixed else mixed_maps(view, graph, place, G, eps, rng)
+
+
 def _polished(
     graph: Graph,
     every: list[WindowLayer],
@@ -164,6 +182,8 @@ def _polished(
     error, and the moves tell which. The maps are known no better than the turn that was not taken would have moved them.
     """
     head, given, first = every[-1], readers[0].given, error
+    if not rectified(given):  # the batch's own equations gave them, and no zero is to be kept
+        return known_above(graph, readers, maps, head, update), error
 
     def above(maps: Tensor) -> Above:
         found = known_above(graph, readers, maps, head, update)
@@ -197,9 +217,11 @@ def candidates(graph: Graph, every: list[WindowLayer], update: Mapping[str, Tens
     Everything goes through their inputs, and their gradient's rank is below what it can be, or just that. A dense layer
     whose rank is all that it can be comes last: its batch may be larger, and mixtures of examples pass for them.
     """
-    whole, ranks = {value for value in at_cuts(graph) if rectified(value)}, list[tuple[bool, int, WindowLayer]]()
+    whole, ranks = at_cuts(graph), list[tuple[bool, int, WindowLayer]]()
     for place in every:
         if place.given not in whole or not place.plain or place.given is graph.input or place.weight not in update:
+            continue
+        if not rectified(place.given) and (place.dense or place.given.call is None):  # `unmix` reads dense layers
             continue
         if place.positions <= place.limit:
             rank = len(span(place.flat(update[place.weight]), eps))

@@ -26,6 +26,7 @@ PROBED = 8  # examples that are run once, to see what is zero
 SMALLEST_SURPLUS = 1.5  # equations for each unknown of the inputs, below which no search for them is foretold
 FORECAST = "forecast"  # under which a view keeps it
 _NORMS = nn.BatchNorm1d | nn.BatchNorm2d
+WHOLE_MAPS = " (small batches may be told apart there by whole maps, which is not counted here)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,9 +309,9 @@ def _why_not(graph: Graph, place: WindowLayer, x: Tensor) -> str:
     call = place.given.call
     made = f"{call.where} ({type(layer_of(call, call.given[0])).__name__})" if call is not None else "the input"
     if bool((x < 0).any()):
-        return f"its input has negative entries: it comes from {made}, not from a ReLU"
+        return f"its input has negative entries: it comes from {made}, not from a ReLU{WHOLE_MAPS}"
     if not bool((x == 0).any()):
-        return f"its input is nowhere exactly zero: it comes from {made}, not from a ReLU"
+        return f"its input is nowhere exactly zero: it comes from {made}, not from a ReLU{WHOLE_MAPS}"
     for layer in _behind(graph, place.gave):
         if isinstance(layer, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
             return "average pooling right behind it sends the same back to several of its windows"

@@ -92,6 +92,10 @@ class WindowLayer:
         weight = self.layer.weight
         return min(len(weight), weight[0].numel())
 
+    def shaped(self, maps: Tensor) -> Tensor:
+        """Maps as its windows see them, in the shape in which it is given them."""
+        return maps.reshape(-1, *self.given.shape[1:])
+
     def flat(self, gradient: Tensor) -> Tensor:
         """Its weight's gradient as a matrix [c_out, c_in k^2]."""
         return gradient.flatten(1)

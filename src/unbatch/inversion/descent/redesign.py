@@ -35,11 +35,6 @@ def redesigns(found: Prospects) -> Iterator[Redesign]:
 
 def _changes(found: Prospects) -> Iterator[tuple[str, Callable[[Prospect], Prospect], str]]:
     yield (
-        "a smooth activation in place of every ReLU",
-        lambda prospect: replace(prospect, why_not=prospect.why_not or "nothing is zero"),
-        "nothing is exactly zero, so that no example's window is told from a mixture by its zeros.",
-    )
-    yield (
         "padding by reflection in place of zeros",
         lambda p: replace(p, why_not=p.why_not or ("no corner" if p.windows > 1 else "")),
         "corners look like all other windows. Linear programs on all windows together can still tell small batches apart.",

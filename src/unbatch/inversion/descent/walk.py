@@ -16,6 +16,7 @@ from unbatch.inversion.descent.places import WindowLayer
 from unbatch.network.graph import Call, Graph, Value
 from unbatch.network.operations import AffineOperation, Operation, Reshape, layer_of
 from unbatch.network.sections import between, section
+from unbatch.numerics.elementwise import inverted, slope
 from unbatch.numerics.trimming import trimmed
 from unbatch.numerics.windows.weight_equations import weight_equations
 
@@ -26,6 +27,19 @@ CHECKED = 0.05  # of the equations, which must be more than are needed, so that 
 SURE = 1e-10  # error of what is known, at which no mask is in doubt
 RETURNS = 5  # to a ReLU, to mend its masks
 LINEAR = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad2d)
+BENT = (
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softsign,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.LeakyReLU,
+)
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -272,6 +286,11 @@ def _sent(found: Walk, call: Call, fed: list[Value], delta: Tensor) -> list[Tens
         if gave not in found.values:
             return [None]
         return [delta * (found.values[gave] > 0)]
+    if isinstance(layer, BENT):
+        if gave not in found.values:
+            return [None]
+        z = inverted(layer, found.values[gave].reshape(shape))
+        return [None if z is None else delta.reshape(shape) * slope(layer, z)]
     linear = isinstance(layer, (*LINEAR, AffineOperation)) or (
         isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d) and not layer.training and layer.running_var is not None
     )
