@@ -191,7 +191,7 @@ def test_a_report_shows_texts_side_by_side_with_the_tokens_that_differ_marked() 
     assert "No attack on 4 private texts could run; that is not safety." in render(empty)
 
 
-READ_TOKENS = {"token-span", "label-count", "token-bag"}
+READ_TOKENS = {"token-span", "label-count", "token-bag", "token-capacity"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,9 @@ def batch_sent(how: str | float, n: int = 3, seed: int = 0, **more: Any) -> Any:
     r, each = rng(seed), more.get("reads") == "each"
     sizes = {"depth": 2, "width": 64, "heads": 4, "name": "gpt"} | more
     name = sizes.pop("name")
+    computes = str(sizes.pop("computes", "float32"))
     model = build_transformer(name, LENGTH, VOCABULARY, VOCABULARY if each else 3, **sizes, rng=r)  # type: ignore[arg-type]
+    model = model.to(getattr(torch, computes))
     x = torch.randint(1, VOCABULARY, (n, LENGTH), generator=r)
     for i in range(n):
         x[i, int(torch.randint(2, LENGTH + 1, (1,), generator=r)) :] = 0
@@ -42,6 +45,8 @@ def batch_sent(how: str | float, n: int = 3, seed: int = 0, **more: Any) -> Any:
         y = y.masked_fill(y == 0, -100)
     told = Knowledge(padding=0, input_range=(0, VOCABULARY - 1))
     obs, _ = unbatch.observe(model, F.cross_entropy, x, y, knowledge=told)
+    if how == computes:
+        return obs, x, y
     if isinstance(how, str):
         return replace(obs, update={k: u.to(getattr(torch, how)) for k, u in obs.update.items()}), x, y
     noisy = {k: u + how * torch.randn(u.shape, generator=r) for k, u in obs.update.items()}
@@ -65,6 +70,9 @@ def rows(x: Any, y: Any) -> list[tuple[int, ...]]:
         ("float16", {"reads": "each"}),
         (1e-6, {}),
         (1e-5, {"n": 1}),
+        ("float16", {"computes": "float16", "n": 4}),
+        ("bfloat16", {"computes": "bfloat16", "n": 2}),
+        ("float16", {"computes": "float16", "name": "bert"}),
     ],
 )
 def test_sentences_come_back_proven_from_coarse_gradients(how: str | float, more: dict[str, Any]) -> None:
@@ -97,9 +105,18 @@ def test_what_noise_or_rounding_may_hide_is_not_called_a_proven_bag(how: str | f
     assert not len(pairs.proven())
 
 
-@pytest.mark.parametrize("how", ["bfloat16", "float16", 1e-5])
-def test_a_token_that_is_another_is_withdrawn_by_the_judge(how: str | float) -> None:
-    obs, x, y = batch_sent(how)
+@pytest.mark.parametrize(
+    ("how", "computes"),
+    [
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+        (1e-5, "float32"),
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+    ],
+)
+def test_a_token_that_is_another_is_withdrawn_by_the_judge(how: str | float, computes: str) -> None:
+    obs, x, y = batch_sent(how, computes=computes)
     other = x.clone()
     other[0, 1] = other[0, 1] % (VOCABULARY - 1) + 1
     claim = Reconstruction(inputs=other, labels=y, bound=torch.zeros(len(x), dtype=torch.float64))
@@ -143,3 +160,30 @@ def test_no_sentence_is_false_on_many_problems(block: int) -> None:
         for claim in rows(found.inputs[found.bound.isfinite()], found.labels[found.bound.isfinite()]):  # type: ignore[index, union-attr]
             assert claim in left, seed
             left.remove(claim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("computes", ["float16", "bfloat16"])
+def test_no_sentence_is_false_behind_models_that_compute_in_half_precision(computes: str) -> None:
+    for seed in range(100):
+        r = rng(seed)
+
+        def one(*choices: Any, r: torch.Generator = r) -> Any:
+            return choices[int(torch.randint(len(choices), (1,), generator=r))]
+
+        sizes = {"n": one(1, 2, 3, 5), "width": one(32, 64, 128), "depth": one(1, 2, 3), "reads": one("mean", "last")}
+        sizes |= {"positions": one("learned", "rotary"), "name": one("gpt", "gpt", "bert")}
+        obs, x, y = batch_sent(computes, seed=seed, computes=computes, **sizes)
+        other = x.clone()
+        where = (other[0] != 0).nonzero().flatten()
+        place = int(where[int(torch.randint(len(where), (1,), generator=r))])
+        other[0, place] = other[0, place] % (VOCABULARY - 1) + 1
+        claim = Reconstruction(inputs=other, labels=y, bound=torch.zeros(len(x), dtype=torch.float64))
+        claims = [judged(View.of(obs), claim)]
+        with contextlib.suppress(NotApplicable):
+            claims.append(read(obs))
+        for found in claims:
+            left, sure = rows(x, y), found.bound.isfinite()  # type: ignore[union-attr]
+            for sentence in rows(found.inputs[sure], found.labels[sure]):  # type: ignore[index]
+                assert sentence in left, (seed, sizes)
+                left.remove(sentence)

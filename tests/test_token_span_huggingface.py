@@ -27,15 +27,18 @@ def network(name: str) -> Any:
     """A model of that kind, drawn at random."""
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(0)
-        if name == "llama":
+        if "llama" in name:
             config = transformers.LlamaConfig(**SMALL, **DENSE, max_position_embeddings=32)
-            return transformers.LlamaForSequenceClassification(config)
+            kind = transformers.LlamaForCausalLM if "language" in name else transformers.LlamaForSequenceClassification
+            return kind(config)
         if name == "bert":
             config = transformers.BertConfig(**SMALL, **DENSE, max_position_embeddings=32)
             return transformers.BertForSequenceClassification(config)
         causal = "language" in name  # its head is the embedding, which is GPT-2's default
         config = transformers.GPT2Config(**SMALL, n_positions=32, n_embd=64, n_layer=3 if causal else 2, n_head=4)
         model = (transformers.GPT2LMHeadModel if causal else transformers.GPT2ForSequenceClassification)(config)
+        if "half" in name:
+            model = model.half()
         if "adapter" in name:
             peft = pytest.importorskip("peft")
             kind = "CAUSAL_LM" if causal else "SEQ_CLS"
@@ -58,7 +61,9 @@ def network(name: str) -> Any:
         ("gpt2, a language model", 3),
         ("gpt2, a language model with an adapter", 3),
         ("gpt2, a language model with a trained adapter", 3),
+        ("gpt2, a language model in half precision", 2),
         ("llama", 3),
+        ("llama, a language model", 3),
         ("bert", 2),
     ],
 )

@@ -22,6 +22,8 @@ once, with the network and the update. What others published stands in PUBLISHED
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import re
 import statistics
 from collections import Counter
@@ -54,6 +56,7 @@ from unbatch.protocol import Protocol
 from unbatch.reconstruction import Reconstruction, certified
 
 Row = dict[str, Any]
+Half = Literal["bfloat16", "float16"]
 FILE = "wikitext2_valid_50kB.txt"
 LIMIT = 1800.0  # seconds of one run
 CLASSES = 4
@@ -96,7 +99,8 @@ class TextProblem:
     tied: bool = False  # the head is the embedding, which is trained
     adapter: int = 0  # rank of what is trained beside each value layer, with the head; 0: all is trained
     trained: int = 0  # steps that adapters have been trained before
-    sent: Literal["as computed", "bfloat16", "float16"] = "as computed"
+    computes: Half | None = None  # half precision that all parameters are held in
+    sent: Half | None = None  # and the one that what is sent is rounded to
     noise: float = 0.0  # standard deviation of what is added to each entry
     steps: int = 0  # local ones of SGD; 0: a gradient
     local_batch: int = 0  # sentences of each; 0: all
@@ -110,7 +114,8 @@ class TextProblem:
         parts += ["embeddings trained"] * (not self.frozen and not self.tied) + ["dictionary"] * self.dictionary
         parts += [f"next words, {'tied' if self.tied else 'own'} head"] * (self.task == "next")
         parts += [f"adapters of rank {self.adapter}, {self.trained} steps old"] * bool(self.adapter)
-        parts += [f"sent in {self.sent}"] * (self.sent != "as computed") + [f"noise {self.noise:g}"] * bool(self.noise)
+        parts += [f"sent in {self.sent}"] * bool(self.sent) + [f"noise {self.noise:g}"] * bool(self.noise)
+        parts += [f"computed in {self.computes}"] * bool(self.computes)
         of = f" of {self.local_batch}" if self.local_batch else ""
         return ", ".join(parts + [f"{self.steps} local steps{of}"] * bool(self.steps))
 
@@ -137,9 +142,10 @@ def text_problems() -> list[TextProblem]:
     found += [replace(base, model="bert", n=n, width=256, depth=2) for n in (1, 2, 4, 8)]
     words = replace(base, task="next")
     found += [replace(words, n=8), *(replace(words, n=n, tied=True, frozen=False) for n in (1, 4, 8, 16))]
-    found += [replace(base, n=n, adapter=64, trained=old) for n in (1, 2, 3) for old in (0, 10)]
-    found += [replace(base, n=n, sent=kind) for n in (1, 2, 4) for kind in ("float16", "bfloat16")]
-    found += [replace(base, n=n, noise=1e-5) for n in (1, 2)]
+    found += [replace(base, n=n, adapter=64, trained=old) for n in (1, 2, 3, 4) for old in (0, 10)]
+    found += [replace(base, n=n, sent=kind) for n in (1, 2, 4, 8) for kind in ("float16", "bfloat16")]
+    found += [replace(base, n=n, computes=kind) for n in (1, 4) for kind in ("float16", "bfloat16")]
+    found += [replace(base, n=n, noise=1e-5) for n in (1, 2, 4)]
     found += [replace(base, depth=2, n=4, steps=4, local_batch=1), replace(base, depth=2, n=8, steps=10)]
     wide = replace(base, width=768, depth=12, seeds=1)
     words_of = replace(wide, n=4, length=64, vocabulary=50_257, dictionary=True)
@@ -274,12 +280,12 @@ def _exchange(problem: TextProblem, data: Path | None, seed: int, device: str) -
         table.requires_grad_(False)
     if problem.adapter:
         _adapt(net, problem, others, rng)
-    kind = torch.float64 if problem.precision == "float64" else torch.float32
+    kind: torch.dtype = getattr(torch, problem.computes or problem.precision)
     told = Knowledge(padding=0, input_range=(0, size - 1))
     noise = f"noise:sigma={problem.noise}" if problem.noise else ()
     x, y, net = x.to(device), y.to(device), net.to(device, kind)
     obs, _ = observe(net, F.cross_entropy, x, y, knowledge=told, protocol=problem.protocol, defences=noise, seed=seed)
-    if problem.sent != "as computed":
+    if problem.sent is not None:
         obs = replace(obs, update={name: u.to(getattr(torch, problem.sent)) for name, u in obs.update.items()})
     return obs, x, y
 
@@ -373,8 +379,10 @@ def _follow(pairs: TokenPairs, x: Tensor) -> bool:
 
 
 def _forget_peak() -> None:
-    """Lets Linux forget the most memory that this process has held."""
-    with contextlib.suppress(OSError):
+    """Lets Linux forget the most memory that this process has held, and glibc give back what is free."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 

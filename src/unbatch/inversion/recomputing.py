@@ -19,6 +19,7 @@ from unbatch.observation import Observation
 from unbatch.protocol import fit, flatten
 
 ROUNDINGS = 32.0  # of a tensor, relative, that need no further reason
+FEW_ROUNDINGS = 4.0  # of entries that are added up in half precision
 STEP_ROUNDINGS = 8.0  # of the parameters, a local step
 PRECISION_SLACK = 10.0  # times what the client's precision is seen to do to the update
 MOVE_SLACK = 3.0  # times what moves of the inputs by their bounds are seen to do to it
@@ -264,8 +265,11 @@ def _rounding_as_sent(place: Observation, kind: torch.dtype) -> dict[str, float]
     """The same where what the client computed was rounded once, or cut off, to the coarser type in which it was sent.
 
     Entries are off by a last place then, and not by the sums of many: an update that agrees with claimed tokens so well
-    shows other tokens that it would not show beside the rounding of every sum.
+    shows other tokens that it would not show beside the rounding of every sum. A client that computes in half precision
+    keeps products in float32 and rounds their sums once; what it adds up by itself, biases for one, is rounded a few times.
     """
+    if torch.finfo(kind).eps > torch.finfo(torch.float32).eps:
+        return _rounding(place, torch.float32, sent=FEW_ROUNDINGS)
     return _rounding(place, kind, sent=1.0)
 
 

@@ -26,6 +26,9 @@ from unbatch.protocol import Update
 
 Reach = Literal["token", "prefix", "sentence"]
 COMPUTED_IN = (torch.float32, torch.float64)  # coarser types round once what was computed in these
+SUMMED_TO = torch.finfo(
+    torch.float32
+).eps  # relative, what sums of products are rounded to where their terms are coarser
 OF_SUMS = 4.0  # roundings of a tensor's entries that its own tolerance allows for
 SAME_TO = 1e-10  # relative, in float64: below it nothing has reached a vector
 MOST_NUMBERS = 2**22  # of the vectors of one run of a front
@@ -283,7 +286,7 @@ class TokenReader:
         width, eps = rows.shape[2], self._eps
         if all(self.view.update[p.weight].dtype in COMPUTED_IN for p in sent):
             eps = max(eps, *(torch.finfo(self.view.update[p.weight].dtype).eps for p in sent))
-        own = ROW_ROUNDINGS * eps + self._drift(first, sentences)
+        own = ROW_ROUNDINGS * eps + self._drift(first, sentences) + self._rounded(first, sentences)
         return Front(layers, reach, positioned, order, width, kept, self.view.update, eps, own, noise)
 
     def _noise(self, name: str) -> float:
@@ -307,6 +310,18 @@ class TokenReader:
         off = (after - product.rows).norm(dim=1) / product.rows.norm(dim=1).clamp_min(1e-300)
         return float(off.max()) if float(off.max()) > SAME_TO else 0.0
 
+    def _rounded(self, product: Product, sentences: Tensor) -> float:
+        """How far, relative, the vectors that enter a layer are off in a network that computes in half precision; else 0.
+
+        Every operation rounds there: the network is run as the client runs it, and in float64.
+        """
+        model = self.view.model
+        if not any(p.dtype not in COMPUTED_IN for p in model.parameters()):
+            return 0.0
+        own = multiplied(model, sentences, self.mode, wanted=[product.layer]).products[0].rows.double()
+        off = (own - product.rows).norm(dim=1) / product.rows.norm(dim=1).clamp_min(1e-300)
+        return float(off.max())
+
     @cached_property
     def moved(self) -> nn.Module | None:
         """The network after the client's local steps; None where it took none, or one that is told as a gradient."""
@@ -321,8 +336,8 @@ class TokenReader:
 
     @cached_property
     def _eps(self) -> float:
-        """Relative rounding of the network's own arithmetic."""
-        return max(torch.finfo(p.dtype).eps for p in self.view.model.parameters())
+        """Relative rounding of the network's own sums, which are kept in float32 where their terms are coarser."""
+        return min(max(torch.finfo(p.dtype).eps for p in self.view.model.parameters()), SUMMED_TO)
 
 
 def _by_sentence(rows: Tensor, sentences: Tensor, position_first: bool) -> Tensor:

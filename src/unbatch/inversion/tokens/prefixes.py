@@ -159,6 +159,8 @@ def _offness(reader: TokenReader, fronts: list[Front], tried: Tensor) -> Tensor:
     Noise and half precision hide directions of a span, each front's others: there it is the geometric mean of all.
     """
     last, c = tried.shape[1] - 1, len(tried)
+    if not c:  # not every network runs on no sentence
+        return torch.zeros(0, dtype=torch.float64, device=tried.device)
     sentences = tried if reader.takes_short else reader.padded(tried)
     if fronts[0].coarse:
         rows = (reader.rows(f, sentences, quick=True)[:, last].double() for f in fronts)

@@ -14,6 +14,7 @@ from unbatch.inversion.tokens.last_tokens import last_tokens
 from unbatch.inversion.tokens.next_tokens import labelled, next_tokens
 from unbatch.inversion.tokens.pairs import TokenPairs, token_pairs
 from unbatch.inversion.tokens.prefixes import Grown, sentences_grown
+from unbatch.inversion.tokens.token_labels import labelled_tokens, labels_each_token
 from unbatch.inversion.tokens.whole_sentences import SentencesFound, sentences_searched
 from unbatch.inversion.view import View
 from unbatch.reconstruction import Reconstruction
@@ -45,7 +46,7 @@ def sentences_read(view: View, rng: torch.Generator, *, partial: bool) -> Recons
         else:
             searched = sentences_searched(reader, pairs, rng)
             leaves, trace = searched.sentences, trace | _of_search(searched)
-            batch = assembled(reader, leaves)
+            batch = labelled_tokens(reader, leaves) if labels_each_token(reader) else assembled(reader, leaves)
     except NotApplicable as why:
         if partial and leaves is not None and len(leaves):
             open_bound = torch.full((len(leaves),), torch.inf)
@@ -59,6 +60,8 @@ def sentences_read(view: View, rng: torch.Generator, *, partial: bool) -> Recons
 
 def _batch(reader: TokenReader, found: Grown) -> Batch:
     """The batch that the sentences add up to; where those that nothing extends do not, some that others begin with are."""
+    if labels_each_token(reader):
+        return labelled_tokens(reader, found.leaves)
     try:
         return next_tokens(reader, torch.cat([found.leaves, found.inner]), found.lengths)
     except NotApplicable as why:
