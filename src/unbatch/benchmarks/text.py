@@ -217,13 +217,13 @@ def table(rows: list[Row]) -> Table:
         shown.add_row(
             row["network"],
             f"{row['bag exact']:.2f}",
-            f"{row['pairs exact']:.2f}",
+            "" if row["pairs exact"] is None else f"{row['pairs exact']:.2f}",  # of rows from before they were counted
             f"{row['tokens']:.0f}",
             f"{row['rank']:.0f}",
             f"{row['prefixes']:.0f} of {row['settings']['width'] - 1}",
             *([""] * 4 if row["settings"]["dictionary"] else _sentences_told(row)),
             f"{row['seconds']:.1f}",
-            f"{row['memory']:.1f}",
+            "" if row["memory"] is None else f"{row['memory']:.1f}",
             row["why"],
         )
     for name, published in PUBLISHED.items():

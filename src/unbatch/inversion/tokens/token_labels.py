@@ -36,7 +36,7 @@ def labelled_tokens(reader: TokenReader, sentences: Tensor) -> Batch:
     there = torch.ones_like(sentences, dtype=torch.bool) if reader.padding is None else sentences != reader.padding
     rows, predicted, gradient = _head(reader, sentences, there)
     which = _first_alike(rows)  # [q], for each token the number of the first one with its vector
-    firsts, place = which.unique(return_inverse=True)
+    firsts, place = torch.unique(which, return_inverse=True)
     if len(firsts) >= rows.shape[1]:
         raise NotApplicable(f"{len(firsts)} tokens enter a head of width {rows.shape[1]}, and cannot be told apart.")
     sent = torch.linalg.lstsq(rows[firsts].T, gradient.T).solution  # [u, k]
