@@ -81,7 +81,6 @@ def vit_problems() -> list[ViTProblem]:
     """
     base = ViTProblem()
     found = [replace(base, width=64), replace(base, width=100, frozen=True), replace(base, width=128, frozen=True)]
-    found += [replace(base, width=384, n=2, pool=pool, frozen=pool == "mean") for pool in ("class", "mean")]
     for precision in ("float64", "float32"):
         each = replace(base, precision=precision)
         found += [
@@ -92,6 +91,7 @@ def vit_problems() -> list[ViTProblem]:
         ]
         found += [replace(each, theirs=True), replace(each, width=384), replace(each, width=384, frozen=True)]
     found += [replace(base, depth=12)]
+    found += [replace(base, width=384, n=2, pool=pool, frozen=pool == "mean") for pool in ("class", "mean")]
     found += [replace(base, width=384, n=n, pool="mean", seeds=1) for n in (3, 4)]
     found += [replace(base, width=384, n=2, precision="float32"), replace(base, width=192, n=2)]
     base = ViTProblem(width=768, depth=2, side=224, patch=16, precision="float32", seeds=1)
