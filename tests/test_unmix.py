@@ -121,6 +121,13 @@ def test_a_deep_network_of_learnt_slopes(exchange: Exchange, dtype: torch.dtype)
     assert torch.equal(found.labels, y[errors(found, x).argmin(1)])
 
 
+def test_a_deep_leaky_network_of_real_targets(exchange: Exchange) -> None:
+    model, _, x, _ = client("photos:batch=3,size=16,depth=2,width=150,activation=leaky-relu")
+    y = torch.randn(3, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = Unmix(attempts=1)(exchange(model, lambda o, t: (o - t).square().mean(), x, y)[0])
+    holds(found, x)
+
+
 @pytest.mark.parametrize("name", ["cross-entropy", "binary-cross-entropy", "squared-error"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_any_loss(exchange: Exchange, name: str, reduction: str) -> None:

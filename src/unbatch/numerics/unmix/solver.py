@@ -487,7 +487,8 @@ def by_rising(
     while misses < attempts * len(ways) and tick(len(Q) / n):
         name, start = ways[misses % len(ways)]
         rest = whole.isolated(Q)
-        tried = best_apart(whole, whole.scaled(start(rest, rng) @ rest.basis), classes)[: max(POLISHED_GUESSES, n)]
+        tried = whole.scaled(start(rest, rng) @ rest.basis)
+        tried = (best_apart(whole, tried, classes) if whole.classes else tried)[: max(POLISHED_GUESSES, n)]
         tried = placed(whole, tried, classes, within=rest.basis) if whole.ones is None else tried
         tried, labels = risen(whole, tried, classes, rest.basis)
         F = whole.F(tried, labels)
