@@ -85,3 +85,25 @@ def test_a_batch_behind_two_max_poolings_is_recovered_exactly(norm: bool) -> Non
     assert found.labels.tolist() == y[which].tolist()
     assert bool((error < 1e-10).all())
     assert bool((error <= found.bound).all())
+
+
+def test_behind_a_strided_first_layer_and_max_pooling_the_gradient_leaves_the_picture_open() -> None:
+    """The rank that the theory's (10) counts: distinct positive maxima and the first layer's own gradient."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(2 * 9, 3)
+    ).double()
+    x, weights = torch.randn(1, 1, 12, 12).double(), dict(net.named_parameters())
+
+    def gradient(x: Tensor) -> Tensor:
+        def loss(own: dict[str, Tensor]) -> Tensor:
+            return F.cross_entropy(torch.func.functional_call(net, own, (x,)), torch.tensor([1]))
+
+        return torch.cat([part.flatten() for part in torch.func.grad(loss)(weights).values()])
+
+    ways = torch.eye(x.numel(), dtype=torch.float64).view(-1, *x.shape)
+    values = torch.linalg.svdvals(torch.stack([torch.func.jvp(gradient, (x,), (way,))[1] for way in ways], 1).detach())
+    pooled_, where = F.max_pool2d(net[:2](x), 3, 2, 1, return_indices=True)
+    distinct = sum(len(set(at[p > 0].tolist())) for p, at in zip(pooled_[0], where[0], strict=True))
+    rank = int((values > 1e-10 * values[0]).sum())
+    assert distinct < rank <= distinct + 2 * 25 + 2 < x.numel()

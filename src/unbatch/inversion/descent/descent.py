@@ -23,7 +23,7 @@ from unbatch.inversion.descent.mixed_maps import mixed_maps
 from unbatch.inversion.descent.pictures import Back, blurred, noisy, normed
 from unbatch.inversion.descent.places import WindowLayer, at_cuts, places, rectified
 from unbatch.inversion.descent.sent_norms import FixedNorms, fixed_norms
-from unbatch.inversion.descent.separation import ToldApart, separated, span
+from unbatch.inversion.descent.separation import ToldApart, counted, separated, spectrum
 from unbatch.inversion.descent.sought import Search
 from unbatch.inversion.descent.walk import SURE, Told, Walk, told_by, walk
 from unbatch.inversion.view import View
@@ -224,7 +224,7 @@ def candidates(graph: Graph, every: list[WindowLayer], update: Mapping[str, Tens
         if not rectified(place.given) and (place.dense or place.given.call is None):  # `unmix` reads dense layers
             continue
         if place.positions <= place.limit:
-            rank = len(span(place.flat(update[place.weight]), eps))
+            rank = counted(spectrum(place.flat(update[place.weight])), eps)
             full = place.dense and rank >= place.limit - (
                 place is every[-1]
             )  # what is sent to classes may add up to zero
