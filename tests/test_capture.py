@@ -85,7 +85,7 @@ WRONG: dict[str, tuple[Callable[[nn.Module], Update], str, str]] = {
         "the model's own parameters",
         "the model's own",
     ),
-    "adamw": (stepped(torch.optim.AdamW, lr=1e-3), "Adam", "1 local steps of adam"),
+    "adamw": (stepped(torch.optim.AdamW, lr=1e-3), "Adam", "1 local step of adam"),
     "adam": (stepped(torch.optim.Adam, steps=3, lr=1e-3), "Adam", "3 local steps of adam"),
     "step": (stepped(torch.optim.SGD, lr=0.05), "its sign is flipped", "a step of SGD with learning rate 0.05"),
     "scaled": (lambda m: {k: 128 * t for k, t in gradient(m).items()}, "times as far as any batch could", "128 times"),

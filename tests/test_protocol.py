@@ -135,3 +135,4 @@ def test_a_protocol_reads_as_words() -> None:
     words = str(Protocol(epochs=2, local_batch_size=8, momentum=0.9))
     assert "2 local epochs on batches of 8 of sgd" in words
     assert "momentum 0.9" in words
+    assert str(Protocol(local_steps=1)).startswith("1 local step of sgd")

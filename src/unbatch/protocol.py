@@ -91,7 +91,8 @@ class Protocol(Options):
             again += f", server rate {self.server_rate:g}" if self.server_rate else " at the same parameters"
         if not (self.local_steps or self.epochs):
             return f"one gradient, model in {self.mode} mode{again}"
-        length = f"{self.epochs} local epochs" if self.epochs else f"{self.local_steps} local steps"
+        count, what = (self.epochs, "local epoch") if self.epochs else (self.local_steps, "local step")
+        length = f"{count} {what}" + "s" * (count != 1)
         batch = f" on batches of {self.local_batch_size}" if self.local_batch_size else ""
         extra = "".join(f", {k} {v:g}" for k in ("momentum", "weight_decay") if (v := getattr(self, k)))
         return (
