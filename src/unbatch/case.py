@@ -21,6 +21,7 @@ from unbatch.label_form import BROADCASTS, PROBES, LabelForm, label_words, loss_
 from unbatch.loss import Loss, loss_named
 from unbatch.models import small
 from unbatch.models.channel_norm import NormName
+from unbatch.models.parallel_adapter import adapted
 from unbatch.network.embedded import token_table
 from unbatch.network.unwrapped import unwrapped
 from unbatch.plugin import Plugin
@@ -278,6 +279,12 @@ class Case(Plugin, ABC):
         Field(description="between layers; none takes the model's own, relu unless published"),
     ] = None
     bias: Annotated[bool, Field(description="layers with a bias")] = True
+    adapter: Annotated[
+        int | None,
+        Field(
+            gt=0, description="units of an adapter beside each hidden dense layer; all but these and the head is frozen"
+        ),
+    ] = None
     loss: Annotated[
         Literal["cross-entropy", "binary-cross-entropy", "squared-error"], Field(description="training loss")
     ] = "cross-entropy"
@@ -311,7 +318,7 @@ class Case(Plugin, ABC):
 
     def global_model(self, examples: Examples, outputs: int, rng: torch.Generator) -> nn.Module:
         """The model that all clients share, for examples of that pool and with that many outputs, drawn from `rng`."""
-        return small.build(
+        network = small.build(
             self.model,
             tuple(examples.inputs.shape[1:]),
             outputs,
@@ -322,6 +329,7 @@ class Case(Plugin, ABC):
             norm=self.norm,
             rng=rng,
         )
+        return network if self.adapter is None else adapted(network, self.adapter, rng)
 
     def outputs(self, classes: int) -> int:
         """How many outputs the model has for so many classes."""

@@ -30,6 +30,7 @@ from unbatch.knowledge import Knowledge
 from unbatch.loss import loss_named
 from unbatch.metric import match
 from unbatch.models import small
+from unbatch.models.parallel_adapter import adapted
 from unbatch.network.dense import layer_inputs
 from unbatch.progress import watching
 from unbatch.protocol import Protocol
@@ -70,6 +71,7 @@ PROBLEMS: tuple[MaliciousProblem, ...] = (
     MaliciousProblem(
         "conv-imprint, pooled pictures", "conv-imprint", 64, "", "", model="convnet", width=64, public=True
     ),
+    MaliciousProblem("adapter-imprint, 1,000 units beside a frozen layer", "adapter-imprint", 64, "", "", width=256),
     MaliciousProblem(
         "hyperplane, 64 units",
         "hyperplane",
@@ -97,6 +99,7 @@ PROBLEMS: tuple[MaliciousProblem, ...] = (
 )
 LOCAL_BATCH, RATE, EPOCHS = 16, 0.05, 2  # of the training that latch waits through
 TEXT_WIDTH, TEXT_DEPTH = 256, 2
+ADAPTER = 1000  # units beside a frozen layer
 
 
 def run(
@@ -167,6 +170,13 @@ def _trained_through(problem: MaliciousProblem, data: Path | None, seed: int, de
     return _played(problem, replace(setting, protocol=training), public, seed, seconds)[0]
 
 
+def _beside_frozen(problem: MaliciousProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
+    """Adapters and the head of a network that is frozen otherwise."""
+    setting, public = _setting(problem, data, seed, device)
+    net = adapted(setting.model, ADAPTER, torch.Generator().manual_seed(seed))
+    return _played(problem, replace(setting, model=net), public, seed, seconds)[0]
+
+
 def _sentences(problem: MaliciousProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
     """Bundled sentences: whole ones count as exact, and the share of tokens in their places is said."""
     setting = Case.parse(f"text:batch={problem.n},width={TEXT_WIDTH},depth={TEXT_DEPTH},seed={seed}").setting()
@@ -203,6 +213,7 @@ def _beside_one_alone(problem: MaliciousProblem, data: Path | None, seed: int, d
 
 
 MEASURES: dict[str, Callable[[MaliciousProblem, Path | None, int, str, float], Row]] = {  # attacks counted otherwise
+    "adapter-imprint": _beside_frozen,
     "latch": _trained_through,
     "decepticon": _sentences,
     "fishing": _beside_one_alone,

@@ -62,6 +62,10 @@ class Text(Case):
                 "task=next has the cross entropy of every next token, so loss, repeated_labels and reads are of no use; "
                 "leave them out"
             )
+        if self.adapter is not None:
+            raise UnbatchError(
+                "adapters stand beside dense layers of networks of pictures and tables; leave adapter out"
+            )
         return self
 
     def pool(self, rng: torch.Generator) -> Examples:

@@ -89,6 +89,8 @@ class Trained(Case):
     def _of_a_kind(self) -> Self:
         if "loss" in self.model_fields_set or self.reduction != "mean":
             raise UnbatchError("the loss follows from task, and is a mean; leave loss and reduction out")
+        if self.adapter is not None:
+            raise UnbatchError("a released model is trained whole, and no adapters beside it; leave adapter out")
         if bool(self.known) != (self.threat == "informed"):
             raise UnbatchError("an informed adversary knows examples, and no other does; give threat=informed,known=N")
         if (self.data == "digits") != (self.files is None):

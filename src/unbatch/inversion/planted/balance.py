@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from unbatch.errors import NotApplicable
+from unbatch.inversion.planted.sums import weights
 from unbatch.inversion.view import View
 from unbatch.network.dense import Dense, in_mode
 
@@ -33,7 +34,9 @@ def refuse_unbalanced(view: View, layer: Dense, size: float) -> None:
     eps = max(torch.finfo(kind).eps for kind in kinds)
     weighed, biased, read = (W * dW).sum(1), b * db, (V * dV).sum(0)
     terms = (W * dW).abs().sum(1) + biased.abs() + (V * dV).abs().sum(0)
-    total = V.abs().sum(0) * (W.norm(dim=1) * size + b.abs())  # of what the examples send that cancels in the sums
+    total = _sent(view, layer).to(b) * (
+        W.norm(dim=1) * size + b.abs()
+    )  # of what examples send that cancels in the sums
     allowed = ROUNDINGS * eps * (terms + total)
     if bool(((weighed + biased - read).abs() > allowed).any()):
         raise NotApplicable(
@@ -42,6 +45,13 @@ def refuse_unbalanced(view: View, layer: Dense, size: float) -> None:
         )
     if float(allowed.norm()) > LARGEST_OPEN * float(weighed.norm()):
         raise NotApplicable(f"the update is too coarse to show whether {layer.name!r}'s rates differ.")
+
+
+def _sent(view: View, layer: Dense) -> Tensor:
+    """The most [m] that all examples of a client together send back to each unit, by its size."""
+    told = weights(view, layer)
+    each = int(view.knowledge.batch_size) // int(view.knowledge.get("clients", 1))
+    return each * float(told.values.abs().max()) * told.gains
 
 
 def _reader(view: View, layer: Dense, W: Tensor, b: Tensor) -> str | None:
