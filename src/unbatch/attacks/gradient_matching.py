@@ -9,6 +9,7 @@ from pydantic import Field
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.inversion.matching import UpdateMatching
+from unbatch.inversion.tokens.embedding_matching import MOVES_TRIED, STARTS_LOOKED_AT, TokenMatching
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS
 from unbatch.reconstruction import Reconstruction
@@ -30,6 +31,12 @@ class GradientMatching(Attack):
     and .001 that of the update, by noisy Adam from the prior's mean. The authors' code computes its match from values
     that no gradient passes; here one does. With `statistics`, the first-order steps of the others add that misfit too.
 
+    tag, lamp: the peers for texts. They search over the vectors that a model looks up for its tokens, by Adam from the best
+    of random ones, and end at the tokens that point nearest to them. tag: l2 and `alpha` l1 distance of gradients. lamp:
+    cosine distance, vectors held near the table's length, and every 75 steps the best of `moves` other orders (two tokens
+    swapped, a run moved, two sentences cut and recombined) by the match and, with public sentences, by how likely their
+    bigrams make a sentence. Every bound is infinite; `token-span` proves what it returns.
+
     Labels are used where known, else counted from the head's gradient, else (dlg: always) optimised as soft ones.
 
     >>> import torch, unbatch
@@ -47,18 +54,19 @@ class GradientMatching(Attack):
     guarantee: ClassVar[Guarantee] = Guarantee.HEURISTIC
     paper: ClassVar[str] = (
         "Zhu, Liu, Han, NeurIPS 2019 (dlg); Geiping et al., NeurIPS 2020 (inverting-gradients); Hatamizadeh et al., Do "
-        "Gradient Inversion Attacks Make Federated Learning Unsafe?, IEEE TMI 2023 (batch-norm-inversion)"
+        "Gradient Inversion Attacks Make Federated Learning Unsafe?, IEEE TMI 2023 (batch-norm-inversion); Deng et al., "
+        "TAG, Findings of EMNLP 2021 (tag); Balunovic et al., LAMP, NeurIPS 2022 (lamp)"
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "batch_size"})
     uses: ClassVar[frozenset[str]] = (
-        frozenset({"labels", "buffers", "clients", "log_prob", "earlier"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
+        frozenset({"labels", "buffers", "clients", "log_prob", "earlier", "public"}) | DOMAIN_FIELDS | PROTOCOL_FIELDS
     )
     demo: ClassVar[Demo] = Demo(
         case="digits:batch=2,activation=gelu,width=100", floors={"psnr": 60.0}, knows=("labels",)
     )
 
     preset: Annotated[
-        Literal["default", "dlg", "inverting-gradients", "batch-norm-inversion"],
+        Literal["default", "dlg", "inverting-gradients", "batch-norm-inversion", "tag", "lamp"],
         Field(description="ours, or a published method"),
     ] = "default"
     iterations: Annotated[
@@ -70,7 +78,27 @@ class GradientMatching(Attack):
         float | None, Field(ge=0, description="weight of batch statistics that were sent; none takes the preset's own")
     ] = None
 
+    match: Annotated[
+        Literal["l2-l1", "cosine"] | None, Field(description="of tag and lamp; none takes the preset's own")
+    ] = None
+    alpha: Annotated[float, Field(ge=0, description="weight of l1 in l2-l1")] = 0.01
+    prior: Annotated[float, Field(ge=0, description="lamp: weight of how unlikely a sentence is")] = 0.2
+    starts: Annotated[int, Field(gt=0, description="tag and lamp: random points looked at first")] = STARTS_LOOKED_AT
+    moves: Annotated[int, Field(ge=0, description="lamp: orders looked at, at a time")] = MOVES_TRIED
+
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        if self.preset == "tag" or self.preset == "lamp":
+            words = TokenMatching(
+                preset=self.preset,
+                match=self.match,
+                alpha=self.alpha,
+                prior=self.prior,
+                iterations=self.iterations,
+                restarts=self.restarts,
+                starts=self.starts,
+                moves=self.moves,
+            )
+            return words.run(view, rng)
         search = UpdateMatching(
             preset=self.preset,
             iterations=self.iterations,

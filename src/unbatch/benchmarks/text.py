@@ -14,6 +14,9 @@ one of rank r beside the value layer of every block, and the head, nothing else,
 other sentences. Rows of local steps send the difference of parameters. Noise and half precision are put on what is sent,
 entry by entry.
 
+Rows of *tag* and *lamp* are these published searches on the same gradients, by the presets of `gradient-matching`, lamp
+with the text's other sentences as its prior. They return guesses: what is exact counts as recovered without a bound.
+
 Rows of a dictionary test every word of a large vocabulary at every position. Pairs are exact where the (token, position)
 pairs that pass are the batch's and those that follow from them, and no others. Memory is the most that the process held at
 once, with the network and the update. What others published stands in PUBLISHED.
@@ -120,11 +123,35 @@ class TextProblem:
         return ", ".join(parts + [f"{self.steps} local steps{of}"] * bool(self.steps))
 
     @property
+    def asked(self) -> str:
+        """The attack that is measured, as it is spelt."""
+        return "token-span:partial=true"
+
+    @property
     def protocol(self) -> Protocol:
         """What the round asks of the client."""
         if not self.steps:
             return Protocol()
         return Protocol(local_steps=self.steps, local_batch_size=self.local_batch or None, learning_rate=LOCAL_RATE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerProblem(TextProblem):
+    """A setting in which a published search is measured.
+
+    >>> PeerProblem(peer="tag", width=128, n=1).name
+    'tag: gpt, width 128, 4 layers, n=1 x 16, float32'
+    """
+
+    peer: Literal["tag", "lamp"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.peer}: {super().name}"
+
+    @property
+    def asked(self) -> str:
+        return f"gradient-matching:preset={self.peer}"
 
 
 def text_problems() -> list[TextProblem]:
@@ -135,6 +162,7 @@ def text_problems() -> list[TextProblem]:
     """
     base = TextProblem()
     found = [replace(base, width=128, n=n) for n in (1, 2, 4, 8, 16)]
+    found += [PeerProblem(peer=peer, width=128, n=1, seeds=1) for peer in ("tag", "lamp")]
     found += [replace(base, n=n) for n in (1, 2, 4, 8, 16, 32)]
     found += [replace(base, n=4, precision="float64"), replace(base, n=8, frozen=False)]
     found += [replace(base, n=8, positions="rotary"), replace(base, n=4, length=32), replace(base, n=2, length=64)]
@@ -282,6 +310,8 @@ def _exchange(problem: TextProblem, data: Path | None, seed: int, device: str) -
         _adapt(net, problem, others, rng)
     kind: torch.dtype = getattr(torch, problem.computes or problem.precision)
     told = Knowledge(padding=0, input_range=(0, size - 1))
+    if isinstance(problem, PeerProblem):
+        told |= Knowledge(public=others.to(device))
     noise = f"noise:sigma={problem.noise}" if problem.noise else ()
     x, y, net = x.to(device), y.to(device), net.to(device, kind)
     obs, _ = observe(net, F.cross_entropy, x, y, knowledge=told, protocol=problem.protocol, defences=noise, seed=seed)
@@ -339,14 +369,15 @@ def _try(problem: TextProblem, data: Path | None, seed: int, device: str, second
                 row |= {"seconds": clock() - begun}
             else:
                 begun = clock()
-                found = Attack.parse("token-span:partial=true")(obs, seed=seed)
+                found = Attack.parse(problem.asked)(obs, seed=seed)
                 why = str(found.trace.get("open", found.trace.get("withdrawn", "")))
         except NotApplicable as error:
             why = str(error)
     row = {"seconds": clock() - begun} | row
     prefixes = {tuple(s[: k + 1]) for s in x.tolist() for k in range(len(s))}
     private, claimed = _with_labels(x, y), _with_labels(certified(found).inputs, certified(found).labels)
-    right = sum((private & claimed).values())
+    returned = _with_labels(found.inputs, found.labels) if isinstance(problem, PeerProblem) else claimed
+    right = sum((private & returned).values())
     return row | {
         "prefixes": len(prefixes),
         "exact": right / problem.n,

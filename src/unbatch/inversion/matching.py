@@ -146,7 +146,10 @@ class UpdateMatching:
         Raises NotApplicable: the inputs are tokens, nothing was sent, or no guesses fit the model and the loss.
         """
         if view.takes_tokens:
-            raise NotApplicable("the inputs are tokens, which are no real numbers to optimise over.")
+            raise NotApplicable(
+                "the inputs are tokens, which are no real numbers to optimise over; the presets tag and lamp search over "
+                "the vectors that the model looks up for them."
+            )
         if not any(bool(tensor.any()) for tensor in view.update.values()):
             raise NotApplicable("the update is zero everywhere, so there is nothing to match.")
         try:

@@ -119,7 +119,7 @@ class Unknowns:
         if (
             view.known_labels is not None
             or _searchable(view.labels)
-            or (preset != "dlg" and _counted(view) is not None)
+            or (preset != "dlg" and counted_labels(view) is not None)
         ):
             return [cls.of(view, preset, dtype)]
         return [cls.of(view, preset, dtype, tried=labels) for labels in _labellings(view)]
@@ -142,7 +142,7 @@ class Unknowns:
         if labels is None and tried is not None:
             labels, source = tried, "tried"
         if labels is None and preset != "dlg":
-            labels, source = _counted(view), "counted"
+            labels, source = counted_labels(view), "counted"
         squash: Squash = "none"
         if labels is None:
             source = "optimised"
@@ -363,7 +363,7 @@ def _labellings(view: View) -> list[Tensor]:
     return [torch.cat(chosen) for chosen in itertools.combinations_with_replacement(each, n)]
 
 
-def _counted(view: View) -> Tensor | None:
+def counted_labels(view: View) -> Tensor | None:
     """The labels [n] that the head's gradient counts under cross entropy, in order of class; None where it cannot.
 
     Probabilities are estimated from the model's outputs on stand-in inputs.

@@ -37,6 +37,33 @@ class EmbeddingCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class EmbeddingsFed(TorchFunctionMode):
+    """Feeds vectors [n, t, d] to a model that is run in the block, where it would look `tokens` [n, t] up.
+
+    table: the shape [vocabulary, d] of the table that it would look them up in; other tables, as of positions, are left.
+    The tokens still say which places are padding. A gradient passes to the vectors.
+
+    >>> layer, tokens = nn.Embedding(5, 2), torch.tensor([[3, 1]])
+    >>> with EmbeddingsFed(tokens, torch.ones(1, 2, 2), layer.weight.shape):
+    ...     layer(tokens), layer(torch.tensor([[3]])).shape
+    (tensor([[[1., 1.],
+             [1., 1.]]]), torch.Size([1, 1, 2]))
+    """
+
+    def __init__(self, tokens: Tensor, vectors: Tensor, table: torch.Size) -> None:
+        super().__init__()
+        self.tokens, self.vectors, self.table = tokens, vectors, table
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.embedding:
+            call = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs or {})
+            if call["weight"].shape == self.table and torch.equal(call["input"], self.tokens):
+                return self.vectors.to(call["weight"])
+        return func(*args, **(kwargs or {}))
+
+
 def token_table(model: nn.Module, input_shape: tuple[int, ...]) -> str | None:
     """The name of the parameter [vocabulary, width] in which a model looks its input tokens up; None where it has none.
 
