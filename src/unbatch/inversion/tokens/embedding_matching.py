@@ -40,7 +40,7 @@ PULL_OF_NORM = (
     0.1  # weight of the squared difference of the vectors' mean length and the table's, in units of the latter
 )
 SURE_OF_BIGRAM = 5.0  # occurrences of a token from which on those after it count for more than its frequency alone
-EXPLAINED_TO = 1e-3  # relative, what sentences that solve the problem may leave of the update
+SOLVED_TO = 1e-3  # relative, what sentences that solve the problem may leave of the update
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +253,7 @@ class TokenMatching:
                 "preset": self.preset,
                 "match": self._match,
                 "loss": history,
-                "converged": residual < EXPLAINED_TO,
+                "converged": residual < SOLVED_TO,
                 "residual": residual,
                 "labels": problem.source,
                 "prior": "none" if prior is None else f"bigrams of {prior.singles[-1]} public sentences",
