@@ -29,7 +29,7 @@ from unbatch.reconstruction import Reconstruction
 TokenPreset = Literal["tag", "lamp"]
 TokenMatch = Literal["l2-l1", "cosine"]
 
-TOKEN_STEPS = {"tag": 2500, "lamp": 2000}  # of Adam a restart, as published
+TOKEN_STEPS = {"tag": 2500, "lamp": 2000}  # of Adam a restart
 MATCH_OF = {"tag": "l2-l1", "lamp": "cosine"}
 STARTS_LOOKED_AT = 500  # random points, the best of which a search starts from
 RATE = 0.2  # of Adam at the start, in units of the table's root mean square
@@ -207,7 +207,7 @@ class TokenMatching:
     |g - g'|_2 + alpha |g - g'|_1, or *cosine*, 1 - the mean of their cosines; None for the preset's own. `prior`: weight
     of the mean surprise (`Bigrams`) in choosing between orders, where sentences of the kind are public. `starts`: random
     points, of which the best is gone on from. `moves`: orders that lamp looks at, at a time. The gradient of the table
-    itself is not matched, as published: it would name the tokens.
+    itself is not matched: its rows would name the tokens.
 
     >>> import unbatch
     >>> client = unbatch.cases.Text(width=8, depth=1, length=5, batch=1, vocabulary=20).setting()
