@@ -64,7 +64,7 @@ class Ntk(Attack):
 
     attempts: Annotated[
         int, Field(ge=1, description="times each start is tried without success before it is given up")
-    ] = 3
+    ] = 8
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         recipe = view.knowledge.get("recipe", {})
