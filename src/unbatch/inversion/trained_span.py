@@ -103,6 +103,20 @@ def trained_span(view: View) -> TrainedSpan:
     return TrainedSpan(layer, rows[:rank], change, tolerance, kept, exact)
 
 
+def start_and_end(view: View, layer: Dense) -> tuple[Tensor, Tensor]:
+    """A first layer's [W, b] before and after training, in float64. Raises Unknown: `initial` is not known.
+
+    >>> import unbatch
+    >>> client = unbatch.Case.parse("trained:batch=4,width=16,steps=30,threat=start").setting()
+    >>> told = {"knowledge": client.knowledge, "training": client.training}
+    >>> seen, truth = unbatch.observe(client.model, client.loss, client.inputs, client.labels, **told)
+    >>> [end.shape for end in start_and_end(View.of(seen), View.of(seen).layers[0])]
+    [torch.Size([16, 65]), torch.Size([16, 65])]
+    """
+    after = _with_bias({name: p.detach() for name, p in view.model.named_parameters(remove_duplicate=False)}, layer)
+    return _with_bias(view.knowledge.initial, layer).to(after), after
+
+
 def strangers(view: View, span: TrainedSpan, rng: torch.Generator) -> Tensor:
     """Distances of inputs that were not trained on: public ones where there are any, else draws of the prior."""
     own = view.knowledge.get("public")

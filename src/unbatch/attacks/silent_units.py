@@ -1,0 +1,122 @@
+"""silent-units: the training inputs of a network, by the units of its first layer that never fired on each of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unbatch.attack import Attack, Cost, Demo, Guarantee
+from unbatch.errors import NotApplicable
+from unbatch.inversion.trained_span import TrainedSpan, start_and_end, trained_span
+from unbatch.inversion.view import View
+from unbatch.knowledge import DOMAIN_FIELDS
+from unbatch.numerics.search.silent import SHARES, SILENT, silent_combinations
+from unbatch.progress import tick
+from unbatch.reconstruction import Reconstruction
+from unbatch.threat_model import ThreatModel
+
+DEPENDENT = 1e-6  # least singular value of the combinations, below which they are not n examples'
+LEAST_AGREEING = 0.94  # of the units, that move if and only if they fire on an answer at one end of training
+ROUNDS = 2 * len(SHARES)
+NOT_SILENT = (
+    "no units are silent on single examples in a way that shows, for as many as were trained on, and it takes all of them. "
+    "So it is where units are not rectified, where nearly all fire on every example at some time, and where they are few."
+)
+
+
+@final
+class SilentUnits(Attack):
+    """Recovers training inputs from the first layer's change over a whole training by SGD, whatever its length and loss.
+
+    Rectified units leave [W, b] - [W0, b0] = sum_i c_i (x_i, 1)^T with c_i zero on every unit that never fired on x_i: not
+    small, zero. So among the combinations of the change's columns those of one example are the ones with hundreds of
+    zeros, and the units' weights before and after training say where to look for them. Found for as many as the change
+    has rank, their inverse gives all inputs at once, to rounding. Nothing above the first layer plays a part, nor do
+    labels, rates, momentum or the order of batches; weight decay leaves one factor of the start, which is found.
+
+    All or nothing: one combination that is missing leaves every input open. An answer is given if 94 of 100 units moved
+    exactly where they fire on it at one end of training (`agreeing` in the trace), and nothing is claimed.
+
+    >>> import unbatch
+    >>> spec = "trained:batch=4,width=200,steps=60,start=1,method=sgd,threat=start,centred=true"
+    >>> client = unbatch.Case.parse(spec).setting()
+    >>> told = {"knowledge": client.knowledge, "training": client.training}
+    >>> seen, truth = unbatch.observe(client.model, client.loss, client.inputs, client.labels, **told)
+    >>> found = unbatch.attacks.SilentUnits()(seen)
+    >>> float(torch.cdist(truth.inputs.flatten(1), found.inputs.flatten(1)).amin(1).max()) < 1e-9
+    True
+    """
+
+    family: ClassVar[str] = "span"
+    guarantee: ClassVar[Guarantee] = Guarantee.HEURISTIC
+    paper: ClassVar[str] = "this library"
+    needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "initial"})
+    uses: ClassVar[frozenset[str]] = frozenset({"recipe", "batch_size"}) | DOMAIN_FIELDS
+    demo: ClassVar[Demo] = Demo(
+        case="trained:batch=4,width=200,steps=60,start=1,method=sgd,threat=start,centred=true", floors={"psnr": 100.0}
+    )
+    cost: ClassVar[Cost] = Cost.SOLVES
+    threat_model: ClassVar[str] = ThreatModel.START
+
+    starts: Annotated[int, Field(gt=0, description="random guesses for each example")] = 16
+
+    def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        span = trained_span(view)
+        n = len(span.rows)
+        columns = torch.linalg.svd(span.change, full_matrices=False)[0][:, :n]
+        ends = start_and_end(view, span.layer)
+        before = tuple(end @ span.rows.T for end in ends)
+        held, marks, best = columns.new_zeros(0, n), columns.new_zeros(0), -1.0
+        for number, (more, agreeing) in enumerate(silent_combinations(columns, before, rng, starts=self.starts * n)):
+            held, marks = torch.cat([held, more]), torch.cat([marks, agreeing])
+            chosen = _independent(held, marks)
+            if len(chosen) == n:
+                entering, own = _inputs(span, columns, chosen, ends)
+                best = float(own.min())
+            if best >= LEAST_AGREEING or not tick(number / ROUNDS, best):
+                break
+        if best < LEAST_AGREEING:
+            raise NotApplicable(NOT_SILENT)
+        d = span.change.shape[1] - (span.layer.bias is not None)
+        x = entering[:, :d]
+        inputs, _, name = view.undo(span.layer, x, torch.full((n,), torch.inf, dtype=torch.float64))
+        silent = ((columns @ chosen.T).abs() < SILENT * columns.norm(dim=1, keepdim=True)).sum(0)
+        return Reconstruction(
+            inputs=inputs,
+            layer=name,
+            trace={
+                "rank": n,
+                "combinations": len(held),
+                "silent": silent.tolist(),
+                "agreeing": own.tolist(),
+                "kept of the start": span.kept,
+            },
+        )
+
+
+def _independent(held: Tensor, marks: Tensor) -> Tensor:
+    """As many combinations as are independent, those first whose units agree best."""
+    chosen = held[:0]
+    for i in marks.argsort(descending=True, stable=True).tolist():
+        more = torch.cat([chosen, held[i : i + 1]])
+        if len(chosen) < held.shape[1] and float(torch.linalg.svdvals(more)[-1]) > DEPENDENT:
+            chosen = more
+    return chosen
+
+
+def _inputs(span: TrainedSpan, columns: Tensor, chosen: Tensor, ends: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """What entered the layer [n, d + 1], and the share of units [n] that changed if and only if they fire at an end.
+
+    Raises NotApplicable: without a bias no scale is told.
+    """
+    if span.layer.bias is None:
+        raise NotApplicable("the first layer has no bias, whose change would tell the size and sign of an input.")
+    amounts = columns @ chosen.T  # [m, n]: of each example, up to its scale
+    z = torch.linalg.lstsq(amounts, span.change).solution
+    z = z / z[:, -1:]
+    fires = torch.stack([end @ z.T for end in ends]).amax(0) > 0
+    moved = amounts.abs() > SILENT * columns.norm(dim=1, keepdim=True)
+    return z, (fires == moved).double().mean(0)
