@@ -10,10 +10,10 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
-from unbatch.inversion.trained_span import TrainedSpan, start_and_end, trained_span
+from unbatch.inversion.trained_span import WHY_FULL, TrainedSpan, start_and_end, trained_span
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS
-from unbatch.numerics.search.silent import SHARES, SILENT, silent_combinations
+from unbatch.numerics.search.silent import LIVE, SAME, SHARES, SILENT, different, silent_combinations, silent_on
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 from unbatch.threat_model import ThreatModel
@@ -25,6 +25,7 @@ NOT_SILENT = (
     "no units are silent on single examples in a way that shows, for as many as were trained on, and it takes all of them. "
     "So it is where units are not rectified, where nearly all fire on every example at some time, and where they are few."
 )
+AMBIGUOUS = "the units agree with {others} other answers as well as with the first, so that none is given."
 
 
 @final
@@ -37,8 +38,10 @@ class SilentUnits(Attack):
     has rank, their inverse gives all inputs at once, to rounding. Nothing above the first layer plays a part, nor do
     labels, rates, momentum or the order of batches; weight decay leaves one factor of the start, which is found.
 
-    All or nothing: one combination that is missing leaves every input open. An answer is given if 94 of 100 units moved
-    exactly where they fire on it at one end of training (`agreeing` in the trace), and nothing is claimed.
+    All or nothing: two combinations that are missing leave every input open. A mixture of examples that vanishes where all
+    of them are silent is told by not being alone in that, and dropped. An answer is given if 94 of 100 units moved exactly
+    where they fire on it at one end of training (`agreeing` in the trace), and no other set of combinations that was found
+    agrees as well. What is not proven is that entries elsewhere are in general position, so nothing is claimed.
 
     >>> import unbatch
     >>> spec = "trained:batch=4,width=200,steps=60,start=1,method=sgd,threat=start,centred=true"
@@ -66,13 +69,19 @@ class SilentUnits(Attack):
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         span = trained_span(view)
         n = len(span.rows)
+        if n > int(view.knowledge.get("batch_size", n)):
+            raise NotApplicable(WHY_FULL)
         columns = torch.linalg.svd(span.change, full_matrices=False)[0][:, :n]
         ends = start_and_end(view, span.layer)
         before = tuple(end @ span.rows.T for end in ends)
         held, marks, best = columns.new_zeros(0, n), columns.new_zeros(0), -1.0
         for number, (more, agreeing) in enumerate(silent_combinations(columns, before, rng, starts=self.starts * n)):
-            held, marks = torch.cat([held, more]), torch.cat([marks, agreeing])
+            held, marks = _merged(torch.cat([held, more]), torch.cat([marks, agreeing]))
             chosen = _independent(held, marks)
+            if len(chosen) == n - 1:
+                last = silent_on(columns, before, _left_over(span, columns, chosen))
+                held, marks = _merged(torch.cat([held, last]), torch.cat([marks, last.new_zeros(len(last))]))
+                chosen = _independent(held, marks)
             if len(chosen) == n:
                 entering, own = _inputs(span, columns, chosen, ends)
                 best = float(own.min())
@@ -80,10 +89,12 @@ class SilentUnits(Attack):
                 break
         if best < LEAST_AGREEING:
             raise NotApplicable(NOT_SILENT)
+        if others := _others(span, columns, chosen, held, ends):
+            raise NotApplicable(AMBIGUOUS.format(others=others))
         d = span.change.shape[1] - (span.layer.bias is not None)
         x = entering[:, :d]
         inputs, _, name = view.undo(span.layer, x, torch.full((n,), torch.inf, dtype=torch.float64))
-        silent = ((columns @ chosen.T).abs() < SILENT * columns.norm(dim=1, keepdim=True)).sum(0)
+        silent = ((columns @ chosen.T).abs() < SILENT * _sizes(columns)).sum(0)
         return Reconstruction(
             inputs=inputs,
             layer=name,
@@ -97,6 +108,34 @@ class SilentUnits(Attack):
         )
 
 
+def _merged(held: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
+    """Combinations [f, n] and their marks [f], each once, with the best of its marks."""
+    order = marks.argsort(descending=True, stable=True)
+    kept = different(held[order])
+    alike = (kept @ held.T).abs() > 1 - SAME
+    return kept, torch.where(alike, marks, -1.0).amax(1) if len(kept) else marks[:0]
+
+
+def _left_over(span: TrainedSpan, columns: Tensor, chosen: Tensor) -> Tensor:
+    """Of the example whose combination alone is missing, the input's coordinates up to scale, with either sign [2, n]."""
+    away = torch.linalg.svd(chosen, full_matrices=True)[2][-1]
+    z: Tensor = away @ columns.T @ span.change @ span.rows.T
+    return torch.stack([z, -z])
+
+
+def _others(span: TrainedSpan, columns: Tensor, chosen: Tensor, held: Tensor, ends: tuple[Tensor, ...]) -> int:
+    """How many other whole answers, with one combination exchanged for one of `held`, the units agree with as well."""
+    count = 0
+    for other in held:
+        if float((chosen @ other).abs().max()) > 1 - SAME:
+            continue
+        for i in range(len(chosen)):
+            whole = torch.cat([chosen[:i], other[None], chosen[i + 1 :]])
+            if float(torch.linalg.svdvals(whole)[-1]) > DEPENDENT:
+                count += float(_inputs(span, columns, whole, ends)[1].min()) >= LEAST_AGREEING
+    return count
+
+
 def _independent(held: Tensor, marks: Tensor) -> Tensor:
     """As many combinations as are independent, those first whose units agree best."""
     chosen = held[:0]
@@ -105,6 +144,13 @@ def _independent(held: Tensor, marks: Tensor) -> Tensor:
         if len(chosen) < held.shape[1] and float(torch.linalg.svdvals(more)[-1]) > DEPENDENT:
             chosen = more
     return chosen
+
+
+def _sizes(columns: Tensor) -> Tensor:
+    """Of each unit's change [m, 1], rounding aside: a unit that never moved has as much as the least that counts."""
+    size = columns.norm(dim=1, keepdim=True)
+    floored: Tensor = size.clamp_min(LIVE * float(size.max()))
+    return floored
 
 
 def _inputs(span: TrainedSpan, columns: Tensor, chosen: Tensor, ends: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -118,5 +164,5 @@ def _inputs(span: TrainedSpan, columns: Tensor, chosen: Tensor, ends: tuple[Tens
     z = torch.linalg.lstsq(amounts, span.change).solution
     z = z / z[:, -1:]
     fires = torch.stack([end @ z.T for end in ends]).amax(0) > 0
-    moved = amounts.abs() > SILENT * columns.norm(dim=1, keepdim=True)
+    moved = amounts.abs() > SILENT * _sizes(columns)
     return z, (fires == moved).double().mean(0)

@@ -114,7 +114,7 @@ def start_and_end(view: View, layer: Dense) -> tuple[Tensor, Tensor]:
     [torch.Size([16, 65]), torch.Size([16, 65])]
     """
     after = _with_bias({name: p.detach() for name, p in view.model.named_parameters(remove_duplicate=False)}, layer)
-    return _with_bias(view.knowledge.initial, layer).to(after), after
+    return _with_bias(dict(view.knowledge.initial), layer).to(after), after
 
 
 def strangers(view: View, span: TrainedSpan, rng: torch.Generator) -> Tensor:
