@@ -22,11 +22,11 @@ from torch import Tensor
 SILENT = 1e-8  # of a unit's largest change, below which it is none
 LIVE = 1e-6  # of the largest unit's change, below which a unit did not move at all
 SAME = 1e-7  # one minus the cosine of two combinations, up to sign, below which they are one
-STEPS = 30  # of guessing which units are silent, and solving for it
+ROUNDS = 30  # of guessing which units are silent, and solving for it
 SHARES = (0.15, 0.1, 0.2, 0.25, 0.07, 0.3)  # of the units, surest to be silent, that are made to vanish
 QUIET = 1.5, 0.5  # times that share, and of all units: so many of the least change are taken for silent, by turns
 HINGES = 25  # steps towards the half space of the units that changed
-NULL = 1e-6  # of the largest singular value of the rows that vanish, below which one more combination vanishes there
+VANISHING = 1e-6  # of the vanishing rows' largest singular value, below which one more combination vanishes there
 NEEDED = 1e-6  # one minus the leverage of a row, below which the others do not leave a combination alone
 
 
@@ -56,7 +56,7 @@ def silent_combinations(
         count = max(n + 1, int(share * len(rows)))
         for quiet in (int(QUIET[0] * count), int(QUIET[1] * len(rows))):
             z = torch.randn(starts, n, generator=rng, dtype=torch.float64).to(columns)
-            for _ in range(STEPS):
+            for _ in range(ROUNDS):
                 q = _vanishing(rows, maps, z, count)
                 change = (q @ rows.T).abs()
                 limit = change.kthvalue(min(quiet, len(rows)), dim=1, keepdim=True).values
@@ -135,11 +135,11 @@ def _sharing(rows: Tensor, q: Tensor) -> Tensor:
     """A basis [n, r] of the combinations that vanish wherever q [n] does, but for a row that q's being alone hangs on."""
     zeros = rows[(rows @ q).abs() < SILENT]
     left, values, right = torch.linalg.svd(zeros, full_matrices=True)
-    rank = int((values > NULL * values.max()).sum()) if len(values) else 0
+    rank = int((values > VANISHING * values.max()).sum()) if len(values) else 0
     needed = 1 - left[:, :rank].square().sum(1) < NEEDED
     if bool(needed.any()):
         _, values, right = torch.linalg.svd(zeros[~needed], full_matrices=True)
-        rank = int((values > NULL * values.max()).sum()) if len(values) else 0
+        rank = int((values > VANISHING * values.max()).sum()) if len(values) else 0
     basis: Tensor = right[rank:].T
     return basis
 
@@ -149,7 +149,7 @@ def _parted(rows: Tensor, plane: Tensor) -> Tensor:
     if plane.shape[1] != 2:
         return plane.T[:0]
     in_plane = rows @ plane
-    in_plane = in_plane[in_plane.norm(dim=1) > NULL]
+    in_plane = in_plane[in_plane.norm(dim=1) > VANISHING]
     angles = torch.atan2(in_plane[:, 1], in_plane[:, 0]).remainder(torch.pi).sort().values
     twice = angles[1:][angles.diff() < SILENT]
     return different(torch.stack([-twice.sin(), twice.cos()], 1) @ plane.T)
