@@ -368,3 +368,14 @@ def test_the_model_is_the_same_for_the_same_generator_and_pads_no_picture() -> N
 
 def test_patch_span() -> None:
     check_attack(PatchSpan)
+
+
+def test_layers_that_mix_the_tokens_of_a_picture_are_refused_in_words() -> None:
+    """An MLP-Mixer's first dense layer reads one channel of every token."""
+    torch.manual_seed(0)
+    mixer = nn.Sequential(
+        nn.Conv2d(3, 24, 4, 4), nn.Flatten(2), nn.Linear(4, 4), nn.GELU(), nn.Flatten(), nn.Linear(96, 5)
+    )
+    obs, _ = unbatch.observe(mixer, F.cross_entropy, torch.rand(2, 3, 8, 8), torch.tensor([1, 4]))
+    with pytest.raises(NotApplicable, match="read vectors of 4 numbers and its tokens have 24"):
+        PatchSpan()(obs)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import unbatch
 from unbatch import Knowledge, Observation, Protocol, Reconstruction
+from unbatch.attacks import GradientMatching
 from unbatch.auditing.certify import certify
 from unbatch.auditing.diagnosis import explanations
 from unbatch.domain import Tokens, domain_told
@@ -220,3 +221,16 @@ def test_an_attack_must_return_tokens_as_whole_numbers() -> None:
     obs, _, _ = sent(model())
     with pytest.raises(RuntimeError, match="examples of real numbers where the inputs are tokens"):
         Real()(obs)
+
+
+def test_a_model_that_adds_its_tokens_vectors_up_tells_which_there_are() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.EmbeddingBag(VOCABULARY, 8), nn.Linear(8, 3))
+    x = torch.tensor([[4, 4, 9, 1, 2, 6, 6], [7, 9, 9, 3, 3, 3, 8]])
+    seen, truth = unbatch.observe(net, F.cross_entropy, x, torch.tensor([0, 2]))
+    record = unbatch.audit(seen, truth=truth, attacks="token-span", analyses="gradient-rank")
+    assert "8 of its 30 rows are not zero: they are the tokens of the batch" in record.verdict()
+    assert "adds up the vectors of a text's tokens" in record.runs[0].words
+    for preset in ("tag", "lamp"):
+        with pytest.raises(NotApplicable, match="adds up its tokens' vectors"):
+            GradientMatching(preset=preset)(seen)

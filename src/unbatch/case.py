@@ -156,7 +156,9 @@ def _diverged(tensor: object) -> bool:
 
 def _rows_told(model: nn.Module, inputs: Tensor) -> str:
     """What tokens [n, t] ask of embeddings, and how many rows these have; empty where there are none."""
-    rows = dict.fromkeys(f"{m.num_embeddings:,}" for m in model.modules() if isinstance(m, nn.Embedding))
+    rows = dict.fromkeys(
+        f"{m.num_embeddings:,}" for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+    )
     if inputs.is_floating_point() or not rows:
         return ""
     return (

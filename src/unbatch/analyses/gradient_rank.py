@@ -131,7 +131,7 @@ def _looked_up(layer: _Layer, tokens: str | None) -> LayerRisk | None:
 
     `tokens` is the name of the parameter in which the model's own inputs are looked up.
     """
-    if not isinstance(layer.module, nn.Embedding) or len(layer.tensors) != 1:
+    if not isinstance(layer.module, nn.Embedding | nn.EmbeddingBag) or len(layer.tensors) != 1:
         return None
     (table,) = layer.tensors
     used, rows = int((table != 0).any(1).sum()), len(table)

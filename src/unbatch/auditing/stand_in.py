@@ -28,7 +28,7 @@ def stand_in_inputs(network: nn.Module, shape: tuple[int, ...] | None, n: int, r
     parameter = next(network.parameters(), None)
     if parameter is None:
         raise UnbatchError("the model has no parameters, so there is no gradient.")
-    table = next((module for module in network.modules() if isinstance(module, nn.Embedding)), None)
+    table = next((module for module in network.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)), None)
     said = ""
     for sides in [shape] if shape is not None else _shapes(network):
         for high in [None] if table is None else [None, table.num_embeddings]:
@@ -58,7 +58,7 @@ def _shapes(network: nn.Module) -> Iterator[tuple[int, ...]]:
             if side >= SIDES[-1] and channels * side * side == d:
                 yield channels, side, side
         yield (d,)
-    if isinstance(first, nn.Embedding):
+    if isinstance(first, nn.Embedding | nn.EmbeddingBag):
         yield (TEXT,)
     depths = [first.in_channels] if isinstance(first, nn.Conv2d) else [3, 1]
     yield from ((depth, side, side) for side in SIDES for depth in depths)

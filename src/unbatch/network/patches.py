@@ -228,6 +228,11 @@ def first_dense_layers(model: nn.Module, front: PatchEmbedding, input_shape: tup
     W = parameters[front.weight].detach().flatten(1)
     windows = torch.stack([front.windows(example) for example in x])  # [3, T, p]
     made = windows @ W.T
+    if z.shape[2] != made.shape[2]:
+        raise NotApplicable(
+            f"the first dense layers behind the embedding read vectors of {z.shape[2]} numbers and its tokens have "
+            f"{made.shape[2]}: they mix the tokens of a picture."
+        )
     nearest = torch.cdist(made[2] - made[1], z[2] - z[1], compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
     added = z[:, nearest] - made
     close = AGREES * float(z.abs().max())

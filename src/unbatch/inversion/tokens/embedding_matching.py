@@ -21,7 +21,7 @@ from torch import Tensor
 from unbatch.errors import NotApplicable
 from unbatch.inversion.search_point import counted_labels, in_precision
 from unbatch.inversion.view import View
-from unbatch.network.embedded import EmbeddingsFed, token_table
+from unbatch.network.embedded import EmbeddingsFed, adds_tokens_up, token_table
 from unbatch.observation import Observation
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
@@ -120,6 +120,10 @@ class _TokenProblem:
         if name is None:
             raise NotApplicable(
                 "the model looks its inputs up in no embedding, so there are no vectors to search over."
+            )
+        if adds_tokens_up(obs.model, known.input_shape):
+            raise NotApplicable(
+                "the model adds up its tokens' vectors where it looks them up (nn.EmbeddingBag), so none is seen alone."
             )
         labels, source = view.known_labels, "known"
         if labels is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.view import View
 from unbatch.network.dense import in_mode
+from unbatch.network.embedded import adds_tokens_up
 from unbatch.network.precision import in_double, outputs_of
 from unbatch.network.products import Product, multiplied
 from unbatch.numerics.dictionary.membership import CUT, ROW_ROUNDINGS, RowSpace, half_rounding, row_space
@@ -118,6 +119,11 @@ class TokenReader:
         tokens = [
             each for each in run.lookups if each.indices.shape == probe.shape and torch.equal(each.indices, probe)
         ]
+        if not tokens and adds_tokens_up(model, shape):
+            raise NotApplicable(
+                "the network adds up the vectors of a text's tokens where it looks them up (nn.EmbeddingBag): it knows no "
+                "order of them, and no layer sees one token at a time."
+            )
         if not tokens:
             raise NotApplicable("the network looks its inputs up in no embedding, so they are no token numbers.")
         name = tokens[0].weight
