@@ -64,6 +64,34 @@ def test_one_picture_comes_back_though_its_embedding_is_frozen(options: dict[str
     assert off(found.inputs, x) <= float(found.bound[0]) < 1e-3
 
 
+@pytest.mark.parametrize("pool", ["mean", pytest.param("class", marks=pytest.mark.slow)])
+def test_the_embeddings_gradient_makes_it_exact_where_positions_are_fixed(pool: str) -> None:
+    """The row space loses half the digits; what the model says is sent back at what was found gives them back."""
+    x, y = pictures()
+    seen = seen_of(vit(width=96, depth=2, positions="fixed", pool=pool), x, y)
+    found = PatchSpan()(seen)
+    assert decibels(found.inputs, x) > 210
+    assert off(found.inputs, x) <= float(found.bound[0]) < 1e-8
+    less = {name: u for name, u in seen.update.items() if name != "embed.weight"}
+    rough = PatchSpan()(Observation(model=seen.model, loss=seen.loss, update=less, knowledge=seen.knowledge))
+    assert "refined by" not in rough.trace
+    assert decibels(rough.inputs, x) < decibels(found.inputs, x) - 20
+
+
+@pytest.mark.slow
+def test_an_altered_gradient_of_the_embedding_refines_nothing() -> None:
+    """What is left is the row space's picture, whose bound is true; a large change is not explained by it at all."""
+    x, y = pictures()
+    seen = seen_of(vit(width=96, depth=2, positions="fixed"), x, y)
+    for size in (1e-2, 1e-6):
+        noise = torch.randn(seen.update["embed.weight"].shape, generator=torch.Generator().manual_seed(1)).double()
+        changed = seen.update | {"embed.weight": seen.update["embed.weight"] * (1 + size * noise)}
+        found = PatchSpan()(Observation(model=seen.model, loss=seen.loss, update=changed, knowledge=seen.knowledge))
+        assert "refined by" not in found.trace
+        assert off(found.inputs, x) <= float(found.bound[0])
+        assert bool(found.bound.isfinite()) == (size < 1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_no_bound_is_too_small(dtype: torch.dtype) -> None:

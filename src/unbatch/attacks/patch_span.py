@@ -11,6 +11,7 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.claims import LARGEST_BOUND
 from unbatch.inversion.label_fit import label_behind, labels_sent_by_head
 from unbatch.inversion.patch_batches import BatchWindows, by_dense_pair
+from unbatch.inversion.patch_refinement import refined
 from unbatch.inversion.patches import PatchWindows, by_first_layers, by_positions
 from unbatch.inversion.view import View
 from unbatch.knowledge import PROTOCOL_FIELDS
@@ -30,7 +31,8 @@ class PatchSpan(Attack):
 
     is solved for P: exact for up to width - 1 patches, whatever lies above, and after local steps of SGD too. With the
     embedding frozen, the first dense layers' gradients span what they were given, the normed tokens: their complement N
-    gives N^T (h_t, 1) = 0, one linear system a patch, exact where the complement has p + 1 dimensions to spare.
+    gives N^T (h_t, 1) = 0, one linear system a patch, exact where the complement has p + 1 dimensions to spare. Where the
+    embedding is trained and the positions are not, Newton's method goes on from there to the last digits.
 
     Of n pictures these gradients tell nothing apart, but the two dense layers after attention do: their gradients' spans
     and what one sends back to the other give every token by itself, and what attention's last layer read gives its place,
@@ -114,9 +116,10 @@ class PatchSpan(Attack):
             first = first_dense_layers(view.model, front, view.knowledge.input_shape)
             if n in (None, 1):
                 W = dict(view.model.named_parameters(remove_duplicate=False))[front.weight].detach().double().flatten(1)
-                rough = _alone(by_first_layers(view.obs, front, first, W))
-                if not int(rough.trace["free dimensions of a patch"]):
-                    return rough
+                own = by_first_layers(view.obs, front, first, W)
+                if not own.free:
+                    return _alone(_refined(view, front, own))
+                rough = _alone(own)
         except NotApplicable as why:
             reasons.append(f"By the first dense layers: {why}")
         try:
@@ -128,6 +131,15 @@ class PatchSpan(Attack):
                 return rough
             raise NotApplicable(" ".join([*reasons, f"Token by token: {why}"])) from None
         return found
+
+
+def _refined(view: View, front: PatchEmbedding, found: PatchWindows) -> PatchWindows:
+    """Nearer to the truth where the embedding sent its gradient, too, and the label is told by the windows as they are."""
+    if front.weight not in view.update:
+        return found
+    x = front.picture(found.values, view.knowledge.input_shape)[None]
+    label = label_behind(view, x)
+    return found if label is None else refined(view.obs, front, found, label)
 
 
 def _alone(found: PatchWindows) -> BatchWindows:

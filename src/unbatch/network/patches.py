@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.network.dense import in_mode
-from unbatch.network.precision import in_double, outputs_of
+from unbatch.network.precision import in_double, loss_value, outputs_of
 
 AGREES = 1e-9  # of numbers of two runs that are to be the same, relative, in float64
 
@@ -136,6 +136,36 @@ def _added(model: nn.Module, probes: Tensor) -> tuple[str | None, Tensor | None]
                 flat = torch.arange(gradient.numel()).view(gradient.shape).movedim(axis, -1).reshape(-1, width)
                 return name, flat[nearest.cpu()]
     return None, None
+
+
+def sent_back(
+    model: nn.Module,
+    front: PatchEmbedding,
+    x: Tensor,
+    y: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    mode: Literal["train", "eval"] = "eval",
+    *,
+    create_graph: bool = False,
+) -> Tensor:
+    """What the tokens of one picture's windows send back, dL/dE [T, width], computed by the model on x [1, *shape].
+
+    Raises NotApplicable: the embedding does not run, or nothing comes back to it.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 3, 2, 2), nn.Flatten(), nn.Linear(12, 2))
+    >>> x, y = torch.zeros(1, 1, 4, 4), torch.tensor([1])
+    >>> sent_back(net, patch_embedding(net, (1, 4, 4)), x, y, F.cross_entropy).shape
+    torch.Size([4, 3])
+    """
+    heard = _Windowed(model, stop=False)
+    with torch.enable_grad(), in_mode(model, mode):
+        with heard:
+            outputs = outputs_of(model, x, twice=create_graph)
+        if heard.first is None or heard.first[0] != front.weight:
+            raise NotApplicable(f"{front.weight!r} does not read the picture first.")
+        value = loss_value(loss, outputs, y)
+    (back,) = torch.autograd.grad(value, heard.first[3], create_graph=create_graph, materialize_grads=True)
+    return _rows(back)[0]
 
 
 class _Windowed(TorchFunctionMode):
