@@ -16,7 +16,7 @@ from unbatch.models.transformer import build_transformer
 LENGTH, VOCABULARY = 8, 60
 
 
-def exchange(twins: list[int], of: list[int], apart: float, sent: torch.dtype) -> tuple[Observation, torch.Tensor]:
+def behind_twins(twins: list[int], of: list[int], apart: float, sent: torch.dtype) -> tuple[Observation, torch.Tensor]:
     """Two sentences of tokens 1 to 49 behind frozen embeddings, some of which are twins."""
     rng = torch.Generator().manual_seed(3)
     model = build_transformer("gpt", LENGTH, VOCABULARY, 3, depth=2, width=64, heads=4, rng=rng)
@@ -41,17 +41,17 @@ def read(observation: Observation) -> list[list[int]]:
 
 @pytest.mark.parametrize("sent", [torch.float32, torch.bfloat16])
 def test_a_padded_vocabulary_hides_no_sentence(sent: torch.dtype) -> None:
-    observation, inputs = exchange(list(range(50, 60)), [50] * 10, 0.0, sent)
+    observation, inputs = behind_twins(list(range(50, 60)), [50] * 10, 0.0, sent)
     assert read(observation) == sorted(inputs.tolist())
 
 
 @pytest.mark.parametrize(("apart", "sent"), [(0.0, torch.float64), (1e-6, torch.float32), (1e-3, torch.bfloat16)])
 def test_twins_that_rounding_hides_are_not_claimed(apart: float, sent: torch.dtype) -> None:
-    observation, _ = exchange(list(range(30, 59)), list(range(1, 30)), apart, sent)
+    observation, _ = behind_twins(list(range(30, 59)), list(range(1, 30)), apart, sent)
     with pytest.raises(NotApplicable, match="any word fits"):
         read(observation)
 
 
 def test_twins_that_differ_enough_are_told_apart() -> None:
-    observation, inputs = exchange(list(range(30, 59)), list(range(1, 30)), 1e-3, torch.float32)
+    observation, inputs = behind_twins(list(range(30, 59)), list(range(1, 30)), 1e-3, torch.float32)
     assert read(observation) == sorted(inputs.tolist())
