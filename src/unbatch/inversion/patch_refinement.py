@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.patches import MISFIT_ROUNDINGS, ROUNDINGS, PatchWindows
-from unbatch.network.patches import PatchEmbedding, sent_back
+from unbatch.network.patches import PatchEmbedding, back_from_patches
 from unbatch.network.precision import in_double
 from unbatch.numerics.callables import Apply
 from unbatch.numerics.linear.directions import KeptDirections
@@ -103,7 +103,7 @@ class _SentBack:
         """D(P) [T, width]."""
         x = self.front.picture(P, self.obs.knowledge.input_shape)[None]
         mode = self.obs.protocol.mode
-        return sent_back(self.model, self.front, x, self.label, self.obs.loss, mode, create_graph=create_graph)
+        return back_from_patches(self.model, self.front, x, self.label, self.obs.loss, mode, create_graph=create_graph)
 
     def at(self, P: Tensor) -> _Off:
         """f(P), and what it is known to. Raises NotApplicable: what is sent back does not tell the windows apart."""

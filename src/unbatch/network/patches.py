@@ -138,7 +138,7 @@ def _added(model: nn.Module, probes: Tensor) -> tuple[str | None, Tensor | None]
     return None, None
 
 
-def sent_back(
+def back_from_patches(
     model: nn.Module,
     front: PatchEmbedding,
     x: Tensor,
@@ -154,7 +154,7 @@ def sent_back(
 
     >>> net = nn.Sequential(nn.Conv2d(1, 3, 2, 2), nn.Flatten(), nn.Linear(12, 2))
     >>> x, y = torch.zeros(1, 1, 4, 4), torch.tensor([1])
-    >>> sent_back(net, patch_embedding(net, (1, 4, 4)), x, y, F.cross_entropy).shape
+    >>> back_from_patches(net, patch_embedding(net, (1, 4, 4)), x, y, F.cross_entropy).shape
     torch.Size([4, 3])
     """
     heard = _Windowed(model, stop=False)
