@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import unbatch
 from unbatch import Knowledge, Observation, Reconstruction
+from unbatch.benchmarks import text
 from unbatch.errors import NotApplicable
 from unbatch.inversion.claims import judged
 from unbatch.inversion.tokens.bag import bag_read
@@ -73,6 +74,15 @@ def test_a_decoder_gives_away_every_sentence_its_end_and_its_label(
     assert found.bound is not None
     assert bool(found.bound.isfinite().all()), found.trace
     assert found.trace["bag exact"]
+
+
+@pytest.mark.slow
+def test_a_span_that_is_nearly_full_is_refused_before_thousands_of_sentences_are_run() -> None:
+    """64 distinct beginnings in the rank of an adapter of 64: hundreds of sentences fit. They took 20 GB of memory."""
+    (row,) = text.run(wanted=[text.TextProblem(n=4, adapter=64, trained=10, seeds=1)], seed=1)
+    assert "sentences fit a span of rank" in row["why"]
+    assert row["false"] == row["certified"] == 0
+    assert row["memory"] < 3
 
 
 @pytest.mark.parametrize("seed", range(20))

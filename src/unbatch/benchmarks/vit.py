@@ -8,7 +8,8 @@ picture counts, and it is certified where all of it is.
 
 Peers run on the first seed's gradient with the labels known: gradient matching by its default and by the preset
 inverting-gradients, as long as patch-span took, and ten times as long; and APRIL's closed form, which is that of a block
-without norms and residuals, put to these networks as they are. What others published stands in PUBLISHED, with its source.
+without norms and residuals, put to these networks as they are, and to one whose first block is of that kind (*APRIL's
+network*). What others published stands in PUBLISHED, with its source.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from unbatch.benchmarks import allowance, clock, resumed
 from unbatch.benchmarks.pictures import pool
 from unbatch.errors import NotApplicable
 from unbatch.knowledge import Knowledge
+from unbatch.models.transformer import TransformerLayer
 from unbatch.models.vision_transformer import PatchPositions, Pooling, build_vision_transformer
 from unbatch.observation import Observation
 from unbatch.progress import watching
@@ -73,6 +75,19 @@ class ViTProblem:
         return ", ".join(parts + ["frozen embedding"] * self.frozen + [f"n={self.n}"] * (self.n > 1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class AprilProblem(ViTProblem):
+    """A setting of the network that APRIL's closed form is of: nothing is normed before attention, nothing passes by it.
+
+    >>> AprilProblem().name
+    "APRIL's network, width 192, depth 4, 64 patches of 4x4, float64"
+    """
+
+    @property
+    def name(self) -> str:
+        return f"APRIL's network, {super().name}"
+
+
 def vit_problems() -> list[ViTProblem]:
     """What is recovered, and what is counted as open, the cheapest first.
 
@@ -90,6 +105,7 @@ def vit_problems() -> list[ViTProblem]:
             replace(each, positions="fixed"),
         ]
         found += [replace(each, theirs=True), replace(each, width=384), replace(each, width=384, frozen=True)]
+    found += [AprilProblem(precision=precision, peers=True) for precision in ("float64", "float32")]
     found += [replace(base, depth=12)]
     found += [replace(base, width=384, n=2, pool=pool, frozen=pool == "mean") for pool in ("class", "mean")]
     found += [replace(base, width=384, n=n, pool="mean", seeds=1) for n in (3, 4)]
@@ -168,6 +184,22 @@ def _measured_vit(problem: ViTProblem, data: Path | None, seed: int, device: str
     }
 
 
+class _AttentionAlone(nn.Module):
+    """A layer whose attention reads the tokens themselves, without a norm, and whose tokens do not pass by it."""
+
+    def __init__(self, layer: TransformerLayer) -> None:
+        super().__init__()
+        self.attention, self.after = (
+            layer.attention,
+            nn.Sequential(layer.norm2, layer.dense1, layer.activation, layer.dense2),
+        )
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        x = self.attention(x, seen)
+        found: Tensor = x + self.after(x)
+        return found
+
+
 def _network_of(problem: ViTProblem, seed: int) -> nn.Module:
     rng = torch.Generator().manual_seed(seed)
     if not problem.theirs:
@@ -181,6 +213,9 @@ def _network_of(problem: ViTProblem, seed: int) -> nn.Module:
             positions=problem.positions,
             rng=rng,
         )
+        if isinstance(problem, AprilProblem):
+            blocks: Any = model.blocks
+            blocks[0] = _AttentionAlone(blocks[0])
         frozen = {"embed.weight", "embed.bias", "positions", "class_token"} if problem.frozen else set[str]()
         for name, p in model.named_parameters():
             p.requires_grad_(name not in frozen)

@@ -20,6 +20,8 @@ from unbatch.inversion.view import View
 from unbatch.reconstruction import Reconstruction
 
 SHOWN_TOKENS = 4096  # of a bag that a trace lists
+MOST_FITTING = 2.0  # times the rank of a span, and
+FEWEST_REFUSED = 512  # sentences at least, are so many that they are no sentences of the batch: the span is no test
 
 
 def sentences_read(view: View, rng: torch.Generator, *, partial: bool) -> Reconstruction:
@@ -41,6 +43,7 @@ def sentences_read(view: View, rng: torch.Generator, *, partial: bool) -> Recons
     try:
         if any(f.reach == "prefix" for f in reader.fronts):
             found = sentences_grown(reader, pairs)
+            _check_few(len(found.leaves), found.fronts[0].space.rank)
             leaves, trace = found.leaves, trace | _of_beginnings(found)
             batch = _batch(reader, found)
         else:
@@ -56,6 +59,14 @@ def sentences_read(view: View, rng: torch.Generator, *, partial: bool) -> Recons
     return Reconstruction(
         inputs=batch.inputs, labels=batch.labels, bound=torch.zeros(len(batch.inputs), dtype=torch.float64), trace=trace
     )
+
+
+def _check_few(sentences: int, rank: int) -> None:
+    """Raises NotApplicable: more sentences fit a span than it can be of, so that it tells nothing of them."""
+    if sentences > max(MOST_FITTING * rank, FEWEST_REFUSED):
+        raise NotApplicable(
+            f"{sentences:,} sentences fit a span of rank {rank}: it is too full to tell which of them are the batch's."
+        )
 
 
 def _batch(reader: TokenReader, found: Grown) -> Batch:
