@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbatch.attacks.kkt import Kkt, hidden_units
+from unbatch.attacks.kkt import Kkt, hidden_layer
 from unbatch.auditing.client import observe
 from unbatch.case import Case
 from unbatch.errors import NotApplicable
+from unbatch.inversion.margin_cone import cone_answers
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
-from unbatch.numerics.search.margin import strongest, told_apart, units
+from unbatch.numerics.search.margin import above_noise, strongest, told_apart, units
 from unbatch.observation import Observation
+from unbatch.training import Training, trained
 
 
 def released(model: nn.Module, shape: tuple[int, ...] = (3,), n: int = 2) -> Observation:
@@ -80,7 +82,7 @@ def test_the_strongest_points_come_first_and_copies_are_dropped() -> None:
 )
 def test_other_networks_are_refused_in_words(model: nn.Module, words: str) -> None:
     with pytest.raises(NotApplicable, match=words):
-        hidden_units(View.of(released(model)))
+        hidden_layer(View.of(released(model)))
 
 
 def test_an_update_is_no_release() -> None:
@@ -101,3 +103,45 @@ def test_four_pictures_are_chosen_without_the_truth() -> None:
     alike = torch.nn.functional.normalize(guess) @ torch.nn.functional.normalize(true).T
     assert int((alike.max(0).values > 0.9).sum()) >= 3
     assert len(found.trace["determined"]) == len(found.inputs) <= 5
+
+
+def trained_to_a_margin(seed: int, n: int = 8, d: int = 40, m: int = 500) -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network that was trained on random inputs, from a small start, and its examples and classes."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 8, generator=rng).double() @ torch.randn(8, d, generator=rng).double() / 3
+    x, y = x + 0.5 * torch.randn(n, d, generator=rng), torch.arange(n) % 2
+    x = x - x.mean(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(d, m), nn.ReLU(), nn.Linear(m, 1, bias=False)).double()
+    with torch.no_grad():
+        for parameter in model[1].parameters():
+            parameter.mul_(1e-4)
+    return trained(model, nn.BCEWithLogitsLoss(), x, y, Training(steps=300)), x, y
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_whole_training_set_by_the_units_that_never_fired_and_its_classes(seed: int) -> None:
+    model, x, y = trained_to_a_margin(seed)
+    found = Kkt()(released(model, (40,), 8))
+    assert found.inputs is not None
+    assert found.labels is not None
+    assert found.bound is None
+    away = torch.cdist(x, found.inputs.double()) / x.norm(dim=1, keepdim=True)
+    assert float(away.amin(1).max()) < 0.05
+    assert torch.equal(found.labels.flatten()[away.argmin(1)].long(), y)
+    assert found.trace["agreeing"] > 0.999
+
+
+def test_a_wrong_facet_shows_in_units_that_fire_where_they_must_not() -> None:
+    model, _, _ = trained_to_a_margin(0)
+    found = Kkt(programmes=0, starts=8, steps=5)(released(model, (40,), 8))
+    assert "agreeing" not in found.trace
+    weight, bias, outward = hidden_layer(View.of(released(model, (40,), 8)))
+    ends = torch.cat([weight, bias[:, None]], 1)
+    basis, noise = above_noise(ends)
+    rows = ends * outward.sign()[:, None]
+    answers = list(cone_answers(rows, ends, basis[:8], noise, torch.Generator().manual_seed(0), programmes=300))
+    agreeing = [answer.agreeing for answer in answers if answer is not None]
+    assert agreeing[-1] == 1.0
+    assert agreeing[0] < 0.98

@@ -10,28 +10,46 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.errors import NotApplicable
+from unbatch.inversion.margin_cone import ConeAnswer, cone_answers
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS
 from unbatch.network.dense import forward
-from unbatch.numerics.search.margin import Attempt, MarginWeights, Units, search, strongest, told_apart, units
+from unbatch.numerics.search.margin import (
+    Attempt,
+    MarginWeights,
+    Units,
+    above_noise,
+    search,
+    strongest,
+    told_apart,
+    units,
+)
 from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 from unbatch.threat_model import ThreatModel
 
 SAME_OUTPUT = 1e-4  # relative difference between the model's outputs and those of one layer of rectified units
 LEAST_DIRECTIONS = 2
+WHOLE = 0.9995  # of the units on the facets of examples, that are silent on these: such an answer is whole
+LEAST_AGREEING = 0.9  # of them, below which most facets are wrong
 
 
 @final
 class Kkt(Attack):
-    """Reads training inputs out of a released classifier of one hidden layer that was trained until its margin stood still.
+    """Reads training inputs out of a released classifier of one hidden layer that was trained on its margin.
 
-    Where the margin is stationary, (w_k, b_k) = v_k sum_i c_i [unit k fires on x_i] (x_i, 1) for every hidden unit k: its
-    direction is a sum of the same few inputs, those on which it fires, and |f(x_i)| is the same for all. Points are sought
-    whose sums point where the units point, in the span of the units, from differences of units; what decides between
-    starts is this alone. Of inputs on which the same units fire, only a mixture is told: `trace` says for each answer how
-    far it is told apart (`determined`, 1 fully). Some more points than examples are returned, the strongest first.
-    One logit; rectified units; a bias in the first layer and none behind it.
+    Every step moves unit k by v_k times a sum, with weights above zero, of y_i (x_i, 1) over the inputs it fires on. So
+    (w_k, b_k) / v_k lie in the cone of the vectors y_i (x_i, 1), and on its facet i the units that never fired on x_i.
+    These facets are found by linear programmes, and the inverse of their normals is all inputs and classes at once: to a
+    thousandth or so, which what is left of a small start decides. It takes as many directions above that start as there
+    are examples, and for each example units that never fired on it; `agreeing` in the trace is the share of these that do
+    not fire on the answer, 1 where all facets are right.
+
+    Where that is not so, points are sought instead whose sums point where the units point, and at which |f| is one margin:
+    at a stationary one (w_k, b_k) = v_k sum_i c_i [unit k fires on x_i] (x_i, 1). Of inputs on which the same units fire,
+    only a mixture is told then: `determined` says for each answer how far it is told apart (1 fully). Some more points
+    than examples are returned, the strongest first. One logit; rectified units; a bias in the first layer and none
+    behind it.
 
     >>> import unbatch
     >>> unbatch.attacks.Kkt.threat_model.sees
@@ -41,8 +59,8 @@ class Kkt(Attack):
     family: ClassVar[str] = "stationarity"
     guarantee: ClassVar[Guarantee] = Guarantee.HEURISTIC
     paper: ClassVar[str] = (
-        "conditions: Haim et al., Reconstructing Training Data from Trained Neural Networks, NeurIPS 2022; search over "
-        "directions of units: this library"
+        "conditions: Haim et al., Reconstructing Training Data from Trained Neural Networks, NeurIPS 2022; facets of the "
+        "units' cone, and search over their directions: this library"
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "batch_size"})
     uses: ClassVar[frozenset[str]] = DOMAIN_FIELDS
@@ -57,8 +75,37 @@ class Kkt(Attack):
     margin: Annotated[float, Field(ge=0, description="weight of equal outputs beside the units' directions")] = 3.0
     inside: Annotated[float, Field(ge=0, description="weight of the inputs' range, where it is known")] = 0.1
 
+    programmes: Annotated[
+        int, Field(ge=0, description="linear programmes at most, for the facets of the units' cone")
+    ] = 1500
+
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
-        held = hidden_units(view)
+        weight, bias, outward = hidden_layer(view)
+        answer, done = self._by_facets(view, weight, bias, outward, rng)
+        if answer is not None:
+            low, high = view.knowledge.get("input_range", (-torch.inf, torch.inf))
+            inputs = answer.inputs.clamp(low, high).reshape(len(answer.inputs), *view.knowledge.input_shape)
+            facts = {"agreeing": answer.agreeing, "on facets": answer.on.tolist(), "programmes": done}
+            return Reconstruction(inputs=inputs.cpu(), labels=answer.classes.cpu(), trace=facts)
+        return self._by_directions(view, directions_of(weight, bias, outward), rng)
+
+    def _by_facets(
+        self, view: View, weight: Tensor, bias: Tensor, outward: Tensor, rng: torch.Generator
+    ) -> tuple[ConeAnswer | None, int]:
+        """The answer of the cone that its units agree with, and after how many programmes; none, where there is none."""
+        ends, n, done = torch.cat([weight, bias[:, None]], 1), view.knowledge.batch_size, 0
+        basis, noise = above_noise(ends)
+        if len(basis) < n:
+            return None, done
+        best: ConeAnswer | None = None
+        rows = ends * outward.sign()[:, None]
+        for done, best in enumerate(cone_answers(rows, ends, basis[:n], noise, rng, programmes=self.programmes), 1):
+            whole = best is not None and best.agreeing >= WHOLE
+            if whole or not tick(done / self.programmes, best.agreeing if best is not None else 0.0):
+                break
+        return (best, done) if best is not None and best.agreeing >= LEAST_AGREEING else (None, done)
+
+    def _by_directions(self, view: View, held: Units, rng: torch.Generator) -> Reconstruction:
         n, shape = view.knowledge.batch_size, view.knowledge.input_shape
         last: Attempt | None = None
         moves = search(
@@ -91,8 +138,11 @@ class Kkt(Attack):
         )
 
 
-def hidden_units(view: View) -> Units:
-    """The directions of the hidden units of a released model. Raises NotApplicable: it is no such network, in words."""
+def hidden_layer(view: View) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [m, d], biases [m] and outgoing weights [m] of a released model, float64.
+
+    Raises NotApplicable: it is not one layer of rectified units under one logit, in words.
+    """
     layers, parameters = view.layers, dict(view.model.named_parameters())
     if view.outputs != (1,):
         raise NotApplicable(f"the model has outputs of shape {view.outputs}, and this reads one logit.")
@@ -108,7 +158,12 @@ def hidden_units(view: View) -> Units:
         layers[0].feeds.scale, layers[0].feeds.shift
     ):
         raise NotApplicable("the model computes something other than one layer of rectified units on its own inputs.")
-    held = units(weight, bias, outward.flatten())
+    return weight, bias, outward.flatten()
+
+
+def directions_of(weight: Tensor, bias: Tensor, outward: Tensor) -> Units:
+    """The directions of hidden units. Raises NotApplicable: all are one."""
+    held = units(weight, bias, outward)
     if len(held.rows) < LEAST_DIRECTIONS:
         raise NotApplicable("all hidden units point one way: they tell one mixture of the inputs and no more.")
     return held

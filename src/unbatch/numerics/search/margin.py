@@ -80,10 +80,9 @@ def units(weight: Tensor, bias: Tensor, outward: Tensor) -> Units:
     (torch.Size([2, 2]), tensor(True))
     """
     rows = torch.cat([weight, bias[:, None]], 1)  # [m, d + 1]
-    _, sizes, axes = torch.linalg.svd(rows, full_matrices=False)
-    basis = axes[: _above_noise(sizes, len(rows))]
+    basis, each = above_noise(rows)
     k, near = len(basis), rows @ basis.T
-    noise = float((sizes[k:].square().sum() / (len(rows) * max(1, rows.shape[1] - k))).sqrt()) * k**0.5
+    noise = each * k**0.5
     found: list[Tensor] = []
     signs: list[Tensor] = []
     weights: list[float] = []
@@ -106,6 +105,19 @@ def units(weight: Tensor, bias: Tensor, outward: Tensor) -> Units:
     held = torch.stack(found) if found else near[:0]
     sides = torch.stack(signs) if signs else near[:0, 0]
     return Units(held / held.norm(dim=1, keepdim=True), sides, torch.tensor(weights).to(held), basis)
+
+
+def above_noise(rows: Tensor) -> tuple[Tensor, float]:
+    """What rows [m, d] span beside the bulk of a small random start [k, d], and the standard deviation of that in an entry.
+
+    >>> basis, noise = above_noise(torch.eye(4).double()[:, :2] @ torch.ones(2, 6).double())
+    >>> basis.shape, noise < 1e-15
+    (torch.Size([1, 6]), True)
+    """
+    _, sizes, axes = torch.linalg.svd(rows, full_matrices=False)
+    k = _above_noise(sizes, len(rows))
+    noise = float((sizes[k:].square().sum() / (len(rows) * max(1, rows.shape[1] - k))).sqrt())
+    return axes[:k], noise
 
 
 def _above_noise(sizes: Tensor, m: int) -> int:

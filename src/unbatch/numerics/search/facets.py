@@ -1,0 +1,180 @@
+"""Facets: the vectors of which all rows of a matrix are sums with weights of zero or more, by the facets of their cone.
+
+Let every row be r_k = sum_i c_ki g_i with n independent vectors g_i and c_ki >= 0, many of them zero. The rows then lie in
+the cone of the g_i, and on its i-th facet all those with c_ki = 0. If n - 1 of these are independent, that facet of the
+cone is one of the rows' convex hull too: it has the normal q with q . r_k >= 0 for all k and q . r_k = 0 on the facet. The
+hull has other facets, but in general position n - 1 rows lie on each of those and no more: the n with the most rows are
+the cone's, and the g_i are the columns of the inverse of their normals.
+
+min p . q over q . r_k >= 0 and q . m = 1 is a linear programme, with no minima to get stuck in. It ends on the facet that
+a ray from m through p leaves the cone by. With m the mean of rows that are alike and p the mean of a few of them, that is
+likely one of those facets that the few rows share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ON = 4.0  # times the noise of a row along a normal, up to which the row is on its facet
+STRAYS = 1  # rows that may be further than that on the wrong side
+LEEWAY = 5.0  # times the noise, by which a row may be outside in a programme
+SURE = 30.0  # times the noise of a direction, from which on a row says where it points
+FITS_FROM = (1000.0, 300.0, 100.0, 30.0, 10.0)  # times the noise, within which rows are fitted at first
+NARROWER = 1.7  # from one fit to the next
+MOST_FITS = 60  # to settle on which rows are on a facet
+ALIKE = (0.02, 0.06, 0.3)  # of all rows, the nearest ones to one, from whose mean a ray goes
+FEW = (2, 3, 4, 6, 10)  # of them, through whose mean it goes
+STIR = 0.02  # of a mean's length, drawn at random and added to it
+ALONE = 10.0  # times the noise, by which rows of a facet stray from it along any other normal, root mean square
+SHARED = 0.8  # of the rows on the smaller of two facets, that are on both if these are one
+DEPENDENT = 1e-7  # of the largest singular value of unit distances, below which a facet depends on others
+
+
+@dataclass(frozen=True, eq=False)
+class Facets:
+    """Facets of a cone, those with the most rows first: unit normals [f, r], and how many rows are on each [f].
+
+    >>> Facets(torch.eye(2), torch.tensor([3, 2])).normals.shape
+    torch.Size([2, 2])
+    """
+
+    normals: Tensor
+    on: Tensor
+
+    def independent(self, rows: Tensor, count: int) -> Tensor:
+        """As many normals [c, r], c at most `count`, as are independent in their distances from `rows` [m, r].
+
+        >>> facets = Facets(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([3, 2, 1]))
+        >>> facets.independent(torch.eye(2), 2).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+        """
+        chosen = self.normals[:0]
+        for each in self.normals:
+            more = torch.cat([chosen, each[None]])
+            sizes = torch.linalg.svdvals(torch.nn.functional.normalize(more @ rows.T, dim=1))
+            if len(chosen) < count and float(sizes[-1]) > DEPENDENT * float(sizes[0]):
+                chosen = more
+        return chosen
+
+
+def facets(rows: Tensor, noise: float, rng: torch.Generator, *, programmes: int) -> Iterator[Facets]:
+    """The facets of the cone of `rows` [m, r] that are found after each of so many linear programmes; float64.
+
+    `noise` is the standard deviation of each entry of a row; rows that are no more than that are left out.
+
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> c = torch.rand(60, 3, generator=rng).double() * (torch.rand(60, 3, generator=rng) < 0.6)
+    >>> g = torch.randn(3, 3, generator=rng).double()
+    >>> *_, last = facets(c @ g, 1e-12, rng, programmes=12)
+    >>> found = torch.nn.functional.normalize(torch.linalg.inv(last.normals[:3]).T, dim=1)
+    >>> bool((found @ torch.nn.functional.normalize(g, dim=1).T).abs().amax(0).min() > 1 - 1e-9)
+    True
+    """
+    rows = rows[rows.norm(dim=1) > SURE * noise * math.sqrt(rows.shape[1])]
+    if len(rows) <= rows.shape[1]:
+        return
+    cone = _Cone.of(rows, noise)
+    found = Facets(rows[:0], torch.zeros(0, dtype=torch.long))
+    lengths = list[float]()
+    for _ in range(programmes):
+        normal = cone.lowest(*cone.ray(found, noise, rng), float(np.median(lengths)) if lengths else 0.0)
+        if normal is not None:
+            lengths.append(float(normal.norm()))
+            found = _with(rows, noise, found, _fitted(rows, normal / normal.norm(), noise))
+        yield found
+
+
+@dataclass(frozen=True, eq=False)
+class _Cone:
+    """Rows, of unit length, and in coordinates in which they are equally large in every direction."""
+
+    rows: Tensor  # [m, r]
+    unit: Tensor  # [m, r]
+    even: Tensor  # [m, r] = unit back
+    back: Tensor  # [r, r]; back q is the normal that q is in these coordinates
+    away: Tensor  # [m] noise over a row's length
+
+    @classmethod
+    def of(cls, rows: Tensor, noise: float) -> _Cone:
+        size = rows.norm(dim=1, keepdim=True)
+        _, sizes, axes = torch.linalg.svd(rows / size, full_matrices=False)
+        back = axes.T / sizes * math.sqrt(len(rows))
+        return cls(rows, rows / size, rows / size @ back, back, noise / size[:, 0])
+
+    def ray(self, found: Facets, noise: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """p and m [r]: the mean of a few rows, which do not share a facet that is known, and of many that are like them."""
+        m, r = self.unit.shape
+        one = int(torch.randint(m, (1,), generator=rng))
+        share = ALIKE[int(torch.randint(len(ALIKE), (1,), generator=rng))]
+        alike = (self.unit @ self.unit[one]).argsort(descending=True)[: max(2, int(share * m))]
+        few = FEW[int(torch.randint(len(FEW), (1,), generator=rng))]
+        on = ((self.rows[alike] @ found.normals[:r].T).abs() < ON * noise).cpu()
+        order = torch.randperm(len(alike), generator=rng).tolist()
+        chosen, shared = order[:1], on[order[0]]
+        for k in order[1:]:
+            if len(chosen) < few and (not bool(shared.any()) or bool((shared & ~on[k]).any())):
+                chosen.append(k)
+                shared = shared & on[k]
+        even = torch.nn.functional.normalize(self.even[alike], dim=1)
+        p = torch.nn.functional.normalize(even[chosen].sum(0), dim=0)
+        stir = torch.randn(r, generator=rng, dtype=torch.float64).to(p)
+        return p + STIR / math.sqrt(r) * stir, even.mean(0)
+
+    def lowest(self, p: Tensor, m: Tensor, length: float) -> Tensor | None:
+        """The normal [r] with the least p . q of those with m . q = 1 that no row is outside of."""
+        from scipy.optimize import linprog
+
+        done = linprog(
+            p.cpu().numpy(),
+            A_ub=-self.even.cpu().numpy(),
+            b_ub=(LEEWAY * length * self.away).cpu().numpy(),
+            A_eq=m[None].cpu().numpy(),
+            b_eq=[1.0],
+            bounds=(None, None),
+            method="highs",
+        )
+        return self.back @ torch.as_tensor(done.x).to(self.back) if done.status == 0 else None
+
+
+def _fitted(rows: Tensor, normal: Tensor, noise: float) -> tuple[Tensor, int] | None:
+    """Of fits to the rows ever nearer to a normal [r], the one that most rows end up on, with how many; none is outside."""
+    best: tuple[Tensor, int] | None = None
+    for first in FITS_FROM:
+        q, within, before = normal, first, None
+        for _ in range(MOST_FITS):
+            near = (rows @ q).abs() < within * noise
+            if int(near.sum()) < rows.shape[1] + 2 or (before is not None and bool((near == before).all())):
+                break
+            sizes, axes = torch.linalg.eigh(rows[near].T @ rows[near])
+            q = axes[:, 0]
+            before = near if within <= ON else None
+            within = max(ON, within / NARROWER)
+        q = q * (rows @ q).sum().sign()
+        away = rows @ q
+        on, outside = int((away.abs() < ON * noise).sum()), int((away < -ON * noise).sum())
+        if before is None or (rows.shape[1] > 1 and float(sizes[1]) < on * (ALONE * noise) ** 2):
+            continue
+        if outside <= STRAYS and on > rows.shape[1] and (best is None or on > best[1]):
+            best = q, on
+    return best
+
+
+def _with(rows: Tensor, noise: float, found: Facets, more: tuple[Tensor, int] | None) -> Facets:
+    """The facets with one more, that with the most rows first; of two that share their rows the one with more."""
+    if more is None:
+        return found
+    q, on = more
+    both = ((rows @ found.normals.T).abs() < ON * noise) & ((rows @ q).abs() < ON * noise)[:, None]
+    same = both.sum(0).cpu() > SHARED * found.on.clamp_max(on)
+    if bool((found.on[same] >= on).any()):
+        return found
+    normals = torch.cat([found.normals[(~same).to(q.device)], q[None]])
+    counts = torch.cat([found.on[~same], torch.tensor([on])])
+    order = counts.argsort(descending=True, stable=True)
+    return Facets(normals[order.to(q.device)], counts[order])
