@@ -79,3 +79,17 @@ def test_sentences_come_back_from_models_that_were_never_heard_of(name: str, n: 
     assert sorted(found.inputs.tolist()) == sorted(x.tolist())
     assert found.bound is not None
     assert bool(found.bound.isfinite().all()), found.trace
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_one_sentence_comes_back_from_a_step_of_adamw(name: str) -> None:
+    """Of the gradient float32 leaves the signs, and its spans are gone: rows of tokens and of positions agree."""
+    model, loss = one_input(network(name))
+    x, y = torch.randint(2, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(1)), torch.tensor([1])
+    told = Knowledge(padding=0, input_range=(0, VOCABULARY - 1))
+    step = unbatch.Protocol(local_steps=1, optimiser="adamw", learning_rate=5e-5, weight_decay=0.01, mode="eval")
+    seen, _ = unbatch.observe(model, loss, x, y, knowledge=told, protocol=step)
+    found = unbatch.attacks.TokenSpan()(seen)
+    assert torch.equal(found.inputs, x)
+    assert torch.equal(found.labels, y)
+    assert found.bound.tolist() == [0.0], found.trace

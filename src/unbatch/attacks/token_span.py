@@ -21,10 +21,11 @@ class TokenSpan(Attack):
     Tokens are a dictionary: what a token at a position sends into the first layers is one of finitely many vectors, and a
     layer's gradient is a sum of delta x^T over those of the batch. So the ones that lie in its row space are the batch's
     tokens, up to pairs that follow from others (`docs/theory/tokens.md`). Behind the first attention a vector depends on
-    all that stands before it, and the same test grows sentences; an encoder's are searched
-    for, from tokens whose parts of the gradient are alike. Occurrences and labels follow from the gradient's being
-    the sentences' sum. Layers, dictionary and tolerance are found by running the network and from the gap of the singular
-    values; no architecture is known by name.
+    all that stands before it, and the same test grows sentences; an encoder's are searched for, from tokens whose parts of
+    the gradient are alike. Occurrences and labels follow from the gradient's being the sentences' sum. Of one sentence,
+    where spans tell nothing (a step of AdamW in float32, more tokens than the width), the rows of trained tables of tokens
+    and of positions are compared. Layers, dictionary and tolerance are found by running the network and from the gap of the
+    singular values; no architecture is known by name.
     """
 
     family: ClassVar[str] = "span"

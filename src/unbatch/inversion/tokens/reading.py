@@ -14,6 +14,7 @@ from unbatch.inversion.tokens.last_tokens import last_tokens
 from unbatch.inversion.tokens.next_tokens import labelled, next_tokens
 from unbatch.inversion.tokens.pairs import TokenPairs, token_pairs
 from unbatch.inversion.tokens.prefixes import Grown, sentences_grown
+from unbatch.inversion.tokens.table_rows import sentence_by_rows
 from unbatch.inversion.tokens.token_labels import labelled_tokens, labels_each_token
 from unbatch.inversion.tokens.whole_sentences import SentencesFound, sentences_searched
 from unbatch.inversion.view import View
@@ -33,6 +34,24 @@ def sentences_read(view: View, rng: torch.Generator, *, partial: bool) -> Recons
     """
     view = view.gradient
     reader = TokenReader.of(view)
+    try:
+        return _by_spans(reader, rng, partial=partial)
+    except NotApplicable as why:
+        try:
+            batch = sentence_by_rows(reader)
+        except NotApplicable:
+            raise why from None
+        return Reconstruction(
+            inputs=batch.inputs,
+            labels=batch.labels,
+            bound=torch.zeros(1, dtype=torch.float64),
+            trace={"by": "the rows of the tables of tokens and of positions", "not by spans": str(why)},
+        )
+
+
+def _by_spans(reader: TokenReader, rng: torch.Generator, *, partial: bool) -> Reconstruction:
+    """The sentences by the spans of the layers' gradients."""
+    view = reader.view
     pairs = token_pairs(reader)
     trace = _of_pairs(pairs)
     if view.steps > 1:
