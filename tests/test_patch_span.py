@@ -119,6 +119,16 @@ def test_known_noise_widens_the_bound() -> None:
     assert 1e-10 < off(found.inputs, x) <= float(found.bound[0]) < 0.1
 
 
+def test_noise_that_leaves_no_bound_leaves_a_guess_while_it_explains_the_update() -> None:
+    x, y = pictures()
+    found = PatchSpan()(seen_of(vit(bias=False), x, y, defences="noise:sigma=1e-4"))
+    assert "too coarse" in found.trace["open"]
+    assert not bool(found.bound.isfinite().any())
+    assert decibels(found.inputs, x) > 12
+    with pytest.raises(NotApplicable, match="too coarse"):
+        PatchSpan()(seen_of(vit(bias=False), x, y, defences="noise:sigma=1e-3"))
+
+
 @pytest.mark.parametrize(("width", "free"), [(67, 0), (66, 0), (65, 1), (60, 6)])
 def test_dimensions_that_a_frozen_embedding_leaves_open_are_counted(width: int, free: int) -> None:
     """width + 1 columns, of which 17 tokens and the norm's own direction say nothing, for 48 numbers and a spread."""

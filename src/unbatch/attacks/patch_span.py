@@ -19,6 +19,8 @@ from unbatch.network.dense_pair import dense_pair
 from unbatch.network.patches import PatchEmbedding, first_dense_layers, patch_embedding
 from unbatch.reconstruction import Reconstruction
 
+GUESS_EXPLAINS = 0.05  # of the update, that pictures may leave which errors to first order say nothing of
+
 
 @final
 class PatchSpan(Attack):
@@ -39,8 +41,9 @@ class PatchSpan(Attack):
     its patch by one linear system, and which picture it is of. For n T < width, p + n T + 2 < width (a class token counts
     among the T), and gradients whose rounding is below what the weakest token sends: float64 for usual sizes.
 
-    Where dimensions of a patch are left open they are counted and stated, and a guess is returned without a claim. Bound:
-    the rounding of the gradients through these systems.
+    Where dimensions of a patch are left open they are counted and stated, and a guess is returned without a claim; so are
+    pictures that explain the update though its rounding is too coarse for a bound. Bound: the rounding of the gradients
+    through these systems.
 
     >>> import unbatch
     >>> from unbatch.models.vision_transformer import build_vision_transformer
@@ -74,13 +77,14 @@ class PatchSpan(Attack):
         x = torch.stack([front.picture(each, shape) for each in found.values])
         least = float(front.scale.abs().min())
         bound = (found.errors.cpu() / (least * x.flatten(1).norm(dim=1).cpu())).double()
-        if bool(found.errors.isfinite().all()) and float(bound.min()) >= LARGEST_BOUND:
-            raise NotApplicable(
-                f"the update is too coarse: its errors leave {float(bound.min()):.2g} of a picture open."
-            )
         labels = label_behind(view, x) if len(x) == 1 else labels_sent_by_head(view, x)
-        free = int(found.trace["free dimensions of a patch"])
         trace = found.trace | {"patches": front.tokens}
+        if bool(found.errors.isfinite().all()) and float(bound.min()) >= LARGEST_BOUND:
+            words = f"the update is too coarse: its errors leave {float(bound.min()):.2g} of a picture open."
+            if labels is None or view.obs.fit(x, labels)[1] > GUESS_EXPLAINS:
+                raise NotApplicable(words)
+            bound, trace = torch.full_like(bound, torch.inf), trace | {"open": words}
+        free = int(found.trace["free dimensions of a patch"])
         if free:
             trace["undetermined"] = free / front.pixel.shape[1]
         return Reconstruction(inputs=x, labels=labels, bound=bound, trace=trace)
