@@ -135,6 +135,31 @@ def test_a_batch_behind_smooth_activations_is_recovered(activation: type[nn.Modu
     assert sorted(found.labels.tolist()) == sorted(y.tolist())
 
 
+class Around(nn.Module):
+    """Two smooth convolutions and a branch that leads around them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.b(F.gelu(self.a(x))) + x)
+
+
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_smooth_batch_is_told_apart_at_a_layer_that_a_branch_leads_around(n: int) -> None:
+    """What the layer gave does not tell the rest of the network, but its maps do."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GELU(), Around(32)
+    x, y = batch(n)
+    found = Descend()(seen(nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, CLASSES)).double(), x, y))
+    assert found.trace["layer"] == "4.a"
+    assert len(found) == n
+    assert found.bound is not None
+    assert bool((errors(found, x) <= found.bound).all())
+    assert float(errors(found, x).max()) < 1e-9
+
+
 def test_a_smooth_batch_of_more_windows_than_channels_is_not_told_apart() -> None:
     x, y = batch(4)  # 64 windows, 48 outputs
     found = Descend()(seen(bent(nn.GELU), x, y))

@@ -16,11 +16,12 @@ from unbatch.errors import NotApplicable
 from unbatch.inversion.descent.forecast import Prospects, prospects
 from unbatch.inversion.descent.places import places
 from unbatch.inversion.descent.redesign import redesigns
-from unbatch.inversion.descent.separation import separated
+from unbatch.inversion.descent.separation import separated, span
 from unbatch.inversion.descent.walk import walk
 from unbatch.inversion.view import View
 from unbatch.network.sections import section
 from unbatch.network.tracing import trace
+from unbatch.numerics.windows.maps import maps_in
 from unbatch.observation import Observation
 
 SHAPE = (2, 8, 8)
@@ -200,12 +201,12 @@ def test_few_zeros_keep_large_batches_together(exchange: Exchange) -> None:
 
 def test_padding_tells_so_many_corners_from_all_other_windows(exchange: Exchange) -> None:
     """Few padded entries leave more vectors of the span zero there than the corners' own windows."""
-    layers = nn.Conv2d(2, 2, 3, 1, 1), nn.ReLU(), nn.Conv2d(2, 200, 5, 1, 2, dilation=1), nn.ReLU(), nn.Flatten()
-    obs, *_ = exchange(drawn(nn.Sequential(*layers, nn.Linear(3200, 5))), shape=(2, 4, 4), n=3, dtype=torch.float64)
+    layers = nn.Conv2d(2, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 200, 5, 1, 2, dilation=1), nn.ReLU(), nn.Flatten()
+    obs, *_ = exchange(drawn(nn.Sequential(*layers, nn.Linear(9800, 5))), shape=(2, 7, 7), n=3, dtype=torch.float64)
     (prospect,) = [p for p in counted(obs).each if p.name == "2"]
-    assert (prospect.counted, prospect.padded, prospect.up_to) == (3, 2 * 16, 2)
-    assert "since only 32 entries of a corner's window are padding" in found(obs)[0]["2"].words
-    rows = torch.linalg.svd(obs.update["2.weight"].flatten(1), full_matrices=False).Vh[:48]
+    assert (prospect.counted, prospect.padded, prospect.up_to) == (3, 6 * 16, 2)
+    assert "since only 96 entries of a corner's window are padding" in found(obs)[0]["2"].words
+    rows = torch.linalg.svd(obs.update["2.weight"].flatten(1), full_matrices=False).Vh[:147]
     padded = prospect.place.windows().padded[0]
     open_ = len(rows) - int(torch.linalg.matrix_rank(rows[:, padded]))
     assert open_ > 3
@@ -256,7 +257,7 @@ def test_a_batch_that_no_layer_tells_apart(exchange: Exchange) -> None:
         == "no layer tells a batch of 40 apart; up to 16 can be told apart at 'conv3'."
     )
     assert "equations for each unknown" not in verdicts
-    obs, *_ = exchange(drawn(Residual(act=nn.Tanh)), shape=SHAPE, n=2)
+    obs, *_ = exchange(drawn(Residual(act=nn.Tanh, half=4)), shape=SHAPE, n=2)
     assert "no layer tells a batch of 2 apart: each has more windows" in found(obs)[1]["examples told apart"].words
 
 
@@ -330,6 +331,29 @@ def test_safer_design_and_the_security_metric_know_of_it(exchange: Exchange) -> 
         if v.name.startswith("examples told apart")
     }
     assert "examples told apart: a smooth activation in place of every ReLU" not in changes  # whole maps need no zeros
-    smooth, *_ = exchange(drawn(Residual(act=nn.Tanh)), shape=SHAPE, n=2)
+    layers = nn.Conv2d(1, 16, 3, 2, 1), nn.Tanh(), deficient, nn.Tanh(), nn.Conv2d(14, 64, 3, 1, 1), nn.Tanh()
+    obs, *_ = exchange(drawn(nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 5))), shape=(1, 8, 8), n=2)
+    (metric,) = Analysis.parse("security-metric:work=0")(obs)
+    assert metric.value < 0 < counted(obs).readable
+    assert "can be told apart at '4', with equations enough" in metric.words
+    smooth, *_ = exchange(drawn(Residual(act=nn.Tanh, half=4)), shape=SHAPE, n=2)
     with pytest.raises(NotApplicable):
         Analysis.parse("safer-design:work=0,exact=1")(smooth)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_whole_maps_are_counted_where_no_zeros_tell(exchange: Exchange, n: int) -> None:
+    """Behind a smooth activation, at the layer with 32 outputs and 16 windows: two examples, as the attack tells them."""
+    obs, *_ = exchange(drawn(Residual(act=nn.Tanh)), shape=SHAPE, n=n, dtype=torch.float64)
+    (prospect,) = [p for p in counted(obs).each if p.name == "left"]
+    assert (prospect.by_zeros, prospect.by_maps, prospect.up_to) == (0, 2, 2)
+    assert (
+        "up to 2 can be told apart here by whole maps, which its windows' overlaps tell" in found(obs)[0]["left"].words
+    )
+    eps = torch.finfo(torch.float64).eps
+    rows = span(prospect.place.flat(obs.update["left.weight"]), eps)
+    assert (len(maps_in(rows, prospect.place.windows(), most=n)) == n) == (n <= 2)
+    assert counted(obs).readable == 2
+    changes = {change.words: change.up_to for change in redesigns(counted(obs))}
+    assert changes["padding by reflection in place of zeros"] == 0
+    assert changes["half the channels in every layer"] == 1

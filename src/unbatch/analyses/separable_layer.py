@@ -23,6 +23,7 @@ class SeparableLayer(Analysis):
     A convolution's gradient is a dense layer's with n P windows as examples, P those of one example: its rank is at most
     min(n P, c_out, c_in k^2), and while n P is no more than the others its row space is the windows' span. Behind a ReLU a
     corner's window is the only vector there with its zeros, so up to min(c_out, c_in k^2) / P examples are told apart.
+    Where windows overlap on all sides the span tells whole maps, which needs no zeros: as many, behind any activation.
 
     From the shallowest layer that does so, everything above follows by running the network. Below, each weight's gradient
     gives c_out k^2 equations for the n h w unknowns of every channel of its input; layers that read the same tensor add up,
@@ -67,6 +68,10 @@ def _own(prospect: Prospect, n: int) -> str:
     windows = f"{p:,} windows an example" if p > 1 else "one window an example"
     less = " - 1" if prospect.mixed else ""
     words = f"{windows}, rank at most min({n:,} x {p:,}{less}, {prospect.limit:,}) = {prospect.rank(n):,}:"
+    if prospect.by_maps > prospect.by_zeros:
+        size = "one example" if prospect.by_maps == 1 else f"a batch of up to {prospect.by_maps:,}"
+        though = f", though {prospect.why_not}" if prospect.why_not else ""
+        return f"{words} {size} can be told apart here by whole maps, which its windows' overlaps tell{though}."
     if prospect.why_not:
         return f"{words} it tells no batch apart, since {prospect.why_not}."
     if not prospect.up_to:

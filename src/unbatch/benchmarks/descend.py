@@ -14,6 +14,7 @@ PUBLISHED, with its source.
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from unbatch.knowledge import Knowledge
 from unbatch.models import small
 from unbatch.observation import Observation
 from unbatch.progress import watching
-from unbatch.protocol import Protocol
+from unbatch.protocol import Protocol, buffers_after
 from unbatch.reconstruction import Reconstruction
 
 Row = dict[str, Any]
@@ -74,12 +75,17 @@ class NetworkProblem:
     peers: bool = False
     seeds: int = 3
     trained: bool = False  # on pictures among which the batch is not
+    averages: bool = False  # the client sends its running averages after the step as well
+    average_pooling: bool = False  # in place of every max pooling
+    size: int = 32  # pixels a side; other pictures than CIFAR-10's are bundled photographs
 
     @property
     def name(self) -> str:
         parts = [self.model, f"n={self.n}", self.precision]
         parts += [f"{self.norm} norm" if self.norm != "none" else "no norm"] * (self.norm != "batch")
-        parts += ["train mode"] * (self.mode == "train") + [f"width {self.width}"] * (self.width != 64)
+        parts += ["train mode"] * (self.mode == "train") + ["averages sent"] * self.averages
+        parts += [f"{self.size} pixels"] * (self.size != 32) + [f"width {self.width}"] * (self.width != 64)
+        parts += ["average pooling"] * self.average_pooling
         return ", ".join(parts + ["one class"] * self.alike + ["trained"] * self.trained)
 
 
@@ -94,7 +100,12 @@ def network_problems() -> list[NetworkProblem]:
     found += [replace(base, n=n, precision="float32") for n in (1, 4, 8)]
     found += [replace(base, n=n, alike=True) for n in (4, 8)] + [replace(base, n=n, norm="none") for n in (1, 4)]
     found += [replace(base, model=model, n=n) for model in ("vgg11", "convnet8", "resnet34") for n in (1, 4)]
-    found += [replace(base, n=1, norm="group"), replace(base, n=1, mode="train")]
+    found += [replace(base, model="convnet8", n=2)]
+    found += [replace(base, model="convnet8", n=n, average_pooling=True, seeds=1) for n in (1, 4)]
+    found += [replace(base, n=1, norm="group")]
+    found += [replace(base, n=1, mode="train", averages=averages) for averages in (True, False)]
+    found += [replace(base, n=1, size=size, seeds=1) for size in (16, 48, 64)]
+    found += [replace(base, n=1, width=width, seeds=1) for width in (16, 32)]
     found += [replace(base, model=model, n=1) for model in ("preact-resnet18", "wideresnet16-4")]
     found += [replace(base, n=1, width=32, trained=True)]
     found += [replace(base, n=n, seeds=1) for n in (16, 30)]
@@ -153,9 +164,39 @@ def table(rows: list[Row]) -> Table:
             peers,
             row["why"],
         )
+    shown.caption = "; ".join(f"seconds grow with {what} to the {power:.1f}" for what, power in exponents(rows).items())
     for what, (dB, source) in PUBLISHED.items():
         shown.add_row(f"published, n=4, {what}", "", f"{dB:.1f}", "", "", "", "", "", "", source)
     return shown
+
+
+def exponents(rows: Sequence[Row]) -> dict[str, float]:
+    """By which powers the seconds grow: lines through their logarithms, all else as in the first problem.
+
+    Of the examples n, of the pixels of a picture (and so of the windows of each layer), and of the widths. Only rows whose
+    pictures all came back count; a power takes three of them.
+
+    >>> alone = asdict(NetworkProblem(n=1))
+    >>> def row(seconds, **other):
+    ...     return {"settings": alone | other, "share": 1.0, "seconds": seconds}
+    >>> exponents([row(3.0), row(6.0, n=2), row(12.0, n=4), row(9.0, width=32)])
+    {'n': 1.0}
+    """
+    alone, found = asdict(NetworkProblem(n=1)), dict[str, float]()
+    for name, words in (("n", "n"), ("size", "pixels"), ("width", "width")):
+        points = [
+            (math.log(row["settings"][name] ** (2 if name == "size" else 1)), math.log(row["seconds"]))
+            for row in rows
+            if row["share"] == 1.0 and _but(row["settings"], name) == _but(alone, name)
+        ]
+        if len(points) > 2:
+            found[words] = round(statistics.linear_regression(*zip(*points, strict=True)).slope, 6)
+    return found
+
+
+def _but(settings: Row, name: str) -> Row:
+    """Settings without one of them, and without those that change no batch's recovery."""
+    return {key: value for key, value in settings.items() if key not in (name, "seeds", "peers")}
 
 
 def _measure(problem: NetworkProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
@@ -185,7 +226,7 @@ def _measure(problem: NetworkProblem, data: Path | None, seed: int, device: str,
 
 def _exchange(problem: NetworkProblem, data: Path | None, seed: int, device: str) -> tuple[Observation, Tensor, Tensor]:
     """What the server sees, and the pictures and labels behind it."""
-    images, labels = pool("cifar10", data)
+    images, labels = _pictures(problem.size, data)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     if problem.alike:
         order = order[labels[order] == labels[order[0]]]
@@ -196,10 +237,23 @@ def _exchange(problem: NetworkProblem, data: Path | None, seed: int, device: str
     rng = torch.Generator().manual_seed(seed)
     norm = None if problem.norm == "none" else problem.norm
     net = small.build(problem.model, tuple(x.shape[1:]), 10, width=problem.width, norm=norm, rng=rng).to(x)
+    if problem.average_pooling:
+        for name, layer in list(net.named_children()):
+            if isinstance(layer, nn.MaxPool2d):
+                setattr(net, name, nn.AvgPool2d(layer.kernel_size, layer.stride))
     if problem.trained:
         _train(net, ((images - mean) / spread).to(x), labels.to(device), order[HELD_OUT:], rng)
-    told = Protocol(mode=problem.mode)
-    return observe(net, F.cross_entropy, x, y, protocol=told)[0].only("input_shape", "mode", "buffers"), x, y
+    told, known = Protocol(mode=problem.mode), Knowledge()
+    if problem.averages:
+        known = Knowledge(buffers=buffers_after(net, F.cross_entropy, x, y, told))
+    seen, _ = observe(net, F.cross_entropy, x, y, protocol=told, knowledge=known)
+    return seen.only("input_shape", "mode", "buffers"), x, y
+
+
+def _pictures(size: int, data: Path | None) -> tuple[Tensor, Tensor]:
+    """Pictures [p, 3, size, size] and labels [p]: CIFAR-10's up to 32 pixels, bundled photographs above, made smaller."""
+    images, labels = pool("cifar10", data) if size <= 32 else pool("photos64", None)
+    return (F.interpolate(images, size=size, mode="area") if size < images.shape[-1] else images), labels
 
 
 def _train(net: nn.Module, x: Tensor, y: Tensor, own: Tensor, rng: torch.Generator) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.descent.descent import AS_GOOD
-from unbatch.inversion.descent.places import WindowLayer, at_cuts, places
-from unbatch.inversion.descent.walk import ADDS, LINEAR
+from unbatch.inversion.descent.places import WindowLayer, at_cuts, places, rectified
+from unbatch.inversion.descent.separation import MOST_COEFFICIENTS
+from unbatch.inversion.descent.walk import ADDS, BENT, LINEAR
 from unbatch.inversion.view import WHOLE_NUMBERS, View
 from unbatch.network.chain import cuts, named_after
 from unbatch.network.graph import Call, Graph, Value
@@ -26,7 +27,6 @@ PROBED = 8  # examples that are run once, to see what is zero
 SMALLEST_SURPLUS = 1.5  # equations for each unknown of the inputs, below which no search for them is foretold
 FORECAST = "forecast"  # under which a view keeps it
 _NORMS = nn.BatchNorm1d | nn.BatchNorm2d
-WHOLE_MAPS = " (small batches may be told apart there by whole maps, which is not counted here)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,8 @@ class Prospect:
 
     Its gradient's rank is at most min(n windows, c_out, c_in k^2). Zero padding tells a corner's windows from those of all
     other places, which takes as many padded entries as these have windows; of a corner's n windows each is the only one
-    with its zeros, which takes n - 1 of them.
+    with its zeros, which takes n - 1 of them. Where windows overlap on all sides the span tells whole maps, too, and these
+    need no zeros where what comes back tells them.
     """
 
     place: WindowLayer
@@ -44,7 +45,10 @@ class Prospect:
     padded: int  # entries of a corner's window that are padding
     zeros: int  # entries of a corner's window that are zero for one example and not for all, on average
     filled: float  # share of its input's entries that are not zero
-    why_not: str = ""  # why it tells no batch apart, whatever its size; empty where it may
+    why_not: str = ""  # why it tells no batch apart by zeros, whatever its size; empty where it may
+    overlapping: bool = (
+        False  # whether its span may tell whole maps: every entry is in two windows, and they come alone
+    )
     mixed: bool = False  # batch norm with the batch's own statistics lies behind it
     completed: int = 0  # the largest batch whose windows' span padding completes, where the rank has no room for all
 
@@ -74,11 +78,32 @@ class Prospect:
 
     @property
     def up_to(self) -> int:
-        """The largest batch that it tells apart; 0 where none."""
+        """The largest batch that it tells apart, by zeros or by whole maps; 0 where none."""
+        return max(self.by_zeros, self.by_maps)
+
+    @property
+    def by_zeros(self) -> int:
+        """The largest batch whose windows are told by what is zero in them."""
         if self.why_not:
             return 0
         most = min(self.counted, self.zeros + 1)
         return most if self.cornered is None else min(most, self.cornered)
+
+    @property
+    def by_maps(self) -> int:
+        """The largest batch whose whole maps are told: by coefficients few enough, in a span that leaves enough out.
+
+        Every window is orthogonal to what the span of n windows' examples leaves of d: windows (d - rank) equations, which
+        the maps' space of n dimensions is to be the only solution of.
+        """
+        if not self.overlapping or self.windows < 2:
+            return 0
+        d, size = self.place.layer.weight[0].numel(), torch.Size(self.place.given.shape[1:]).numel()
+        size += d * self.mixed  # what is common to all windows is open behind batch norm in train mode
+        most = min((self.limit + self.mixed) // self.windows, MOST_COEFFICIENTS // self.windows**2)
+        ranks = {n: n * self.windows - self.mixed for n in range(1, most + 1)}
+        told = [n for n, rank in ranks.items() if rank < d and self.windows * (d - rank) >= size - n]
+        return max(told, default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,8 +234,12 @@ def _prospects(view: View, at: tuple[Tensor, ...], rng: torch.Generator) -> Pros
     balanced = (
         view.form is not None and view.form.name == "cross-entropy"
     )  # what comes back to the outputs adds up to zero
+    terms = view.form is not None and view.form.classes and view.form.weights is None
     found = tuple(
-        _prospect(graph, place, seen, view.update.keys(), balanced and place.gave is graph.output) for place in every
+        _prospect(
+            graph, place, seen, view.update.keys(), balanced=balanced and place.gave is graph.output, terms=bool(terms)
+        )
+        for place in every
     )
     layers = [(call, layer_of(call, call.given[0])) for call in graph.calls if call.fed]
     mixing = next((call.name for call, layer in layers if isinstance(layer, _NORMS) and mixes(layer)), "")
@@ -269,9 +298,14 @@ class _Seen:
         return found
 
 
-def _prospect(graph: Graph, place: WindowLayer, seen: _Seen, sent: Collection[str], balanced: bool) -> Prospect:
+def _prospect(
+    graph: Graph, place: WindowLayer, seen: _Seen, sent: Collection[str], *, balanced: bool, terms: bool
+) -> Prospect:
+    """What a layer says; `balanced` outputs are sent what adds up to zero, `terms` of the loss are one an example."""
     x = seen(place.given)
-    padded, zeros, why = 0, 0, _why_not(graph, place, x)
+    padded, zeros, why = 0, 0, _elsewhere(graph, place) or _averaged(graph, place)
+    alone = not why and place.weight in sent
+    why = why or _no_zeros(place, x)
     limit = min(place.limit, len(place.layer.weight) - balanced)
     if place.weight not in sent:
         why = "its gradient was not sent"
@@ -286,7 +320,10 @@ def _prospect(graph: Graph, place: WindowLayer, seen: _Seen, sent: Collection[st
     behind = [layer for layer in _behind(graph, place.gave) if isinstance(layer, _NORMS)]
     filled, mixed = float((x != 0).double().mean()), any(mixes(layer) for layer in behind[:1])
     more = largest_completed(place.windows(), limit) if padded and place.positions <= limit and not mixed else 0
-    return Prospect(place, place.positions, limit, padded, zeros, filled, why, mixed, more)
+    # rays of the maps behind a ReLU take zeros, others their own equations, which batch norm in train mode mixes
+    alone = alone and (bool((x == 0).any()) if rectified(place.given) else terms and not mixed)
+    overlapping = alone and place.plain and place.windows(1).overlapping
+    return Prospect(place, place.positions, limit, padded, zeros, filled, why, overlapping, mixed, more)
 
 
 def _zeros(padded: Tensor, windows: Tensor) -> tuple[int, str]:
@@ -298,20 +335,30 @@ def _zeros(padded: Tensor, windows: Tensor) -> tuple[int, str]:
     return int((zero & ~zero.all(0)).double().sum(1).mean()), ""  # what is zero for everybody tells nobody apart
 
 
-def _why_not(graph: Graph, place: WindowLayer, x: Tensor) -> str:
-    """Why a layer tells no batch apart, whatever its size, by where it stands."""
+def _elsewhere(graph: Graph, place: WindowLayer) -> str:
+    """Why a layer tells no batch apart, by where it stands; empty where nothing stands in the way."""
     if place.given in _bare(graph):
         return "it reads the network's inputs, which no ReLU made zero anywhere"
     if place.given not in at_cuts(graph):
         return "another branch leads around its input, from which alone nothing above can be computed"
     if place.groups != 1:
         return f"its channels are in {place.groups} groups, each with a matrix of its own"
+    return ""
+
+
+def _no_zeros(place: WindowLayer, x: Tensor) -> str:
+    """Why no zeros of its input tell windows apart."""
     call = place.given.call
     made = f"{call.where} ({type(layer_of(call, call.given[0])).__name__})" if call is not None else "the input"
     if bool((x < 0).any()):
-        return f"its input has negative entries: it comes from {made}, not from a ReLU{WHOLE_MAPS}"
+        return f"its input has negative entries: it comes from {made}, not from a ReLU"
     if not bool((x == 0).any()):
-        return f"its input is nowhere exactly zero: it comes from {made}, not from a ReLU{WHOLE_MAPS}"
+        return f"its input is nowhere exactly zero: it comes from {made}, not from a ReLU"
+    return ""
+
+
+def _averaged(graph: Graph, place: WindowLayer) -> str:
+    """Whether what comes back to several windows is the same."""
     for layer in _behind(graph, place.gave):
         if isinstance(layer, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
             return "average pooling right behind it sends the same back to several of its windows"
@@ -412,7 +459,7 @@ class _Ladder:
             if gave in self.known:
                 self.known.add(fed[0])
             return True
-        if isinstance(layer, nn.ReLU):
+        if isinstance(layer, (nn.ReLU, *BENT)):
             return gave in self.known
         if isinstance(layer, _NORMS):
             return not mixes(layer)

@@ -10,10 +10,13 @@ and bounded by it, with its label.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from unbatch.inversion.descent.places import WindowLayer
+from unbatch.inversion.descent.masks_above import listening
+from unbatch.inversion.descent.places import WindowLayer, at_cuts
 from unbatch.inversion.descent.separation import MOST_COEFFICIENTS, ToldApart, span, span_error
 from unbatch.inversion.view import View
 from unbatch.loss import LossForm
@@ -85,23 +88,24 @@ def _mixture(
         made = layer(own.view(n, *place.given.shape[1:]))
         flat = torch.zeros_like(own[:1]).view(1, *place.given.shape[1:])
         offset = layer(flat)
-    above = section(graph, place.gave, graph.output)
-    shape = place.gave.shape[1:]
+    W, offset = (made - offset).flatten(1), offset.flatten()
+    run = _above(graph, place, own, W, offset)
 
     def deltas(before: Tensor, y: Tensor) -> Tensor:
         live = before if before.requires_grad else before.detach().requires_grad_()
         with torch.enable_grad():
-            loss = loss_value(view.obs.loss, above(live.view(-1, *shape)), y)
+            outputs, gave = run(live)
+            loss = loss_value(view.obs.loss, outputs, y)
             loss = loss * (len(y) / n if form.reduction == "mean" else 1.0)
-            (delta,) = torch.autograd.grad(loss, live, create_graph=before.requires_grad)
-        return delta
+            (delta,) = torch.autograd.grad(loss, gave, create_graph=before.requires_grad)
+        return delta.flatten(1)
 
     classes = int(torch.Size(graph.output.shape[1:]).numel())
     mixture = Mixture(
         U=U,
         S=S,
-        W=(made - offset).flatten(1),
-        offset=offset.flatten(),
+        W=W,
+        offset=offset,
         ones=None,
         deltas=deltas,
         classes=classes,
@@ -111,3 +115,28 @@ def _mixture(
         basis=torch.eye(n).to(C),
     )
     return mixture, own
+
+
+def _above(
+    graph: Graph, place: WindowLayer, own: Tensor, W: Tensor, offset: Tensor
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The network above a layer, of its outputs [g, m]: what it gives, and those outputs as it takes them.
+
+    Where a branch leads around the layer its outputs alone do not tell the rest: the layer's maps follow from them, as the
+    combination of the maps `own` that gives them.
+    """
+    if place.gave in at_cuts(graph):
+        above = section(graph, place.gave, graph.output)
+
+        def behind(live: Tensor) -> tuple[Tensor, Tensor]:
+            return above(live.view(-1, *place.gave.shape[1:])), live
+
+        return behind
+    whole, back = section(graph, place.given, graph.output), torch.linalg.pinv(W)
+
+    def around(live: Tensor) -> tuple[Tensor, Tensor]:
+        maps = torch.tensordot((live - offset) @ back, own, 1).view(-1, *place.given.shape[1:])
+        with listening(whole, [place.call]) as heard:
+            return whole(maps), heard.gave[place.gave]
+
+    return around

@@ -36,7 +36,7 @@ def redesigns(found: Prospects) -> Iterator[Redesign]:
 def _changes(found: Prospects) -> Iterator[tuple[str, Callable[[Prospect], Prospect], str]]:
     yield (
         "padding by reflection in place of zeros",
-        lambda p: replace(p, why_not=p.why_not or ("no corner" if p.windows > 1 else "")),
+        lambda p: replace(p, why_not=p.why_not or ("no corner" if p.windows > 1 else ""), overlapping=False),
         "corners look like all other windows. Linear programs on all windows together can still tell small batches apart.",
     )
     yield (
