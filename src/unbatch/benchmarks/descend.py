@@ -14,7 +14,6 @@ PUBLISHED, with its source.
 
 from __future__ import annotations
 
-import math
 import resource
 import statistics
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from unbatch.attack import Attack
 from unbatch.auditing.client import observe
 from unbatch.benchmarks import allowance, clock, resumed
 from unbatch.benchmarks.pictures import pool
+from unbatch.benchmarks.unmix import exponents
 from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.knowledge import Knowledge
 from unbatch.models import small
@@ -164,33 +164,33 @@ def table(rows: list[Row]) -> Table:
             peers,
             row["why"],
         )
-    shown.caption = "; ".join(f"seconds grow with {what} to the {power:.1f}" for what, power in exponents(rows).items())
+    shown.caption = "; ".join(f"seconds grow with {what} to the {power:.1f}" for what, power in growth(rows).items())
     for what, (dB, source) in PUBLISHED.items():
         shown.add_row(f"published, n=4, {what}", "", f"{dB:.1f}", "", "", "", "", "", "", source)
     return shown
 
 
-def exponents(rows: Sequence[Row]) -> dict[str, float]:
-    """By which powers the seconds grow: lines through their logarithms, all else as in the first problem.
+def growth(rows: Sequence[Row]) -> dict[str, float]:
+    """By which powers the seconds grow with n, with the pixels of a picture and with the width, all else as at n = 1.
 
-    Of the examples n, of the pixels of a picture (and so of the windows of each layer), and of the widths. Only rows whose
-    pictures all came back count; a power takes three of them.
+    More pixels are more windows in every layer. Only rows whose pictures all came back count; a power takes three of them.
 
     >>> alone = asdict(NetworkProblem(n=1))
     >>> def row(seconds, **other):
     ...     return {"settings": alone | other, "share": 1.0, "seconds": seconds}
-    >>> exponents([row(3.0), row(6.0, n=2), row(12.0, n=4), row(9.0, width=32)])
+    >>> {what: round(power, 6) for what, power in growth([row(3.0), row(6.0, n=2), row(12.0, n=4)]).items()}
     {'n': 1.0}
     """
     alone, found = asdict(NetworkProblem(n=1)), dict[str, float]()
     for name, words in (("n", "n"), ("size", "pixels"), ("width", "width")):
-        points = [
-            (math.log(row["settings"][name] ** (2 if name == "size" else 1)), math.log(row["seconds"]))
+        points = sorted(
+            (row["settings"][name] ** (2 if name == "size" else 1), row["seconds"])
             for row in rows
             if row["share"] == 1.0 and _but(row["settings"], name) == _but(alone, name)
-        ]
+        )
         if len(points) > 2:
-            found[words] = round(statistics.linear_regression(*zip(*points, strict=True)).slope, 6)
+            sizes, seconds = zip(*points, strict=True)
+            found[words] = float(exponents(sizes, seconds)["exponent"])
     return found
 
 
