@@ -57,11 +57,9 @@ def sentence_by_rows(reader: TokenReader) -> Batch:
     owner, open_ = _owners(tokens.at(used), stands.at(heard), linear=view.protocol.optimiser == "sgd")
     sentence[heard] = used[owner]
     x = sentence[None]
-    label = explaining_label(view.obs, x, possible_labels(view))
-    for _ in range(SETTLED if 0 < len(open_) <= MOST_OPEN else 0):
-        if label is not None:
-            x = _settled(reader, x, label, heard[open_])
-            label = explaining_label(view.obs, x, possible_labels(view))
+    x, label = _searched(reader, x, heard[open_])
+    if label is not None and view.protocol.optimiser != "sgd" and view.obs.fit(x, label)[1] > EXPLAINED_TO:
+        x, label = _searched(reader, x, heard)  # a sum's signs may be by chance those of one place
     if label is None or view.obs.fit(x, label)[1] > EXPLAINED_TO:
         raise NotApplicable("the sentence that the tables' rows add up to does not explain the update.")
     return Batch(x, label)
@@ -140,6 +138,17 @@ def _likely_shares(sums: Tensor, places: Tensor) -> Tensor:
     rows, columns = linear_sum_assignment(-agree.cpu().numpy())
     found[torch.as_tensor(columns, device=found.device)] = torch.as_tensor(rows, device=found.device)
     return found
+
+
+def _searched(reader: TokenReader, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The sentence [1, t], searched for at these places where they are few, and the label that explains it best."""
+    obs, labels = reader.view.obs, possible_labels(reader.view)
+    label = explaining_label(obs, x, labels)
+    for _ in range(SETTLED if 0 < len(places) <= MOST_OPEN else 0):
+        if label is not None:
+            x = _settled(reader, x, label, places)
+            label = explaining_label(obs, x, labels)
+    return x, label
 
 
 def _settled(reader: TokenReader, x: Tensor, label: Tensor, places: Tensor) -> Tensor:
