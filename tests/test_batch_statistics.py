@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unbatch.attacks.gradient_matching import GradientMatching
 from unbatch.auditing.client import observe
-from unbatch.errors import NotApplicable
+from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.batch_statistics import BatchStatistics, heard_statistics
 from unbatch.inversion.matching import InversionTerms, UpdateMatching
 from unbatch.inversion.view import View
@@ -112,3 +112,24 @@ def test_other_presets_take_the_term_and_say_why_they_cannot() -> None:
     longer = replace(seen, knowledge=seen.knowledge | Knowledge(local_steps=2, learning_rate=0.1))
     with pytest.raises(NotApplicable, match="not those after 2 steps"):
         BatchStatistics.of(longer)
+
+
+@pytest.mark.parametrize("defences", [(), ("local-steps:steps=3,learning_rate=0.5",), ("clip:norm=0.1",)], ids=str)
+def test_a_protocol_that_sends_buffers_sends_those_of_the_step_that_was_taken(defences: tuple[str, ...]) -> None:
+    plain, x, y = client()
+    rules = Protocol(mode="train", sends_buffers=True)
+    seen, _ = observe(plain.model, plain.loss, x, y, protocol=rules, defences=defences)
+    assert "running averages are sent as well" in str(seen.protocol)
+    assert misfit(seen, x, y) < 1e-11
+    assert misfit(seen, 1 - x, y) > 0.1
+
+
+def test_buffers_that_nobody_has_are_not_sent() -> None:
+    seen, x, y = client()
+    rules = Protocol(mode="train", sends_buffers=True)
+    for defence, words in (("secure-aggregation:clients=2", "2 trainings"), ("dp-sgd", "example by example")):
+        with pytest.raises(UnbatchError, match=words):
+            observe(seen.model, seen.loss, x, y, protocol=rules, defences=defence)
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)).double()
+    with pytest.raises(UnbatchError, match="the model has none"):
+        observe(bare, seen.loss, x, y, protocol=rules)

@@ -17,7 +17,7 @@ from unbatch.auditing.harden import Family, Hardening, Tried, families, harden
 from unbatch.auditing.utility import scene_of
 from unbatch.command.cli import main
 from unbatch.defence import Step
-from unbatch.errors import NotApplicable
+from unbatch.errors import NotApplicable, UnbatchError
 from unbatch.inversion.view import View
 from unbatch.loss import loss_named
 from unbatch.models import small
@@ -204,6 +204,11 @@ def test_what_it_cannot_search(rng: torch.Generator) -> None:
         search(only=["sigma"])
     with pytest.raises(ValueError, match="unknown analysis 'faith'"):
         search(analyses=["faith"])
+
+
+def test_a_released_model_is_refused_since_it_sends_no_updates() -> None:
+    with pytest.raises(UnbatchError, match="sends no updates"):
+        harden(Case.parse("trained:batch=4,width=4,steps=2"), psnr=15.0)
 
 
 def test_the_command_writes_prints_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -199,3 +199,16 @@ def test_an_active_server_has_no_part_in_a_release() -> None:
     case = Case.parse("trained:batch=2,width=8,steps=20")
     run = unbatch.audit(case, attacks=["tensor-moment-deep"], analyses=()).runs[0]
     assert run.status == "not applicable"
+
+
+def test_bounds_of_private_training_are_those_of_all_its_steps() -> None:
+    """A release is no single update: what one step tells bounds nothing of it."""
+    spec = "trained:known=9,threat=informed,depth=0,start=1,method=sgd,steps=20,task=classes"
+    private = "dp-sgd:noise_multiplier=4,steps=20,accountant=rdp"
+    told = {"attacks": ["weight-span"], "analyses": ["dp-reconstruction"]}
+    record = unbatch.audit(Case.parse(spec), defences=private, **told)
+    assert record.privacy is not None
+    assert record.privacy.epsilon is not None
+    assert {bound.name for bound in record.bounds} == {"zCDP information", "reconstruction robustness", "Renyi"}
+    assert all("20 steps" in bound.assumptions for bound in record.bounds)
+    assert "informed adversary" in record.threat_model

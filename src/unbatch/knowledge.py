@@ -71,6 +71,7 @@ class Knowledge:
     mode: str  # "train" or "eval": batch norm and dropout during the client's step
     rounds: int  # in which the client sends an update of the same batch
     server_rate: float  # by which the server moves the model along each of them
+    sends_buffers: bool  # whether the client sends its buffers after its steps, too
     earlier: tuple[Earlier, ...]  # those of the rounds before this one that the server kept, first to last
     clients: int  # whose updates are summed, under secure aggregation
     clip: float  # l2 norm that the whole update is shortened to before its noise
@@ -243,6 +244,8 @@ def _hold(name: str, value: Any) -> None:
         wanted, good = "a number from 0 on", _is_number(value, inf=True) and value >= 0
     elif name == "learning_rate":
         wanted, good = "a finite number", _is_number(value)
+    elif name == "sends_buffers":
+        wanted, good = "true or false", isinstance(value, bool)
     elif name in _TEXTS:
         wanted, good = "a text", isinstance(value, str)
     elif name == "input_shape":

@@ -55,6 +55,10 @@ class Protocol(Options):
         float | None, Field(ge=0, allow_inf_nan=False, description="of the server between rounds; none is 0")
     ] = None
 
+    sends_buffers: Annotated[
+        bool | None, Field(description="the client sends its buffers after its steps, too: batch norm's averages")
+    ] = None
+
     @model_validator(mode="after")
     def _one_count_of_steps(self) -> Self:
         if self.local_steps and self.epochs:
@@ -89,6 +93,7 @@ class Protocol(Options):
         again = f"; the same batch in {self.rounds} rounds" if (self.rounds or 1) > 1 else ""
         if again:
             again += f", server rate {self.server_rate:g}" if self.server_rate else " at the same parameters"
+        again += "; batch norm's running averages are sent as well" if self.sends_buffers else ""
         if not (self.local_steps or self.epochs):
             return f"one gradient, model in {self.mode} mode{again}"
         count, what = (self.epochs, "local epoch") if self.epochs else (self.local_steps, "local step")

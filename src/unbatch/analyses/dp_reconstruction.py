@@ -38,7 +38,8 @@ class DpReconstruction(Analysis):
       releases with one example and with another.
 
     Each is told twice: of this update, or these of several rounds, whose examples are in it for sure (q = 1, its own
-    steps), and of the whole training, where nobody knows which steps drew the example. All hold even where all other
+    steps), and of the whole training, where nobody knows which steps drew the example. Of a released model there is the
+    latter alone. All hold even where all other
     examples are known, and assume that the client does what `privacy` says.
     """
 
@@ -46,6 +47,8 @@ class DpReconstruction(Analysis):
         "Bun and Steinke, TCC 2016; Guo, Karrer, Chaudhuri and van der Maaten, ICML 2022; Hayes, Mahloujifar and Balle, "
         "NeurIPS 2023"
     )
+
+    sees: ClassVar[frozenset[str]] = frozenset({"update", "release"})
 
     candidates: Annotated[
         int, Field(ge=2, description="examples, one of them private, among which success is told")
@@ -69,8 +72,9 @@ class DpReconstruction(Analysis):
         sampled = f", each step's examples a secret Poisson sample at rate {q:g}" if q < 1 else ""
         always = f"the whole training of {steps} steps as declared{sampled}; {told}"
         robustness = Robustness(z, q, steps, rng)
+        one_round = [] if obs.released else [(information(z, 1.0, own), Robustness(z, 1.0, own))]
         bounds = [
-            *self._sure(known, information(z, 1.0, own), Robustness(z, 1.0, own), once, ", this update"),
+            *(bound for each in one_round for bound in self._sure(known, *each, once, ", this update")),
             *(
                 bound.model_copy(update={"covers": "training"})
                 for bound in self._sure(known, information(z, q, steps), robustness, always, "")

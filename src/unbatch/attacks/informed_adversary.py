@@ -13,6 +13,7 @@ from torch import Tensor
 from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
 from unbatch.inversion.reconstructor import learned
+from unbatch.inversion.retraining import retrained
 from unbatch.inversion.stationarity import ROUNDINGS, Remainder, own_gradient, remainder
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS
@@ -34,12 +35,14 @@ class InformedAdversary(Attack):
     its inputs enter such a layer. The label is the one with which the example's whole gradient is g. What is left of g
     bounds the error: |E| (1 + |x|) / |r|, E the layer's remainder beside r (x, 1)^T and its rounding.
 
-    With `shadows` a network is asked where the closed form does not hold, which is a guess and claims nothing: it learns
-    the example from the weights of that many models, each trained by the same recipe from the same start on the known
-    examples and one of the public ones (the paper's reconstructor). They are kept in the folder `keep`, and a run goes on
-    from there.
+    A training that stopped early leaves a gradient that is no example's, which the second singular value shows. Where
+    it was steps of SGD from a start that is known, `again` trains again with a guess in the example's place, and solves
+    for the one with which training ends at the released parameters: least squares through every step, with each label.
+    The bound is what is left, and rounding, over the least singular value of the derivative of training's end.
 
-    A training that stopped early leaves a gradient that is no example's, which the second singular value shows.
+    With `shadows` a network is asked where neither holds, which is a guess and claims nothing: it learns the example from
+    the weights of that many models, each trained by the same recipe from the same start on the known examples and one of
+    the public ones (the paper's reconstructor). They are kept in the folder `keep`, and a run goes on from there.
 
     >>> import unbatch
     >>> spec = "trained:known=9,threat=informed,task=classes,depth=0,start=1,weight_decay=0.1"
@@ -55,13 +58,16 @@ class InformedAdversary(Attack):
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     paper: ClassVar[str] = "Balle, Cherubin and Hayes, Reconstructing Training Data with Informed Adversaries, S&P 2022"
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "known_inputs", "known_labels", "recipe"})
-    uses: ClassVar[frozenset[str]] = frozenset({"batch_size", "initial", "public", "public_labels"}) | DOMAIN_FIELDS
+    uses: ClassVar[frozenset[str]] = (
+        frozenset({"batch_size", "initial", "public", "public_labels", "privacy"}) | DOMAIN_FIELDS
+    )
     demo: ClassVar[Demo] = Demo(
         case="trained:known=9,threat=informed,task=classes,depth=0,start=1,weight_decay=0.1", floors={"psnr": 200.0}
     )
-    cost: ClassVar[Cost] = Cost.READS
+    cost: ClassVar[Cost] = Cost.SOLVES
     threat_model: ClassVar[str] = ThreatModel.INFORMED
 
+    again: Annotated[bool, Field(description="train again with a guess where the closed form does not hold")] = True
     shadows: Annotated[int, Field(ge=0, description="models that a network learns from; 0: the closed form alone")] = 0
     hidden: Annotated[int, Field(gt=0, description="units of each of the network's two layers")] = 1000
     epochs: Annotated[int, Field(gt=0, description="of the network's training")] = 200
@@ -70,11 +76,18 @@ class InformedAdversary(Attack):
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         try:
             return self._closed(view)
-        except NotApplicable as why:
-            if not self.shadows:
-                raise
-            found = learned(view, rng, self.shadows, self.hidden, self.epochs, Path(self.keep) if self.keep else None)
-            return replace(found, trace={**found.trace, "closed form": str(why)})
+        except NotApplicable as error:
+            why = str(error)
+        if self.again and "initial" in view.knowledge:
+            try:
+                found = retrained(view, rng)
+                return replace(found, trace={**found.trace, "closed form": why})
+            except NotApplicable as error:
+                why = f"{why} {str(error)[:1].upper()}{str(error)[1:]}"
+        if not self.shadows:
+            raise NotApplicable(why)
+        found = learned(view, rng, self.shadows, self.hidden, self.epochs, Path(self.keep) if self.keep else None)
+        return replace(found, trace={**found.trace, "closed form": why})
 
     def _closed(self, view: View) -> Reconstruction:
         """The example by the closed form. Raises NotApplicable: it does not hold."""

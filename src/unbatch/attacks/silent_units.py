@@ -25,6 +25,10 @@ NOT_SILENT = (
     "no units are silent on single examples in a way that shows, for as many as were trained on, and it takes all of them. "
     "So it is where units are not rectified, where nearly all fire on every example at some time, and where they are few."
 )
+ROUNDED = (
+    "the released weights are kept in {dtype}, whose rounding hides a change of exactly nothing: a unit that never fired "
+    "on an example is told by zeros of 1e-8 and less, which takes a release in float64."
+)
 AMBIGUOUS = "the units agree with {others} other answers as well as with the first, so that none is given."
 
 
@@ -41,7 +45,7 @@ class SilentUnits(Attack):
     All or nothing: two combinations that are missing leave every input open. A mixture of examples that vanishes where all
     of them are silent is told by not being alone in that, and dropped. An answer is given if 94 of 100 units moved exactly
     where they fire on it at one end of training (`agreeing` in the trace), and no other set of combinations that was found
-    agrees as well. What is not proven is that entries elsewhere are in general position, so nothing is claimed.
+    agrees as well. It takes float64. What is not proven is that entries elsewhere are in general position: no claims.
 
     >>> import unbatch
     >>> spec = "trained:batch=4,width=200,steps=60,start=1,method=sgd,threat=start,centred=true"
@@ -68,6 +72,8 @@ class SilentUnits(Attack):
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         span = trained_span(view)
+        if torch.finfo(kind := next(view.model.parameters()).dtype).eps > SILENT:
+            raise NotApplicable(ROUNDED.format(dtype=str(kind).removeprefix("torch.")))
         n = len(span.rows)
         if n > int(view.knowledge.get("batch_size", n)):
             raise NotApplicable(WHY_FULL)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from unbatch.auditing.misstep import misstep
 from unbatch.case import Setting
-from unbatch.defence import Defence, Round, Stack, Step
+from unbatch.defence import Defence, Round, Stack, Step, plain_update
 from unbatch.errors import UnbatchError
 from unbatch.knowledge import Earlier, Knowledge
 from unbatch.loss import Loss
 from unbatch.network.dense import forward
 from unbatch.observation import Observation
 from unbatch.plugin import OneOrMore
-from unbatch.protocol import Protocol, Update
+from unbatch.protocol import Protocol, Update, buffers_after
 from unbatch.training import Training, margins, trained
 from unbatch.truth import Truth
 
@@ -42,6 +42,7 @@ def observe(
     With a `training` there are no rounds: the client trains to the end on the private batch, and on the examples that the
     attacker knows (`known_inputs`), and the model that comes out is released.
 
+    Where the protocol `sends_buffers`, what is told holds those after the step as well (batch norm's running averages).
     `knowledge` comes on top of what the round itself makes public: input_shape, batch_size, the protocol's numbers and
     what each defence publishes, its likelihood among it. Defences are applied in order, the first one outermost.
     `replant` is a server that chooses the model of the next round from what it has seen so far, or ends with None.
@@ -64,14 +65,21 @@ def observe(
     if training is not None:
         return _released(model, loss, inputs, labels, training, knowledge or Knowledge(), stack, seed)
     bare, step = published(x, protocol), stack.step
+    if protocol.sends_buffers and "privacy" in stack.public(bare):
+        raise UnbatchError(
+            "private training goes example by example and has no batch statistics; leave sends_buffers or the defence out."
+        )
     rng, earlier = torch.Generator().manual_seed(seed), list[Earlier]()
     while True:
         before = copy.deepcopy(model)
-        update = _stepped(step, Round(model=model, loss=loss, inputs=inputs, labels=labels, protocol=protocol, rng=rng))
+        turns = list[Round]()
+        turn = Round(model=model, loss=loss, inputs=inputs, labels=labels, protocol=protocol, rng=rng)
+        update = _stepped(step, replace(turn, train=_kept(turns)) if protocol.sends_buffers else turn)
         seen = {name: tensor.detach().clone() for name, tensor in update.items()}
         public = stack.told(bare, seen)
         past = Knowledge(earlier=tuple(earlier)) if earlier else Knowledge()
-        told = public | past | (knowledge or Knowledge())
+        sent = _buffers(turns) if protocol.sends_buffers else Knowledge()
+        told = public | past | sent | (knowledge or Knowledge())
         observation = Observation(model=before, loss=stack.loss(loss), update=seen, knowledge=told)
         if len(earlier) + 1 >= (protocol.rounds or 1):
             break
@@ -81,6 +89,30 @@ def observe(
         earlier.append(Earlier(state=before.state_dict(), update=seen))
         model = following
     return observation, Truth(inputs=inputs.detach().clone(), labels=labels.clone())
+
+
+def _kept(turns: list[Round]) -> Callable[[Round], Update]:
+    """Plain training that puts down what it trained on."""
+
+    def train(turn: Round) -> Update:
+        turns.append(turn)
+        return plain_update(turn)
+
+    return train
+
+
+def _buffers(turns: list[Round]) -> Knowledge:
+    """The buffers after the one training behind an update. Raises UnbatchError: there is none, or there are several."""
+    if len(turns) != 1:
+        raise UnbatchError(
+            f"the protocol sends buffers, and {len(turns)} trainings stand behind the update; leave sends_buffers or the "
+            "defence out."
+        )
+    (turn,) = turns
+    sent = buffers_after(turn.model, turn.loss, turn.inputs, turn.labels, turn.protocol)
+    if not sent:
+        raise UnbatchError("the protocol sends buffers, and the model has none; leave sends_buffers out.")
+    return Knowledge(buffers=sent)
 
 
 OF_A_RELEASE = ("input_shape", "batch_size", "domain", "privacy", "altered", "mixup", "clients")  # that still holds

@@ -208,8 +208,8 @@ def harden(
     `target` is a case, or a Setting whose inputs are all the data there is; an update is of `batch` examples (a case's
     own). `seconds` is for the whole: attacks get half of it in even shares, and when it is spent the search ends with what
     it has. `sink` is called after each setting. Bounds are those with scope `any` that `analyses` give.
-    Raises UnbatchError: a number that makes no sense, labels are no classes, too little data, no family, attack or analysis
-    of that name.
+    Raises UnbatchError: a number that makes no sense, a model that is released instead of updates being sent, labels that
+    are no classes, too little data, no family, attack or analysis of that name.
     """
     if not (math.isfinite(psnr) and math.isfinite(seconds) and seconds >= 0 and batch >= 1 and rounds >= 1):
         raise UnbatchError(
@@ -217,6 +217,11 @@ def harden(
             "numbers, and at least 1 example and 1 round."
         )
     scene = scene_of(target, batch, rounds, seed)
+    if scene.setting.training is not None:
+        raise UnbatchError(
+            "this client sends no updates: its trained model is released, and what hardens updates hardens nothing of it. "
+            "Private training does (`unbatch audit CASE,method=sgd,steps=N --defence dp-sgd:steps=N`), which has bounds."
+        )
     chosen = [f for f in families(scene) if not only or f.name.partition(",")[0] in only]
     known = sorted({f.name.partition(",")[0] for f in families(scene)})
     if wrong := sorted(set(only) - set(known)):

@@ -7,7 +7,9 @@ differentially private descent at each noise multiplier, the same adversary's er
 `dp-reconstruction`. *span*: members against ten times as many strangers by the distance from the span of the first layer's
 change. *change of weights*: the examples of a linearised training out of theta_T - theta_0, by their normalised
 correlation with the nearest answer; *silent units*: the same of a training of the network itself. *reconstructor*: the
-published network trained on shadow models, in miniature.
+published network trained on shadow models, in miniature; *trained again*: the same client's example by least squares on
+where training ends. *batch statistics*: the terms of batch-norm-inversion one by
+one, and inverting-gradients for as long.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from unbatch.attack import Attack
 from unbatch.auditing.client import observe
-from unbatch.benchmarks import clock, resumed
+from unbatch.benchmarks import clock, resumed, sent_statistics
 from unbatch.case import Case
 from unbatch.errors import NotApplicable
 from unbatch.inversion.trained_span import trained_span
@@ -39,7 +41,8 @@ from unbatch.truth import Truth
 
 Row = dict[str, Any]
 EXACT_ERROR = 1e-10
-MULTIPLIERS = (0.01, 0.1, 1.0, 10.0)  # of the noise, in units of the clipping norm
+MULTIPLIERS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the noise, in units of the clipping norm
+DELTA = 1e-5  # of the epsilon beside them
 DRAWS = 20
 CLIP = 1.0
 
@@ -61,10 +64,13 @@ class WeightsProblem:
 
 GLM = "threat=informed,depth=0,start=1,weight_decay=0.01"
 BALLE = "exact for every generalised linear model (Balle et al., S&P 2022)"
+RECONN = "a network that 10,000 shadow models teach: loss .0583 on MNIST (released code of Balle et al.)"
+STOPPED = "threat=informed,task=classes,width=10,activation=elu,biases=all,start=1,method=sgd,steps=100,momentum=0.9"
 LAZY = "threat=start,task=regression,method=linearised,depth=2,start=1,steps=2000,centred=true"
 LOO = "a curve of errors by search over pixels; linearised training makes the equations exact (Loo et al., ICLR 2024)"
 SILENT = "threat=start,method=sgd,start=1,steps=200,centred=true"
 LOO_TRAINED = "outliers best, a search over pixels (Loo et al., ICLR 2024)"
+HATAMIZADEH = "pictures and curves alone, no table; one image a batch leaks clearly (Hatamizadeh et al., IEEE TMI 2023)"
 SPANS = "threat=start,outsiders=100,width=200,steps=500"
 WEIGHT_PROBLEMS: tuple[WeightsProblem, ...] = (
     WeightsProblem(
@@ -103,6 +109,20 @@ WEIGHT_PROBLEMS: tuple[WeightsProblem, ...] = (
         ),
         published="loss .0583 on MNIST with 10,000 shadow models of 784-10-10 (released code of Balle et al.)",
         options={"shadows": 1000, "hidden": 300, "epochs": 60},
+    ),
+    WeightsProblem(
+        system="trained again",
+        name="digits, 64-10-10 ELU, 100 known, 100 steps of SGD",
+        case=f"trained:{STOPPED},known=100",
+        published=RECONN,
+        options={"tries": 3},
+    ),
+    WeightsProblem(
+        system="trained again",
+        name="MNIST, 784-10-10 ELU, 49 known, 100 steps of SGD",
+        case=f"trained:{STOPPED},known=49,data=mnist",
+        published=RECONN,
+        options={"tries": 1},
     ),
     WeightsProblem(system="span", name="digits, 10 trained on, margin", case=f"trained:batch=10,{SPANS}"),
     WeightsProblem(
@@ -148,6 +168,15 @@ WEIGHT_PROBLEMS: tuple[WeightsProblem, ...] = (
     WeightsProblem(
         system="span", name="CIFAR-10, 10 trained on, SGD", case=f"trained:batch=10,{SPANS},data=cifar10,method=sgd"
     ),
+    *(
+        WeightsProblem(
+            system="batch statistics",
+            name=f"CIFAR-10, small ResNet, {n} in the batch, {seconds:g} s each",
+            published=HATAMIZADEH,
+            options={"batch": n, "seconds": seconds, "width": 8},
+        )
+        for n, seconds in ((1, 25.0), (2, 12.0), (4, 12.0), (8, 12.0))
+    ),
 )
 
 
@@ -164,10 +193,38 @@ def run(
     `data` is a folder with mnist_test500.npz and cifar10_test600.npz; without it the rows of MNIST and CIFAR-10 are left
     out. `seconds` is not used: everything ends by itself. `wanted` says by name which problems.
     """
-    todo = [p for p in WEIGHT_PROBLEMS if wanted(p.name) and (data is not None or "data=" not in p.case)]
+    todo = [p for p in WEIGHT_PROBLEMS if wanted(p.name) and (data is not None or not _reads_files(p))]
     how: dict[str, Any] = {"seed": seed, "device": device, "data": data is not None}
     measure = partial(_measured_weights, data=data, seed=seed)
-    return resumed("weights", todo, measure, out, whole=len(todo) == len(WEIGHT_PROBLEMS), **how)
+    rows = resumed("weights", todo, measure, out, whole=len(todo) == len(WEIGHT_PROBLEMS), **how)
+    curves = [row["curve"] for row in rows if row["system"] == "noise"]
+    if out is not None and curves:
+        plot_noise(curves[0], out / "weights-noise.png")
+    return rows
+
+
+def plot_noise(curve: list[dict[str, float]], path: Path) -> None:
+    """The informed adversary's error and the bound for every attacker against the noise; nothing without matplotlib.
+
+    `curve` has at each noise multiplier the error, the bound, the epsilon and the error of the mean picture.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    noise = [point["noise multiplier"] for point in curve]
+    axes.plot(noise, [point["error"] for point in curve], "o-", label="informed adversary")
+    axes.plot(noise, [point["mean picture"] for point in curve], "--", label="mean of the known pictures")
+    axes.plot(noise, [point["bound"] for point in curve], "s-", label="no attacker is below")
+    axes.set(xscale="log", xlabel="noise multiplier", ylabel="root mean square error of a pixel")
+    above = axes.secondary_xaxis("top")
+    above.set_xticks(noise, [f"{point['epsilon']:.2g}" for point in curve], minor=False)
+    above.tick_params(labelsize="small")
+    above.set_xlabel(f"epsilon at delta {DELTA:g}")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def table(rows: list[Row]) -> Table:
@@ -178,6 +235,10 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         shown.add_row(row["system"], row["network"], row["words"], row["published"], f"{row['seconds']:.0f}")
     return shown
+
+
+def _reads_files(problem: WeightsProblem) -> bool:
+    return "data=" in problem.case or problem.system == "batch statistics"
 
 
 def _measured_weights(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
@@ -230,6 +291,7 @@ def _noise(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
     own = torch.cat([weight, bias[:, None]], 1)
     own = own * min(1.0, CLIP / float(own.norm()))
     rng, prior = torch.Generator().manual_seed(seed), GaussianPrior(tuple(true.shape[1:]))
+    mean = float((client.knowledge.known_inputs.mean(0) - true).square().mean().sqrt())
     curve = []
     for z in MULTIPLIERS:
         squares = list[float]()
@@ -238,9 +300,13 @@ def _noise(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
             guess = _guess(noisy).view_as(true)
             squares.append(float((guess - true).square().mean()))
         bound = math.sqrt(distortion(prior.variances, information(z, 1.0, 1)) / prior.d)
-        curve.append({"noise multiplier": z, "error": math.sqrt(statistics.mean(squares)), "bound": bound})
+        rho = 1 / (2 * z**2)  # of zero-concentrated privacy, in one step that holds the example
+        epsilon = rho + 2 * math.sqrt(rho * math.log(1 / DELTA))
+        error = math.sqrt(statistics.mean(squares))
+        curve.append({"noise multiplier": z, "epsilon": epsilon, "error": error, "bound": bound, "mean picture": mean})
     below = sum(point["error"] < point["bound"] for point in curve)
     words = "; ".join(f"z={p['noise multiplier']:g}: {p['error']:.3f} (bound {p['bound']:.3f})" for p in curve)
+    words += f"; the mean of the known pictures: {mean:.3f}"
     return {"words": words, "curve": curve, "below the bound": below}
 
 
@@ -301,7 +367,7 @@ def _centred(flat: Tensor) -> Tensor:
 def _reconstructor(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
     """The error of the reconstructor's picture of the private example, and of held-out ones, beside the mean picture's."""
     seen, truth = _released(problem, data, seed)
-    options = {name: int(value) for name, value in problem.options.items()}
+    options = {"again": False} | {name: int(value) for name, value in problem.options.items()}
     found = Attack.find("informed-adversary").model_validate(options)(seen, seed=seed)
     if found.inputs is None:
         return {"words": "nothing was found"}
@@ -313,6 +379,13 @@ def _reconstructor(problem: WeightsProblem, data: Path | None, seed: int) -> Row
     return {"words": words, "held-out loss": told["held-out loss"], "chance loss": told["chance loss"]}
 
 
+def _batch_statistics(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
+    """What each term of batch-norm-inversion adds, beside inverting-gradients in the same seconds."""
+    asked = problem.options
+    found = sent_statistics.ablation(int(asked["batch"]), asked["seconds"], int(asked["width"]), data, seed)
+    return {"words": sent_statistics.ablation_words(found), "ways": found}
+
+
 MEASURES: dict[str, Callable[[WeightsProblem, Path | None, int], Row]] = {
     "linear model": _linear_models,
     "noise": _noise,
@@ -320,4 +393,6 @@ MEASURES: dict[str, Callable[[WeightsProblem, Path | None, int], Row]] = {
     "change of weights": _change_of_weights,
     "silent units": _change_of_weights,
     "reconstructor": _reconstructor,
+    "trained again": _linear_models,
+    "batch statistics": _batch_statistics,
 }

@@ -12,7 +12,7 @@ from unbatch.errors import UnbatchError
 from unbatch.knowledge import PROTOCOL_FIELDS, Knowledge
 from unbatch.protocol import Protocol, Update
 
-KEPT = ("weight_decay", "mode", "rounds", "server_rate")  # of the protocol
+KEPT = ("weight_decay", "mode", "rounds", "server_rate", "sends_buffers")  # of the protocol
 
 
 @final

@@ -24,6 +24,7 @@ from unbatch.reconstruction import Reconstruction
 CHUNK = 100  # shadow models that train at once
 HELD_OUT = 0.1  # of the public examples, by which the network is judged
 RATE, BATCH = 3e-4, 32  # of RMSprop, as published
+STILL = 32.0  # roundings of the largest weight, below which a weight's spread over shadow models is rounding alone
 
 
 def learned(
@@ -32,8 +33,9 @@ def learned(
     """The network's picture of the unknown example: a guess, which claims nothing.
 
     Each shadow model trains by the recipe, from the known start, on the known examples and one public one; the network maps
-    its parameters, standardised, to that example, by the sum of the mean absolute and the mean square error. A tenth of the
-    public examples is held out, and the trace has their loss beside that of the mean picture, which is chance.
+    its parameters, standardised, to that example, by the sum of the mean absolute and the mean square error. Parameters
+    that are the same in all shadow models are left out: standardised, their rounding would be as large as what others say.
+    A tenth of the public examples is held out; the trace has their loss beside the mean picture's, which is chance.
     Raises NotApplicable: the start, the recipe of a full-batch SGD, or public examples with labels are not known.
     """
     known = view.knowledge
@@ -47,17 +49,24 @@ def learned(
         raise NotApplicable(f"{len(order)} shadow models are too few to learn from; more public examples are needed.")
     inputs, labels = inputs[order], labels[order]
     weights = shadow_models(view, inputs, labels, keep)
-    spread = weights[held:].std(0).clamp_min(1e-12)
-    centre = weights[held:].mean(0)
+    spread, centre = weights[held:].std(0), weights[held:].mean(0)
+    moving = spread > STILL * torch.finfo(weights.dtype).eps * float(weights.abs().max())
+    if not bool(moving.any()):
+        raise NotApplicable("every shadow model has the same weights, so that they say nothing of the example.")
     own = torch.cat([p.detach().flatten() for p in view.model.parameters()]).to(weights)
-    features, target = (weights - centre) / spread, inputs.to(weights).flatten(1)
+    features, target = _standardised(weights, centre, spread, moving), inputs.to(weights).flatten(1)
     low, high = known.get("input_range", (0.0, 1.0))
     picture = _fitted(features[held:], target[held:], (low, high), hidden, epochs, rng)
     with torch.no_grad():
         loss = float(_loss(picture(features[:held]), target[:held]))
         chance = float(_loss(target[held:].mean(0).expand_as(target[:held]), target[:held]))
-        found = picture(((own - centre) / spread)[None]).view(1, *known.input_shape)
-    trace = {"shadows": len(order), "held-out loss": loss, "chance loss": chance}
+        found = picture(_standardised(own[None], centre, spread, moving)).view(1, *known.input_shape)
+    trace = {
+        "shadows": len(order),
+        "weights that differ": int(moving.sum()),
+        "held-out loss": loss,
+        "chance loss": chance,
+    }
     return Reconstruction(inputs=found, bound=torch.tensor([math.inf], dtype=torch.float64), trace=trace)
 
 
@@ -123,6 +132,12 @@ def _trained_together(view: View, inputs: Tensor, labels: Tensor) -> Tensor:
             "shadow models diverge by this recipe, though the released model is finite; look at the recipe."
         )
     return theta.detach()
+
+
+def _standardised(weights: Tensor, centre: Tensor, spread: Tensor, moving: Tensor) -> Tensor:
+    """Those weights [s, p] that differ between shadow models, at zero mean and unit variance."""
+    found: Tensor = ((weights - centre) / spread)[:, moving]
+    return found
 
 
 def _loss(found: Tensor, target: Tensor) -> Tensor:

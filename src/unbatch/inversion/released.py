@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from unbatch.errors import NotApplicable
+from unbatch.inversion.retraining import trained_with
 from unbatch.inversion.stationarity import ROUNDINGS, own_gradient, remainder
 from unbatch.inversion.trained_span import trained_span
 from unbatch.inversion.view import View
@@ -22,7 +25,8 @@ def claims_on_a_release(view: View, found: Reconstruction, sure: Tensor) -> tupl
 
     Candidates for membership are solved for anew as combinations of the rows of the change, by least squares. An example
     that an informed adversary claims must make the objective stationary again: what is left of its gradient must be
-    rounding, and a move by the bound must show beside that.
+    rounding, and a move by the bound must show beside that. Or the client's own training with it, run anew from the start,
+    must end at the released parameters.
 
     >>> import unbatch
     >>> spec = "trained:known=9,threat=informed,task=classes,depth=0,start=1,weight_decay=0.1"
@@ -40,7 +44,8 @@ def claims_on_a_release(view: View, found: Reconstruction, sure: Tensor) -> tupl
     if _among(view, found):
         return _members(view, found, sure)
     if told_from_others(view, found):
-        return _stationary(view, found, sure)
+        kept, words = _stationary(view, found, sure)
+        return (kept, words) if bool(kept.any()) else _trained_again(view, found, sure, words)
     return none, "nothing that was claimed of a released model can be computed again with what is known."
 
 
@@ -111,3 +116,31 @@ def _stationary(view: View, found: Reconstruction, sure: Tensor) -> tuple[Tensor
         )
     words = f"with the claimed example the objective is stationary again, to {relative:.1e} of that example's gradient."
     return sure, words
+
+
+def _trained_again(view: View, found: Reconstruction, sure: Tensor, why: str) -> tuple[Tensor, str]:
+    """Whether training with the claimed example ends at the released parameters; `why` is said where none can be run."""
+    if len(found) != 1 or found.inputs is None or found.labels is None or found.bound is None:
+        return torch.zeros_like(sure), why
+    try:
+        here = trained_with(view, found.inputs, found.labels)
+    except NotApplicable:
+        return torch.zeros_like(sure), why
+    rng = torch.Generator().manual_seed(0)
+    way = torch.randn(found.inputs.shape, generator=rng, dtype=torch.float64).to(found.inputs)
+    far = float(found.bound[0]) * found.inputs.double().norm()
+    beside = trained_with(view, found.inputs + (far * way / way.norm()).to(found.inputs), found.labels)
+    released = {name: p.detach() for name, p in view.model.named_parameters()}
+    gap, shown, travelled = _apart(here, released), _apart(here, beside), _apart(released, view.knowledge.initial)
+    eps = max(torch.finfo(p.dtype).eps for p in released.values())
+    rounding = ROUNDINGS * eps * float(torch.stack([p.double().square().sum() for p in released.values()]).sum().sqrt())
+    relative = gap / max(travelled, 1e-300)
+    if gap > max(rounding, min(shown, LARGEST_LEFT * travelled)):
+        words = f"trained again with the claimed example, the model ends {relative:.1e} of its way elsewhere."
+        return torch.zeros_like(sure), words
+    return sure, f"trained again with the claimed example, the model ends where it did, to {relative:.1e} of its way."
+
+
+def _apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    parts = [(one[name].double() - other[name].to(one[name]).double()).square().sum() for name in one]
+    return float(torch.stack(parts).sum().sqrt())

@@ -40,6 +40,7 @@ PROTOCOL = (
     "mode",
     "rounds",
     "server_rate",
+    "sends_buffers",
 )
 
 
