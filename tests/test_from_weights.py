@@ -203,3 +203,24 @@ def test_weights_that_never_move_do_not_drown_the_others() -> None:
     found = unbatch.attacks.InformedAdversary(again=False, shadows=200, hidden=64, epochs=20)(seen)
     assert found.trace["weights that differ"] < sum(p.numel() for p in seen.model.parameters())
     assert found.trace["held-out loss"] < 0.8 * found.trace["chance loss"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "attack", "who"),
+    [
+        (
+            "trained:known=3,threat=informed,depth=0,weight_decay=0.1,start=1",
+            "informed-adversary",
+            "all other training",
+        ),
+        (
+            "trained:batch=4,width=200,steps=60,start=1,method=sgd,threat=start,centred=true",
+            "silent-units",
+            "and the weights before training",
+        ),
+    ],
+)
+def test_the_verdict_says_who_could(spec: str, attack: str, who: str) -> None:
+    record = unbatch.audit(Case.parse(spec), attacks=[attack], analyses=())
+    assert record.recovered()
+    assert who in record.verdict()

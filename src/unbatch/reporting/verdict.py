@@ -93,7 +93,10 @@ def _has(audit: Audit, n: int) -> str:
         return (
             f"anyone who holds {them} sees by this {audit.seen} that {'it was' if n == 1 else 'they were'} trained on"
         )
-    return f"anyone who sees this {audit.seen} has {them}"
+    if "known_inputs" in audit.knowledge:
+        return f"anyone who holds this {audit.seen} and all other training examples has {them}"
+    more = " and the weights before training" if "initial" in audit.knowledge else ""
+    return f"anyone who sees this {audit.seen}{more} has {them}"
 
 
 def _recovered(audit: Audit) -> str:
