@@ -11,7 +11,7 @@ def test_every_row_is_of_an_attack_that_chooses_the_model() -> None:
     names = [problem.name for problem in malicious.PROBLEMS]
     assert len(set(names)) == len(names)
     assert all(isinstance(Attack.parse(problem.attack), ActiveAttack) for problem in malicious.PROBLEMS)
-    assert set(malicious.MEASURES) <= {problem.attack.partition(":")[0] for problem in malicious.PROBLEMS}
+    assert set(malicious.MEASURES) <= {problem.name.partition(",")[0] for problem in malicious.PROBLEMS}
 
 
 @pytest.mark.slow

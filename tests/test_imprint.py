@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -180,10 +181,20 @@ def test_slabs_are_cut_again_until_every_example_is_alone() -> None:
     found = made(obs)
     assert 2 < len(obs.exchanges) < 20  # more examples than units
     assert len(certified(found)) == 24
+    past = obs.knowledge.earlier[-1]
+    model = deepcopy(obs.model)
+    model.load_state_dict(dict(past.state))
+    before = replace(obs, model=model, update=past.update, knowledge=_without_last(obs.knowledge))
+    assert len(made(before)) < 24  # no round was played after the one that gave the last example
     assert bool((errors(found, truth) <= found.bound).all())
     rows = [past.state["dense1.weight"] for past in obs.knowledge.earlier]
     assert all(torch.equal(row, rows[0]) for row in rows)
     assert len({tuple(past.state["dense1.bias"].tolist()) for past in obs.knowledge.earlier}) == len(rows)
+
+
+def _without_last(known: Knowledge) -> Knowledge:
+    """What is known a round before."""
+    return known.without("earlier") | Knowledge(earlier=known.earlier[:-1])
 
 
 def test_each_client_of_a_sum_is_read_by_itself() -> None:
@@ -199,6 +210,61 @@ def test_each_client_of_a_sum_is_read_by_itself() -> None:
     assert (near // 4).tolist() == owners  # and it is told whose they are
     wrong = replace(found, trace={**found.trace, "owners": [(o + 1) % 5 for o in found.trace["owners"]]})
     assert not bool(unbatch.certify(obs, wrong).bound.isfinite().any())
+
+
+TRAINING = {
+    "steps on all examples": Protocol(local_steps=3, learning_rate=0.1),
+    "one epoch": Protocol(epochs=1, local_batch_size=2, learning_rate=0.05),
+    "three epochs": Protocol(epochs=3, local_batch_size=2, learning_rate=0.05),
+}
+
+
+def trained(protocol: Protocol, loss: unbatch.loss.Loss = F.cross_entropy) -> Setting:
+    return replace(client(20, (1, 8, 8), "lenet"), protocol=protocol, loss=loss)
+
+
+@pytest.mark.parametrize("how", TRAINING)
+def test_each_client_of_a_sum_is_read_out_of_local_training(how: str) -> None:
+    made = attack("units=60", "loki")
+    obs, truth = seen(made, trained(TRAINING[how]), "secure-aggregation:clients=5", input_range=(0.0, 1.0))
+    found = made(obs)
+    sure = certified(found)
+    assert len(sure) >= 18
+    assert float(errors(found, truth).max()) < 1e-4
+    summed = trained(TRAINING[how], unbatch.loss.loss_named("cross-entropy", "sum"))
+    obs, truth = seen(made, summed, "secure-aggregation:clients=5", input_range=(0.0, 1.0))
+    assert float(errors(made(obs), truth).max()) < 1e-4
+
+
+def test_local_training_that_weighs_examples_otherwise_is_refused() -> None:
+    made = attack("units=60", "loki")
+    for protocol, words in (
+        (Protocol(local_steps=3, local_batch_size=3), "some more often than others"),
+        (Protocol(epochs=2, momentum=0.9), "under plain SGD"),
+        (Protocol(local_steps=2, optimiser="adam"), "under plain SGD"),
+        (Protocol(local_steps=2, learning_rate=1e9), "may move the planted block"),
+    ):
+        with pytest.raises(NotApplicable, match=words):
+            made(seen(made, trained(protocol), input_range=(0.0, 1.0))[0])
+    obs, _ = seen(made, trained(TRAINING["one epoch"]), "secure-aggregation:clients=5", input_range=(0.0, 1.0))
+    with pytest.raises(NotApplicable, match="no sum that 'bins' sent is of one example"):
+        made(replace(obs, knowledge=obs.knowledge | Knowledge(learning_rate=0.07)))  # each weighs nothing that is known
+
+
+def test_no_example_is_claimed_of_training_that_was_sent_at_two_rates() -> None:
+    made = attack("units=60", "loki")
+    obs, _ = seen(made, trained(TRAINING["three epochs"]), "secure-aggregation:clients=5", input_range=(0.0, 1.0))
+    ways = SLOPPY | {"each tensor clipped": lambda name, u: u / 2}  # what is sent is shorter than that clip
+    for way, change in ways.items():
+        with contextlib.suppress(NotApplicable):
+            found = made(replace(obs, update={k: change(k, u) for k, u in obs.update.items()}))
+            assert not len(certified(found)), way
+
+
+def test_a_client_that_looks_finds_the_block_that_does_not_move() -> None:
+    obs, _ = seen(attack("units=60", "loki"), trained(TRAINING["one epoch"]), input_range=(0.0, 1.0))
+    setting = client(40, (1, 8, 8), "lenet")
+    assert unbatch.inspect(obs.model, data=(setting.inputs, setting.labels)).planted
 
 
 def test_kernels_pass_pictures_on_through_strides() -> None:

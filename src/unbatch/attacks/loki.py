@@ -14,6 +14,7 @@ from unbatch.inversion.planted.front import put_in_front
 from unbatch.inversion.planted.quiet import shape_known
 from unbatch.inversion.planted.reading import planted_layer, read_sums
 from unbatch.inversion.planted.slabs import bins_for
+from unbatch.inversion.planted.still import as_one_pass
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS, PROTOCOL_FIELDS, Knowledge
 from unbatch.reconstruction import Reconstruction
@@ -29,6 +30,11 @@ class Loki(ActiveAttack):
 
     It changes the architecture. Published as a convolution with a kernel set for each client before a shared dense layer;
     units of each client's own are the same block without the zeros.
+
+    Where clients take local steps (FedAvg), the planted numbers are constants, and parameters that are 0 stand beside them.
+    Training moves these by less than the block can show, so that all steps add up to one gradient, whose digits are kept.
+    Published with hard-tanh units that fire for one bin each; relu units serve as long as nothing moves. It needs plain
+    SGD whose steps take each example equally often, in batches of one size, at a known rate.
 
     Bound: as in `imprint`, for the examples of one client.
 
@@ -74,8 +80,10 @@ class Loki(ActiveAttack):
         shape, clients = shape_known(known), int(known.get("clients", 1))
         each = self.units or 4 * math.ceil(known.get("batch_size", 1) / clients)
         W, at = bins_for(known, each, math.prod(shape), rng, self.directions)
-        return put_in_front(model, shape, W.repeat(clients, 1), -at.repeat(clients), clients)
+        still = bool(known.get("local_steps") or known.get("epochs"))
+        return put_in_front(model, shape, W.repeat(clients, 1), -at.repeat(clients), clients, still=still)
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         view.refuse_tokens()
-        return read_sums(view, planted_layer(view))
+        view, passes = as_one_pass(view)
+        return read_sums(view, planted_layer(view), passes)

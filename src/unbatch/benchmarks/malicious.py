@@ -82,6 +82,9 @@ PROBLEMS: tuple[MaliciousProblem, ...] = (
         rounds=20,
     ),
     MaliciousProblem("loki, 100 clients of 8", "loki", 800, "76-86 % (LOKI)", "86 %", model="lenet", clients=100),
+    MaliciousProblem(
+        "loki FedAvg, 100 clients of 8, two epochs", "loki", 800, "76-86 % (LOKI)", "86 %", model="lenet", clients=100
+    ),
     MaliciousProblem("trap-weights, 1,000 rows", "trap-weights", 100, "about 50 of 100", "50 of 100"),
     MaliciousProblem("latch, 256 traps, two epochs", "latch:share=0.01", 256, "", "", width=256),
     MaliciousProblem("decepticon, one sentence", "decepticon", 1, "91.0 % of tokens", "91 % of tokens", data="text"),
@@ -98,6 +101,7 @@ PROBLEMS: tuple[MaliciousProblem, ...] = (
     ),
 )
 LOCAL_BATCH, RATE, EPOCHS = 16, 0.05, 2  # of the training that latch waits through
+CLIENTS_BATCH = 4  # of each step of a client whose epochs loki reads
 TEXT_WIDTH, TEXT_DEPTH = 256, 2
 ADAPTER = 1000  # units beside a frozen layer
 
@@ -170,6 +174,13 @@ def _trained_through(problem: MaliciousProblem, data: Path | None, seed: int, de
     return _played(problem, replace(setting, protocol=training), public, seed, seconds)[0]
 
 
+def _summed_training(problem: MaliciousProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
+    """Epochs of every client of a sum."""
+    setting, public = _setting(problem, data, seed, device)
+    training = Protocol(epochs=EPOCHS, local_batch_size=CLIENTS_BATCH, learning_rate=RATE)
+    return _played(problem, replace(setting, protocol=training), public, seed, seconds)[0]
+
+
 def _beside_frozen(problem: MaliciousProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
     """Adapters and the head of a network that is frozen otherwise."""
     setting, public = _setting(problem, data, seed, device)
@@ -215,6 +226,7 @@ def _beside_one_alone(problem: MaliciousProblem, data: Path | None, seed: int, d
 MEASURES: dict[str, Callable[[MaliciousProblem, Path | None, int, str, float], Row]] = {  # attacks counted otherwise
     "adapter-imprint": _beside_frozen,
     "latch": _trained_through,
+    "loki FedAvg": _summed_training,
     "decepticon": _sentences,
     "fishing": _beside_one_alone,
 }

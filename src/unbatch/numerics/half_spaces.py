@@ -56,6 +56,13 @@ class Sums:
         own = torch.arange(len(self.group)) == q
         return (inside & ~apart) | own, open_ & ~apart
 
+    def only(self, chosen: Tensor) -> Sums:
+        """The sums over the chosen sets [q] alone."""
+        kept = (
+            getattr(self, name)[chosen] for name in ("values", "error", "directions", "thresholds", "group", "owner")
+        )
+        return Sums(*kept)
+
 
 @dataclass(frozen=True)
 class Peeled:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.planted.balance import refuse_unbalanced
+from unbatch.inversion.planted.still import as_one_pass
 from unbatch.inversion.planted.sums import sums
 from unbatch.inversion.view import View
 from unbatch.network.dense import Dense, layer_inputs
@@ -26,7 +27,8 @@ def alone_in_sums(view: View, layer: Dense, found: Reconstruction, sure: Tensor,
     """
     if found.inputs is None:
         raise NotApplicable("there are no inputs.")
-    told, held = sums(view, layer)
+    view, passes = as_one_pass(view)
+    told, held = sums(view, layer, passes)
     kind = next(view.model.parameters()).dtype
     received = found.inputs.flatten(1)
     if not found.layer:
@@ -52,7 +54,10 @@ def alone_in_sums(view: View, layer: Dense, found: Reconstruction, sure: Tensor,
     while moved:
         moved = False
         for i in sorted(waiting):
-            mine = (inside[i] | open_[i]) & ~open_[stands & ~apart[i]].any(0)  # nothing that may be in it is the same
+            within = (
+                inside[i] & ~open_[i] if passes > 1 else inside[i] | open_[i]
+            )  # parts of several lie at a threshold
+            mine = within & ~open_[stands & ~apart[i]].any(0)  # nothing that may be in it is the same
             at = _alone_in(mine.nonzero().flatten().tolist(), values, error, z[i], float(far[i]), told.values, n)
             if at is None:
                 continue

@@ -14,12 +14,13 @@ from unbatch.progress import tick
 from unbatch.reconstruction import Reconstruction
 
 
-def read_sums(view: View, layer: Dense) -> Reconstruction:
+def read_sums(view: View, layer: Dense, passes: int = 1) -> Reconstruction:
     """The examples that come out of the planted layer's sums one after the other, each proven to be alone in one.
 
+    `passes` is how often local steps took each example.
     Raises NotApplicable: the network above is not quiet, the update was changed on its way, or no sum is of one example.
     """
-    told, held = sums(view, layer)
+    told, held = sums(view, layer, passes)
     n = int(view.knowledge.batch_size)
     found = peel(held, told.values, n, lambda k: tick(k / n))
     if not len(found.x):
@@ -35,10 +36,15 @@ def read_sums(view: View, layer: Dense) -> Reconstruction:
 def open_slabs(view: View, layer: Dense) -> Tensor:
     """From where to where [s, 2] along the one direction of the planted rows examples lie that no sum gives away yet.
 
-    Disjoint, the narrowest first. Raises NotApplicable: as `read_sums`.
+    Disjoint, the narrowest first; none once the whole batch is read, whatever rounding leaves in the sums.
+    Raises NotApplicable: as `read_sums`.
     """
     told, held = sums(view, layer)
-    left = held.thresholds[peel(held, told.values, int(view.knowledge.batch_size)).left]
+    n = int(view.knowledge.batch_size)
+    found = peel(held, told.values, n)
+    if len(found.x) == n:
+        return held.thresholds[:0]
+    left = held.thresholds[found.left]
     chosen = list[Tensor]()
     for slab in left[(left[:, 1] - left[:, 0]).argsort()]:
         if all(bool((slab[1] <= other[0]) | (slab[0] >= other[1])) for other in chosen):

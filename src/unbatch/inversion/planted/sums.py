@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.above_layer import Tail
+from unbatch.inversion.planted.still import whole_sets
 from unbatch.inversion.view import View
 from unbatch.network.dense import Dense
 from unbatch.network.per_client import for_client
@@ -86,13 +87,14 @@ def refuse_changed(view: View) -> None:
         raise NotApplicable("the client took several local steps, in which the planted layer moved.")
 
 
-def sums(view: View, layer: Dense) -> tuple[Weights, Sums]:
+def sums(view: View, layer: Dense, passes: int = 1) -> tuple[Weights, Sums]:
     """The sums that a layer's gradients hold, of all rounds; and what an example weighs in them.
 
     Over the half space of each unit, or the slab to the next parallel one: units whose weights are the same, bit by bit,
     are parallel. Where each client of a sum received a model of its own, a unit is of the client for whom it was left as
     it is.
-    An entry's rounding is taken as that of n products added up.
+    An entry's rounding is taken as that of n products added up, in each of the `passes` that local steps made over the
+    examples; of several, sets in which an example may be for a part of them are left out.
     Raises NotApplicable: the network above is not quiet, or something changed the update.
     """
     found, told = list[Sums](), list[Weights]()
@@ -101,11 +103,11 @@ def sums(view: View, layer: Dense) -> tuple[Weights, Sums]:
         refuse_changed(here)
         told.append(weights(here, layer))
         for owner, units in enumerate(_units(here, layer)):
-            found.append(_of_units(here, layer, told[-1], units, owner))
+            found.append(_of_units(here, layer, told[-1], units, owner, passes))
     if any(len(one.values) != len(told[0].values) or not torch.allclose(one.values, told[0].values) for one in told):
         raise NotApplicable("an example weighs otherwise from round to round.")
     offsets = torch.tensor([0, *(int(one.group.max()) + 1 for one in found[:-1])]).cumsum(0).tolist()
-    return told[0], Sums(
+    held = Sums(
         torch.cat([one.values for one in found]),
         torch.cat([one.error for one in found]),
         torch.cat([one.directions for one in found]),
@@ -113,6 +115,10 @@ def sums(view: View, layer: Dense) -> tuple[Weights, Sums]:
         torch.cat([one.group + offset for one, offset in zip(found, offsets, strict=True)]),
         torch.cat([one.owner for one in found]),
     )
+    if passes == 1:
+        return told[0], held
+    share = int(view.knowledge.batch_size) // int(view.knowledge.get("clients", 1))
+    return told[0], held.only(whole_sets(held, told[0].values, passes, share))
 
 
 def _units(view: View, layer: Dense) -> list[Tensor]:
@@ -133,7 +139,7 @@ def _units(view: View, layer: Dense) -> list[Tensor]:
     return found
 
 
-def _of_units(view: View, layer: Dense, told: Weights, units: Tensor, owner: int) -> Sums:
+def _of_units(view: View, layer: Dense, told: Weights, units: Tensor, owner: int, passes: int) -> Sums:
     """The sums of some units of one round."""
     W, b = (view.model.get_parameter(name).detach().cpu()[units] for name in (layer.weight, layer.bias or ""))
     G, g = (view.update[name].cpu()[units].double() for name in (layer.weight, layer.bias or ""))
@@ -157,7 +163,7 @@ def _of_units(view: View, layer: Dense, told: Weights, units: Tensor, owner: int
     if len(units) < len(told.gains):  # a client's own
         n //= int(view.knowledge.clients)
     eps, largest = max(torch.finfo(kind).eps for kind in kinds), float(told.values.abs().max())
-    rounding = ACCUMULATED * eps * n * max(1.0, n**0.5 / 8) * largest
+    rounding = ACCUMULATED * passes * eps * n * max(1.0, n**0.5 / 8) * largest
     heavy = values[:, -1].abs() >= float(told.values.abs().min()) / 2
     typical = (values[heavy, :-1].norm(dim=1) / values[heavy, -1].abs()).amax() if bool(heavy.any()) else torch.ones(())
     error = torch.stack([rounding * typical.expand(len(values)), torch.full((len(values),), rounding)], 1).double()
