@@ -167,6 +167,22 @@ def test_between_two_thresholds_the_size_of_an_example_is_told_without_any_bias(
     assert not caught(cuts_of(View.of(sent)))
 
 
+def test_behind_a_network_without_biases_the_claim_says_what_its_size_rests_on() -> None:
+    rng = torch.Generator().manual_seed(1)
+    first = nn.Linear(12, 24, bias=False)
+    first.weight.data.copy_(torch.randn(24, 12, generator=rng) / 3)
+    setting = client([0, 1, 2, 4] * 8 + [3])
+    net = nn.Sequential(first, nn.ReLU(), nn.Linear(24, 5))
+    obs, truth = seen(attack(), replace(setting, model=net))
+    found = attack()(obs)
+    assert nearest(found, truth)[1].tolist() == [32]
+    assert "an example's size rests on" in found.trace["condition"]
+    halved = attack()(replace(obs, update=_half(obs.update)))  # the honest update of half the example
+    assert not len(certified(halved)) or "an example's size rests on" in halved.trace["condition"]
+    biased, _ = seen(attack(), setting)
+    assert "condition" not in attack()(biased).trace
+
+
 def _half(update: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: u / 2 if name.endswith("weight") else u for name, u in update.items()}
 
@@ -210,6 +226,16 @@ def test_a_client_that_looks_finds_it() -> None:
     obs, _ = seen(attack(), replace(setting, protocol=Protocol(rounds=3)))
     found = unbatch.inspect(obs.model, data=setting)
     assert "silenced-outputs" in {sign.sign for sign in found.planted}
+
+
+@pytest.mark.slow
+def test_a_report_says_what_a_claim_rests_on() -> None:
+    rng = torch.Generator().manual_seed(1)
+    first = nn.Linear(12, 24, bias=False)
+    first.weight.data.copy_(torch.randn(24, 12, generator=rng) / 3)
+    net = nn.Sequential(first, nn.ReLU(), nn.Linear(24, 5))
+    record = unbatch.audit(replace(client([0, 1, 2, 4] * 8 + [3]), model=net), attacks=[attack()], analyses=())
+    assert "an example's size rests on" in record.runs[0].words
 
 
 @pytest.mark.slow

@@ -138,6 +138,33 @@ def test_a_mixture_that_is_all_a_bin_holds_is_not_certified() -> None:
     assert not bool(mean.bound.isfinite().any())
 
 
+def test_the_rank_of_what_a_slab_sends_does_not_count_examples() -> None:
+    """Under a softmax that is constant two examples of one label send a matrix of rank one, and their weight tells two."""
+    x, y = torch.rand(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 3])
+    p = torch.tensor([GOLDEN, *[(1 - GOLDEN) / 4] * 4], dtype=torch.float64)
+    sent = p - F.one_hot(y, 5)  # [n, k], back to the outputs
+    slab = sent.T @ torch.cat([x, torch.ones(2, 1, dtype=torch.float64)], 1)
+    assert int(torch.linalg.matrix_rank(slab, rtol=1e-12)) == 1
+    weights = torch.tensor([GOLDEN, GOLDEN - 1], dtype=torch.float64)
+    assert kind_of_one(float(slab[0, -1]), 1e-9, weights, 2) is None
+    other = p - F.one_hot(torch.tensor([3, 1]), 5)
+    assert int(torch.linalg.matrix_rank(other.T @ x)) == 2
+
+
+@pytest.mark.slow
+def test_records_of_a_table_are_read_and_a_client_sees_it_coming() -> None:
+    setting = unbatch.Case.parse("tables:batch=32,width=32").setting()
+    object.__setattr__(setting, "protocol", Protocol(rounds=8))
+    made = attack(name="hyperplane")
+    obs, truth = seen(made, setting)
+    found = made(obs)
+    assert len(certified(found)) >= 28
+    assert bool((errors(found, truth) <= certified(found).bound).all())
+    signs = {sign.sign for sign in unbatch.inspect(obs.model, data=setting).planted}
+    assert "duplicated-rows" in signs
+    assert not unbatch.inspect(setting.model, data=setting).planted
+
+
 def test_it_refuses_what_is_not_exact() -> None:
     setting = client(6, (8,), width=60)
     for defence, words in (("noise:sigma=1e-20", "leaves no sum exact"), ("prune:share=0.5", "leaves no sum exact")):
@@ -148,9 +175,17 @@ def test_it_refuses_what_is_not_exact() -> None:
     honest, _ = unbatch.observe(setting.model, setting.loss, setting.inputs, setting.labels)
     with pytest.raises(NotApplicable, match="depends on more than the label"):
         attack()(honest)
-    squared = replace(setting, loss=unbatch.loss.loss_named("squared-error"), labels=torch.rand(6, 5))
-    with pytest.raises(NotApplicable):
+    squared = replace(setting, loss=nn.MSELoss(), labels=torch.rand(6, 5))
+    with pytest.raises(NotApplicable, match="labels of which there is no finite number"):
         attack()(seen(attack(), squared)[0])
+
+
+@pytest.mark.parametrize("loss", ["squared-error", "binary-cross-entropy"])
+def test_classes_under_other_losses_weigh_two_numbers_as_well(loss: str) -> None:
+    obs, truth = seen(attack(), replace(client(8, (8,), width=120), loss=unbatch.loss.loss_named(loss)))
+    sure = certified(attack()(obs))
+    assert len(sure) >= 6
+    assert bool((errors(sure, truth) <= sure.bound).all())
 
 
 def test_a_factor_on_the_update_costs_the_claims() -> None:

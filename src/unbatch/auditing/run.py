@@ -373,7 +373,7 @@ class _Plan:
             if found.inputs is not None and found.labels is not None and not found.layer and _certain(found):
                 self.explained = found.inputs, found.labels
             run.status = Status.CUT_SHORT if watch.cut_short else Status.DONE
-            run.words = str(found.trace.get("withdrawn", "" if len(found) else found.trace.get("stopped", "")))
+            run.words = _said_of(found)
             self.judge.fill(run, found, obs, truth, self.settings[index] if self.settings else None)
             self._keep(run, found, obs, truth)
         except NotApplicable as why:
@@ -569,6 +569,13 @@ def _remedy(
     name = str(defences[0])
     exact, copies = again.counts[Tier.EXACT], again.counts[Tier.COPY]
     return [Remedy(defence=name, recovered=exact, copies=copies, size=again.size, psnr=score, chance=chance)]
+
+
+def _said_of(found: Reconstruction) -> str:
+    """What a run says of what it found: which claims were withdrawn, on what the others rest, or why nothing came of it."""
+    if not len(found):
+        return str(found.trace.get("withdrawn", found.trace.get("stopped", "")))
+    return " ".join(str(found.trace[key]) for key in ("withdrawn", "condition") if key in found.trace)
 
 
 def _certain(found: Reconstruction) -> bool:

@@ -99,6 +99,16 @@ PROBLEMS: tuple[MaliciousProblem, ...] = (
         width=64,
         rounds=20,
     ),
+    MaliciousProblem(
+        "fishing in float64, ResNet-18, 64 pictures",
+        "fishing",
+        64,
+        "one example, by matching (Fishing)",
+        "1, as alone",
+        model="resnet18",
+        width=64,
+        rounds=20,
+    ),
 )
 LOCAL_BATCH, RATE, EPOCHS = 16, 0.05, 2  # of the training that latch waits through
 CLIENTS_BATCH = 4  # of each step of a client whose epochs loki reads
@@ -203,9 +213,17 @@ def _sentences(problem: MaliciousProblem, data: Path | None, seed: int, device: 
     return row | {"tokens": tokens, "why": row["why"] or f"{tokens:.1%} of {int(words.sum())} tokens"}
 
 
-def _beside_one_alone(problem: MaliciousProblem, data: Path | None, seed: int, device: str, seconds: float) -> Row:
+def _beside_one_alone(
+    problem: MaliciousProblem,
+    data: Path | None,
+    seed: int,
+    device: str,
+    seconds: float,
+    precision: torch.dtype = torch.float32,
+) -> Row:
     """A picture of many, and what `descend` makes of it where a client holds it alone: their relative errors."""
     setting, public = _setting(problem, data, seed, device)
+    setting = replace(setting, model=setting.model.to(precision), inputs=setting.inputs.to(precision))
     quiet = Protocol(rounds=problem.rounds, mode="eval")
     row, found, truth = _played(problem, replace(setting, protocol=quiet), public, seed, seconds)
     if found.inputs is None or not len(found):
@@ -229,6 +247,7 @@ MEASURES: dict[str, Callable[[MaliciousProblem, Path | None, int, str, float], R
     "loki FedAvg": _summed_training,
     "decepticon": _sentences,
     "fishing": _beside_one_alone,
+    "fishing in float64": partial(_beside_one_alone, precision=torch.float64),
 }
 
 

@@ -41,6 +41,7 @@ class Ruling:
     kept: Tensor  # [k], bool
     words: str
     factor: float | None = None  # by which the update is what these inputs send
+    condition: str = ""  # what the kept claims rest on, beside the exchange
 
 
 def judged(view: View, found: Reconstruction) -> Reconstruction:
@@ -48,7 +49,7 @@ def judged(view: View, found: Reconstruction) -> Reconstruction:
 
     Every finite bound is held to what it implies: `trace["second judge"]` says what was compared, `trace["claims"]` how
     many were made and kept, `trace["recomputed factor"]` by which factor the update is what these inputs send, and
-    `trace["withdrawn"]` why claims were withdrawn.
+    `trace["withdrawn"]` why claims were withdrawn, and `trace["condition"]` what kept ones rest on besides.
 
     the whole batch with labels: the simulated update, tensor by tensor, up to one factor; under a defence whose law is
     known, as that law allows;
@@ -83,6 +84,8 @@ def judged(view: View, found: Reconstruction) -> Reconstruction:
     trace = {**found.trace, "second judge": ruling.words, "claims": counts}
     if ruling.factor is not None:
         trace["recomputed factor"] = ruling.factor
+    if ruling.condition:
+        trace["condition"] = ruling.condition
     if lost:
         noun = "claim was" if lost == 1 else "claims were"
         trace["withdrawn"] = f"{lost} {noun} withdrawn by the second judge: {ruling.words}"
@@ -189,7 +192,15 @@ def _caught(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
             again = judged(View.of(one.obs), claim).bound
             kept[i] = again is not None and bool(again.isfinite().all())
     words = f"{int(kept.sum())} of {int(sure.sum())} explain what a planted last layer let one example send alone."
-    return Ruling(kept, words)
+    head = view.head
+    below = [name for name, u in view.update.items() if u.ndim < 2 and (head is None or name != head.bias)]
+    condition = ""
+    if bool(kept.any()) and not below and any(one.label is not None for one in held):
+        condition = (
+            "no bias below the last layer was sent, so that an example's size rests on the client's having sent all "
+            "parameters at one rate: with all weights at half of it, half the example explains the same."
+        )
+    return Ruling(kept, words, condition=condition)
 
 
 def _moved_alone(
@@ -199,7 +210,7 @@ def _moved_alone(
     if layer is not None:
         shut = closed_by(view, layer, found, sure, far)
         if bool(shut.kept.any()):
-            return Ruling(sure & shut.kept, shut.words)
+            return Ruling(sure & shut.kept, shut.words, condition=shut.condition)
     words = whole.words if whole is not None else "their labels are not known."
     return Ruling(torch.zeros_like(sure), words)
 

@@ -25,6 +25,7 @@ class Closed:
 
     kept: Tensor  # [k], bool
     words: str
+    condition: str = ""  # what kept ones rest on, beside the exchange
 
 
 def step_sizes(view: View) -> list[float]:
@@ -67,15 +68,21 @@ def closed_by(view: View, layer: Dense, found: Reconstruction, sure: Tensor, far
     above = view.head
     if above is None or above.name == layer.name or not {layer.weight, layer.bias, above.weight} <= set(view.update):
         return Closed(nothing, "a unit's row and the head's weight must both have been sent.")
-    kept = nothing.clone()
+    kept, sized = nothing.clone(), nothing.clone()
     for i in sure.nonzero().flatten().tolist():
         claim = _Claim(view, layer, above, found.inputs[i : i + 1], found.labels[i : i + 1], float(far[i]))
-        kept[i] = any(claim.held_by(unit, size) for unit in claim.candidates() for size in steps)
+        units = [unit for unit in claim.candidates() if any(claim.held_by(unit, size) for size in steps)]
+        kept[i], sized[i] = bool(units), any(claim.tells_size(unit) for unit in units)
     count = int(kept.sum())
     if not count:
         return Closed(kept, "no unit moved as one of these examples alone would have moved it.")
     noun = "example is" if count == 1 else "examples are"
-    return Closed(kept, f"{count} {noun} each what one unit of {layer.name!r} moved by, as a step on it alone would.")
+    words = f"{count} {noun} each what one unit of {layer.name!r} moved by, as a step on it alone would."
+    condition = (
+        f"units of {layer.name!r} that have no threshold hold some of them alone, so that their size rests on the client's "
+        "having sent all parameters at one rate: with all weights at half of it, half the example explains the same."
+    )
+    return Closed(kept, words, condition if bool((kept & ~sized).any()) else "")
 
 
 class _Claim:
@@ -127,6 +134,11 @@ class _Claim:
         gap = float((column - sent)[clear].norm())
         wide = AGREES * (turn * float(column[clear].norm()) + float(off[clear].norm()))
         return gap <= wide <= LARGEST_TURN * float(column[clear].norm())
+
+    def tells_size(self, unit: int) -> bool:
+        """Whether the unit has a threshold, by which what it puts out is no multiple of the example."""
+        weight, bias = (self.before[name] for name in self.names[:2])
+        return float(bias[unit].abs()) > LARGEST_TURN * float(weight[unit].norm() * self.x.norm())
 
     def _step(self, unit: int, size: float) -> dict[str, Tensor]:
         """How a step of that size on the example alone moves the layer and the head, the other shut units silenced."""
