@@ -71,8 +71,11 @@ def closed_by(view: View, layer: Dense, found: Reconstruction, sure: Tensor, far
     kept, sized = nothing.clone(), nothing.clone()
     for i in sure.nonzero().flatten().tolist():
         claim = _Claim(view, layer, above, found.inputs[i : i + 1], found.labels[i : i + 1], float(far[i]))
-        units = [unit for unit in claim.candidates() if any(claim.held_by(unit, size) for size in steps)]
-        kept[i], sized[i] = bool(units), any(claim.tells_size(unit) for unit in units)
+        for unit in claim.candidates():
+            if any(claim.held_by(unit, size) for size in steps):
+                kept[i], sized[i] = True, claim.tells_size(unit)
+            if sized[i]:
+                break
     count = int(kept.sum())
     if not count:
         return Closed(kept, "no unit moved as one of these examples alone would have moved it.")
