@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.errors import NotApplicable
-from unbatch.inversion.margin_cone import ConeAnswer, cone_answers
+from unbatch.inversion.margin_cone import WHOLE, ConeAnswer, cone_answers
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS
 from unbatch.network.dense import forward
@@ -30,8 +30,7 @@ from unbatch.threat_model import ThreatModel
 
 SAME_OUTPUT = 1e-4  # relative difference between the model's outputs and those of one layer of rectified units
 LEAST_DIRECTIONS = 2
-WHOLE = 0.9995  # of the units on the facets of examples, that are silent on these: such an answer is whole
-LEAST_AGREEING = 0.9  # of them, below which most facets are wrong
+LEAST_AGREEING = 0.9  # of the units on the facets, that are silent on their examples: below, most facets are wrong
 
 
 @final

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Cost, Demo, Guarantee
 from unbatch.errors import NotApplicable
+from unbatch.inversion.margin_cone import WHOLE, ConeAnswer, cone_answers
 from unbatch.inversion.trained_span import WHY_FULL, TrainedSpan, start_and_end, trained_span
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS
@@ -42,10 +43,16 @@ class SilentUnits(Attack):
     has rank, their inverse gives all inputs at once, to rounding. Nothing above the first layer plays a part, nor do
     labels, rates, momentum or the order of batches; weight decay leaves one factor of the start, which is found.
 
+    Under one logit of one hidden layer the change lies in a cone besides, as every step of a loss of the margin pushes the
+    same way, and its facets are those zeros: linear programmes find them, also where a first step leaves the same entry in
+    many columns, so that zeros alone say too little. Such an answer is given if no unit that an example left as it was
+    fires on it at either end of training.
+
     All or nothing: two combinations that are missing leave every input open. A mixture of examples that vanishes where all
-    of them are silent is told by not being alone in that, and dropped. An answer is given if 94 of 100 units moved exactly
-    where they fire on it at one end of training (`agreeing` in the trace), and no other set of combinations that was found
-    agrees as well. It takes float64. What is not proven is that entries elsewhere are in general position: no claims.
+    of them are silent is told by not being alone in that, and dropped. Elsewhere an answer is given if 94 of 100 units
+    moved exactly where they fire on it at one end of training (`agreeing` in the trace), and no other set of combinations
+    that was found agrees as well. It takes float64. What is not proven is that entries elsewhere are in general position, so nothing is
+    claimed.
 
     >>> import unbatch
     >>> spec = "trained:batch=4,width=200,steps=60,start=1,method=sgd,threat=start,centred=true"
@@ -69,6 +76,9 @@ class SilentUnits(Attack):
     threat_model: ClassVar[str] = ThreatModel.START
 
     starts: Annotated[int, Field(gt=0, description="random guesses for each example")] = 16
+    programmes: Annotated[
+        int, Field(ge=0, description="linear programmes at most, for the facets of the change's cone under one logit")
+    ] = 1000
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
         span = trained_span(view)
@@ -81,6 +91,11 @@ class SilentUnits(Attack):
         ends = start_and_end(view, span.layer)
         before = tuple(end @ span.rows.T for end in ends)
         held, marks, best = columns.new_zeros(0, n), columns.new_zeros(0), -1.0
+        chosen = self._by_facets(view, span, columns, ends[1], rng)
+        if len(chosen) == n:
+            entering, own = _inputs(span, columns, chosen, ends)[0], _silent_where_unmoved(span, columns, chosen, ends)
+            if float(own.min()) >= WHOLE:
+                return self._answer(view, span, columns, entering, chosen, own, len(chosen))
         for number, (more, agreeing) in enumerate(silent_combinations(columns, before, rng, starts=self.starts * n)):
             held, marks = _merged(torch.cat([held, more]), torch.cat([marks, agreeing]))
             chosen = _independent(held, marks)
@@ -97,6 +112,20 @@ class SilentUnits(Attack):
             raise NotApplicable(NOT_SILENT)
         if others := _others(span, columns, chosen, held, ends):
             raise NotApplicable(AMBIGUOUS.format(others=others))
+        return self._answer(view, span, columns, entering, chosen, own, len(held))
+
+    def _answer(
+        self,
+        view: View,
+        span: TrainedSpan,
+        columns: Tensor,
+        entering: Tensor,
+        chosen: Tensor,
+        agreeing: Tensor,
+        combinations: int,
+    ) -> Reconstruction:
+        """What entered the layer [n, d + 1] as the network's inputs, and how it was found."""
+        n = len(chosen)
         d = span.change.shape[1] - (span.layer.bias is not None)
         x = entering[:, :d]
         inputs, _, name = view.undo(span.layer, x, torch.full((n,), torch.inf, dtype=torch.float64))
@@ -106,12 +135,27 @@ class SilentUnits(Attack):
             layer=name,
             trace={
                 "rank": n,
-                "combinations": len(held),
+                "combinations": combinations,
                 "silent": silent.tolist(),
-                "agreeing": own.tolist(),
+                "agreeing": agreeing.tolist(),
                 "kept of the start": span.kept,
             },
         )
+
+    def _by_facets(self, view: View, span: TrainedSpan, columns: Tensor, after: Tensor, rng: torch.Generator) -> Tensor:
+        """Combinations [n, n] by the facets of the cone that the change lies in under one logit; none [0, n] elsewhere."""
+        n, layers = len(span.rows), view.layers
+        outward = dict(view.model.named_parameters())[layers[-1].weight].detach().double()
+        if len(layers) != 2 or outward.shape != (1, len(after)):
+            return columns.new_zeros(0, n)
+        answer: ConeAnswer | None = None
+        rows = span.change * outward.sign().T
+        for answer in cone_answers(rows, after, span.rows, 0.0, rng, programmes=self.programmes):
+            if answer is not None and answer.agreeing >= WHOLE:
+                break
+        if answer is None or answer.agreeing < WHOLE:
+            return columns.new_zeros(0, n)
+        return torch.nn.functional.normalize(answer.normals @ span.change.T @ columns, dim=1)
 
 
 def _merged(held: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +201,16 @@ def _sizes(columns: Tensor) -> Tensor:
     size = columns.norm(dim=1, keepdim=True)
     floored: Tensor = size.clamp_min(LIVE * float(size.max()))
     return floored
+
+
+def _silent_where_unmoved(span: TrainedSpan, columns: Tensor, chosen: Tensor, ends: tuple[Tensor, ...]) -> Tensor:
+    """Of the units that an example did not move, the share [n] that fires on it at neither end."""
+    z, _ = _inputs(span, columns, chosen, ends)
+    fires = torch.stack([end @ z.T for end in ends]).amax(0) > 0
+    size = columns.norm(dim=1, keepdim=True)
+    still = ((columns @ chosen.T).abs() <= SILENT * _sizes(columns)) & (size > LIVE * size.max())
+    share: Tensor = (still & ~fires).sum(0) / still.sum(0).clamp_min(1)
+    return share
 
 
 def _inputs(span: TrainedSpan, columns: Tensor, chosen: Tensor, ends: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,10 @@ of several held-out examples, and counts those that an informed adversary recove
 differentially private descent at each noise multiplier, the same adversary's error beside the bound of
 `dp-reconstruction`. *span*: members against ten times as many strangers by the distance from the span of the first layer's
 change. *change of weights*: the examples of a linearised training out of theta_T - theta_0, by their normalised
-correlation with the nearest answer; *silent units*: the same of a training of the network itself. *reconstructor*: the
-published network trained on shadow models, in miniature; *trained again*: the same client's example by least squares on
-where training ends. *batch statistics*: the terms of batch-norm-inversion one by
-one, and inverting-gradients for as long.
+correlation with the nearest answer; *silent units*: the same of a training of the network itself; *stationary margin*: the
+same of the released weights alone, after a training on the margin. *reconstructor*: the published network trained on shadow
+models, in miniature; *trained again*: the same client's example by least squares on where training ends. *batch statistics*:
+the terms of batch-norm-inversion one by one, and inverting-gradients for as long.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ EXACT_ERROR = 1e-10
 MULTIPLIERS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the noise, in units of the clipping norm
 DELTA = 1e-5  # of the epsilon beside them
 DRAWS = 20
+SURE_PICTURE = 0.99  # normalised correlation, above which a picture is taken for the same
 CLIP = 1.0
 
 
@@ -71,6 +72,8 @@ LOO = "a curve of errors by search over pixels; linearised training makes the eq
 SILENT = "threat=start,method=sgd,start=1,steps=200,centred=true"
 LOO_TRAINED = "outliers best, a search over pixels (Loo et al., ICLR 2024)"
 HATAMIZADEH = "pictures and curves alone, no table; one image a batch leaks clearly (Hatamizadeh et al., IEEE TMI 2023)"
+HAIM = "pictures of the best of about 100 settings, chosen by the truth (Haim et al., NeurIPS 2022)"
+MARGIN = "width=1000,centred=true"
 SPANS = "threat=start,outsiders=100,width=200,steps=500"
 WEIGHT_PROBLEMS: tuple[WeightsProblem, ...] = (
     WeightsProblem(
@@ -164,6 +167,36 @@ WEIGHT_PROBLEMS: tuple[WeightsProblem, ...] = (
         name="MNIST, 784-2048-2048-1, 20 trained on, 200 steps of SGD, squared error",
         case=f"trained:batch=20,width=2048,depth=2,task=regression,rate=0.01,{SILENT},data=mnist",
         published=LOO_TRAINED,
+    ),
+    WeightsProblem(
+        system="stationary margin",
+        name="MNIST, 784-1000-1, 10 trained on, the weights alone",
+        case=f"trained:batch=10,steps=2000,{MARGIN},data=mnist",
+        published=HAIM,
+    ),
+    WeightsProblem(
+        system="stationary margin",
+        name="MNIST, 784-1000-1, 20 trained on, the weights alone",
+        case=f"trained:batch=20,steps=3700,{MARGIN},data=mnist",
+        published=HAIM,
+    ),
+    WeightsProblem(
+        system="stationary margin",
+        name="CIFAR-10, 3072-1000-1, 10 trained on, the weights alone",
+        case=f"trained:batch=10,steps=2000,{MARGIN},data=cifar10",
+        published=HAIM,
+    ),
+    WeightsProblem(
+        system="silent units",
+        name="MNIST, 784-1000-1, 10 trained on the margin from a start of 1e-4",
+        case=f"trained:batch=10,steps=2000,threat=start,{MARGIN},data=mnist",
+        published=HAIM,
+    ),
+    WeightsProblem(
+        system="stationary margin",
+        name="digits, 64-1000-1, 10 trained on, the weights alone",
+        case=f"trained:batch=10,steps=2000,{MARGIN}",
+        published=HAIM,
     ),
     WeightsProblem(
         system="span", name="CIFAR-10, 10 trained on, SGD", case=f"trained:batch=10,{SPANS},data=cifar10,method=sgd"
@@ -359,6 +392,24 @@ def _change_of_weights(problem: WeightsProblem, data: Path | None, seed: int) ->
     return {"words": words, "errors": errors.tolist(), "bounds": bounds, "above .9": near, "exact": exact}
 
 
+def _stationary_margin(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
+    """Normalised correlation of each training picture with the nearest answer of `kkt`, which no truth chose."""
+    seen, truth = _released(problem, data, seed)
+    found = Attack.parse("kkt")(seen, seed=seed)
+    if found.inputs is None:
+        return {"words": "nothing was found"}
+    true, got = truth.inputs.double().flatten(1), found.inputs.double().flatten(1)
+    alike = (_centred(true) @ _centred(got).T).amax(1)
+    errors = torch.cdist(true, got).amin(1) / true.norm(dim=1)
+    sure, agreeing = int((alike > SURE_PICTURE).sum()), found.trace.get("agreeing")
+    way = f"by facets, units agree {agreeing:.4f}" if agreeing is not None else "by directions: a guess"
+    words = (
+        f"median correlation {float(alike.median()):.4f}, {sure} of {len(true)} above {SURE_PICTURE}, least "
+        f"{float(alike.min()):.4f}; worst error {float(errors.max()):.1e}; {way}; {len(got)} answers"
+    )
+    return {"words": words, "correlations": alike.tolist(), "errors": errors.tolist(), "agreeing": agreeing}
+
+
 def _centred(flat: Tensor) -> Tensor:
     found: Tensor = torch.nn.functional.normalize(flat - flat.mean(1, keepdim=True), dim=1)
     return found
@@ -392,6 +443,7 @@ MEASURES: dict[str, Callable[[WeightsProblem, Path | None, int], Row]] = {
     "span": _spans,
     "change of weights": _change_of_weights,
     "silent units": _change_of_weights,
+    "stationary margin": _stationary_margin,
     "reconstructor": _reconstructor,
     "trained again": _linear_models,
     "batch statistics": _batch_statistics,

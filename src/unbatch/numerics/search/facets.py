@@ -14,7 +14,6 @@ likely one of those facets that the few rows share.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,13 +25,14 @@ STRAYS = 1  # rows that may be further than that on the wrong side
 LEEWAY = 5.0  # times the noise, by which a row may be outside in a programme
 SURE = 30.0  # times the noise of a direction, from which on a row says where it points
 FITS_FROM = (1000.0, 300.0, 100.0, 30.0, 10.0)  # times the noise, within which rows are fitted at first
+ENDS_WITHIN = 1e-6  # of a typical row's length, within which a programme's end is known: noise, where that is less
 NARROWER = 1.7  # from one fit to the next
-MOST_FITS = 60  # to settle on which rows are on a facet
+MOST_FITS = 80  # to settle on which rows are on a facet
 ALIKE = (0.02, 0.06, 0.3)  # of all rows, the nearest ones to one, from whose mean a ray goes
 FEW = (2, 3, 4, 6, 10)  # of them, through whose mean it goes
 STIR = 0.02  # of a mean's length, drawn at random and added to it
 ALONE = 10.0  # times the noise, by which rows of a facet stray from it along any other normal, root mean square
-SHARED = 0.8  # of the rows on the smaller of two facets, that are on both if these are one
+SHARED = 0.95  # of the rows on the smaller of two facets, that are on both if these are one
 DEPENDENT = 1e-7  # of the largest singular value of unit distances, below which a facet depends on others
 
 
@@ -63,31 +63,48 @@ class Facets:
         return chosen
 
 
-def facets(rows: Tensor, noise: float, rng: torch.Generator, *, programmes: int) -> Iterator[Facets]:
-    """The facets of the cone of `rows` [m, r] that are found after each of so many linear programmes; float64.
+class FacetSearch:
+    """A search for the facets of the cone of rows [m, r], float64: by linear programmes, and from normals that are offered.
 
-    `noise` is the standard deviation of each entry of a row; rows that are no more than that are left out.
+    `noise` is the standard deviation of each entry of a row; rows that are no more than that are left out (`kept` [m]).
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> c = torch.rand(60, 3, generator=rng).double() * (torch.rand(60, 3, generator=rng) < 0.6)
     >>> g = torch.randn(3, 3, generator=rng).double()
-    >>> *_, last = facets(c @ g, 1e-12, rng, programmes=12)
-    >>> found = torch.nn.functional.normalize(torch.linalg.inv(last.normals[:3]).T, dim=1)
+    >>> search = FacetSearch(c @ g, 1e-12)
+    >>> for _ in range(12):
+    ...     search.programme(rng)
+    >>> found = torch.nn.functional.normalize(torch.linalg.inv(search.found.normals[:3]).T, dim=1)
     >>> bool((found @ torch.nn.functional.normalize(g, dim=1).T).abs().amax(0).min() > 1 - 1e-9)
     True
     """
-    rows = rows[rows.norm(dim=1) > SURE * noise * math.sqrt(rows.shape[1])]
-    if len(rows) <= rows.shape[1]:
-        return
-    cone = _Cone.of(rows, noise)
-    found = Facets(rows[:0], torch.zeros(0, dtype=torch.long))
-    lengths = list[float]()
-    for _ in range(programmes):
-        normal = cone.lowest(*cone.ray(found, noise, rng), float(np.median(lengths)) if lengths else 0.0)
+
+    def __init__(self, rows: Tensor, noise: float) -> None:
+        self.kept = rows.norm(dim=1) > SURE * noise * math.sqrt(rows.shape[1])
+        self.rows, self.noise = rows[self.kept], noise
+        self.found = Facets(self.rows[:0], torch.zeros(0, dtype=torch.long))
+        self._lengths = list[float]()
+        self._cone = _Cone.of(self.rows, noise) if len(self.rows) > rows.shape[1] else None
+
+    def programme(self, rng: torch.Generator) -> None:
+        """One linear programme, and what its end is fitted to."""
+        if self._cone is None:
+            return
+        length = float(np.median(self._lengths)) if self._lengths else 0.0
+        normal = self._cone.lowest(*self._cone.ray(self.found, self.noise, rng), length)
         if normal is not None:
-            lengths.append(float(normal.norm()))
-            found = _with(rows, noise, found, _fitted(rows, normal / normal.norm(), noise))
-        yield found
+            self._lengths.append(float(normal.norm()))
+            self.offer(normal / normal.norm())
+
+    def offer(self, normal: Tensor) -> None:
+        """A unit normal [r] that may be near a facet's."""
+        self.found = _with(self.rows, self.noise, self.found, fitted(self.rows, normal, self.noise))
+
+    def many(self, count: int, share: float) -> Tensor:
+        """Independent normals [c, r] of the facets that more than `count` rows are on, and `share` of those' median."""
+        more = self.found.on[self.found.on > count]
+        most = int((more > share * more.median()).sum()) if len(more) else 0
+        return Facets(self.found.normals[:most], self.found.on[:most]).independent(self.rows, self.rows.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,11 +159,18 @@ class _Cone:
         return self.back @ torch.as_tensor(done.x).to(self.back) if done.status == 0 else None
 
 
-def _fitted(rows: Tensor, normal: Tensor, noise: float) -> tuple[Tensor, int] | None:
-    """Of fits to the rows ever nearer to a normal [r], the one that most rows end up on, with how many; none is outside."""
+def fitted(rows: Tensor, normal: Tensor, noise: float) -> tuple[Tensor, int] | None:
+    """Of fits to the rows ever nearer to a normal [r], the one that most rows end up on, with how many; none is outside.
+
+    >>> rows = torch.tensor([[1.0, 0.0], [2.0, 1e-9], [1.0, 0.0], [3.0, 0.0], [1.0, 1.0]]).double()
+    >>> q, on = fitted(rows, torch.tensor([1e-6, 1.0]).double(), 1e-9)
+    >>> on, bool((rows @ q)[:4].abs().max() < 4e-9)
+    (4, True)
+    """
     best: tuple[Tensor, int] | None = None
+    coarse = max(1.0, ENDS_WITHIN * float(rows.norm(dim=1).median()) / noise)
     for first in FITS_FROM:
-        q, within, before = normal, first, None
+        q, within, before = normal, first * coarse, None
         for _ in range(MOST_FITS):
             near = (rows @ q).abs() < within * noise
             if int(near.sum()) < rows.shape[1] + 2 or (before is not None and bool((near == before).all())):
