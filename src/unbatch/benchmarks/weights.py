@@ -181,12 +181,6 @@ WEIGHT_PROBLEMS: tuple[WeightsProblem, ...] = (
         published=HAIM,
     ),
     WeightsProblem(
-        system="stationary margin",
-        name="CIFAR-10, 3072-1000-1, 10 trained on, the weights alone",
-        case=f"trained:batch=10,steps=2000,{MARGIN},data=cifar10",
-        published=HAIM,
-    ),
-    WeightsProblem(
         system="silent units",
         name="MNIST, 784-1000-1, 10 trained on the margin from a start of 1e-4",
         case=f"trained:batch=10,steps=2000,threat=start,{MARGIN},data=mnist",

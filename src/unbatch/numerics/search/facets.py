@@ -98,7 +98,7 @@ class FacetSearch:
 
     def offer(self, normal: Tensor) -> None:
         """A unit normal [r] that may be near a facet's."""
-        self.found = _with(self.rows, self.noise, self.found, fitted(self.rows, normal, self.noise))
+        self.found = _with(self.rows, self.noise, self.found, _fitted_facet(self.rows, normal, self.noise))
 
     def many(self, count: int, share: float) -> Tensor:
         """Independent normals [c, r] of the facets that more than `count` rows are on, and `share` of those' median."""
@@ -159,11 +159,11 @@ class _Cone:
         return self.back @ torch.as_tensor(done.x).to(self.back) if done.status == 0 else None
 
 
-def fitted(rows: Tensor, normal: Tensor, noise: float) -> tuple[Tensor, int] | None:
+def _fitted_facet(rows: Tensor, normal: Tensor, noise: float) -> tuple[Tensor, int] | None:
     """Of fits to the rows ever nearer to a normal [r], the one that most rows end up on, with how many; none is outside.
 
     >>> rows = torch.tensor([[1.0, 0.0], [2.0, 1e-9], [1.0, 0.0], [3.0, 0.0], [1.0, 1.0]]).double()
-    >>> q, on = fitted(rows, torch.tensor([1e-6, 1.0]).double(), 1e-9)
+    >>> q, on = _fitted_facet(rows, torch.tensor([1e-6, 1.0]).double(), 1e-9)
     >>> on, bool((rows @ q)[:4].abs().max() < 4e-9)
     (4, True)
     """
