@@ -95,8 +95,8 @@ def test_float32_is_refused_in_its_own_words() -> None:
 def test_where_other_answers_agree_as_well_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """After one step mixtures pass for examples; only how well the units agree tells them, here made to tell nothing."""
     seen, truth = release("trained:batch=4,width=60,steps=1,start=1,method=sgd,threat=start,centred=true")
-    found = Attack.parse("silent-units")(seen)
+    found = Attack.parse("silent-units:programmes=0")(seen)
     assert found.trace["combinations"] > len(truth)
     monkeypatch.setattr("unbatch.attacks.silent_units.LEAST_AGREEING", 0.5)
     with pytest.raises(NotApplicable, match=r"agree with \d+ other answers as well"):
-        Attack.parse("silent-units")(seen)
+        Attack.parse("silent-units:programmes=0")(seen)

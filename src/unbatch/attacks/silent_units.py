@@ -51,8 +51,8 @@ class SilentUnits(Attack):
     All or nothing: two combinations that are missing leave every input open. A mixture of examples that vanishes where all
     of them are silent is told by not being alone in that, and dropped. Elsewhere an answer is given if 94 of 100 units
     moved exactly where they fire on it at one end of training (`agreeing` in the trace), and no other set of combinations
-    that was found agrees as well. It takes float64. What is not proven is that entries elsewhere are in general position, so nothing is
-    claimed.
+    that was found agrees as well. It takes float64. Not proven is that entries elsewhere are in general position: no
+    claims.
 
     >>> import unbatch
     >>> spec = "trained:batch=4,width=200,steps=60,start=1,method=sgd,threat=start,centred=true"

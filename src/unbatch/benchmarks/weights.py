@@ -8,8 +8,8 @@ differentially private descent at each noise multiplier, the same adversary's er
 change. *change of weights*: the examples of a linearised training out of theta_T - theta_0, by their normalised
 correlation with the nearest answer; *silent units*: the same of a training of the network itself; *stationary margin*: the
 same of the released weights alone, after a training on the margin. *reconstructor*: the published network trained on shadow
-models, in miniature; *trained again*: the same client's example by least squares on where training ends. *batch statistics*:
-the terms of batch-norm-inversion one by one, and inverting-gradients for as long.
+models, in miniature; *trained again*: the same client's example by least squares on where training ends. *batch
+statistics*: the terms of batch-norm-inversion one by one, and inverting-gradients for as long.
 """
 
 from __future__ import annotations
