@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, final
+from dataclasses import asdict
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from unbatch.attack import Attack, Demo, Guarantee
 from unbatch.errors import NotApplicable
+from unbatch.inversion.gradient_sum import chosen, gradient_sum_of, guesses
 from unbatch.inversion.margin_cone import WHOLE, ConeAnswer, cone_answers
 from unbatch.inversion.view import View
 from unbatch.knowledge import DOMAIN_FIELDS
@@ -30,6 +32,7 @@ from unbatch.threat_model import ThreatModel
 
 SAME_OUTPUT = 1e-4  # relative difference between the model's outputs and those of one layer of rectified units
 LEAST_DIRECTIONS = 2
+DIRECTION_STEPS, SUM_STEPS = 600, 2000  # of Adam, where none are asked for: over directions, and of each published draw
 LEAST_AGREEING = 0.9  # of the units on the facets, that are silent on their examples: below, most facets are wrong
 
 
@@ -50,6 +53,14 @@ class Kkt(Attack):
     than examples are returned, the strongest first. One logit; rectified units; a bias in the first layer and none
     behind it.
 
+    haim, buzaglo: the published searches as peers, over all parameters: |theta - sum_i lambda_i grad Phi_i|^2 by Adam on
+    twice as many candidates, inputs held to their range (-1 to 1 where none is known), strengths above a floor, and
+    relu's step replaced by a sigmoid going back. haim: Phi = y f, one logit. buzaglo: also several classes, f_y less the
+    largest other, and numbers under a squared error with weight decay, strengths of either sign. Settings are drawn, as in
+    the papers' sweeps, `draws` times; the draw with the least loss of its own is the answer, and of it the strongest that
+    are no copies. Any network of rectified units, whose outputs grow by one whole power with its weights but for numbers.
+    Nothing is claimed.
+
     >>> import unbatch
     >>> unbatch.attacks.Kkt.threat_model.sees
     'release'
@@ -58,8 +69,9 @@ class Kkt(Attack):
     family: ClassVar[str] = "stationarity"
     guarantee: ClassVar[Guarantee] = Guarantee.HEURISTIC
     paper: ClassVar[str] = (
-        "conditions: Haim et al., Reconstructing Training Data from Trained Neural Networks, NeurIPS 2022; facets of the "
-        "units' cone, and search over their directions: this library"
+        "conditions and preset haim: Haim et al., Reconstructing Training Data from Trained Neural Networks, NeurIPS 2022; "
+        "buzaglo: Buzaglo et al., Deconstructing Data Reconstruction, NeurIPS 2023; facets of the units' cone, and search "
+        "over their directions: this library"
     )
     needs: ClassVar[frozenset[str]] = frozenset({"input_shape", "batch_size"})
     uses: ClassVar[frozenset[str]] = DOMAIN_FIELDS
@@ -68,8 +80,14 @@ class Kkt(Attack):
     )
     threat_model: ClassVar[str] = ThreatModel.RELEASE
 
+    preset: Annotated[Literal["default", "haim", "buzaglo"], Field(description="ours, or a published search")] = (
+        "default"
+    )
+    draws: Annotated[int, Field(gt=0, description="haim and buzaglo: settings tried, one chosen by its own loss")] = 8
     starts: Annotated[int, Field(gt=0, description="of the search, side by side; the better ones go on")] = 512
-    steps: Annotated[int, Field(gt=0, description="of Adam")] = 600
+    steps: Annotated[
+        int | None, Field(gt=0, description="of Adam; none takes 600, and 2,000 for each draw of haim and buzaglo")
+    ] = None
     spare: Annotated[float, Field(ge=1, description="points searched for, in batches")] = 1.25
     margin: Annotated[float, Field(ge=0, description="weight of equal outputs beside the units' directions")] = 3.0
     inside: Annotated[float, Field(ge=0, description="weight of the inputs' range, where it is known")] = 0.1
@@ -79,6 +97,8 @@ class Kkt(Attack):
     ] = 1500
 
     def run(self, view: View, rng: torch.Generator) -> Reconstruction:
+        if self.preset != "default":
+            return self._by_sums(view, rng)
         weight, bias, outward = hidden_layer(view)
         answer, done = self._by_facets(view, weight, bias, outward, rng)
         if answer is not None:
@@ -104,20 +124,43 @@ class Kkt(Attack):
                 break
         return (best, done) if best is not None and best.agreeing >= LEAST_AGREEING else (None, done)
 
+    def _by_sums(self, view: View, rng: torch.Generator) -> Reconstruction:
+        """The published search, its settings chosen by its own loss."""
+        held = gradient_sum_of(view, rng)
+        if self.preset == "haim" and held.sides != "two classes":
+            raise NotApplicable("haim reads one logit of two classes; buzaglo reads several classes and numbers.")
+        n, steps = view.knowledge.batch_size, self.steps or SUM_STEPS
+        found = list(guesses(held, n, rng, draws=self.draws, steps=steps))
+        if not found:
+            raise NotApplicable("nothing was found: every draw of settings diverged.")
+        best = chosen(found)
+        return Reconstruction(
+            inputs=best.inputs.clamp(*held.box).cpu(),
+            labels=best.classes.cpu() if best.classes is not None else None,
+            trace={
+                "chosen": found.index(best),
+                "losses": [guess.loss for guess in found],
+                "residuals": [guess.residual for guess in found],
+                "settings": [asdict(guess.settings) for guess in found],
+                "strengths": best.strengths.tolist(),
+            },
+        )
+
     def _by_directions(self, view: View, held: Units, rng: torch.Generator) -> Reconstruction:
         n, shape = view.knowledge.batch_size, view.knowledge.input_shape
         last: Attempt | None = None
+        steps = self.steps or DIRECTION_STEPS
         moves = search(
             held,
             round(self.spare * n),
             rng,
             starts=self.starts,
-            steps=self.steps,
+            steps=steps,
             box=view.knowledge.get("input_range"),
             weights=MarginWeights(margin=self.margin, inside=self.inside),
         )
         for step, last in enumerate(moves):
-            if not tick(step / self.steps, float(last.losses.min())):
+            if not tick(step / steps, float(last.losses.min())):
                 break
         if last is None:
             raise RuntimeError("a search ended without its start; this is a defect of unbatch.")

@@ -7,7 +7,9 @@ differentially private descent at each noise multiplier, the same adversary's er
 `dp-reconstruction`. *span*: members against ten times as many strangers by the distance from the span of the first layer's
 change. *change of weights*: the examples of a linearised training out of theta_T - theta_0, by their normalised
 correlation with the nearest answer; *silent units*: the same of a training of the network itself; *stationary margin*: the
-same of the released weights alone, after a training on the margin. *reconstructor*: the published network trained on shadow
+same of the released weights alone, after a training on the margin. *published search*: the presets of `kkt`, several draws
+of settings each; what their own loss chose, labelled chosen, beside what the truth would have, labelled oracle: no attack
+sees that, it is computed here. *reconstructor*: the published network trained on shadow
 models, in miniature; *trained again*: the same client's example by least squares on where training ends. *batch
 statistics*: the terms of batch-norm-inversion one by one, and inverting-gradients for as long.
 """
@@ -31,6 +33,7 @@ from unbatch.auditing.client import observe
 from unbatch.benchmarks import clock, resumed, sent_statistics
 from unbatch.case import Case
 from unbatch.errors import NotApplicable
+from unbatch.inversion.gradient_sum import SumGuess, chosen, gradient_sum_of, guesses
 from unbatch.inversion.trained_span import trained_span
 from unbatch.inversion.view import View
 from unbatch.numerics.bounds.prior import GaussianPrior
@@ -73,7 +76,10 @@ SILENT = "threat=start,method=sgd,start=1,steps=200,centred=true"
 LOO_TRAINED = "outliers best, a search over pixels (Loo et al., ICLR 2024)"
 HATAMIZADEH = "pictures and curves alone, no table; one image a batch leaks clearly (Hatamizadeh et al., IEEE TMI 2023)"
 HAIM = "pictures of the best of about 100 settings, chosen by the truth (Haim et al., NeurIPS 2022)"
+BUZAGLO = "pictures of the best setting of a sweep, chosen by the truth (Buzaglo et al., NeurIPS 2023)"
 MARGIN = "width=1000,centred=true"
+SUMS = "batch=10,width=200,centred=true,public=10,data=mnist"
+SWEEP = {"draws": 8.0, "steps": 1500.0}
 SPANS = "threat=start,outsiders=100,width=200,steps=500"
 WEIGHT_PROBLEMS: tuple[WeightsProblem, ...] = (
     WeightsProblem(
@@ -191,6 +197,27 @@ WEIGHT_PROBLEMS: tuple[WeightsProblem, ...] = (
         name="digits, 64-1000-1, 10 trained on, the weights alone",
         case=f"trained:batch=10,steps=2000,{MARGIN}",
         published=HAIM,
+    ),
+    WeightsProblem(
+        system="published search",
+        name="MNIST, 784-200-1, 10 trained on, preset haim",
+        case=f"trained:steps=1500,{SUMS}",
+        published=HAIM,
+        options=SWEEP,
+    ),
+    WeightsProblem(
+        system="published search",
+        name="MNIST, 784-200-10, 10 trained on, preset buzaglo",
+        case=f"trained:steps=2000,task=classes,{SUMS}",
+        published=BUZAGLO,
+        options=SWEEP,
+    ),
+    WeightsProblem(
+        system="published search",
+        name="MNIST, 784-200-1, 10 trained on by squared error and weight decay .02, preset buzaglo",
+        case=f"trained:steps=5000,task=regression,method=sgd,start=1,weight_decay=0.02,{SUMS}",
+        published=BUZAGLO,
+        options=SWEEP,
     ),
     WeightsProblem(
         system="span", name="CIFAR-10, 10 trained on, SGD", case=f"trained:batch=10,{SPANS},data=cifar10,method=sgd"
@@ -404,6 +431,36 @@ def _stationary_margin(problem: WeightsProblem, data: Path | None, seed: int) ->
     return {"words": words, "correlations": alike.tolist(), "errors": errors.tolist(), "agreeing": agreeing}
 
 
+def _published_search(problem: WeightsProblem, data: Path | None, seed: int) -> Row:
+    """Pictures of the draw that a published search chooses, and of the one that the truth would; beside chance.
+
+    Only what is called oracle looks at the truth. Chance is as many pictures of the same data that were not trained on.
+    """
+    seen, truth = _released(problem, data, seed)
+    view, rng = View.of(seen), torch.Generator().manual_seed(seed)
+    true, n = _centred(truth.inputs.double().flatten(1)), len(truth)
+    asked = {name: int(value) for name, value in problem.options.items()}
+    found = list(guesses(gradient_sum_of(view, rng), n, rng, draws=asked["draws"], steps=asked["steps"]))
+    if not found:
+        return {"words": "nothing was found: every draw diverged"}
+
+    def alike(inputs: Tensor) -> Tensor:
+        best: Tensor = (true @ _centred(inputs.double().flatten(1)).T).amax(1)
+        return best
+
+    def told(guess: SumGuess) -> str:
+        near = alike(guess.inputs)
+        sure = int((near > SURE_PICTURE).sum())
+        return f"median correlation {float(near.median()):.2f}, {int((near > 0.9).sum())} above .9, {sure} above .99"
+
+    ours, best = chosen(found), max(found, key=lambda guess: float(alike(guess.inputs).median()))
+    chance = float(alike(seen.knowledge.public).median())
+    words = f"chosen of {len(found)} draws: {told(ours)}; oracle: {told(best)}; of {n}; other pictures: {chance:.2f}"
+    medians = [float(alike(guess.inputs).median()) for guess in found]
+    losses = {"losses": [guess.loss for guess in found], "medians": medians, "chance": chance}
+    return {"words": words, "chosen": alike(ours.inputs).tolist(), "oracle": alike(best.inputs).tolist(), **losses}
+
+
 def _centred(flat: Tensor) -> Tensor:
     found: Tensor = torch.nn.functional.normalize(flat - flat.mean(1, keepdim=True), dim=1)
     return found
@@ -438,6 +495,7 @@ MEASURES: dict[str, Callable[[WeightsProblem, Path | None, int], Row]] = {
     "change of weights": _change_of_weights,
     "silent units": _change_of_weights,
     "stationary margin": _stationary_margin,
+    "published search": _published_search,
     "reconstructor": _reconstructor,
     "trained again": _linear_models,
     "batch statistics": _batch_statistics,
