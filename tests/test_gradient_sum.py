@@ -12,7 +12,7 @@ from unbatch.attacks.kkt import Kkt
 from unbatch.auditing.client import observe
 from unbatch.case import Case
 from unbatch.errors import NotApplicable
-from unbatch.inversion.gradient_sum import GradientSum, Sides, distinct, gradient_sum_of
+from unbatch.inversion.gradient_sum import GradientSum, Sides, gradient_sum_of, without_copies
 from unbatch.inversion.view import View
 from unbatch.knowledge import Knowledge
 from unbatch.numerics.search.smooth_backward import SmoothBackward
@@ -128,5 +128,5 @@ def test_the_weights_are_rescaled_to_a_margin_near_one_whatever_their_scale() ->
 
 def test_copies_of_one_class_are_kept_last() -> None:
     z = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.01, 0.0], [0.0, 1.0, 0.0]])
-    assert distinct(z, torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0, 0, 0]), 3) == [0, 2, 1]
-    assert distinct(z, torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0, 1, 0]), 2) == [0, 1]
+    assert without_copies(z, torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0, 0, 0]), 3) == [0, 2, 1]
+    assert without_copies(z, torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0, 1, 0]), 2) == [0, 1]

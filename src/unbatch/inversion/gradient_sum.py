@@ -245,7 +245,7 @@ def _searched(
     if not math.isfinite(float(loss.detach())):
         return None, on
     size = (unit * strengths.detach()).norm(dim=1)
-    kept = distinct(x.detach(), size, classes if held.sides != "numbers" else torch.zeros_like(classes), n)
+    kept = without_copies(x.detach(), size, classes if held.sides != "numbers" else torch.zeros_like(classes), n)
     return SumGuess(
         settings,
         x.detach()[kept].view(-1, *held.shape),
@@ -268,13 +268,13 @@ def _loss(
     return loss, residual
 
 
-def distinct(points: Tensor, strengths: Tensor, classes: Tensor, n: int) -> list[int]:
+def without_copies(points: Tensor, strengths: Tensor, classes: Tensor, n: int) -> list[int]:
     """Which n of the candidates [m, d] to keep: the strongest that are no copy of a stronger one of their class.
 
     Strength is that times the point's length, what it puts into the sums; copies fill up what is left.
 
     >>> z = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.01, 0.0], [0.0, 1.0, 0.0]])
-    >>> distinct(z, torch.tensor([2.0, 1.0, 0.5]), torch.zeros(3), 2)
+    >>> without_copies(z, torch.tensor([2.0, 1.0, 0.5]), torch.zeros(3), 2)
     [0, 2]
     """
     size = strengths * points.norm(dim=1)
