@@ -33,7 +33,7 @@ PARTS = (
         protocol="mode=eval",  # batch norm by its running averages
         attacks=("descend",),
         analyses=("separable-layer",),
-        budget=120.0,
+        budget=300.0,
         folder="resnet18",
     ),
     Part(
