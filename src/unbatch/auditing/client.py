@@ -55,20 +55,14 @@ def observe(
     """
     own = Setting(model=model, loss=loss, inputs=x, labels=y)  # refuses what does not fit
     model, y = own.model, own.labels  # unwrapped, and as the loss takes them
-    protocol = protocol or Protocol()
-    stack = Stack.of(defences)
-    if training is not None and protocol != Protocol():
-        raise UnbatchError(f"a released model has no rounds, and the protocol says {protocol}; leave one of both out.")
+    protocol, stack = protocol or Protocol(), Stack.of(defences)
+    _refuse_what_excludes_itself(protocol, training, stack, x)
     first = next(model.parameters())
     inputs = x.to(first.device, first.dtype) if x.is_floating_point() else x.to(first.device)
     labels = y.to(first.device)
     if training is not None:
         return _released(model, loss, inputs, labels, training, knowledge or Knowledge(), stack, seed)
     bare, step = published(x, protocol), stack.step
-    if protocol.sends_buffers and "privacy" in stack.public(bare):
-        raise UnbatchError(
-            "private training goes example by example and has no batch statistics; leave sends_buffers or the defence out."
-        )
     rng, earlier = torch.Generator().manual_seed(seed), list[Earlier]()
     while True:
         before = copy.deepcopy(model)
@@ -89,6 +83,16 @@ def observe(
         earlier.append(Earlier(state=before.state_dict(), update=seen))
         model = following
     return observation, Truth(inputs=inputs.detach().clone(), labels=labels.clone())
+
+
+def _refuse_what_excludes_itself(protocol: Protocol, training: Training | None, stack: Stack, x: Tensor) -> None:
+    """Raises UnbatchError: rounds of a model that is released, or batch statistics of private training."""
+    if training is not None and protocol != Protocol():
+        raise UnbatchError(f"a released model has no rounds, and the protocol says {protocol}; leave one of both out.")
+    if protocol.sends_buffers and "privacy" in stack.public(published(x, protocol)):
+        raise UnbatchError(
+            "private training goes example by example and has no batch statistics; leave sends_buffers or the defence out."
+        )
 
 
 def _kept(turns: list[Round]) -> Callable[[Round], Update]:
