@@ -91,6 +91,36 @@ class Mixture:
         """The same mixture where every example counts `factor` times as much as was assumed."""
         return replace(self.unweighed(factor), weighed=True)
 
+    def evened(self) -> Mixture:
+        """The same mixture with singular values the square roots of what they were, relative to the least.
+
+        Preactivations in coordinates in which the deltas' largest directions are shorter: p T^-1 for p, T delta for delta
+        with T = I - U (1 - (s_n / S)^(1/2)) U^T, a gradient as before. z, q and the solutions are the same ones. Where
+        deltas are nearly parallel, as those of one class are, F lies near the span of U for every z: what tells examples
+        apart is a larger share of T F.
+
+        >>> from unbatch.numerics.unmix.made import made_mixture
+        >>> mixture, z, y = made_mixture(4)
+        >>> even = mixture.evened()
+        >>> outside, excess, _ = misfits(even, z, y)
+        >>> bool(outside.max() < 1e-10), bool(excess.abs().max() < 1e-10)
+        (True, True)
+        >>> bool(even.S[0] / even.S[-1] < (1 + 1e-10) * (mixture.S[0] / mixture.S[-1]) ** 0.5)
+        True
+        """
+        shrink, deltas = (self.S[-1] / self.S).sqrt(), self.deltas
+
+        def along(v: Tensor, factors: Tensor) -> Tensor:
+            return v + (v @ self.U * (factors - 1)) @ self.U.T
+
+        return replace(
+            self,
+            S=self.S * shrink,
+            W=along(self.W, 1 / shrink),
+            offset=None if self.offset is None else along(self.offset, 1 / shrink),
+            deltas=lambda before, y: along(deltas(along(before, shrink), y), shrink),
+        )
+
     def scaled(self, z: Tensor) -> Tensor:
         """z [g, n] on z . ones = 1."""
         return z if self.ones is None else z / (z @ self.ones)[:, None]

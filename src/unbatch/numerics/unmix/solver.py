@@ -245,16 +245,22 @@ def by_polish(
 
 
 def _polished(rest: Mixture, tried: Tensor, classes: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Guesses [g, n] after polishing, their labels, and the numbers of those that are examples."""
+    """Guesses [g, n] after polishing, their labels, and the numbers of those that are examples.
+
+    Where that leads to none and some examples must share a label: on the evened mixture, along straight steps.
+    """
     labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
-    tried, labels, _ = polish(rest, tried, labels, steps=40, gain=0.002)
-    chosen = accept(rest, tried, labels)
+    better, named, _ = polish(rest, tried, labels, steps=40, gain=0.002)
+    chosen = accept(rest, better, named)
+    if not len(chosen) and len(labels.unique(dim=0)) < rest.n:
+        better, named, _ = polish(rest.evened(), tried, labels, steps=40, gain=0.002, geodesic=False)
+        chosen = accept(rest, better, named)
     if len(chosen):  # to the last digit, since what they are off by stays in the rest
-        best = polish(rest, tried[chosen], labels[chosen], steps=8, damping=1e-9, target=0.0, gain=0.5)
-        tried[chosen], labels[chosen] = best[:2]
-        reach = mixture_radius(rest, tried[chosen], labels[chosen], rng) / tried[chosen].norm(dim=1)
+        best = polish(rest, better[chosen], named[chosen], steps=8, damping=1e-9, target=0.0, gain=0.5)
+        better[chosen], named[chosen] = best[:2]
+        reach = mixture_radius(rest, better[chosen], named[chosen], rng) / better[chosen].norm(dim=1)
         chosen = chosen[reach < LOOSE_RADIUS]
-    return tried, labels, chosen
+    return better, named, chosen
 
 
 def _guessed(rest: Mixture, start: GuessMaker, classes: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
