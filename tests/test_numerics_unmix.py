@@ -15,9 +15,10 @@ from unbatch.numerics.unmix.equation import Equation, accept, choose_labels, cho
 from unbatch.numerics.unmix.joint import refine_jointly
 from unbatch.numerics.unmix.mixture import Mixture, misfits
 from unbatch.numerics.unmix.moment_start import weight_moments
+from unbatch.numerics.unmix.part import Part
 from unbatch.numerics.unmix.pattern import NEAR_PATTERN, Corners, apart, finish, relax, switches, turned
 from unbatch.numerics.unmix.sign_certain import isolate, piecewise_linear
-from unbatch.numerics.unmix.solver import softened, unmix
+from unbatch.numerics.unmix.solver import in_part, softened, unmix
 
 
 def random(mixture: Mixture, rng: torch.Generator) -> Tensor:
@@ -45,9 +46,11 @@ def test_the_geodesic_ends_at_the_last_digit_too(activation: str) -> None:
 
 
 @pytest.mark.parametrize("real", [False, True])
-def test_the_derivative_is_that_of_the_residual(real: bool) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_the_derivative_is_that_of_the_residual(real: bool, own: bool) -> None:
     p = Problem(real=real)
-    equation = Equation(p.mixture, p.near(0.1), p.y)
+    rows = torch.linalg.qr(torch.randn(6, 6, 3, generator=p.rng, dtype=torch.float64)).Q.mT
+    equation = Equation(p.mixture, p.near(0.1), p.y, rows if own else None)
     x, which = equation.start(), torch.arange(6)
     r, Jt = equation.linearise(x, which)
     gram, downhill = equation.normal(x, which)
@@ -354,6 +357,35 @@ def test_some_examples_are_refined_while_others_are_unknown() -> None:
     z, _, left = refine_jointly(p.mixture, start, p.y[:4], others=2, steps=12)
     assert left < 1e-10
     torch.testing.assert_close(z, p.z[:4], atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky", "hardtanh"])
+def test_examples_found_are_determined_while_fewer_are_missing_than_there_are_classes(activation: str) -> None:
+    p = Problem(activation, n=8, m=120, k=5)
+    q = p.mixture.dual(p.mixture.F(p.z, p.y))
+    near = p.near(1e-3)
+    for missing in (1, 4):
+        f = 8 - missing
+        found = in_part(p.mixture, q[:f], near[:f], torch.arange(5), [])
+        torch.testing.assert_close(found.z, p.z[:f], rtol=0, atol=1e-8)
+        assert torch.equal(found.labels, p.y[:f])
+        reach = mixture_radius(p.mixture, found.z, found.labels, p.rng, jointly=True)
+        assert bool(((found.z - p.z[:f]).norm(dim=1) <= reach).all())
+        assert bool((reach < 1e-6).all())
+    assert not len(in_part(p.mixture, q[:3], near[:3], torch.arange(5), []).z)
+    assert not Part(p.mixture, p.z[:3], p.y[:3]).determined.any()
+    assert mixture_radius(p.mixture, p.z[:3], p.y[:3], p.rng, jointly=True).isinf().all()
+    assert mixture_radius(p.mixture.unweighed(), p.z[:7], p.y[:7], p.rng, jointly=True).isinf().all()
+
+
+def test_without_a_bias_one_fewer_may_be_missing() -> None:
+    p = Problem("relu", n=8, m=120, k=5, bias=False)
+    assert [bool(Part(p.mixture, p.z[:f], p.y[:f]).determined.all()) for f in (3, 4, 5)] == [False, False, True]
+
+
+def test_smooth_networks_move_along_more_than_their_outputs() -> None:
+    p = Problem("gelu", n=6)
+    assert not Part(p.mixture, p.z[:5], p.y[:5]).determined.any()
 
 
 def test_a_few_labels_that_are_known_do() -> None:

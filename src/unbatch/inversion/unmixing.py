@@ -452,7 +452,9 @@ def _shortfall(mixture: Mixture, tail: Tail, found: Separation, rank: int, n: in
 
 def _failed(found: Separation) -> str:
     """Which starts were tried without success since the last one that had some."""
-    held = [i for i, entry in enumerate(found.log) if entry.get("found")] if len(found.z) else []
+    held = (
+        [i for i, entry in enumerate(found.log) if entry.get("found") and not entry.get("lost")] if len(found.z) else []
+    )
     last = max(held, default=-1)
     misses = Counter(str(entry["start"]) for entry in found.log[last + 1 :])
     told = [f"{name}{f' ({times} times)' if times > 1 else ''}" for name, times in misses.items()]

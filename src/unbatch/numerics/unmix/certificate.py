@@ -21,10 +21,12 @@ from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
 from unbatch.numerics.unmix.equation import NOISE_SLACK, Equation
 from unbatch.numerics.unmix.linearisation import Linearisation
 from unbatch.numerics.unmix.mixture import Mixture
+from unbatch.numerics.unmix.part import Part
 
 DeltaRounding = Callable[[Tensor, Tensor], Tensor]  # z [f, n], y -> errors of their deltas [f, m]
 
 ERROR_DRAWS = 6  # of an error with many degrees of freedom, of which draws x n coordinates measure the spread
+WEAK_DRAWS = 40  # of one with perhaps a single direction: six draws would miss its spread by six once in a thousand
 BESIDE_DISTANCE = 1e-4  # relative distance at which rounding is another draw of the same law
 NONLINEAR_CHANGE = 0.05  # relative change of F over the radius above which first order is not relied on
 
@@ -44,7 +46,8 @@ def mixture_radius(
 
     Assumes that the gradient is an honest one of n independent examples, of which z_i is near one: candidates are to
     have passed `accept`. Each is judged by its own equation, which takes a smooth F and a tenth of the time that all
-    together take; `jointly` where none is determined alone (then z are to be all n examples). inf as
+    together take; `jointly` where none is determined alone (where some of the n are missing, those found are judged by
+    their dual vectors and outputs, and are open unless fewer are missing than there are classes). inf as
     well where an example has as many unknowns as equations, 2 n >= m: nothing then speaks against a wrong one; and where
     neither a bias nor a known weight of the examples fixes the size of what is found together.
 
@@ -58,11 +61,10 @@ def mixture_radius(
     """
     if not len(z) or 2 * mixture.n >= len(mixture.U):
         return z.new_full((len(z),), torch.inf)
-    if jointly and len(z) < mixture.n:
-        return z.new_full((len(z),), torch.inf)
     if not mixture.weighed and mixture.ones is None and (jointly or mixture.n == 1):
         return z.new_full((len(z),), torch.inf)
-    found = (_jointly if jointly or mixture.n == 1 else _alone)(mixture, z, y, rng, rounding)
+    way = _alone if not jointly and mixture.n > 1 else _jointly if len(z) == mixture.n else _in_part
+    found = way(mixture, z, y, rng, rounding)
     turned = 2 * (mixture.outside or mixture.noise) * (z / mixture.S).norm(dim=1)  # the row space's own: |Delta^+ E|
     found = found + turned
     moved = z + found[:, None] * torch.nn.functional.normalize(_gaussian(z, rng), dim=1)
@@ -87,6 +89,17 @@ def _jointly(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, round
     return ERROR_SIGMAS * spread.sqrt() + 2 * response(at.left()).sqrt()
 
 
+def _in_part(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: DeltaRounding | None) -> Tensor:
+    """Some examples of a piecewise linear network, whose errors have few directions: the weakest of their outputs."""
+    part = Part(mixture, z, y)
+    outer, spread = _spread(mixture) * part.q.norm(dim=1, keepdim=True), z.new_zeros(len(z))
+    for _ in range(WEAK_DRAWS):
+        w = outer * _gaussian(part.F, rng) + _wrong(mixture, z, y, part.F, rng, rounding)
+        spread += part.error(w).square().sum(1) / WEAK_DRAWS
+    found = ERROR_SIGMAS * spread.sqrt() + 2 * part.newton().norm(dim=1)
+    return torch.where(part.determined, found, torch.inf)
+
+
 def _alone(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: DeltaRounding | None) -> Tensor:
     """Each example by its own equation ((I - U U^T) F / |F|, q . z - 1) = 0, whose error is E q and that of F."""
     equation, F = Equation(mixture, z, y), mixture.sent(z, y)
@@ -103,7 +116,7 @@ def _alone(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, roundin
         r, Jt = equation.linearise(begin[which], which)
         Q, R = torch.linalg.qr(Jt.mT)  # [q, m + 1, p]
         right = torch.cat([seen[which], r[:, None]], 1).mT
-        moved = torch.linalg.solve_triangular(R, Q.mT @ right, upper=True)[:, : len(equation.free)]
+        moved = torch.linalg.solve_triangular(R, Q.mT @ right, upper=True)[:, : equation.steps]
         off = moved.square().sum(1)  # [q, draws + 1]
         found.append(ERROR_SIGMAS * off[:, :ERROR_DRAWS].mean(1).sqrt() + 2 * off[:, ERROR_DRAWS].sqrt())
     return torch.cat(found)

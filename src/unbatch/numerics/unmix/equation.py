@@ -22,7 +22,8 @@ class Equation:
     Residuals ((I - U U^T) F / |F|, q . z - 1) of candidates z [g, n], and their derivative; q is eliminated.
 
     The first part cannot be made small by making F small, the second fixes the scale. Unknowns are steps along the rows
-    `free` from z: those of z . ones = 1 in the span of the orthonormal rows `within`; real targets y are unknowns too.
+    `free` from z: those of z . ones = 1 in the span of the orthonormal rows `within` [r, n], or of each candidate's own
+    [g, r, n]; real targets y are unknowns too.
     Where it is not known how much an example counts, the second part says nothing of z and is left out (zero).
 
     >>> from unbatch.numerics.unmix.made import made_mixture
@@ -36,9 +37,9 @@ class Equation:
         self.mixture, self.z, self.y, self.real = mixture, z, y, mixture.classes == 0
         free = torch.eye(mixture.n).to(z) if within is None else within
         if mixture.ones is not None:
-            free = complement((free @ mixture.ones)[None], len(free)) @ free
-        self.free, self.directions = free, free @ mixture.W
-        self.unknowns = len(free) + (y.shape[1] if self.real else 0)
+            free = complement((free @ mixture.ones)[..., None, :], free.shape[-2]) @ free
+        self.free, self.directions, self.steps = free, free @ mixture.W, free.shape[-2]
+        self.unknowns = self.steps + (y.shape[1] if self.real else 0)
         if self.real:  # a unit of a target moves F by about the share that a unit of z does
             F = mixture.F(z, y)
             rates = torch.stack([(mixture.F(z, y + e) - F).norm(dim=1) for e in torch.eye(y.shape[1]).to(z)], 1)
@@ -47,14 +48,14 @@ class Equation:
 
     def start(self) -> Tensor:
         """Where the search begins, [g, unknowns]."""
-        step = self.z.new_zeros(len(self.z), len(self.free))
+        step = self.z.new_zeros(len(self.z), self.steps)
         return torch.cat([step, torch.zeros_like(self.y)], 1) if self.real else step
 
     def at(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """z and y of candidates `which` at the unknowns x."""
-        r = len(self.free)
-        y = self.y[which]
-        return self.z[which] + x[:, :r] @ self.free, y + x[:, r:] * self.units[which] if self.real else y
+        r = self.steps
+        y, z = self.y[which], self.z[which] + _along(self._own(self.free, which).mT, x[:, :r])
+        return z, y + x[:, r:] * self.units[which] if self.real else y
 
     def residual(self, x: Tensor, which: Tensor) -> Tensor:
         """The residuals [q, m + 1] of candidates `which` [q] at the unknowns x [q, unknowns]."""
@@ -99,8 +100,8 @@ class Equation:
         outside = F / size - (F / size) @ mixture.U @ mixture.U.T
         back = outer - outer @ mixture.U @ mixture.U.T - (outside * outer).sum(1, keepdim=True) * F / size
         back = back / size + last * (z / mixture.S) @ mixture.U.T  # u in terms of dF
-        out = torch.autograd.grad(graph, before, back)[0] @ self.directions.T
-        out += last * (mixture.dual(F) @ self.free.T)
+        out = _along(self._own(self.directions, which), torch.autograd.grad(graph, before, back)[0])
+        out += last * _along(self._own(self.free, which), mixture.dual(F))
         if not self.real:
             return out
         rates = torch.stack([mixture.F(z, y + e * self.units[which]) - F for e in torch.eye(y.shape[1]).to(F)], 1)
@@ -112,23 +113,33 @@ class Equation:
         z, y = self.at(x, which)
         before = mixture.before(z).detach().requires_grad_()
         graph = mixture.deltas(before, y)
-        F, r = graph.detach(), len(self.free)
+        F, r = graph.detach(), self.steps
         H = F.new_empty(len(F), self.unknowns, F.shape[1])
         # delta is a gradient, so its derivative is symmetric: reverse mode gives the product with a direction
-        for i, w in enumerate(self.directions):
+        for i, w in enumerate(self._own(self.directions, which).unbind(-2)):
             H[:, i] = torch.autograd.grad(graph, before, w.expand_as(F), retain_graph=True)[0]
         if self.real:
             for i, e in enumerate(torch.eye(y.shape[1]).to(F)):
                 H[:, r + i] = mixture.F(z, y + e * self.units[which]) - F
         c, cH = F @ mixture.U, H @ mixture.U
         scale = (cH @ (z / mixture.S)[:, :, None])[..., 0]
-        scale[:, :r] += (c / mixture.S) @ self.free.T
+        scale[:, :r] += _along(self._own(self.free, which), c / mixture.S)
         scale *= mixture.weighed
         return F, self._residual(F, c, z), H, cH, scale
+
+    @staticmethod
+    def _own(rows: Tensor, which: Tensor) -> Tensor:
+        """The rows [r, .] that candidates `which` share, or those of each [q, r, .]."""
+        return rows if rows.dim() == 2 else rows[which]
 
     def chunk(self) -> int:
         """Candidates that are linearised at a time."""
         return max(1, JACOBIAN_ENTRIES // (max(self.unknowns, 1) * (self.mixture.U.shape[0] + 1)))
+
+
+def _along(rows: Tensor, v: Tensor) -> Tensor:
+    """Products [q, r] of v [q, n] with rows [r, n] that all share, or [q, r, n] of its own."""
+    return v @ rows.T if rows.dim() == 2 else (rows @ v[:, :, None])[..., 0]
 
 
 def choose_labels(mixture: Mixture, z: Tensor, classes: Tensor) -> Tensor:
@@ -305,12 +316,12 @@ def explained(mixture: Mixture, z: Tensor, y: Tensor) -> bool:
 def complement(Q: Tensor, n: int) -> Tensor:
     """The directions orthogonal to given ones.
 
-    Orthonormal rows [n - f, n] orthogonal to those of Q [f, n].
+    Orthonormal rows [..., n - f, n] orthogonal to those of Q [..., f, n].
 
     >>> complement(torch.tensor([[1.0, 0.0, 0.0]]), 3).shape
     torch.Size([2, 3])
     """
-    if not len(Q):
+    if not Q.shape[-2]:
         return torch.eye(n).to(Q)
-    rest: Tensor = torch.linalg.svd(Q, full_matrices=True)[2][len(Q) :]
+    rest: Tensor = torch.linalg.svd(Q, full_matrices=True)[2][..., Q.shape[-2] :, :]
     return rest

@@ -39,6 +39,7 @@ BISECTIONS = 60
 FAR_DEVIATIONS = 6.0  # deviations of an error beyond which it makes no difference
 TURNS = 4  # of programs; between them guesses are brought to agree with their patterns
 AGREEMENT_STEPS = 3  # steps of that
+INSIDE_STEPS = 100  # of it from nothing, where the pattern is exact
 AGREEMENT_SPREAD = 0.3  # error of a guess's preactivations in it
 FIRST_PROGRAMS = (
     6,
@@ -274,14 +275,49 @@ def agreeing(rest: Mixture, two: Switches, pattern: Tensor, x: Tensor) -> tuple[
     onto = torch.linalg.solve(G, rest.W).T  # [m, r]
     along = None if rest.ones is None else torch.linalg.solve(G, rest.ones)
     for _ in range(AGREEMENT_STEPS):
-        before = rest.before(x)
-        spread = AGREEMENT_SPREAD * before.std(1, keepdim=True)
-        inside, slope = two.chance(before, spread)
-        pull = torch.where(pattern, slope / inside.clamp_min(1e-12), -slope / (1 - inside).clamp_min(1e-12))
-        x = x + (spread * pull) @ onto
+        x = x + _pull(two, pattern, rest.before(x)) @ onto
         if along is not None and rest.ones is not None:
             x = x + ((1 - x @ rest.ones) / (along @ rest.ones))[:, None] * along
     return x, rest.before(x)
+
+
+def inside(mixture: Mixture, two: Switches, pattern: Tensor, own: Tensor) -> Tensor:
+    """Points that have exact patterns of on and off, or nearly.
+
+    z [f, n] in the span of each one's own rows [f, r, n] that suit the patterns [f, m] best, in the sense of `agreeing`.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4, torch.relu)
+    >>> pattern = mixture.before(z) > 0
+    >>> found = inside(mixture, switches(mixture, torch.Generator()), pattern, mixture.basis.expand(4, -1, -1))
+    >>> bool(((mixture.before(found) > 0) == pattern).double().mean() > 0.95)
+    True
+    """
+    W = own @ mixture.W  # [f, r, m]
+    G = W @ W.mT
+    G.diagonal(dim1=1, dim2=2).add_(1e-9 * G.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-300)
+    onto = torch.linalg.solve(G, W).mT  # [f, m, r]
+    x = own.new_zeros(own.shape[:2])
+    if mixture.ones is None:
+        x = (torch.where(pattern, 1.0, -1.0)[:, None].to(W) @ onto)[:, 0]
+    else:
+        ones = own @ mixture.ones
+        along = torch.linalg.solve(G, ones)
+        along = along / (along * ones).sum(1, keepdim=True)
+        x = along
+    for _ in range(INSIDE_STEPS):
+        x = x + (_pull(two, pattern, mixture.before((x[:, None] @ own)[:, 0]))[:, None] @ onto)[:, 0]
+        if mixture.ones is not None:
+            x = x + (1 - (x * ones).sum(1, keepdim=True)) * along
+    z: Tensor = (x[:, None] @ own)[:, 0]
+    return z
+
+
+def _pull(two: Switches, pattern: Tensor, before: Tensor) -> Tensor:
+    """By how much preactivations [g, m] are expected to be off, under a normal error, where their pattern is given."""
+    spread = AGREEMENT_SPREAD * before.std(1, keepdim=True)
+    share, slope = two.chance(before, spread)
+    return spread * torch.where(pattern, slope / share.clamp_min(1e-12), -slope / (1 - share).clamp_min(1e-12))
 
 
 def _programs(

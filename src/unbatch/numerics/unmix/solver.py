@@ -18,9 +18,17 @@ from unbatch.numerics.search.softening import Softened
 from unbatch.numerics.unmix.alternation import approach, slopes
 from unbatch.numerics.unmix.certificate import mixture_radius
 from unbatch.numerics.unmix.descent import Descent
-from unbatch.numerics.unmix.equation import accept, choose_labels, choose_targets, explained, placed, polish
+from unbatch.numerics.unmix.equation import (
+    accept,
+    choose_labels,
+    choose_targets,
+    explained,
+    placed,
+    polish,
+)
 from unbatch.numerics.unmix.joint import refine_jointly
 from unbatch.numerics.unmix.mixture import Mixture, label_misfits, misfits
+from unbatch.numerics.unmix.part import Part, left_open
 from unbatch.numerics.unmix.pattern import (
     LONG_PROGRAMS,
     NEAR_PATTERN,
@@ -29,6 +37,7 @@ from unbatch.numerics.unmix.pattern import (
     Switches,
     apart,
     finish,
+    inside,
     own,
     relax,
     switches,
@@ -50,7 +59,9 @@ KINK_SHARPNESS = (8.0, 16.0)  # of a rounded kink, in its layer's spreads
 RISING_SHARPNESS = (16.0, 64.0, 256.0, 1024.0, 4096.0)
 RISING_STEPS = 6  # of each, of one example and of all together
 RISEN_MISFIT = 0.05  # of the equation, relative, above which a polished guess is in no example's basin
+SHARP_MISFIT = 1e-4  # up to which no kink that moves the delta is passed: measured 2e-5 and less, else 5e-4 and more
 ALIKE_RISEN = 3e-4  # 1 - cosine below which deltas are one example's, whose last digits are not there yet
+PART_STEPS = 3  # of Newton, of examples that are told in part
 DESCENT_SHARPNESS = 1.0  # the same in a descent, in the spreads near the origin, a tenth of the later ones
 # Relative radius above which an example that fits is not subtracted: its error would stay in the rest.
 LOOSE_RADIUS = 0.02
@@ -133,19 +144,52 @@ def _separation(
         return replace(by_polish(mixture, starts, rng, classes, attempts, tick), joint=True)
     found = list[Separation]()
     signs = zeroed(mixture, rng) or not (mixture.classes > RESIDUAL_COLUMNS or layered(mixture, rng))
-    if mixture.n > 1 and not signs and _rounds(mixture, rng):
-        return by_rising(mixture, starts, rng, classes, attempts, tick)
     two = switches(mixture, rng) if mixture.n > 1 else None
-    if two is not None:
-        found.append(by_patterns(mixture, two, starts, rng, classes, attempts, tick))
-        if len(found[0].z) == mixture.n:
-            return found[0]
-    for _ in range(attempts):  # from other rotations: dual vectors that do not stand together seldom come again
-        found.append(by_signs(mixture, starts, rng, classes, attempts, tick))
+    ways: list[Callable[..., Separation]] = [by_signs] * attempts  # dual vectors that clash seldom come again
+    if mixture.n > 1 and not signs and _rounds(mixture, rng):
+        ways = [by_rising]
+    elif two is not None:
+        ways.insert(0, partial(by_patterns, two=two))
+    for way in ways:
+        found.append(way(mixture, starts=starts, rng=rng, classes=classes, attempts=attempts, tick=tick))
+        if 0 < len(found[-1].z) < mixture.n:
+            found[-1] = _with_the_rest(mixture, found[-1], starts, rng, classes, attempts, tick)
         if len(found[-1].z) == mixture.n or not tick(0.0):
             break
-    best = max(found, key=lambda each: len(each.z))
+    best = _longest(*found)
+    for entry in (entry for each in found if each is not best for entry in each.log):
+        entry["lost"] = True
     return replace(best, log=[entry for each in found for entry in each.log])
+
+
+def _with_the_rest(
+    whole: Mixture,
+    found: Separation,
+    starts: Sequence[tuple[str, GuessMaker | Descent]],
+    rng: torch.Generator,
+    classes: Tensor,
+    attempts: int,
+    tick: Tick,
+) -> Separation:
+    """What was found in part, and what its subtraction leaves: a mixture of its own, with as many rows and few examples."""
+    rest = whole.without(whole.sent(found.z, found.labels), found.z)
+
+    def begun(start: GuessMaker) -> GuessMaker:
+        return lambda left, rng: start(replace(left, basis=left.basis @ rest.basis), rng)
+
+    ways = [(name, begun(start)) for name, start in starts if not isinstance(start, Descent)]
+    alone = replace(rest, basis=torch.eye(rest.n).to(rest.U))
+    more = _separation(alone, ways, rng, classes, attempts, tick)
+    found.log.extend(more.log)
+    z, y = torch.cat([found.z, more.z @ rest.basis]), torch.cat([found.labels, more.labels])
+    if len(z) == whole.n:
+        return _longest(found, _whole(whole, z, classes, found.log))
+    kept = accept(whole, z, y).sort().values
+    return _longest(found, replace(found, z=z[kept], labels=y[kept]))
+
+
+def _longest(*found: Separation) -> Separation:
+    return max(found, key=lambda each: len(each.z))
 
 
 def named_alike(mixture: Mixture, found: Separation) -> Separation:
@@ -363,7 +407,7 @@ def by_signs(
         guesses = tried
         Q, Z = torch.cat([Q, q[chosen]]), torch.cat([Z, tried[chosen]])
     if len(Q) < n:
-        return Separation(Q[:0], _no_labels(whole, classes), log, torch.cat([Z, guesses]), joint=True)
+        return in_part(whole, Q, Z, classes, log, guesses)
     return _whole(whole, Z, classes, log)
 
 
@@ -457,7 +501,8 @@ def by_patterns(
         misses = 0 if len(chosen) else misses + 1
         Q, known = torch.cat([Q, q[chosen]]), torch.cat([known, pattern[chosen]])
     if len(Q) < n:
-        return Separation(Q[:0], _no_labels(whole, classes), log, joint=True)
+        Z = inside(whole, two, known, left_open(Q)) if len(Q) else Q
+        return in_part(whole, Q / (Q * Z).sum(1, keepdim=True), Z, classes, log)
     return _whole(whole, whole.scaled(torch.linalg.pinv(Q, rtol=1e-13).T), classes, log)
 
 
@@ -487,34 +532,103 @@ def by_rising(
     """
     n, misses = whole.n, 0
     Q, Z = whole.U.new_zeros(0, n), whole.U.new_zeros(0, n)
+    blunt = near = Z  # guesses still to be sharpened, and the dual vectors they have
     log: list[dict[str, object]] = []
     ways = [(name, start) for name, start in starts if not isinstance(start, Descent)]
-    best = Separation(Z, _no_labels(whole, classes), log, Z, joint=True)
-    while misses < attempts * len(ways) and tick(len(Q) / n):
-        name, start = ways[misses % len(ways)]
+    while len(Q) < n and misses < attempts * len(ways) and tick(len(Q) / n):
         rest = whole.isolated(Q)
-        tried = whole.scaled(start(rest, rng) @ rest.basis)
-        tried = (best_apart(whole, tried, classes) if whole.classes else tried)[: max(POLISHED_GUESSES, n)]
-        tried = placed(whole, tried, classes, within=rest.basis) if whole.ones is None else tried
-        tried, labels = risen(whole, tried, classes, rest.basis)
-        F = whole.F(tried, labels)
-        outside, excess, _ = misfits(whole, tried, labels)
-        good = (outside < RISEN_MISFIT) & (excess.abs() < RISEN_MISFIT)
-        order = outside.argsort()
-        q = whole.dual(F) / (whole.dual(F) * tried).sum(1, keepdim=True)
-        chosen = distinct(Q * whole.S, q * whole.S, order[good[order]], alike=ALIKE_RISEN)[: n - len(Q)]
+        if again := len(blunt) > 0:  # what is found leaves their guesses fewer directions
+            name, tried = "again", whole.scaled(blunt @ rest.basis.T @ rest.basis)
+        else:
+            name, start = ways[misses % len(ways)]
+            tried = whole.scaled(start(rest, rng) @ rest.basis)
+            tried = (best_apart(whole, tried, classes) if whole.classes else tried)[: max(POLISHED_GUESSES, n)]
+            tried = placed(whole, tried, classes, within=rest.basis) if whole.ones is None else tried
+        tried, labels = risen(whole, tried, classes, rest.basis, RISING_SHARPNESS[again:])
+        q, order = _ranked(whole, tried, labels)
+        outside = misfits(whole, tried, labels)[0]
+        chosen = distinct(Q * whole.S, q * whole.S, order[outside[order] < SHARP_MISFIT], alike=ALIKE_RISEN)[
+            : n - len(Q)
+        ]
         log.append({"start": name, "left": n - len(Q), "guesses": len(tried), "found": len(chosen)})
-        misses = 0 if len(chosen) else misses + 1
         Q, Z = torch.cat([Q, q[chosen]]), torch.cat([Z, tried[chosen]])
-        if len(Q) == n:
-            best = _risen_together(whole, whole.scaled(torch.linalg.pinv(Q, rtol=1e-13).T), classes, log)
+        near = distinct(Q * whole.S, q * whole.S, order, alike=ALIKE_RISEN)
+        blunt, near = (tried[near], q[near]) if len(chosen) else (Z[:0], q[near])
+        if len(chosen):
+            misses, few = 0, min(len(Q), n - 1)  # the last ones are the least sure
+            if few and n - few <= max(1, whole.targets // 2):
+                found = in_part(whole, Q[:few], Z[:few], classes, log)
+                if len(found.z):
+                    return found
+            continue
+        misses += not again
+        if n - len(Q) <= len(near):  # blunt ones are all there is of some
+            best = _risen_together(whole, torch.cat([Q, near])[:n], classes, log)
             if len(best.z) == n:
+                return best
+    return _risen_together(whole, Q, classes, log) if len(Q) == n else in_part(whole, Q, Z, classes, log)
+
+
+def _ranked(whole: Mixture, tried: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Dual vectors [g, n] of polished guesses, and the numbers of those that are in an example's basin, best first."""
+    F = whole.F(tried, labels)
+    outside, excess, _ = misfits(whole, tried, labels)
+    good = (outside < RISEN_MISFIT) & (excess.abs() < RISEN_MISFIT)
+    order = outside.argsort()
+    return whole.dual(F) / (whole.dual(F) * tried).sum(1, keepdim=True), order[good[order]]
+
+
+def in_part(
+    whole: Mixture,
+    Q: Tensor,
+    Z: Tensor,
+    classes: Tensor,
+    log: list[dict[str, object]],
+    guesses: Tensor | None = None,
+) -> Separation:
+    """Those of a piecewise linear network's examples that their dual vectors Q [f, n] and their outputs tell.
+
+    From guesses Z [f, n] of them, where fewer of the n are missing than an example has outputs: each then has its own few
+    unknowns, and is polished on networks whose kinks are rounded less and less. None where more are missing.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(6, torch.relu)
+    >>> Q = mixture.dual(mixture.F(z, y))
+    >>> near = z + 0.01 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> found = in_part(mixture, Q[:3], near[:3], torch.arange(4), [])
+    >>> torch.allclose(found.z, z[:3]), len(in_part(mixture, Q[:2], near[:2], torch.arange(4), []).z)
+    (True, 0)
+    """
+    spare = Z if guesses is None else torch.cat([Z, guesses])
+    none = Separation(Z[:0], _no_labels(whole, classes), log, spare, joint=True)
+    while len(Q) and whole.n - len(Q) <= whole.targets and whole.weighed and whole.classes:
+        inverse, own = torch.linalg.pinv(Q, rtol=1e-13), left_open(Q)
+        z = whole.scaled(Z + (torch.eye(len(Q)).to(Q) - Z @ Q.T) @ inverse.T)
+        z = risen(whole, z, classes, own)[0]
+        z, y, _ = polish(
+            whole, z, choose_labels(whole, z, classes), damping=1e-9, target=0.0, within=own, geodesic=False
+        )
+        outside, excess, _ = misfits(whole, z, y)
+        near = ((outside < SHARP_MISFIT) & (excess.abs() < RISEN_MISFIT)).nonzero()[:, 0]
+        found, y = z[near], y[near]
+        for _ in range(PART_STEPS):  # by which dual vectors that are nearly right become so
+            if not len(found) or not bool((part := Part(whole, found, y)).determined.all()):
+                found, y = found[:0], y[:0]
                 break
-            Q, Z, misses = Q[:0], Z[:0], misses + 1
-    return best if len(best.z) else replace(best, guesses=Z)
+            found = found + part.newton()
+        kept = accept(whole, found, y).sort().values
+        if len(found) and len(kept) == len(found):
+            return replace(none, z=found, labels=y, guesses=guesses)
+        if len(near) == len(Q) and not 0 < len(kept) < len(Q):
+            break
+        near = near[kept] if len(kept) else near
+        Q, Z = Q[near], z[near]
+    return none
 
 
-def risen(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def risen(
+    whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor, rising: Sequence[float] = RISING_SHARPNESS
+) -> tuple[Tensor, Tensor]:
     """Guesses z [g, n] polished one by one on networks whose kinks are rounded less and less, and their labels.
 
     >>> from unbatch.numerics.unmix.made import made_mixture
@@ -523,7 +637,7 @@ def risen(whole: Mixture, z: Tensor, classes: Tensor, basis: Tensor) -> tuple[Te
     True
     """
     labels = _no_labels(whole, classes)
-    for sharpness in RISING_SHARPNESS:
+    for sharpness in rising:
         soft = softened(whole, sharpness)
         labels = choose_labels(soft, z, classes) if whole.classes else choose_targets(soft, z)
         z, labels, _ = polish(soft, z, labels, steps=RISING_STEPS, within=basis, geodesic=False)
@@ -537,7 +651,9 @@ def _rounds(mixture: Mixture, rng: torch.Generator) -> bool:
     return not torch.equal(softened(mixture, DESCENT_SHARPNESS).F(z, y), mixture.F(z, y))
 
 
-def _risen_together(whole: Mixture, z: Tensor, classes: Tensor, log: list[dict[str, object]]) -> Separation:
+def _risen_together(whole: Mixture, Q: Tensor, classes: Tensor, log: list[dict[str, object]]) -> Separation:
+    """All examples of nearly right dual vectors Q [n, n]."""
+    z = whole.scaled(torch.linalg.pinv(Q, rtol=1e-13).T)
     for sharpness in RISING_SHARPNESS[2:]:
         soft = softened(whole, sharpness)
         labels = choose_labels(soft, z, classes) if whole.classes else choose_targets(soft, z)
