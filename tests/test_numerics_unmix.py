@@ -15,7 +15,7 @@ from unbatch.numerics.unmix.equation import Equation, accept, choose_labels, cho
 from unbatch.numerics.unmix.joint import refine_jointly
 from unbatch.numerics.unmix.mixture import Mixture, misfits
 from unbatch.numerics.unmix.moment_start import weight_moments
-from unbatch.numerics.unmix.part import Part
+from unbatch.numerics.unmix.part import KnownPart
 from unbatch.numerics.unmix.pattern import NEAR_PATTERN, Corners, apart, finish, relax, switches, turned
 from unbatch.numerics.unmix.sign_certain import isolate, piecewise_linear
 from unbatch.numerics.unmix.solver import in_part, softened, unmix
@@ -373,19 +373,19 @@ def test_examples_found_are_determined_while_fewer_are_missing_than_there_are_cl
         assert bool(((found.z - p.z[:f]).norm(dim=1) <= reach).all())
         assert bool((reach < 1e-6).all())
     assert not len(in_part(p.mixture, q[:3], near[:3], torch.arange(5), []).z)
-    assert not Part(p.mixture, p.z[:3], p.y[:3]).determined.any()
+    assert not KnownPart(p.mixture, p.z[:3], p.y[:3]).determined.any()
     assert mixture_radius(p.mixture, p.z[:3], p.y[:3], p.rng, jointly=True).isinf().all()
     assert mixture_radius(p.mixture.unweighed(), p.z[:7], p.y[:7], p.rng, jointly=True).isinf().all()
 
 
 def test_without_a_bias_one_fewer_may_be_missing() -> None:
     p = Problem("relu", n=8, m=120, k=5, bias=False)
-    assert [bool(Part(p.mixture, p.z[:f], p.y[:f]).determined.all()) for f in (3, 4, 5)] == [False, False, True]
+    assert [bool(KnownPart(p.mixture, p.z[:f], p.y[:f]).determined.all()) for f in (3, 4, 5)] == [False, False, True]
 
 
 def test_smooth_networks_move_along_more_than_their_outputs() -> None:
     p = Problem("gelu", n=6)
-    assert not Part(p.mixture, p.z[:5], p.y[:5]).determined.any()
+    assert not KnownPart(p.mixture, p.z[:5], p.y[:5]).determined.any()
 
 
 def test_a_few_labels_that_are_known_do() -> None:

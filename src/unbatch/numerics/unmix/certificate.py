@@ -21,7 +21,7 @@ from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
 from unbatch.numerics.unmix.equation import NOISE_SLACK, Equation
 from unbatch.numerics.unmix.linearisation import Linearisation
 from unbatch.numerics.unmix.mixture import Mixture
-from unbatch.numerics.unmix.part import Part
+from unbatch.numerics.unmix.part import KnownPart
 
 DeltaRounding = Callable[[Tensor, Tensor], Tensor]  # z [f, n], y -> errors of their deltas [f, m]
 
@@ -91,7 +91,7 @@ def _jointly(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, round
 
 def _in_part(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: DeltaRounding | None) -> Tensor:
     """Some examples of a piecewise linear network, whose errors have few directions: the weakest of their outputs."""
-    part = Part(mixture, z, y)
+    part = KnownPart(mixture, z, y)
     outer, spread = _spread(mixture) * part.q.norm(dim=1, keepdim=True), z.new_zeros(len(z))
     for _ in range(WEAK_DRAWS):
         w = outer * _gaussian(part.F, rng) + _wrong(mixture, z, y, part.F, rng, rounding)

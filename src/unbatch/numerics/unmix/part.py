@@ -44,17 +44,17 @@ def left_open(Q: Tensor) -> Tensor:
     return torch.cat([along[:, None], complement(Q, Q.shape[1]).expand(len(Q), -1, -1)], 1)
 
 
-class Part:
+class KnownPart:
     """The first-order equations of examples z [f, n] with labels y [f], whatever the n - f missing ones are.
 
     `determined` [f]: those that these equations fix.
 
     >>> from unbatch.numerics.unmix.made import made_mixture
     >>> mixture, z, y = made_mixture(6, torch.relu)
-    >>> part = Part(mixture, z[:3] + 1e-6 * (z[3:] - z[:3]), y[:3])  # of four classes, three missing
+    >>> part = KnownPart(mixture, z[:3] + 1e-6 * (z[3:] - z[:3]), y[:3])  # of four classes, three missing
     >>> part.determined.tolist(), bool((z[:3] - part.z - part.newton()).norm() < 1e-10)
     ([True, True, True], True)
-    >>> Part(mixture, z[:2], y[:2]).determined.tolist()
+    >>> KnownPart(mixture, z[:2], y[:2]).determined.tolist()
     [False, False]
     """
 

@@ -28,7 +28,7 @@ from unbatch.numerics.unmix.equation import (
 )
 from unbatch.numerics.unmix.joint import refine_jointly
 from unbatch.numerics.unmix.mixture import Mixture, label_misfits, misfits
-from unbatch.numerics.unmix.part import Part, left_open
+from unbatch.numerics.unmix.part import KnownPart, left_open
 from unbatch.numerics.unmix.pattern import (
     LONG_PROGRAMS,
     NEAR_PATTERN,
@@ -612,7 +612,7 @@ def in_part(
         near = ((outside < SHARP_MISFIT) & (excess.abs() < RISEN_MISFIT)).nonzero()[:, 0]
         found, y = z[near], y[near]
         for _ in range(PART_STEPS):  # by which dual vectors that are nearly right become so
-            if not len(found) or not bool((part := Part(whole, found, y)).determined.all()):
+            if not len(found) or not bool((part := KnownPart(whole, found, y)).determined.all()):
                 found, y = found[:0], y[:0]
                 break
             found = found + part.newton()
