@@ -609,7 +609,9 @@ def in_part(
             whole, z, choose_labels(whole, z, classes), damping=1e-9, target=0.0, within=own, geodesic=False
         )
         outside, excess, _ = misfits(whole, z, y)
-        near = ((outside < SHARP_MISFIT) & (excess.abs() < RISEN_MISFIT)).nonzero()[:, 0]
+        sharp = (outside < SHARP_MISFIT) & (excess.abs() < RISEN_MISFIT)
+        sharp[accept(whole, z, y)] = True  # as sharp as a coarse gradient is
+        near = sharp.nonzero()[:, 0]
         found, y = z[near], y[near]
         for _ in range(PART_STEPS):  # by which dual vectors that are nearly right become so
             if not len(found) or not bool((part := KnownPart(whole, found, y)).determined.all()):
