@@ -296,7 +296,7 @@ def _polished(rest: Mixture, tried: Tensor, classes: Tensor, rng: torch.Generato
     labels = choose_labels(rest, tried, classes) if rest.classes else choose_targets(rest, tried)
     better, named, _ = polish(rest, tried, labels, steps=40, gain=0.002)
     chosen = accept(rest, better, named)
-    if not len(chosen) and len(labels.unique(dim=0)) < rest.n:
+    if not len(chosen) and len(torch.unique(labels, dim=0)) < rest.n:
         better, named, _ = polish(rest.evened(), tried, labels, steps=40, gain=0.002, geodesic=False)
         chosen = accept(rest, better, named)
     if len(chosen):  # to the last digit, since what they are off by stays in the rest
