@@ -13,17 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.numerics.search.facets import ON, SURE, FacetSearch
+from unbatch.numerics.search.facets import ON, SURE, FacetSearch, complement
 
 MANY = 3  # times as many rows as directions, from which on a facet counts as one that was found
 HALF = 0.55  # of the middle one of such facets' rows, below which it does not count
-ALONE_FIRST = 150  # programmes, that find all facets where there are few
-PATIENCE = 200, 2  # so many programmes, and as many times more than it took until then, without another such facet
-SURELY_SILENT = (0.1, 0.2, 0.3, 0.4)  # of one side's units, with the least preactivations
-DOUBTED = 2  # facets at most, taken for false on one round
-NEAR = 100.0  # times the noise: MANY rows within are what makes a normal worth a fit
-KNOWN = 0.98  # of a facet's rows, that are as near to a normal if that is the facet's
-GUESSES, TURNS = 12, 8  # of a missing vector after each programme, and how often each is improved
+PATIENCE = 400, 4  # so many programmes, and as many times more than it took until then, without another such facet
+SURELY_SILENT = (0.1, 0.2, 0.3, 0.4)  # of the units, with the least preactivations
+DOUBTED = 2  # facets at most, taken for false in one programme
 EXACT = 1e-9  # of a typical row's length, below which noise would be less than what a programme ends within
 WHOLE = 0.9995  # of the units on the facets of examples, that are silent on these: such an answer is whole
 LEAST_LAST = 1e-6  # of the largest last entry of a vector, below which it has no scale
@@ -69,16 +65,17 @@ def cone_answers(
     noise = max(noise, EXACT * float(near.norm(dim=1).median()))
     search, r = FacetSearch(near, noise), len(basis)
     before = torch.nn.functional.normalize(ends @ basis.T, dim=1)[search.kept]
-    sides = (rows * ends).sum(1).sign()[search.kept]
     answer: ConeAnswer | None = None
-    tried, many, last = torch.zeros(0), 0, 0
+    found, known, tried, many, last = search.found, near[:0], torch.zeros(0), 0, 0
     for number in range(programmes):
-        search.programme(rng)
-        known = search.many(MANY * r, HALF)
-        if len(known) and number >= ALONE_FIRST:
-            for normal in _silent_together(search, before, sides, known, rng):
-                search.offer(normal)
-            known = search.many(MANY * r, HALF)
+        trusted = min(r - 1, len(known) - int(torch.randint(1 + DOUBTED, (1,), generator=rng)))
+        some = known[torch.randperm(len(known), generator=rng)[: max(0, trusted)].to(known.device)]
+        if number % 2:
+            search.nearest(*_guess(before, basis[:, -1], some, rng))
+        else:
+            search.programme(some, rng)
+        if search.found is not found:
+            found, known = search.found, search.many(MANY * r, HALF)
         if len(known) > many:
             many, last = len(known), number
         if number > PATIENCE[0] + PATIENCE[1] * last:
@@ -91,40 +88,17 @@ def cone_answers(
         yield answer
 
 
-def _silent_together(
-    search: FacetSearch, before: Tensor, sides: Tensor, known: Tensor, rng: torch.Generator
-) -> Iterator[Tensor]:
-    """Normals [r] to units of one side that are silent on one guess of a vector that is missing, improved by turns.
+def _guess(before: Tensor, ones: Tensor, known: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which units [m] are surest to be silent on a guess of a vector that is missing, and the guess [r].
 
-    What is missing is in none of the facets that are known but one, and so among few directions. Its guess says by the
-    preactivations `before` [m, r] which units are surest to be silent on it; the normal to these, which others they agree
-    with; and those, a better guess.
+    What is missing is in all facets that are known, so that few directions are left where many are. `ones` [r] gives a
+    vector's last entry, whose sign is its class; the units' preactivations are those of `before` [m, r].
     """
-    trusted = max(1, len(known) - int(torch.randint(1 + DOUBTED, (1,), generator=rng)))
-    known = known[torch.randperm(len(known), generator=rng)[:trusted].to(known.device)]
-    free = torch.linalg.svd(known, full_matrices=True)[2][min(len(known), known.shape[1] - 1) :]
-    unit = torch.nn.functional.normalize(search.rows, dim=1)
-    for side in (-1.0, 1.0):
-        own, heard = unit[sides == side], before[sides == side] @ free.T
-        if len(own) <= 2 * own.shape[1]:
-            continue
-        sizes, axes = torch.linalg.eigh(heard.T @ heard)
-        drawn = torch.randn(GUESSES, len(free), generator=rng, dtype=torch.float64).to(heard)
-        guess = drawn / sizes.clamp_min(1e-12 * float(sizes[-1])).sqrt() @ axes.T
-        share = SURELY_SILENT[int(torch.randint(len(SURELY_SILENT), (1,), generator=rng))]
-        count = max(own.shape[1] + 2, int(share * len(own)))
-        back = torch.linalg.pinv(heard)
-        for _ in range(TURNS):
-            surest = own[(guess @ heard.T).argsort(1)[:, :count]]  # [g, count, r]
-            normals = torch.linalg.eigh(surest.transpose(1, 2) @ surest)[1][:, :, 0]
-            away = (normals @ own.T).abs()
-            limit = away.kthvalue(min(len(own), int(1.5 * count)), dim=1, keepdim=True).values
-            guess = torch.where(away > limit, 1.0, -1.0).to(heard) @ back.T
-        near = (normals @ search.rows.T).abs() < NEAR * search.noise
-        on = (search.rows @ search.found.normals.T).abs() < ON * search.noise
-        fresh = (near.to(own) @ on.to(own) < KNOWN * on.sum(0)).all(1)
-        for i in (fresh & (near.sum(1) > MANY * own.shape[1])).nonzero().flatten().tolist():
-            yield normals[i]
+    free = complement(known)
+    guess = torch.randn(len(free), generator=rng, dtype=torch.float64).to(free) @ free
+    heard = before @ guess * (guess @ ones).sign()
+    share = SURELY_SILENT[int(torch.randint(len(SURELY_SILENT), (1,), generator=rng))]
+    return heard <= heard.quantile(share), guess
 
 
 def _answer(near: Tensor, ends: Tensor, basis: Tensor, normals: Tensor, noise: float) -> ConeAnswer | None:

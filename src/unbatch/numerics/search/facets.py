@@ -7,8 +7,9 @@ hull has other facets, but in general position n - 1 rows lie on each of those a
 the cone's, and the g_i are the columns of the inverse of their normals.
 
 min p . q over q . r_k >= 0 and q . m = 1 is a linear programme, with no minima to get stuck in. It ends on the facet that
-a ray from m through p leaves the cone by. With m the mean of rows that are alike and p the mean of a few of them, that is
-likely one of those facets that the few rows share.
+a ray from m along -p leaves the hull by. With m the mean of rows that are alike and p at right angles to all normals that
+are known, the ray comes no nearer to those facets and leaves by another. With m a guess of g_i and p the mean of rows that
+are taken to hold none of it, the end is facet i, if both are nearly so.
 """
 
 from __future__ import annotations
@@ -16,22 +17,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 ON = 4.0  # times the noise of a row along a normal, up to which the row is on its facet
 STRAYS = 1  # rows that may be further than that on the wrong side
-LEEWAY = 5.0  # times the noise, by which a row may be outside in a programme
+LEEWAY, TURNS = 5.0, 2  # times the noise, by which a row may be outside in a programme's second turn
 SURE = 30.0  # times the noise of a direction, from which on a row says where it points
 FITS_FROM = (1000.0, 300.0, 100.0, 30.0, 10.0)  # times the noise, within which rows are fitted at first
 ENDS_WITHIN = 1e-6  # of a typical row's length, within which a programme's end is known: noise, where that is less
 NARROWER = 1.7  # from one fit to the next
 MOST_FITS = 80  # to settle on which rows are on a facet
 ALIKE = (0.02, 0.06, 0.3)  # of all rows, the nearest ones to one, from whose mean a ray goes
-FEW = (2, 3, 4, 6, 10)  # of them, through whose mean it goes
-STIR = 0.02  # of a mean's length, drawn at random and added to it
-ALONE = 10.0  # times the noise, by which rows of a facet stray from it along any other normal, root mean square
+ALONE = 5.0  # times the noise, by which rows of a facet stray from it along any other normal, root mean square
 SHARED = 0.95  # of the rows on the smaller of two facets, that are on both if these are one
 DEPENDENT = 1e-7  # of the largest singular value of unit distances, below which a facet depends on others
 
@@ -56,9 +54,11 @@ class Facets:
         """
         chosen = self.normals[:0]
         for each in self.normals:
+            if len(chosen) == count:
+                break
             more = torch.cat([chosen, each[None]])
             sizes = torch.linalg.svdvals(torch.nn.functional.normalize(more @ rows.T, dim=1))
-            if len(chosen) < count and float(sizes[-1]) > DEPENDENT * float(sizes[0]):
+            if float(sizes[-1]) > DEPENDENT * float(sizes[0]):
                 chosen = more
         return chosen
 
@@ -73,7 +73,7 @@ class FacetSearch:
     >>> g = torch.randn(3, 3, generator=rng).double()
     >>> search = FacetSearch(c @ g, 1e-12)
     >>> for _ in range(12):
-    ...     search.programme(rng)
+    ...     search.programme(search.found.normals[:2], rng)
     >>> found = torch.nn.functional.normalize(torch.linalg.inv(search.found.normals[:3]).T, dim=1)
     >>> bool((found @ torch.nn.functional.normalize(g, dim=1).T).abs().amax(0).min() > 1 - 1e-9)
     True
@@ -83,22 +83,36 @@ class FacetSearch:
         self.kept = rows.norm(dim=1) > SURE * noise * math.sqrt(rows.shape[1])
         self.rows, self.noise = rows[self.kept], noise
         self.found = Facets(self.rows[:0], torch.zeros(0, dtype=torch.long))
-        self._lengths = list[float]()
-        self._cone = _Cone.of(self.rows, noise) if len(self.rows) > rows.shape[1] else None
+        self._cone = _Cone.of(self.rows) if len(self.rows) > rows.shape[1] else None
 
-    def programme(self, rng: torch.Generator) -> None:
-        """One linear programme, and what its end is fitted to."""
-        if self._cone is None:
-            return
-        length = float(np.median(self._lengths)) if self._lengths else 0.0
-        normal = self._cone.lowest(*self._cone.ray(self.found, self.noise, rng), length)
-        if normal is not None:
-            self._lengths.append(float(normal.norm()))
-            self.offer(normal / normal.norm())
+    def programme(self, known: Tensor, rng: torch.Generator) -> None:
+        """One linear programme, which ends on no facet with a normal in `known` [c, r], and what its end is fitted to."""
+        if self._cone is not None:
+            self._end(*self._cone.ray(known, rng), 1)
 
-    def offer(self, normal: Tensor) -> None:
-        """A unit normal [r] that may be near a facet's."""
-        self.found = _with(self.rows, self.noise, self.found, _fitted_facet(self.rows, normal, self.noise))
+    def nearest(self, chosen: Tensor, vector: Tensor) -> None:
+        """One for the normal q with q . vector = 1 from which the rows `chosen` [m] are least away, and its fit.
+
+        If the vector is one of the g_i and most of the chosen rows hold none of it, that is its facet's normal.
+        """
+        if self._cone is not None and bool(chosen.any()):
+            p = torch.nn.functional.normalize(self._cone.even[chosen], dim=1).mean(0)
+            self._end(p / p.norm(), torch.nn.functional.normalize(vector @ self._cone.back, dim=0), TURNS)
+
+    def _end(self, p: Tensor, m: Tensor, turns: int) -> None:
+        """Programmes until the end of one can be fitted: rows may be outside by their noise times the last end's length."""
+        length = 0.0
+        for _ in range(turns):
+            normal = self._cone.lowest(p, m, LEEWAY * self.noise * length) if self._cone is not None else None
+            length = float(normal.norm()) if normal is not None else 0.0
+            if normal is None or self.offer(normal / length):
+                return
+
+    def offer(self, normal: Tensor) -> bool:
+        """Whether a unit normal [r] is near a facet's, which then is among those found."""
+        fitted = _fitted_facet(self.rows, normal, self.noise)
+        self.found = _with(self.rows, self.noise, self.found, fitted)
+        return fitted is not None
 
     def many(self, count: int, share: float) -> Tensor:
         """Independent normals [c, r] of the facets that more than `count` rows are on, and `share` of those' median."""
@@ -111,52 +125,53 @@ class FacetSearch:
 class _Cone:
     """Rows, of unit length, and in coordinates in which they are equally large in every direction."""
 
-    rows: Tensor  # [m, r]
     unit: Tensor  # [m, r]
+    sizes: Tensor  # [m], the rows' lengths before
     even: Tensor  # [m, r] = unit back
     back: Tensor  # [r, r]; back q is the normal that q is in these coordinates
-    away: Tensor  # [m] noise over a row's length
 
     @classmethod
-    def of(cls, rows: Tensor, noise: float) -> _Cone:
+    def of(cls, rows: Tensor) -> _Cone:
         size = rows.norm(dim=1, keepdim=True)
         _, sizes, axes = torch.linalg.svd(rows / size, full_matrices=False)
         back = axes.T / sizes * math.sqrt(len(rows))
-        return cls(rows, rows / size, rows / size @ back, back, noise / size[:, 0])
+        return cls(rows / size, size[:, 0], rows / size @ back, back)
 
-    def ray(self, found: Facets, noise: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """p and m [r]: the mean of a few rows, which do not share a facet that is known, and of many that are like them."""
-        m, r = self.unit.shape
+    def ray(self, known: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """p and m [r]: a direction in which no row comes nearer to facets that are known, and the mean of alike rows."""
+        m = len(self.unit)
         one = int(torch.randint(m, (1,), generator=rng))
         share = ALIKE[int(torch.randint(len(ALIKE), (1,), generator=rng))]
         alike = (self.unit @ self.unit[one]).argsort(descending=True)[: max(2, int(share * m))]
-        few = FEW[int(torch.randint(len(FEW), (1,), generator=rng))]
-        on = ((self.rows[alike] @ found.normals[:r].T).abs() < ON * noise).cpu()
-        order = torch.randperm(len(alike), generator=rng).tolist()
-        chosen, shared = order[:1], on[order[0]]
-        for k in order[1:]:
-            if len(chosen) < few and (not bool(shared.any()) or bool((shared & ~on[k]).any())):
-                chosen.append(k)
-                shared = shared & on[k]
         even = torch.nn.functional.normalize(self.even[alike], dim=1)
-        p = torch.nn.functional.normalize(even[chosen].sum(0), dim=0)
-        stir = torch.randn(r, generator=rng, dtype=torch.float64).to(p)
-        return p + STIR / math.sqrt(r) * stir, even.mean(0)
+        free = complement(known)
+        drawn = torch.randn(len(free), generator=rng, dtype=torch.float64).to(free)
+        return torch.nn.functional.normalize(drawn @ free @ self.back, dim=0), even.mean(0)
 
-    def lowest(self, p: Tensor, m: Tensor, length: float) -> Tensor | None:
-        """The normal [r] with the least p . q of those with m . q = 1 that no row is outside of."""
+    def lowest(self, p: Tensor, m: Tensor, outside: float) -> Tensor | None:
+        """The normal [r] with the least p . q of those with m . q = 1 that no row is further than that outside of."""
         from scipy.optimize import linprog
 
         done = linprog(
             p.cpu().numpy(),
             A_ub=-self.even.cpu().numpy(),
-            b_ub=(LEEWAY * length * self.away).cpu().numpy(),
+            b_ub=(outside / self.sizes).cpu().numpy(),
             A_eq=m[None].cpu().numpy(),
             b_eq=[1.0],
             bounds=(None, None),
             method="highs",
         )
         return self.back @ torch.as_tensor(done.x).to(self.back) if done.status == 0 else None
+
+
+def complement(normals: Tensor) -> Tensor:
+    """Orthonormal directions [r - c, r] at right angles to c independent normals [c, r].
+
+    >>> complement(torch.tensor([[0.0, 2.0]])).abs().tolist()
+    [[1.0, 0.0]]
+    """
+    found: Tensor = torch.linalg.qr(normals.T, mode="complete")[0].T[len(normals) :]
+    return found
 
 
 def _fitted_facet(rows: Tensor, normal: Tensor, noise: float) -> tuple[Tensor, int] | None:
