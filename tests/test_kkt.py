@@ -147,7 +147,7 @@ def test_a_wrong_facet_shows_in_units_that_fire_where_they_must_not() -> None:
     basis, noise = above_noise(ends)
     rows = ends * outward.sign()[:, None]
     agreeing = list[float]()
-    for answer in cone_answers(rows, ends, basis[:8], noise, torch.Generator().manual_seed(0), programmes=150):
+    for answer in cone_answers(rows, ends, basis[:8], noise, torch.Generator().manual_seed(0), programmes=600):
         agreeing += [answer.agreeing] if answer is not None else []
         if agreeing and agreeing[-1] == 1:
             break

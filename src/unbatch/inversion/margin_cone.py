@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.numerics.search.facets import ON, SURE, FacetSearch, complement
+from unbatch.numerics.search.facets import ON, SURE, FacetSearch, unknown_directions
 
 MANY = 3  # times as many rows as directions, from which on a facet counts as one that was found
 HALF = 0.55  # of the middle one of such facets' rows, below which it does not count
@@ -94,7 +94,7 @@ def _guess(before: Tensor, ones: Tensor, known: Tensor, rng: torch.Generator) ->
     What is missing is in all facets that are known, so that few directions are left where many are. `ones` [r] gives a
     vector's last entry, whose sign is its class; the units' preactivations are those of `before` [m, r].
     """
-    free = complement(known)
+    free = unknown_directions(known)
     guess = torch.randn(len(free), generator=rng, dtype=torch.float64).to(free) @ free
     heard = before @ guess * (guess @ ones).sign()
     share = SURELY_SILENT[int(torch.randint(len(SURELY_SILENT), (1,), generator=rng))]

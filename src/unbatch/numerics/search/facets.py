@@ -144,7 +144,7 @@ class _Cone:
         share = ALIKE[int(torch.randint(len(ALIKE), (1,), generator=rng))]
         alike = (self.unit @ self.unit[one]).argsort(descending=True)[: max(2, int(share * m))]
         even = torch.nn.functional.normalize(self.even[alike], dim=1)
-        free = complement(known)
+        free = unknown_directions(known)
         drawn = torch.randn(len(free), generator=rng, dtype=torch.float64).to(free)
         return torch.nn.functional.normalize(drawn @ free @ self.back, dim=0), even.mean(0)
 
@@ -164,10 +164,10 @@ class _Cone:
         return self.back @ torch.as_tensor(done.x).to(self.back) if done.status == 0 else None
 
 
-def complement(normals: Tensor) -> Tensor:
+def unknown_directions(normals: Tensor) -> Tensor:
     """Orthonormal directions [r - c, r] at right angles to c independent normals [c, r].
 
-    >>> complement(torch.tensor([[0.0, 2.0]])).abs().tolist()
+    >>> unknown_directions(torch.tensor([[0.0, 2.0]])).abs().tolist()
     [[1.0, 0.0]]
     """
     found: Tensor = torch.linalg.qr(normals.T, mode="complete")[0].T[len(normals) :]
