@@ -22,7 +22,8 @@ from torch import Tensor
 
 ON = 4.0  # times the noise of a row along a normal, up to which the row is on its facet
 STRAYS = 1  # rows that may be further than that on the wrong side
-LEEWAY, TURNS = 5.0, 2  # times the noise, by which a row may be outside in a programme's second turn
+LEEWAY = 5.0  # times the noise, by which a row may be outside once a programme is loosened
+LOOSENED = 2  # programmes towards one guess, of which the second is loosened
 SURE = 30.0  # times the noise of a direction, from which on a row says where it points
 FITS_FROM = (1000.0, 300.0, 100.0, 30.0, 10.0)  # times the noise, within which rows are fitted at first
 ENDS_WITHIN = 1e-6  # of a typical row's length, within which a programme's end is known: noise, where that is less
@@ -97,7 +98,7 @@ class FacetSearch:
         """
         if self._cone is not None and bool(chosen.any()):
             p = torch.nn.functional.normalize(self._cone.even[chosen], dim=1).mean(0)
-            self._end(p / p.norm(), torch.nn.functional.normalize(vector @ self._cone.back, dim=0), TURNS)
+            self._end(p / p.norm(), torch.nn.functional.normalize(vector @ self._cone.back, dim=0), LOOSENED)
 
     def _end(self, p: Tensor, m: Tensor, turns: int) -> None:
         """Programmes until the end of one can be fitted: rows may be outside by their noise times the last end's length."""
