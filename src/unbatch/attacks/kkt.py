@@ -33,6 +33,7 @@ from unbatch.threat_model import ThreatModel
 SAME_OUTPUT = 1e-4  # relative difference between the model's outputs and those of one layer of rectified units
 LEAST_DIRECTIONS = 2
 DIRECTION_STEPS, SUM_STEPS = 600, 2000  # of Adam, where none are asked for: over directions, and of each published draw
+AGAIN = 2  # times the programmes after which an answer was whole: facets found again may have more units, which sharpens it
 LEAST_AGREEING = 0.9  # of the units on the facets, that are silent on their examples: below, most facets are wrong
 
 
@@ -117,10 +118,11 @@ class Kkt(Attack):
         if len(basis) < n:
             return None, done
         best: ConeAnswer | None = None
-        rows = ends * outward.sign()[:, None]
+        rows, enough = ends * outward.sign()[:, None], self.programmes
         for done, best in enumerate(cone_answers(rows, ends, basis[:n], noise, rng, programmes=self.programmes), 1):
-            whole = best is not None and best.agreeing >= WHOLE
-            if whole or not tick(done / self.programmes, best.agreeing if best is not None else 0.0):
+            if best is not None and best.agreeing >= WHOLE:
+                enough = min(enough, AGAIN * done)
+            if done >= enough or not tick(done / self.programmes, best.agreeing if best is not None else 0.0):
                 break
         return (best, done) if best is not None and best.agreeing >= LEAST_AGREEING else (None, done)
 
