@@ -33,9 +33,8 @@ from unbatch.threat_model import ThreatModel
 SAME_OUTPUT = 1e-4  # relative difference between the model's outputs and those of one layer of rectified units
 LEAST_DIRECTIONS = 2
 DIRECTION_STEPS, SUM_STEPS = 600, 2000  # of Adam, where none are asked for: over directions, and of each published draw
-AGAIN = (
-    2  # times the programmes after which an answer was whole: facets found again may have more units, which sharpens it
-)
+# Times the programmes after which an answer is whole: facets that are found again may have more units, which sharpens it.
+AGAIN = 2
 LEAST_AGREEING = 0.9  # of the units on the facets, that are silent on their examples: below, most facets are wrong
 
 
