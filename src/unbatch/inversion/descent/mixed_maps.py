@@ -11,6 +11,7 @@ and bounded by it, with its label.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,12 +19,13 @@ from torch import Tensor
 from unbatch.inversion.descent.masks_above import listening
 from unbatch.inversion.descent.places import WindowLayer, at_cuts
 from unbatch.inversion.descent.separation import MOST_COEFFICIENTS, ToldApart, span, span_error
+from unbatch.inversion.descent.walk import told_by
 from unbatch.inversion.view import View
 from unbatch.loss import LossForm
 from unbatch.network.graph import Graph
 from unbatch.network.precision import loss_value
 from unbatch.network.sections import section
-from unbatch.numerics.bounds.first_order import LARGEST_RADIUS
+from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
 from unbatch.numerics.unmix.certificate import mixture_radius
 from unbatch.numerics.unmix.mixture import Mixture
 from unbatch.numerics.unmix.solver import unmix
@@ -33,6 +35,7 @@ GUESSES = 32  # of the few numbers that mix an example's map
 ATTEMPTS = 2
 LARGEST_MISFIT = 1e-6  # of the layer's gradient, relative, that windows of whole maps may leave
 LARGEST_ERROR = 1e-5  # of the span, above which examples are not found by it
+SHARED = 0.5  # of a basis's error that its coefficients have as well, at most
 DELTA_ROUNDINGS = 4  # of the update's type: the relative error of what came back
 
 
@@ -68,13 +71,47 @@ def mixed_maps(
 
     found = unmix(mixture, [("random", random)], rng, attempts=ATTEMPTS)
     mixture = mixture if found.weighed else mixture.unweighed()
-    reach = mixture_radius(mixture, found.z, found.labels, rng, jointly=found.joint) / found.z.norm(dim=1)
+    known = max(left, DELTA_ROUNDINGS * eps, _basis_error(place, basis, C, G, eps, error))
+    mixture = replace(mixture, noise=known * float(mixture.S[0]))
+
+    def wrong(z: Tensor, y: Tensor) -> Tensor:
+        return _moved(mixture, place, z @ own.flatten(1), z, y, known, rng)
+
+    reach = mixture_radius(mixture, found.z, found.labels, rng, rounding=wrong, jointly=found.joint)
+    reach = reach / found.z.norm(dim=1)
     sure = reach < LARGEST_RADIUS
     z, y = found.z[sure], found.labels[sure]
     maps = torch.tensordot(z, own, 1)
     shares = mixture.sent(z, y).view(len(z), len(G), len(windows))
-    most = max([error, *reach[sure].tolist()])
-    return ToldApart(place, maps, shares, n - len(z), most)
+    sigma = max([known, *(reach[sure] / ERROR_SIGMAS).tolist()])
+    return ToldApart(place, maps, shares, n - len(z), sigma)
+
+
+def _basis_error(place: WindowLayer, basis: Tensor, C: Tensor, G: Tensor, eps: float, error: float) -> float:
+    """How far the basis of whole maps [n, *shape] is known, relative: one sigma, by what the layer's gradient leaves over.
+
+    The span's `error` is that of its weakest direction, in which hardly any of a map lies. With the coefficients C
+    [n p, c_out] held the gradient is linear in the basis: least squares move it by its error, but for the share that is
+    in C as well.
+    """
+    sent = {place.gave: C.view(len(basis), -1, len(G)).transpose(1, 2)}
+    told = told_by(place.given, [place], sent, {place.weight: G.view_as(place.layer.weight)}, eps, 0.0)
+    if told is None or told.rows is not None:
+        return error
+    moved = float((told.seen.reshape(basis.shape) - basis).norm() / basis.norm())
+    return float(told.noise.norm() / told.seen.norm()) + moved / (1 - SHARED)
+
+
+def _moved(
+    mixture: Mixture, place: WindowLayer, maps: Tensor, z: Tensor, y: Tensor, error: float, rng: torch.Generator
+) -> Tensor:
+    """How far deltas [f, m] move if maps [f, e] are off by a relative error, in a random direction."""
+    off = torch.randn(maps.shape, generator=rng, dtype=torch.float64).to(maps)
+    off = error * off * (maps.norm(dim=1) / off.norm(dim=1))[:, None]
+    with torch.no_grad():
+        layer, shape = place.layer, place.given.shape[1:]
+        outputs = (layer((maps + off).view(-1, *shape)) - layer(maps.view(-1, *shape))).flatten(1)
+    return mixture.deltas(mixture.before(z) + outputs, y).detach() - mixture.F(z, y)
 
 
 def _mixture(
