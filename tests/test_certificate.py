@@ -130,7 +130,8 @@ def hold(problems: list[Judged], capsys: pytest.CaptureFixture[str]) -> None:
             assert not len(ratios)
         if kind in POLISHED:
             assert sum(p.accepted for p in mine if not p.kinked) > 0.3 * sum(p.asked for p in mine if not p.kinked)
-            assert not sum(len(p.bound) for p in mine if p.kinked)
+            if kind != "part":  # of kinked ones a part may be told, though it is not polished
+                assert not sum(len(p.bound) for p in mine if p.kinked)
     for dtype in DTYPES:
         mine = [p for p in problems if p.dtype == dtype and p.kind in ("whole", *POLISHED)]
         whole, alone = [p for p in mine if p.kind == "whole"], [p for p in mine if p.kind != "whole" and not p.kinked]
@@ -164,15 +165,15 @@ def test_bounds_hold_on_two_thousand_problems(exchange: Exchange, capsys: pytest
 
 
 def judge_part(exchange: Exchange, seed: int) -> Judged | None:
-    """A kinked problem of which one to all but one of as many examples as classes are missing; found from 1 % off."""
+    """A kinked problem of which one to all but two of as many examples as classes are missing; found from 1 % off."""
     obs, x, y = drawn(exchange, seed, crowded=False, activations=(nn.ReLU, nn.LeakyReLU))
     rng = torch.Generator().manual_seed(seed)
     problem, n = posed(obs, rng), len(x)
-    if problem.rank != n:
-        return None
     mixture, rows = problem.mixture(problem.tail(n)), problem.span.rows
+    if problem.rank != n or mixture.classes < 3:
+        return None
     z = mixture.scaled(torch.cat([x, torch.ones(n, 1).double()], 1) @ rows.T)
-    f = n - int(torch.randint(1, min(mixture.classes, n), (1,), generator=rng))
+    f = n - int(torch.randint(1, min(mixture.classes - 1, n), (1,), generator=rng))
     off = torch.randn(z.shape, generator=rng, dtype=torch.float64) * z.norm(dim=1, keepdim=True) / n**0.5
     q = mixture.dual(mixture.F(z, y))
     found = in_part(mixture, q[:f], mixture.scaled(z + 0.01 * off)[:f], torch.arange(mixture.classes), [])

@@ -47,7 +47,7 @@ def mixture_radius(
     Assumes that the gradient is an honest one of n independent examples, of which z_i is near one: candidates are to
     have passed `accept`. Each is judged by its own equation, which takes a smooth F and a tenth of the time that all
     together take; `jointly` where none is determined alone (where some of the n are missing, those found are judged by
-    their dual vectors and outputs, and are open unless fewer are missing than there are classes). inf as
+    their dual vectors and outputs, and are open unless two fewer are missing than there are classes). inf as
     well where an example has as many unknowns as equations, 2 n >= m: nothing then speaks against a wrong one; and where
     neither a bias nor a known weight of the examples fixes the size of what is found together.
 
@@ -90,13 +90,20 @@ def _jointly(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, round
 
 
 def _in_part(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: DeltaRounding | None) -> Tensor:
-    """Some examples of a piecewise linear network, whose errors have few directions: the weakest of their outputs."""
+    """Some examples of a piecewise linear network, whose errors have few directions: the weakest of their outputs.
+
+    What must agree disagrees by no more than the law says, or the errors are as many times what it says; and what the
+    equations say that ask for no size of a delta, whatever factor each was sent with, is no further off than the bound.
+    """
     part = KnownPart(mixture, z, y)
-    outer, spread = _spread(mixture) * part.q.norm(dim=1, keepdim=True), z.new_zeros(len(z))
+    outer, spread, law = _spread(mixture) * part.q.norm(dim=1, keepdim=True), z.new_zeros(len(z)), z.new_zeros(len(z))
     for _ in range(WEAK_DRAWS):
-        w = outer * _gaussian(part.F, rng) + _wrong(mixture, z, y, part.F, rng, rounding)
-        spread += part.error(w).square().sum(1) / WEAK_DRAWS
-    found = ERROR_SIGMAS * spread.sqrt() + 2 * part.newton().norm(dim=1)
+        wrong = part.wrong(outer * _gaussian(part.F, rng) + _wrong(mixture, z, y, part.F, rng, rounding))
+        moved, disagreement = part.solve(*wrong)
+        spread += moved.square().sum(1) / WEAK_DRAWS
+        law += disagreement.square() / WEAK_DRAWS
+    times = (part.solve(*part.seen())[1] / (law.sqrt() + 1e-300)).clamp_min(1)
+    found = ERROR_SIGMAS * times * spread.sqrt() + 2 * part.solve(*part.seen(), sized=False)[0].norm(dim=1)
     return torch.where(part.determined, found, torch.inf)
 
 

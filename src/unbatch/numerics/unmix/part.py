@@ -4,8 +4,10 @@ Where the network is linear between kinks, an example's own equation U S q = F(z
 F moves with z through the k outputs alone. All n dual vectors together give Z = Q^-1. f of them leave each of the f
 examples r = n - f unknowns: z_i = (q_i^+ + N^T t) / s, N the null space of the dual vectors, s their scale. What is left to
 tell t are the example's outputs: F_i = J_i^T a_i, J_i the outputs' derivative, says the residual a_i, up to a factor and
-k - 1 numbers of a softmax. With z . ones = 1 these tell r <= k - 1 unknowns: examples found are determined as soon as
-fewer are missing than there are classes. (Without a bias one fewer, since nothing else tells the scale.)
+k - 1 numbers of a softmax. With z . ones = 1 these tell r <= k - 1 unknowns. But with r = k - 1 nothing is left that must
+agree: an update of another loss, or at another scale, has a solution as well, and that is no example. So what is claimed
+is determined without the size of its delta, r <= k - 2, and its size has to agree. (Without a bias one fewer, since
+nothing else tells the scale.)
 
 To first order: with dF_i = beta_i F_i + B_i b_i, B_i a basis of what else F_i moves along, orthogonal to F_i,
 
@@ -47,15 +49,15 @@ def left_open(Q: Tensor) -> Tensor:
 class KnownPart:
     """The first-order equations of examples z [f, n] with labels y [f], whatever the n - f missing ones are.
 
-    `determined` [f]: those that these equations fix.
+    `determined` [f]: those that these equations fix whatever factor of its own each delta was sent with.
 
     >>> from unbatch.numerics.unmix.made import made_mixture
     >>> mixture, z, y = made_mixture(6, torch.relu)
-    >>> part = KnownPart(mixture, z[:3] + 1e-6 * (z[3:] - z[:3]), y[:3])  # of four classes, three missing
-    >>> part.determined.tolist(), bool((z[:3] - part.z - part.newton()).norm() < 1e-10)
-    ([True, True, True], True)
-    >>> KnownPart(mixture, z[:2], y[:2]).determined.tolist()
-    [False, False]
+    >>> part = KnownPart(mixture, z[:4] + 1e-6 * (z[2:] - z[:4]), y[:4])  # of four classes, two missing
+    >>> part.determined.tolist(), bool((z[:4] - part.z - part.newton()).norm() < 1e-10)
+    ([True, True, True, True], True)
+    >>> KnownPart(mixture, z[:3], y[:3]).determined.tolist()
+    [False, False, False]
     """
 
     def __init__(self, mixture: Mixture, z: Tensor, y: Tensor) -> None:
@@ -96,31 +98,41 @@ class KnownPart:
             free = complement(rise[:, None], steps.shape[1])
         self.steps, self.last, self.free = steps, last, free
         within = last @ free.mT  # [f, 1 + k, r or r + 1]
-        values = torch.linalg.svdvals(within)
+        values = torch.linalg.svdvals(within[:, 1:])
         enough = values.shape[1] == within.shape[2]
         open_ = (
             values[:, -1] <= OPEN_SHARE * values[:, 0] if enough and values.shape[1] else values.new_zeros(f) == enough
         )
         self.determined = told & ~open_ & mixture.weighed & (mixture.classes > 0)
-        self.solved = torch.linalg.pinv(within)
+        self.within, self.solved = within, torch.linalg.pinv(within)
+        self.unsized = torch.cat([torch.zeros_like(self.solved[:, :, :1]), torch.linalg.pinv(within[:, 1:])], 2)
 
-    def solve(self, outside: Tensor, excess: Tensor) -> Tensor:
-        """dz [f, n] that makes up for `outside` [f, m] of the deltas outside the range and `excess` [f, f] of z_i . q_j."""
+    def solve(self, outside: Tensor, excess: Tensor, *, sized: bool = True) -> tuple[Tensor, Tensor]:
+        """dz [f, n] that makes up for `outside` [f, m] of the deltas outside the range and `excess` [f, f] of z_i . q_j.
+
+        By all equations, or by those that hold whatever factor of its own each example's delta was sent with; and by how
+        much [f] all of them then disagree.
+        """
         b = self.inward @ outside[:, :, None]
         told = excess - self.z @ self.mixture.dual((self.B @ b)[..., 0]).T
         fixed = told @ self.apart
         right = torch.cat([torch.zeros_like(b[:, :1]), b], 1)[..., 0] - (self.moves @ fixed[:, :, None])[..., 0]
         start = self.lift if self.mixture.ones is None else -self.lift * (fixed @ self.mixture.ones)[:, None]
         right = right - (self.last @ start[:, :, None])[..., 0]
-        x = start + (self.free.mT @ self.solved @ right[:, :, None])[..., 0]
+        move = (self.solved if sized else self.unsized) @ right[:, :, None]
+        x = start + (self.free.mT @ move)[..., 0]
         dz: Tensor = fixed + (self.steps.mT @ x[:, :, None])[..., 0]
-        return dz
+        return dz, (self.within @ move - right[:, :, None])[..., 0].norm(dim=1)
 
-    def error(self, w: Tensor) -> Tensor:
-        """How far off [f, n] examples are that solve the equations with deltas that are wrong by w [f, m]."""
-        return self.solve(w - (w @ self.mixture.U) @ self.mixture.U.T, self.z @ self.mixture.dual(w).T)
+    def wrong(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The outside and the excess of deltas that are wrong by w [f, m]."""
+        return w - (w @ self.mixture.U) @ self.mixture.U.T, self.z @ self.mixture.dual(w).T
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """The outside and the excess that the deltas have."""
+        out = self.F - (self.F @ self.mixture.U) @ self.mixture.U.T
+        return -out, torch.eye(len(self.z)).to(self.z) - self.z @ self.q.T
 
     def newton(self) -> Tensor:
         """The step [f, n] to where the equations hold."""
-        out = self.F - (self.F @ self.mixture.U) @ self.mixture.U.T
-        return self.solve(-out, torch.eye(len(self.z)).to(self.z) - self.z @ self.q.T)
+        return self.solve(*self.seen())[0]

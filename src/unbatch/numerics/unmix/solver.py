@@ -588,15 +588,15 @@ def in_part(
 ) -> Separation:
     """Those of a piecewise linear network's examples that their dual vectors Q [f, n] and their outputs tell.
 
-    From guesses Z [f, n] of them, where fewer of the n are missing than an example has outputs: each then has its own few
+    From guesses Z [f, n] of them, where two fewer of the n are missing than there are classes: each then has its own few
     unknowns, and is polished on networks whose kinks are rounded less and less. None where more are missing.
 
     >>> from unbatch.numerics.unmix.made import made_mixture
     >>> mixture, z, y = made_mixture(6, torch.relu)
     >>> Q = mixture.dual(mixture.F(z, y))
     >>> near = z + 0.01 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    >>> found = in_part(mixture, Q[:3], near[:3], torch.arange(4), [])
-    >>> torch.allclose(found.z, z[:3]), len(in_part(mixture, Q[:2], near[:2], torch.arange(4), []).z)
+    >>> found = in_part(mixture, Q[:4], near[:4], torch.arange(4), [])
+    >>> torch.allclose(found.z, z[:4]), len(in_part(mixture, Q[:3], near[:3], torch.arange(4), []).z)
     (True, 0)
     """
     spare = Z if guesses is None else torch.cat([Z, guesses])
