@@ -378,6 +378,14 @@ def test_examples_found_are_determined_while_two_fewer_are_missing_than_there_ar
     assert mixture_radius(p.mixture.unweighed(), p.z[:7], p.y[:7], p.rng, jointly=True).isinf().all()
 
 
+def test_a_guess_that_has_no_size_leaves_the_others() -> None:
+    p = Problem("relu", n=8, m=120, k=5)
+    q, near = p.mixture.dual(p.mixture.F(p.z, p.y))[:7], p.near(1e-3)[:7]
+    q[3], near[5] = torch.inf, torch.nan
+    found = in_part(p.mixture, q, near, torch.arange(5), [])
+    torch.testing.assert_close(found.z, p.z[[0, 1, 2, 4, 6]], rtol=0, atol=1e-8)
+
+
 def test_without_a_bias_one_fewer_may_be_missing() -> None:
     p = Problem("relu", n=8, m=120, k=5, bias=False)
     assert [bool(KnownPart(p.mixture, p.z[:f], p.y[:f]).determined.all()) for f in (4, 5, 6)] == [False, False, True]

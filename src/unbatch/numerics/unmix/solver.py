@@ -601,6 +601,8 @@ def in_part(
     """
     spare = Z if guesses is None else torch.cat([Z, guesses])
     none = Separation(Z[:0], _no_labels(whole, classes), log, spare, joint=True)
+    held = (Q.isfinite() & Z.isfinite()).all(1)  # a guess may be orthogonal to its own dual vector
+    Q, Z = Q[held], Z[held]
     while len(Q) and whole.n - len(Q) <= whole.targets and whole.weighed and whole.classes:
         inverse, own = torch.linalg.pinv(Q, rtol=1e-13), left_open(Q)
         z = whole.scaled(Z + (torch.eye(len(Q)).to(Q) - Z @ Q.T) @ inverse.T)
