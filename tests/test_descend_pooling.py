@@ -10,7 +10,8 @@ from torch.nn import functional as F
 import unbatch
 from unbatch import Protocol
 from unbatch.attacks import Descend
-from unbatch.inversion.descent.pictures import Back, Misfit, newton, searched
+from unbatch.inversion.descent.back import Back
+from unbatch.inversion.descent.pictures import Misfit, newton, searched
 from unbatch.inversion.descent.walk import Told
 from unbatch.network.graph import Value
 
@@ -57,7 +58,7 @@ def test_the_gradients_below_are_met_by_the_inputs_alone() -> None:
     out = torch.func.functional_call(below, weights, (x,))
     delta = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     seen = dict(zip(weights, torch.autograd.grad(out, list(weights.values()), delta), strict=True))
-    back = Back(below, delta, seen)
+    back = Back(below, delta, seen).single()
     assert float(back(x.float()).detach()) < 1e-10
     off = x.float() + 0.1 * views(3)[1:].float()
     at = off.requires_grad_()

@@ -21,7 +21,9 @@ class Descend(Attack):
     A convolution's gradient dL/dK = sum_ip delta_ip patch_ip^T is a dense layer's with its n P windows as examples. Where
     these are no more than its channels, its row space is the windows' span; a window of an inner layer is an extreme ray of
     the nonnegative vectors in it (a linear program), padding separates the corners, and overlaps grow whole maps from them.
-    Without a ReLU the space of whole maps takes the cone's place, where each example obeys the equation of `unmix`.
+    Without a ReLU the space of whole maps takes the cone's place, where each example obeys the equation of `unmix`. A
+    single picture that no window tells (depthwise convolutions, layer norm) follows from the head's features and all
+    gradients.
     Above, the head's gradient tells labels and deltas. Below, each layer's gradient is linear in its input maps. From the
     shallowest tensor with enough equations the pictures follow by a search and Gauss-Newton. Batch size and labels are
     found.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +19,18 @@ from unbatch.inversion.descent.above import (
     rescaled,
     scale_blur,
 )
+from unbatch.inversion.descent.back import Back
 from unbatch.inversion.descent.mixed_maps import mixed_maps
-from unbatch.inversion.descent.pictures import Back, blurred, noisy, normed
+from unbatch.inversion.descent.pictures import MOST_SKETCHED, blurred, noisy, normed
 from unbatch.inversion.descent.places import WindowLayer, at_cuts, places, rectified
 from unbatch.inversion.descent.sent_norms import FixedNorms, fixed_norms
-from unbatch.inversion.descent.separation import ToldApart, counted, separated, spectrum
+from unbatch.inversion.descent.separation import CLIENT_ROUNDINGS, ToldApart, alone, counted, separated, spectrum
 from unbatch.inversion.descent.sought import Search
 from unbatch.inversion.descent.walk import SURE, Told, Walk, told_by, walk
 from unbatch.inversion.view import View
-from unbatch.network.graph import Graph
+from unbatch.network.graph import Call, Graph
 from unbatch.network.precision import in_double
-from unbatch.network.sections import section
+from unbatch.network.sections import between, section
 from unbatch.network.tracing import trace
 from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
 from unbatch.progress import tick
@@ -39,7 +40,6 @@ LARGEST_HEAD_MISFIT = 1e-3  # relative, of the head's gradient: beyond it the ma
 POLISHES = 10  # of the separated maps
 SURELY = 10.0  # times the error, above which an entry is positive that was zero in the span's cone
 SLOWEST = 0.95  # share of their error that a turn may leave
-CLIENT_ROUNDINGS = 4  # of the update's type, by which the client's own arithmetic is off
 ENOUGH = 2.0  # equations an unknown, at which no other layer is tried
 ALONE = 2.5  # equations an unknown of a known tensor, at which each example is searched for by itself
 AS_GOOD = 0.4  # share of the most equations that a shallower tensor may have
@@ -111,7 +111,8 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
             continue
         readers = [each for each in every if each.given is place.given]
         try:
-            maps = at_own_scale(graph, found, head, update, mixed=mixed) if cone else place.shaped(found.maps)
+            own = cone or place.dense
+            maps = at_own_scale(graph, found, head, update, mixed=mixed and cone) if own else place.shaped(found.maps)
         except NotApplicable as why:
             tried.append(str(why).rstrip("."))
             continue
@@ -129,12 +130,7 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
         if told.equations >= ENOUGH * unknowns:
             break
     if best is None:
-        trace_["stopped"] = "; ".join(tried) or (
-            "no layer's gradient has the rank of a few examples times its windows; the analysis separable-layer says why "
-            "of each layer."
-        )
-        if silent := [place.call.name for place in every if place.weight not in update]:
-            trace_["stopped"] += f" No gradient was sent by {', '.join(map(repr, silent))}."
+        trace_["stopped"] = _stopped(every, head, tried, update, eps)
         return None
     trace_ |= {
         "layer": best.separation.place.call.name,
@@ -144,6 +140,21 @@ def _descent(view: View, rng: torch.Generator, trace_: dict[str, Any]) -> WayDow
     trace_["equations"] = [_row(told) for told in best.walk.told]
     trace_["stops"] = best.walk.stops
     return best
+
+
+def _stopped(
+    every: list[WindowLayer], head: WindowLayer, tried: list[str], update: Mapping[str, Tensor], eps: float
+) -> str:
+    """Why no layer told the batch apart, in words."""
+    rank = counted(spectrum(head.flat(update[head.weight])), eps)
+    mixes = f"{head.call.name}: its gradient mixes {rank} examples, whose features may have any sign"
+    tried = [*tried, mixes] if rank > 1 and not rectified(head.given) else tried
+    why = "; ".join(tried) or (
+        "no layer's gradient has the rank of a few examples times its windows; the analysis separable-layer says why "
+        "of each layer."
+    )
+    silent = [place.call.name for place in every if place.weight not in update]
+    return f"{why} No gradient was sent by {', '.join(map(repr, silent))}." if silent else why
 
 
 def _apart(
@@ -158,6 +169,8 @@ def _apart(
 ) -> ToldApart | None:
     """The maps behind a layer: by the cone of what is nonnegative, or without one by what the network sends back."""
     G = place.flat(update[place.weight])
+    if place.dense and not rectified(place.given):
+        return None if view.knowledge.get("batch_size", 1) != 1 else alone(place, G, eps)
     if rectified(place.given):
         return separated(place, G, eps, rng, lambda: tick(SHARES[0] / 2), mixed=mixed)
     return None if mixed else mixed_maps(view, graph, place, G, eps, rng)
@@ -221,10 +234,13 @@ def candidates(graph: Graph, every: list[WindowLayer], update: Mapping[str, Tens
     for place in every:
         if place.given not in whole or not place.plain or place.given is graph.input or place.weight not in update:
             continue
-        if not rectified(place.given) and (place.dense or place.given.call is None):  # `unmix` reads dense layers
+        dense = place.dense and not rectified(place.given)
+        if dense and (place is not every[-1] or all(other.dense for other in every)):  # `unmix` reads dense layers
             continue
         if place.positions <= place.limit:
             rank = counted(spectrum(place.flat(update[place.weight])), eps)
+            if dense and rank > 1:
+                continue
             full = place.dense and rank >= place.limit - (
                 place is every[-1]
             )  # what is sent to classes may add up to zero
@@ -255,7 +271,8 @@ def _pictures(
 ) -> tuple[Tensor, Tensor]:
     """The inputs [n, *shape] and their bounds [n]."""
     shape = view.knowledge.input_shape
-    told = target(found.walk, len(found.separation) * torch.Size(shape).numel())
+    unknowns = len(found.separation) * torch.Size(shape).numel()
+    told = target(found.walk, unknowns)
     if told.value is found.graph.input:
         return _bounded_input(told, shape)
     trace_["searched by"] = told.value.call.name if told.value.call is not None else "the input"
@@ -268,8 +285,8 @@ def _pictures(
         drawn: Tensor = middle + scale * (blurred if smooth else noisy)((count, *shape), rng)
         return drawn
 
-    search = Search(below, told, scale, begin, SHARES[1:], rng)
-    steps = LONGER * steps if smooth else steps
+    search = Search(below, told, scale, begin, SHARES[1:], rng, few=told.equations < unknowns <= MOST_SKETCHED)
+    steps = LONGER * steps if smooth and not search.few else steps
     fixed = _fixed_norms(view, found, told)
     answer = None
     if fixed is not None:
@@ -277,7 +294,8 @@ def _pictures(
         own = replace(search, below=fixed.below, shaken=fixed.shaken)
         answer = own.sought(steps, attempts, None)
     if answer is None or not bool(answer.done.any()):
-        answer = search.sought(steps, attempts, _back(found, told, below, view.update))
+        back = _back(found, told, below, view.update, float(torch.finfo(view.obs.dtype).eps))
+        answer = search.sought(steps, attempts, back)
     if bool(answer.done.any()):
         trace_["misfit"], trace_["noise"] = answer.left_over, answer.noise
     return answer.inputs, answer.bounds
@@ -291,15 +309,28 @@ def _fixed_norms(view: View, found: WayDown, told: Told) -> FixedNorms | None:
     return fixed_norms(found.graph, told.value, dict(view.model.named_buffers()), sent, len(found.separation))
 
 
-def _back(found: WayDown, told: Told, below: nn.Module, update: Mapping[str, Tensor]) -> Back | None:
-    """The gradients of the weights below a tensor, where what came back to it is known."""
+def _back(found: WayDown, told: Told, below: nn.Module, update: Mapping[str, Tensor], eps: float) -> Back | None:
+    """The gradients of the parameters below a tensor and nowhere else, where what came back to it is known."""
     if told.value not in found.walk.deltas:
         return None
-    names = {id(place.layer.weight): place.weight for place in places(found.graph) if place.weight in update}
-    own = {name: update[names[id(weight)]] for name, weight in below.named_parameters() if id(weight) in names}
-    own = {name: gradient for name, gradient in own.items() if bool(gradient.any())}
+    graph = found.graph
+    above = {
+        name for call in graph.calls if call not in between(graph, graph.input, told.value) for name in call.parameters
+    }
+    named = {**graph.names(), **{id(p): name for call in graph.calls for name, p in _own(call)}}
+    own = {name: named.get(id(parameter), "") for name, parameter in below.named_parameters()}
+    seen = {name: update[sent].double() for name, sent in own.items() if sent in update and sent not in above}
+    seen = {name: gradient for name, gradient in seen.items() if bool(gradient.any())}
     delta = found.walk.deltas[told.value].detach().reshape(told.shape[0], *told.value.shape[1:])
-    return Back(below, delta, own) if own else None
+    anywhere = torch.randn(len(delta), *graph.input.shape[1:], generator=torch.Generator().manual_seed(0))
+    back = Back(below, delta, seen, eps).weighed(anywhere.to(delta))
+    return back if back.seen else None
+
+
+def _own(call: Call) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a module that ran, by the network's names."""
+    if isinstance(call.ran, nn.Module):
+        yield from call.ran.named_parameters(prefix=call.name)
 
 
 def target(down: Walk, unknowns: int) -> Told:

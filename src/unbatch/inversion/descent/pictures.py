@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from unbatch.inversion.descent.back import Back
 from unbatch.inversion.descent.tangent import Tangent
 from unbatch.inversion.descent.walk import Told
+from unbatch.numerics.search.damped_gauss_newton import Damping, Steps, Stop, damped_gauss_newton
 from unbatch.numerics.search.least_squares import conjugate_gradients
 
 Push = Callable[[Tensor], Tensor]
@@ -26,6 +28,12 @@ NEWTON_STEPS = 12
 COARSE = 4  # pixels of a picture to a number that is drawn to begin at
 BLURRED = 0.3  # spread of such a picture
 MOST_BROAD = 64  # directions that are solved for densely
+DAMPING = Damping(first=1.0, rise=4.0, fall=8.0, most=1e8)  # in mean squares of the Jacobian's columns
+SKETCHED = 3  # damped steps to a sketch
+STOP = Stop(steps=30, tries=6, gain=0.02, patience=3)
+NUDGE = 1e-6  # of the inputs, relative, along which differences are taken in float64
+MOST_SKETCHED = 2048  # numbers of all inputs whose Jacobian is sketched
+SKETCH, SUMS, AT_ONCE = 4, 4, 32  # rows of a sketch a number, sums that each equation is in, columns at a time
 
 
 class Misfit:
@@ -33,10 +41,11 @@ class Misfit:
 
     Where the tensor's scale is known worse than its entries (`Told.blur`), no inputs meet all of what is told: unless
     `scale_counts`, the misfit along the tensor itself counts by as much less, so that the other equations tell the scale.
+    With `back` the gradients of the parameters below are equations, too.
     """
 
-    def __init__(self, below: nn.Module, told: Told, *, scale_counts: bool = False) -> None:
-        self.below, self.told = below, told
+    def __init__(self, below: nn.Module, told: Told, *, scale_counts: bool = False, back: Back | None = None) -> None:
+        self.below, self.told, self.back = below, told, back
         self.size = float(told.seen.norm())
         self.surely = 1.0  # the share of the misfit along the tensor that counts
         if told.blur and told.rows is None and not scale_counts:
@@ -45,10 +54,31 @@ class Misfit:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[e], differentiable."""
-        return self.weighed(self._off(x))
+        off = self.weighed(self._off(x))
+        return off if self.back is None else torch.cat([off, self.back.off(x)])
+
+    @property
+    def noise(self) -> float:
+        """The size of what the equations' noise leaves over where the inputs are right."""
+        sizes = [self.told.noise.norm() / self.size]
+        return float(torch.stack([*sizes, *([] if self.back is None else [self._gradients().norm()])]).norm())
+
+    def drawn(self, off: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """A draw of that noise [e], `off` the tensor's part of it, `draw` a standard normal one of a tensor's shape."""
+        off = self.weighed(off.flatten()) / self.size
+        if self.back is None:
+            return off
+        sigmas = self._gradients()
+        return torch.cat([off, draw(sigmas) * sigmas])
+
+    def _gradients(self) -> Tensor:
+        """The standard deviations of the gradients' entries."""
+        if self.back is None:
+            return self.told.noise.new_zeros(0)
+        return self.back.noise(float(self.told.noise.norm()) / self.size)
 
     def weighed(self, off: Tensor) -> Tensor:
-        """A vector of misfits [e], as much of it as counts; linear."""
+        """A vector of the tensor's misfits, as much of it as counts; linear."""
         if self.surely == 1.0:
             return off
         along = self.told.seen.to(off).flatten() / self.size
@@ -79,37 +109,25 @@ class Misfit:
     def linear(self, x: Tensor) -> tuple[Push, Push]:
         """The products with the Jacobian at inputs x, and with its transpose."""
         pull: Push = torch.func.vjp(self, x)[1]
+        if self.back is not None:  # forward mode through backward passes takes ten times as long
+            return lambda v: self._difference(x, v), lambda u: pull(u)[0]
         if isinstance(self.below, fx.GraphModule) and Tangent.reads(self.below):
             tangent = Tangent(self.below, x)
             return lambda v: self.weighed(self._asked(tangent.run(v))), lambda u: pull(u)[0]
         return lambda v: torch.func.jvp(self, (x,), (v,))[1], lambda u: pull(u)[0]
 
+    def _difference(self, x: Tensor, v: Tensor) -> Tensor:
+        """The derivative at inputs x along v, by a central difference."""
+        step = NUDGE * x.norm() / v.norm().clamp_min(1e-300)
+        found: Tensor = (self(x + step * v).detach() - self(x - step * v).detach()) / (2 * step)
+        return found
+
     def single(self) -> Misfit:
         """The same in float32."""
         found = copy.copy(self)
         found.below = copy.deepcopy(self.below).float()
+        found.back = None if self.back is None else self.back.single()
         return found
-
-
-class Back:
-    """How far inputs are from the weight gradients of the layers below a tensor, given what came back to that tensor.
-
-    Those are sums over the whole batch. `seen` holds them by the names that the parameters have in `below`.
-    """
-
-    def __init__(self, below: nn.Module, delta: Tensor, seen: dict[str, Tensor]) -> None:
-        self.below = copy.deepcopy(below).float().requires_grad_(True)
-        self.delta = delta.float()
-        weights = dict(self.below.named_parameters())
-        self.pairs = [(weights[name], gradient.float()) for name, gradient in seen.items()]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The mean over the weights of |dL/dW - seen|^2 / |seen|^2, differentiable."""
-        made = torch.autograd.grad(
-            self.below(x), [weight for weight, _ in self.pairs], self.delta, create_graph=True, materialize_grads=True
-        )
-        parts = [(g - seen).square().sum() / seen.square().sum() for g, (_, seen) in zip(made, self.pairs, strict=True)]
-        return torch.stack(parts).mean()
 
 
 def searched(
@@ -199,25 +217,57 @@ def newton(misfit: Misfit, x: Tensor, *, steps: int = NEWTON_STEPS) -> Iterator[
         yield float(r.norm()), x
 
 
+def damped(misfit: Misfit, x: Tensor) -> Iterator[tuple[float, Tensor]]:
+    """The same with damped steps (Levenberg, Marquardt), from further away, where gradients are among the equations."""
+
+    sketches = list[Tensor]()
+
+    def solver(at: Tensor, r: Tensor, _: Tensor) -> Steps:
+        sketches.append(_sketched(misfit, at[0]) if len(sketches) % SKETCHED == 0 else sketches[-1])
+        answers = Answers(misfit, at[0], sketches[-1])
+
+        def steps(damping: Tensor, rows: Tensor) -> Iterator[Tensor]:
+            size = r.norm()
+            yield -size[None] * answers(r[0] / size, damping=float(damping))[None]
+
+        return steps
+
+    search = damped_gauss_newton(
+        lambda at, _: misfit(at[0]).detach()[None], solver, x[None], damping=DAMPING, stop=STOP
+    )
+    for reached in search:
+        if reached.x[0] is not x:
+            x = reached.x[0]
+            yield float(reached.cost) ** 0.5, x
+
+
 class Answers:
     """The inputs' least-squares move for a misfit, at inputs x [n, *shape].
 
     Norms hardly see how large a picture is, nor the mean of a colour: these broad directions of every example are
-    solved for densely in float64, all others by conjugate gradients in float32.
+    solved for densely in float64, all others by conjugate gradients in float32. Where gradients are among the equations,
+    and the inputs have few numbers, conjugate gradients in float64 go by a sketch of the Jacobian.
     """
 
-    def __init__(self, misfit: Misfit, x: Tensor) -> None:
-        self.push, self.pull = misfit.single().linear(x.float())
-        self.exact, _ = misfit.linear(x)
-        self.broad = _broad(x)
+    def __init__(self, misfit: Misfit, x: Tensor, sketch: Tensor | None = None) -> None:
+        self.exact, self.exact_pull = misfit.linear(x)
+        own = sketch is None and misfit.back is not None and x.numel() <= MOST_SKETCHED
+        self.sketch = _sketched(misfit, x) if own else sketch
+        self.broad = _broad(x)[: 0 if self.sketch is not None else None]
+        if self.sketch is None:
+            self.push, self.pull = misfit.single().linear(x.float())
         if len(self.broad):
             dense = torch.stack([self.exact(v) for v in self.broad], 1)  # [e, b]
             self.sizes = dense.norm(dim=0).clamp_min(torch.finfo(dense.dtype).tiny)
             self.Q, self.R = torch.linalg.qr(dense / self.sizes)
             self.single_Q = self.Q.float()
 
-    def __call__(self, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-4) -> Tensor:
-        """[n, *shape] for r [e]."""
+    def __call__(
+        self, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-4, damping: float = 0.0
+    ) -> Tensor:
+        """[n, *shape] for r [e]; `damping`, in mean squares of the Jacobian's columns, where there is a sketch of it."""
+        if self.sketch is not None:
+            return self._sketched(r, self.sketch, products, tolerance, damping)
         if not len(self.broad):
             return least_squares(self.push, self.pull, r.float(), products=products, tolerance=tolerance).to(r)
         Q = self.single_Q
@@ -238,6 +288,23 @@ class Answers:
         along: Tensor = torch.linalg.solve_triangular(self.R, side[:, None], upper=True)[:, 0] / self.sizes
         return move + (along.view(-1, *[1] * move.ndim) * self.broad).sum(0)
 
+    def _sketched(self, r: Tensor, sketch: Tensor, products: int, tolerance: float, damping: float) -> Tensor:
+        d = len(sketch)
+        shift = damping * float(sketch.square().sum()) / d
+        least = torch.finfo(torch.float32).eps ** 2 * float(sketch.square().sum())
+        eye = torch.eye(d).to(sketch)
+        root = torch.linalg.qr(torch.cat([sketch, max(shift, least) ** 0.5 * eye]), mode="r").R
+        b, found = self.exact_pull(r), torch.zeros_like(r)
+        for found in conjugate_gradients(  # noqa: B007
+            lambda v: self.exact_pull(self.exact(v)) + shift * v,
+            b,
+            lambda v: torch.cholesky_solve(v.reshape(-1, 1), root, upper=True).view_as(v),
+            products,
+            tolerance,
+        ):
+            pass
+        return found
+
 
 def _broad(x: Tensor) -> Tensor:
     """Every example itself, and a constant in each of its channels, as unit vectors [b, *x.shape]; none if they were many.
@@ -256,6 +323,25 @@ def _broad(x: Tensor) -> Tensor:
     units: Tensor = found.flatten(0, 1)
     sizes = units.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
     return units.div(sizes.view(-1, *[1] * x.ndim))
+
+
+def _sketched(misfit: Misfit, x: Tensor) -> Tensor:
+    """A triangular R [d, d] with R^T R near J^T J, J the Jacobian at inputs x: of random signed sums of its rows."""
+    single, at, d = misfit.single(), x.float(), x.numel()
+    e = len(single(at))
+    rng = torch.Generator().manual_seed(0)
+    where = torch.randint(SKETCH * d, (SUMS, e), generator=rng).to(at.device)
+    signs = (2.0 * torch.randint(2, (SUMS, e), generator=rng) - 1).to(at) / SUMS**0.5
+
+    def column(v: Tensor) -> Tensor:
+        made = torch.func.jvp(single, (at,), (v,))[1]
+        found: Tensor = made.new_zeros(SKETCH * d)
+        return found.index_add(0, where.flatten(), (signs * made).flatten())
+
+    ways = torch.eye(d, dtype=at.dtype, device=at.device).view(d, *x.shape)
+    rows: Tensor = torch.func.vmap(column, chunk_size=AT_ONCE)(ways).T.to(x)
+    R: Tensor = torch.linalg.qr(rows, mode="r").R
+    return R
 
 
 def least_squares(push: Push, pull: Push, r: Tensor, *, products: int = PRODUCTS[1], tolerance: float = 1e-4) -> Tensor:

@@ -20,6 +20,7 @@ ROUNDINGS = 1e2  # of the largest singular value, below which nothing is counted
 LARGEST_MISFIT = 1e-6  # of shared entries, relative, up to which a map is right
 MISFIT_ERRORS = 300.0  # the same in units of the span's own error
 LARGEST_ERROR = 1e-3  # of the span, at which nothing can be told from a zero
+CLIENT_ROUNDINGS = 4  # of the update's type, by which the client's own arithmetic is off
 MOST_COEFFICIENTS = 5000  # of the space of whole maps, whose cube is its cost
 PROGRAMS = 12, 40  # linear programs: so many an example, and so many besides
 
@@ -116,6 +117,15 @@ def separated(
     shares = torch.linalg.lstsq(patches.T, G.T).solution if maps else G.new_zeros(0, len(G))  # [n p, c_out]
     shares = shares.view(len(held), len(windows), len(G)).transpose(1, 2)
     return ToldApart(place, held, shares, n - len(held), error)
+
+
+def alone(place: WindowLayer, G: Tensor, eps: float) -> ToldApart:
+    """What a dense layer was given of the only example behind its gradient [c_out, d], which has rank one.
+
+    It is the row space, up to a factor.
+    """
+    row = span(G, eps)[:1]
+    return ToldApart(place, row.view(1, *place.windows().shape), (G @ row.T).view(1, -1, 1), 0, CLIENT_ROUNDINGS * eps)
 
 
 def _whole(

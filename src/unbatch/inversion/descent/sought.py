@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unbatch.inversion.descent.pictures import Answers, Back, Misfit, newton, searched
+from unbatch.inversion.descent.back import Back
+from unbatch.inversion.descent.pictures import MOST_SKETCHED, Answers, Misfit, damped, newton, searched
 from unbatch.inversion.descent.walk import Told
 from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
 from unbatch.progress import tick
@@ -56,7 +57,8 @@ class Search:
     """What a search goes by: the network `below` the tensor that is `told`, and the spread of its inputs.
 
     `begin` draws inputs [n, *shape] to begin at, for so many; `shares` are those of the work before and after it. Where
-    `below` itself is known up to an error, `shaken` draws by how much what it gives may be off.
+    `below` itself is known up to an error, `shaken` draws by how much what it gives may be off. `few`: the tensor has fewer
+    equations than the inputs have numbers, so that nothing is found without the gradients below.
     """
 
     below: nn.Module
@@ -66,6 +68,7 @@ class Search:
     shares: tuple[float, float]
     rng: torch.Generator
     shaken: Shaken | None = None
+    few: bool = False
 
     @property
     def apart(self) -> bool:
@@ -83,7 +86,7 @@ class Search:
         found = Sought.nothing(self.begin(n))
         for attempt in range(attempts):
             left = (~found.done).nonzero().flatten().tolist()
-            helped = back if attempt and len(left) == n else None  # it takes three times as long
+            helped = back if (attempt or self.few) and len(left) == n else None  # it takes three times as long
             at_once = AT_ONCE if self.apart and helped is None else n
             for at in range(0, len(left), at_once):
                 self._some(found, left[at : at + at_once], steps * 2**attempt, helped, (attempt, at / len(left)))
@@ -105,7 +108,9 @@ class Search:
         misfit = Misfit(self.below, told)
         point = self.begin(len(examples)).to(told.seen.device)
         values = torch.full((len(examples),), torch.inf)
-        for values, point in searched(misfit.single(), point, self.scale, steps=steps, back=back):  # noqa: B007, B020
+        for values, point in searched(  # noqa: B007, B020
+            misfit.single(), point, self.scale, steps=steps, back=None if back is None else back.single()
+        ):
             if not tick(self._share(*where), float(values.max())):
                 break
         values = values.cpu().double().expand(len(examples))
@@ -114,9 +119,18 @@ class Search:
                 found.misfits[i], found.inputs[i] = values[j], point[j].to(found.inputs)
         groups = [[j] for j in range(len(examples))] if self.apart else [list(range(len(examples)))]
         for group in groups:
-            if all(float(values[j]) < FOUND for j in group):
+            if not self.few and all(float(values[j]) < FOUND for j in group):
                 part = told.of(group) if self.apart else told
                 self._finished(found, [examples[j] for j in group], part, point[group].double())
+        near = self.few or all(float(value) < FOUND for value in values)
+        if (
+            back is not None
+            and near
+            and point.numel() <= MOST_SKETCHED
+            and not told.blur
+            and not bool(found.done.any())
+        ):
+            self._solved(found, examples, Misfit(self.below, told, back=back.weighed(point)), point.double())
 
     def _finished(self, found: Sought, examples: list[int], told: Told, point: Tensor) -> None:
         """Newton's steps to where the equations' own noise is left, and the bounds there.
@@ -129,11 +143,11 @@ class Search:
             self._solved(found, examples, Misfit(self.below, told, scale_counts=True), point)
 
     def _solved(self, found: Sought, examples: list[int], misfit: Misfit, point: Tensor) -> None:
-        told, size = misfit.told, torch.inf
-        noise = float(told.noise.norm() / told.seen.norm())
+        told, size, noise = misfit.told, torch.inf, misfit.noise
         if self.shaken is not None:
             noise = float(torch.tensor(noise).hypot(self.shaken(point, self.rng).norm().cpu() / told.seen.norm().cpu()))
-        for size, point in newton(misfit, point):  # noqa: B007, B020
+        steps = newton if misfit.back is None else damped
+        for size, point in steps(misfit, point):  # noqa: B007, B020
             if not tick(self.shares[1], size) or size <= noise:
                 break
         found.noise = max(found.noise, noise)
@@ -163,11 +177,10 @@ def _bound(misfit: Misfit, told: Told, x: Tensor, excess: float, rng: torch.Gene
         return answers(r, products=RESPONSE_PRODUCTS, tolerance=tolerance).flatten(1)
 
     while len(moves) < DRAWS[0] or (len(moves) < DRAWS[1] and _alike(moves)):
-        draw = _noise(told, drawn).flatten()
-        draw = draw if shaken is None else draw + shaken(x, rng).flatten()
-        draw = misfit.weighed(draw)
+        draw = _noise(told, drawn)
+        draw = misfit.drawn(draw if shaken is None else draw + shaken(x, rng).view_as(draw), drawn)
         unit = float(draw.norm())
-        moves.append(answer(draw / unit) * unit / misfit.size)
+        moves.append(answer(draw / unit) * unit)
     off = misfit(x).detach()
     left = answer(off / off.norm()) * float(off.norm())
     spread = torch.stack(moves).square().sum(2).mean(0).sqrt()
