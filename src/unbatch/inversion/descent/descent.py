@@ -24,7 +24,7 @@ from unbatch.inversion.descent.mixed_maps import mixed_maps
 from unbatch.inversion.descent.pictures import MOST_SKETCHED, blurred, noisy, normed
 from unbatch.inversion.descent.places import WindowLayer, at_cuts, places, rectified
 from unbatch.inversion.descent.sent_norms import FixedNorms, fixed_norms
-from unbatch.inversion.descent.separation import CLIENT_ROUNDINGS, ToldApart, alone, counted, separated, spectrum
+from unbatch.inversion.descent.separation import CLIENT_ROUNDINGS, ToldApart, counted, lone, separated, spectrum
 from unbatch.inversion.descent.sought import Search
 from unbatch.inversion.descent.walk import SURE, Told, Walk, told_by, walk
 from unbatch.inversion.view import View
@@ -170,7 +170,7 @@ def _apart(
     """The maps behind a layer: by the cone of what is nonnegative, or without one by what the network sends back."""
     G = place.flat(update[place.weight])
     if place.dense and not rectified(place.given):
-        return None if view.knowledge.get("batch_size", 1) != 1 else alone(place, G, eps)
+        return None if view.knowledge.get("batch_size", 1) != 1 else lone(place, G, eps)
     if rectified(place.given):
         return separated(place, G, eps, rng, lambda: tick(SHARES[0] / 2), mixed=mixed)
     return None if mixed else mixed_maps(view, graph, place, G, eps, rng)
@@ -228,7 +228,8 @@ def candidates(graph: Graph, every: list[WindowLayer], update: Mapping[str, Tens
     """The layers at which a batch may be told apart, those of least rank first, of equal ones that nearest the input.
 
     Everything goes through their inputs, and their gradient's rank is below what it can be, or just that. A dense layer
-    whose rank is all that it can be comes last: its batch may be larger, and mixtures of examples pass for them.
+    whose rank is all that it can be comes last: its batch may be larger, and mixtures of examples pass for them. So does a
+    head whose input has any sign, of which a single example is read.
     """
     whole, ranks = at_cuts(graph), list[tuple[bool, int, WindowLayer]]()
     for place in every:
@@ -244,7 +245,7 @@ def candidates(graph: Graph, every: list[WindowLayer], update: Mapping[str, Tens
             full = place.dense and rank >= place.limit - (
                 place is every[-1]
             )  # what is sent to classes may add up to zero
-            ranks.append((full, rank, place))
+            ranks.append((full or dense, rank, place))
     return [place for *_, place in sorted(ranks, key=lambda each: each[:2])]
 
 

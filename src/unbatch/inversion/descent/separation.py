@@ -119,7 +119,7 @@ def separated(
     return ToldApart(place, held, shares, n - len(held), error)
 
 
-def alone(place: WindowLayer, G: Tensor, eps: float) -> ToldApart:
+def lone(place: WindowLayer, G: Tensor, eps: float) -> ToldApart:
     """What a dense layer was given of the only example behind its gradient [c_out, d], which has rank one.
 
     It is the row space, up to a factor.
