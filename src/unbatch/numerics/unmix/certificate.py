@@ -20,8 +20,8 @@ from torch import Tensor
 from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
 from unbatch.numerics.unmix.equation import NOISE_SLACK, Equation
 from unbatch.numerics.unmix.linearisation import Linearisation
-from unbatch.numerics.unmix.mixture import Mixture
-from unbatch.numerics.unmix.part import KnownPart
+from unbatch.numerics.unmix.mixture import MOST_CLASSES, Mixture
+from unbatch.numerics.unmix.part import NO_DIRECTION, KnownPart
 
 DeltaRounding = Callable[[Tensor, Tensor], Tensor]  # z [f, n], y -> errors of their deltas [f, m]
 
@@ -75,25 +75,54 @@ def mixture_radius(
 
 
 def _jointly(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: DeltaRounding | None) -> Tensor:
+    """All examples of a mixture, which are to agree with their outputs as far as the law says: `_believed`."""
     at = Linearisation(mixture, z, y)
-    n, scale = mixture.n, _spread(mixture)
+    n, scale, outputs, duals = mixture.n, _spread(mixture), _of_outputs(at), mixture.dual(at.F)
 
-    def response(E: Tensor) -> Tensor:
+    def response(E: Tensor) -> tuple[Tensor, Tensor]:
+        """By how much each example moves [n], and what of its delta then disagrees with its outputs [n]; squares."""
         v = at.solve(E, damping=1e-12, inner=1000, tolerance=1e-4)  # weak directions come last
-        return v[:, :n].square().sum(1)
+        left = duals @ (E - at.push(v)).T  # [n, m]
+        return v[:, :n].square().sum(1), (outputs @ left[:, :, None]).square().sum((1, 2))
 
-    spread = z.new_zeros(len(z))
+    spread, law = z.new_zeros(len(z)), z.new_zeros(len(z))
     for _ in range(ERROR_DRAWS):
         E = scale * _gaussian(mixture.U, rng) + _wrong(mixture, z, y, at.F, rng, rounding).T @ z
-        spread += response(E) / ERROR_DRAWS
-    return ERROR_SIGMAS * spread.sqrt() + 2 * response(at.left()).sqrt()
+        moved, disagreement = response(E)
+        spread += moved / ERROR_DRAWS
+        law += disagreement / ERROR_DRAWS
+    moved, disagreement = response(at.left())
+    return ERROR_SIGMAS * _believed(disagreement, law) * spread.sqrt() + 2 * moved.sqrt()
+
+
+def _of_outputs(at: Linearisation) -> Tensor:
+    """Orthonormal directions [n, k + 1, m], or zeros, in which each delta moves with its residual and its outputs.
+
+    An update of another loss, or at other rates, disagrees there, where the noise of all entries has a small share.
+    """
+    rng = torch.Generator().manual_seed(0)
+    k = min(at.mixture.targets, MOST_CLASSES)  # of more a sample
+    turn = torch.randn(k, at.mixture.n, generator=rng, dtype=torch.float64).to(at.z) @ at.mixture.W
+    moved = torch.stack([at.F, *(at.bent(w.expand_as(at.F)) for w in turn)], 1)
+    _, S, rows = torch.linalg.svd(torch.nn.functional.normalize(moved, dim=2), full_matrices=False)
+    found: Tensor = rows * (S > NO_DIRECTION * S[:, :1])[:, :, None]
+    return found
+
+
+def _believed(seen: Tensor, law: Tensor) -> Tensor:
+    """How many times as large as its law says the error is, by what disagrees, `seen` [f], and what may, both squared.
+
+    inf beyond ERROR_SIGMAS times: an update with such an error is none of these examples'.
+    """
+    times = (seen / (law + 1e-300)).sqrt().clamp_min(1)
+    return times.masked_fill(times > ERROR_SIGMAS, torch.inf)
 
 
 def _in_part(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: DeltaRounding | None) -> Tensor:
     """Some examples of a piecewise linear network, whose errors have few directions: the weakest of their outputs.
 
-    What must agree disagrees by no more than the law says, or the errors are as many times what it says; and what the
-    equations say that ask for no size of a delta, whatever factor each was sent with, is no further off than the bound.
+    What must agree disagrees by no more than the law says: `_believed`. And what the equations say that ask for no size of
+    a delta, whatever factor each was sent with, is no further off than the bound.
     """
     part = KnownPart(mixture, z, y)
     outer, spread, law = _spread(mixture) * part.q.norm(dim=1, keepdim=True), z.new_zeros(len(z)), z.new_zeros(len(z))
@@ -102,7 +131,7 @@ def _in_part(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, round
         moved, disagreement = part.solve(*wrong)
         spread += moved.square().sum(1) / WEAK_DRAWS
         law += disagreement.square() / WEAK_DRAWS
-    times = (part.solve(*part.seen())[1] / (law.sqrt() + 1e-300)).clamp_min(1)
+    times = _believed(part.solve(*part.seen())[1].square(), law)
     found = ERROR_SIGMAS * times * spread.sqrt() + 2 * part.solve(*part.seen(), sized=False)[0].norm(dim=1)
     return torch.where(part.determined, found, torch.inf)
 
