@@ -11,7 +11,16 @@ from torch.nn import functional as F
 from unbatch.numerics.unmix import pattern as patterns
 from unbatch.numerics.unmix.certificate import mixture_radius
 from unbatch.numerics.unmix.descent import Descent, beginning, descend
-from unbatch.numerics.unmix.equation import Equation, accept, choose_labels, choose_targets, complement, placed, polish
+from unbatch.numerics.unmix.equation import (
+    Equation,
+    accept,
+    choose_labels,
+    choose_targets,
+    complement,
+    explained,
+    placed,
+    polish,
+)
 from unbatch.numerics.unmix.joint import refine_jointly
 from unbatch.numerics.unmix.mixture import Mixture, misfits
 from unbatch.numerics.unmix.moment_start import weight_moments
@@ -376,6 +385,24 @@ def test_examples_found_are_determined_while_two_fewer_are_missing_than_there_ar
     assert not KnownPart(p.mixture, p.z[:4], p.y[:4]).determined.any()
     assert mixture_radius(p.mixture, p.z[:4], p.y[:4], p.rng, jointly=True).isinf().all()
     assert mixture_radius(p.mixture.unweighed(), p.z[:7], p.y[:7], p.rng, jointly=True).isinf().all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky"])
+def test_a_whole_batch_of_another_loss_disagrees_with_its_outputs(activation: str) -> None:
+    """Its error is spread over k directions of a delta, and is lost among the noise of all of them."""
+    p = Problem(activation, n=8, m=120, k=5)
+    deltas = p.mixture.deltas
+
+    def smoothed(before: Tensor, y: Tensor) -> Tensor:
+        return (1 - 3e-6) * deltas(before, y) + 3e-6 * sum(deltas(before, 0 * y + i) for i in range(5)) / 5
+
+    for other in (False, True):
+        mixture = replace(p.mixture, noise=1e-6 * float(p.mixture.S[-1]), deltas=smoothed if other else deltas)
+        z, y, _ = refine_jointly(mixture, p.z, p.y)
+        assert explained(mixture, z, y)
+        reach = mixture_radius(mixture, z, y, p.rng, jointly=True)
+        assert bool((reach.isfinite() & ((z - p.z).norm(dim=1) > reach)).any()) is False
+        assert bool(reach.isfinite().all()) is not other, (reach, (z - p.z).norm(dim=1))
 
 
 def test_a_guess_that_has_no_size_leaves_the_others() -> None:
