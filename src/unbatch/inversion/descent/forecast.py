@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.descent.descent import AS_GOOD
+from unbatch.inversion.descent.masks_above import ADDS
 from unbatch.inversion.descent.places import WindowLayer, at_cuts, places, rectified
 from unbatch.inversion.descent.separation import MOST_COEFFICIENTS
-from unbatch.inversion.descent.walk import ADDS, BENT, LINEAR
+from unbatch.inversion.descent.walk import BENT, LINEAR
 from unbatch.inversion.view import WHOLE_NUMBERS, View
 from unbatch.network.chain import cuts, named_after
 from unbatch.network.graph import Call, Graph, Value

@@ -10,18 +10,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbatch.inversion.descent.places import WindowLayer
+from unbatch.numerics.linear.minimal_residual import minimal_residual
 from unbatch.numerics.windows.weight_equations import weight_equations
 
 Push = Callable[[Tensor], Tensor]
 ROUNDS = 60  # of the fixed point
 NEAR = 1e-3  # relative change of a round, below which Newton's steps begin
 NEWTON_STEPS = 12
-PRODUCTS = 60  # with the Jacobian, a step
+PRODUCTS = 120  # with the Jacobian, a step
 FEWER = 1e-4  # by which the products of a step take its system's residual down
-LARGEST_STEP = 0.5  # of an input's scale, relative
+STEPS_OF_SCALE = -0.375, 1e4  # of an input's scale, relative, the most up and down
+LARGEST_STEP = 0.5  # down, where the equations are linear in the scale itself
 SMALLEST_STEP = 1e-3
-ENDED = 0.9  # of the misfit, which a whole step leaves once only rounding is left
+ENDED = 0.9  # of the misfit, which a step leaves once only rounding is left: a whole one, or any of
+ROUNDED = 1e-12  # a misfit
 SEES = 1e-3  # of the largest entry of an open direction, above which it moves an entry
+WORST = 3e4  # condition of a tensor's equations
 DETERMINED = 1e-9  # least eigenvalue of the normal equations over the largest, below which they leave something open
 
 
@@ -95,21 +99,27 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Entries of the tensor itself that are known."""
+    """Entries of the tensor itself that are known: a sum, whose scale may be a little off, less what was added."""
 
-    where: Tensor
-    values: Tensor
+    where: Tensor  # [n, c, ...]
+    total: Tensor  # [n, c, ...], the sum
+    added: Tensor  # [n, c, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The tensor, the factors [n] by which each loose reader's cotangent is to be multiplied, and the misfit, relative."""
+    """The tensor, the factors [n] by which loose cotangents are to be multiplied, and the misfit, relative.
+
+    Where a sum was seen, the last of the factors is that by which it is to be divided. `blurs` says how far rounding may
+    move an example's scale, relative: that of the tensor, and those of the factors.
+    """
 
     x: Tensor
     factors: list[Tensor]
     misfit: float
     condition: float
-    blur: float  # how far rounding may move an example's scale, relative
+    blurs: list[float]
+    moved: Tensor | None = None  # [n h w], the entries in which a constant a channel is open, if one is
 
 
 class _System:
@@ -119,7 +129,24 @@ class _System:
         self.readers, self.shape, self.seen = readers, shape, seen
         self.together = any(reader.mixes for reader in readers)  # the examples have one scale and no more
         self.unit = [float(reader.gradient.norm()) for reader in readers]
-        self.size = 1.0 if seen is None else float(seen.values.norm())
+        self.loose = [k for k, reader in enumerate(readers) if reader.loose]
+        self.given = [reader.cotangent for reader in readers]
+        if seen is not None:
+            self.size = float((seen.total - seen.added)[seen.where].norm())
+            self.scaled([readers[0].cotangent.new_ones(shape[0])] * (len(self.loose) + 1))
+
+    def scaled(self, factors: Sequence[Tensor]) -> None:
+        """Loose cotangents times their factors [n], and the sum that was seen divided by the last."""
+        for k, factor in zip(self.loose, factors, strict=False):
+            self.readers[k].cotangent = self.given[k] * sides(factor, self.given[k])
+        if self.seen is not None:
+            self.total = self.seen.total / sides(factors[-1], self.seen.total)
+            self.values = (self.total - self.seen.added)[self.seen.where]
+
+    @property
+    def equations(self) -> int:
+        """How many there are for the entries of one channel."""
+        return sum(len(r.gradient) * r.gradient[0, 0].numel() for r in self.readers)
 
     def misfit(self, x: Tensor) -> Tensor:
         parts = [
@@ -127,7 +154,7 @@ class _System:
             for reader, unit in zip(self.readers, self.unit, strict=True)
         ]
         if self.seen is not None:
-            parts.append((x[self.seen.where] - self.seen.values) / self.size)
+            parts.append((x[self.seen.where] - self.values) / self.size)
         return torch.cat(parts)
 
     def linear(self, x: Tensor) -> tuple[Push, Push]:
@@ -146,40 +173,78 @@ class _System:
 
         def pull(u: Tensor) -> Tensor:
             total, at = torch.zeros_like(x), 0
-            for r, unit, z, delta in every:
+            for r, unit, _, delta in every:
                 k = r.gradient.numel()
                 weight, at = u[at : at + k].view_as(r.gradient) / unit, at + k
-                total += r.back(x, delta, weight) + r.back(x, r.turned(z, r.apply(x, weight)))
-            if self.seen is not None:
-                total[self.seen.where] += u[at:] / self.size
+                total += r.back(x, delta, weight)
             return total
 
         return push, pull
 
-    def each(self, x: Tensor, k: int) -> Tensor:
-        """The share of every example in one reader's gradient, as columns [e, n], or of all together [e, 1]."""
-        reader = self.readers[k]
-        delta = reader.delta(reader.output(x))
-        before = sum(r.gradient.numel() for r in self.readers[:k])
-        parts = [(x, delta)] if self.together else [(a[None], d[None]) for a, d in zip(x, delta, strict=True)]
-        columns = [reader.weighed(*part).flatten() / self.unit[k] for part in parts]
-        total = sum(r.gradient.numel() for r in self.readers) + (0 if self.seen is None else len(self.seen.values))
-        found = x.new_zeros(total, len(columns))
-        found[before : before + len(columns[0])] = torch.stack(columns, 1)
+    def scales(self, x: Tensor) -> list[Tensor]:
+        """By how much the misfit falls as the factors of loose cotangents and of the sum fall, as columns [e, n].
+
+        One column for all examples where they have one scale.
+        """
+        found = []
+        for k in self.loose:
+            reader, before = self.readers[k], sum(r.gradient.numel() for r in self.readers[:k])
+            delta = reader.delta(reader.output(x))
+            found.append(
+                self._columns(before, [reader.weighed(*part) / self.unit[k] for part in self._parts(x, delta)])
+            )
+        if self.seen is not None:
+            before, where = sum(r.gradient.numel() for r in self.readers), self.seen.where
+            own = [self.total] if self.together else [self.total * _unit(i, self.total) for i in range(len(x))]
+            found.append(self._columns(before, [part[where] / self.size for part in own]))
         return found
 
-    def normal(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The normal equations of all channels with the deltas held: matrix [n h w, n h w] and right side [n h w, c]."""
+    def _parts(self, x: Tensor, delta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(x, delta)] if self.together else [(a[None], d[None]) for a, d in zip(x, delta, strict=True)]
+
+    def _columns(self, before: int, parts: list[Tensor]) -> Tensor:
+        total = sum(r.gradient.numel() for r in self.readers) + (0 if self.seen is None else len(self.values))
+        found = parts[0].new_zeros(total, len(parts))
+        found[before : before + parts[0].numel()] = torch.stack([part.flatten() for part in parts], 1)
+        return found
+
+    def held(self, x: Tensor | None, open_: Tensor | None = None) -> tuple[_Fixed | None, Tensor]:
+        """The equations with the deltas held for a tensor, and their right side [n h w, c]; None where they are singular.
+
+        Which directions are open is found unless it is given. They depend on the layers, not on the tensor.
+        """
         n = self.shape[0]
         H = b = torch.zeros(())
         for reader, unit in zip(self.readers, self.unit, strict=True):
-            z = torch.zeros_like(reader.cotangent[:, :1]) if x is None else reader.output(x)
-            delta = _first(reader) if x is None else reader.delta(z)
+            delta = _first(reader) if x is None else reader.delta(reader.output(x))
             A = weight_equations(delta.reshape(n, len(reader.gradient), -1), reader.place.windows(1)) / unit
             G = reader.gradient
             B = G.reshape(len(G), G.shape[1], -1).transpose(1, 2).reshape(-1, G.shape[1]) / unit
             H, b = H + A.T @ A, b + A.T @ B
-        return H, b
+        if open_ is None:
+            values, vectors = torch.linalg.eigh(H)
+            open_ = vectors[:, values <= DETERMINED * values[-1]]
+        root, failed = torch.linalg.cholesky_ex(H + H.diagonal().mean() * open_ @ open_.T)
+        return (None if bool(failed) else _Fixed(root, open_)), b
+
+
+@dataclass(frozen=True, eq=False)
+class _Fixed:
+    """The equations of a tensor with its deltas held, the same for all channels, ready to be solved."""
+
+    root: Tensor  # [n h w, n h w], lower triangular, of the normal equations
+    open_: Tensor  # [n h w, 0 or more], the directions that they leave open
+
+    @property
+    def condition(self) -> float:
+        """The largest singular value over the smallest that is not open."""
+        values = torch.linalg.svdvals(self.root)
+        return float(values[0] / values[-1])
+
+    def solved(self, b: Tensor) -> Tensor:
+        """Channels [c, n h w] for a right side [n h w, c], nothing of the open directions in them."""
+        found: Tensor = torch.cholesky_solve(b - self.open_ @ (self.open_.T @ b), self.root).T
+        return found
 
 
 def _first(reader: Reader) -> Tensor:
@@ -209,29 +274,58 @@ def solved_around(
     these directions, and the factors of loose cotangents, are solved for densely. `size` is where the scales begin
     (root mean square), `eps` the gradients' rounding. Batch norm in train mode is blind to a constant that only the
     middle weight of a strided layer sees: one open direction a channel, in which a `rectified` tensor is taken to reach
-    zero.
+    zero (`hidden`).
     """
     system = _System(readers, shape, seen)
-    x = None
-    for _ in range(ROUNDS):
-        H, b = system.normal(x)
-        values, vectors = torch.linalg.eigh(H)
-        open_ = vectors[:, values <= DETERMINED * values[-1]]
-        if open_.shape[1] > (1 if rectified else 0):
-            return None
-        root = torch.linalg.cholesky(H + float(values[-1]) * open_ @ open_.T)
-        flat = torch.cholesky_solve(b - open_ @ (open_.T @ b), root).T  # [c, n h w]
-        new = _unflat(_lowered(flat, open_), shape)
-        new = new * (size / float(new.square().mean().sqrt())) if x is None else new
-        far = 1.0 if x is None else float((new - x).norm() / new.norm())
-        x = new
-        if far < NEAR:
-            break
-    if x is None or not bool(x.isfinite().all() and system.misfit(x).isfinite().all()):
+    begun = _fixed_point(system, size, 1 if rectified else 0)
+    found = None if begun is None else _newton(system, *begun)
+    if begun is None or found is None:
         return None
-    condition = float(values[-1] / values[open_.shape[1]]) ** 0.5
-    found = _newton(system, x, root, condition)
-    return replace(found, blur=found.blur * eps, x=_unflat(_lowered(_flat(found.x), open_), shape))
+    open_ = begun[1].open_
+    return replace(
+        found,
+        blurs=[eps * blur for blur in found.blurs],
+        x=_unflat(_lowered(_flat(found.x), open_), shape),
+        moved=_moved(open_[:, 0]) > 0 if open_.shape[1] else None,
+    )
+
+
+def _fixed_point(system: _System, size: float, most_open: int) -> tuple[Tensor, _Fixed] | None:
+    """Where the deltas for the last tensor tell nearly the same tensor, and the equations there.
+
+    Scales are held: norms are blind to them, so that they would drift.
+    """
+    shape = system.shape
+    if system.equations < int(torch.Size((shape[0], *shape[2:])).numel()) - most_open:
+        return None
+    fixed, b = system.held(None)
+    if fixed is None or fixed.open_.shape[1] > most_open:
+        return None
+
+    def answer(fixed: _Fixed, b: Tensor) -> Tensor:
+        x = _unflat(_lowered(fixed.solved(b), fixed.open_), shape)
+        squares = x.square().mean() if system.together else x.square().flatten(1).mean(1)
+        return x * sides((size / squares.sqrt()).expand(len(x)), x)
+
+    x = answer(fixed, b)
+    for _ in range(ROUNDS):
+        fixed, b = system.held(x, fixed.open_)
+        if fixed is None:
+            return None
+        before, x = x, answer(fixed, b)
+        if float((x - before).norm()) < NEAR * float(x.norm()):
+            break
+    return (x, fixed) if bool(system.misfit(x).isfinite().all()) else None
+
+
+def sides(factors: Tensor, like: Tensor) -> Tensor:
+    """Factors [n] to multiply a tensor [n, ...] with."""
+    return factors.view(-1, *[1] * (like.ndim - 1))
+
+
+def _unit(i: int, like: Tensor) -> Tensor:
+    """One for one example, zero for the others, to multiply a tensor [n, ...] with."""
+    return sides(torch.eye(len(like)).to(like)[i], like)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -247,85 +341,95 @@ def _lowered(flat: Tensor, open_: Tensor) -> Tensor:
     """Channels [c, n h w] moved along the one open direction, if there is one, until the least entry in it is zero."""
     if not open_.shape[1]:
         return flat
-    way = open_[:, 0] * torch.sign(open_[:, 0].sum())
-    moved = way > SEES * way.max()
-    least = (flat[:, moved] / way[moved]).amin(1)
-    return flat - least[:, None] * torch.where(moved, way, 0.0)
+    way = _moved(open_[:, 0])
+    least = (flat[:, way > 0] / way[way > 0]).amin(1)
+    return flat - least[:, None] * way
 
 
-def _newton(system: _System, x: Tensor, root: Tensor, condition: float) -> Found:
-    loose = [k for k, reader in enumerate(system.readers) if reader.loose]
-    given = [reader.cotangent for reader in system.readers]
-    factors = x.new_ones(1 + len(loose), len(x))  # of the tensor itself, not kept, and of the loose cotangents
-    r, blur = system.misfit(x), torch.inf
+def _moved(way: Tensor) -> Tensor:
+    """The open direction [n h w], upwards, without what is zero of it but for rounding."""
+    way = way * torch.sign(way.sum())
+    return torch.where(way > SEES * way.max(), way, 0.0)
+
+
+def _newton(system: _System, x: Tensor, fixed: _Fixed) -> Found | None:
+    """Newton's steps to where rounding is left; None where the equations leave something open there."""
+    rows = len(system.loose) + (system.seen is not None)
+    factors, blurs = x.new_ones(1 + rows, len(x)), [torch.inf] * (1 + rows)  # of the tensor itself, not kept, and those
+    r = system.misfit(x)
     for _ in range(NEWTON_STEPS):
-        move = _step(system, x, r, root, loose)
+        move = _step(system, x, r, fixed)
         if move is None:
             break
-        d, c, blur = move
+        d, c, blurs = move
         step, better = 1.0, False
         while step > SMALLEST_STEP and not better:
-            turned = 1 - step * c
-            new = (x - step * d) * turned[0].view(-1, *[1] * (x.ndim - 1))
-            for k, factor in zip(loose, factors[1:] * turned[1:], strict=True):
-                system.readers[k].cotangent = given[k] * factor.view(-1, *[1] * (given[k].ndim - 1))
+            turned = _turned(step * c, by_eps=system.seen is None)
+            new = (x - step * d) * sides(turned[0], x)
+            system.scaled([*(factors * turned)[1:]])
             moved = system.misfit(new)
             better = float(moved.norm()) < float(r.norm())
             step = step if better else step / 4
         if not better:
             break
-        ended = step == 1.0 and float(moved.norm()) > ENDED * float(r.norm())
+        ended = (step == 1.0 or float(r.norm()) < ROUNDED) and float(moved.norm()) > ENDED * float(r.norm())
         x, r, factors = new, moved, factors * turned
+        fixed = system.held(x, fixed.open_)[0] or fixed
         if ended:
             break
-    for k, factor in zip(loose, factors[1:], strict=True):
-        system.readers[k].cotangent = given[k] * factor.view(-1, *[1] * (given[k].ndim - 1))
-    return Found(x, list(factors[1:]), float(r.norm()), condition, blur)
+    system.scaled([*factors[1:]])
+    condition = fixed.condition
+    return Found(x, list(factors[1:]), float(r.norm()), condition, blurs) if condition < WORST else None
 
 
-def _step(system: _System, x: Tensor, r: Tensor, root: Tensor, loose: list[int]) -> tuple[Tensor, Tensor, float] | None:
-    """Newton's step: of the tensor, of factors [1 + loose, n], and by how many roundings its scales may be off.
+def _turned(c: Tensor, *, by_eps: bool) -> Tensor:
+    """The factors [1 + rows, n] for steps c of scales: of a tensor's own, and of what is loose.
+
+    `by_eps`: norms are blind to the tensor's scale s but for their eps, so that what they show is linear in 1 / s^2.
+    """
+    own = (1 + 2 * c[:1]).rsqrt() if by_eps else 1 - c[:1].clamp(max=LARGEST_STEP)
+    return torch.cat([own, 1 - c[1:]])
+
+
+def _step(system: _System, x: Tensor, r: Tensor, fixed: _Fixed) -> tuple[Tensor, Tensor, list[float]] | None:
+    """Newton's step: of the tensor, of factors [1 + rows, n], and by how many roundings these scales may be off.
 
     None where the derivative there is no number.
     """
-    n = len(x)
     push, pull = system.linear(x)
-    own = [x] if system.together else [x * row.view(-1, *[1] * (x.ndim - 1)) for row in torch.eye(n).to(x)]
-    dense = torch.cat([torch.stack([push(v) for v in own], 1), *[system.each(x, k) for k in loose]], 1)
+    own = [x] if system.together else [x * _unit(i, x) for i in range(len(x))]
+    dense = torch.cat([torch.stack([push(v) for v in own], 1), *system.scales(x)], 1)
     scale = dense.norm(dim=0).clamp_min(torch.finfo(dense.dtype).tiny)  # what the gradient does not feel stays zero
     Q, R = torch.linalg.qr(dense / scale)
     if not bool(R.isfinite().all()):
         return None
-    d = _least(push, pull, r - Q @ (Q.T @ r), Q, root, x)
+    d = _least(push, pull, r - Q @ (Q.T @ r), Q, own, fixed, x)
     inverse = torch.linalg.pinv(R) / scale[:, None]
-    blur = float(inverse.norm(dim=1)[: len(own)].max())
-    c = (inverse @ (Q.T @ (r - push(d)))).clamp(-LARGEST_STEP, LARGEST_STEP)
-    return d, c.view(-1, len(own)).expand(-1, n), blur
+    blurs = inverse.norm(dim=1).view(-1, len(own)).amax(1).tolist()
+    rest = r - push(d)
+    c = inverse @ (Q.T @ rest)
+    c[: len(own)] = c[: len(own)].clamp(*STEPS_OF_SCALE)
+    if len(c) > len(own):  # what is loose hardly differs from the tensor's own scales
+        rest -= dense[:, : len(own)] @ c[: len(own)]
+        c[len(own) :] = torch.linalg.lstsq(dense[:, len(own) :], rest[:, None]).solution[:, 0]
+    return d, c.view(-1, len(own)).expand(-1, len(x)), blurs
 
 
-def _least(push: Push, pull: Push, r: Tensor, Q: Tensor, root: Tensor, x: Tensor) -> Tensor:
-    """The d with the least |P (J d - r)|, P away from the dense columns, by preconditioned conjugate gradients."""
+def _least(push: Push, pull: Push, r: Tensor, Q: Tensor, own: Sequence[Tensor], fixed: _Fixed, x: Tensor) -> Tensor:
+    """The d with P J d = P r, P away from the dense columns, by GMRES on what the fixed point would make of both sides.
 
-    def smooth(v: Tensor) -> Tensor:
-        return _unflat(torch.cholesky_solve(_flat(v).T, root).T, tuple(x.shape))
+    The fixed point with its deltas held takes the error down by a third or more a round, so that in its units J is not far
+    from the identity; in those of J^T J it is. In the directions that P J does not see, an example itself (`own`) and what
+    the fixed point leaves open, d stays nearly zero.
+    """
+    blind = torch.linalg.qr(torch.stack([v.flatten() for v in own], 1)).Q
 
-    d = torch.zeros_like(x)
-    g = pull(r)
-    y = smooth(g)
-    p, size = y, float((g * y).sum())
-    first = size
-    for _ in range(PRODUCTS):
-        if not size > FEWER**2 * first:
-            break
-        image = push(p)
-        image = image - Q @ (Q.T @ image)
-        curvature = float(image.square().sum())
-        if not curvature > 0:
-            break
-        a = size / curvature
-        d, r = d + a * p, r - a * image
-        g = pull(r)
-        y = smooth(g)
-        new = float((g * y).sum())
-        p, size = y + new / size * p, new
-    return d
+    def answered(u: Tensor) -> Tensor:
+        return _unflat(fixed.solved(_flat(pull(u - Q @ (Q.T @ u))).T), tuple(x.shape))
+
+    def product(v: Tensor) -> Tensor:
+        still = _unflat(_flat(v) @ fixed.open_ @ fixed.open_.T, tuple(x.shape))
+        along: Tensor = blind @ (blind.T @ v.flatten())
+        return answered(push(v)) + still + along.view_as(x)
+
+    return minimal_residual(product, answered(r), products=PRODUCTS, tolerance=FEWER)

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor, nn
 
+from unbatch.errors import NotApplicable
 from unbatch.inversion.descent.above import ALONG
-from unbatch.inversion.descent.implicit import Reader, Seen, solved_around
+from unbatch.inversion.descent.hidden import alone_at_zero, least_is_positive, shift_before
+from unbatch.inversion.descent.implicit import Reader, Seen, sides, solved_around
 from unbatch.inversion.descent.masks import NEAR_ZERO, flipped, pursued
+from unbatch.inversion.descent.masks_above import ADDS
 from unbatch.inversion.descent.places import WindowLayer
 from unbatch.network.graph import Call, Graph, Value
 from unbatch.network.operations import AffineOperation, Operation, Reshape, layer_of
@@ -114,6 +117,7 @@ class Walk:
     enough: float = float("inf")  # equations of a known tensor, with which no tensor is asked that is not determined
     stops: list[str] = field(default_factory=list)  # where the way down ends, in words
     blocked: set[Value] = field(default_factory=set)  # to which something came back that is not known
+    hidden: dict[Value, Tensor] = field(default_factory=dict)  # of a ReLU's output, what is known but for a constant
     flips: dict[Value, tuple[Value, Tensor]] = field(
         default_factory=dict
     )  # a ReLU, and what its flipped masks would change
@@ -169,8 +173,10 @@ def walk(
         if call is not None:
             if call.gave[0] in found.values:
                 before[call.gave[0]] = at, found.kept()
+                _decided(graph, found, call, update)
             _back(found, call, [value for value in call.given if value.fed])
         at += 1
+    found.told = [replace(told, checked=told.checked and told.value not in found.hidden) for told in found.told]
     return found
 
 
@@ -210,6 +216,21 @@ def _mended(found: Walk, eps: float) -> dict[Value, Tensor]:
             x = mended.get(relu, x)
             mended[relu] = torch.where(flip, torch.where(x > 0, 0.0, noise), x)
     return mended
+
+
+def _decided(graph: Graph, found: Walk, call: Call, update: Mapping[str, Tensor]) -> None:
+    """Says of a ReLU's output that is known but for a constant a channel whether its least entry is zero (`hidden`)."""
+    gave = call.gave[0]
+    if gave not in found.hidden or gave not in found.deltas:
+        return
+    want = shift_before(graph, gave, update)
+    if want is not None:
+        positive = least_is_positive(found.values[gave], found.deltas[gave], found.hidden[gave], want)
+        entries = found.hidden[gave] & (found.values[gave] == 0) & positive
+        found.values[gave] = torch.where(entries, found.noises[gave], found.values[gave])
+        found.hidden[gave] = found.hidden[gave] & positive
+    if not bool(found.hidden[gave].any()):
+        found.hidden.pop(gave)
 
 
 def _back(found: Walk, call: Call, fed: list[Value]) -> None:
@@ -406,8 +427,8 @@ def _solve_late(
         cotangent = found.deltas[place.gave] if late is None else late.cotangent
         loose = found.scaled.get(place.gave) is not None
         readers.append(Reader(place, update[place.weight], cotangent, behind, loose))
-    n, seen = len(readers[0].cotangent), _seen(graph, found, value)
-    shape = (n, *value.shape[1:])
+    shape = (len(readers[0].cotangent), *value.shape[1:])
+    passed, seen = _seen(graph, found, value)
     size = float(found.told[-1].seen.square().mean().sqrt())
     rectified = value.call is not None and _is_relu(value.call)
     answer = solved_around(readers, shape, seen, size, eps, rectified=rectified)
@@ -418,16 +439,14 @@ def _solve_late(
     noise = max(eps, answer.misfit) * answer.condition * x.square().mean().sqrt().expand_as(x)
     if rectified:
         x = torch.where(x < torch.maximum(ZERO * x.max(), ZERO_SIGMAS * noise), 0.0, x)
-    noise = torch.maximum(noise, answer.blur * x.square().mean().sqrt())
+    noise = torch.maximum(noise, answer.blurs[0] * x.square().mean().sqrt())
     found.values[value], found.noises[value] = x, noise
     own = None if seen is not None else value
-    blur = ALONG * answer.blur * max(1.0, answer.misfit / eps)
-    factors = iter(answer.factors)
-    for place, reader in zip(places, readers, strict=True):
-        if reader.loose:
-            _rescale(found, found.scaled[place.gave], next(factors), blur)
-    if seen is not None:  # a scale may have come over with it
-        blur = max(blur, *(other.blur for other in found.told))
+    blur, *blurs = (ALONG * blur * max(1.0, answer.misfit / eps) for blur in answer.blurs)
+    owners = [found.scaled[place.gave] for place, reader in zip(places, readers, strict=True) if reader.loose]
+    owners += [passed] if seen is not None else []
+    for owner, factor, blurred in zip(owners, answer.factors, blurs, strict=True):
+        _rescale(found, owner, factor, blurred)
     for place, reader in zip(places, readers, strict=True):
         z = reader.output(x)
         if reader.behind is not None:
@@ -435,7 +454,22 @@ def _solve_late(
             found.values[found.late.pop(place.gave).value] = reader.behind(z)
             _add(found, value, reader.back(x, reader.delta(z)), own)
     found.told.append(Told(value, None, x, shape, noise, answer.condition, answer.misfit, blur=blur))
+    _uncovered(graph, found, value)
+    if answer.moved is not None:
+        found.hidden[value] = alone_at_zero(x, answer.moved)
     return True
+
+
+def _uncovered(graph: Graph, found: Walk, value: Value) -> None:
+    """The constants of deeper tensors that were hidden, once a tensor is known from which those follow."""
+    for deeper, entries in list(found.hidden.items()):
+        try:
+            own = section(graph, value, deeper)(found.values[value])
+        except NotApplicable:
+            continue
+        found.values[deeper] = torch.where(entries, own, found.values[deeper])
+        found.told = [replace(told, seen=found.values[deeper]) if told.value is deeper else told for told in found.told]
+        found.hidden.pop(deeper)
 
 
 def _rescale(found: Walk, owner: Value | None, factors: Tensor, blur: float) -> None:
@@ -446,22 +480,18 @@ def _rescale(found: Walk, owner: Value | None, factors: Tensor, blur: float) -> 
         if owner is None or scaled is not owner:
             continue
         if value in found.deltas:
-            found.deltas[value] = found.deltas[value] * _sides(factors, found.deltas[value])
+            found.deltas[value] = found.deltas[value] * sides(factors, found.deltas[value])
         if value in found.late:
             late = found.late[value]
-            found.late[value] = Late(late.value, late.cotangent * _sides(factors, late.cotangent))
+            found.late[value] = Late(late.value, late.cotangent * sides(factors, late.cotangent))
     if owner is not None:
-        right = found.values[owner] / _sides(factors, found.values[owner])
+        right = found.values[owner] / sides(factors, found.values[owner])
         found.told = [replace(told, seen=right, blur=blur) if told.value is owner else told for told in found.told]
         found.values[owner] = right
 
 
-def _sides(factors: Tensor, like: Tensor) -> Tensor:
-    return factors.view(-1, *[1] * (like.ndim - 1))
-
-
-def _seen(graph: Graph, found: Walk, value: Value) -> Seen | None:
-    """The entries of a tensor that are known since it was added to a known one, and a ReLU let the sum pass."""
+def _seen(graph: Graph, found: Walk, value: Value) -> tuple[Value, Seen] | tuple[None, None]:
+    """What a ReLU gave of a sum, and the entries of a summand that this tells where it passed and the other is known."""
     same = {value}
     for call in graph.calls:
         fed = [other for other in call.given if other.fed]
@@ -473,8 +503,9 @@ def _seen(graph: Graph, found: Walk, value: Value) -> Seen | None:
         passed = next((c.gave[0] for c in graph.calls if call.gave[0] in c.given and _is_relu(c)), None)
         if other in found.values and passed in found.values:
             where = found.values[passed] > 0
-            return Seen(where, (found.values[passed] - found.values[other])[where])
-    return None
+            where = where & ~found.hidden[passed] if passed in found.hidden else where
+            return passed, Seen(where, found.values[passed], found.values[other])
+    return None, None
 
 
 def _is_relu(call: Call) -> bool:
@@ -482,4 +513,3 @@ def _is_relu(call: Call) -> bool:
 
 
 LARGEST_MISFIT = 1e-6  # relative, of the weights' gradients, up to which a tensor is right
-ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
