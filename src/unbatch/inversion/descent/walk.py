@@ -439,7 +439,6 @@ def _solve_late(
     noise = max(eps, answer.misfit) * answer.condition * x.square().mean().sqrt().expand_as(x)
     if rectified:
         x = torch.where(x < torch.maximum(ZERO * x.max(), ZERO_SIGMAS * noise), 0.0, x)
-    noise = torch.maximum(noise, answer.blurs[0] * x.square().mean().sqrt())
     found.values[value], found.noises[value] = x, noise
     own = None if seen is not None else value
     blur, *blurs = (ALONG * blur * max(1.0, answer.misfit / eps) for blur in answer.blurs)
