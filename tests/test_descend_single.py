@@ -112,7 +112,7 @@ def test_two_pictures_there_are_refused_by_the_name_of_the_head() -> None:
 @pytest.mark.slow
 def test_bounds_of_one_picture_hold(capsys: pytest.CaptureFixture[str]) -> None:
     ratios = list[float]()
-    for seed in range(30):
+    for seed in range(10):
         net = layer_normed(seed) if seed % 3 == 2 else depthwise((1.0, 0.1)[seed % 2], seed, 1 + seed % 2)
         dtype = torch.float32 if seed % 5 == 4 else torch.float64
         x, y = picture(1, seed)
@@ -122,9 +122,9 @@ def test_bounds_of_one_picture_hold(capsys: pytest.CaptureFixture[str]) -> None:
             ratios.append(float(found.bound[0]) / error(found, x.to(dtype)))
     with capsys.disabled():
         print(
-            f"30 problems: {len(ratios)} certified, bound / error {min(ratios):.2g} at least, "
+            f"10 problems: {len(ratios)} certified, bound / error {min(ratios):.2g} at least, "
             f"{median(ratios):.3g} in the median"
         )
-    assert len(ratios) > 15
+    assert len(ratios) > 5
     assert min(ratios) >= 1
     assert median(ratios) < 100
