@@ -128,7 +128,9 @@ def _in_part(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, round
         spread += moved.square().sum(1) / WEAK_DRAWS
         law += disagreement.square() / WEAK_DRAWS
     times = _believed(part.solve(*part.seen())[1].square(), law)
-    times = times.masked_fill(times > ERROR_SIGMAS, torch.inf)  # an update with such an error is none of these examples'
+    times = times.masked_fill(
+        times > ERROR_SIGMAS, torch.inf
+    )  # an update with such an error is none of these examples'
     found = ERROR_SIGMAS * times * spread.sqrt() + 2 * part.solve(*part.seen(), sized=False)[0].norm(dim=1)
     return torch.where(part.determined, found, torch.inf)
 
