@@ -396,16 +396,13 @@ def test_a_whole_batch_of_another_loss_disagrees_with_its_outputs(activation: st
     def smoothed(before: Tensor, y: Tensor) -> Tensor:
         return (1 - 3e-6) * deltas(before, y) + 3e-6 * sum(deltas(before, 0 * y + i) for i in range(5)) / 5
 
-    reaches = list[Tensor]()
     for other in (False, True):
         mixture = replace(p.mixture, noise=1e-6 * float(p.mixture.S[-1]), deltas=smoothed if other else deltas)
         z, y, _ = refine_jointly(mixture, p.z, p.y)
         assert explained(mixture, z, y)
         reach = mixture_radius(mixture, z, y, p.rng, jointly=True)
-        assert bool(((z - p.z).norm(dim=1) <= reach).all())
-        reaches.append(reach)
-    assert bool(reaches[0].isfinite().all())
-    assert float((reaches[1] / reaches[0]).median()) > 2
+        assert bool((reach.isfinite() & ((z - p.z).norm(dim=1) > reach)).any()) is False
+        assert bool(reach.isfinite().all()) is not other, (reach, (z - p.z).norm(dim=1))
 
 
 def test_a_guess_that_has_no_size_leaves_the_others() -> None:

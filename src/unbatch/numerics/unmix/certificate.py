@@ -110,8 +110,12 @@ def _of_outputs(at: Linearisation) -> Tensor:
 
 
 def _believed(seen: Tensor, law: Tensor) -> Tensor:
-    """How many times as large as its law says the error is, by what disagrees, `seen` [f], and what may, both squared."""
-    return (seen / (law + 1e-300)).sqrt().clamp_min(1)
+    """How many times as large as its law says the error is, by what disagrees, `seen` [f], and what may, both squared.
+
+    inf beyond ERROR_SIGMAS times: an update with such an error is none of these examples'.
+    """
+    times = (seen / (law + 1e-300)).sqrt().clamp_min(1)
+    return times.masked_fill(times > ERROR_SIGMAS, torch.inf)
 
 
 def _in_part(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: DeltaRounding | None) -> Tensor:
@@ -128,9 +132,6 @@ def _in_part(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, round
         spread += moved.square().sum(1) / WEAK_DRAWS
         law += disagreement.square() / WEAK_DRAWS
     times = _believed(part.solve(*part.seen())[1].square(), law)
-    times = times.masked_fill(
-        times > ERROR_SIGMAS, torch.inf
-    )  # an update with such an error is none of these examples'
     found = ERROR_SIGMAS * times * spread.sqrt() + 2 * part.solve(*part.seen(), sized=False)[0].norm(dim=1)
     return torch.where(part.determined, found, torch.inf)
 

@@ -137,7 +137,8 @@ class Mixture:
         left = self.U * self.S - delta.T @ z  # [m, n]
         U, S, Vh = torch.linalg.svd(left, full_matrices=False)
         r = self.n - len(z)
-        return replace(self.within(Vh[:r]), U=U[:, :r], S=S[:r], noise=max(self.noise, float(S[r])))
+        noise, outside = max(self.noise, float(S[r])), self.outside and max(self.outside, float(S[r]))
+        return replace(self.within(Vh[:r]), U=U[:, :r], S=S[:r], noise=noise, outside=outside)
 
     def isolated(self, q: Tensor) -> Mixture:
         """What is left once the examples with dual vectors q [f, n] are projected out: deltas lose their part along theirs.
