@@ -105,6 +105,20 @@ def test_a_constant_that_batch_norm_hides_is_told_where_no_entry_is_zero() -> No
     assert max(errors.values()) < 1e-10
 
 
+@pytest.mark.parametrize("raised", [0.0, 4.0])
+def test_a_tensor_whose_constant_stays_hidden_is_not_searched_by(raised: float) -> None:
+    """The layer in front sent no gradient, so that nothing below tells the constant."""
+    graph, every, update, _, maps = told_apart("batch", "train", 1, "block6.conv1", raised)
+    readers = [place for place in every if place.call.name == "block6.conv1"]
+    up = known_above(graph, readers, maps, every[-1], update)
+    silent = next(place.weight for place in every if place.call.name == "block4.conv2")
+    sent = {name: gradient for name, gradient in update.items() if name != silent}
+    down = walk(graph, every, readers[0].given, up.maps, up.delta, sent, EPS, EPS)
+    checked = {told.value.call.name: told.checked for told in down.told if told.value.call is not None}
+    assert checked["block5.act1"]
+    assert checked["block4.act2"] is (raised == 0.0)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_whole_maps_are_among_those_whose_windows_lie_in_the_span(stride: int) -> None:
     rng = torch.Generator().manual_seed(1)

@@ -405,6 +405,13 @@ def test_a_whole_batch_of_another_loss_disagrees_with_its_outputs(activation: st
         assert bool(reach.isfinite().all()) is not other, (reach, (z - p.z).norm(dim=1))
 
 
+def test_what_is_subtracted_wrongly_is_an_error_of_the_rest_in_every_place_that_counts_errors() -> None:
+    p = Problem("relu", n=6, m=60, k=3)
+    mixture = replace(p.mixture, outside=1e-15)
+    rest = mixture.without(mixture.sent(p.z[:4], p.y[:4]), p.z[:4] * (1 + 1e-6))
+    assert rest.noise == rest.outside > 1e-8 * float(p.mixture.S[-1])
+
+
 def test_a_guess_that_has_no_size_leaves_the_others() -> None:
     p = Problem("relu", n=8, m=120, k=5)
     q, near = p.mixture.dual(p.mixture.F(p.z, p.y))[:7], p.near(1e-3)[:7]
