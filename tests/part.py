@@ -9,6 +9,7 @@ is skipped and listed: tests that ended count, and one that failed fails the run
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Generator, Iterable
 
@@ -50,6 +51,10 @@ class Part:
         items[:] = [slow[name] for name in mine]
 
 
+class Late(pytest.skip.Exception):
+    """Ends a test that is under way when the time is over."""
+
+
 class Limit:
     """Skips what is not done so many seconds after the first test began."""
 
@@ -57,19 +62,27 @@ class Limit:
         self.seconds, self.end = seconds, 0.0
 
     def late(self, *_: object) -> None:
-        pytest.skip(LATE)
+        raise Late(LATE)
 
     def limited(self) -> Generator[None, object, object]:
         self.end = self.end or time.monotonic() + self.seconds
         if (left := self.end - time.monotonic()) <= 0:
             self.late()
-        before = signal.signal(signal.SIGALRM, self.late)
+        before, told = signal.signal(signal.SIGALRM, self.late), sys.unraisablehook
+
+        def but_late(lost: sys.UnraisableHookArgs) -> None:
+            if not isinstance(lost.exc_value, Late):
+                told(lost)
+
+        # The interpreter reports and drops what is raised while it destroys an object: the test is told again later.
+        sys.unraisablehook = but_late
         signal.setitimer(signal.ITIMER_REAL, left, AGAIN)
         try:
             return (yield)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+            sys.unraisablehook = told
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self) -> Generator[None, object, object]:

@@ -29,6 +29,22 @@ def test_c_left(): pass
 """
 
 
+WHILE_AN_OBJECT_IS_DESTROYED = """
+import time
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error")]
+
+class Slow:
+    def __del__(self):
+        time.sleep(4)
+
+def test_a(): Slow()
+
+def test_b(): pass
+"""
+
+
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
     (tmp_path / "test_it.py").write_text(SUITE)
@@ -90,3 +106,15 @@ def test_a_failure_fails_the_run_whatever_is_left(suite: Path) -> None:
     done = run("--part", "1/1", "--minutes", "0.05", cwd=suite)
     assert done.returncode == 1
     assert "1 failed, 3 passed, 2 skipped" in done.stdout
+
+
+def test_out_of_time_while_an_object_is_destroyed_is_no_failure(suite: Path) -> None:
+    (suite / "test_it.py").write_text(WHILE_AN_OBJECT_IS_DESTROYED)
+    done = run("--part", "1/1", "--minutes", "0.05", cwd=suite)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed, 1 skipped" in done.stdout
+
+
+def test_what_a_test_loses_while_an_object_is_destroyed_fails_the_run(suite: Path) -> None:
+    (suite / "test_it.py").write_text(WHILE_AN_OBJECT_IS_DESTROYED.replace("time.sleep(4)", "raise ValueError"))
+    assert run("--part", "1/1", "--minutes", "0.05", cwd=suite).returncode == 1
