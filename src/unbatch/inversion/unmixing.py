@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from unbatch.errors import NotApplicable
 from unbatch.inversion.above_layer import Rounding, Tail
@@ -29,6 +30,7 @@ from unbatch.network.dense import Dense
 from unbatch.numerics.label_counts import apportion, label_counts
 from unbatch.numerics.linear.span import Span, leading_span
 from unbatch.numerics.unmix.certificate import mixture_radius
+from unbatch.numerics.unmix.copies import copies_radius
 from unbatch.numerics.unmix.descent import Descent, beginning
 from unbatch.numerics.unmix.ica import edges, fast_ica, group_ica, whiten
 from unbatch.numerics.unmix.mixture import Mixture
@@ -41,6 +43,8 @@ READING_ERROR = 8 * torch.finfo(torch.float64).eps  # what reading A adds to its
 LEAST_BENT_SHARE = 0.05  # share of the deltas' span below which too few kinks are met: measured .03 finds none, .08 all
 WEIGHT_ERROR = 1e-3  # relative, up to which two weights of examples are taken for one; more where precision is coarse
 WEIGHT_ERROR_IN_ROUNDINGS, LARGEST_WEIGHT_ERROR = 8, 0.05
+PROBABILITY_ERROR = 1e-3  # by which a label's probability may leave [0, 1]
+COPY_STEPS = 64  # that are tried, of copies from each other
 DELTA_ERROR_IN_ROUNDINGS = 4  # relative error of a delta, in units of rounding: measured ones are 1 to 3
 
 
@@ -233,6 +237,22 @@ class Unmixing:
         n, clients = known.get("batch_size"), known.get("clients", 1)
         return Weighing.of(weights, self.form, rank=self.rank, n=n, clients=clients, tolerance=tolerance)
 
+    def most_times(self, weighing: Weighing) -> Tensor:
+        """How many examples each of those found can stand for at most [f].
+
+        Of a size that is not known as few examples are taken to be behind the update as explain it. In a batch of known
+        size real targets leave open of how many of the rest; and where weights are uneven, near copies may have been split
+        at any point of the line through them: two at least.
+        """
+        n = self.view.knowledge.get("batch_size")
+        most = 1 if n is None or (self.form.classes and weighing.even) else n - self.rank + 1
+        return weighing.times.clamp_min(most if weighing.even else max(most, 2))
+
+    def steps(self, rng: torch.Generator) -> Tensor:
+        """Preactivations [s, m] of unit steps of the layer's inputs."""
+        W = dict(self.view.obs.model.named_parameters(remove_duplicate=False))[self.layer.weight].detach().double()
+        return normalize(torch.randn(COPY_STEPS, W.shape[1], generator=rng, dtype=torch.float64).to(W), dim=1) @ W.T
+
     def starts(self) -> Iterator[tuple[str, GuessMaker]]:
         """Guesses of what the r examples left look like, rows [g, r] of coordinates in their mixture; the best first."""
         view, layer, span = self.view, self.layer, self.span
@@ -333,6 +353,10 @@ def _separated(problem: Unmixing, rng: torch.Generator, attempts: int, partial: 
         rounding=lambda z, y: problem.clients * rounding(z, y),
         jointly=found.joint,
     )
+    reach = reach + copies_radius(own, found.z, found.labels, problem.most_times(weighing), problem.steps(rng))
+    if form.labels.kind == "probabilities" and len(found.z):
+        rows = completed(found.labels)
+        reach = reach.masked_fill((rows < -PROBABILITY_ERROR).any(1) | (rows > 1 + PROBABILITY_ERROR).any(1), torch.inf)
     trace: dict[str, Any] = {
         "layer": problem.layer.name,
         "rank": rank,

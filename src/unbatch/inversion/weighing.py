@@ -35,6 +35,7 @@ class Weighing:
     factor: float
     size: int  # of the batch, as far as it was found
     words: str  # "" where the update is the batch's gradient itself
+    even: bool = True  # else the weights are no whole numbers of any unit, and do not tell how often an example occurs
 
     @classmethod
     def of(
@@ -67,6 +68,7 @@ class Weighing:
                 float(weights.mean()) * (len(weights) if mean else 1),
                 n or rank,
                 f"The examples found count unequally in the update, {low:.4g} to {high:.4g} of their own gradients.",
+                even=False,
             )
         size = n if n is not None else max(int(times.sum()), rank)
         unit = float((weights / times).median())

@@ -137,7 +137,10 @@ def _in_part(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, round
 
 
 def _alone(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, rounding: DeltaRounding | None) -> Tensor:
-    """Each example by its own equation ((I - U U^T) F / |F|, q . z - 1) = 0, whose error is E q and that of F."""
+    """Each example by its own equation ((I - U U^T) F / |F|, q . z - 1) = 0, whose error is E q and that of F.
+
+    What no move of the example takes from the equation is to be no more than the law leaves: `_believed`.
+    """
     equation, F = Equation(mixture, z, y), mixture.sent(z, y)
     size, U = F.norm(dim=1, keepdim=True) + 1e-300, mixture.U
     outer = _spread(mixture) * mixture.dual(F).norm(dim=1, keepdim=True)
@@ -152,9 +155,11 @@ def _alone(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, roundin
         r, Jt = equation.linearise(begin[which], which)
         Q, R = torch.linalg.qr(Jt.mT)  # [q, m + 1, p]
         right = torch.cat([seen[which], r[:, None]], 1).mT
-        moved = torch.linalg.solve_triangular(R, Q.mT @ right, upper=True)[:, : equation.steps]
-        off = moved.square().sum(1)  # [q, draws + 1]
-        found.append(ERROR_SIGMAS * off[:, :ERROR_DRAWS].mean(1).sqrt() + 2 * off[:, ERROR_DRAWS].sqrt())
+        met = Q.mT @ right
+        moved = torch.linalg.solve_triangular(R, met, upper=True)[:, : equation.steps]
+        off, left = moved.square().sum(1), right.square().sum(1) - met.square().sum(1)  # [q, draws + 1]
+        times = _believed(left[:, ERROR_DRAWS], left[:, :ERROR_DRAWS].mean(1))
+        found.append(ERROR_SIGMAS * times * off[:, :ERROR_DRAWS].mean(1).sqrt() + 2 * off[:, ERROR_DRAWS].sqrt())
     return torch.cat(found)
 
 
