@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import unbatch
 from unbatch import Knowledge, Observation
+from unbatch.attacks import Descend
 from unbatch.case import Case
 from unbatch.reporting.results import Audit
 from unbatch.truth import Truth
@@ -94,6 +95,9 @@ def bounds(record: Audit) -> list[float]:
         Crowd(3e-3, "blend", "relu", classes=4, n=3, dtype=torch.float32, told=False),
         Crowd(1e-6, "bright", "leaky", classes=2, n=3, factor=0.7),
         Crowd(1e-6, "bright", "silu", classes=2, n=3, told=False, seed=42),
+        Crowd(3e-3, "bright", "leaky", classes=4, n=3, told=False, seed=135),
+        Crowd(1e-2, "blend", classes=2, width=160, dtype=torch.float32, seed=32),
+        Crowd(1e-4, "white", "relu", classes=4, n=6, width=80, factor=0.7, seed=89),
     ],
     ids=str,
 )
@@ -109,6 +113,28 @@ def test_copies_are_claimed_as_far_as_they_are_told_from_near_ones() -> None:
     assert len(found) == 5
     assert 1e-8 < found[1] <= found[0] < 1e-3
     assert found[2] < 1e-9
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("apart", [0.0, 1e-7, 1e-4, 1.0])
+def test_descend_claims_no_example_that_counts_several_times(apart: float, told: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 20, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(20, 40, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(40, 60, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(60, 4),
+    ).double()
+    x = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    x[2] = x[1] + apart * torch.randn(2, 8, 8, dtype=torch.float64)
+    seen, _ = unbatch.observe(net, F.cross_entropy, x, torch.tensor([0, 1, 1]))
+    found = Descend(attempts=1)(seen.only("input_shape", *["batch_size"] * told))
+    assert int(found.bound.isfinite().sum()) == (3 if apart == 1.0 else 0)
 
 
 def drawn(seed: int) -> Crowd:

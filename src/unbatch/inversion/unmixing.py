@@ -30,7 +30,7 @@ from unbatch.network.dense import Dense
 from unbatch.numerics.label_counts import apportion, label_counts
 from unbatch.numerics.linear.span import Span, leading_span
 from unbatch.numerics.unmix.certificate import mixture_radius
-from unbatch.numerics.unmix.copies import copies_radius
+from unbatch.numerics.unmix.copies import radius_with_copies
 from unbatch.numerics.unmix.descent import Descent, beginning
 from unbatch.numerics.unmix.ica import edges, fast_ica, group_ica, whiten
 from unbatch.numerics.unmix.mixture import Mixture
@@ -353,7 +353,8 @@ def _separated(problem: Unmixing, rng: torch.Generator, attempts: int, partial: 
         rounding=lambda z, y: problem.clients * rounding(z, y),
         jointly=found.joint,
     )
-    reach = reach + copies_radius(own, found.z, found.labels, problem.most_times(weighing), problem.steps(rng))
+    times, steps = problem.most_times(weighing), problem.steps(rng)
+    reach = radius_with_copies(own, found.z, found.labels, reach, times, steps)
     if form.labels.kind == "probabilities" and len(found.z):
         rows = completed(found.labels)
         reach = reach.masked_fill((rows < -PROBABILITY_ERROR).any(1) | (rows > 1 + PROBABILITY_ERROR).any(1), torch.inf)

@@ -34,6 +34,7 @@ SCALE_ROUNDINGS = 4.0  # of the update's type, the least sigma of a scale
 FELT = 1e-3  # singular value of that dependence, above which it is used
 SILENT = 1e-10  # singular value of the head's gradient over the largest, below which a direction was sent nothing
 SHIFTED = 100.0  # times the maps' error, by which a scale may be mended
+WHOLE = 0.05  # by which an example's count may differ from a whole number, relative
 SURE_COSINE = 1e-4  # by which the gradient of a label may be turned from what was sent back
 
 
@@ -334,6 +335,39 @@ def labels_sent(view: View, graph: Graph, head: WindowLayer, found: Above) -> Te
 
     Each class is tried for all examples, then rows of probabilities, then real numbers that enter one by one.
     """
+    sent = _sender(view, graph, head, found)
+    for labels in _candidates(view, found, sent):
+        if float((sent(labels) - found.sent).norm()) <= SURE_COSINE * float(found.sent.norm()):
+            return labels
+    return None
+
+
+def most_times(view: View, graph: Graph, head: WindowLayer, found: Above) -> Tensor:
+    """How many examples of the batch each of those found can stand for [n], at most.
+
+    What was sent for one, over what the loss sends for it under its label, is how much it counts. In a batch of known size
+    these are shares of it; of a size that is not known as few examples are taken to be behind the gradient as explain it.
+    Real targets do not tell it, nor do counts that are no whole numbers.
+    """
+    n, sent = view.knowledge.get("batch_size"), _sender(view, graph, head, found)
+    once = torch.ones(len(found.last), dtype=torch.int64)
+    rest = once if n is None else once * max(n - len(once) + 1, 1)
+    every = view.labels.every(found.last.new_zeros(()))
+    if not every:
+        return rest
+    tried = torch.stack([sent(y.expand(len(once), *y.shape[1:])) for y in every])  # [k, n, c]
+    turned, which = torch.cosine_similarity(tried, found.sent[None], dim=2).nan_to_num(-1.0).max(0)
+    if not bool((turned > 1 - SURE_COSINE**2).all()):
+        return rest
+    own = tried[which, torch.arange(len(once))]
+    counts = ((own * found.sent).sum(1) / own.square().sum(1)).cpu()
+    counts = counts / counts.min() if n is None else counts * n / counts.sum()
+    whole = counts.round().clamp_min(1)
+    return whole.long() if bool(((counts - whole).abs() < WHOLE * whole).all()) else rest.clamp_min(2)
+
+
+def _sender(view: View, graph: Graph, head: WindowLayer, found: Above) -> Callable[[Tensor], Tensor]:
+    """What the loss sends back to the head's outputs [n, k] under labels [n, ...]."""
     tail = None if head.gave is graph.output else section(graph, head.gave, graph.output)
 
     def sent(labels: Tensor) -> Tensor:
@@ -343,10 +377,7 @@ def labels_sent(view: View, graph: Graph, head: WindowLayer, found: Above) -> Te
             (back,) = torch.autograd.grad(loss_value(view.loss, outputs, labels), at)
         return back
 
-    for labels in _candidates(view, found, sent):
-        if float((sent(labels) - found.sent).norm()) <= SURE_COSINE * float(found.sent.norm()):
-            return labels
-    return None
+    return sent
 
 
 def _candidates(view: View, found: Above, sent: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from unbatch.inversion.descent.above import (
     flips_above,
     known_above,
     labels_sent,
+    most_times,
     rescaled,
     scale_blur,
 )
@@ -80,6 +81,12 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
     labels = labels_sent(view, found.graph, found.head, found.above)
     trace_["labels"] = "not told" if labels is None else "told by the head"
     inputs, bound = _pictures(view, found, rng, trace_, steps=steps, attempts=attempts)
+    several = most_times(view, found.graph, found.head, found.above).to(bound.device) > 1
+    if bool(
+        several.any()
+    ):  # their mean is what was found, of copies or of what differs by less than the gradient's root
+        bound = bound.masked_fill(several, torch.inf)
+        trace_["not certified"] = f"{int(several.sum())} may stand for several examples that are near each other."
     if torch.finfo(view.obs.dtype).eps > COARSEST:
         bound = torch.full_like(bound, torch.inf)
         trace_["not certified"] = "the update was rounded more coarsely than float32, so that zeros cannot be told."

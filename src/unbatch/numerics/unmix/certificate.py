@@ -92,7 +92,8 @@ def _jointly(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, round
         spread += moved / ERROR_DRAWS
         law += disagreement / ERROR_DRAWS
     moved, disagreement = response(at.left())
-    return ERROR_SIGMAS * _believed(disagreement, law) * spread.sqrt() + 2 * moved.sqrt()
+    found = ERROR_SIGMAS * _believed(disagreement, law) * spread.sqrt() + 2 * moved.sqrt()
+    return found.masked_fill(at.left_open(), torch.inf)
 
 
 def _of_outputs(at: Linearisation) -> Tensor:

@@ -15,14 +15,37 @@ Source: this library.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from unbatch.numerics.bounds.first_order import LARGEST_RADIUS
+from unbatch.numerics.bounds.first_order import ERROR_SIGMAS, LARGEST_RADIUS
 from unbatch.numerics.unmix.equation import NOISE_SLACK
 from unbatch.numerics.unmix.linearisation import Linearisation
 from unbatch.numerics.unmix.mixture import Mixture
+
+
+def radius_with_copies(mixture: Mixture, z: Tensor, y: Tensor, reach: Tensor, times: Tensor, along: Tensor) -> Tensor:
+    """How far off examples can be, some of which are said to occur several times: bounds [f] in place of `reach` [f].
+
+    What near copies hide from their own equation they leave in those of the others: up to what acceptance lets pass, in a
+    direction that may be the weakest. Of an average one and the noise itself `reach` has ERROR_SIGMAS / sqrt(m), so that
+    bounds grow by NOISE_SLACK sqrt(m) / ERROR_SIGMAS; those of copies by `copies_radius` as well.
+
+    >>> from unbatch.numerics.unmix.made import made_mixture
+    >>> mixture, z, y = made_mixture(4)
+    >>> steps = torch.randn(8, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> once, reach = torch.ones(4, dtype=torch.int64), torch.full((4,), 1e-9, dtype=torch.float64)
+    >>> torch.equal(radius_with_copies(mixture, z, y, reach, once, steps), reach)
+    True
+    """
+    if not bool((times > 1).any()):
+        return reach
+    found = reach * NOISE_SLACK * math.sqrt(len(mixture.U)) / ERROR_SIGMAS + copies_radius(mixture, z, y, times, along)
+    far: Tensor = found.masked_fill(~(found < LARGEST_RADIUS * z.norm(dim=1)), torch.inf)
+    return far
 
 
 def copies_radius(mixture: Mixture, z: Tensor, y: Tensor, times: Tensor, along: Tensor) -> Tensor:
@@ -49,7 +72,9 @@ def copies_radius(mixture: Mixture, z: Tensor, y: Tensor, times: Tensor, along: 
     def left(step: Tensor) -> Tensor:
         """What J e has outside the deltas' span [g], by the preactivations [g, m] of e."""
         changed = at.bent(step)
-        return (changed - (changed @ mixture.U) @ mixture.U.T).norm(dim=1)
+        outside: Tensor = changed - (changed @ mixture.U) @ mixture.U.T
+        size: Tensor = outside.norm(dim=1)
+        return size
 
     least = torch.stack([left(step.expand_as(at.F)) for step in along]).amin(0)
     mixed = torch.randn(len(along), len(z), generator=torch.Generator().manual_seed(0), dtype=z.dtype).to(z)
@@ -61,6 +86,5 @@ def copies_radius(mixture: Mixture, z: Tensor, y: Tensor, times: Tensor, along: 
         least = torch.where(size[:, 0] > 0, torch.minimum(least, seen), least)  # none is toward itself
     size = at.F.norm(dim=1) * z[which].norm(dim=1)
     hidden = NOISE_SLACK * (max(mixture.outside, mixture.noise) + mixture.rounding * size)
-    apart = ((times.to(z)[which] - 1) * hidden / least).sqrt()
-    found[which] = apart.masked_fill(~(apart < LARGEST_RADIUS * z[which].norm(dim=1)), torch.inf)
+    found[which] = ((times.to(z)[which] - 1) * hidden / least).sqrt()
     return found

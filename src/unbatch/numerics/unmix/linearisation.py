@@ -14,6 +14,8 @@ from unbatch.numerics.search.least_squares import conjugate_gradients
 from unbatch.numerics.unmix.mixture import Mixture
 
 GRAM_DIRECTIONS = 4  # directions that a preconditioner is averaged over
+OPEN_GRAM = 1e-12  # eigenvalue of J^T J below which a move shows in nothing; measured: 3e-18, else 1e-2 and more
+OPEN_SHARE = 1e-3  # of such a move
 GRAM_UNKNOWNS = 1024  # up to which J^T J itself is the preconditioner: products stall where deltas are nearly dependent
 
 
@@ -93,6 +95,24 @@ class Linearisation:
         for latest in conjugate_gradients(normal, downhill, condition, inner, tolerance):
             move = latest
         return move
+
+    def left_open(self) -> Tensor:
+        """Which examples [g] take part in a move that changes nothing beyond rounding, where the unknowns are few.
+
+        Near copies behind one pattern of a kinked network, with weights that are not known, move along their line.
+
+        >>> from unbatch.numerics.unmix.made import made_mixture
+        >>> Linearisation(*made_mixture(4)).left_open()
+        tensor([False, False, False, False])
+        """
+        g, k = len(self.z), self.mixture.n + self.columns.shape[2]
+        if g * k > GRAM_UNKNOWNS:
+            return torch.zeros(g, dtype=torch.bool, device=self.z.device)
+        G = self.gram().reshape(g * k, g * k)
+        size = G.diagonal().clamp_min(1e-300).sqrt()
+        values, moves = torch.linalg.eigh(G / size[:, None] / size)
+        none: Tensor = moves[:, values < OPEN_GRAM * values[-1]].view(g, k, -1)
+        return none.square().sum((1, 2)).sqrt() > OPEN_SHARE
 
     def _mean_inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
         """The inverse of G (x) I, G_ij = <J (e_i u^T), J (e_j u^T)> averaged over random unit u [n].
