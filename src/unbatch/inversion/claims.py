@@ -123,10 +123,6 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
     own = y
     if y is None and len(x) == 1 and layer is not None:
         own = sent_back(view.gradient, layer, x, bool(found.layer)).label
-    if own is not None and not repeated:
-        sure = sure & ~_blurred(view, found, own, sure, far)
-        if not bool(sure.any()):
-            return Ruling(none, "the update is too coarse to tell examples that occur twice from two that are alike.")
     whole: Recomputed | None = None
     if own is not None:
         seen = (view if view.protocol.optimiser == "sgd" else view.gradient).obs  # a first step of Adam is its gradient
@@ -137,7 +133,7 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
         chosen = sure if repeated else torch.ones_like(sure)  # guesses of the same answer may complete the batch
         whole = recomputed(place, _of(x, chosen), _of(own, chosen), far[chosen])
         if whole.fits and whole.settled:
-            return Ruling(sure & ~_open(whole, chosen), whole.words, whole.factor)
+            return _told_apart(view, found, own, far, Ruling(sure & ~_open(whole, chosen), whole.words, whole.factor))
     if "altered" in known:
         why = whole.words if whole is not None else "their labels are not known."
         return Ruling(none, f"the update was altered by {known.altered}, and the whole of it must explain it: {why}")
@@ -148,7 +144,17 @@ def _ruling(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
     part = peeled(view.gradient, layer, found, sure, far, doubted=_all_there(view, found, sure))
     kept = sure & part.kept
     words = part.words if whole is None or bool(kept.any()) else f"{whole.words} {part.words}"
-    return Ruling(kept, words, part.factor if bool(kept.any()) else None)
+    return _told_apart(view, found, own, far, Ruling(kept, words, part.factor if bool(kept.any()) else None))
+
+
+def _told_apart(view: View, found: Reconstruction, labels: Tensor | None, far: Tensor, ruling: Ruling) -> Ruling:
+    """A ruling without those that are claimed several times and may as well be several that are alike."""
+    blurred = torch.zeros_like(ruling.kept) if labels is None else _blurred(view, found, labels, ruling.kept, far)
+    if not bool(blurred.any()):
+        return ruling
+    words = "the update is too coarse to tell examples that occur twice from two that are alike."
+    kept = ruling.kept & ~blurred
+    return replace(ruling, kept=kept) if bool(kept.any()) else Ruling(kept, words)
 
 
 def _released(view: View, found: Reconstruction, sure: Tensor) -> Ruling:
@@ -257,9 +263,13 @@ def _blurred(view: View, found: Reconstruction, labels: Tensor, sure: Tensor, fa
         same = (j for j in chosen if (flat[i] - flat[j]).norm() <= far[i] + far[j] and torch.equal(y[i], y[j]))
         owner[i] = next(same, i)
     alike = sure.cpu() & (torch.bincount(owner[chosen], minlength=len(sure))[owner] > 1)
-    if not bool(alike.any()) or split_shows(view.obs, _of(found.inputs, alike), _of(labels, alike), owner[alike]):
-        return none
-    return alike.to(sure.device)
+    groups = [alike & (owner == one) for one in set(owner[alike].tolist())]
+    blurred = [
+        group
+        for group in groups
+        if not split_shows(view.obs, _of(found.inputs, group), _of(labels, group), owner[group], far[group])
+    ]
+    return torch.stack(blurred).any(0).to(sure.device) if blurred else none
 
 
 def _open(whole: Recomputed, chosen: Tensor) -> Tensor:

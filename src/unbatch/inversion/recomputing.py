@@ -209,8 +209,8 @@ def _targets_told(place: Observation, y: Tensor) -> bool:
     return "labels" in place.knowledge or not y.is_floating_point() or bool(((y == 0) | (y.abs() == 1)).all())
 
 
-def split_shows(place: Observation, inputs: Tensor, labels: Tensor, owner: Tensor) -> bool:
-    """Whether the update shows that inputs [k, ...] of the same `owner` [k] are copies, and do not differ by a tenth.
+def split_shows(place: Observation, inputs: Tensor, labels: Tensor, owner: Tensor, far: Tensor) -> bool:
+    """Whether the update shows that inputs [k, ...] of the same `owner` [k] are copies up to their bounds `far` [k], l2.
 
     Moves that cancel within each group leave the sum of their gradients as it is to first order: what tells copies from
     examples that are alike is of second order, and lost in coarse rounding.
@@ -220,15 +220,16 @@ def split_shows(place: Observation, inputs: Tensor, labels: Tensor, owner: Tenso
     >>> x, y = torch.rand(1, 4).repeat(2, 1), torch.tensor([2, 2])
     >>> seen, truth = unbatch.observe(model, torch.nn.functional.cross_entropy, x, y)
     >>> coarse = replace(seen, update={name: u.bfloat16() for name, u in seen.update.items()})
-    >>> split_shows(seen, x, y, torch.tensor([0, 0])), split_shows(coarse, x, y, torch.tensor([0, 0]))
-    (True, False)
+    >>> one, far = torch.tensor([0, 0]), 0.1 * x.norm(dim=1)
+    >>> split_shows(seen, x, y, one, far), split_shows(coarse, x, y, one, far), split_shows(seen, x, y, one, 1e-6 * far)
+    (True, False, False)
     """
     kind, owner = next(place.model.parameters()).dtype, owner.cpu()
     x, y = inputs.to(place.device).double(), _typed(labels, place, torch.float64)
     way = torch.randn(x.flatten(1).shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for one in set(owner.tolist()):
         way[owner == one] -= way[owner == one].mean(0)
-    way = SCALE_ERROR * way.to(x) * x.flatten(1).norm(dim=1, keepdim=True) / way.norm(dim=1).mean().to(x)
+    way = (way / way.norm(dim=1, keepdim=True).clamp_min(1e-300)).to(x) * far.to(x)[:, None]
     double = _in_double(place)
     together, apart = (double.simulate(at, y) for at in (x, x + way.view_as(x)))
     c = abs(fit(flatten(place.update, place.update), flatten(together, place.update))[0])
