@@ -82,9 +82,7 @@ def descended(view: View, rng: torch.Generator, *, steps: int, attempts: int, pa
     trace_["labels"] = "not told" if labels is None else "told by the head"
     inputs, bound = _pictures(view, found, rng, trace_, steps=steps, attempts=attempts)
     several = most_times(view, found.graph, found.head, found.above).to(bound.device) > 1
-    if bool(
-        several.any()
-    ):  # their mean is what was found, of copies or of what differs by less than the gradient's root
+    if bool(several.any()):  # what was found is the mean of copies, or of examples that are near each other
         bound = bound.masked_fill(several, torch.inf)
         trace_["not certified"] = f"{int(several.sum())} may stand for several examples that are near each other."
     if torch.finfo(view.obs.dtype).eps > COARSEST:

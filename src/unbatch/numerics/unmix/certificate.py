@@ -158,7 +158,8 @@ def _alone(mixture: Mixture, z: Tensor, y: Tensor, rng: torch.Generator, roundin
         right = torch.cat([seen[which], r[:, None]], 1).mT
         met = Q.mT @ right
         moved = torch.linalg.solve_triangular(R, met, upper=True)[:, : equation.steps]
-        off, left = moved.square().sum(1), right.square().sum(1) - met.square().sum(1)  # [q, draws + 1]
+        off = moved.square().sum(1)  # [q, draws + 1]
+        left = (right.square().sum(1) - met.square().sum(1)).clamp_min(0)  # of what no move takes
         times = _believed(left[:, ERROR_DRAWS], left[:, :ERROR_DRAWS].mean(1))
         found.append(ERROR_SIGMAS * times * off[:, :ERROR_DRAWS].mean(1).sqrt() + 2 * off[:, ERROR_DRAWS].sqrt())
     return torch.cat(found)
