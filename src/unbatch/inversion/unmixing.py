@@ -44,6 +44,7 @@ LEAST_BENT_SHARE = 0.05  # share of the deltas' span below which too few kinks a
 WEIGHT_ERROR = 1e-3  # relative, up to which two weights of examples are taken for one; more where precision is coarse
 WEIGHT_ERROR_IN_ROUNDINGS, LARGEST_WEIGHT_ERROR = 8, 0.05
 PROBABILITY_ERROR = 1e-3  # by which a label's probability may leave [0, 1]
+HARDLY_APART = 1e-4  # noise over the least singular value above which two may have been split: measured 3e-4 to .3
 COPY_STEPS = 64  # that are tried, of copies from each other
 DELTA_ERROR_IN_ROUNDINGS = 4  # relative error of a delta, in units of rounding: measured ones are 1 to 3
 
@@ -241,12 +242,13 @@ class Unmixing:
         """How many examples each of those found can stand for at most [f].
 
         Of a size that is not known as few examples are taken to be behind the update as explain it. In a batch of known
-        size real targets leave open of how many of the rest; and where weights are uneven, near copies may have been split
-        at any point of the line through them: two at least.
+        size real targets and uneven weights leave open of how many of the rest; and where weights are uneven and the last
+        example hardly stands out of the noise, near copies may have been split at any point of their line: two at least.
         """
         n = self.view.knowledge.get("batch_size")
-        most = 1 if n is None or (self.form.classes and weighing.even) else n - self.rank + 1
-        return weighing.times.clamp_min(most if weighing.even else max(most, 2))
+        most = 1 if n is None or (self.form.classes and weighing.even) else max(n - self.rank + 1, 1)
+        split = not weighing.even and self.span.noise > HARDLY_APART * float(self.span.values[-1])
+        return weighing.times.clamp_min(max(most, 2) if split else most)
 
     def steps(self, rng: torch.Generator) -> Tensor:
         """Preactivations [s, m] of unit steps of the layer's inputs."""

@@ -15,7 +15,7 @@ from unbatch.numerics.unmix.mixture import Mixture
 
 GRAM_DIRECTIONS = 4  # directions that a preconditioner is averaged over
 OPEN_GRAM = 1e-12  # eigenvalue of J^T J below which a move shows in nothing; measured: 3e-18, else 1e-2 and more
-OPEN_SHARE = 1e-3  # of such a move
+OPEN_MOVE_SHARE = 1e-3  # of such a move
 GRAM_UNKNOWNS = 1024  # up to which J^T J itself is the preconditioner: products stall where deltas are nearly dependent
 
 
@@ -112,7 +112,7 @@ class Linearisation:
         size = G.diagonal().clamp_min(1e-300).sqrt()
         values, moves = torch.linalg.eigh(G / size[:, None] / size)
         none: Tensor = moves[:, values < OPEN_GRAM * values[-1]].view(g, k, -1)
-        return none.square().sum((1, 2)).sqrt() > OPEN_SHARE
+        return none.square().sum((1, 2)).sqrt() > OPEN_MOVE_SHARE
 
     def _mean_inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
         """The inverse of G (x) I, G_ij = <J (e_i u^T), J (e_j u^T)> averaged over random unit u [n].
