@@ -34,6 +34,7 @@ SCALE_ROUNDINGS = 4.0  # of the update's type, the least sigma of a scale
 FELT = 1e-3  # singular value of that dependence, above which it is used
 SILENT = 1e-10  # singular value of the head's gradient over the largest, below which a direction was sent nothing
 SHIFTED = 100.0  # times the maps' error, by which a scale may be mended
+IMPOSSIBLE = 1e-3  # by which a probability may leave [0, 1]
 WHOLE = 0.05  # by which an example's count may differ from a whole number, relative
 SURE_COSINE = 1e-4  # by which the gradient of a label may be turned from what was sent back
 
@@ -347,7 +348,8 @@ def most_times(view: View, graph: Graph, head: WindowLayer, found: Above) -> Ten
 
     What was sent for one, over what the loss sends for it under its label, is how much it counts. In a batch of known size
     these are shares of it; of a size that is not known as few examples are taken to be behind the gradient as explain it.
-    Real targets do not tell it, nor do counts that are no whole numbers.
+    Real targets do not tell it, nor do counts that are no whole numbers; where rows that are no probabilities would take
+    the place of classes, near copies may have had different ones.
     """
     n, sent = view.knowledge.get("batch_size"), _sender(view, graph, head, found)
     once = torch.ones(len(found.last), dtype=torch.int64)
@@ -358,12 +360,26 @@ def most_times(view: View, graph: Graph, head: WindowLayer, found: Above) -> Ten
     tried = torch.stack([sent(y.expand(len(once), *y.shape[1:])) for y in every])  # [k, n, c]
     turned, which = torch.cosine_similarity(tried, found.sent[None], dim=2).nan_to_num(-1.0).max(0)
     if not bool((turned > 1 - SURE_COSINE**2).all()):
-        return rest
+        return rest.clamp_min(2) if _impossible(view, found) else rest
     own = tried[which, torch.arange(len(once))]
     counts = ((own * found.sent).sum(1) / own.square().sum(1)).cpu()
     counts = counts / counts.min() if n is None else counts * n / counts.sum()
     whole = counts.round().clamp_min(1)
     return whole.long() if bool(((counts - whole).abs() < WHOLE * whole).all()) else rest.clamp_min(2)
+
+
+def _impossible(view: View, found: Above) -> bool:
+    """Whether what was sent takes rows of class probabilities of which some are outside [0, 1]."""
+    if view.labels.kind != "class" or not view.labels.rows or not view.labels.sloped:
+        return False
+    rows = _rows(view, found)
+    return bool((rows < -IMPOSSIBLE).any() or (rows > 1 + IMPOSSIBLE).any())
+
+
+def _rows(view: View, found: Above) -> Tensor:
+    """The rows of class probabilities [n, k] under which the loss sends what was sent."""
+    scale = view.form.scale if view.form is not None and view.form.reduction != "mean" else 1 / len(found.last)
+    return found.last.softmax(1) - found.sent / scale
 
 
 def _sender(view: View, graph: Graph, head: WindowLayer, found: Above) -> Callable[[Tensor], Tensor]:
@@ -387,8 +403,7 @@ def _candidates(view: View, found: Above, sent: Callable[[Tensor], Tensor]) -> I
         turned = [torch.cosine_similarity(sent(y.expand(n, *y.shape[1:])), found.sent) for y in every]
         yield torch.cat([every[int(k)] for k in torch.stack(turned).nan_to_num(-1.0).argmax(0)])
     if form.kind == "class" and form.rows and form.sloped:
-        scale = view.form.scale if view.form is not None and view.form.reduction != "mean" else 1 / n
-        yield last.softmax(1) - found.sent / scale
+        yield _rows(view, found)
     if form.kind != "class" and not form.whole and form.sloped:
         zero, one = (sent(last.new_full((n, *form.shape), value)) for value in (0.0, 1.0))
         yield ((found.sent - zero) / (one - zero)).reshape(n, *form.shape)
